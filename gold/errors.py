@@ -1,0 +1,37 @@
+"""Every error that gold raises on purpose.
+
+A message states the fact, what was got, where, and what to do. Inner code states the fact; the outermost function that
+knows the item adds "prompt 17, rollout 3:". The command line prints the message as one line and exits 1.
+"""
+
+
+class GoldError(Exception):
+    """Base of every error that gold raises on purpose."""
+
+
+class ConfigError(GoldError, ValueError):
+    """A configuration that is unknown, mistyped, or impossible."""
+
+
+class VocabularyError(GoldError, ValueError):
+    """A tokenizer that cannot be read or spelled in bytes."""
+
+
+class DataError(GoldError, ValueError):
+    """A prompts file, a task, or an input text that cannot be used."""
+
+
+class ModelError(GoldError, RuntimeError):
+    """A model that cannot be loaded, run, or saved."""
+
+
+class TeacherError(GoldError, RuntimeError):
+    """A teacher that cannot give what the objective needs."""
+
+
+class CheckpointError(GoldError, RuntimeError):
+    """A checkpoint or run folder that cannot be written, read, or resumed."""
+
+
+class TrainingError(GoldError, RuntimeError):
+    """A training run that cannot go on."""
