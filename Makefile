@@ -1,0 +1,44 @@
+# Everything runs from a fresh clone with Python >= 3.11, make and git. Another interpreter: make PYTHON=python3.12 setup
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Two processes of one thread each beat one process of two threads on a two-core machine.
+WORKERS ?= 2
+# What the checkers read: the package and whichever of its companions are there.
+TYPED  := gold $(wildcard benchmarks)
+
+.PHONY: setup demo test lint types unit slow format bench-assets
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("gold needs Python >= 3.11, but $(PYTHON) is %d.%d: make PYTHON=python3.12 setup" % v[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no virtual environment could be made: install Python's venv module (Debian: python3-venv)" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/gold demo
+
+test: lint types unit
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup
+	$(BIN)/mypy $(TYPED)
+
+unit: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --durations=10
+
+slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow --durations=10
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench-assets: setup
+	$(BIN)/python -m benchmarks.assets

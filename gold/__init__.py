@@ -1,0 +1,79 @@
+"""On-policy distillation between language models that do not share a tokenizer.
+
+The public names live in the modules named below and are loaded when they are first used, so that `import gold` costs
+nothing: it loads neither torch, transformers nor numba. No public name equals the name of a module: `gold.align` is
+always the package, `gold.evaluate` always the module.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from gold.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    GoldError,
+    ModelError,
+    TeacherError,
+    TrainingError,
+    VocabularyError,
+)
+
+if TYPE_CHECKING:
+    from gold.align import Alignment, Spelling, Vocabulary, align_tokens
+    from gold.config import Config
+    from gold.data import Prompt, load_prompts
+    from gold.tasks import load_task
+    from gold.teachers import LocalTeacher
+    from gold.train import distill
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Alignment",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "GoldError",
+    "LocalTeacher",
+    "ModelError",
+    "Prompt",
+    "Spelling",
+    "TeacherError",
+    "TrainingError",
+    "Vocabulary",
+    "VocabularyError",
+    "__version__",
+    "align_tokens",
+    "distill",
+    "load_prompts",
+    "load_task",
+]
+
+_MODULE_OF = {
+    "Alignment": "gold.align",
+    "Config": "gold.config",
+    "LocalTeacher": "gold.teachers",
+    "Prompt": "gold.data",
+    "Spelling": "gold.align",
+    "Vocabulary": "gold.align",
+    "align_tokens": "gold.align",
+    "distill": "gold.train",
+    "load_prompts": "gold.data",
+    "load_task": "gold.tasks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public name, imported from its module at first use."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'gold' has no attribute {name!r}")
+    found = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not."""
+    return sorted({*globals(), *__all__})
