@@ -1,8 +1,8 @@
 """On-policy distillation between language models that do not share a tokenizer.
 
-The public names live in the modules named below and are loaded when they are first used, so that `import gold` costs
-nothing: it loads neither torch, transformers nor numba. No public name equals the name of a module: `gold.align` is
-always the package, `gold.evaluate` always the module.
+The public names live in the modules named below and are loaded when they are first used, so that
+`import gold` costs nothing: it loads neither torch, transformers nor numba. No public name equals the name
+of a module: `gold.align` is always the package, `gold.evaluate` always the module.
 """
 
 from importlib import import_module

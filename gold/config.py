@@ -1,0 +1,582 @@
+"""One run as one value: the schema of a configuration file, its overrides, and what it refuses.
+
+A configuration is a YAML file (scalars of YAML 1.2, so `no` is a word and `1e-5` a number), changed by
+`section.key=value` overrides. Everything that can be judged without loading a model is judged here, and every
+problem is one line that names its key. Paths are relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from gold.errors import ConfigError
+
+ObjectiveName = Literal["reverse_kl", "forward_kl", "jsd", "span_pg", "sft", "reward"]
+DIVERGENCES = frozenset({"reverse_kl", "forward_kl", "jsd"})
+POLICY_GRADIENTS = frozenset({"span_pg", "reward"})
+
+Key = tuple[str | int, ...]
+PositiveInt = Annotated[int, Field(ge=1)]
+CountInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")]
+
+
+class _Section(BaseModel):
+    """A part of the configuration: unknown keys and look-alike types are refused, values never change."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class StudentConfig(_Section):
+    """The model that learns."""
+
+    path: Text
+    """model folder or Hub id"""
+    gguf_file: Text | None = None
+    """name of the GGUF file inside `path`, where the weights come from one"""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """dtype of the weights; auto: as saved"""
+    device: Device = "auto"
+    """auto | cpu | cuda | cuda:1 | mps | xpu"""
+
+
+class TeacherConfig(_Section):
+    """The model that is learned from; frozen."""
+
+    path: Text
+    """model folder or Hub id"""
+    gguf_file: Text | None = None
+    """name of the GGUF file inside `path`, where the weights come from one"""
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    """dtype of the weights; auto: as saved"""
+    device: Device = "auto"
+    """auto | cpu | cuda | cuda:1 | mps | xpu"""
+
+
+class TaskConfig(_Section):
+    """A procedural task: prompts that are made, and a verifier that scores completions."""
+
+    name: Text
+    """running_sums, or a task of reasoning-gym such as countdown"""
+    options: dict[str, JsonValue] = {}
+    """options of the task itself"""
+    seed: CountInt = 0
+    """seed of the prompts"""
+    train: PositiveInt = 400
+    """training prompts"""
+    heldout: PositiveInt = 128
+    """held-out prompts"""
+
+
+class DataConfig(_Section):
+    """Where prompts come from: exactly one of `prompts` and `task`."""
+
+    prompts: Text | None = None
+    """JSONL file with `prompt` or `messages`, and optionally `completion`"""
+    task: TaskConfig | None = None
+    """procedural task with a verifier"""
+    heldout: Text | None = None
+    """JSONL file of held-out prompts; null: a share of `prompts`, split by hash"""
+    heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """share of `prompts` that is held out where no `heldout` file is given"""
+
+
+class RolloutConfig(_Section):
+    """How the student writes."""
+
+    temperature: PositiveFloat = 1.0
+    """sampling temperature"""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """nucleus: the smallest set of tokens with this mass"""
+    max_new_tokens: PositiveInt = 128
+    """length limit of a completion, in student tokens"""
+    per_prompt: PositiveInt = 4
+    """completions per prompt"""
+    on_policy: Share = 1.0
+    """λ: share of sequences that the student writes; the rest are the data's completions"""
+    batch: PositiveInt = 32
+    """sequences generated together"""
+
+
+class ObjectiveConfig(_Section):
+    """One term of the loss."""
+
+    name: ObjectiveName
+    """what is minimised"""
+    support: Literal["bytes", "shared"] | None = None
+    """events on which a divergence compares the models; null: bytes for a divergence, none for the others"""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """factor of this term"""
+    beta: Share | None = None
+    """jsd: the teacher's weight in the mixture; null: 0.5"""
+    rest: Literal["bucket", "renormalise"] | None = None
+    """support shared: what becomes of the unshared mass; null: bucket"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, given: Any) -> Any:
+        """The objective with the defaults that depend on its name and support written out."""
+        if not isinstance(given, Mapping):
+            return given
+        resolved = dict(given)
+        if resolved.get("name") in DIVERGENCES and resolved.get("support") is None:
+            resolved["support"] = "bytes"
+        if resolved.get("name") == "jsd" and resolved.get("beta") is None:
+            resolved["beta"] = 0.5
+        if resolved.get("support") == "shared" and resolved.get("rest") is None:
+            resolved["rest"] = "bucket"
+        return resolved
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ObjectiveConfig:
+        if self.name not in DIVERGENCES and self.support is not None:
+            raise ValueError(f"{self.name} compares no distributions: leave support out")
+        if self.beta is not None and self.name != "jsd":
+            raise ValueError(f"beta belongs to jsd, not to {self.name}: leave it out")
+        if self.rest is not None and self.support != "shared":
+            raise ValueError(f"rest belongs to support shared, not to {self.support}: leave it out")
+        return self
+
+
+class OptimizerConfig(_Section):
+    """AdamW and its schedule."""
+
+    lr: PositiveFloat = 1e-5
+    """highest learning rate"""
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
+    """decay rates of AdamW's two moments"""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """decoupled weight decay"""
+    warmup_steps: CountInt = 10
+    """steps of linear warm-up"""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """decay after the warm-up"""
+    final_lr_share: Share = 0.1
+    """share of `lr` that is left at the last step"""
+    clip_norm: PositiveFloat = 1.0
+    """largest norm of the gradient"""
+
+
+class TrainConfig(_Section):
+    """The training loop."""
+
+    steps: PositiveInt = 100
+    """optimizer steps"""
+    prompts_per_step: PositiveInt = 8
+    """prompts per optimizer step"""
+    sequences_per_forward: PositiveInt = 8
+    """sequences per forward and backward pass; the rest is accumulated"""
+    seed: CountInt = 0
+    """seed of prompt order and sampling"""
+    precision: Literal["auto", "no", "bf16"] = "auto"
+    """mixed precision; auto: bf16 on a GPU that has it, else none"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    checkpoint_every: PositiveInt = 50
+    """steps between checkpoints"""
+    keep_last: PositiveInt = 2
+    """checkpoints kept"""
+    bad_steps_allowed: CountInt = 3
+    """steps in a row with NaN or infinite loss or gradient before training stops"""
+
+
+class EvaluateConfig(_Section):
+    """Evaluation on held-out prompts before, during and after training."""
+
+    every: PositiveInt = 50
+    """steps between evaluations"""
+    prompts: PositiveInt = 64
+    """held-out prompts that are used"""
+    per_prompt: PositiveInt = 1
+    """completions per prompt"""
+    samples: CountInt = 4
+    """prompts whose completions and signal are written to samples.jsonl"""
+    sequences_per_forward: PositiveInt = 16
+    """sequences per forward pass"""
+
+
+class Config(_Section):
+    """One run."""
+
+    student: StudentConfig
+    teacher: TeacherConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    objectives: Annotated[tuple[ObjectiveConfig, ...], Field(strict=False)] = (
+        ObjectiveConfig(name="reverse_kl"),
+    )
+    """terms of the loss, added up with their weights"""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    output: Text
+    """run folder"""
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
+        """The configuration in a YAML file, changed by `section.key=value` overrides in their order.
+
+        Override values are YAML; a list item is addressed by its index: `objectives.0.weight=0.5`.
+
+        Raises ConfigError: one line per problem, with file and line number, or the override, that caused it.
+        """
+        tree, line_of = _parse(_read(Path(path)), str(path))
+        if tree is None:
+            raise ConfigError(f"{path}: is empty; a run needs at least student, teacher, data and output")
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: expected sections such as student and teacher, got {_shown(tree)}")
+        origin_of = {key: f"{path}:{line}: " for key, line in line_of.items()}
+        for override in overrides:
+            changed = _apply(tree, override)
+            origin_of = {key: origin for key, origin in origin_of.items() if key[: len(changed)] != changed}
+            origin_of[changed] = f"override {override}: "
+
+        def where(key: Key) -> str:
+            """The file and line, or the override, that the value or else the section comes from."""
+            prefixes = (key[:length] for length in range(len(key), 0, -1))
+            return next((origin_of[prefix] for prefix in prefixes if prefix in origin_of), f"{path}: ")
+
+        return _validated(cls, tree, where)
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Config:
+        """The configuration that a nested dictionary describes; `to_dict` gives one back.
+
+        Raises ConfigError: one line per problem, naming its key.
+        """
+        if options:
+            raise TypeError(f"Config.model_validate takes a dictionary alone, got {sorted(options)}")
+        return _validated(cls, obj, lambda key: "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionary of JSON types with every value written out."""
+        return self.model_dump(mode="json")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if problems := list(_impossible(self)):
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def check_data(config: Config, *, has_completions: bool, has_verifier: bool) -> None:
+    """Nothing, where the loaded data has what the objectives and λ ask for.
+
+    Called with the data in hand and before a model is loaded.
+
+    Raises ConfigError: the first thing that is missing.
+    """
+    if config.rollout.on_policy < 1 and not has_completions:
+        raise ConfigError(
+            f"rollout.on_policy: at {config.rollout.on_policy:g} the data's completions are used, and there "
+            "are none: give the prompts completions, or set it to 1"
+        )
+    if "reward" in _active(config) and not has_verifier:
+        raise ConfigError("objective reward needs a task with a verifier: set data.task, or leave reward out")
+
+
+def describe() -> str:
+    """Every key with its type, default and meaning, one a line, for people."""
+    lines = []
+    for key, kind, default, meaning in _keys(Config):
+        if kind == "section":
+            lines.append(f"\n{key}: {meaning}")
+        else:
+            lines.append(f"  {key:<30} {kind}{default}  {meaning}")
+    return "\n".join(lines).strip() + "\n"
+
+
+# What cannot work together
+
+
+def _active(config: Config) -> set[str]:
+    """Names of the objectives that count."""
+    return {objective.name for objective in config.objectives if objective.weight > 0}
+
+
+def _impossible(config: Config) -> Iterator[str]:
+    data, rollout, active = config.data, config.rollout, _active(config)
+    if data.prompts is None and data.task is None:
+        yield "data: neither prompts nor task is given: name a JSONL file or a task"
+    if data.prompts is not None and data.task is not None:
+        yield "data: both prompts and task are given: keep one"
+    if data.heldout is not None and data.task is not None:
+        yield "data: a task makes its own held-out prompts (data.task.heldout): leave data.heldout out"
+    if not config.objectives:
+        yield "objectives: the list is empty: name at least one"
+    elif not active:
+        yield "objectives: every weight is 0: nothing would be learned"
+    if "reward" in active and data.task is None:
+        yield "objectives: reward needs a task with a verifier: set data.task, or leave reward out"
+    if "reward" in active and rollout.per_prompt == 1:
+        yield "rollout.per_prompt: reward compares completions of one prompt: it needs at least 2, got 1"
+    for name in sorted(active & POLICY_GRADIENTS):
+        if rollout.on_policy == 0:
+            yield f"rollout.on_policy: {name} needs completions that the student writes, got 0"
+        if rollout.temperature != 1:
+            yield (
+                f"rollout.temperature: {name} is a policy gradient of the distribution that is sampled, "
+                f"and the policy is the one at temperature 1: set it to 1, got {rollout.temperature:g}"
+            )
+        if rollout.top_p != 1:
+            yield (
+                f"rollout.top_p: {name} is a policy gradient of the distribution that is sampled, "
+                f"and the policy is the whole one: set it to 1, got {rollout.top_p:g}"
+            )
+    if "sft" in active and rollout.on_policy == 1:
+        yield "rollout.on_policy: sft learns the data's completions, and at 1 none is used: set it below 1"
+
+
+# Reading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the scalars of the 1.2 core schema, where a key given twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node, its keys text and each of them once."""
+        line_of: dict[str, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                problem = f"a key must be text, got {_shown(key)}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            if key in line_of:
+                problem = f"key {key!r} is given twice, first on line {line_of[key]}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            line_of[key] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+# In YAML 1.1, PyYAML's default, `precision: no` is false and `lr: 1e-5` is text.
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?[0-9]+[eE][-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", list("-+.")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _read(path: Path) -> str:
+    """Text of the file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _parse(text: str, source: str, numbered: bool = True) -> tuple[Any, dict[Key, int]]:
+    """The values in a YAML text, and the line, from 1, that each key stands on; so do errors, if numbered."""
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        return (None, {}) if root is None else (loader.construct_document(root), dict(_lines(root, (), ())))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark and numbered else ""
+        raise ConfigError(f"{source}{line}: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _lines(node: yaml.Node, key: Key, above: tuple[yaml.Node, ...]) -> Iterator[tuple[Key, int]]:
+    """Every key below a node with its line, from 1."""
+    if any(node is ancestor for ancestor in above):  # an alias of something that contains it
+        return
+    if isinstance(node, yaml.MappingNode):
+        children = [(name.value, name, value) for name, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(index, value, value) for index, value in enumerate(node.value)]
+    else:
+        return
+    for part, at, value in children:
+        yield (*key, part), at.start_mark.line + 1
+        yield from _lines(value, (*key, part), (*above, node))
+
+
+def _apply(tree: dict[str, Any], override: str) -> Key:
+    """The key that a `section.key=value` override has set in the tree."""
+    dotted, equals, text = override.partition("=")
+    parts = dotted.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override}: expected section.key=value")
+    value, _ = _parse(text, f"override {override}", numbered=False)
+    if parts[0] == "objectives" and len(parts) > 1:
+        tree.setdefault("objectives", [{"name": "reverse_kl"}])
+    place: Any = tree
+    key: Key = ()
+    for part in parts[:-1]:
+        step = _step(place, part, key, override)
+        if isinstance(place, dict) and place.get(step) is None:
+            place[step] = {}
+        place, key = place[step], (*key, step)
+    step = _step(place, parts[-1], key, override)
+    place[step] = value
+    return (*key, step)
+
+
+def _step(place: Any, part: str, key: Key, override: str) -> str | int:
+    """The key or index that `part` names in a place of the tree."""
+    if isinstance(place, dict):
+        return part
+    if isinstance(place, list):
+        if not part.isdecimal() or int(part) >= len(place):
+            raise ConfigError(
+                f"override {override}: {_dotted(key)} has no item {part}: its {len(place)} count from 0"
+            )
+        return int(part)
+    raise ConfigError(f"override {override}: {_dotted(key)} is {_shown(place)}, which has no keys")
+
+
+# Judging and saying what is wrong
+
+
+def _validated(cls: type[Config], tree: Any, where: Callable[[Key], str]) -> Config:
+    """The configuration in a tree, or a ConfigError with one line per problem."""
+    try:
+        config: Config = cls.__pydantic_validator__.validate_python(tree)
+    except ValidationError as error:
+        problems = [line for each in error.errors(include_url=False) for line in _problems(dict(each), where)]
+        raise ConfigError("\n".join(problems)) from error
+    return config
+
+
+def _problems(error: dict[str, Any], where: Callable[[Key], str]) -> Iterator[str]:
+    """The lines that tell a person about one validation error."""
+    key: Key = error["loc"]
+    context = error.get("ctx", {})
+    kind = error["type"]
+    if kind == "value_error":
+        for line in str(context["error"]).splitlines():
+            own_key = tuple(line.split(":")[0].split("."))  # at the root, each line starts with its key
+            yield f"{where(key)}{_dotted(key)}: {line}" if key else f"{where(own_key)}{line}"
+        return
+    got = _shown(error["input"])
+    limits = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
+    if kind == "missing":
+        text = "is missing"
+    elif kind == "extra_forbidden":
+        text = f"unknown key{_known_instead(key)}"
+    elif kind == "literal_error":
+        choices = [str(choice) for choice in typing.get_args(_annotation_at(key))]
+        text = f"expected {' | '.join(choices)}, got {got}{_closest(error['input'], choices)}"
+    elif kind in limits:
+        (limit,) = context.values()
+        text = f"must be {limits[kind]} {limit:g}, got {got}"
+    elif kind in ("too_short", "too_long"):
+        text = f"expected {context.get('max_length', context.get('min_length'))} values, got {got}"
+    elif kind == "string_pattern_mismatch":
+        text = f"expected auto, cpu, cuda, cuda:1, mps or xpu, got {got}"
+    elif kind == "string_too_short":
+        text = "must not be empty"
+    else:
+        text = f"expected {_EXPECTED.get(kind, error['msg'])}, got {got}"
+    yield f"{where(key)}{_dotted(key) or 'configuration'}: {text}"
+
+
+_EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "keys and values",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "model_type": "keys and values",
+    "recursion_loop": "a value that does not contain itself",
+    "string_type": "text",
+    "tuple_type": "a list",
+}
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(map(str, key))
+
+
+def _shown(value: Any) -> str:
+    """A value as a person wrote it, shortened; quotes show that it is text."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _closest(value: Any, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _known_instead(key: Key) -> str:
+    """What an unknown key was probably meant to be."""
+    here, name = list(_annotation_at(key[:-1]).model_fields), str(key[-1])
+    if close := _closest(name, here):
+        return close
+    elsewhere = [known for known, *_ in _keys(Config) if known.split(".")[-1] == name]
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(here)}"
+
+
+def _plain(annotation: Any) -> Any:
+    """The annotation without its constraints and without None."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _plain(typing.get_args(annotation)[0])
+    if origin in (types.UnionType, typing.Union):
+        return _plain(next(one for one in typing.get_args(annotation) if one is not type(None)))
+    return annotation
+
+
+def _annotation_at(key: Key) -> Any:
+    """The type of the value at a key of the schema."""
+    found: Any = Config
+    for part in key:
+        if isinstance(part, int):
+            found = _plain(typing.get_args(found)[0])
+        else:
+            found = _plain(found.model_fields[part].annotation)
+    return found
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every key of a section and of those below it."""
+    for name, field in section.model_fields.items():
+        plain = _plain(field.annotation)
+        listed = typing.get_origin(plain) is tuple and typing.get_args(plain)[-1] is ...
+        inner = _plain(typing.get_args(plain)[0]) if listed else plain
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            doc = (inner.__doc__ or "").strip()
+            yield f"{prefix}{name}", "section", "", doc
+            yield from _keys(inner, f"{prefix}{name}.{'0.' if listed else ''}")
+            continue
+        if typing.get_origin(plain) is Literal:
+            kind = " | ".join(map(str, typing.get_args(plain)))
+        else:
+            names = {int: "whole number", float: "number", bool: "true | false", str: "text"}
+            kind = names.get(plain, "keys and values" if typing.get_origin(plain) is dict else "list")
+        default = ", required" if field.is_required() else f" = {_shown(field.default)}"
+        yield f"{prefix}{name}", kind, default, field.description or ""
