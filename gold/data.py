@@ -1,0 +1,293 @@
+"""Prompts: read from JSON lines, split by content, put in an order that only seed and step decide."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gold.errors import ConfigError, DataError
+
+Message = dict[str, str]
+
+LINE_KEYS = ("prompt", "messages", "completion", "id", "reference")
+MESSAGE_KEYS = ("role", "content")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a completion continues: a plain text, or the messages of a conversation; exactly one of the two.
+
+    `key` is unique within its file and does not change when other lines come or go. `completion` is a given
+    answer, for training off-policy; `reference` is whatever the verifier needs.
+
+    Raises:
+        DataError: neither or both of `text` and `messages`, an empty one, an unknown role, text that UTF-8
+            cannot hold.
+    """
+
+    key: str
+    text: str | None = None
+    messages: tuple[Message, ...] | None = None
+    completion: str | None = None
+    reference: Any = None
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.messages is None):
+            raise DataError("a prompt needs exactly one of a text and messages")
+        if self.text is not None:
+            _check_text("prompt", self.text)
+        if self.messages is not None:
+            _check_messages(self.messages)
+        if self.completion is not None:
+            _check_text("completion", self.completion, blank_is_text=True)
+
+
+def did_you_mean(got: str, known: Iterable[str]) -> str:
+    """The end of a line on an unknown name: `, did you mean "seed"?`, or `, known are …` if none is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(got, names, n=1)
+    if near:
+        return f', did you mean "{near[0]}"?'
+    return f", known are {', '.join(names)}" if names else ""
+
+
+def content_hash(prompt: Prompt) -> str:
+    """The sha256 of what the models read of a prompt, in hexadecimal; its answers and key do not enter."""
+    content = prompt.text if prompt.messages is None else [[m["role"], m["content"]] for m in prompt.messages]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode("ascii")).hexdigest()
+
+
+def load_prompts(path: str | Path) -> list[Prompt]:
+    """The prompts of a JSON-lines file, in its order; blank lines are skipped.
+
+    Each line is an object with exactly one of `prompt` (a text) and `messages` (a list of {role, content}),
+    and optionally `completion`, `id` and `reference`. Without an `id` the key is a hash of the content,
+    numbered where the same content comes again.
+
+    Raises:
+        DataError: the file is missing, empty or not UTF-8, or a line is bad; such a message starts with
+            `file:line`.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the prompts, {error.strerror or error}") from error
+
+    prompts: list[Prompt] = []
+    line_of_key: dict[str, int] = {}
+    repeats: dict[str, int] = {}
+    # Split at b"\n" alone: str.splitlines would also cut at U+2028, which JSON strings may hold.
+    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not raw.strip():
+            continue
+        try:
+            prompt, has_id = _prompt_of_line(raw)
+            key = prompt.key
+            if not has_id:
+                repeats[key] = repeats.get(key, 0) + 1
+                if repeats[key] > 1:
+                    key = f"{key}-{repeats[key]}"
+                    prompt = Prompt(key, prompt.text, prompt.messages, prompt.completion, prompt.reference)
+            if key in line_of_key:
+                raise DataError(
+                    f'id "{key}" was already given on line {line_of_key[key]}; every id must be unique'
+                )
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from error
+        line_of_key[key] = number
+        prompts.append(prompt)
+    if not prompts:
+        raise DataError(
+            f'{path}: no prompts in it; expected one JSON object per line, such as {{"prompt": "…"}}'
+        )
+    return prompts
+
+
+def split_by_hash(prompts: Sequence[Prompt], heldout_share: float) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on and those held out, each in the given order.
+
+    A prompt is held out where the hash of its content, as a number in [0, 1), lies below `heldout_share`:
+    adding or removing prompts never moves another across, and equal contents are never on both sides.
+
+    Raises:
+        ConfigError: `heldout_share` is not in [0, 1).
+        DataError: a side that should have prompts has none.
+    """
+    if not 0.0 <= heldout_share < 1.0:
+        raise ConfigError(f"heldout_share is {heldout_share}; expected a number from 0 to below 1")
+    train: list[Prompt] = []
+    heldout: list[Prompt] = []
+    for prompt in prompts:
+        # 52 bits: an exact float, so that the comparison is the same everywhere.
+        place = int(content_hash(prompt)[:13], 16) / 2**52
+        (heldout if place < heldout_share else train).append(prompt)
+    if not train:
+        raise DataError(
+            f"none of the {len(prompts)} prompts is left to train on; add prompts or lower heldout_share"
+        )
+    if heldout_share > 0.0 and not heldout:
+        raise DataError(
+            f"none of the {len(prompts)} prompts is held out at a share of {heldout_share}; "
+            "add prompts, raise heldout_share, or give a held-out file of their own"
+        )
+    return train, heldout
+
+
+@dataclass(frozen=True)
+class PromptOrder:
+    """Which prompts each step reads: `count` prompts, shuffled anew for every epoch, epoch after epoch.
+
+    Nothing is remembered: `batch` depends on the seed and the step alone, so that a resumed run needs no
+    saved position.
+
+    Raises:
+        ConfigError: `count` is below 1 or `seed` below 0.
+    """
+
+    count: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(f"an order needs at least one prompt, got {self.count}")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; expected 0 or more")
+
+    def batch(self, step: int, size: int) -> list[int]:
+        """The indices of the `size` prompts of a step, steps counted from 0; a batch may straddle two epochs.
+
+        The same size must be given for every step of a run: step n starts at place n·size.
+        """
+        if step < 0 or size < 1:
+            raise ConfigError(
+                f"a batch needs a step of 0 or more and a size of 1 or more, got {step} and {size}"
+            )
+        places = range(step * size, (step + 1) * size)
+        return [int(_shuffled(self.count, self.seed, p // self.count)[p % self.count]) for p in places]
+
+
+@lru_cache(maxsize=4)
+def _shuffled(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    # Sorting raw Philox words, not Generator.permutation: of the two, NumPy promises to keep only the words.
+    words = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(count)
+    order: NDArray[np.int64] = np.argsort(words, kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+def _prompt_of_line(raw: bytes) -> tuple[Prompt, bool]:
+    """The prompt of one line, keyed by its content's hash if it gives no id, and whether it gives one."""
+    try:
+        line = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_repeated_keys)
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8, byte 0x{raw[error.start]:02x} at column {error.start + 1}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"not JSON, {error.msg} at column {error.colno}; expected one object per line"
+        ) from error
+    except RecursionError as error:
+        raise DataError("not usable JSON, it is nested too deeply") from error
+    if not isinstance(line, dict):
+        raise DataError(f'got {_kind(line)}; expected an object such as {{"prompt": "…"}}')
+    for name in line:
+        if name not in LINE_KEYS:
+            raise DataError(f'unknown key "{name}"{did_you_mean(name, LINE_KEYS)}')
+    given = [name for name in ("prompt", "messages") if line.get(name) is not None]
+    if len(given) != 1:
+        got = "both" if given else "neither"
+        raise DataError(f'got {got} of "prompt" and "messages"; expected exactly one of them')
+    for name in ("prompt", "completion"):
+        if not isinstance(line.get(name), str | None):
+            raise DataError(f'"{name}" is {_kind(line[name])}; expected a string')
+    key = line.get("id")
+    if isinstance(key, int) and not isinstance(key, bool):
+        key = str(key)
+    if not (key is None or (isinstance(key, str) and key)):
+        raise DataError(f'"id" is {_kind(key)}; expected a string or an integer, not empty')
+    messages = line.get("messages")
+    if messages is not None:
+        if not isinstance(messages, list):
+            raise DataError(
+                f'"messages" is {_kind(messages)}; expected a list of {{"role": …, "content": …}}'
+            )
+        messages = tuple(cast(list[Message], messages))
+    prompt = Prompt(key or "-", line.get("prompt"), messages, line.get("completion"), line.get("reference"))
+    if key is not None:
+        return prompt, True
+    return Prompt(
+        content_hash(prompt)[:16], prompt.text, messages, prompt.completion, prompt.reference
+    ), False
+
+
+def _check_text(name: str, text: object, blank_is_text: bool = False) -> None:
+    if not isinstance(text, str):
+        raise DataError(f'"{name}" is {_kind(text)}; expected a string')
+    if not text or not (blank_is_text or text.strip()):
+        raise DataError(f'"{name}" is empty; expected some text')
+    _check_encodable(name, text)
+
+
+def _check_encodable(name: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise DataError(
+            f'"{name}" holds half a surrogate pair, U+{code:04X} at character {error.start}'
+        ) from error
+
+
+def _check_messages(messages: Sequence[object]) -> None:
+    if not messages:
+        raise DataError('"messages" is empty; expected at least one message')
+    for place, message in enumerate(messages):
+        name = f"messages[{place}]"
+        if not isinstance(message, dict):
+            raise DataError(f'{name} is {_kind(message)}; expected {{"role": …, "content": …}}')
+        for key in message:
+            if key not in MESSAGE_KEYS:
+                raise DataError(f'unknown key "{key}" in {name}{did_you_mean(str(key), MESSAGE_KEYS)}')
+        for key in MESSAGE_KEYS:
+            if not isinstance(message.get(key), str):
+                raise DataError(f'"{key}" of {name} is {_kind(message.get(key))}; expected a string')
+        if message["role"] not in ROLES:
+            raise DataError(
+                f'unknown role "{message["role"]}" in {name}{did_you_mean(message["role"], ROLES)}'
+            )
+        _check_encodable(f"{name}.content", message["content"])
+    last = cast(Message, messages[-1])
+    if last["role"] == "assistant":
+        raise DataError(
+            'the last message is the assistant\'s; expected a turn to answer, give answers as "completion"'
+        )
+    if not last["content"].strip():
+        raise DataError("the last message is empty; expected some text to answer")
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    line = dict(pairs)
+    if len(line) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f'key "{twice}" is given twice in one object')
+    return line
+
+
+def _kind(value: object) -> str:
+    names = {
+        type(None): "null or missing",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+    }
+    return names.get(type(value), "a list" if isinstance(value, list | tuple) else "an object")
