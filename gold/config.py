@@ -231,7 +231,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     output: Text
-    """run folder"""
+    """run folder; must not exist, unless a run is resumed"""
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -303,7 +303,8 @@ def describe() -> str:
         if kind == "section":
             lines.append(f"\n{key}: {meaning}")
         else:
-            lines.append(f"  {key:<30} {kind}{default}  {meaning}")
+            margin = "  " if "." in key else "\n"
+            lines.append(f"{margin}{key + default:<42} {meaning} [{kind}]")
     return "\n".join(lines).strip() + "\n"
 
 
@@ -578,5 +579,5 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str
         else:
             names = {int: "whole number", float: "number", bool: "true | false", str: "text"}
             kind = names.get(plain, "keys and values" if typing.get_origin(plain) is dict else "list")
-        default = ", required" if field.is_required() else f" = {_shown(field.default)}"
+        default = " (required)" if field.is_required() else f" = {_shown(field.default)}"
         yield f"{prefix}{name}", kind, default, field.description or ""
