@@ -1,0 +1,252 @@
+"""Checkpoints that are whole or not there: written aside, listed in a manifest, renamed into place.
+
+checkpoints/step-000010/             whatever the writer wrote
+checkpoints/step-000010/manifest.json  name, size and sha256 of every file; written last
+checkpoints/.tmp-…                   a save or a removal under way, or what a kill left of one
+checkpoints/.old-step-000010/        a checkpoint about to be replaced by another of the same step
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gold.errors import CheckpointError, ConfigError, GoldError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_NAME = re.compile(r"(?P<old>\.old-)?step-(?P<step>\d{6,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: the step after which it was taken, and its folder."""
+
+    step: int
+    path: Path
+
+
+def save_checkpoint(folder: Path, step: int, writer: Callable[[Path], None], keep_last: int) -> Path:
+    """The folder `folder/step-…` that holds everything `writer` wrote into the empty folder it was given.
+
+    The files get into place by one rename, after they and their manifest have reached the disk: a process
+    killed at any moment leaves the earlier checkpoints as they were. Then all but the newest `keep_last` are
+    removed. One process saves at a time; what killed saves left behind is removed first.
+
+    Raises:
+        CheckpointError: the disk is full or fails; half-written files are gone, earlier checkpoints intact.
+        ConfigError: `step` is below 0 or `keep_last` below 1.
+    """
+    if step < 0 or keep_last < 1:
+        raise ConfigError(
+            f"a save needs a step of 0 or more and keep_last of 1 or more, got {step}, {keep_last}"
+        )
+    final = folder / f"step-{step:06d}"
+    partial = folder / f".tmp-{final.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        partial.mkdir()
+        writer(partial)
+        _seal(partial, step)
+        _put_in_place(partial, final)
+    except BaseException as error:
+        full = _is_full(folder, error)
+        shutil.rmtree(partial, ignore_errors=True)
+        if _is_write_failure(error):
+            what = f"the disk is full, {_one_line(error)}" if full else _one_line(error)
+            advice = "free some space and resume" if full else "resume once the cause is gone"
+            raise CheckpointError(
+                f"cannot save the checkpoint of step {step} in {folder}: {what}; "
+                f"earlier checkpoints are intact, {advice}"
+            ) from error
+        raise
+    _prune(folder, step, keep_last)
+    return final
+
+
+def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose files are all as its manifest says, and a note on each newer one.
+
+    None where there is no checkpoint at all. Nothing is changed on disk.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole.
+    """
+    notes: list[str] = []
+    for step, path in _checkpoints(folder):
+        fault = find_fault(path)
+        if fault is None:
+            return Checkpoint(step, path), notes
+        notes.append(f"skipped the checkpoint of step {step}, {path}: {fault}")
+    if notes:
+        raise CheckpointError(
+            f"no whole checkpoint in {folder}: {'; '.join(notes)}; start anew in another folder"
+        )
+    return None, notes
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, held against its manifest; None where nothing is."""
+    fault, files = _read_manifest(path)
+    if fault is None:
+        fault = _size_fault(path, files)
+    if fault is None:
+        for name, entry in files.items():
+            try:
+                if _sha256(path / name) != entry["sha256"]:
+                    return f"{name} does not have the content that the manifest lists"
+            except OSError as error:
+                return f"{name} cannot be read, {error.strerror or error}"
+    return fault
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """What killed saves had left in a checkpoint folder, now removed.
+
+    Only the process that saves may call it: to another, a save under way looks the same.
+    """
+    removed = []
+    for path in sorted(folder.glob(".tmp-*")):
+        shutil.rmtree(path)
+        removed.append(path)
+    for path in sorted(folder.glob(".old-step-*")):
+        final = folder / path.name.removeprefix(".old-")
+        if final.exists():
+            shutil.rmtree(path)
+            removed.append(path)
+        else:  # killed between the two renames of _put_in_place
+            path.rename(final)
+    return removed
+
+
+def _seal(folder: Path, step: int) -> None:
+    """Write the manifest, last of all files, and make everything reach the disk."""
+    files: dict[str, dict[str, int | str]] = {}
+    folders = [folder]
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            folders.append(path)
+            continue
+        _fsync(path)
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    with open(folder / MANIFEST, "x", encoding="utf-8") as stream:
+        json.dump(manifest, stream, indent=1)
+        stream.write("\n")
+    _fsync(folder / MANIFEST)
+    for path in reversed(folders):
+        _fsync(path)
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    old = final.with_name(f".old-{final.name}")
+    if final.exists():
+        # A folder cannot be renamed over a full one. Between the two renames the old one still counts.
+        final.rename(old)
+    partial.rename(final)
+    _fsync(final.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _prune(folder: Path, saved_step: int, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` whole checkpoints up to the one just saved.
+
+    Later steps than the one just saved are of a past that a resumed run went back behind, so they go too.
+    """
+    kept = 0
+    for step, path in _checkpoints(folder):
+        # Sizes alone: to read every byte again after each save would cost more than the save.
+        fault, files = _read_manifest(path)
+        if step <= saved_step and kept < keep_last and fault is None and _size_fault(path, files) is None:
+            kept += 1
+            continue
+        doomed = path.with_name(f".tmp-remove-{path.name}")
+        # Renamed first, so that a kill half-way leaves no checkpoint that looks truncated.
+        with contextlib.suppress(OSError):
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Every checkpoint folder, whole or not, the newest step first; of one step, the replacement first."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match and path.is_dir():
+                found.append((int(match["step"]), match["old"] is None, path))
+    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def _read_manifest(path: Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
+    """What is wrong with the manifest, if anything, and the files that it lists."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}", {}
+    except (OSError, ValueError) as error:
+        return f"its {MANIFEST} cannot be read, {_one_line(error)}", {}
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return f"its {MANIFEST} is not of format {FORMAT}", {}
+    files: Any = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"} for entry in files.values()
+    ):
+        return f"its {MANIFEST} does not list sizes and hashes", {}
+    return None, files
+
+
+def _size_fault(path: Path, files: dict[str, dict[str, Any]]) -> str | None:
+    for name, entry in files.items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if size != entry["bytes"]:
+            return f"{name} has {size} bytes, the manifest lists {entry['bytes']}"
+    return None
+
+
+def _is_write_failure(error: BaseException) -> bool:
+    """Whether a writer failed for the disk's sake; torch and safetensors do not raise OSError for that."""
+    if isinstance(error, GoldError):
+        return False
+    return isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"
+
+
+def _is_full(folder: Path, error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # torch says only "file write failed", so ask the disk itself, before the half-written files are removed.
+    with contextlib.suppress(OSError):
+        return "No space left" in str(error) or shutil.disk_usage(folder).free < 2**20
+    return False
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
