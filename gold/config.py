@@ -140,9 +140,10 @@ class ObjectiveConfig(_Section):
         if not isinstance(given, Mapping):
             return given
         resolved = dict(given)
-        if resolved.get("name") in DIVERGENCES and resolved.get("support") is None:
+        name = str(resolved.get("name"))
+        if name in DIVERGENCES and resolved.get("support") is None:
             resolved["support"] = "bytes"
-        if resolved.get("name") == "jsd" and resolved.get("beta") is None:
+        if name == "jsd" and resolved.get("beta") is None:
             resolved["beta"] = 0.5
         if resolved.get("support") == "shared" and resolved.get("rest") is None:
             resolved["rest"] = "bucket"
@@ -254,8 +255,9 @@ class Config(_Section):
 
         def where(key: Key) -> str:
             """The file and line, or the override, that the value or else the section comes from."""
-            prefixes = (key[:length] for length in range(len(key), 0, -1))
-            return next((origin_of[prefix] for prefix in prefixes if prefix in origin_of), f"{path}: ")
+            above = (key[:length] for length in range(len(key), 0, -1))
+            below = (known for known in origin_of if known[: len(key)] == key)  # an override made the section
+            return next((origin_of[known] for known in (*above, *below) if known in origin_of), f"{path}: ")
 
         return _validated(cls, tree, where)
 
@@ -449,9 +451,8 @@ def _step(place: Any, part: str, key: Key, override: str) -> str | int:
         return part
     if isinstance(place, list):
         if not part.isdecimal() or int(part) >= len(place):
-            raise ConfigError(
-                f"override {override}: {_dotted(key)} has no item {part}: its {len(place)} count from 0"
-            )
+            last = f"the last is {len(place) - 1}" if place else "the list is empty"
+            raise ConfigError(f"override {override}: there is no {_dotted((*key, part))}: {last}")
         return int(part)
     raise ConfigError(f"override {override}: {_dotted(key)} is {_shown(place)}, which has no keys")
 

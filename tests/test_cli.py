@@ -1,0 +1,203 @@
+"""The command line: what it hands on, what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+import gold
+from gold.cli import main
+from gold.errors import DataError
+
+RUN = {
+    "student": {"path": "s"},
+    "teacher": {"path": "t"},
+    "data": {"prompts": "p.jsonl"},
+    "output": "runs/one",
+}
+
+Call = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs `gold` with arguments and gives its exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["gold", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=ended.value.code or 0, out=printed.out, err=printed.err)
+
+    return run
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Puts a function in the place of one that a command hands on to, and gives the list of its calls."""
+
+    def replace(module: str, name: str, result: Any = None) -> list[Any]:
+        calls: list[Any] = []
+
+        def called(*arguments: object, **options: object) -> Any:
+            calls.append((arguments, options))
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        replaced = ModuleType(module)
+        setattr(replaced, name, called)
+        monkeypatch.setitem(sys.modules, module, replaced)
+        return calls
+
+    return replace
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(RUN), encoding="utf-8")
+    return path
+
+
+# What is handed on
+
+
+def test_train_hands_on_the_configuration(call: Call, stand_in: Any, saved: Path) -> None:
+    calls = stand_in("gold.train", "train")
+    assert call("train", saved, "train.steps=3", "optimizer.lr=1e-3", "--resume").code == 0
+    assert call("train", "--resume", saved).code == 0
+    assert call("train", saved).code == 0
+    (first, second, third) = calls
+    assert (first[0][0].train.steps, first[0][0].optimizer.lr) == (3, 1e-3)
+    assert [options for _, options in (first, second, third)] == [
+        {"resume": True},
+        {"resume": True},
+        {"resume": False},
+    ]
+
+
+def test_eval_hands_on_the_source_and_the_overrides(call: Call, stand_in: Any, saved: Path) -> None:
+    calls = stand_in("gold.evaluate", "evaluate_command")
+    assert call("eval", saved, "evaluate.prompts=2").code == 0
+    assert calls == [((saved, ["evaluate.prompts=2"]), {})]
+
+
+def test_plot_prints_the_pictures(call: Call, stand_in: Any, tmp_path: Path) -> None:
+    calls = stand_in("gold.plots", "plot_run", [tmp_path / "a.png", tmp_path / "b.png"])
+    done = call("plot", tmp_path)
+    assert (done.code, done.out) == (0, f"{tmp_path / 'a.png'}\n{tmp_path / 'b.png'}\n")
+    assert calls == [((tmp_path,), {})]
+
+
+def test_demo_hands_on_the_folder(call: Call, stand_in: Any, tmp_path: Path) -> None:
+    calls = stand_in("gold.demo.run", "main")
+    assert call("demo", "--out", tmp_path).code == 0
+    assert calls == [((tmp_path,), {})]
+
+
+# How it ends
+
+
+def test_an_error_is_one_line_and_exit_1(call: Call, stand_in: Any, saved: Path) -> None:
+    stand_in("gold.train", "train", DataError("p.jsonl:3: no prompt"))
+    done = call("train", saved)
+    assert (done.code, done.out, done.err) == (1, "", "error: p.jsonl:3: no prompt\n")
+
+
+def test_each_problem_of_a_configuration_is_one_line(call: Call, stand_in: Any, saved: Path) -> None:
+    calls = stand_in("gold.train", "train")
+    done = call("train", saved, "train.steps=0", "train.sead=1")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.splitlines() == [
+        "error: override train.steps=0: train.steps: must be >= 1, got 0",
+        "error: override train.sead=1: train.sead: unknown key; did you mean seed?",
+    ]
+    assert not calls
+
+
+def test_a_missing_file_is_one_line(call: Call, tmp_path: Path) -> None:
+    done = call("train", tmp_path / "no.yaml")
+    assert (done.code, done.err) == (
+        1,
+        f"error: {tmp_path / 'no.yaml'}: cannot be read: No such file or directory\n",
+    )
+
+
+def test_ctrl_c_is_exit_130(call: Call, stand_in: Any, saved: Path) -> None:
+    stand_in("gold.train", "train", KeyboardInterrupt())
+    done = call("train", saved)
+    assert (done.code, done.err) == (130, "interrupted\n")
+
+
+def test_an_error_that_gold_does_not_raise_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, stand_in: Any, saved: Path
+) -> None:
+    stand_in("gold.train", "train", ZeroDivisionError("a bug"))
+    monkeypatch.setattr(sys, "argv", ["gold", "train", str(saved)])
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        main()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("train",), ("trian", "x"), ("train", "x", "--resum"), ("plot",), ("demo", "extra")]
+)
+def test_wrong_usage_is_exit_2(call: Call, arguments: tuple[str, ...]) -> None:
+    done = call(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err
+
+
+# Help
+
+
+def test_help_names_every_command(call: Call) -> None:
+    done = call("--help")
+    assert done.code == 0
+    for command in ("align", "train", "eval", "plot", "demo"):
+        assert f" {command} " in done.out
+
+
+def test_the_help_of_train_describes_the_keys(call: Call) -> None:
+    done = call("train", "--help")
+    assert done.code == 0
+    assert "rollout.on_policy = 1.0" in done.out
+    assert "λ" in done.out
+
+
+def test_version(call: Call) -> None:
+    assert call("--version").out == f"gold {gold.__version__}\n"
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gold", "train", "no.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: no.yaml: cannot be read: No such file or directory\n",
+    )
+
+
+@pytest.mark.slow
+def test_help_is_quick() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "gold", "--help"], capture_output=True, check=True, timeout=60)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.5

@@ -1,0 +1,275 @@
+"""What may import what, read from the source, and what importing loads, seen in a fresh interpreter."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import gold
+
+ROOT = Path(gold.__file__).parent
+
+# Heavy or optional packages, and the only modules that may import them.
+HOME_OF = {
+    "accelerate": ("gold.train", "gold.evaluate"),
+    "gguf": ("gold.models",),
+    "matplotlib": ("gold.plots", "gold.demo"),
+    "pydantic": ("gold.config",),
+    "rapidfuzz": ("gold.align.repair",),
+    "reasoning_gym": ("gold.tasks",),
+    "rich": ("gold.cli", "gold.align.show", "gold.progress", "gold.evaluate", "gold.demo"),
+    "transformers": ("gold.models", "gold.rollout", "gold.demo"),  # models, generation, tiny models
+    "triton": ("gold.kernels.cuda",),
+    "typer": ("gold.cli",),
+}
+
+# Layers, and what they never import.
+FORBIDDEN_IN = {
+    "gold.align": ("torch", "transformers", "accelerate", "gold.kernels", "gold.models"),
+    "gold.kernels": ("transformers", "tokenizers", "accelerate", "gold.align", "gold.models"),
+    "gold.models": ("gold.align", "gold.kernels"),
+    "gold.data": ("torch", "transformers"),
+    "gold.tasks": ("torch", "transformers"),
+    "gold.run": ("gold.config",),
+    "gold.checkpoint": ("gold.config",),
+}
+
+# The only modules that see a configuration; they hand plain values on.
+SEE_CONFIG = ("gold", "gold.cli", "gold.train", "gold.evaluate", "gold.demo")
+
+# Needed only where the thing itself is needed, so never when a module is loaded.
+LAZY = ("rapidfuzz", "matplotlib", "reasoning_gym", "huggingface_hub")
+
+NAMELESS = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
+
+
+class Import(NamedTuple):
+    importer: str
+    imported: str
+    when: str  # "loaded", "called" or "checked" (TYPE_CHECKING)
+    line: int
+
+
+def below(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def modules() -> dict[str, Path]:
+    paths = sorted(ROOT.rglob("*.py"))
+    names = [".".join(("gold", *path.relative_to(ROOT).with_suffix("").parts)) for path in paths]
+    return {name.removesuffix(".__init__"): path for name, path in zip(names, paths, strict=True)}
+
+
+def imports_in(source: str, importer: str, package: bool = False) -> Iterator[Import]:
+    def visit(node: ast.AST, when: str) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            yield from (Import(importer, alias.name, when, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = importer.split(".")
+            above = parts[: len(parts) - node.level + package] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            yield Import(importer, origin, when, node.lineno)
+            yield from (Import(importer, f"{origin}.{alias.name}", when, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for child in node.body:
+                yield from visit(child, "checked")
+            for child in node.orelse:
+                yield from visit(child, when)
+        else:
+            function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            for child in ast.iter_child_nodes(node):
+                yield from visit(child, "called" if function and when == "loaded" else when)
+
+    yield from visit(ast.parse(source), "loaded")
+
+
+IMPORTS = [
+    one
+    for name, path in modules().items()
+    for one in imports_in(path.read_text(encoding="utf-8"), name, path.name == "__init__.py")
+]
+
+
+def told(found: list[Import]) -> str:
+    return "\n".join(f"{one.importer}:{one.line} imports {one.imported} when {one.when}" for one in found)
+
+
+# The reader of imports itself
+
+
+def test_imports_are_told_apart_by_when_they_run() -> None:
+    source = """
+from typing import TYPE_CHECKING
+import a.b
+if TYPE_CHECKING:
+    import c
+else:
+    import d
+def f():
+    from e import g
+class H:
+    from . import i
+    def j(self): import k
+"""
+    found = {(one.imported, one.when) for one in imports_in(source, "gold.x.y")}
+    assert found == {
+        ("typing", "loaded"),
+        ("typing.TYPE_CHECKING", "loaded"),
+        ("a.b", "loaded"),
+        ("c", "checked"),
+        ("d", "loaded"),
+        ("e", "called"),
+        ("e.g", "called"),
+        ("gold.x", "loaded"),
+        ("gold.x.i", "loaded"),
+        ("k", "called"),
+    }
+    assert {one.imported for one in imports_in("from .z import q", "gold.x", package=True)} == {
+        "gold.x.z",
+        "gold.x.z.q",
+    }
+
+
+# Layers
+
+
+@pytest.mark.parametrize("package", HOME_OF)
+def test_a_package_is_imported_only_at_home(package: str) -> None:
+    strangers = [
+        one
+        for one in IMPORTS
+        if below(one.imported, package)
+        and one.when != "checked"
+        and not any(below(one.importer, home) for home in HOME_OF[package])
+    ]
+    assert not strangers, told(strangers)
+
+
+@pytest.mark.parametrize("layer", FORBIDDEN_IN)
+def test_a_layer_does_not_reach_across(layer: str) -> None:
+    across = [
+        one
+        for one in IMPORTS
+        if below(one.importer, layer)
+        and one.when != "checked"
+        and any(below(one.imported, other) for other in FORBIDDEN_IN[layer])
+    ]
+    assert not across, told(across)
+
+
+def test_only_the_command_line_and_the_loops_see_a_configuration() -> None:
+    seen = [
+        one
+        for one in IMPORTS
+        if below(one.imported, "gold.config")
+        and one.importer != "gold.config"
+        and not any(
+            one.importer == known or (known != "gold" and below(one.importer, known)) for known in SEE_CONFIG
+        )
+    ]
+    assert not seen, told(seen)
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_what_is_rarely_needed_is_not_loaded_with_a_module(package: str) -> None:
+    eager = [one for one in IMPORTS if below(one.imported, package) and one.when == "loaded"]
+    assert not eager, told(eager)
+
+
+def test_modules_load_one_another_in_one_direction() -> None:
+    known = modules()
+    needs: dict[str, set[str]] = {name: set() for name in known}
+    for one in IMPORTS:
+        if one.when == "loaded" and one.imported in known and one.imported != one.importer:
+            needs[one.importer].add(one.imported)
+    # Python loads a package before its modules, so a module that names its package does not need it.
+    for name, path in known.items():
+        if path.name == "__init__.py":
+            for child in needs:
+                if below(child, name) and child != name:
+                    needs[child].discard(name)
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import one another: {' -> '.join(error.args[1])}")
+
+
+def test_modules_are_named_for_what_they_hold() -> None:
+    assert not {name for name in modules() if name.split(".")[-1] in NAMELESS}
+
+
+# Fresh interpreters
+
+
+def loaded_by(code: str) -> set[str]:
+    script = f"{code}\nimport sys; print(); print(' '.join(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT.parent,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_importing_gold_loads_nothing_heavy() -> None:
+    heavy = {
+        "torch",
+        "transformers",
+        "accelerate",
+        "numba",
+        "numpy",
+        "tokenizers",
+        "pydantic",
+        "yaml",
+        "typer",
+    }
+    assert not loaded_by("import gold") & heavy
+
+
+HELP = "import gold.cli, sys; sys.argv = ['gold', {}]\ntry: gold.cli.main()\nexcept SystemExit: pass"
+
+
+@pytest.mark.parametrize("asked", ["'--help'", "'--version'", "'train', '--help'", "'align', '--help'"])
+def test_asking_for_help_loads_nothing_heavy(asked: str) -> None:
+    heavy = {"torch", "transformers", "accelerate", "numba", "numpy", "tokenizers", "matplotlib"}
+    assert not loaded_by(HELP.format(asked)) & heavy
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if below(name, "gold.align")])
+def test_aligning_loads_no_model_library(module: str) -> None:
+    heavy = {"torch", "transformers", "accelerate", "rapidfuzz", "huggingface_hub"}
+    assert not loaded_by(f"import {module}") & heavy
+
+
+# Public names
+
+
+@pytest.mark.parametrize("name", sorted(set(gold.__all__) & set(gold._MODULE_OF)))
+def test_a_public_name_is_where_it_says(name: str) -> None:
+    module = gold._MODULE_OF[name]
+    if find_spec(module) is None:
+        pytest.skip(f"{module} is not there yet")
+    assert getattr(gold, name) is getattr(sys.modules[module], name)
+
+
+def test_no_public_name_hides_a_module() -> None:
+    assert not {f"gold.{name}" for name in gold.__all__} & modules().keys()
+    assert set(gold._MODULE_OF) < set(gold.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'gold' has no attribute 'distil'"):
+        gold.distil  # noqa: B018
+    assert set(gold.__all__) <= set(dir(gold))
