@@ -36,7 +36,7 @@ def content_step(path: Path) -> int:
     return step
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 3))
 def test_the_newest_is_found_and_only_the_last_are_kept(tmp_path_factory, gaps, keep_last):
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
@@ -49,7 +49,7 @@ def test_the_newest_is_found_and_only_the_last_are_kept(tmp_path_factory, gaps, 
     assert not list(folder.glob(".*"))
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_single_damage_is_seen_and_the_one_before_is_used(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("run")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gold.data import Prompt, PromptOrder, content_hash, load_prompts, split_by_hash
@@ -22,6 +22,7 @@ def written(tmp_path: Path, *lines: object) -> Path:
 # -- the order --
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(0, 2**40), st.integers(1, 50), st.integers(0, 30))
 def test_an_order_covers_each_prompt_once_per_epoch_whatever_the_batch(count, seed, size, first_step):
     order = PromptOrder(count, seed)
@@ -33,6 +34,7 @@ def test_an_order_covers_each_prompt_once_per_epoch_whatever_the_batch(count, se
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(0, 99), st.integers(1, 20), st.lists(st.integers(0, 50), max_size=5))
 def test_an_order_remembers_nothing(count, seed, size, detour):
     fresh = PromptOrder(count, seed).batch(7, size)
@@ -61,6 +63,7 @@ def test_an_order_refuses_what_cannot_be():
 # -- the split --
 
 
+@settings(deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=30), st.integers(0, 30))
 def test_adding_prompts_never_moves_another_across(texts, cut):
     def sides(some):
@@ -105,6 +108,7 @@ def test_a_side_without_prompts_is_an_error():
 # -- the file --
 
 
+@settings(deadline=None)
 @given(prompts=st.lists(TEXTS, min_size=1, max_size=8))
 def test_texts_come_back_as_written_and_keys_are_unique(tmp_path_factory, prompts):
     path = written(tmp_path_factory.mktemp("data"), *({"prompt": text} for text in prompts))

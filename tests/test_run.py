@@ -1,0 +1,338 @@
+"""The run folder: written line by line, taken back exactly, guarded against being overwritten."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gold import run as run_module
+from gold.errors import CheckpointError, ConfigError, DataError
+from gold.run import RunFolder, config_changes, refuse_model_folder
+
+CONFIG = {
+    "student": {"path": "a", "dtype": "float32"},
+    "objectives": [{"name": "reverse_kl", "support": "bytes"}],
+    "optimizer": {"lr": 1e-5, "betas": (0.9, 0.95)},
+    "train": {"steps": 10, "precision": "no"},
+    "output": "runs/a",
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    with RunFolder.create(tmp_path / "run", CONFIG) as folder:
+        yield folder
+
+
+def lines(run: RunFolder, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run.path / name).read_text("utf-8").splitlines()]
+
+
+# -- rewinding --
+
+RECORDS = st.lists(st.tuples(st.sampled_from(["train", "eval", "sample"]), st.integers(0, 8)), max_size=20)
+
+
+@settings(max_examples=40, deadline=None)
+@given(RECORDS, st.integers(0, 8), st.binary(max_size=20))
+def test_a_rewound_run_holds_exactly_the_lines_up_to_the_step(tmp_path_factory, records, step, half):
+    records = sorted(records, key=lambda record: record[1])
+    with RunFolder.create(tmp_path_factory.mktemp("a") / "run", CONFIG) as run:
+        for place, (kind, at) in enumerate(records):
+            run.append(kind, {"step": at, "place": place, "text": "ü\n\u2028"})
+        run.sync()
+    for name in ("metrics.jsonl", "samples.jsonl"):  # what a kill cuts short
+        with open(run.path / name, "ab") as stream:
+            stream.write(half.replace(b"\n", b""))
+    with RunFolder.open(run.path) as again:
+        again.rewind(step)
+        again.append("train", {"step": step + 1, "place": -1, "text": ""})
+        kept = [r for kind in ("train", "eval", "sample") for r in again.records(kind) if r["place"] >= 0]
+    expected = [(kind, at, place) for place, (kind, at) in enumerate(records) if at <= step]
+    assert sorted((r["place"], r["kind"], r["step"]) for r in kept) == [(p, k, s) for k, s, p in expected]
+    assert all(r["text"] == "ü\n\u2028" for r in kept)
+
+
+def test_rewinding_changes_no_byte_of_the_lines_that_stay(run):
+    for step in range(4):
+        run.append("train", {"step": step, "loss": 1 / 3 * step})
+    before = (run.path / "metrics.jsonl").read_bytes()
+    run.rewind(2)
+    assert (run.path / "metrics.jsonl").read_bytes() == b"".join(before.splitlines(True)[:3])
+
+
+def test_appending_after_a_half_line_is_refused(run):
+    run.append("train", {"step": 1})
+    run.close()
+    with open(run.path / "metrics.jsonl", "ab") as stream:
+        stream.write(b'{"kind": "tr')
+    with RunFolder.open(run.path) as again:
+        assert again.records("train") == [{"kind": "train", "step": 1}]
+        with pytest.raises(CheckpointError, match="ends in a half-written line"):
+            again.append("train", {"step": 2})
+        again.rewind(1)
+        again.append("train", {"step": 2})
+        assert [r["step"] for r in again.records("train")] == [1, 2]
+
+
+def test_a_broken_line_in_the_middle_is_named_not_dropped(run):
+    run.append("train", {"step": 1})
+    run.close()
+    with open(run.path / "metrics.jsonl", "ab") as stream:
+        stream.write(b'{"kind":\n{"kind": "train", "step": 2}\n')
+    with (
+        pytest.raises(CheckpointError, match=r"metrics\.jsonl:2: a broken line, "),
+        RunFolder.open(run.path) as again,
+    ):
+        again.rewind(1)
+    assert len((run.path / "metrics.jsonl").read_bytes().splitlines()) == 3
+
+
+# -- lines --
+
+
+def test_every_scalar_becomes_json(run):
+    torch = pytest.importorskip("torch")
+    record = {
+        "step": 3,
+        "nan": float("nan"),
+        "inf": float("-inf"),
+        "numpy": np.float32(0.5),
+        "array": np.arange(2),
+        "torch": torch.tensor(2),
+        "half": "\ud800",
+        "none": None,
+        "path": Path("a/b"),
+        "nested": {"x": (1, np.int64(2))},
+    }
+    run.append("train", record)
+    assert lines(run) == [
+        {
+            "kind": "train",
+            "step": 3,
+            "nan": None,
+            "inf": None,
+            "numpy": 0.5,
+            "array": [0, 1],
+            "torch": 2,
+            "half": "\N{REPLACEMENT CHARACTER}" * 3,
+            "none": None,
+            "path": "a/b",
+            "nested": {"x": [1, 2]},
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "message"),
+    [
+        ("trian", {"step": 1}, "unknown kind of record 'trian'; known are train, eval, sample"),
+        ("train", {}, "a record needs an integer step, got None"),
+        ("train", {"step": True}, "a record needs an integer step, got True"),
+        ("train", {"step": 1, "x": {1}}, "a record cannot hold a set"),
+    ],
+)
+def test_what_is_no_record_is_refused(run, kind, record, message):
+    with pytest.raises(DataError, match=message):
+        run.append(kind, record)
+
+
+def test_a_full_disk_leaves_no_half_line(run, monkeypatch):
+    run.append("train", {"step": 1})
+    whole = (run.path / "metrics.jsonl").read_bytes()
+    write, calls = os.write, []
+
+    def full(descriptor, data):
+        calls.append(1)
+        if len(calls) == 1:
+            return write(descriptor, data[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_module.os, "write", full)
+    with pytest.raises(
+        CheckpointError, match=r"metrics\.jsonl at step 2: No space left on device; free some space"
+    ):
+        run.append("train", {"step": 2})
+    assert (run.path / "metrics.jsonl").read_bytes() == whole
+
+
+# -- what may be a run folder --
+
+
+def test_a_new_run_holds_its_configuration_and_where_it_ran(run):
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert config == json.loads(json.dumps(CONFIG))
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["command"] == sys.argv
+    assert environment["started"].endswith("+00:00")
+    assert environment["devices"][0].startswith("cpu: ")
+    assert environment["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert set(environment["versions"]) >= {
+        "gold",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "numba",
+        "accelerate",
+    }
+    assert (run.checkpoints, run.plots) == (run.path / "checkpoints", run.path / "plots")
+
+
+def test_text_that_looks_like_a_number_stays_text_in_either_yaml(tmp_path):
+    with RunFolder.create(tmp_path / "run", {"output": "1e-5", "a": "no", "b": "010", "lr": 1e-5}) as run:
+        assert RunFolder.open(run.path).config == {"output": "1e-5", "a": "no", "b": "010", "lr": 1e-5}
+        assert "output: '1e-5'" in (run.path / "config.yaml").read_text()
+
+
+def test_an_existing_run_is_not_overwritten_unless_asked(run):
+    run.append("train", {"step": 1})
+    (run.path / "notes.txt").write_text("mine")
+    run.close()
+    with pytest.raises(
+        ConfigError, match=r"already holds a run; resume it \(--resume\) or give another folder"
+    ):
+        RunFolder.create(run.path, CONFIG)
+    with RunFolder.create(run.path, {"train": {"steps": 1}}, overwrite=True) as again:
+        assert again.records("train") == []
+        assert yaml.safe_load((run.path / "config.yaml").read_text()) == {"train": {"steps": 1}}
+    assert (run.path / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match=r"is not empty, it holds thesis\.tex; give a new or empty folder"):
+        RunFolder.create(tmp_path, CONFIG)
+    with pytest.raises(ConfigError, match=r"thesis\.tex is a file; give a folder"):
+        RunFolder.create(tmp_path / "thesis.tex", CONFIG)
+
+
+def test_what_a_kill_left_before_there_was_a_run_is_no_obstacle(tmp_path):
+    for name in ("environment.json", ".tmp-config.yaml", ".lock"):
+        (tmp_path / name).write_text("{")
+    RunFolder.create(tmp_path, CONFIG).close()
+    RunFolder.resume(tmp_path, CONFIG).close()
+
+
+@pytest.mark.parametrize("inside", ["", "runs", "runs/a"])
+def test_a_run_inside_a_model_folder_is_refused(tmp_path, inside, monkeypatch):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    refuse_model_folder(model / inside)  # a config.json alone is no model
+    (model / "model.safetensors").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"lies inside the model folder .*model; give a folder outside of it"
+    ):
+        RunFolder.create(Path("model") / inside, CONFIG, overwrite=True)
+    assert sorted(path.name for path in model.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_folder_that_is_no_run_cannot_be_opened(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no run, there is no config\.yaml"):
+        RunFolder.open(tmp_path)
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read: ") as caught:
+        RunFolder.open(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write the run folder .*: Not a directory"):
+        RunFolder.create(tmp_path / "file" / "run", CONFIG)
+
+
+# -- resuming --
+
+
+def test_a_resumption_is_noted_and_output_may_have_moved(run, tmp_path):
+    run.close()
+    moved = run.path.rename(tmp_path / "moved")
+    with RunFolder.resume(moved, CONFIG | {"output": "moved"}) as again:
+        assert again.notes == []
+    environment = json.loads((moved / "environment.json").read_text())
+    assert len(environment["resumed"]) == 1
+    environment["versions"]["torch"] = "1.0"
+    (moved / "environment.json").write_text(json.dumps(environment))
+    with RunFolder.resume(moved, CONFIG) as again:
+        (note,) = again.notes
+    assert note.startswith("started with torch 1.0, resumed with ")
+
+
+def test_a_changed_configuration_names_every_key_with_both_values(run):
+    run.close()
+    changed = json.loads(json.dumps(CONFIG))
+    changed["optimizer"]["lr"] = 2e-5
+    changed["objectives"][0]["support"] = "shared"
+    changed["objectives"].append({"name": "sft"})
+    changed["student"].pop("dtype")
+    with pytest.raises(ConfigError) as caught:
+        RunFolder.resume(run.path, changed)
+    assert str(caught.value) == (
+        f"{run.path} was started with another configuration: "
+        'student.dtype was "float32", is not set; objectives[0].support was "bytes", is "shared"; '
+        'optimizer.lr was 1e-05, is 2e-05; objectives[1].name was not set, is "sft"; '
+        "resume with the old values, or give a new output"
+    )
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from("abc"), JSON), st.dictionaries(st.sampled_from("abc"), JSON))
+def test_two_configurations_have_no_changes_exactly_where_they_are_equal(old, new):
+    assert (config_changes(old, new) == []) == (
+        json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
+    )
+
+
+# -- two processes --
+
+
+def test_a_second_process_is_refused_and_a_killed_one_is_not_in_the_way(run, tmp_path):
+    code = f"""
+import sys
+from gold.run import RunFolder
+run = RunFolder.open({str(tmp_path / "run")!r})
+print(len(run.records("train")))
+run.append("train", {{"step": 2}})
+print("written", flush=True)
+sys.stdin.read()
+"""
+    run.append("train", {"step": 1})
+    command = [sys.executable, "-c", code]
+    refused = subprocess.run(command, capture_output=True, text=True, input="")
+    assert refused.stdout == "1\n"
+    assert f"another process (process {os.getpid()} on " in refused.stderr.splitlines()[-1]
+
+    run.close()
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    assert [child.stdout.readline(), child.stdout.readline()] == ["1\n", "written\n"]
+    with pytest.raises(CheckpointError, match=f"another process \\(process {child.pid} on "):
+        RunFolder.resume(run.path, CONFIG)
+    child.kill()
+    child.wait()
+    child.stdin.close()
+    child.stdout.close()
+    with RunFolder.resume(run.path, CONFIG) as again:
+        assert len(again.records("train")) == 2
