@@ -1,0 +1,33 @@
+"""What a test needs beyond Python: it is skipped, with the reason, where that is absent."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# Times on a shared machine say nothing about a case; examples that failed are kept beside the checkout.
+settings.register_profile("gold", deadline=None, print_blob=True)
+settings.load_profile("gold")
+
+# Before any test imports tokenizers: its threads and those of xdist would warn of each other.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip `gpu` tests without a CUDA device, and `assets` tests without the assets that the mark names (or any)."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+    for mark in item.iter_markers("assets"):
+        from benchmarks.assets import assets_folder, listing
+
+        if not mark.args and not assets_folder().is_dir():
+            pytest.skip(f"no folder {assets_folder()}: make bench-assets")
+        states = {name.split("/")[-1]: state for name, state in listing()}
+        missing = [name for name in mark.args if states[name] != "there"]
+        if missing:
+            pytest.skip(f"not in {assets_folder()}: {', '.join(missing)}: make bench-assets")
