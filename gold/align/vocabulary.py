@@ -1,0 +1,410 @@
+"""The vocabulary of one tokenizer in bytes: what every id stands for, and where the tokens of a text end."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from gold.align.cuts import PreTokenCuts
+from gold.align.repair import compose, decode_replacing, stream_boundaries
+from gold.align.sources import open_source
+from gold.align.spelling import (
+    added_ids,
+    adds_prefix,
+    is_byte_piece,
+    missing_bytes,
+    read_family,
+    rewriter,
+    text_tokenizer,
+    token_spellings,
+)
+from gold.errors import VocabularyError
+
+Bool = npt.NDArray[np.bool_]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Spelling:
+    """The tokens of one text, laid on its bytes.
+
+    `ends[i]` is the byte of `data` after token i; it never decreases, and the last one is len(data). Token i
+    has the bytes data[starts[i]:ends[i]]; events have none. Where a token ends inside a stretch that the
+    tokenizer changed, its end is the last true boundary before, and the next token has the whole stretch.
+
+    `exact[i]`: the token's own bytes are data[starts[i]:ends[i]]. `repaired_bytes` of the text lie in tokens
+    that are not exact; a token whose only surplus is the space put before the text is not exact, but does not
+    count there.
+    """
+
+    ids: Int32
+    ends: Int64
+    data: bytes
+    exact: Bool
+    repaired_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def starts(self) -> Int64:
+        """The byte at which each token begins."""
+        starts = np.zeros_like(self.ends)
+        starts[1:] = self.ends[:-1]
+        return starts
+
+
+class Vocabulary:
+    """The bytes of every id of a tokenizer, the roles of its special tokens, and its tokenizer for plain text.
+
+    `offsets` (int64[size + 1]) and `blob` (uint8) hold the bytes of all ids one after the other. `event_V[id]`: special,
+    unknown or unused, of zero width. `stop_ids`, `bos_id`, `pad_id` and `unk_id` are roles. `family` is
+    "byte-level" or "byte-fallback". `fingerprint` is equal for vocabularies with equal bytes and events, in
+    every process.
+    """
+
+    size: int
+    offsets: Int64
+    blob: npt.NDArray[np.uint8]
+    event_V: Bool
+    stop_ids: tuple[int, ...]
+    bos_id: int | None
+    pad_id: int | None
+    unk_id: int | None
+    family: str
+    name: str
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop_ids: Iterable[int] = (),
+        bos_id: int | None = None,
+        pad_id: int | None = None,
+        name: str = "tokenizers.Tokenizer",
+    ) -> None:
+        """The vocabulary of a live tokenizer; `Vocabulary.load` finds the roles too.
+
+        Raises: VocabularyError if the family is not supported or a stop id is no special token.
+        """
+        self._tokenizer = tokenizer
+        self._family = read_family(tokenizer)
+        self.family, self.name = self._family.name, name
+        self.stop_ids, self.bos_id, self.pad_id = (
+            tuple(dict.fromkeys(int(i) for i in stop_ids)),
+            bos_id,
+            pad_id,
+        )
+        unk = self._family.unk_token
+        self.unk_id = None if unk is None else tokenizer.token_to_id(unk)
+        added = tokenizer.get_added_tokens_decoder()
+        for index in self.stop_ids:
+            if index not in added:
+                raise VocabularyError(
+                    f"stop id {index} of {name} is {tokenizer.id_to_token(index)!r}, which is no added token; "
+                    "a stop id must be one, because text must never give it"
+                )
+        roles = {*self.stop_ids, bos_id, pad_id}
+        self._events = {i for i, token in added.items() if token.special or i in roles}
+        if self.unk_id is not None:
+            self._events.add(self.unk_id)
+        spellings = token_spellings(tokenizer, self._family, self._events)
+        self.size = len(spellings)
+        self.offsets = np.zeros(self.size + 1, np.int64)
+        np.cumsum([len(spelling or b"") for spelling in spellings], out=self.offsets[1:])
+        self.blob = np.frombuffer(b"".join(spelling or b"" for spelling in spellings), np.uint8)
+        self.event_V = np.diff(self.offsets) == 0
+        self._lengths_V = np.diff(self.offsets)
+        self._text_tokenizers: dict[bool, tuple[Tokenizer, Int32 | None]] = {}
+        self._plain_ids: dict[int, Int32] = {}
+
+    @classmethod
+    def load(cls, source: Any, stop_ids: Iterable[int] | None = None) -> "Vocabulary":
+        """The vocabulary of a folder, a tokenizer.json, a Hub id, a tokenizers.Tokenizer or a Hugging Face tokenizer.
+
+        `stop_ids` are further ids that end a sequence, beside those that the source names: its EOS, the list
+        in generation_config.json, and the token with which its chat template ends a turn. A bare tokenizer
+        names none.
+
+        Raises: VocabularyError if there is no such tokenizer, or if its family is not supported.
+        """
+        found = open_source(source)
+        try:
+            return cls(
+                found.tokenizer,
+                stop_ids=[*found.stop_ids, *(stop_ids or ())],
+                bos_id=found.bos_id,
+                pad_id=found.pad_id,
+                name=found.name,
+            )
+        except VocabularyError as error:
+            raise VocabularyError(f"{found.name}: {error}") from None
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({self.name!r}, {self.family}, {self.size} ids, stops {list(self.stop_ids)})"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the bytes and events of all ids, in hexadecimal."""
+        digest = hashlib.sha256(b"gold vocabulary 1")
+        for array in (self.offsets.astype("<i8"), self.blob, self.event_V.astype(np.uint8)):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    @property
+    def dummy_prefix(self) -> bool:
+        """Whether a space is put before a text at the start of a sequence."""
+        return self._family.prefix is not None
+
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes of one id, none for an event.
+
+        Raises: VocabularyError for an id that the vocabulary does not have.
+        """
+        if not 0 <= index < self.size:
+            raise VocabularyError(f"id {index} is outside the {self.size} ids of {self.name}")
+        return self.blob[self.offsets[index] : self.offsets[index + 1]].tobytes()
+
+    @staticmethod
+    def text_of(data: bytes) -> str:
+        """The text that a tokenizer is given for these bytes: UTF-8, with U+FFFD where they are invalid."""
+        return data.decode("utf-8", "replace")
+
+    def encode(self, text: str | bytes, *, at_start: bool = True) -> Spelling:
+        """The tokens that the tokenizer gives a text, without BOS and EOS, laid on the given bytes.
+
+        Text that looks like a special token is text. Invalid UTF-8 is U+FFFD to the tokenizer. With
+        `at_start` false the text continues a sequence: no space is put before it where the family would
+        (Llama-2).
+
+        Raises: VocabularyError if the tokens do not spell the text and rapidfuzz, which is then needed, is
+        missing.
+        """
+        try:
+            data = text.encode() if isinstance(text, str) else text
+        except UnicodeEncodeError:
+            data = str(text).encode("utf-8", "surrogatepass")
+        given, replaced = decode_replacing(data)
+        ids = self._ids(given, at_start)
+        stream, stops = self._stream(ids)
+        if stream == data:
+            return Spelling(ids, stops, data, np.ones(len(ids), np.bool_), 0)
+        prefix = at_start and adds_prefix(self._family, given)
+        if prefix and len(stream) == len(data) + 1 and stream[1:] == data and stream[:1] == b" ":
+            return self._less_prefix(ids, stops, data)
+        back = stream_boundaries(stream, given, self._rewrite, self._missing_bytes, prefix)
+        if replaced is not None:
+            back = compose(back, replaced)
+        return _laid(ids, stops, stream, data, back, prefix)
+
+    def spell(
+        self, ids: Sequence[int] | npt.NDArray[Any], *, at_start: bool = True, rows: int = 0
+    ) -> Spelling:
+        """The text of any ids, canonical or not: the bytes that they stand for.
+
+        With `at_start` the space that the family puts before a text (Llama-2) is dropped from the first token
+        that has one. Ids up to `rows`, the rows of an output matrix that is larger than the vocabulary, are
+        events.
+
+        Raises: VocabularyError for an id below 0, or beyond both the vocabulary and `rows`.
+        """
+        given = np.asarray(ids, np.int64).reshape(-1)
+        outside = (given < 0) | (given >= max(self.size, rows))
+        if outside.any():
+            at = int(outside.argmax())
+            raise VocabularyError(
+                f"id {given[at]} at position {at} is outside the {max(self.size, rows)} ids of {self.name}"
+            )
+        kept = given.astype(np.int32)
+        stream, stops = self._stream(kept)
+        if at_start and self.dummy_prefix and stream[:1] == b" ":
+            return self._less_prefix(kept, stops, stream[1:])
+        return Spelling(kept, stops, stream, np.ones(len(kept), np.bool_), 0)
+
+    def hard_ends(self, spelling: Spelling) -> Bool:
+        """For each token of a text: whether the tokenizer cuts after it whatever text comes next.
+
+        The pre-tokenizer is asked with one continuation of every kind (letters, digits, spaces, marks,
+        symbols …). An end that any of them moves, or that lies inside a character, is not hard; nor is one
+        without a pre-tokenizer.
+        """
+        text, replaced = decode_replacing(spelling.data)
+        # byte_of[c]: the byte of the given data at which character c of the text begins.
+        widths = (
+            [len(character.encode()) for character in text] if not text.isascii() else np.ones(len(text), int)
+        )
+        byte_of = np.concatenate(([0], np.cumsum(widths, dtype=np.int64)))
+        if replaced is not None:
+            byte_of = replaced[byte_of]
+        at = np.searchsorted(byte_of, spelling.ends)
+        hard = self._cuts.hard(text, np.unique(at[byte_of[at] == spelling.ends]).tolist())
+        known = np.zeros(len(byte_of), np.bool_)
+        known[hard] = True
+        ends: Bool = known[at] & (byte_of[at] == spelling.ends)
+        return ends
+
+    def canonical_ids(self) -> Int32:
+        """For each id the one among those of equal bytes that text gives; events stand for themselves.
+
+        Of ids with equal bytes it is the one that the tokenizer itself gives these bytes, else the lowest
+        that is no byte-fallback piece, else the lowest.
+        """
+        canonical = np.arange(self.size, dtype=np.int32)
+        data, offsets = self.blob.tobytes(), self.offsets.tolist()
+        first: dict[bytes, int] = {}
+        doubles: dict[bytes, list[int]] = {}
+        for index in np.flatnonzero(~self.event_V).tolist():
+            spelling = data[offsets[index] : offsets[index + 1]]
+            if first.setdefault(spelling, index) != index:
+                doubles.setdefault(spelling, [first[spelling]]).append(index)
+        for spelling, group in doubles.items():
+            canonical[group] = self._own_id(spelling, group)
+        return canonical
+
+    def differences(self, other: "Vocabulary", limit: int = 5, texts: Iterable[str] = ()) -> list[str]:
+        """One line for each way in which two vocabularies differ: sizes, ids, roles, and ids given to sample texts.
+
+        At most `limit` ids (and as many texts) are shown, and then how many more there are. Empty if nothing
+        differs.
+        """
+        lines = [
+            f"{role}: {mine} here, {theirs} there"
+            for role, mine, theirs in (
+                ("size", self.size, other.size),
+                ("stop ids", sorted(self.stop_ids), sorted(other.stop_ids)),
+                ("BOS id", self.bos_id, other.bos_id),
+                ("pad id", self.pad_id, other.pad_id),
+            )
+            if mine != theirs
+        ]
+        shared = min(self.size, other.size)
+        suspects = np.arange(shared)
+        if self._lengths_V[:shared].tobytes() == other._lengths_V[:shared].tobytes():
+            length = int(self.offsets[shared])
+            differs = np.flatnonzero(self.blob[:length] != other.blob[:length])
+            suspects = np.unique(np.searchsorted(self.offsets, differs, "right") - 1)
+        ids = [i for i in suspects.tolist() if self.token_bytes(i) != other.token_bytes(i)]
+        lines += [
+            f"id {i}: {self.token_bytes(i)!r} here, {other.token_bytes(i)!r} there" for i in ids[:limit]
+        ]
+        if len(ids) > limit:
+            lines.append(f"and {len(ids) - limit} more ids")
+        cases = [(text, self.encode(text).ids.tolist(), other.encode(text).ids.tolist()) for text in texts]
+        texts_differ = [
+            f"text {text!r}: {mine} here, {theirs} there" for text, mine, theirs in cases if mine != theirs
+        ]
+        lines += texts_differ[:limit]
+        if len(texts_differ) > limit:
+            lines.append(f"and {len(texts_differ) - limit} more texts")
+        return lines
+
+    @cached_property
+    def _rewrite(self) -> Any:
+        return rewriter(self._family)
+
+    @cached_property
+    def _missing_bytes(self) -> bytes:
+        return missing_bytes(self._tokenizer, self._family)
+
+    @cached_property
+    def _cuts(self) -> PreTokenCuts:
+        tokenizer, _ = self._text_tokenizer(at_start=False)
+        added = tokenizer.get_added_tokens_decoder().values()
+        return PreTokenCuts(tokenizer.normalizer, tokenizer.pre_tokenizer, added)
+
+    def _text_tokenizer(self, at_start: bool) -> tuple[Tokenizer, Int32 | None]:
+        at_start = at_start or not self.dummy_prefix
+        if at_start not in self._text_tokenizers:
+            copy = text_tokenizer(self._tokenizer, self._family, self._events, at_start)
+            moved = added_ids(self._tokenizer, copy, self._events)
+            originals: Int32 | None = None
+            if moved:
+                originals = np.arange(max(self.size, *moved) + 1, dtype=np.int32)
+                originals[list(moved)] = list(moved.values())
+            self._text_tokenizers[at_start] = copy, originals
+        return self._text_tokenizers[at_start]
+
+    def _ids(self, text: str, at_start: bool) -> Int32:
+        tokenizer, originals = self._text_tokenizer(at_start)
+        ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        if originals is not None:
+            ids = originals[ids]
+        forged = self.event_V[ids]
+        if self.unk_id is not None:
+            forged &= ids != self.unk_id
+        if not forged.any():
+            return ids
+        # A model can merge text to a token that is special, if its merges allow that: give the characters'
+        # own tokens.
+        pieces = [
+            self._plain(index) if fake else [index] for index, fake in zip(ids.tolist(), forged, strict=True)
+        ]
+        return np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
+
+    def _plain(self, event: int) -> Int32:
+        if event not in self._plain_ids:
+            tokenizer, originals = self._text_tokenizer(at_start=False)
+            spelling = token_spellings(self._tokenizer, self._family, self._events - {event})[event] or b""
+            ids = [
+                tokenizer.encode(c, add_special_tokens=False).ids for c in spelling.decode("utf-8", "replace")
+            ]
+            flat = np.array([index for piece in ids for index in piece], np.int32)
+            flat = flat if originals is None else originals[flat]
+            self._plain_ids[event] = flat[~self.event_V[flat]]
+        return self._plain_ids[event]
+
+    def _stream(self, ids: Int32) -> tuple[bytes, Int64]:
+        """The bytes of ids one after the other, and where each of them ends; ids beyond the vocabulary have none."""
+        known = np.minimum(ids, self.size - 1)
+        lengths = np.where(ids < self.size, self._lengths_V[known], 0)
+        stops = np.cumsum(lengths)
+        if not len(stops) or not stops[-1]:
+            return b"", stops
+        index = np.arange(stops[-1]) + np.repeat(self.offsets[known] - (stops - lengths), lengths)
+        return self.blob[index].tobytes(), stops
+
+    def _less_prefix(self, ids: Int32, stops: Int64, data: bytes) -> Spelling:
+        """The spelling of tokens that have one space more than the text, at its start."""
+        exact = np.ones(len(ids), np.bool_)
+        exact[int((stops > 0).argmax())] = False
+        return Spelling(ids, np.maximum(stops - 1, 0), data, exact, 0)
+
+    def _own_id(self, spelling: bytes, group: list[int]) -> int:
+        try:
+            ids = self._ids(spelling.decode(), at_start=False).tolist()
+        except UnicodeDecodeError:
+            ids = []
+        if len(ids) == 1 and ids[0] in group:
+            return int(ids[0])
+        return min(group, key=lambda index: (is_byte_piece(self._tokenizer.id_to_token(index)), index))
+
+
+def _laid(ids: Int32, stops: Int64, stream: bytes, data: bytes, back: Int64, prefix: bool) -> Spelling:
+    """The spelling of tokens whose stream differs from the data, by the boundary map from the one to the other."""
+    ends = np.maximum.accumulate(np.maximum(back[stops], 0)) if len(ids) else stops
+    natural = ends.copy()
+    ends[-1:] = len(data)
+    starts = np.zeros_like(ends)
+    starts[1:] = ends[:-1]
+    # A byte of the stream has its partner in the data just before the boundary that follows it.
+    partner = back[1:] - 1
+    symbols, given = np.frombuffer(stream, np.uint8), np.frombuffer(data, np.uint8)
+    own = np.zeros(len(stream), np.bool_)
+    own[partner >= 0] = symbols[partner >= 0] == given[partner[partner >= 0]]
+    firsts = np.concatenate(([0], stops[:-1])) if len(ids) else stops
+    partnered = np.concatenate(([0], np.cumsum(own)))
+    width = stops - firsts
+    exact = (partnered[stops] - partnered[firsts] == width) & (ends - starts == width) & (ends == natural)
+    counted = exact.copy()
+    if prefix and len(stream) and back[1] == 0:
+        first = int((stops > 0).argmax())
+        own_bytes = int(partnered[stops[first]])
+        counted[first] = own_bytes == width[first] - 1 == ends[first]
+    repaired = len(data) - int((ends - starts)[counted].sum())
+    return Spelling(ids, ends, data, exact, repaired)
