@@ -1,0 +1,258 @@
+"""Sampled texts as both models see them, and the index arrays that a loss needs of a batch of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gold.align.chunks import align_tokens
+from gold.align.overlap import byte_equal_pairs
+from gold.align.paths import BytePlan, ByteTrie
+from gold.kernels.layout import ByteLayout
+from gold.kernels.linear import SharedEvents
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from gold.align.vocabulary import Spelling, Vocabulary
+
+
+@dataclass(frozen=True)
+class AlignedText:
+    """One completion: the student's ids as sampled, both sides' spellings of its bytes, and what is known of it.
+
+    ``ids`` holds the stop id last where the text ``stopped``; the spellings never do. ``advantage`` is the task reward
+    relative to its group. ``sampled`` is False for a completion that came from a data set.
+    """
+
+    ids: NDArray[np.int32]
+    student: Spelling
+    teacher: Spelling
+    stopped: bool
+    sampled: bool = True
+    advantage: float = 0.0
+
+
+@dataclass(frozen=True)
+class VocabularyPair:
+    """Two vocabularies and what follows from them alone: tries, byte-equal tokens, whether they are one and the same."""
+
+    student: Vocabulary
+    teacher: Vocabulary
+
+    @cached_property
+    def same(self) -> bool:
+        """Both sides spell every id alike and stop alike: the teacher can score the student's own ids."""
+        mine, theirs = self.student, self.teacher
+        return mine.fingerprint == theirs.fingerprint and set(mine.stop_ids) == set(theirs.stop_ids)
+
+    @cached_property
+    def student_trie(self) -> ByteTrie:
+        return ByteTrie.of(self.student)
+
+    @cached_property
+    def teacher_trie(self) -> ByteTrie:
+        return self.student_trie if self.same else ByteTrie.of(self.teacher)
+
+    @cached_property
+    def shared_ids(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Pairs of byte-equal text tokens, as two arrays of ids."""
+        return byte_equal_pairs(self.student, self.teacher)
+
+    def read(self, spelling: Spelling) -> Spelling:
+        """The teacher's own reading of a text that the student spelled; the same ids where the vocabularies are one."""
+        return spelling if self.same else self.teacher.encode(spelling.data)
+
+
+class AlignedBatch:
+    """A microbatch of texts and, on demand, the index arrays of each support, on the devices of the two models.
+
+    Rows are model states, all texts concatenated: a text of n tokens has rows 0 … n − 1, row k predicting token k, and
+    one more for the stop event if it stopped.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[AlignedText],
+        vocabularies: VocabularyPair,
+        device: torch.device,
+        teacher_device: torch.device | None = None,
+    ) -> None:
+        self.texts = tuple(texts)
+        self.vocabularies = vocabularies
+        self.device = device
+        self.teacher_device = teacher_device or device
+        self._alignments = [align_tokens(t.student, t.teacher) for t in self.texts]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all texts."""
+        return sum(len(t.student.data) for t in self.texts)
+
+    @property
+    def tokens(self) -> int:
+        """Student tokens of all texts, stop ids included."""
+        return sum(len(t.ids) for t in self.texts)
+
+    @cached_property
+    def row_starts(self) -> NDArray[np.int64]:
+        """First student row of each text, and the number of rows last."""
+        return _starts([t.student.ids.size + t.stopped for t in self.texts])
+
+    @cached_property
+    def teacher_row_starts(self) -> NDArray[np.int64]:
+        """First teacher row of each text, and the number of rows last."""
+        return _starts([t.teacher.ids.size + t.stopped for t in self.texts])
+
+    @cached_property
+    def row_text(self) -> Tensor:
+        """Text of each student row."""
+        return torch.from_numpy(np.repeat(np.arange(len(self.texts)), np.diff(self.row_starts))).to(self.device)
+
+    @cached_property
+    def target_S(self) -> Tensor:
+        """The sampled id of each student row, the stop id included."""
+        return _ids([t.ids for t in self.texts], self.device)
+
+    @cached_property
+    def target_T(self) -> Tensor:
+        """The teacher's token of each teacher row; −1 where the row predicts the stop event."""
+        stop = np.array([-1], np.int32)
+        parts = [np.concatenate((t.teacher.ids, stop)) if t.stopped else t.teacher.ids for t in self.texts]
+        return _ids(parts, self.teacher_device)
+
+    @cached_property
+    def stops_S(self) -> Tensor:
+        """The student's stop ids."""
+        return torch.tensor(self.vocabularies.student.stop_ids, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def stops_T(self) -> Tensor:
+        """The teacher's stop ids."""
+        return torch.tensor(self.vocabularies.teacher.stop_ids, dtype=torch.int64, device=self.teacher_device)
+
+    # bytes
+
+    @cached_property
+    def layout_S(self) -> ByteLayout:
+        """The student's byte layout."""
+        pair = self.vocabularies
+        plan = BytePlan.of(
+            pair.student_trie,
+            [t.student for t in self.texts],
+            [t.stopped for t in self.texts],
+            pair.student.dummy_prefix,
+        )
+        return ByteLayout.of(_columns(pair.student_trie), _columns(plan), pair.student.size, self.device)
+
+    @cached_property
+    def layout_T(self) -> ByteLayout:
+        """The teacher's byte layout."""
+        pair = self.vocabularies
+        plan = BytePlan.of(
+            pair.teacher_trie,
+            [t.teacher for t in self.texts],
+            [t.stopped for t in self.texts],
+            pair.teacher.dummy_prefix,
+        )
+        return ByteLayout.of(_columns(pair.teacher_trie), _columns(plan), pair.teacher.size, self.teacher_device)
+
+    @cached_property
+    def supervised_bytes(self) -> Tensor:
+        """Byte positions where both sides say what comes next, ascending."""
+        both = self.layout_S.supervised & self.layout_T.supervised.to(self.device)
+        return torch.nonzero(both)[:, 0]
+
+    # states
+
+    @cached_property
+    def synced_states(self) -> tuple[Tensor, Tensor]:
+        """Rows of both sides that have read the same bytes: the start of every chunk, and the end of a text that
+        stopped. Where both vocabularies are one: every row."""
+        mine: list[NDArray[np.int64]] = []
+        theirs: list[NDArray[np.int64]] = []
+        for b, (text, alignment) in enumerate(zip(self.texts, self._alignments, strict=True)):
+            starts_S, starts_T = alignment.chunks[:, 0], alignment.chunks[:, 2]
+            if self.vocabularies.same:
+                starts_S = starts_T = np.arange(text.student.ids.size)
+            if text.stopped:
+                starts_S = np.append(starts_S, text.student.ids.size)
+                starts_T = np.append(starts_T, text.teacher.ids.size)
+            mine.append(starts_S + self.row_starts[b])
+            theirs.append(starts_T + self.teacher_row_starts[b])
+        return _ids(mine, self.device), _ids(theirs, self.teacher_device)
+
+    @cached_property
+    def shared_events(self) -> SharedEvents:
+        """Byte-equal tokens and the stop event; where both vocabularies are one, every id."""
+        pair = self.vocabularies
+        if pair.same:
+            every = np.arange(pair.student.size)
+            none = torch.empty(0, dtype=torch.int64)
+            return SharedEvents(
+                _ids([every], self.device),
+                _ids([every], self.teacher_device),
+                none.to(self.device),
+                none.to(self.teacher_device),
+            )
+        ids_V, ids_W = pair.shared_ids
+        return SharedEvents(
+            _ids([ids_V], self.device), _ids([ids_W], self.teacher_device), self.stops_S, self.stops_T
+        )
+
+    # spans
+
+    @cached_property
+    def spans(self) -> tuple[Tensor, Tensor, int]:
+        """Span of each student row, of each teacher row (−1: in none), and the number of spans.
+
+        A span is a run of chunks up to the next edge where the teacher cuts whatever text comes next, so that its end
+        is known when the student reaches it; the stop event ends the last one. What follows the last such edge of a
+        text that did not stop is in no span. Where both vocabularies are one, every row is a span.
+        """
+        mine: list[NDArray[np.int64]] = []
+        theirs: list[NDArray[np.int64]] = []
+        spans = 0
+        for text, alignment in zip(self.texts, self._alignments, strict=True):
+            rows_S, rows_T = text.student.ids.size, text.teacher.ids.size
+            if self.vocabularies.same:
+                rows = np.arange(rows_S + text.stopped) + spans
+                mine.append(rows)
+                theirs.append(rows)
+                spans += rows.size
+                continue
+            hard = self.vocabularies.teacher.hard_ends(text.teacher)
+            last = alignment.chunks[:, 3] - 1
+            ends = (last >= 0) & hard[last] if len(last) else np.zeros(0, np.bool_)
+            span_C = np.cumsum(ends) - ends
+            closed = int(ends.sum())
+            span_C = np.where((span_C < closed) | text.stopped, span_C, -1)
+            span_S, span_T = span_C[alignment.chunk_S], span_C[alignment.chunk_T]
+            if text.stopped:
+                final = int(span_C[-1]) if span_C.size and not ends[-1] else closed
+                span_S, span_T = np.append(span_S, final), np.append(span_T, final)
+                closed = final + 1
+            mine.append(np.where(span_S >= 0, span_S + spans, -1))
+            theirs.append(np.where(span_T >= 0, span_T + spans, -1))
+            spans += closed
+            assert span_S.size == rows_S + text.stopped and span_T.size == rows_T + text.stopped
+        return _ids(mine, self.device), _ids(theirs, self.teacher_device), spans
+
+
+def _columns(arrays: object) -> dict[str, NDArray[np.generic]]:
+    return {f.name: getattr(arrays, f.name) for f in fields(arrays)}  # type: ignore[arg-type]
+
+
+def _starts(counts: list[int]) -> NDArray[np.int64]:
+    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+
+
+def _ids(parts: Sequence[NDArray[np.generic]], device: torch.device) -> Tensor:
+    joined = np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+    return torch.from_numpy(joined).to(device)

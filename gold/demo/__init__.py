@@ -1,0 +1,1 @@
+"""The embedded demonstration: two tiny models whose tokenizers differ, one task, every step offline."""

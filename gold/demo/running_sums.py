@@ -1,0 +1,74 @@
+"""The demonstration's task: running sums, which a program can check.
+
+A prompt is a number and some steps, `` 24 +7 -3 +8 =``; the answer every value on the way, `` 31 28 36``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from gold.data import Prompt
+from gold.errors import ConfigError
+
+HELDOUT_STREAM = 1
+
+
+@dataclass(frozen=True)
+class RunningSums:
+    """Running sums within 0 … ``highest``, with ``shortest`` to ``longest`` steps of at most ``largest`` each."""
+
+    highest: int = 60
+    shortest: int = 2
+    longest: int = 5
+    largest: int = 9
+
+    name = "running_sums"
+
+    def __post_init__(self) -> None:
+        if not (0 < self.largest <= self.highest and 1 <= self.shortest <= self.longest):
+            raise ConfigError(
+                f"running_sums: needs 0 < largest ≤ highest and 1 ≤ shortest ≤ longest, got largest {self.largest}, "
+                f"highest {self.highest}, shortest {self.shortest}, longest {self.longest}"
+            )
+
+    def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
+        """``count`` different prompts; no prompt is in both splits, whatever the seeds.
+
+        Raises:
+            ConfigError: an unknown split, or more prompts than there are.
+        """
+        if split not in ("train", "heldout"):
+            raise ConfigError(f"running_sums: unknown split {split!r}; choose train or heldout")
+        heldout = split == "heldout"
+        rng = np.random.default_rng((seed, HELDOUT_STREAM if heldout else 0))
+        made: dict[str, Prompt] = {}
+        tries = 0
+        while len(made) < count:
+            tries += 1
+            if tries > 100 * count + 1000:
+                raise ConfigError(f"running_sums: cannot make {count} different prompts; ask for fewer")
+            text, values = self._draw(rng)
+            # Which side a prompt is on follows from its own text: every eighth is held out.
+            if (zlib.crc32(text.encode()) % 8 == 0) is heldout:
+                answer = "".join(f" {v}" for v in values)
+                made.setdefault(text, Prompt(key=text.strip(), text=text, completion=answer, reference=answer))
+        return list(made.values())
+
+    def score(self, prompt: Prompt, completion: str) -> float:
+        """1 where every value is right and nothing else is written, else 0."""
+        return float(completion == prompt.reference)
+
+    def _draw(self, rng: np.random.Generator) -> tuple[str, list[int]]:
+        value = int(rng.integers(0, self.highest + 1))
+        text, values = f" {value}", []
+        for _ in range(int(rng.integers(self.shortest, self.longest + 1))):
+            step = 0
+            while step == 0 or not 0 <= value + step <= self.highest:
+                step = int(rng.integers(-self.largest, self.largest + 1))
+            value += step
+            values.append(value)
+            text += f" {step:+d}"
+        return f"{text} =", values

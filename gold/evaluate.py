@@ -1,0 +1,292 @@
+"""Measures that do not depend on a tokenizer: how far the student is from its teacher, and how well it does its task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gold.align.chunks import align_tokens
+from gold.align.vocabulary import Spelling
+from gold.aligned import AlignedText, VocabularyPair
+from gold.chat import prompt_ids, prompt_text
+from gold.data import Prompt
+from gold.kernels.linear import Rows, token_logp
+from gold.models import LanguageModel, rows_of
+from gold.reading import microbatches, read, student_states, teacher_rows
+from gold.rollout import Rollout, Sampling, completed, sample
+from gold.teachers.local import LocalTeacher
+from gold.teachers.protocol import Teacher
+
+
+class Verifier(Protocol):
+    """What scores a completion of a task."""
+
+    def score(self, prompt: Prompt, completion: str) -> float:
+        """0 to 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """How an evaluation is run: sampling at temperature 1, top-p 1, whatever training does."""
+
+    per_prompt: int = 1
+    max_new_tokens: int = 128
+    samples: int = 4
+    sequences_per_forward: int = 16
+    rollout_batch: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measures by name, and a few completions with their signal chunk by chunk."""
+
+    measures: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Both models' log-probabilities of one text, per student row and per teacher row, stop event last."""
+
+    rollout: Rollout
+    text: AlignedText
+    logp_S: NDArray[np.float64]
+    logp_T: NDArray[np.float64]
+    chunks: NDArray[np.int32]
+
+    @property
+    def gap_nats(self) -> float:
+        """Student's log-probability of the whole text less the teacher's."""
+        return float(self.logp_S.sum() - self.logp_T.sum())
+
+    @property
+    def bytes(self) -> int:
+        return len(self.rollout.spelling.data)
+
+
+def evaluate(
+    student: LanguageModel,
+    teacher: Teacher | None,
+    prompts: Sequence[Prompt],
+    *,
+    plan: EvaluationPlan = EvaluationPlan(),  # noqa: B008  (frozen)
+    verifier: Verifier | None = None,
+) -> Evaluation:
+    """The student on held-out prompts.
+
+    Measures, each present only where it can be taken:
+
+    - ``reverse_kl_per_byte`` (nats; needs a teacher): Σ (log π − log q) over student samples and their stop events,
+      over their bytes; ``_low`` and ``_high`` are a 95 % bootstrap interval over prompts.
+    - ``forward_kl_per_byte`` (nats; needs a local teacher): the same over teacher samples, signs swapped.
+    - ``bits_per_byte``: of the prompts' own completions under the student, else of the teacher's samples.
+    - ``accuracy`` with a 95 % Wilson interval (needs a verifier): share of greedy completions that score 1; ``score``
+      is the mean score of the samples at temperature 1.
+    - ``stop_rate``, ``stop_prob`` and ``teacher_stop_prob`` (both models' probability of stopping where samples did),
+      ``length_tokens``, ``length_bytes``, ``canonical_share`` (samples whose ids are the tokenizer's own for their
+      text), ``one_to_one_share`` (student tokens that are one chunk with one teacher token), ``repaired_share`` (bytes
+      that the teacher does not spell exactly).
+    """
+    prompts = list(prompts)
+    sampling = Sampling(max_new_tokens=plan.max_new_tokens)
+    repeated = [p for p in prompts for _ in range(plan.per_prompt)]
+    seeds = [(plan.seed, 2**31, n) for n in range(len(repeated))]
+    rollouts = sample(student, repeated, sampling, seeds=seeds, batch=plan.rollout_batch)
+    measures = _writing(student, rollouts)
+    samples = [
+        {"prompt": prompt_text(r.prompt), "completion": r.text, "stopped": r.stopped}
+        for r in rollouts[: plan.samples * plan.per_prompt : plan.per_prompt]
+    ]
+    if teacher is not None:
+        pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
+        scored = _score(student, teacher, pair, rollouts, plan)
+        measures |= _divergence("reverse_kl_per_byte", scored, len(prompts), plan.seed, sign=1.0)
+        measures |= _agreement(scored)
+        samples = [
+            {**shown, "chunks": _signal(s)}
+            for shown, s in zip(samples, scored[:: plan.per_prompt], strict=False)
+        ]
+        if isinstance(teacher, LocalTeacher):
+            theirs = sample(teacher.model, prompts, sampling, seeds=seeds, batch=plan.rollout_batch)
+            taught = [_as_student(r, student) for r in theirs]
+            scored = _score(student, teacher, pair, taught, plan, readings=[r.spelling for r in theirs])
+            measures |= _divergence("forward_kl_per_byte", scored, len(prompts), plan.seed, sign=-1.0)
+            measures |= _bits_per_byte([s.logp_S for s in scored], taught)
+    given = [completed(student, p, plan.max_new_tokens) for p in prompts if p.completion is not None]
+    if given:
+        measures |= _bits_per_byte(_student_logp(student, given, plan), given)
+    if verifier is not None:
+        scores = [verifier.score(r.prompt, r.text) if r.stopped else 0.0 for r in rollouts]
+        measures["score"] = float(np.mean(scores))
+        greedy = replace(sampling, temperature=0.0)
+        best = sample(student, prompts, greedy, seeds=seeds[: len(prompts)], batch=plan.rollout_batch)
+        right = sum(verifier.score(r.prompt, r.text) >= 1.0 for r in best if r.stopped)
+        low, high = wilson(right, len(prompts))
+        measures |= {"accuracy": right / len(prompts), "accuracy_low": low, "accuracy_high": high}
+    return Evaluation(measures, samples)
+
+
+def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a proportion that holds near 0 and 1 too.
+
+    Source: Wilson, Journal of the American Statistical Association 22 (1927), 209–212.
+    """
+    share = successes / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2)) / (1 + z * z / trials)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap_ratio(
+    numerator: NDArray[np.float64], denominator: NDArray[np.float64], seed: int, draws: int = 1000
+) -> tuple[float, float]:
+    """95 % percentile interval of ``Σ numerator / Σ denominator``, items resampled with replacement."""
+    chosen = np.random.default_rng(seed).integers(0, numerator.size, (draws, numerator.size))
+    ratios = numerator[chosen].sum(1) / np.maximum(denominator[chosen].sum(1), 1.0)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _writing(student: LanguageModel, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    canonical = [
+        np.array_equal(student.vocabulary.encode(r.spelling.data).ids, r.spelling.ids) for r in rollouts
+    ]
+    return {
+        "stop_rate": float(np.mean([r.stopped for r in rollouts])),
+        "length_tokens": float(np.mean([r.ids.size for r in rollouts])),
+        "length_bytes": float(np.mean([len(r.spelling.data) for r in rollouts])),
+        "canonical_share": float(np.mean(canonical)),
+    }
+
+
+def _divergence(
+    name: str, scored: Sequence[_Scored], prompts: int, seed: int, sign: float
+) -> dict[str, float]:
+    gaps = sign * np.array([s.gap_nats for s in scored]).reshape(prompts, -1).sum(1)
+    sizes = np.array([float(s.bytes) for s in scored]).reshape(prompts, -1).sum(1)
+    low, high = bootstrap_ratio(gaps, sizes, seed)
+    return {name: float(gaps.sum() / max(1.0, sizes.sum())), f"{name}_low": low, f"{name}_high": high}
+
+
+def _agreement(scored: Sequence[_Scored]) -> dict[str, float]:
+    single = sum(int(((np.diff(s.chunks[:, :2]) == 1) & (np.diff(s.chunks[:, 2:]) == 1)).sum()) for s in scored)
+    tokens = sum(s.text.student.ids.size for s in scored)
+    size = sum(s.bytes for s in scored)
+    stopped = [s for s in scored if s.text.stopped]
+    measures = {
+        "one_to_one_share": single / max(1, tokens),
+        "repaired_share": sum(s.text.teacher.repaired_bytes for s in scored) / max(1, size),
+    }
+    if stopped:
+        measures["stop_prob"] = float(np.mean([math.exp(s.logp_S[-1]) for s in stopped]))
+        measures["teacher_stop_prob"] = float(np.mean([math.exp(s.logp_T[-1]) for s in stopped]))
+    return measures
+
+
+def _bits_per_byte(logp: Sequence[NDArray[np.float64]], rollouts: Sequence[Rollout]) -> dict[str, float]:
+    nats = -sum(float(x.sum()) for x in logp)
+    size = sum(len(r.spelling.data) for r in rollouts)
+    return {"bits_per_byte": nats / max(1, size) / math.log(2)}
+
+
+def _as_student(rollout: Rollout, student: LanguageModel) -> Rollout:
+    """The teacher's sample as a completion that the student reads in its own tokens."""
+    given = replace(rollout.prompt, completion=rollout.spelling.data.decode("utf-8", "replace"))
+    spelling = student.vocabulary.encode(rollout.spelling.data)
+    ids = spelling.ids
+    if rollout.stopped:
+        ids = np.concatenate((ids, np.array(student.vocabulary.stop_ids[:1], np.int32)))
+    return Rollout(
+        given,
+        tuple(prompt_ids(student.tokenizer, rollout.prompt)),
+        ids,
+        np.zeros(ids.size, np.float32),
+        spelling,
+        rollout.stopped,
+        sampled=False,
+    )
+
+
+@torch.no_grad()
+def _score(
+    student: LanguageModel,
+    teacher: Teacher,
+    pair: VocabularyPair,
+    rollouts: Sequence[Rollout],
+    plan: EvaluationPlan,
+    readings: Sequence[Spelling] | None = None,
+) -> list[_Scored]:
+    """Both models' log-probabilities of each rollout; ``readings`` are the teacher's tokens where they are known."""
+    texts = [read(r, pair) for r in rollouts]
+    if readings is not None:
+        texts = [replace(t, teacher=r) for t, r in zip(texts, readings, strict=True)]
+    logp_S = _student_logp(student, rollouts, plan)
+    logp_T: list[NDArray[np.float64]] = []
+    for first in range(0, len(rollouts), plan.sequences_per_forward):
+        here = slice(first, first + plan.sequences_per_forward)
+        rows = teacher_rows(teacher, rollouts[here], texts[here])
+        for text, states in zip(texts[here], rows, strict=True):
+            logp_T.append(_event_logp(states, text.teacher.ids, text.stopped, teacher.vocabulary.stop_ids))
+    return [
+        _Scored(r, t, s, q, align_tokens(t.student, t.teacher).chunks)
+        for r, t, s, q in zip(rollouts, texts, logp_S, logp_T, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _student_logp(
+    student: LanguageModel, rollouts: Sequence[Rollout], plan: EvaluationPlan
+) -> list[NDArray[np.float64]]:
+    was_training = student.lm.training
+    student.lm.eval()
+    results: dict[int, NDArray[np.float64]] = {}
+    for chosen in microbatches(rollouts, plan.sequences_per_forward):
+        mine = [rollouts[i] for i in chosen]
+        whole = rows_of(student.lm, student_states(student, mine))
+        for i, hidden in zip(chosen, whole.hidden_ND.split([r.ids.size for r in mine]), strict=True):
+            rows = Rows(hidden, whole.head, whole.width)
+            stops = student.vocabulary.stop_ids
+            results[i] = _event_logp(rows, rollouts[i].spelling.ids, rollouts[i].stopped, stops)
+    student.lm.train(was_training)
+    return [results[i] for i in range(len(rollouts))]
+
+
+def _event_logp(
+    rows: Rows, ids: NDArray[np.int32], stopped: bool, stops: tuple[int, ...]
+) -> NDArray[np.float64]:
+    """Log-probability of each token of a text and, last, of its stop event, in nats."""
+    device = rows.hidden_ND.device
+    target = np.concatenate((ids, [-1])) if stopped else ids
+    log_target, log_stop = token_logp(
+        rows, torch.from_numpy(target.astype(np.int64)).to(device), torch.tensor(stops, device=device)
+    )
+    logp = log_target.double().cpu().numpy()
+    if stopped:
+        logp[-1] = float(log_stop[-1])
+    return logp
+
+
+def _signal(scored: _Scored) -> list[dict[str, Any]]:
+    """Each chunk's text and both sides' log-probability of it; the stop event last."""
+    data = scored.rollout.spelling.data
+    ends_S = np.concatenate(([0], scored.text.student.ends))
+    chunks = [
+        {
+            "text": data[ends_S[s0] : ends_S[s1]].decode("utf-8", "replace"),
+            "student": round(float(scored.logp_S[s0:s1].sum()), 4),
+            "teacher": round(float(scored.logp_T[t0:t1].sum()), 4),
+        }
+        for s0, s1, t0, t1 in scored.chunks.tolist()
+    ]
+    if scored.text.stopped:
+        stop = {"student": round(float(scored.logp_S[-1]), 4), "teacher": round(float(scored.logp_T[-1]), 4)}
+        chunks.append({"text": None, **stop})
+    return chunks

@@ -1,0 +1,151 @@
+"""A byte plan and its trie on one device, as the kernels read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+EVENTS = 258
+"""Columns of a byte table: the 256 bytes, the stop event, and the rest."""
+STOP_EVENT = 256
+REST_EVENT = 257
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Runs of a pool of ids that make up the masses of a block of rows; a mass may be made of two runs."""
+
+    pool: Tensor
+    low: Tensor
+    high: Tensor
+    mass: Tensor
+    row: Tensor
+    skips_target: Tensor
+    masses: int
+
+
+@dataclass(frozen=True)
+class ByteLayout:
+    """Index arrays of one side of a batch: which sets of tokens each row's probabilities are summed over, and which
+    event of which byte position each sum belongs to.
+
+    Built from the arrays of a vocabulary's byte trie (``order low high own first_child children outside stops size``)
+    and of a plan (``visit_ptr visit_node visit_starts visit_skips_target mass_ptr mass_row mass_position mass_event
+    target row_text position_row position_text supervised``), each documented where it is made.
+    """
+
+    trie: Mapping[str, NDArray[np.generic]]
+    plan: Mapping[str, NDArray[np.generic]]
+    size: int
+    device: torch.device
+    target: Tensor
+    stops: Tensor
+    mass_row: Tensor
+    mass_cell: Tensor
+    row_text: Tensor
+    position_row: Tensor
+    position_text: Tensor
+    supervised: Tensor
+    resolved: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Number of model states of the batch."""
+        return int(self.target.shape[0])
+
+    @property
+    def positions(self) -> int:
+        """Number of byte positions of the batch."""
+        return int(self.supervised.shape[0])
+
+    @classmethod
+    def of(
+        cls,
+        trie: Mapping[str, NDArray[np.generic]],
+        plan: Mapping[str, NDArray[np.generic]],
+        size: int,
+        device: torch.device,
+    ) -> ByteLayout:
+        """The layout of a plan on a device; ``size`` is the number of ids of the vocabulary."""
+
+        def tensor(array: NDArray[np.generic], dtype: torch.dtype) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
+
+        positions = plan["supervised"].size
+        cell = plan["mass_position"].astype(np.int64) * EVENTS + plan["mass_event"]
+        resolved = np.zeros(positions * EVENTS, np.bool_)
+        resolved[cell] = True
+        return cls(
+            trie=trie,
+            plan=plan,
+            size=size,
+            device=device,
+            target=tensor(plan["target"], torch.int64),
+            stops=tensor(trie["stops"], torch.int64),
+            mass_row=tensor(plan["mass_row"], torch.int64),
+            mass_cell=tensor(cell, torch.int64),
+            row_text=tensor(plan["row_text"], torch.int64),
+            position_row=tensor(plan["position_row"], torch.int64),
+            position_text=tensor(plan["position_text"], torch.int64),
+            supervised=tensor(plan["supervised"], torch.bool),
+            resolved=tensor(resolved.reshape(positions, EVENTS), torch.bool),
+        )
+
+    def mass_range(self, first_row: int, rows: int) -> tuple[int, int]:
+        """First and one past the last mass of a block of rows."""
+        visit_ptr, mass_ptr = self.plan["visit_ptr"], self.plan["mass_ptr"]
+        first, last = visit_ptr[first_row], visit_ptr[first_row + rows]
+        return int(mass_ptr[first]), int(mass_ptr[last])
+
+    def pieces(self, first_row: int, rows: int, width: int) -> Pieces:
+        """The runs of a block of rows over a pool of ids: text tokens in byte order, then all that is neither text nor
+        stop (the output matrix's ``width`` beyond the vocabulary's size included), then the stop ids."""
+        trie, plan = self.trie, self.plan
+        texts = trie["order"].size
+        outside = np.concatenate((trie["outside"], np.arange(self.size, width)))
+        pool = np.concatenate((trie["order"], outside, trie["stops"]))
+        first, last = int(plan["visit_ptr"][first_row]), int(plan["visit_ptr"][first_row + rows])
+        node = plan["visit_node"][first:last].astype(np.int64)
+        starts = plan["visit_starts"][first:last].astype(np.bool_)
+        skips = plan["visit_skips_target"][first:last].astype(np.bool_)
+        row = np.repeat(np.arange(rows), np.diff(plan["visit_ptr"][first_row : first_row + rows + 1]))
+        base = (plan["mass_ptr"][first:last] - plan["mass_ptr"][first]).astype(np.int64)
+        masses = int(plan["mass_ptr"][last] - plan["mass_ptr"][first])
+
+        children = trie["children"][node].astype(np.int64)
+        parent = np.repeat(np.arange(node.size), children)
+        nth = np.arange(parent.size) - np.repeat(np.cumsum(children) - children, children)
+        child = trie["first_child"][node[parent]] + nth
+        begun = np.flatnonzero(starts)
+        outside_low = np.full(begun.size, texts)
+        stop_low = outside_low + outside.size
+        columns = {
+            "low": (trie["low"][node], trie["low"][child], outside_low, stop_low),
+            "high": (trie["low"][node] + trie["own"][node], trie["high"][child], stop_low, stop_low + trie["stops"].size),
+            "mass": (base, base[parent] + 1 + nth, base[begun], base[begun] + 1 + children[begun]),
+            "row": (row, row[parent], row[begun], row[begun]),
+            "skips_target": (skips, np.zeros(parent.size), skips[begun], np.zeros(begun.size)),
+        }
+
+        def tensor(array: NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(array.astype(np.int64)).to(self.device)
+
+        joined = {name: tensor(np.concatenate(arrays)) for name, arrays in columns.items()}
+        return Pieces(
+            pool=tensor(pool),
+            low=joined["low"],
+            high=joined["high"],
+            mass=joined["mass"],
+            row=joined["row"],
+            skips_target=joined["skips_target"].bool(),
+            masses=masses,
+        )

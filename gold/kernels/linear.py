@@ -1,0 +1,186 @@
+"""From hidden states and an output matrix to log-probabilities and divergences, a block of rows at a time.
+
+A row of logits is as wide as a vocabulary; a batch of them is the largest tensor of a training step by far. Here logits
+exist for one block of rows only: the forward pass reduces a block to what the loss needs and drops it, the backward
+pass makes it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gold.kernels.layout import ByteLayout
+from gold.kernels.tables import byte_table
+
+BLOCK_BYTES = 64 * 2**20
+"""Logits of one block take at most this many bytes in float32, and a block holds at least one row."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Model states whose next-token logits can be computed on demand: ``head(hidden_ND[i:j])`` is [j − i, width]."""
+
+    hidden_ND: Tensor
+    head: Callable[[Tensor], Tensor]
+    width: int
+
+    @classmethod
+    def of_logits(cls, logits_NV: Tensor) -> Rows:
+        """States whose logits are given: for tests, and for models that hand out nothing else."""
+        return cls(logits_NV, _same, logits_NV.shape[1])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """The rows of several texts of one model, one text after the other."""
+        return cls(torch.cat([p.hidden_ND for p in parts]), parts[0].head, parts[0].width)
+
+    def __len__(self) -> int:
+        return int(self.hidden_ND.shape[0])
+
+    def select(self, index: Tensor) -> Rows:
+        """The rows ``index``, in that order."""
+        return Rows(self.hidden_ND[index], self.head, self.width)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows per block."""
+        return max(1, BLOCK_BYTES // (4 * self.width))
+
+
+def _same(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _remade(function: Callable[..., tuple[Tensor, ...]], *hidden: Tensor) -> tuple[Tensor, ...]:
+    """``function(*hidden)``, whose inner tensors are dropped and made again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return function(*hidden)
+    result: tuple[Tensor, ...] = checkpoint(function, *hidden, use_reentrant=False, preserve_rng_state=False)
+    return result
+
+
+def byte_tables(rows: Rows, layout: ByteLayout, backend: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
+    """Next-byte table of a batch, and what its rows say of the tokens themselves.
+
+    Returns:
+        table [positions, 258] (``tables.byte_table``), log_target_N, log_stop_N (``reference.byte_masses``), nats.
+    """
+    if len(rows) != layout.rows:
+        raise ValueError(f"{len(rows)} rows of states for a plan of {layout.rows}")
+    masses, targets, stops = [], [], []
+    for first in range(0, len(rows), rows.block_rows):
+
+        def reduce(hidden: Tensor, first: int = first) -> tuple[Tensor, ...]:
+            result: tuple[Tensor, ...] = backend.byte_masses(rows.head(hidden), layout, first)
+            return result
+
+        mass, target, stop = _remade(reduce, rows.hidden_ND[first : first + rows.block_rows])
+        masses.append(mass)
+        targets.append(target)
+        stops.append(stop)
+    empty = rows.hidden_ND.new_zeros(0, dtype=torch.float32)
+    mass = torch.cat(masses) if masses else empty
+    target = torch.cat(targets) if targets else empty
+    return byte_table(mass, target, layout), target, torch.cat(stops) if stops else empty
+
+
+def token_logp(rows: Rows, target_N: Tensor, stops: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each row's target token (0 where it is −1), and of the stop event, in nats: two [N]."""
+    targets, stopped = [], []
+    for first in range(0, len(rows), rows.block_rows):
+
+        def reduce(hidden: Tensor, first: int = first) -> tuple[Tensor, ...]:
+            logits = _widened(rows.head(hidden))
+            norm = torch.logsumexp(logits, dim=-1)
+            aim = target_N[first : first + logits.shape[0]]
+            picked = logits.gather(1, aim.clamp(min=0)[:, None])[:, 0] - norm
+            stop = torch.logsumexp(logits[:, stops], dim=-1) - norm if stops.numel() else norm - torch.inf
+            return torch.where(aim >= 0, picked, torch.zeros_like(picked)), stop
+
+        target, stop = _remade(reduce, rows.hidden_ND[first : first + rows.block_rows])
+        targets.append(target)
+        stopped.append(stop)
+    if not targets:
+        empty = rows.hidden_ND.new_zeros(0, dtype=torch.float32)
+        return empty, empty
+    return torch.cat(targets), torch.cat(stopped)
+
+
+@dataclass(frozen=True)
+class SharedEvents:
+    """Events that two vocabularies both have: token ``ids_V[p]`` of the student is token ``ids_W[p]`` of the teacher;
+    then the stop event; what is left on each side is one more event, or is left out."""
+
+    ids_V: Tensor
+    ids_W: Tensor
+    stops_V: Tensor
+    stops_W: Tensor
+
+
+def shared_divergence(
+    student: Rows,
+    teacher: Rows,
+    events: SharedEvents,
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    renormalise: bool,
+) -> tuple[Tensor, Tensor]:
+    """Divergence per pair of states (row n of both sides) on shared events, and the student's mass on them: two [N].
+
+    ``renormalise``: condition both sides on the shared events; else all unshared mass is one more event, the bucket.
+    """
+    kept = _Kept(events.ids_V, events.stops_V, student.width)
+    kept_teacher = _Kept(events.ids_W, events.stops_W, teacher.width)
+    values, masses = [], []
+    block = min(student.block_rows, teacher.block_rows)
+    for first in range(0, len(student), block):
+
+        def reduce(hidden_S: Tensor, hidden_T: Tensor) -> tuple[Tensor, ...]:
+            logp = kept.coarsen(student.head(hidden_S))
+            with torch.no_grad():
+                logq = kept_teacher.coarsen(teacher.head(hidden_T)).to(logp)
+            mass = torch.logsumexp(logp[:, :-1].detach(), dim=-1).exp()
+            if renormalise:
+                logp, logq = (torch.log_softmax(x[:, :-1], dim=-1) for x in (logp, logq))
+            return divergence(logp, logq), mass
+
+        value, mass = _remade(
+            reduce, student.hidden_ND[first : first + block], teacher.hidden_ND[first : first + block]
+        )
+        values.append(value)
+        masses.append(mass)
+    if not values:
+        empty = student.hidden_ND.new_zeros(0, dtype=torch.float32)
+        return empty, empty
+    return torch.cat(values), torch.cat(masses)
+
+
+class _Kept:
+    """Which columns of one side's logits are events of their own, which make up the stop event, which the bucket."""
+
+    def __init__(self, ids: Tensor, stops: Tensor, width: int) -> None:
+        self.ids, self.stops = ids, stops
+        left = torch.ones(width, dtype=torch.bool, device=ids.device)
+        left[ids] = False
+        left[stops] = False
+        self.left = torch.nonzero(left)[:, 0]
+
+    def coarsen(self, logits: Tensor) -> Tensor:
+        """Log-probabilities of the kept events, the stop event, and the bucket, last."""
+        logits = _widened(logits)
+        parts = [logits[:, self.ids]]
+        for columns in (self.stops, self.left):
+            if columns.numel():
+                parts.append(torch.logsumexp(logits[:, columns], dim=-1, keepdim=True))
+            else:
+                parts.append(logits.new_full((logits.shape[0], 1), -torch.inf))
+        return torch.cat(parts, dim=-1) - torch.logsumexp(logits, dim=-1, keepdim=True)
+
+
+def _widened(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,316 @@
+"""Causal language models from transformers: load, save, and their states along a text. The only importer of models."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from gold.align.vocabulary import Vocabulary
+from gold.errors import ModelError
+from gold.kernels.linear import Rows
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal model, its tokenizer, and the vocabulary read from that tokenizer, stop ids from all its sources."""
+
+    name: str
+    lm: Any
+    tokenizer: Any
+    vocabulary: Vocabulary
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = next(self.lm.parameters()).device
+        return device
+
+    @property
+    def context(self) -> int:
+        """Longest sequence in tokens that the model was built for."""
+        config = self.lm.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+    @property
+    def pad_id(self) -> int:
+        """An id to fill batches with; what it is never matters, since attention masks it."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else (self.vocabulary.stop_ids or (0,))[0])
+
+
+def load_model(
+    path: str | Path, *, gguf_file: str | None = None, dtype: str = "float32", device: str = "auto"
+) -> LanguageModel:
+    """A causal model and its tokenizer from a folder in Hugging Face format, a Hub id, or a GGUF file.
+
+    ``dtype``: ``auto`` keeps the checkpoint's; a model from a GGUF file is dequantised to it and saves like any other.
+    ``device``: ``auto`` is the GPU where there is one.
+
+    Raises:
+        ModelError: a folder that is missing or broken, weights that cannot be read, a model whose logits are not its
+            output matrix applied to its last hidden states.
+        VocabularyError: a tokenizer that cannot be spelled in bytes.
+    """
+    where = f"model {path}" + (f" (file {gguf_file})" if gguf_file else "")
+    folder = Path(path)
+    if folder.exists() or str(path).startswith((".", "/", "~")):
+        _check_folder(folder.expanduser(), gguf_file)
+    target = pick_device(device)
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **extra)
+    except Exception as error:
+        raise ModelError(f"{where}: its tokenizer could not be loaded: {_first_line(error)}") from error
+    vocabulary = Vocabulary.load(tokenizer)
+    if dtype not in DTYPES and dtype != "auto":
+        raise ModelError(f"{where}: unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if dtype == "auto" else DTYPES[dtype], **extra)
+    except Exception as error:
+        raise ModelError(f"{where}: could not be loaded: {_first_line(error)}") from error
+    if gguf_file:
+        forget_quantizer(lm)
+    lm = lm.to(target)
+    lm.eval()
+    return wrap_model(lm, tokenizer, name=str(path), vocabulary=vocabulary)
+
+
+def wrap_model(lm: Any, tokenizer: Any, *, name: str = "model", vocabulary: Vocabulary | None = None) -> LanguageModel:
+    """A ``LanguageModel`` of a model and tokenizer that are already in memory.
+
+    Raises:
+        ModelError: as for ``load_model``.
+    """
+    vocabulary = vocabulary or Vocabulary.load(tokenizer)
+    vocabulary = vocabulary.with_stop_ids(_stop_ids(lm, vocabulary))
+    if not vocabulary.stop_ids:
+        raise ModelError(f"model {name}: no stop id found in its tokenizer or generation settings; set an EOS token")
+    rows = output_width(lm)
+    if vocabulary.size > rows:
+        raise ModelError(
+            f"model {name}: its tokenizer has {vocabulary.size} ids, its output matrix {rows} rows; "
+            "the tokenizer does not belong to these weights, or the embeddings were never resized"
+        )
+    _check_head(lm, name)
+    return LanguageModel(name, lm, tokenizer, vocabulary)
+
+
+def save_model(model: LanguageModel, folder: Path) -> None:
+    """Writes weights, configuration and tokenizer in plain Hugging Face format, so that transformers alone loads it."""
+    model.lm.save_pretrained(folder, safe_serialization=True)
+    model.tokenizer.save_pretrained(folder)
+
+
+def load_weights(model: LanguageModel, folder: Path) -> None:
+    """Puts the weights saved in ``folder`` into the model that is in memory, bit for bit.
+
+    Raises:
+        ModelError: they cannot be read, or belong to another architecture.
+    """
+    own = next(model.lm.parameters())
+    try:
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=own.dtype)
+        model.lm.load_state_dict(saved.state_dict())
+    except Exception as error:
+        raise ModelError(f"model {folder}: its weights could not be loaded: {_first_line(error)}") from error
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is the GPU where there is one.
+
+    Raises:
+        ModelError: a device that this machine does not have.
+    """
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {name!r}; choose auto, cpu, or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {name!r}: torch sees no GPU on this machine; choose cpu or auto")
+    return device
+
+
+def forget_quantizer(lm: Any) -> None:
+    """Removes the marks that a GGUF load leaves on a dequantised model; with them it refuses to be saved."""
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(lm, name):
+            delattr(lm, name)
+    lm.is_quantized = False
+    if hasattr(lm.config, "quantization_config"):
+        del lm.config.quantization_config
+
+
+def output_width(lm: Any) -> int:
+    """Number of rows of the output matrix: ids that the tokenizer lacks included."""
+    return int(_plain(lm).get_output_embeddings().weight.shape[0])
+
+
+def backbone(lm: Any) -> nn.Module:
+    """The model below its output matrix."""
+    module: nn.Module = _plain(lm).base_model
+    return module
+
+
+def head(lm: Any) -> Callable[[Tensor], Tensor]:
+    """Hidden states to logits, exactly as the model itself makes them: output matrix, then its scale or soft cap."""
+    plain = _plain(lm)
+    matrix = plain.get_output_embeddings()
+    config = plain.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    multiply = getattr(config, "logit_scale", None)
+    divide = getattr(config, "logits_scaling", None)
+
+    def logits_of(hidden: Tensor) -> Tensor:
+        logits: Tensor = matrix(hidden)
+        if multiply:
+            logits = logits * multiply
+        if divide:
+            logits = logits / divide
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    return logits_of
+
+
+class StatesModule(nn.Module):
+    """A causal model whose forward pass hands its states at chosen places to a function and returns what that gives.
+
+    The loss is computed inside ``forward``, so that wrappers which shard or reduce parameters around it see every use
+    of the output matrix.
+    """
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, states: "PaddedStates", then: Callable[[Rows], Any]) -> Any:
+        """``then(rows)`` with the states of ``states``, text after text."""
+        return then(rows_of(self.lm, states))
+
+
+@dataclass(frozen=True)
+class PaddedStates:
+    """Right-padded sequences, and which of their positions are the states that predict the completions' tokens."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    sequence: Tensor
+    position: Tensor
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[Sequence[int]], completions: Sequence[NDArray[np.integer[Any]]], rows: Sequence[int],
+        pad_id: int, device: torch.device,
+    ) -> "PaddedStates":  # fmt: skip
+        """States ``0 … rows[b] − 1`` of each completion: state k has read the prompt and k tokens of the completion."""
+        whole = [np.concatenate((np.asarray(p, np.int64), c)) for p, c in zip(prompts, completions, strict=True)]
+        longest = max(w.size for w in whole)
+        ids = np.full((len(whole), longest), pad_id, np.int64)
+        mask = np.zeros((len(whole), longest), np.int64)
+        for b, w in enumerate(whole):
+            ids[b, : w.size] = w
+            mask[b, : w.size] = 1
+        sequence = np.repeat(np.arange(len(whole)), rows)
+        position = np.concatenate([len(p) - 1 + np.arange(r) for p, r in zip(prompts, rows, strict=True)])
+        return cls(*(torch.from_numpy(a).to(device) for a in (ids, mask, sequence, position)))
+
+
+def rows_of(lm: Any, states: PaddedStates) -> Rows:
+    """The model's states at the chosen places, as rows whose logits are computed on demand."""
+    output = backbone(lm)(input_ids=states.input_ids, attention_mask=states.attention_mask, use_cache=False)
+    return Rows(output.last_hidden_state[states.sequence, states.position], head(lm), output_width(lm))
+
+
+@contextlib.contextmanager
+def generation_settings(lm: Any, settings: GenerationConfig) -> Iterator[GenerationConfig]:
+    """For the duration, the model has no generation settings of its own: ``generate`` fills whatever a call leaves
+    unset from the checkpoint, top-k for one."""
+    own = lm.generation_config
+    lm.generation_config = GenerationConfig()
+    try:
+        yield settings
+    finally:
+        lm.generation_config = own
+
+
+def attention_kind(lm: Any) -> str:
+    """Name of the attention implementation in use, for a run's header."""
+    return str(getattr(lm.config, "_attn_implementation", "unknown"))
+
+
+def _plain(lm: Any) -> Any:
+    """The transformers model inside an adapter wrapper, or the model itself."""
+    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+
+
+def _stop_ids(lm: Any, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Stop ids of the vocabulary, and of the checkpoint's generation settings and configuration."""
+    found = list(vocabulary.stop_ids)
+    for config in (getattr(lm, "generation_config", None), lm.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        found += [ids] if isinstance(ids, int) else list(ids or ())
+    return tuple(dict.fromkeys(i for i in found if 0 <= i < vocabulary.size))
+
+
+def _check_folder(folder: Path, gguf_file: str | None) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"model {folder}: no such folder; give a folder in Hugging Face format or a Hub id")
+    if gguf_file:
+        if not (folder / gguf_file).is_file():
+            raise ModelError(f"model {folder}: no file {gguf_file} in it")
+        return
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"model {folder}: no config.json in it; is it a folder in Hugging Face format?")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"model {folder}: config.json is not valid JSON: {error}") from error
+
+
+@torch.no_grad()
+def _check_head(lm: Any, name: str) -> None:
+    """One pass over a few ids must give the same logits both ways; else the loss would train another model."""
+    if _plain(lm).get_output_embeddings() is None:
+        raise ModelError(f"model {name}: it has no output matrix; gold needs a causal language model")
+    was_training = lm.training
+    lm.eval()
+    ids = torch.arange(min(6, output_width(lm)), device=next(lm.parameters()).device)[None]
+    whole = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+    states = PaddedStates(ids, torch.ones_like(ids), torch.zeros_like(ids[0]), torch.arange(ids.shape[1]).to(ids))
+    parts = rows_of(lm, states)
+    apart = (parts.head(parts.hidden_ND).float() - whole[0]).abs().max()
+    lm.train(was_training)
+    if not apart <= 1e-2 * (1.0 + whole.abs().max()):
+        raise ModelError(
+            f"model {name}: its logits are not its output matrix applied to its last hidden states (they differ by "
+            f"{apart.item():.3g}); this architecture ({type(lm).__name__}) does something more after the matrix"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

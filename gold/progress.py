@@ -1,0 +1,148 @@
+"""What a person sees of a run while it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, TextIO
+
+SHOWN = (
+    ("reverse_kl_per_byte", "reverse KL/byte", "{:.4f}"),
+    ("forward_kl_per_byte", "forward KL/byte", "{:.4f}"),
+    ("bits_per_byte", "bits/byte", "{:.3f}"),
+    ("accuracy", "accuracy", "{:.1%}"),
+    ("stop_rate", "stopped", "{:.0%}"),
+    ("length_bytes", "bytes", "{:.1f}"),
+)
+
+
+class Progress(Protocol):
+    """Told of everything that happens in a run, as it happens."""
+
+    def running(
+        self, header: Mapping[str, str], steps: int, done: int
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Around the whole run."""
+        ...
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """After a step, with its metrics."""
+        ...
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """After an evaluation, with its measures."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something a person should know."""
+        ...
+
+
+class Quiet:
+    """Shows nothing but notes, on stderr."""
+
+    @contextlib.contextmanager
+    def running(self, header: Mapping[str, str], steps: int, done: int) -> Iterator[None]:
+        """See ``Progress.running``."""
+        yield
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """See ``Progress.step``."""
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """See ``Progress.evaluation``."""
+
+    def note(self, text: str) -> None:
+        """See ``Progress.note``."""
+        print(f"gold: {text}", file=sys.stderr)
+
+
+class Lines(Quiet):
+    """A header, a line now and then, a line per evaluation: for logs and pipes."""
+
+    def __init__(self, stream: TextIO | None = None, every: int = 10) -> None:
+        self.stream, self.every, self.steps = stream or sys.stdout, every, 0
+
+    @contextlib.contextmanager
+    def running(self, header: Mapping[str, str], steps: int, done: int) -> Iterator[None]:
+        """See ``Progress.running``."""
+        self.steps = steps
+        for name, value in header.items():
+            self._print(f"{name:>10}  {value}")
+        yield
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """See ``Progress.step``."""
+        if record["step"] % self.every == 0 or record["step"] == self.steps:
+            self._print(step_line(record, self.steps))
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """See ``Progress.evaluation``."""
+        self._print(evaluation_line(record))
+
+    def note(self, text: str) -> None:
+        """See ``Progress.note``."""
+        self._print(f"note: {text}")
+
+    def _print(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+
+class Live(Lines):
+    """A bar that moves on a terminal, evaluations above it."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        super().__init__()
+        self.console = Console(highlight=False)
+        self._bar: Any = None
+        self._task: Any = None
+
+    @contextlib.contextmanager
+    def running(self, header: Mapping[str, str], steps: int, done: int) -> Iterator[None]:
+        """See ``Progress.running``."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.steps = steps
+        for name, value in header.items():
+            self.console.print(f"[bold]{name:>10}[/]  {value}", markup=True)
+        columns = (BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=self.console, transient=True) as self._bar:
+            self._task = self._bar.add_task("", total=steps, completed=done)
+            yield
+        self._bar = None
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """See ``Progress.step``."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], description=step_summary(record))
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+
+def for_terminal() -> Progress:
+    """A moving bar where stdout is a terminal, plain lines elsewhere."""
+    return Live() if sys.stdout.isatty() else Lines()
+
+
+def step_summary(record: Mapping[str, Any]) -> str:
+    """The few numbers of a step that fit beside a bar."""
+    parts = [f"loss {record['loss']:.4f}", f"{record['length_bytes']:.0f} bytes"]
+    if "reward_mean" in record:
+        parts.append(f"reward {record['reward_mean']:.2f}")
+    parts += [f"{record['tokens_per_s']:.0f} tokens/s", f"{record['step_s']:.2f} s"]
+    return "  ".join(parts)
+
+
+def step_line(record: Mapping[str, Any], steps: int) -> str:
+    """A step in a line."""
+    return f"step {record['step']:>5}/{steps}  {step_summary(record)}"
+
+
+def evaluation_line(record: Mapping[str, Any]) -> str:
+    """An evaluation in a line."""
+    shown = [f"{label} {form.format(record[name])}" for name, label, form in SHOWN if name in record]
+    return f"held out, step {record['step']}:  " + "  ".join(shown)

@@ -1,0 +1,54 @@
+"""Rollouts, read by both models: from what the student wrote to microbatches of aligned texts and teacher states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
+from gold.kernels.linear import Rows
+from gold.models import LanguageModel, PaddedStates
+from gold.rollout import Rollout
+from gold.teachers.protocol import Teacher
+
+
+def read(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
+    """The rollout with the teacher's own reading of the same bytes."""
+    return AlignedText(
+        rollout.ids,
+        rollout.spelling,
+        vocabularies.read(rollout.spelling),
+        rollout.stopped,
+        rollout.sampled,
+        rollout.advantage,
+    )
+
+
+def microbatches(rollouts: Sequence[Rollout], size: int) -> list[list[int]]:
+    """Indices of the rollouts in groups of at most ``size``, texts of like length together, longest first."""
+    order = sorted(range(len(rollouts)), key=lambda i: (-len(rollouts[i].prompt_ids) - rollouts[i].ids.size, i))
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def aligned_batch(
+    texts: Sequence[AlignedText], vocabularies: VocabularyPair, student: torch.device, teacher: Teacher | None
+) -> AlignedBatch:
+    """A microbatch on the devices of both models."""
+    return AlignedBatch(texts, vocabularies, student, teacher.device if teacher else None)
+
+
+def student_states(model: LanguageModel, rollouts: Sequence[Rollout]) -> PaddedStates:
+    """The student's states over the rollouts' own ids: one per sampled id, the stop id included."""
+    return PaddedStates.of(
+        [r.prompt_ids for r in rollouts],
+        [r.spelling.ids for r in rollouts],
+        [r.ids.size for r in rollouts],
+        model.pad_id,
+        model.device,
+    )
+
+
+def teacher_rows(teacher: Teacher, rollouts: Sequence[Rollout], texts: Sequence[AlignedText]) -> list[Rows]:
+    """The teacher's states over each text, in its own tokens and template."""
+    return teacher.score([r.prompt for r in rollouts], [t.teacher for t in texts], [t.stopped for t in texts])

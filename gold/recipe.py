@@ -1,0 +1,60 @@
+"""What a training run does, as plain values: the part of a configuration that the training loop reads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from gold.rollout import Sampling
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss: an objective by name, its options, its weight."""
+
+    name: str
+    support: str | None = None
+    weight: float = 1.0
+    beta: float | None = None
+    rest: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a run computes, given the models and the prompts.
+
+    ``on_policy`` is λ: the share of sequences that the student writes; the others are the data's completions.
+    ``precision``: ``auto`` is bf16 on a GPU that has it, else none.
+    """
+
+    objectives: tuple[Term, ...] = (Term("reverse_kl"),)
+    sampling: Sampling = Sampling()
+    per_prompt: int = 4
+    on_policy: float = 1.0
+    rollout_batch: int = 32
+    steps: int = 100
+    prompts_per_step: int = 8
+    sequences_per_forward: int = 8
+    seed: int = 0
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup_steps: int = 10
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    final_lr_share: float = 0.1
+    clip_norm: float = 1.0
+    precision: Literal["auto", "no", "bf16"] = "auto"
+    gradient_checkpointing: bool = False
+    bad_steps_allowed: int = 3
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0: linear warm-up, then the schedule, to ``final_lr_share`` of ``lr`` at
+        the last step. A function of the step alone, so there is no schedule to save."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        done = (step - self.warmup_steps + 1) / max(1, self.steps - self.warmup_steps)
+        left = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.lr * (self.final_lr_share + (1.0 - self.final_lr_share) * left)

@@ -1,0 +1,6 @@
+"""Teachers: whatever can say how likely it finds a completion, token by token of its own."""
+
+from gold.teachers.local import LocalTeacher
+from gold.teachers.protocol import Teacher
+
+__all__ = ["LocalTeacher", "Teacher"]

@@ -1,0 +1,87 @@
+"""A teacher in this process: any causal model, frozen, with a dtype and device of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gold.align.vocabulary import Spelling, Vocabulary
+from gold.chat import prompt_ids
+from gold.data import Prompt
+from gold.errors import DataError
+from gold.kernels.linear import Rows
+from gold.losses import Need
+from gold.models import LanguageModel, PaddedStates, rows_of
+
+
+class LocalTeacher:
+    """A language model that grades completions.
+
+    ``batch_tokens`` bounds the padded tokens of one forward pass; texts of like length are scored together.
+    """
+
+    gives: Need = "rows"
+
+    def __init__(self, model: LanguageModel, *, batch_tokens: int = 16384) -> None:
+        self.model = model
+        self.batch_tokens = batch_tokens
+        model.lm.eval()
+        model.lm.requires_grad_(False)
+
+    @property
+    def name(self) -> str:
+        """Where the model came from."""
+        return self.model.name
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The model's vocabulary."""
+        return self.model.vocabulary
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return self.model.device
+
+    @torch.no_grad()
+    def score(
+        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
+    ) -> list[Rows]:
+        """See ``Teacher.score``.
+
+        Raises:
+            DataError: prompt and completion together do not fit the teacher's context.
+        """
+        encoded = [prompt_ids(self.model.tokenizer, prompt) for prompt in prompts]
+        lengths = [len(p) + s.ids.size for p, s in zip(encoded, spellings, strict=True)]
+        for prompt, ids, length in zip(prompts, encoded, lengths, strict=True):
+            if not ids:
+                raise DataError(f"prompt {prompt.key}: it is empty for teacher {self.name}")
+            if length > self.model.context:
+                raise DataError(
+                    f"prompt {prompt.key}: with its completion it takes {length} tokens of teacher {self.name}, whose "
+                    f"context is {self.model.context}; shorten the prompt or lower rollout.max_new_tokens"
+                )
+        results: dict[int, Rows] = {}
+        for chosen in batches_by_length(lengths, self.batch_tokens):
+            rows = [spellings[i].ids.size + bool(stopped[i]) for i in chosen]
+            states = PaddedStates.of(
+                [encoded[i] for i in chosen], [spellings[i].ids for i in chosen], rows, self.model.pad_id, self.device
+            )
+            whole = rows_of(self.model.lm, states)
+            for i, hidden in zip(chosen, whole.hidden_ND.split(rows), strict=True):
+                results[i] = Rows(hidden, whole.head, whole.width)
+        return [results[i] for i in range(len(prompts))]
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices grouped so that no group, padded to its longest, holds more than ``batch_tokens`` tokens (one always
+    fits); longest first."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups and (len(groups[-1]) + 1) * max(1, lengths[groups[-1][0]]) <= batch_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

@@ -1,0 +1,42 @@
+"""What a teacher is."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from gold.align.vocabulary import Spelling, Vocabulary
+from gold.data import Prompt
+from gold.kernels.linear import Rows
+from gold.losses import Need
+
+
+class Teacher(Protocol):
+    """Reads each prompt in its own template and grades completions in its own tokens."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a run's header."""
+        ...
+
+    @property
+    def gives(self) -> Need:
+        """The most it can give; an objective that needs more is refused before the run."""
+        ...
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Its own vocabulary."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its rows are."""
+        ...
+
+    def score(
+        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
+    ) -> list[Rows]:
+        """The teacher's states over each completion: one per token of ``spellings`` (in the teacher's tokens), and one
+        more for the stop event where the text ``stopped``; without gradient."""
+        ...

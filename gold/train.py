@@ -1,0 +1,280 @@
+"""A training run: the loop, evaluations, checkpoints and the run folder around it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+
+from gold.aligned import VocabularyPair
+from gold.checkpoint import save_checkpoint
+from gold.data import Prompt
+from gold.errors import CheckpointError, ConfigError, DataError, TrainingError
+from gold.evaluate import EvaluationPlan, Verifier, evaluate
+from gold.loop import Loop, terms_of
+from gold.models import LanguageModel, load_model, save_model
+from gold.progress import Progress, Quiet
+from gold.recipe import Recipe
+from gold.rollout import Sampling
+from gold.run import RunFolder
+from gold.teachers.local import LocalTeacher
+from gold.teachers.protocol import Teacher
+
+if TYPE_CHECKING:
+    from gold.config import Config
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where a run keeps what it makes, and how often it looks up from training."""
+
+    output: Path | None = None
+    resume: bool = False
+    evaluate_every: int = 50
+    checkpoint_every: int = 50
+    keep_last: int = 2
+
+
+@dataclass
+class Run:
+    """What came of a training run: the trained student, every step's metrics, every evaluation, the run folder."""
+
+    student: LanguageModel
+    folder: Path | None
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+
+def distill(
+    student: LanguageModel,
+    teacher: Teacher | LanguageModel | None,
+    prompts: Sequence[Prompt | str],
+    recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
+    *,
+    heldout: Sequence[Prompt | str] = (),
+    verifier: Verifier | None = None,
+    evaluation: EvaluationPlan | None = None,
+    saving: Saving = Saving(),  # noqa: B008  (frozen)
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Trains ``student`` in place on its own completions of ``prompts``, graded by ``teacher``; returns the run.
+
+    Each step draws prompts, lets the student complete them, has the teacher read the same bytes in its own tokens and
+    template, and takes one optimizer step on the recipe's objectives, each divided by the count of its unit in the whole
+    step over all processes. With ``saving.output`` the run is a folder that can be resumed; every random draw is a
+    function of the seed, the step and the sequence's number, so a resumed run repeats an uninterrupted one.
+
+    Args:
+        teacher: None where no objective needs one.
+        heldout: prompts of the evaluations before, during and after; none, no evaluation.
+        verifier: scores completions, for the ``reward`` objective and for accuracy.
+        settings: what ``config.yaml`` of the run folder holds; the recipe, where it is left out.
+
+    Raises:
+        ConfigError: objectives that the teacher, the data or the number of processes cannot serve.
+        DataError: no prompts, or one that does not fit.
+        TrainingError: too many steps in a row without a finite loss and gradient; a checkpoint is kept.
+        CheckpointError: a run folder that cannot be written or resumed.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+    """
+    progress = progress or Quiet()
+    prompts, heldout = _prompts(prompts), _prompts(heldout)
+    teacher = LocalTeacher(teacher) if isinstance(teacher, LanguageModel) else teacher
+    accelerator = Accelerator(
+        cpu=student.device.type == "cpu",
+        mixed_precision=_precision(recipe.precision, student.device),
+    )
+    evaluation = evaluation or EvaluationPlan(
+        max_new_tokens=recipe.sampling.max_new_tokens, rollout_batch=recipe.rollout_batch
+    )
+    pair = VocabularyPair(student.vocabulary, teacher.vocabulary if teacher else student.vocabulary)
+    terms = terms_of(recipe, teacher, pair)
+    _check(recipe, prompts, verifier, accelerator.num_processes)
+    loop = Loop(student, teacher, pair, prompts, recipe, terms, verifier, accelerator)
+    run = Run(student, saving.output)
+    with contextlib.ExitStack() as stack:
+        folder: RunFolder | None = None
+        if saving.output and accelerator.is_main_process:
+            settings = settings or {"recipe": asdict(recipe), "student": student.name, "teacher": _name(teacher)}
+            folder = stack.enter_context(_open_folder(saving, settings, progress))
+        accelerator.wait_for_everyone()
+        if saving.output and saving.resume:
+            loop.resume(saving.output / "checkpoints", folder, progress)
+        if folder:
+            run.steps, run.evaluations = folder.records("train"), folder.records("eval")
+        stack.enter_context(progress.running(loop.header(), recipe.steps, loop.step))
+        interrupt = stack.enter_context(_Interrupt())
+
+        def look() -> None:
+            """An evaluation after the current step, unless it is there already."""
+            if not heldout or any(e["step"] == loop.step for e in run.evaluations):
+                return
+            started = time.perf_counter()
+            result = loop.evaluate(heldout, evaluation)
+            record = {"step": loop.step, **result.measures, "evaluate_s": time.perf_counter() - started}
+            run.evaluations.append(record)
+            progress.evaluation(record)
+            if folder:
+                folder.append("eval", record)
+                for shown in result.samples:
+                    folder.append("sample", {"step": loop.step, **shown})
+
+        def keep() -> None:
+            """A checkpoint after the current step."""
+            if saving.output:
+                if folder:
+                    folder.sync()
+                    save_checkpoint(folder.checkpoints, loop.step, loop.write, saving.keep_last)
+                accelerator.wait_for_everyone()
+
+        look()
+        while loop.step < recipe.steps:
+            record = loop.advance()
+            run.steps.append(record)
+            progress.step(record)
+            if folder:
+                folder.append("train", record)
+            for warning in loop.warnings(record):
+                progress.note(warning)
+            last = loop.step == recipe.steps
+            if loop.step % saving.evaluate_every == 0 or last:
+                look()
+            stopping = interrupt.caught or loop.bad_steps > recipe.bad_steps_allowed
+            if loop.step % saving.checkpoint_every == 0 or last or stopping:
+                keep()
+            if interrupt.caught:
+                raise KeyboardInterrupt
+            if stopping:
+                raise TrainingError(
+                    f"step {loop.step}: {loop.bad_steps} steps in a row had a NaN or infinite loss or gradient and were "
+                    "not applied; lower optimizer.lr, or look at the last lines of metrics.jsonl"
+                    + (f"; the checkpoint of step {loop.step} is kept" if saving.output else "")
+                )
+        if folder:
+            _save_student(student, folder.path)
+        accelerator.wait_for_everyone()
+    return run
+
+
+class _Interrupt:
+    """Notes the first Ctrl-C, so that a step is finished and kept; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.caught = False
+        self._before: Any = None
+
+    def __enter__(self) -> _Interrupt:
+        # Only the main thread may set handlers; elsewhere Ctrl-C stays with whoever runs the thread.
+        with contextlib.suppress(ValueError):
+            self._before = signal.signal(signal.SIGINT, self._catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if self.caught:
+            raise KeyboardInterrupt
+        self.caught = True
+
+
+def train(config: Config, *, resume: bool = False, progress: Progress | None = None) -> Run:
+    """The run that a configuration describes: loads prompts and models, trains, evaluates, saves.
+
+    Raises:
+        GoldError: anything in the configuration, the data or the models that cannot work; see ``distill``.
+    """
+    from gold.setup import evaluation_of, load_data, load_student, load_teacher, recipe_of
+
+    data = load_data(config)
+    output = Path(config.output)
+    if output.exists() and not resume:
+        # The folder is made once the models are loaded; what can be refused at once is refused before.
+        RunFolder.refuse(output)
+    saving = Saving(
+        output, resume, config.evaluate.every, config.train.checkpoint_every, config.train.keep_last
+    )
+    return distill(
+        load_student(config, progress),
+        load_teacher(config, progress),
+        data.train,
+        recipe_of(config),
+        heldout=data.heldout,
+        verifier=data.verifier,
+        evaluation=evaluation_of(config),
+        saving=saving,
+        settings=config.to_dict(),
+        progress=progress,
+    )
+
+
+def _prompts(given: Sequence[Prompt | str]) -> list[Prompt]:
+    """Plain strings as prompts, numbered."""
+    return [Prompt(key=str(n), text=p) if isinstance(p, str) else p for n, p in enumerate(given)]
+
+
+def _check(
+    recipe: Recipe, prompts: Sequence[Prompt], verifier: Verifier | None, processes: int
+) -> None:
+    """Nothing, where the data can serve the recipe."""
+    if not prompts:
+        raise DataError("no prompts to train on; give at least one")
+    if recipe.prompts_per_step < processes:
+        raise ConfigError(
+            f"train.prompts_per_step is {recipe.prompts_per_step} for {processes} processes; each needs at least one"
+        )
+    if recipe.on_policy < 1.0 and (lacking := [p.key for p in prompts if p.completion is None]):
+        raise DataError(
+            f"prompt {lacking[0]} (one of {len(lacking)}) has no completion, and rollout.on_policy is "
+            f"{recipe.on_policy:g}; give every prompt one, or set it to 1"
+        )
+    if verifier is None and any(t.name == "reward" and t.weight for t in recipe.objectives):
+        raise ConfigError("objective reward needs a verifier; train on a task, or leave the objective out")
+
+
+def _name(teacher: Teacher | None) -> str | None:
+    return teacher.name if teacher else None
+
+
+def _precision(wanted: str, device: torch.device) -> str:
+    if wanted != "auto":
+        return wanted
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
+
+
+def _open_folder(saving: Saving, settings: Mapping[str, Any], progress: Progress) -> RunFolder:
+    assert saving.output is not None
+    if not saving.resume:
+        return RunFolder.create(saving.output, settings)
+    folder = RunFolder.resume(saving.output, settings)
+    for note in folder.notes:
+        progress.note(note)
+    return folder
+
+
+def _save_student(student: LanguageModel, folder: Path) -> None:
+    """The student in ``folder/student``, whole or not there."""
+    final, partial = folder / "student", folder / ".tmp-student"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_model(student, partial)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot save the student in {final}: {error.strerror or error}; the last checkpoint holds it, "
+            "free some space and resume"
+        ) from error
