@@ -19,7 +19,7 @@ ROOT = Path(gold.__file__).parent
 
 # Heavy or optional packages, and the only modules that may import them.
 HOME_OF = {
-    "accelerate": ("gold.train", "gold.evaluate"),
+    "accelerate": ("gold.loop", "gold.train", "gold.evaluate"),
     "gguf": ("gold.models",),
     "matplotlib": ("gold.plots", "gold.demo"),
     "pydantic": ("gold.config",),
@@ -35,7 +35,20 @@ HOME_OF = {
 FORBIDDEN_IN = {
     "gold.align": ("torch", "transformers", "accelerate", "gold.kernels", "gold.models"),
     "gold.kernels": ("transformers", "tokenizers", "accelerate", "gold.align", "gold.models"),
-    "gold.models": ("gold.align", "gold.kernels"),
+    # A model knows the bytes of its ids and the rows that it hands on, nothing of cuts or of arithmetic on rows.
+    "gold.models": (
+        "gold.align.chunks",
+        "gold.align.overlap",
+        "gold.align.paths",
+        "gold.kernels.cpu",
+        "gold.kernels.cuda",
+        "gold.kernels.reference",
+        "gold.losses",
+        "gold.rollout",
+        "gold.teachers",
+    ),
+    "gold.losses": ("gold.align", "gold.models", "transformers", "tokenizers"),
+    "gold.rollout": ("gold.kernels", "gold.losses", "gold.teachers"),
     "gold.data": ("torch", "transformers"),
     "gold.tasks": ("torch", "transformers"),
     "gold.run": ("gold.config",),
@@ -43,7 +56,7 @@ FORBIDDEN_IN = {
 }
 
 # The only modules that see a configuration; they hand plain values on.
-SEE_CONFIG = ("gold", "gold.cli", "gold.train", "gold.evaluate", "gold.demo")
+SEE_CONFIG = ("gold", "gold.cli", "gold.setup", "gold.train", "gold.evaluate", "gold.demo")
 
 # Needed only where the thing itself is needed, so never when a module is loaded.
 LAZY = ("rapidfuzz", "matplotlib", "reasoning_gym", "huggingface_hub")
