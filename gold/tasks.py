@@ -1,0 +1,268 @@
+"""Procedural tasks: prompts that are made, and a verifier that scores completions.
+
+gold's own tasks stand in OWN_TASKS; every other name is one of reasoning-gym's (countdown, chain_sum, gsm_symbolic, …;
+https://github.com/open-thought/reasoning-gym), whose questions and verifiers are used as they are.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import os
+import re
+from typing import Any, Protocol
+
+from gold.data import Prompt, did_you_mean
+from gold.errors import ConfigError, DataError
+
+SPLITS = ("train", "heldout")
+# name → module:class; add a task of your own here.
+OWN_TASKS = {"running_sums": "gold.demo.running_sums:RunningSums"}
+
+
+class Task(Protocol):
+    """Prompts and their verifier."""
+
+    @property
+    def name(self) -> str:
+        """The name that `load_task` knows it by."""
+        ...
+
+    def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
+        """`count` distinct prompts of a split, "train" or "heldout"; no prompt is in both, whatever the seeds."""
+        ...
+
+    def score(self, prompt: Prompt, completion: str) -> float:
+        """How right a completion is, from 0 to 1."""
+        ...
+
+
+def load_task(name: str, **options: Any) -> Task:
+    """The task of a name, set up with its own options.
+
+    Raises:
+        ConfigError: an unknown name, option or value, or reasoning-gym is needed and not installed.
+    """
+    if name in OWN_TASKS:
+        module, _, class_name = OWN_TASKS[name].partition(":")
+        kind = getattr(importlib.import_module(module), class_name)
+        _check_options(name, options, [p for p in inspect.signature(kind).parameters if p != "self"])
+        try:
+            task: Task = kind(**options)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise _bad_option(name, error) from error
+        return task
+    return ReasoningGym(name, **options)
+
+
+class ReasoningGym:
+    """A task of reasoning-gym: its question as a user's message, its `score_answer` on the extracted answer.
+
+    A question belongs to a split by a hash of its text, one in four to the held-out one, so that the two never share
+    a question, whatever the seeds and counts.
+
+    Raises:
+        ConfigError: see `load_task`.
+    """
+
+    def __init__(self, name: str, **options: Any) -> None:
+        try:
+            from reasoning_gym.factory import DATASETS
+        except ImportError as error:
+            raise ConfigError(
+                f"task {name!r} is not one of gold's own ({', '.join(OWN_TASKS)}), and those of reasoning-gym need it "
+                "installed: pip install 'gold-distill[tasks]'"
+            ) from error
+        if name not in DATASETS or name in _WITHOUT_USE:
+            known = {*OWN_TASKS, *DATASETS}.difference(_WITHOUT_USE)
+            raise ConfigError(f"unknown task {name!r}{did_you_mean(name, known)}")
+        if name in _HASH_SEEDED and not os.environ.get("PYTHONHASHSEED", "").isdigit():
+            raise ConfigError(
+                f"task {name!r}: its questions depend on Python's hash seed and would differ at every start; "
+                "set PYTHONHASHSEED=0 in the environment"
+            )
+        self.name = name
+        self._dataset_type, self._config_type = DATASETS[name]
+        defaults = {
+            field.name: field.default
+            if field.default_factory is dataclasses.MISSING
+            else field.default_factory()
+            for field in dataclasses.fields(self._config_type)
+        }
+        for option in ("seed", "size"):
+            if option in options:
+                raise ConfigError(
+                    f"task {name!r}: {option!r} is no option; the seed and the counts are given apart"
+                )
+            defaults.pop(option)
+        _check_options(name, options, defaults)
+        # YAML has lists alone.
+        self._options = {
+            option: tuple(value) if isinstance(value, list) and isinstance(defaults[option], tuple) else value
+            for option, value in options.items()
+        }
+        self._verifier = self._dataset(seed=0, size=1)
+
+    def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
+        """`count` distinct questions of a split; a larger count begins with those of a smaller one.
+
+        Raises:
+            ConfigError: an unknown split, or a count below 1.
+            DataError: the task does not have that many distinct questions with these options.
+        """
+        if split not in SPLITS or count < 1:
+            raise ConfigError(
+                f"expected a split of {' or '.join(SPLITS)} and a count of 1 or more: {split}, {count}"
+            )
+        found: dict[str, Prompt] = {}
+        dataset: Any = None
+        tried = 0
+        while tried < 200 * (len(found) + 10):
+            block, index = divmod(tried, _BLOCK)
+            if index == 0:
+                dataset = self._dataset(_derived_seed(self.name, split, seed, block), _BLOCK)
+            entry = dataset[index]
+            tried += 1
+            digest = hashlib.sha256(entry["question"].encode("utf-8", "surrogatepass")).hexdigest()
+            if _is_heldout(digest) == (split == "heldout") and digest not in found:
+                message = {"role": "user", "content": entry["question"]}
+                found[digest] = Prompt(f"{self.name}-{digest[:16]}", messages=(message,), reference=entry)
+                if len(found) == count:
+                    return list(found.values())
+        raise DataError(
+            f"task {self.name!r} gave only {len(found)} distinct {split} questions in {tried} tries, "
+            f"{count} were asked for; ask for fewer, or widen its options"
+        )
+
+    def score(self, prompt: Prompt, completion: str) -> float:
+        """The dataset's own score of the answer in a completion, from 0 to 1; some give part marks.
+
+        See `extract_answer`. Verifiers that evaluate the answer as an expression see it only if it is a plain one.
+
+        Raises:
+            DataError: the prompt is not one of this task's.
+        """
+        entry = prompt.reference
+        if not isinstance(entry, dict) or "metadata" not in entry:
+            raise DataError(f"prompt {prompt.key} holds no question of task {self.name!r}")
+        answer = extract_answer(completion)
+        plain = _PLAIN_ANSWERS.get(self.name)
+        try:
+            score = self._verifier.score_answer(answer if plain is None or plain(answer) else None, entry)
+        except Exception:
+            # A verifier that breaks on an answer, however odd, has not found it right.
+            return 0.0
+        return min(1.0, max(0.0, float(score)))
+
+    def _dataset(self, seed: int, size: int) -> Any:
+        try:
+            config = self._config_type(seed=seed, size=size, **self._options)
+            if hasattr(config, "validate"):
+                config.validate()
+            return self._dataset_type(config=config)
+        except (AssertionError, TypeError, ValueError, AttributeError, KeyError) as error:
+            raise _bad_option(self.name, error) from error
+
+
+def extract_answer(completion: str) -> str:
+    """What a completion gives as its answer, white space around it removed.
+
+    The text after the last `Answer:` (in any case) or between the last `<answer>` and its `</answer>`, whichever of
+    the two comes later; without either, the last line that is not empty. A pair of `**` around it is removed.
+    """
+    markers = list(re.finditer(r"\banswer\s*:(?:\*\*)?|<answer>", completion, re.IGNORECASE))
+    if markers:
+        answer = completion[markers[-1].end() :]
+        if markers[-1].group().startswith("<"):
+            answer = re.split(r"</answer>", answer, maxsplit=1, flags=re.IGNORECASE)[0]
+        answer = answer.strip()
+    else:
+        lines = [line.strip() for line in completion.splitlines() if line.strip()]
+        answer = lines[-1] if lines else ""
+    if len(answer) > 4 and answer.startswith("**") and answer.endswith("**"):
+        answer = answer[2:-2].strip()
+    return answer
+
+
+# Questions by the thousand come in blocks of this size, each with a seed of its own.
+_BLOCK = 500
+# It mixes other tasks; a run has one.
+_WITHOUT_USE = frozenset({"composite"})
+# Their generators iterate over sets of strings.
+_HASH_SEEDED = frozenset({"isomorphic_strings", "list_functions", "polynomial_multiplication", "ransom_note"})
+
+
+def _is_heldout(digest: str) -> bool:
+    return int(digest[:8], 16) % 4 == 0
+
+
+def _derived_seed(*parts: object) -> int:
+    # Seeds side by side would overlap: reasoning-gym makes question i of seed s from s + i.
+    return int(hashlib.sha256(repr(parts).encode("utf-8")).hexdigest()[:8], 16) >> 1
+
+
+# Some verifiers hand the answer to eval, or to sympy, which does the same. What a model wrote must not be run as a
+# program, nor keep the process busy for hours with 9**9**9.
+
+
+def _is_plain_arithmetic(answer: str) -> bool:
+    return re.fullmatch(r"[\d\s+\-*/().]*", answer) is not None and "**" not in answer
+
+
+def _is_plain_list(answer: str) -> bool:
+    return re.fullmatch(r"""[\w\s,\[\]'".\-]*""", answer) is not None and not re.search(r"__|\bfor\b", answer)
+
+
+def _is_plain_formula(answer: str) -> bool:
+    if (
+        len(answer) > 1000
+        or not re.fullmatch(r"[A-Za-z\d\s+\-*/(),.]*", answer)
+        or re.search(r"\d{10}", answer)
+    ):
+        return False
+    names = re.findall(r"[A-Za-z]+", answer)
+    if not all(len(name) == 1 or name in _FUNCTIONS for name in names) or re.search(r"\.\s*[A-Za-z]", answer):
+        return False
+    power = r"\*\*\s*(?:\d{1,3}|[A-Za-z]|\(\s*-?\s*\d{1,3}(?:\s*/\s*\d{1,3})?\s*\))(?![\dA-Za-z(])(?!\s*\*\*)"
+    return len(re.findall(power, answer)) == answer.count("**") and len(re.findall(r"\)\s*\*\*", answer)) <= 2
+
+
+_FUNCTIONS = {
+    "Integral",
+    "sin",
+    "cos",
+    "tan",
+    "asin",
+    "acos",
+    "atan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "exp",
+    "log",
+    "ln",
+    "sqrt",
+    "pi",
+}
+_PLAIN_ANSWERS = {
+    "countdown": _is_plain_arithmetic,
+    "puzzle24": _is_plain_arithmetic,
+    "binary_matrix": _is_plain_list,
+    "n_queens": _is_plain_list,
+    "spiral_matrix": _is_plain_list,
+    "string_insertion": _is_plain_list,
+    "intermediate_integration": _is_plain_formula,
+    "polynomial_multiplication": _is_plain_formula,
+    "simple_integration": _is_plain_formula,
+}
+
+
+def _check_options(task: str, options: dict[str, Any], known: Any) -> None:
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"task {task!r} has no option {option!r}{did_you_mean(option, known)}")
+
+
+def _bad_option(task: str, error: Exception) -> ConfigError:
+    what = " ".join(str(error).split()) or type(error).__name__
+    return ConfigError(f"task {task!r} does not take these options: {what}")
