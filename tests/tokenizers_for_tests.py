@@ -79,13 +79,17 @@ def character_level() -> Tokenizer:
 
 
 def sentencepiece_bpe(
-    corpus: Iterable[str] = CORPUS, vocab_size: int = 600, prefix: str | None = None, fallback: bool = True
+    corpus: Iterable[str] = CORPUS,
+    vocab_size: int = 600,
+    prefix: str | None = None,
+    known: range = range(256),
 ) -> Tokenizer:
     """BPE with `▁` for spaces and byte fallback, as Gemma (no prefix) or Llama-2 have it.
 
-    `prefix`: "prepend" (a normaliser, as in Llama-2's file), "first" or "always" (Metaspace), or None.
+    `prefix`: "prepend" (a normaliser, as in Llama-2's file), "first" or "always" (Metaspace), or None. A character with
+    a byte outside `known` that is no token itself is unknown.
     """
-    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = [f"<0x{byte:02X}>" for byte in known]
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
     trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
@@ -101,7 +105,7 @@ def sentencepiece_bpe(
         tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]
     ]
     tokenizer = Tokenizer(
-        models.BPE(vocab=model["vocab"], merges=merges, unk_token=UNK, fuse_unk=True, byte_fallback=fallback)
+        models.BPE(vocab=model["vocab"], merges=merges, unk_token=UNK, fuse_unk=True, byte_fallback=True)
     )
     if prefix in ("first", "always"):
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
@@ -138,6 +142,7 @@ def families() -> dict[str, Tokenizer]:
         "byte-level, added tokens": with_added(byte_level_bpe()),
         "characters": character_level(),
         "byte-fallback": sentencepiece_bpe(),
+        "byte-fallback, unknown characters": sentencepiece_bpe(known=range(0x20, 0xE3)),
         "byte-fallback, added tokens": with_added(sentencepiece_bpe()),
         "byte-fallback, prepend": sentencepiece_bpe(prefix="prepend"),
         "byte-fallback, metaspace first": sentencepiece_bpe(prefix="first"),

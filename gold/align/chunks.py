@@ -1,5 +1,6 @@
 """The finest cut of one text that two tokenizers both respect."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +14,7 @@ from gold.errors import DataError
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
-# Below this many tokens the walk costs less in Python than importing numba.
+# Up to this many tokens the walk costs less in Python than importing numba for it.
 _SMALL_TOKENS = 2048
 
 
@@ -77,7 +78,8 @@ def align_tokens(student: Spelling, teacher: Spelling) -> Alignment:
             f"first difference at byte {at}; encode the bytes that the student spelled"
         )
     count_S, count_T = len(student.ids), len(teacher.ids)
-    cut = _compiled_cut() if count_S + count_T > _SMALL_TOKENS else _cut
+    compiled = "numba" in sys.modules or count_S + count_T > _SMALL_TOKENS
+    cut = _compiled_cut() if compiled else _cut
     chunks = np.empty((min(count_S, count_T) + 1, 4), np.int32)
     ends_C = np.empty(len(chunks), np.int64)
     chunk_S, chunk_T = np.empty(count_S, np.int32), np.empty(count_T, np.int32)
