@@ -180,7 +180,7 @@ def _guarded_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 def _stand_in_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     rendered = str(_apply(tokenizer, messages, tokenize=False))
     # Private-use characters have no case, are no white space, and no template knows them.
-    if re.search("[\ue000-\uf8ff\U0010f000-\U0010fffd]", rendered):
+    if re.search("[\ue000-\uf8ff\U00100000-\U0010fffd]", rendered):
         raise _UnfollowedTemplateError("private-use characters stand beside it")
     contents = {
         "\uf8e0" + "".join(chr(0xE000 + byte) for byte in place.to_bytes(4, "big")) + "\uf8e1": message[
@@ -221,7 +221,7 @@ def _copy_of(tokenizer: Any) -> _Copy:
         backend = copy.deepcopy(backend)
         backend.no_truncation()
         backend.no_padding()
-        stand_in_of = {text: chr(0x10F000 + place) for place, text in enumerate(special.id_of)}
+        stand_in_of = {text: chr(0x100000 + place) for place, text in enumerate(special.id_of)}
         added = backend.get_added_tokens_decoder()
         stand_ins = []
         for text, index in special.id_of.items():

@@ -1,0 +1,30 @@
+"""`python -m benchmarks NAME …`: runs one benchmark of the table below."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+# name: (module whose main(arguments) runs it and returns the exit status, what it does)
+BENCHMARKS = {
+    "assets": ("benchmarks.assets", "fetch the real models and tokenizers that the others need"),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status of the benchmark that the first argument names; 2 if it names none."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: python -m benchmarks NAME …\n")
+        for name, (_, does) in BENCHMARKS.items():
+            print(f"  {name:<12} {does}")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in BENCHMARKS:
+        print(f"error: no benchmark {name!r}; known are {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    return int(import_module(BENCHMARKS[name][0]).main(rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
