@@ -273,7 +273,7 @@ def bits_per_byte(model: Any, tokenizer: Any, text: str = CHECK_TEXT) -> float:
         logp_NV = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
     scored = torch.arange(first + 1, len(ids))
     nats = -float(logp_NV[scored - 1, torch.tensor(ids)[scored]].double().sum())
-    return nats / math.log(2) / (len(text) - offsets[first][1])
+    return nats / math.log(2) / (len(text) - int(offsets[first][1]))
 
 
 def _existing(path: str, name: str, table: Mapping[str, object], kind: str, file: str = ORIGIN) -> Path:
