@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,6 +72,33 @@ def _root(
     pass
 
 
+@app.command()
+def align(
+    student: Annotated[
+        str, typer.Option(metavar="SOURCE", help="folder, tokenizer.json or Hub id", show_default=False)
+    ],
+    teacher: Annotated[
+        str, typer.Option(metavar="SOURCE", help="folder, tokenizer.json or Hub id", show_default=False)
+    ],
+    text: Annotated[
+        str | None, typer.Argument(metavar="TEXT", help="the text itself", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print ids, byte ends and chunks as JSON")] = False,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option("--jsonl", metavar="FILE", help="JSON lines with `text`, each answered by JSON"),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", metavar="FILE", help="file that holds the text")
+    ] = None,
+) -> None:
+    """Show how two tokenizers cut one text, and the chunks on which they agree."""
+    with _told():
+        from gold.align.command import run_align
+
+        run_align(text, student=student, teacher=teacher, as_json=as_json, jsonl=jsonl, file=file)
+
+
 @app.command(cls=_WithKeys)
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see the keys below")],
@@ -84,21 +112,39 @@ def train(
         from gold.config import Config
 
         settings = Config.load(config, overrides or [])
-        from gold.train import train as run
+        from gold.assembly import train as run
+        from gold.progress import for_terminal
 
-        run(settings, resume=resume)
+        run(settings, resume=resume, progress=for_terminal())
 
 
 @app.command("eval")
 def evaluate(
     source: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="YAML file, or a run folder")],
     overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, samples included")] = False,
 ) -> None:
     """Measure a student on held-out prompts: accuracy, bits per byte, KL per byte, lengths."""
     with _told():
-        from gold.evaluate import evaluate_command
+        from gold.assembly import evaluate_source
+        from gold.progress import Quiet
 
-        evaluate_command(source, overrides or [])
+        found = evaluate_source(source, overrides or [], Quiet())
+        if as_json:
+            print(json.dumps({"measures": found.measures, "samples": found.samples}))
+        else:
+            print("\n".join(_measure_lines(found.measures)))
+
+
+def _measure_lines(measures: Mapping[str, float]) -> Iterator[str]:
+    """Each measure in a line, with its 95 % interval where it has one."""
+    for name, value in measures.items():
+        if name.endswith(("_low", "_high")) and name.rpartition("_")[0] in measures:
+            continue
+        line = f"{name:<22} {value:>9.4f}"
+        if f"{name}_low" in measures:
+            line += f"   95 % {measures[f'{name}_low']:.4f} to {measures[f'{name}_high']:.4f}"
+        yield line
 
 
 @app.command()

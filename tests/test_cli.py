@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import yaml
@@ -74,23 +77,65 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_train_hands_on_the_configuration(call: Call, stand_in: Any, saved: Path) -> None:
-    calls = stand_in("gold.train", "train")
+    calls = stand_in("gold.assembly", "train")
     assert call("train", saved, "train.steps=3", "optimizer.lr=1e-3", "--resume").code == 0
     assert call("train", "--resume", saved).code == 0
     assert call("train", saved).code == 0
     (first, second, third) = calls
     assert (first[0][0].train.steps, first[0][0].optimizer.lr) == (3, 1e-3)
-    assert [options for _, options in (first, second, third)] == [
-        {"resume": True},
-        {"resume": True},
-        {"resume": False},
+    assert [options["resume"] for _, options in (first, second, third)] == [True, True, False]
+    assert type(first[1]["progress"]).__name__ == "Lines"  # stdout is no terminal here
+
+
+MEASURES = {"accuracy": 0.5, "accuracy_low": 0.25, "accuracy_high": 0.75, "stop_rate": 1.0}
+
+
+def test_eval_hands_on_the_source_and_prints_the_measures(call: Call, stand_in: Any, saved: Path) -> None:
+    found = SimpleNamespace(measures=MEASURES, samples=[{"prompt": "1 + 1"}])
+    calls = stand_in("gold.assembly", "evaluate_source", found)
+    done = call("eval", saved, "evaluate.prompts=2")
+    assert [line.split() for line in done.out.splitlines()] == [
+        ["accuracy", "0.5000", "95", "%", "0.2500", "to", "0.7500"],
+        ["stop_rate", "1.0000"],
     ]
+    assert calls[0][0][:2] == (saved, ["evaluate.prompts=2"])
+    assert json.loads(call("eval", saved, "--json").out) == {
+        "measures": MEASURES,
+        "samples": [{"prompt": "1 + 1"}],
+    }
 
 
-def test_eval_hands_on_the_source_and_the_overrides(call: Call, stand_in: Any, saved: Path) -> None:
-    calls = stand_in("gold.evaluate", "evaluate_command")
-    assert call("eval", saved, "evaluate.prompts=2").code == 0
-    assert calls == [((saved, ["evaluate.prompts=2"]), {})]
+@pytest.mark.parametrize(
+    ("arguments", "text", "options"),
+    [
+        (["a text", "--json"], "a text", {"as_json": True}),
+        (["--", "--text"], "--text", {}),
+        ([""], "", {}),
+        (["--jsonl", "x.jsonl"], None, {"jsonl": Path("x.jsonl")}),
+        (["--file", "x.txt"], None, {"file": Path("x.txt")}),
+    ],
+)
+def test_align_hands_on_the_text(
+    call: Call, stand_in: Any, arguments: list[str], text: str | None, options: dict[str, Any]
+) -> None:
+    calls = stand_in("gold.align.command", "run_align")
+    assert call("align", "--student", "a", "--teacher", "b", *arguments).code == 0
+    usual = {"student": "a", "teacher": "b", "as_json": False, "jsonl": None, "file": None}
+    assert calls == [((text,), usual | options)]
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("run_align", ["align", "--student", "a", "--teacher", "b", "c"]), ("train", ["train", "{saved}"])],
+)
+def test_the_real_functions_take_what_is_handed_on(
+    call: Call, monkeypatch: pytest.MonkeyPatch, saved: Path, name: str, command: list[str]
+) -> None:
+    module = {"run_align": "gold.align.command", "train": "gold.assembly"}[name]
+    real = create_autospec(getattr(import_module(module), name))
+    monkeypatch.setattr(f"{module}.{name}", real)
+    assert call(*(part.format(saved=saved) for part in command)).code == 0
+    real.assert_called_once()
 
 
 def test_plot_prints_the_pictures(call: Call, stand_in: Any, tmp_path: Path) -> None:
@@ -110,13 +155,13 @@ def test_demo_hands_on_the_folder(call: Call, stand_in: Any, tmp_path: Path) -> 
 
 
 def test_an_error_is_one_line_and_exit_1(call: Call, stand_in: Any, saved: Path) -> None:
-    stand_in("gold.train", "train", DataError("p.jsonl:3: no prompt"))
+    stand_in("gold.assembly", "train", DataError("p.jsonl:3: no prompt"))
     done = call("train", saved)
     assert (done.code, done.out, done.err) == (1, "", "error: p.jsonl:3: no prompt\n")
 
 
 def test_each_problem_of_a_configuration_is_one_line(call: Call, stand_in: Any, saved: Path) -> None:
-    calls = stand_in("gold.train", "train")
+    calls = stand_in("gold.assembly", "train")
     done = call("train", saved, "train.steps=0", "train.sead=1")
     assert (done.code, done.out) == (1, "")
     assert done.err.splitlines() == [
@@ -135,7 +180,7 @@ def test_a_missing_file_is_one_line(call: Call, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_is_exit_130(call: Call, stand_in: Any, saved: Path) -> None:
-    stand_in("gold.train", "train", KeyboardInterrupt())
+    stand_in("gold.assembly", "train", KeyboardInterrupt())
     done = call("train", saved)
     assert (done.code, done.err) == (130, "interrupted\n")
 
@@ -143,7 +188,7 @@ def test_ctrl_c_is_exit_130(call: Call, stand_in: Any, saved: Path) -> None:
 def test_an_error_that_gold_does_not_raise_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, stand_in: Any, saved: Path
 ) -> None:
-    stand_in("gold.train", "train", ZeroDivisionError("a bug"))
+    stand_in("gold.assembly", "train", ZeroDivisionError("a bug"))
     monkeypatch.setattr(sys, "argv", ["gold", "train", str(saved)])
     with pytest.raises(ZeroDivisionError, match="a bug"):
         main()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gold.config import Config, check_data, describe
 from gold.errors import ConfigError
+from gold.run import _Dumper
 
 MINIMAL: dict[str, Any] = {
     "student": {"path": "models/student"},
@@ -56,30 +57,38 @@ def load_problem(path: Path, *overrides: str) -> str:
 
 floats = st.floats(1e-9, 1e9)
 counts = st.integers(1, 10**9)
+# Much text that looks like a number or a word of YAML.
+texts = st.text(min_size=1) | st.text("0123456789eE+-._:~xobnulyestrfINA", min_size=1, max_size=6)
 divergences = st.fixed_dictionaries(
     {"name": st.sampled_from(["reverse_kl", "forward_kl", "jsd"]), "weight": st.floats(1e-6, 10)},
     optional={"support": st.sampled_from(["bytes", "shared", None])},
 )
 trees = st.fixed_dictionaries(
     {
-        "student": st.fixed_dictionaries({"path": st.text(min_size=1)}),
+        "student": st.fixed_dictionaries({"path": texts}),
         "teacher": st.fixed_dictionaries(
             {"path": st.just("t"), "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"])}
         ),
         "data": st.one_of(
-            st.fixed_dictionaries({"prompts": st.text(min_size=1)}),
+            st.fixed_dictionaries({"prompts": texts}),
             st.fixed_dictionaries(
                 {
                     "task": st.fixed_dictionaries(
                         {
                             "name": st.just("countdown"),
-                            "options": st.dictionaries(st.text(), st.integers() | st.text() | st.booleans()),
+                            "options": st.dictionaries(
+                                texts,
+                                st.integers()
+                                | st.floats(allow_nan=False, allow_infinity=False)
+                                | texts
+                                | st.booleans(),
+                            ),
                         }
                     )
                 }
             ),
         ),
-        "output": st.text(min_size=1),
+        "output": texts,
     },
     optional={
         "objectives": st.lists(divergences, min_size=1, max_size=3),
@@ -103,12 +112,12 @@ def test_to_dict_is_json_and_gives_the_same_configuration_back(tree: dict[str, A
 
 
 @given(trees)
-def test_a_written_yaml_file_gives_the_same_configuration_back(
+def test_the_file_in_a_run_folder_gives_the_same_configuration_back(
     tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]
 ) -> None:
     config = Config.model_validate(tree)
-    path = tmp_path_factory.getbasetemp() / "written.yaml"
-    path.write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
+    path = tmp_path_factory.getbasetemp() / "config.yaml"
+    path.write_text(yaml.dump(config.to_dict(), Dumper=_Dumper, allow_unicode=True), encoding="utf-8")
     assert Config.load(path) == config
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tokenizers_for_tests import byte_level_bpe, sentencepiece_bpe
 
 import gold
 
@@ -25,7 +26,13 @@ HOME_OF = {
     "pydantic": ("gold.config",),
     "rapidfuzz": ("gold.align.repair",),
     "reasoning_gym": ("gold.tasks",),
-    "rich": ("gold.cli", "gold.align.show", "gold.progress", "gold.evaluate", "gold.demo"),
+    "rich": (
+        "gold.cli",
+        "gold.align.command",
+        "gold.align.show",
+        "gold.progress",
+        "gold.demo",
+    ),
     "transformers": ("gold.models", "gold.rollout", "gold.demo"),  # models, generation, tiny models
     "triton": ("gold.kernels.cuda",),
     "typer": ("gold.cli",),
@@ -56,7 +63,7 @@ FORBIDDEN_IN = {
 }
 
 # The only modules that see a configuration; they hand plain values on.
-SEE_CONFIG = ("gold", "gold.cli", "gold.setup", "gold.train", "gold.evaluate", "gold.demo")
+SEE_CONFIG = ("gold", "gold.cli", "gold.assembly", "gold.demo")
 
 # Needed only where the thing itself is needed, so never when a module is loaded.
 LAZY = ("rapidfuzz", "matplotlib", "reasoning_gym", "huggingface_hub")
@@ -264,6 +271,19 @@ def test_asking_for_help_loads_nothing_heavy(asked: str) -> None:
 def test_aligning_loads_no_model_library(module: str) -> None:
     heavy = {"torch", "transformers", "accelerate", "rapidfuzz", "huggingface_hub"}
     assert not loaded_by(f"import {module}") & heavy
+
+
+def test_the_align_command_loads_no_model_library(tmp_path: Path) -> None:
+    arguments = ["gold", "align", "caf\u00e9 24 +7 =", "--json"]
+    for side, make in (("--student", byte_level_bpe), ("--teacher", sentencepiece_bpe)):
+        make().save(str(tmp_path / f"{side}.json"))
+        arguments += [side, str(tmp_path / f"{side}.json")]
+    loaded = loaded_by(
+        f"import gold.cli, sys; sys.argv = {arguments}\ntry: gold.cli.main()\n"
+        "except SystemExit as end: assert not end.code, end.code"
+    )
+    assert "tokenizers" in loaded
+    assert not loaded & {"torch", "transformers", "accelerate"}
 
 
 # Public names
