@@ -355,6 +355,14 @@ def test_a_missing_key_names_the_line_of_its_section(saved: Path) -> None:
     assert load_problem(saved) == f"{saved}:2: teacher.path: is missing"
 
 
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_committed_configuration_loads(path: Path) -> None:
+    Config.load(path)
+
+
 # Overrides
 
 
