@@ -42,7 +42,7 @@ _OWN_NAMES = (
     "samples.jsonl",
     "checkpoints",
     "plots",
-    ".lock",
+    "student",
 )
 
 
@@ -79,15 +79,12 @@ class RunFolder:
         """The folder of the pictures; it exists once one was drawn."""
         return self.path / "plots"
 
-    @classmethod
-    def create(cls, path: str | Path, config: Mapping[str, Any], overwrite: bool = False) -> Self:
-        """A new run folder, locked, with its configuration and environment written.
-
-        With `overwrite`, what an earlier run wrote there is removed first, and nothing else.
+    @staticmethod
+    def check_new(path: str | Path, overwrite: bool = False) -> None:
+        """Nothing, where `create` may make a run of the folder; nothing is written.
 
         Raises:
             ConfigError: a run is there already, or other files, or the folder lies inside a model folder.
-            CheckpointError: the folder cannot be written, or another process is writing it.
         """
         path = Path(path)
         refuse_model_folder(path)
@@ -102,13 +99,39 @@ class RunFolder:
             if others:
                 held = ", ".join(others[:3])
                 raise ConfigError(f"output {path} is not empty, it holds {held}; give a new or empty folder")
+
+    @classmethod
+    def check_resume(cls, path: str | Path, config: Mapping[str, Any]) -> None:
+        """Nothing, where `resume` may go on with the run in the folder; nothing is written.
+
+        Raises:
+            ConfigError: the configuration differs in more than `output`; each key is named with both values.
+            CheckpointError: no run is there, or its configuration cannot be read.
+        """
+        changes = config_changes(cls.open(path).config, config)
+        if changes:
+            raise ConfigError(
+                f"{path} was started with another configuration: {'; '.join(changes)}; "
+                "resume with the old values, or give a new output"
+            )
+
+    @classmethod
+    def create(cls, path: str | Path, config: Mapping[str, Any], overwrite: bool = False) -> Self:
+        """A new run folder, locked, with its configuration and environment written.
+
+        With `overwrite`, what an earlier run wrote there is removed first, and nothing else.
+
+        Raises:
+            ConfigError: a run is there already, or other files, or the folder lies inside a model folder.
+            CheckpointError: the folder cannot be written, or another process is writing it.
+        """
+        path = Path(path)
+        cls.check_new(path, overwrite)
         run = cls(path, _plain(config))
         try:
             path.mkdir(parents=True, exist_ok=True)
             run._acquire()
             for name in _OWN_NAMES:
-                if name == ".lock":
-                    continue
                 entry = path / name
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
@@ -155,13 +178,8 @@ class RunFolder:
             ConfigError: the configuration differs in more than `output`; each key is named with both values.
             CheckpointError: no run is there, it cannot be read or written, or another process is writing it.
         """
+        cls.check_resume(path, config)
         run = cls.open(path)
-        changes = config_changes(run.config, config)
-        if changes:
-            raise ConfigError(
-                f"{run.path} was started with another configuration: {'; '.join(changes)}; "
-                "resume with the old values, or give a new output"
-            )
         try:
             run._acquire()
             file = run.path / "environment.json"
