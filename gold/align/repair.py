@@ -1,10 +1,9 @@
 """Where the boundaries of a token stream lie in the given text, when the two differ.
 
 A tokenizer's tokens spell a *stream* of bytes. It can differ from the given bytes because invalid UTF-8 was replaced,
-because a normaliser rewrote the text (Qwen's NFC), because the vocabulary lacks a byte, or because a space
-was put before the text. Each of these steps is replayed and mapped exactly; only a stream that is still not
-explained (unknown tokens, added tokens that swallow spaces) is compared by edit operations, in windows
-between equal runs.
+because a normaliser rewrote the text (Qwen's NFC), because the vocabulary lacks a byte or a character, or because a
+space was put before the text. Each of these steps is replayed and mapped exactly; only a stream that is still not
+explained (added tokens that swallow spaces) is compared by edit operations, in windows between equal runs.
 
 A *boundary map* from a stream B to a text A is an int64 array of len(B) + 1: the position in A that lies
 between the same two pieces of content as position p in B, or -1 where p is inside a stretch that changed. It
@@ -15,13 +14,15 @@ token takes it.
 import codecs
 import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gold.errors import VocabularyError
 
+Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.uint32]
 
@@ -53,23 +54,23 @@ def decode_replacing(data: bytes) -> tuple[str, Int64 | None]:
 
 
 def stream_boundaries(
-    stream: bytes, text: str, rewrite: Callable[[str], str], missing: bytes, prefix: bool
+    stream: bytes, text: str, rewrite: Callable[[str], str], lost: Callable[[str], Bool], prefix: bool
 ) -> Int64:
     """The boundary map from a token stream to the UTF-8 bytes of the text that was tokenized.
 
-    `rewrite` is what the tokenizer does to a piece of text, `missing` the bytes that its vocabulary lacks,
-    `prefix` whether it put a space before the text.
+    `rewrite` is what the tokenizer does to a piece of text, `lost` tells which bytes of a rewritten text its vocabulary
+    has no token for, `prefix` is whether it put a space before the text.
 
     Raises: VocabularyError if edit operations are needed and rapidfuzz is not installed.
     """
     rewritten = rewrite(text)
     expected = rewritten.encode()
     back = _boundaries_of_rewriting(text, rewritten, rewrite)
-    if missing:
-        lost = np.isin(np.frombuffer(expected, np.uint8), np.frombuffer(missing, np.uint8))
-        expected = expected.translate(None, missing)
+    gone = lost(rewritten)
+    if gone.any():
+        expected = np.frombuffer(expected, np.uint8)[~gone].tobytes()
         # Position p is the end of the p-th byte that was kept.
-        back = back[np.concatenate(([0], np.flatnonzero(~lost) + 1))]
+        back = back[np.concatenate(([0], np.flatnonzero(~gone) + 1))]
     if prefix and stream[:1] == b" ":
         expected, back = b" " + expected, np.concatenate(([0], back))
     if expected != stream:
@@ -185,23 +186,17 @@ def _edit(text_a: str, text_b: str, i: int, j: int, back: Int64) -> tuple[int, i
             f"the tokens spell {text_b[j : j + 12]!r} where the text has {text_a[i : i + 12]!r}, and rapidfuzz, "
             "which would map one onto the other, is not installed; pip install rapidfuzz"
         ) from None
-    window = _FIRST_WINDOW
+    window, blocks = _FIRST_WINDOW, None
     while True:
         a, b = text_a[i : i + window], text_b[j : j + window]
         at_end = i + window >= len(text_a) and j + window >= len(text_b)
-        blocks = [
-            (block.a, block.b, block.size)
-            for block in Levenshtein.opcodes(a, b).as_matching_blocks()
-            if block.size
-        ]
-        anchors = (n for n, block in enumerate(blocks) if block[2] >= _ANCHOR)
-        stop = next(anchors, len(blocks) if at_end else None)
-        if stop is not None:
+        found = _blocks_up_to_an_anchor(Levenshtein.opcodes(a, b).as_matching_blocks(), at_end)
+        # The end of a window bends the path before it: an anchor counts if the next window has it too.
+        if found is not None and (at_end or found == blocks):
             break
-        window *= 2
+        window, blocks = window * 2, found
     done_a = done_b = 0
-    ends = [(*blocks[stop][:2], 0)] if stop < len(blocks) else [(len(a), len(b), 0)]
-    for start_a, start_b, size in blocks[:stop] + ends:
+    for start_a, start_b, size in found:
         if start_b > done_b:
             back[j + start_b] = i + start_a
         back[j + start_b + 1 : j + start_b + size + 1] = i + start_a + np.arange(1, size + 1)
@@ -209,8 +204,19 @@ def _edit(text_a: str, text_b: str, i: int, j: int, back: Int64) -> tuple[int, i
     return i + done_a, j + done_b
 
 
+def _blocks_up_to_an_anchor(blocks: Iterable[Any], at_end: bool) -> list[tuple[int, int, int]] | None:
+    """The equal runs of a window up to the start of the first long one, or all of them where both texts end."""
+    found = []
+    for block in blocks:
+        anchor = block.size >= _ANCHOR
+        found.append((block.a, block.b, 0 if anchor else block.size))
+        if anchor:
+            return found
+    return found if at_end else None
+
+
 def _in_bytes(back: Int64, a: Codes, b: Codes) -> Int64:
-    """The boundary map in bytes of one in characters; inside a character that stayed the same, every byte has its own."""
+    """The boundary map in bytes of one in characters; a character that stayed the same keeps the places inside it."""
     at_a, at_b = _byte_offsets(a), _byte_offsets(b)
     known = back >= 0
     in_bytes = np.full(at_b[-1] + 1, _INSIDE, np.int64)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from gold.errors import VocabularyError
@@ -130,14 +132,27 @@ def is_byte_piece(string: str | None) -> bool:
     return string is not None and _BYTE_PIECE.fullmatch(string) is not None
 
 
-def missing_bytes(tokenizer: Tokenizer, family: Family) -> bytes:
-    """The byte values that a byte-level vocabulary has no symbol for: its model drops them, or calls them unknown."""
-    if family.name != BYTE_LEVEL:
-        return b""
-    model = tokenizer.model
-    return bytes(
-        sorted(byte for symbol, byte in byte_alphabet().items() if model.token_to_id(symbol) is None)
-    )
+def losses(tokenizer: Tokenizer, family: Family) -> Callable[[str], npt.NDArray[np.bool_]]:
+    """The function that tells, for each byte of a rewritten text, whether the vocabulary has no token for it.
+
+    A byte-level model drops such a byte (or calls it unknown); a byte-fallback model calls a character unknown if it
+    is no token and one of its bytes is no piece.
+    """
+    has = tokenizer.model.token_to_id
+    if family.name == BYTE_LEVEL:
+        missing = [byte for symbol, byte in byte_alphabet().items() if has(symbol) is None]
+        return lambda text: np.isin(np.frombuffer(text.encode(), np.uint8), missing)
+    pieces = {byte for byte in range(256) if has(f"<0x{byte:02X}>") is not None}
+
+    def lost(text: str) -> npt.NDArray[np.bool_]:
+        known = {
+            c: has(_SPACE if c == " " else c) is not None or pieces.issuperset(c.encode()) for c in set(text)
+        }
+        if all(known.values()):
+            return np.zeros(len(text.encode()), np.bool_)
+        return np.repeat([not known[c] for c in text], [len(c.encode()) for c in text])
+
+    return lost
 
 
 def text_tokenizer(

@@ -17,7 +17,7 @@ from gold.align.spelling import (
     added_ids,
     adds_prefix,
     is_byte_piece,
-    missing_bytes,
+    losses,
     read_family,
     rewriter,
     text_tokenizer,
@@ -63,10 +63,9 @@ class Spelling:
 class Vocabulary:
     """The bytes of every id of a tokenizer, the roles of its special tokens, and its tokenizer for plain text.
 
-    `offsets` (int64[size + 1]) and `blob` (uint8) hold the bytes of all ids one after the other. `event_V[id]`: special,
-    unknown or unused, of zero width. `stop_ids`, `bos_id`, `pad_id` and `unk_id` are roles. `family` is
-    "byte-level" or "byte-fallback". `fingerprint` is equal for vocabularies with equal bytes and events, in
-    every process.
+    `offsets` (int64[size + 1]) and `blob` (uint8) hold the bytes of all ids one after the other. `event_V[id]`: the
+    id is special, unknown or unused, and has no bytes. `stop_ids`, `bos_id`, `pad_id` and `unk_id` are roles. `family`
+    is "byte-level" or "byte-fallback". `fingerprint` is equal where all bytes and events are, in every process.
     """
 
     size: int
@@ -149,6 +148,10 @@ class Vocabulary:
     def __repr__(self) -> str:
         return f"Vocabulary({self.name!r}, {self.family}, {self.size} ids, stops {list(self.stop_ids)})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        roles = {"stop_ids": self.stop_ids, "bos_id": self.bos_id, "pad_id": self.pad_id}
+        return _vocabulary_of, (self._tokenizer, self.name, roles)
+
     @cached_property
     def fingerprint(self) -> str:
         """The SHA-256 of the bytes and events of all ids, in hexadecimal."""
@@ -198,7 +201,7 @@ class Vocabulary:
         prefix = at_start and adds_prefix(self._family, given)
         if prefix and len(stream) == len(data) + 1 and stream[1:] == data and stream[:1] == b" ":
             return self._less_prefix(ids, stops, data)
-        back = stream_boundaries(stream, given, self._rewrite, self._missing_bytes, prefix)
+        back = stream_boundaries(stream, given, self._rewrite, self._lost, prefix)
         if replaced is not None:
             back = compose(back, replaced)
         return _laid(ids, stops, stream, data, back, prefix)
@@ -309,8 +312,8 @@ class Vocabulary:
         return rewriter(self._family)
 
     @cached_property
-    def _missing_bytes(self) -> bytes:
-        return missing_bytes(self._tokenizer, self._family)
+    def _lost(self) -> Any:
+        return losses(self._tokenizer, self._family)
 
     @cached_property
     def _cuts(self) -> PreTokenCuts:
@@ -383,6 +386,10 @@ class Vocabulary:
         if len(ids) == 1 and ids[0] in group:
             return int(ids[0])
         return min(group, key=lambda index: (is_byte_piece(self._tokenizer.id_to_token(index)), index))
+
+
+def _vocabulary_of(tokenizer: Tokenizer, name: str, roles: dict[str, Any]) -> Vocabulary:
+    return Vocabulary(tokenizer, name=name, **roles)
 
 
 def _laid(ids: Int32, stops: Int64, stream: bytes, data: bytes, back: Int64, prefix: bool) -> Spelling:

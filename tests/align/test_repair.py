@@ -1,0 +1,251 @@
+"""Streams that differ from the text: what changed is whole, what did not keeps its place."""
+
+import sys
+import unicodedata
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from texts_for_tests import data, text
+from tokenizers import normalizers
+from tokenizers_for_tests import byte_level_bpe, families, sentencepiece_bpe, with_added, without_bytes
+
+from gold.align import Spelling, Vocabulary, align_tokens
+from gold.align.repair import compose, decode_replacing, stream_boundaries
+from gold.errors import VocabularyError
+
+CHARACTERS = Vocabulary.load(families()["characters"])
+NFC = Vocabulary.load(families()["byte-level, NFC"])
+
+
+def stretches(vocabulary: Vocabulary, spelling: Spelling) -> list[tuple[bytes, bytes, bool]]:
+    rows = zip(spelling.ids, spelling.starts, spelling.ends, spelling.exact, strict=True)
+    return [(vocabulary.token_bytes(i), spelling.data[a:b], bool(exact)) for i, a, b, exact in rows]
+
+
+# Invalid UTF-8
+
+
+@given(data)
+def test_replaced_bytes_keep_their_place(given: bytes) -> None:
+    decoded, back = decode_replacing(given)
+    assert decoded == given.decode("utf-8", "replace") == Vocabulary.text_of(given)
+    if back is None:
+        assert decoded.encode() == given
+        return
+    stream = decoded.encode()
+    assert len(back) == len(stream) + 1
+    assert (back[0], back[-1]) == (0, len(given))
+    known = np.flatnonzero(back >= 0)
+    assert (np.diff(back[known]) > 0).all()
+    for p, q in pairwise(known):
+        piece, source = stream[p:q], given[back[p] : back[q]]
+        assert piece == source or (
+            piece == "\ufffd".encode() and source.decode("utf-8", "replace") == "\ufffd"
+        )
+
+
+def test_invalid_bytes_by_hand() -> None:
+    spelling = CHARACTERS.encode(b"a\xffb\xe2\x82c")
+    assert stretches(CHARACTERS, spelling) == [
+        (b"a", b"a", True),
+        (b"\xef", b"", False),
+        (b"\xbf", b"", False),
+        (b"\xbd", b"\xff", False),
+        (b"b", b"b", True),
+        (b"\xef", b"", False),
+        (b"\xbf", b"", False),
+        (b"\xbd", b"\xe2\x82", False),
+        (b"c", b"c", True),
+    ]
+    assert spelling.repaired_bytes == 3
+
+
+def test_a_replacement_character_in_the_text_is_no_repair() -> None:
+    assert CHARACTERS.encode("a\ufffdb").exact.all()
+
+
+def test_lone_surrogates_are_invalid_bytes() -> None:
+    spelling = CHARACTERS.encode("a\ud800")
+    assert spelling.data == b"a\xed\xa0\x80"
+    assert spelling.repaired_bytes == 3
+
+
+# Normalisers
+
+
+def test_composed_characters_by_hand() -> None:
+    vocabulary = Vocabulary.load(byte_level_bpe(["abc"], vocab_size=258, normalizer=normalizers.NFC()))
+    assert stretches(vocabulary, vocabulary.encode("cafe\u0301 か\u3099s")) == [
+        *[(c, c, True) for c in (b"c", b"a", b"f")],
+        (b"\xc3", b"", False),
+        (b"\xa9", "e\u0301".encode(), False),
+        (b" ", b" ", True),
+        (b"\xe3", b"", False),
+        (b"\x81", b"", False),
+        ("が".encode()[2:], "か\u3099".encode(), False),
+        (b"s", b"s", True),
+    ]
+
+
+def test_a_character_is_never_cut_from_its_marks() -> None:
+    # Reordering keeps the q, but the edge after it lies inside one character.
+    spelling = NFC.encode("q\u0307\u0323z")
+    assert spelling.ends[:-1].max() == 5
+    assert set(spelling.ends.tolist()) <= {0, 5, 6}
+
+
+@given(text)
+def test_nfc_repairs_only_what_nfc_changes(given: str) -> None:
+    spelling = NFC.encode(given)
+    changed = unicodedata.normalize("NFC", given) != given
+    assert bool(spelling.repaired_bytes) == changed
+
+
+NORMALIZERS = {
+    "NFC": normalizers.NFC(),
+    "NFD": normalizers.NFD(),
+    "NFKC": normalizers.NFKC(),
+    "NFKD": normalizers.NFKD(),
+    "lower case": normalizers.Lowercase(),
+    "no accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+    "line ends": normalizers.Replace("\r\n", "\n"),
+    "Strip": normalizers.Strip(),
+}
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS.values(), ids=NORMALIZERS.keys())
+@given(given=text)
+def test_an_end_is_where_rewriting_the_text_before_it_gives_the_tokens_before_it(
+    normalizer: normalizers.Normalizer, given: str
+) -> None:
+    rewritten = normalizer.normalize_str(given)
+    back = stream_boundaries(rewritten.encode(), given, normalizer.normalize_str, nothing_lost, prefix=False)
+    bytes_given, bytes_rewritten = given.encode(), rewritten.encode()
+    assert back[-1] <= len(bytes_given)
+    for p in np.flatnonzero(back >= 0):
+        try:
+            before, spelled = bytes_given[: back[p]].decode(), bytes_rewritten[:p].decode()
+        except UnicodeDecodeError:  # inside a character that stayed the same
+            continue
+        if normalizer is not NORMALIZERS["Strip"]:
+            assert normalizer.normalize_str(before) == spelled
+
+
+@given(text)
+def test_the_same_text_decomposed_meets_at_every_word(given: str) -> None:
+    """A student that spells decomposed text and a teacher that composes it meet outside of the changed characters."""
+    words = "cafe\u0301 " + given + " e\u0301te\u0301 x"
+    student, teacher = CHARACTERS.encode(words), NFC.encode(words)
+    alignment = align_tokens(student, teacher)
+    assert {len("cafe\u0301".encode()), len(words.encode()) - 2} <= set(alignment.ends_C.tolist())
+
+
+# Bytes that the vocabulary lacks, unknown tokens, swallowed spaces
+
+
+@given(text, st.binary(max_size=4))
+def test_dropped_bytes_belong_to_the_next_token(given: str, lacking: bytes) -> None:
+    tokenizer = without_bytes(byte_level_bpe(vocab_size=300), b"x" + lacking)
+    vocabulary = Vocabulary.load(tokenizer)
+    spelling = vocabulary.encode(given)
+    kept = given.encode().translate(None, b"x" + lacking)
+    assert b"".join(vocabulary.token_bytes(i) for i in spelling.ids) == kept
+    if not kept:
+        return
+    # Each token's stretch is its own bytes with what was dropped before them; at the end, after them too.
+    for own, stretch, exact in stretches(vocabulary, spelling):
+        assert stretch.translate(None, b"x" + lacking) == own
+        assert exact == (own == stretch)
+
+
+def test_unknown_characters_have_no_width_and_the_next_token_takes_them() -> None:
+    vocabulary = Vocabulary.load(sentencepiece_bpe(known=range(0)))
+    spelling = vocabulary.encode("the\u2603\u2603dog")
+    unknown = int(np.flatnonzero(spelling.ids == vocabulary.unk_id)[0])
+    rows = stretches(vocabulary, spelling)
+    assert rows[unknown] == (b"", b"", True)
+    assert rows[unknown + 1][1].startswith("\u2603\u2603d".encode())
+    assert not rows[unknown + 1][2]
+    assert spelling.repaired_bytes == len(rows[unknown + 1][1])
+    assert all(exact for i, (_, _, exact) in enumerate(rows) if i != unknown + 1)
+
+
+def test_an_unknown_last_character_is_the_unknown_token_s() -> None:
+    vocabulary = Vocabulary.load(sentencepiece_bpe(known=range(0)))
+    rows = stretches(vocabulary, vocabulary.encode("the\u2603"))
+    assert rows[-1] == (b"", "\u2603".encode(), False)
+    assert all(exact for _, _, exact in rows[:-1])
+
+
+def test_swallowed_spaces_are_repaired() -> None:
+    vocabulary = Vocabulary.load(with_added(byte_level_bpe()))
+    assert stretches(vocabulary, vocabulary.encode("a  <pause>  b")) == [
+        (b"a", b"a", True),
+        (b"<pause>", b"  <pause>", False),
+        (b"b", b"  b", False),
+    ]
+
+
+def test_unexplained_differences_without_rapidfuzz_are_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "rapidfuzz", None)
+    monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
+    vocabulary = Vocabulary.load(with_added(byte_level_bpe()))
+    with pytest.raises(VocabularyError, match="pip install rapidfuzz"):
+        vocabulary.encode("a <pause> b")
+    # What is known needs no rapidfuzz.
+    assert NFC.encode(b"e\xcc\x81\xff").repaired_bytes == 4
+
+
+def nothing_lost(rewritten: str) -> np.ndarray:
+    return np.zeros(len(rewritten.encode()), np.bool_)
+
+
+@given(st.lists(st.tuples(st.text(max_size=3), st.text("xyz", max_size=9)), max_size=40))
+def test_unexplained_deletions_are_found_whatever_their_number(pieces: list[tuple[str, str]]) -> None:
+    kept = [
+        f"{i * 7919 % 1000:03}{words}".translate({ord(c): None for c in "xyz"})
+        for i, (words, _) in enumerate(pieces)
+    ]
+    given = "".join(own + lost for own, (_, lost) in zip(kept, pieces, strict=True)).encode()
+    stream = "".join(kept).encode()
+    back = stream_boundaries(stream, given.decode(), lambda piece: piece, nothing_lost, prefix=False)
+    assert len(back) == len(stream) + 1
+    assert (np.diff(back[back >= 0]) >= 0).all()
+    for p in range(len(stream)):
+        if back[p + 1] >= 0:
+            assert given[back[p + 1] - 1] == stream[p]
+    # Edit operations may place what is lost beside its place, but never far from it.
+    starts = np.cumsum([0, *(len(own.encode()) for own in kept)])
+    places = np.cumsum(
+        [0, *(len((own + lost).encode()) for own, (_, lost) in zip(kept, pieces, strict=True))]
+    )
+    assert all(
+        back[p] in (-1, *range(place - 12, place + 1)) for p, place in zip(starts, places, strict=True)
+    )
+
+
+def test_unexplained_differences_are_repaired_in_windows() -> None:
+    vocabulary = Vocabulary.load(with_added(byte_level_bpe()))
+    once = vocabulary.encode("the quick brown fox  <pause>  jumps ").repaired_bytes
+    assert 0 < once < len("  <pause>  jumps")
+    assert vocabulary.encode("the quick brown fox  <pause>  jumps " * 400).repaired_bytes == 400 * once
+
+
+@given(text, text)
+def test_any_two_streams_have_a_map(given: str, other: str) -> None:
+    back = stream_boundaries(other.encode(), given, lambda piece: piece, nothing_lost, prefix=False)
+    known = back[back >= 0]
+    assert len(back) == len(other.encode()) + 1
+    assert (np.diff(known) >= 0).all()
+    assert known[-1] <= len(given.encode())
+
+
+def test_maps_compose() -> None:
+    outer = np.array([0, 1, -1, 3, 5])
+    inner = np.array([0, 2, 3, -1, 4])
+    assert compose(inner, outer).tolist() == [0, -1, 3, -1, 5]

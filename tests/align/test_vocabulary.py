@@ -1,0 +1,344 @@
+"""What holds for every family: the tokens of a text lie on its bytes, and nothing is lost in between."""
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from texts_for_tests import data, ids_of, text
+from tokenizers import Tokenizer
+from tokenizers_for_tests import (
+    BOS_ID,
+    EOS_ID,
+    byte_level_bpe,
+    character_level,
+    families,
+    sentencepiece_bpe,
+    with_added,
+)
+
+from gold.align import Spelling, Vocabulary, align_tokens
+from gold.errors import VocabularyError
+
+VOCABULARIES = {name: Vocabulary.load(tokenizer) for name, tokenizer in families().items()}
+any_vocabulary = st.sampled_from(list(VOCABULARIES.values()))
+each_vocabulary = pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), ids=VOCABULARIES.keys())
+
+
+def check(vocabulary: Vocabulary, spelling: Spelling) -> None:
+    """What every spelling promises."""
+    ends, starts = spelling.ends.tolist(), spelling.starts.tolist()
+    assert spelling.ids.dtype == np.int32
+    assert spelling.ends.dtype == np.int64
+    assert ends == sorted(ends)
+    assert ends[-1:] in ([len(spelling.data)], [])
+    for index, start, end, exact in zip(
+        spelling.ids.tolist(), starts, ends, spelling.exact.tolist(), strict=True
+    ):
+        if exact:
+            assert vocabulary.token_bytes(index) == spelling.data[start:end]
+    exact_bytes = sum(int(b - a) for a, b, exact in zip(starts, ends, spelling.exact, strict=True) if exact)
+    # Only a token with the space put before the text is neither exact nor counted.
+    assert (
+        0
+        <= len(spelling.data) - spelling.repaired_bytes - exact_bytes
+        <= max(ends[:1] + ends[1:2], default=0)
+    )
+    if not vocabulary.dummy_prefix:
+        assert spelling.repaired_bytes == len(spelling.data) - exact_bytes
+
+
+@given(any_vocabulary, st.one_of(text, data), st.booleans())
+def test_encode_lies_on_the_given_bytes(vocabulary: Vocabulary, given: str | bytes, at_start: bool) -> None:
+    spelling = vocabulary.encode(given, at_start=at_start)
+    assert spelling.data == (given.encode() if isinstance(given, str) else given)
+    check(vocabulary, spelling)
+
+
+FAITHFUL = [
+    name
+    for name in VOCABULARIES
+    if not {"NFC", "NFKC", "missing", "unknown", "added"} & set(name.replace(",", "").split())
+]
+
+
+@given(st.sampled_from(FAITHFUL), text)
+def test_without_rewriting_every_token_is_exact(name: str, given: str) -> None:
+    vocabulary = VOCABULARIES[name]
+    spelling = vocabulary.encode(given.replace("▁", "_"))
+    assert spelling.repaired_bytes == 0
+    assert np.flatnonzero(~spelling.exact).tolist() in ([], [0])
+    assert spelling.exact.all() or vocabulary.dummy_prefix
+
+
+@given(any_vocabulary, text, st.booleans())
+def test_text_never_becomes_a_special_token(vocabulary: Vocabulary, given: str, at_start: bool) -> None:
+    ids = vocabulary.encode(given, at_start=at_start).ids
+    assert set(ids[vocabulary.event_V[ids]].tolist()) <= {vocabulary.unk_id}
+
+
+@given(any_vocabulary, text)
+def test_encode_gives_the_tokenizer_s_own_ids(vocabulary: Vocabulary, given: str) -> None:
+    own: Tokenizer = vocabulary._tokenizer
+    if any(token.content in given for token in own.get_added_tokens_decoder().values() if token.special):
+        return
+    assert vocabulary.encode(given).ids.tolist() == own.encode(given, add_special_tokens=False).ids
+
+
+@given(st.data(), any_vocabulary, st.booleans())
+def test_spell_concatenates_the_bytes_of_any_ids(
+    draw: st.DataObject, vocabulary: Vocabulary, at_start: bool
+) -> None:
+    ids = draw.draw(ids_of(vocabulary))
+    spelling = vocabulary.spell(ids, at_start=at_start)
+    joined = b"".join(vocabulary.token_bytes(i) for i in ids)
+    dropped = at_start and vocabulary.dummy_prefix and joined.startswith(b" ")
+    assert spelling.data == joined[dropped:]
+    assert spelling.ids.tolist() == ids
+    check(vocabulary, spelling)
+
+
+@given(st.data(), any_vocabulary, any_vocabulary)
+def test_any_sampled_ids_can_be_read_by_any_other_tokenizer(
+    draw: st.DataObject, student: Vocabulary, teacher: Vocabulary
+) -> None:
+    sampled = student.spell(draw.draw(ids_of(student)))
+    read = teacher.encode(sampled.data)
+    check(teacher, read)
+    alignment = align_tokens(sampled, read)
+    shared = {0, len(sampled.data)} | (set(sampled.ends.tolist()) & set(read.ends.tolist()))
+    assert {0, *alignment.ends_C.tolist()} == (shared if len(sampled) + len(read) else {0})
+
+
+@given(any_vocabulary, text)
+def test_encoding_and_spelling_agree(vocabulary: Vocabulary, given: str) -> None:
+    encoded = vocabulary.encode(given, at_start=False)
+    if encoded.exact.all():
+        spelled = vocabulary.spell(encoded.ids, at_start=False)
+        assert (spelled.data, spelled.ends.tolist()) == (encoded.data, encoded.ends.tolist())
+
+
+@given(any_vocabulary, text, text)
+def test_hard_ends_stay_ends_whatever_follows(vocabulary: Vocabulary, before: str, after: str) -> None:
+    spelling = vocabulary.encode(before, at_start=False)
+    hard = set(spelling.ends[vocabulary.hard_ends(spelling)].tolist())
+    assert hard <= set(vocabulary.encode(before + after, at_start=False).ends.tolist())
+
+
+def test_hard_ends_of_digits_by_hand() -> None:
+    digits, groups = VOCABULARIES["byte-level, digits"], VOCABULARIES["byte-level, groups of digits"]
+    spelling = digits.encode("a 12 b")
+    assert [
+        e for e, hard in zip(spelling.ends.tolist(), digits.hard_ends(spelling), strict=True) if hard
+    ] == [3, 4]
+    spelling = groups.encode("a 12345 b")
+    hard = {e for e, hard in zip(spelling.ends.tolist(), groups.hard_ends(spelling), strict=True) if hard}
+    assert hard == {5}
+
+
+def test_without_a_pre_tokenizer_no_end_is_hard() -> None:
+    vocabulary = VOCABULARIES["byte-fallback"]
+    assert not vocabulary.hard_ends(vocabulary.encode("a 12 b. c\n\nd")).any()
+
+
+def test_an_end_where_an_added_token_could_begin_is_not_hard() -> None:
+    plain = Vocabulary.load(byte_level_bpe(digits=True))
+    added = byte_level_bpe(digits=True)
+    added.add_tokens(["1x>"])
+    with_token = Vocabulary.load(added)
+    spelling = plain.encode("b1")
+    assert plain.hard_ends(spelling).tolist()[-1]
+    assert not with_token.hard_ends(with_token.encode("b1")).tolist()[-1]
+
+
+# Roles and events
+
+
+def test_roles_and_events_of_a_bare_tokenizer() -> None:
+    vocabulary = Vocabulary.load(sentencepiece_bpe(), stop_ids=[EOS_ID])
+    assert (vocabulary.bos_id, vocabulary.stop_ids, vocabulary.pad_id, vocabulary.unk_id) == (
+        BOS_ID,
+        (EOS_ID,),
+        None,
+        2,
+    )
+    assert np.flatnonzero(vocabulary.event_V).tolist() == [0, 1, 2]
+    assert vocabulary.token_bytes(EOS_ID) == b""
+    assert vocabulary.family == "byte-fallback"
+
+
+def test_an_added_token_with_a_role_is_an_event_even_if_it_is_not_marked_special() -> None:
+    tokenizer = byte_level_bpe()
+    tokenizer.add_tokens(["<end>"])
+    stop = tokenizer.token_to_id("<end>")
+    assert Vocabulary.load(tokenizer).encode("a<end>").ids[-1] == stop
+    vocabulary = Vocabulary.load(tokenizer, stop_ids=[stop])
+    assert vocabulary.event_V[stop]
+    assert stop not in vocabulary.encode("a<end>").ids
+
+
+def test_a_stop_id_that_text_can_give_is_refused() -> None:
+    with pytest.raises(VocabularyError, match=r"stop id 5 .* is no added token"):
+        Vocabulary.load(byte_level_bpe(), stop_ids=[5])
+
+
+def test_a_special_token_that_merges_can_build_is_spelled_out() -> None:
+    tokenizer = byte_level_bpe(["abab abab"] * 4, vocab_size=262)
+    tokenizer.add_special_tokens(["ab"])
+    vocabulary = Vocabulary.load(tokenizer)
+    assert vocabulary.event_V[tokenizer.token_to_id("ab")]
+    spelling = vocabulary.encode("ab xaby")
+    assert [vocabulary.token_bytes(i) for i in spelling.ids] == [b"a", b"b", b" ", b"x", b"a", b"b", b"y"]
+    assert spelling.exact.all()
+
+
+def test_the_tokenizer_is_left_as_it_was() -> None:
+    tokenizer = with_added(byte_level_bpe())
+    before = tokenizer.to_str()
+    Vocabulary.load(tokenizer).encode("<bos> <think> x")
+    assert tokenizer.to_str() == before
+    assert tokenizer.encode("<eos>").ids == [BOS_ID, EOS_ID]
+
+
+def test_ids_with_holes_keep_their_numbers() -> None:
+    description = json.loads(byte_level_bpe().to_str())
+    description["model"]["vocab"]["<end>"] = 420
+    description["added_tokens"].append(
+        dict(description["added_tokens"][0], id=420, content="<end>", special=False)
+    )
+    vocabulary = Vocabulary.load(Tokenizer.from_str(json.dumps(description)))
+    assert vocabulary.size == 421
+    assert vocabulary.event_V[400:420].all()
+    assert vocabulary.encode("a<end>").ids[-1] == 420
+
+
+def test_ids_outside_are_refused_unless_they_are_rows() -> None:
+    vocabulary = VOCABULARIES["characters"]
+    size = vocabulary.size
+    with pytest.raises(VocabularyError, match=f"id {size} at position 1 is outside the {size} ids"):
+        vocabulary.spell([5, size])
+    with pytest.raises(VocabularyError, match="id -1 at position 0"):
+        vocabulary.spell([-1], rows=size + 10)
+    spelling = vocabulary.spell([5, size, 5], rows=size + 1)
+    assert spelling.ends.tolist() == [1, 1, 2]
+    with pytest.raises(VocabularyError, match=f"id {size} is outside"):
+        vocabulary.token_bytes(size)
+
+
+# Sources
+
+
+def test_a_folder_tells_the_roles(tmp_path: Path) -> None:
+    tokenizer = byte_level_bpe()
+    tokenizer.add_special_tokens(["<|im_end|>", "<pad>"])
+    turn, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<pad>")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {
+        "eos_token": {"content": "<eos>"},
+        "pad_token": "<pad>",
+        "chat_template": "{{ m.content }}<|im_end|>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS_ID, pad]}))
+    vocabulary = Vocabulary.load(tmp_path)
+    assert vocabulary.stop_ids == (EOS_ID, pad, turn)
+    assert (vocabulary.pad_id, vocabulary.bos_id) == (pad, BOS_ID)
+    assert Vocabulary.load(str(tmp_path / "tokenizer.json")).fingerprint == vocabulary.fingerprint
+
+
+def test_a_hugging_face_object_tells_the_roles() -> None:
+    source = SimpleNamespace(
+        backend_tokenizer=character_level(),
+        eos_token_id=EOS_ID,
+        bos_token_id=BOS_ID,
+        pad_token_id=EOS_ID,
+        name_or_path="m",
+    )
+    vocabulary = Vocabulary.load(source)
+    assert (vocabulary.stop_ids, vocabulary.bos_id, vocabulary.pad_id, vocabulary.name) == ((1,), 0, 1, "m")
+
+
+def _broken(folder: Path) -> Iterator[tuple[object, str]]:
+    yield folder / "none" / "of" / "them", "no such file or folder"
+    yield folder / "missing.json", "no such file or folder"
+    yield folder, "no tokenizer.json in"
+    (folder / "bad.json").write_text("{}")
+    yield folder / "bad.json", "is no tokenizer that tokenizers can read"
+    other = folder / "other"
+    other.mkdir()
+    character_level().save(str(other / "tokenizer.json"))
+    (other / "generation_config.json").write_text("[]")
+    yield other, "holds no JSON object"
+    (other / "generation_config.json").write_text("{")
+    yield other, "is no JSON"
+    yield 3, "a int has no tokenizers.Tokenizer behind it"
+
+
+def test_a_source_that_is_none_is_an_error_of_one_line(tmp_path: Path) -> None:
+    for source, message in _broken(tmp_path):
+        with pytest.raises(VocabularyError, match=message) as caught:
+            Vocabulary.load(source)
+        assert "\n" not in str(caught.value)
+
+
+# Comparison
+
+
+def test_fingerprints_are_equal_for_equal_content_and_in_every_process() -> None:
+    first, second = (Vocabulary.load(byte_level_bpe()) for _ in range(2))
+    assert first.fingerprint == second.fingerprint
+    assert first.fingerprint != Vocabulary.load(byte_level_bpe(vocab_size=399)).fingerprint
+    program = (
+        "from tokenizers_for_tests import character_level; from gold.align import Vocabulary; "
+        "print(Vocabulary.load(character_level()).fingerprint)"
+    )
+    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    answer = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {folders}; {program}"],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert answer.stdout.strip() == Vocabulary.load(character_level()).fingerprint
+
+
+def test_differences_name_what_differs() -> None:
+    first = Vocabulary.load(byte_level_bpe())
+    assert first.differences(Vocabulary.load(byte_level_bpe()), texts=["Hello world"]) == []
+    tokenizer = byte_level_bpe()
+    tokenizer.add_special_tokens(["<end>"])
+    longer = Vocabulary.load(tokenizer, stop_ids=[400])
+    assert first.differences(longer) == ["size: 400 here, 401 there", "stop ids: [] here, [400] there"]
+    renamed = json.loads(byte_level_bpe().to_str())
+    vocab = renamed["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    other = Vocabulary.load(Tokenizer.from_str(json.dumps(renamed)))
+    a, b = sorted((vocab["a"], vocab["b"]))
+    assert first.differences(other, limit=1) == [f"id {a}: b'a' here, b'b' there", "and 1 more ids"]
+    assert first.differences(other, texts=["ab"])[2:] == [f"text 'ab': {[a, b]} here, {[b, a]} there"]
+
+
+@each_vocabulary
+def test_a_vocabulary_survives_pickling(vocabulary: Vocabulary) -> None:
+    copy = pickle.loads(pickle.dumps(vocabulary))
+    assert copy.fingerprint == vocabulary.fingerprint
+    assert copy.encode("Hello <think>").ids.tolist() == vocabulary.encode("Hello <think>").ids.tolist()
+
+
+def test_importing_the_package_loads_no_heavy_library() -> None:
+    program = (
+        "import sys; import gold.align.command; from gold.align import Vocabulary, align_tokens; "
+        "print([name for name in ('torch', 'transformers', 'numba', 'rapidfuzz', 'rich') if name in sys.modules])"
+    )
+    root = str(Path(__file__).parents[2])
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, text=True, cwd=root
+    )
+    assert answer.stdout.strip() == "[]"
