@@ -6,6 +6,7 @@ metrics.jsonl      {"kind": "train" | "eval", "step": n, …} a line
 samples.jsonl      {"kind": "sample", "step": n, …} a line
 checkpoints/       see gold.checkpoint
 plots/             see gold.plots
+student/           the trained student, once the run has ended
 """
 
 import contextlib
