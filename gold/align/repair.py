@@ -83,6 +83,16 @@ def compose(inner: Int64, outer: Int64) -> Int64:
     return np.where(inner >= 0, outer[inner], _INSIDE)
 
 
+def partners(back: Int64) -> Int64:
+    """For each piece of B its own place in A, -1 for one that was put in or lies inside a stretch that changed.
+
+    It is the place just before the boundary that follows the piece, if no piece before has it. Whether the content
+    there is the same is for the caller to compare.
+    """
+    taken = np.maximum.accumulate(back[:-1])
+    return np.where(back[1:] > taken, back[1:] - 1, _INSIDE)
+
+
 class _Replaced(threading.local):
     spans: list[tuple[int, int]]
 
@@ -221,7 +231,7 @@ def _in_bytes(back: Int64, a: Codes, b: Codes) -> Int64:
     known = back >= 0
     in_bytes = np.full(at_b[-1] + 1, _INSIDE, np.int64)
     in_bytes[at_b[known]] = at_a[back[known]]
-    partner = back[1:] - 1
+    partner = partners(back)
     same = np.flatnonzero(partner >= 0)
     same = same[a[partner[same]] == b[same]]
     widths = np.diff(at_b)

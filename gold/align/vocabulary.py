@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from gold.align.cuts import PreTokenCuts
-from gold.align.repair import compose, decode_replacing, stream_boundaries
+from gold.align.repair import compose, decode_replacing, partners, stream_boundaries
 from gold.align.sources import open_source
 from gold.align.spelling import (
     added_ids,
@@ -399,8 +399,7 @@ def _laid(ids: Int32, stops: Int64, stream: bytes, data: bytes, back: Int64, pre
     ends[-1:] = len(data)
     starts = np.zeros_like(ends)
     starts[1:] = ends[:-1]
-    # A byte of the stream has its partner in the data just before the boundary that follows it.
-    partner = back[1:] - 1
+    partner = partners(back)
     symbols, given = np.frombuffer(stream, np.uint8), np.frombuffer(data, np.uint8)
     own = np.zeros(len(stream), np.bool_)
     own[partner >= 0] = symbols[partner >= 0] == given[partner[partner >= 0]]

@@ -13,7 +13,7 @@ from tokenizers import normalizers
 from tokenizers_for_tests import byte_level_bpe, families, sentencepiece_bpe, with_added, without_bytes
 
 from gold.align import Spelling, Vocabulary, align_tokens
-from gold.align.repair import compose, decode_replacing, stream_boundaries
+from gold.align.repair import compose, decode_replacing, partners, stream_boundaries
 from gold.errors import VocabularyError
 
 CHARACTERS = Vocabulary.load(families()["characters"])
@@ -243,6 +243,10 @@ def test_any_two_streams_have_a_map(given: str, other: str) -> None:
     assert len(back) == len(other.encode()) + 1
     assert (np.diff(known) >= 0).all()
     assert known[-1] <= len(given.encode())
+
+
+def test_what_was_put_in_has_no_partner() -> None:
+    assert partners(np.array([0, 1, 1, -1, 4, 4])).tolist() == [0, -1, -1, 3, -1]
 
 
 def test_maps_compose() -> None:
