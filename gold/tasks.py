@@ -13,7 +13,7 @@ import re
 from typing import Any, Protocol
 
 from gold.data import Prompt, did_you_mean
-from gold.errors import ConfigError, DataError
+from gold.errors import ConfigError, DataError, GoldError
 
 SPLITS = ("train", "heldout")
 # name → module:class; add a task of your own here.
@@ -49,6 +49,8 @@ def load_task(name: str, **options: Any) -> Task:
         _check_options(name, options, [p for p in inspect.signature(kind).parameters if p != "self"])
         try:
             task: Task = kind(**options)
+        except GoldError:
+            raise
         except (TypeError, ValueError, AssertionError) as error:
             raise _bad_option(name, error) from error
         return task

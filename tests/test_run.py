@@ -214,6 +214,21 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
         RunFolder.create(tmp_path / "thesis.tex", CONFIG)
 
 
+def test_the_checks_alone_write_nothing(tmp_path):
+    RunFolder.check_new(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(CheckpointError, match="holds no run"):
+        RunFolder.check_resume(tmp_path / "new", CONFIG)
+    RunFolder.create(tmp_path / "new", CONFIG).close()
+    before = {path: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    RunFolder.check_resume(tmp_path / "new", CONFIG)
+    with pytest.raises(ConfigError, match=r"another configuration: train\.steps was 10, is not set"):
+        RunFolder.check_resume(tmp_path / "new", CONFIG | {"train": 3})
+    with pytest.raises(ConfigError, match="already holds a run"):
+        RunFolder.check_new(tmp_path / "new")
+    assert {path: path.read_bytes() for path in (tmp_path / "new").iterdir()} == before
+
+
 def test_what_a_kill_left_before_there_was_a_run_is_no_obstacle(tmp_path):
     for name in ("environment.json", ".tmp-config.yaml", ".lock"):
         (tmp_path / name).write_text("{")

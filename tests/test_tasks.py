@@ -238,6 +238,14 @@ def test_an_own_task_is_loaded_from_the_table(monkeypatch):
         load_task("echo", length=0)
 
 
+def test_the_demos_task_is_there_and_its_own_errors_pass():
+    task = load_task("running_sums", highest=30)
+    (prompt,) = task.prompts("heldout", 1, 0)
+    assert task.score(prompt, prompt.completion) == 1.0
+    with pytest.raises(ConfigError, match=r"^running_sums: needs"):
+        load_task("running_sums", longest=0)
+
+
 def test_the_module_does_not_load_reasoning_gym_by_itself():
     code = "import sys, gold.tasks\nassert not {'reasoning_gym', 'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
