@@ -41,7 +41,7 @@ class AlignedText:
 
 @dataclass(frozen=True)
 class VocabularyPair:
-    """Two vocabularies and what follows from them alone: tries, byte-equal tokens, whether they are one and the same."""
+    """Two vocabularies and what follows from them alone: tries, byte-equal tokens, whether they are one."""
 
     student: Vocabulary
     teacher: Vocabulary
@@ -54,10 +54,12 @@ class VocabularyPair:
 
     @cached_property
     def student_trie(self) -> ByteTrie:
+        """The student's byte trie."""
         return ByteTrie.of(self.student)
 
     @cached_property
     def teacher_trie(self) -> ByteTrie:
+        """The teacher's byte trie."""
         return self.student_trie if self.same else ByteTrie.of(self.teacher)
 
     @cached_property
@@ -113,7 +115,9 @@ class AlignedBatch:
     @cached_property
     def row_text(self) -> Tensor:
         """Text of each student row."""
-        return torch.from_numpy(np.repeat(np.arange(len(self.texts)), np.diff(self.row_starts))).to(self.device)
+        return torch.from_numpy(np.repeat(np.arange(len(self.texts)), np.diff(self.row_starts))).to(
+            self.device
+        )
 
     @cached_property
     def target_S(self) -> Tensor:
@@ -143,25 +147,19 @@ class AlignedBatch:
     def layout_S(self) -> ByteLayout:
         """The student's byte layout."""
         pair = self.vocabularies
-        plan = BytePlan.of(
-            pair.student_trie,
-            [t.student for t in self.texts],
-            [t.stopped for t in self.texts],
-            pair.student.dummy_prefix,
-        )
+        stopped = [t.stopped for t in self.texts]
+        plan = BytePlan.of(pair.student, pair.student_trie, [t.student for t in self.texts], stopped)
         return ByteLayout.of(_columns(pair.student_trie), _columns(plan), pair.student.size, self.device)
 
     @cached_property
     def layout_T(self) -> ByteLayout:
         """The teacher's byte layout."""
         pair = self.vocabularies
-        plan = BytePlan.of(
-            pair.teacher_trie,
-            [t.teacher for t in self.texts],
-            [t.stopped for t in self.texts],
-            pair.teacher.dummy_prefix,
+        stopped = [t.stopped for t in self.texts]
+        plan = BytePlan.of(pair.teacher, pair.teacher_trie, [t.teacher for t in self.texts], stopped)
+        return ByteLayout.of(
+            _columns(pair.teacher_trie), _columns(plan), pair.teacher.size, self.teacher_device
         )
-        return ByteLayout.of(_columns(pair.teacher_trie), _columns(plan), pair.teacher.size, self.teacher_device)
 
     @cached_property
     def supervised_bytes(self) -> Tensor:
@@ -178,7 +176,10 @@ class AlignedBatch:
         mine: list[NDArray[np.int64]] = []
         theirs: list[NDArray[np.int64]] = []
         for b, (text, alignment) in enumerate(zip(self.texts, self._alignments, strict=True)):
-            starts_S, starts_T = alignment.chunks[:, 0], alignment.chunks[:, 2]
+            starts_S, starts_T = (
+                alignment.chunks[:, 0].astype(np.int64),
+                alignment.chunks[:, 2].astype(np.int64),
+            )
             if self.vocabularies.same:
                 starts_S = starts_T = np.arange(text.student.ids.size)
             if text.stopped:
@@ -220,9 +221,8 @@ class AlignedBatch:
         theirs: list[NDArray[np.int64]] = []
         spans = 0
         for text, alignment in zip(self.texts, self._alignments, strict=True):
-            rows_S, rows_T = text.student.ids.size, text.teacher.ids.size
             if self.vocabularies.same:
-                rows = np.arange(rows_S + text.stopped) + spans
+                rows = np.arange(text.student.ids.size + text.stopped) + spans
                 mine.append(rows)
                 theirs.append(rows)
                 spans += rows.size
@@ -241,7 +241,6 @@ class AlignedBatch:
             mine.append(np.where(span_S >= 0, span_S + spans, -1))
             theirs.append(np.where(span_T >= 0, span_T + spans, -1))
             spans += closed
-            assert span_S.size == rows_S + text.stopped and span_T.size == rows_T + text.stopped
         return _ids(mine, self.device), _ids(theirs, self.teacher_device), spans
 
 

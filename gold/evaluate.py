@@ -1,4 +1,4 @@
-"""Measures that do not depend on a tokenizer: how far the student is from its teacher, and how well it does its task."""
+"""Measures that no tokenizer enters: how far the student is from its teacher, and how well it does its task."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def evaluate(
     teacher: Teacher | None,
     prompts: Sequence[Prompt],
     *,
-    plan: EvaluationPlan = EvaluationPlan(),  # noqa: B008  (frozen)
+    plan: EvaluationPlan = EvaluationPlan(),
     verifier: Verifier | None = None,
 ) -> Evaluation:
     """The student on held-out prompts.
@@ -177,7 +177,9 @@ def _divergence(
 
 
 def _agreement(scored: Sequence[_Scored]) -> dict[str, float]:
-    single = sum(int(((np.diff(s.chunks[:, :2]) == 1) & (np.diff(s.chunks[:, 2:]) == 1)).sum()) for s in scored)
+    single = sum(
+        int(((np.diff(s.chunks[:, :2]) == 1) & (np.diff(s.chunks[:, 2:]) == 1)).sum()) for s in scored
+    )
     tokens = sum(s.text.student.ids.size for s in scored)
     size = sum(s.bytes for s in scored)
     stopped = [s for s in scored if s.text.stopped]

@@ -124,7 +124,8 @@ class Loop:
             "teacher": f"{self.teacher.name} ({self.teacher.vocabulary.size:,} tokens, {self.teacher.device})"
             if self.teacher
             else "none",
-            "objective": names + (" (one vocabulary: token by token)" if self.teacher and self.pair.same else ""),
+            "objective": names
+            + (" (one vocabulary: token by token)" if self.teacher and self.pair.same else ""),
             "step": f"{recipe.prompts_per_step} prompts × {recipe.per_prompt}, λ = {recipe.on_policy:g}, "
             f"up to {recipe.sampling.max_new_tokens} tokens, {self.accelerator.num_processes} process(es), "
             f"precision {self.accelerator.mixed_precision}",
@@ -141,9 +142,12 @@ class Loop:
             texts = [read(r, self.pair) for r in rollouts]
             groups = microbatches(rollouts, self.recipe.sequences_per_forward)
             batches = [
-                aligned_batch([texts[i] for i in g], self.pair, self.student.device, self.teacher) for g in groups
+                aligned_batch([texts[i] for i in g], self.pair, self.student.device, self.teacher)
+                for g in groups
             ]
-            counts = self._total({t.label: float(sum(t.objective.count(b) for b in batches)) for t in self.terms})
+            counts = self._total(
+                {t.label: float(sum(t.objective.count(b) for b in batches)) for t in self.terms}
+            )
         needs_teacher = self.teacher is not None and any(t.objective.needs != "nothing" for t in self.terms)
         with clock("teacher"):
             rows: list[Rows | None] = [None] * len(rollouts)
@@ -188,8 +192,7 @@ class Loop:
             prompt = self.prompts[index]
             coin = np.random.default_rng((recipe.seed, self.step, place, 1)).random()
             if coin < recipe.on_policy:
-                for n in range(recipe.per_prompt):
-                    draws.append((prompt, (recipe.seed, self.step, place, 0, n)))
+                draws += [(prompt, (recipe.seed, self.step, place, 0, n)) for n in range(recipe.per_prompt)]
             else:
                 given.append(completed(self.student, prompt, recipe.sampling.max_new_tokens))
         drawn: list[Rollout] = []
@@ -246,9 +249,9 @@ class Loop:
         record |= {t.label: sums[t.label] / counts[t.label] for t in self.terms if counts[t.label]}
         record |= {name: sums[name] for name in MEANS if name in sums}
         if "student_logp" in sums and sums["sampled_bytes"]:
-            record["sampled_reverse_kl_per_byte"] = (
-                sums["student_logp"] - sums["teacher_logp"]
-            ) / sums["sampled_bytes"]
+            record["sampled_reverse_kl_per_byte"] = (sums["student_logp"] - sums["teacher_logp"]) / sums[
+                "sampled_bytes"
+            ]
         sampled = sums["sampled"]
         if sampled:
             record |= {"stop_rate": sums["stopped"] / sampled, "sampler_logp": sums["sampler_logp"] / sampled}
@@ -301,7 +304,9 @@ class Loop:
             progress.note("no checkpoint yet: the run starts at its first step")
         else:
             load_weights(self.student, found.path / "student")
-            state = torch.load(found.path / "optimizer.pt", map_location=self.student.device, weights_only=True)
+            state = torch.load(
+                found.path / "optimizer.pt", map_location=self.student.device, weights_only=True
+            )
             self.optimizer.load_state_dict(state)
             saved = json.loads((found.path / "state.json").read_text())
             self.step, self.bad_steps = saved["step"], saved["bad_steps"]

@@ -142,7 +142,7 @@ def span_pg(view: View) -> Loss:
 
     Every student token of span c gets the advantage ``A = L_T(c) − L_S(c)``, the difference of both sides' summed
     log-probabilities of the same bytes; the loss is ``−Σ A log π(a)``. No credit from later spans, no gradient through
-    the advantage. Unbiased for the sum over spans of their reverse KL, because a span's end is known when it is reached.
+    the advantage. Unbiased for the sum of the spans' reverse KL, because a span's end is known when it is reached.
 
     Source: Lu, "On-Policy Distillation", Thinking Machines 2025, for one token per span; Gu et al. 2306.08543.
     """
@@ -150,7 +150,9 @@ def span_pg(view: View) -> Loss:
     span_S, span_T, spans = batch.spans
     logp, log_target, log_stop = _event_logp(view.student, batch.target_S, batch.stops_S, _stop_rows(batch))
     with torch.no_grad():
-        logq, log_target_T, log_stop_T = _event_logp(_rows(view), batch.target_T, batch.stops_T, batch.target_T < 0)
+        logq, log_target_T, log_stop_T = _event_logp(
+            _rows(view), batch.target_T, batch.stops_T, batch.target_T < 0
+        )
         total_S = view.backend.chunk_sums(logp.detach(), span_S, spans)
         total_T = view.teacher_backend.chunk_sums(logq, span_T, spans).to(total_S)
         advantage_C = total_T - total_S
@@ -264,7 +266,11 @@ class Objective:
         return self.loss(view, **self.options)
 
 
-DIVERGENCES: Mapping[str, Callable[..., Tensor]] = {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "jsd": jsd}
+DIVERGENCES: Mapping[str, Callable[..., Tensor]] = {
+    "reverse_kl": reverse_kl,
+    "forward_kl": forward_kl,
+    "jsd": jsd,
+}
 SUPPORTS = ("bytes", "shared", "tokens")
 
 

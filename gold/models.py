@@ -79,30 +79,32 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(path, **extra)
     except Exception as error:
         raise ModelError(f"{where}: its tokenizer could not be loaded: {_first_line(error)}") from error
-    vocabulary = Vocabulary.load(tokenizer)
     if dtype not in DTYPES and dtype != "auto":
         raise ModelError(f"{where}: unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
     try:
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if dtype == "auto" else DTYPES[dtype], **extra)
+        lm = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto" if dtype == "auto" else DTYPES[dtype], **extra
+        )
     except Exception as error:
         raise ModelError(f"{where}: could not be loaded: {_first_line(error)}") from error
     if gguf_file:
         forget_quantizer(lm)
-    lm = lm.to(target)
+    lm.to(device=target)
     lm.eval()
-    return wrap_model(lm, tokenizer, name=str(path), vocabulary=vocabulary)
+    return wrap_model(lm, tokenizer, name=str(path))
 
 
-def wrap_model(lm: Any, tokenizer: Any, *, name: str = "model", vocabulary: Vocabulary | None = None) -> LanguageModel:
+def wrap_model(lm: Any, tokenizer: Any, *, name: str = "model") -> LanguageModel:
     """A ``LanguageModel`` of a model and tokenizer that are already in memory.
 
     Raises:
         ModelError: as for ``load_model``.
     """
-    vocabulary = vocabulary or Vocabulary.load(tokenizer)
-    vocabulary = vocabulary.with_stop_ids(_stop_ids(lm, vocabulary))
+    vocabulary = Vocabulary.load(tokenizer, stop_ids=_stop_ids(lm))
     if not vocabulary.stop_ids:
-        raise ModelError(f"model {name}: no stop id found in its tokenizer or generation settings; set an EOS token")
+        raise ModelError(
+            f"model {name}: no stop id found in its tokenizer or generation settings; set an EOS token"
+        )
     rows = output_width(lm)
     if vocabulary.size > rows:
         raise ModelError(
@@ -206,7 +208,7 @@ class StatesModule(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, states: "PaddedStates", then: Callable[[Rows], Any]) -> Any:
+    def forward(self, states: PaddedStates, then: Callable[[Rows], Any]) -> Any:
         """``then(rows)`` with the states of ``states``, text after text."""
         return then(rows_of(self.lm, states))
 
@@ -224,9 +226,11 @@ class PaddedStates:
     def of(
         cls, prompts: Sequence[Sequence[int]], completions: Sequence[NDArray[np.integer[Any]]], rows: Sequence[int],
         pad_id: int, device: torch.device,
-    ) -> "PaddedStates":  # fmt: skip
+    ) -> PaddedStates:  # fmt: skip
         """States ``0 … rows[b] − 1`` of each completion: state k has read the prompt and k tokens of the completion."""
-        whole = [np.concatenate((np.asarray(p, np.int64), c)) for p, c in zip(prompts, completions, strict=True)]
+        whole = [
+            np.concatenate((np.asarray(p, np.int64), c)) for p, c in zip(prompts, completions, strict=True)
+        ]
         longest = max(w.size for w in whole)
         ids = np.full((len(whole), longest), pad_id, np.int64)
         mask = np.zeros((len(whole), longest), np.int64)
@@ -266,13 +270,13 @@ def _plain(lm: Any) -> Any:
     return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
 
 
-def _stop_ids(lm: Any, vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Stop ids of the vocabulary, and of the checkpoint's generation settings and configuration."""
-    found = list(vocabulary.stop_ids)
+def _stop_ids(lm: Any) -> tuple[int, ...]:
+    """Stop ids that the checkpoint's generation settings name, else its configuration."""
     for config in (getattr(lm, "generation_config", None), lm.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
-        found += [ids] if isinstance(ids, int) else list(ids or ())
-    return tuple(dict.fromkeys(i for i in found if 0 <= i < vocabulary.size))
+        if ids is not None:
+            return (ids,) if isinstance(ids, int) else tuple(ids)
+    return ()
 
 
 def _check_folder(folder: Path, gguf_file: str | None) -> None:
@@ -300,7 +304,9 @@ def _check_head(lm: Any, name: str) -> None:
     lm.eval()
     ids = torch.arange(min(6, output_width(lm)), device=next(lm.parameters()).device)[None]
     whole = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
-    states = PaddedStates(ids, torch.ones_like(ids), torch.zeros_like(ids[0]), torch.arange(ids.shape[1]).to(ids))
+    states = PaddedStates(
+        ids, torch.ones_like(ids), torch.zeros_like(ids[0]), torch.arange(ids.shape[1]).to(ids)
+    )
     parts = rows_of(lm, states)
     apart = (parts.head(parts.hidden_ND).float() - whole[0]).abs().max()
     lm.train(was_training)

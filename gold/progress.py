@@ -108,7 +108,12 @@ class Live(Lines):
         self.steps = steps
         for name, value in header.items():
             self.console.print(f"[bold]{name:>10}[/]  {value}", markup=True)
-        columns = (BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        columns = (
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
         with Progress(*columns, console=self.console, transient=True) as self._bar:
             self._task = self._bar.add_task("", total=steps, completed=done)
             yield

@@ -27,7 +27,9 @@ def read(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
 
 def microbatches(rollouts: Sequence[Rollout], size: int) -> list[list[int]]:
     """Indices of the rollouts in groups of at most ``size``, texts of like length together, longest first."""
-    order = sorted(range(len(rollouts)), key=lambda i: (-len(rollouts[i].prompt_ids) - rollouts[i].ids.size, i))
+    order = sorted(
+        range(len(rollouts)), key=lambda i: (-len(rollouts[i].prompt_ids) - rollouts[i].ids.size, i)
+    )
     return [order[first : first + size] for first in range(0, len(order), size)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gold.rollout import Sampling
@@ -29,7 +29,7 @@ class Recipe:
     """
 
     objectives: tuple[Term, ...] = (Term("reverse_kl"),)
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     per_prompt: int = 4
     on_policy: float = 1.0
     rollout_batch: int = 32
@@ -49,8 +49,8 @@ class Recipe:
     bad_steps_allowed: int = 3
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of a step, counted from 0: linear warm-up, then the schedule, to ``final_lr_share`` of ``lr`` at
-        the last step. A function of the step alone, so there is no schedule to save."""
+        """Learning rate of a step, counted from 0: linear warm-up, then the schedule down to ``final_lr_share`` of
+        ``lr`` at the last step. A function of the step alone, so there is no schedule to save."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         if self.schedule == "constant":

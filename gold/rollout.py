@@ -20,7 +20,7 @@ from gold.models import LanguageModel, generation_settings, output_width
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. The defaults draw from the model itself; ``temperature`` 0 takes the likeliest token."""
+    """How completions are drawn. The defaults draw from the model itself; at ``temperature`` 0 the likeliest token."""
 
     temperature: float = 1.0
     top_p: float = 1.0

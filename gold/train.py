@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,18 +20,14 @@ from gold.aligned import VocabularyPair
 from gold.checkpoint import save_checkpoint
 from gold.data import Prompt
 from gold.errors import CheckpointError, ConfigError, DataError, TrainingError
-from gold.evaluate import EvaluationPlan, Verifier, evaluate
+from gold.evaluate import EvaluationPlan, Verifier
 from gold.loop import Loop, terms_of
-from gold.models import LanguageModel, load_model, save_model
+from gold.models import LanguageModel, save_model
 from gold.progress import Progress, Quiet
 from gold.recipe import Recipe
-from gold.rollout import Sampling
 from gold.run import RunFolder
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
-
-if TYPE_CHECKING:
-    from gold.config import Config
 
 
 @dataclass(frozen=True)
@@ -64,15 +60,15 @@ def distill(
     heldout: Sequence[Prompt | str] = (),
     verifier: Verifier | None = None,
     evaluation: EvaluationPlan | None = None,
-    saving: Saving = Saving(),  # noqa: B008  (frozen)
+    saving: Saving = Saving(),
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """Trains ``student`` in place on its own completions of ``prompts``, graded by ``teacher``; returns the run.
 
     Each step draws prompts, lets the student complete them, has the teacher read the same bytes in its own tokens and
-    template, and takes one optimizer step on the recipe's objectives, each divided by the count of its unit in the whole
-    step over all processes. With ``saving.output`` the run is a folder that can be resumed; every random draw is a
+    template, and takes one optimizer step on the recipe's objectives, each divided by the count of its unit in the
+    whole step over all processes. With ``saving.output`` the run is a folder that can be resumed; every random draw is a
     function of the seed, the step and the sequence's number, so a resumed run repeats an uninterrupted one.
 
     Args:
@@ -106,7 +102,11 @@ def distill(
     with contextlib.ExitStack() as stack:
         folder: RunFolder | None = None
         if saving.output and accelerator.is_main_process:
-            settings = settings or {"recipe": asdict(recipe), "student": student.name, "teacher": _name(teacher)}
+            settings = settings or {
+                "recipe": asdict(recipe),
+                "student": student.name,
+                "teacher": _name(teacher),
+            }
             folder = stack.enter_context(_open_folder(saving, settings, progress))
         accelerator.wait_for_everyone()
         if saving.output and saving.resume:
@@ -157,8 +157,8 @@ def distill(
                 raise KeyboardInterrupt
             if stopping:
                 raise TrainingError(
-                    f"step {loop.step}: {loop.bad_steps} steps in a row had a NaN or infinite loss or gradient and were "
-                    "not applied; lower optimizer.lr, or look at the last lines of metrics.jsonl"
+                    f"step {loop.step}: {loop.bad_steps} steps in a row had a NaN or infinite loss or gradient and "
+                    "were not applied; lower optimizer.lr, or look at the last lines of metrics.jsonl"
                     + (f"; the checkpoint of step {loop.step} is kept" if saving.output else "")
                 )
         if folder:
@@ -190,34 +190,17 @@ class _Interrupt:
         self.caught = True
 
 
-def train(config: Config, *, resume: bool = False, progress: Progress | None = None) -> Run:
-    """The run that a configuration describes: loads prompts and models, trains, evaluates, saves.
+def check_output(output: Path, resume: bool, settings: Mapping[str, Any]) -> None:
+    """Nothing, where a run can begin in this folder, or the run in it can go on with these settings.
 
     Raises:
-        GoldError: anything in the configuration, the data or the models that cannot work; see ``distill``.
+        ConfigError: the folder lies in a model's, holds another run or other files, or was begun with other settings.
+        CheckpointError: ``resume`` without a run.
     """
-    from gold.setup import evaluation_of, load_data, load_student, load_teacher, recipe_of
-
-    data = load_data(config)
-    output = Path(config.output)
-    if output.exists() and not resume:
-        # The folder is made once the models are loaded; what can be refused at once is refused before.
-        RunFolder.refuse(output)
-    saving = Saving(
-        output, resume, config.evaluate.every, config.train.checkpoint_every, config.train.keep_last
-    )
-    return distill(
-        load_student(config, progress),
-        load_teacher(config, progress),
-        data.train,
-        recipe_of(config),
-        heldout=data.heldout,
-        verifier=data.verifier,
-        evaluation=evaluation_of(config),
-        saving=saving,
-        settings=config.to_dict(),
-        progress=progress,
-    )
+    if resume:
+        RunFolder.check_resume(output, settings)
+    else:
+        RunFolder.check_new(output)
 
 
 def _prompts(given: Sequence[Prompt | str]) -> list[Prompt]:
@@ -225,9 +208,7 @@ def _prompts(given: Sequence[Prompt | str]) -> list[Prompt]:
     return [Prompt(key=str(n), text=p) if isinstance(p, str) else p for n, p in enumerate(given)]
 
 
-def _check(
-    recipe: Recipe, prompts: Sequence[Prompt], verifier: Verifier | None, processes: int
-) -> None:
+def _check(recipe: Recipe, prompts: Sequence[Prompt], verifier: Verifier | None, processes: int) -> None:
     """Nothing, where the data can serve the recipe."""
     if not prompts:
         raise DataError("no prompts to train on; give at least one")

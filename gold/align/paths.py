@@ -7,6 +7,8 @@ terms). Which tokens these are depends on the vocabulary and the text alone, nev
 once, as index arrays, and the kernels then only add probabilities.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,29 +32,40 @@ Bool = NDArray[np.bool_]
 class SpelledVocabulary(Protocol):
     """What a trie needs of a vocabulary: the bytes of every id, and which ids are no text."""
 
+    size: int
+    offsets: Int64
+    blob: NDArray[np.uint8]
+    event_V: Bool
+    stop_ids: tuple[int, ...]
+
     @property
-    def size(self) -> int: ...
-    @property
-    def offsets(self) -> Int64: ...
-    @property
-    def blob(self) -> NDArray[np.uint8]: ...
-    @property
-    def event_V(self) -> Bool: ...
-    @property
-    def stop_ids(self) -> tuple[int, ...]: ...
+    def dummy_prefix(self) -> bool:
+        """Whether a space is put before a text."""
+        ...
 
 
 class SpelledText(Protocol):
-    """What a plan needs of one side's spelling of a text."""
+    """What a plan needs of one side's spelling of a text: ids, where each ends, the text, which are exact."""
 
     @property
-    def ids(self) -> Int32: ...
+    def ids(self) -> Int32:
+        """Token ids."""
+        ...
+
     @property
-    def ends(self) -> Int64: ...
+    def ends(self) -> Int64:
+        """Byte offset after each token."""
+        ...
+
     @property
-    def data(self) -> bytes: ...
+    def data(self) -> bytes:
+        """The text."""
+        ...
+
     @property
-    def exact(self) -> Bool: ...
+    def exact(self) -> Bool:
+        """Whether a token's own bytes are its stretch of the text."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -93,12 +106,13 @@ class ByteTrie:
         order = text_ids[sorted(range(len(spelled)), key=spelled.__getitem__)].astype(np.int32)
         is_outside = ~is_text
         is_outside[stops] = False
-        nodes = _build_nodes(order, offsets.astype(np.int64), blob)
-        return cls(order, *nodes, np.flatnonzero(is_outside).astype(np.int32), stops, vocabulary.size)
+        low, high, own, first_child, children, byte = _build_nodes(order, offsets, blob)
+        outside = np.flatnonzero(is_outside).astype(np.int32)
+        return cls(order, low, high, own, first_child, children, byte, outside, stops, vocabulary.size)
 
 
 @numba.njit(cache=True, nogil=True)
-def _build_nodes(order, offsets, blob):  # type: ignore[no-untyped-def]
+def _build_nodes(order, offsets, blob):
     total = 1
     for i in order:
         total += offsets[i + 1] - offsets[i]
@@ -180,12 +194,12 @@ class BytePlan:
 
     @staticmethod
     def of(
-        trie: ByteTrie, texts: Sequence[SpelledText], stopped: Sequence[bool], dummy_prefix: bool = False
+        vocabulary: SpelledVocabulary, trie: ByteTrie, texts: Sequence[SpelledText], stopped: Sequence[bool]
     ) -> "BytePlan":
         """The plan of ``texts``, read through their own tokens; ``stopped[b]`` says whether the stop event follows.
 
-        ``dummy_prefix``: the tokenizer puts a space before a text that is not in its bytes, so the first token is
-        looked up behind that space.
+        Where the tokenizer puts a space before a text that is not in its bytes, the first token is looked up behind
+        that space.
 
         A position is supervised where some row's walk passes it: everywhere but inside stretches that the tokens do
         not spell exactly, and at the end of a text that did not stop.
@@ -203,12 +217,21 @@ class BytePlan:
                     text.ids.astype(np.int32),
                     text.ends.astype(np.int64),
                     data,
-                    text.exact.astype(np.bool_),
+                    _read_exactly(vocabulary, text),
                     bool(stop),
-                    bool(dummy_prefix),
+                    vocabulary.dummy_prefix,
                 )
             )
         return _join(parts)
+
+
+def _read_exactly(vocabulary: SpelledVocabulary, text: SpelledText) -> Bool:
+    """Which tokens spell their stretch of the text; a first token that only has the dummy space in surplus does."""
+    exact = text.exact.astype(np.bool_, copy=True)
+    if vocabulary.dummy_prefix and exact.size and not exact[0] and text.ids[0] < vocabulary.size:
+        low, high = vocabulary.offsets[text.ids[0]], vocabulary.offsets[text.ids[0] + 1]
+        exact[0] = vocabulary.blob[low:high].tobytes() == b" " + text.data[: text.ends[0]]
+    return exact
 
 
 def _join(parts: list[tuple[NDArray[np.generic], ...]]) -> BytePlan:
@@ -259,7 +282,7 @@ def _join(parts: list[tuple[NDArray[np.generic], ...]]) -> BytePlan:
 
 
 @numba.njit(cache=True, nogil=True)
-def _child(first_child, children, byte, node, y):  # type: ignore[no-untyped-def]
+def _child(first_child, children, byte, node, y):
     """The child of ``node`` along byte ``y``, or -1."""
     lo = first_child[node]
     hi = lo + children[node]
@@ -275,7 +298,7 @@ def _child(first_child, children, byte, node, y):  # type: ignore[no-untyped-def
 
 
 @numba.njit(cache=True, nogil=True)
-def _plan_one(low, own, first_child, children, byte, ids, ends, data, exact, stopped, dummy_prefix):  # type: ignore[no-untyped-def]
+def _plan_one(low, own, first_child, children, byte, ids, ends, data, exact, stopped, dummy_prefix):
     """Arrays of BytePlan for one text; counts in place of pointers, numbering from 0."""
     n = ids.size
     length = data.size

@@ -18,8 +18,9 @@ HELDOUT_STREAM = 1
 
 @dataclass(frozen=True)
 class RunningSums:
-    """Running sums within 0 … ``highest``, with ``shortest`` to ``longest`` steps of at most ``largest`` each."""
+    """Running sums within ``lowest`` … ``highest``, with ``shortest`` to ``longest`` steps of at most ``largest`` each."""
 
+    lowest: int = 10
     highest: int = 60
     shortest: int = 2
     longest: int = 5
@@ -28,10 +29,11 @@ class RunningSums:
     name = "running_sums"
 
     def __post_init__(self) -> None:
-        if not (0 < self.largest <= self.highest and 1 <= self.shortest <= self.longest):
+        if not (0 <= self.lowest < self.highest and self.largest > 0 and 1 <= self.shortest <= self.longest):
             raise ConfigError(
-                f"running_sums: needs 0 < largest ≤ highest and 1 ≤ shortest ≤ longest, got largest {self.largest}, "
-                f"highest {self.highest}, shortest {self.shortest}, longest {self.longest}"
+                "running_sums: needs 0 ≤ lowest < highest, largest > 0 and 1 ≤ shortest ≤ longest, got lowest "
+                f"{self.lowest}, highest {self.highest}, largest {self.largest}, shortest {self.shortest}, longest "
+                f"{self.longest}"
             )
 
     def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
@@ -54,7 +56,9 @@ class RunningSums:
             # Which side a prompt is on follows from its own text: every eighth is held out.
             if (zlib.crc32(text.encode()) % 8 == 0) is heldout:
                 answer = "".join(f" {v}" for v in values)
-                made.setdefault(text, Prompt(key=text.strip(), text=text, completion=answer, reference=answer))
+                made.setdefault(
+                    text, Prompt(key=text.strip(), text=text, completion=answer, reference=answer)
+                )
         return list(made.values())
 
     def score(self, prompt: Prompt, completion: str) -> float:
@@ -62,11 +66,11 @@ class RunningSums:
         return float(completion == prompt.reference)
 
     def _draw(self, rng: np.random.Generator) -> tuple[str, list[int]]:
-        value = int(rng.integers(0, self.highest + 1))
+        value = int(rng.integers(self.lowest, self.highest + 1))
         text, values = f" {value}", []
         for _ in range(int(rng.integers(self.shortest, self.longest + 1))):
             step = 0
-            while step == 0 or not 0 <= value + step <= self.highest:
+            while step == 0 or not self.lowest <= value + step <= self.highest:
                 step = int(rng.integers(-self.largest, self.largest + 1))
             value += step
             values.append(value)

@@ -4,9 +4,12 @@ Rows are split over plain threads that run ``nogil`` kernels: numba's own thread
 when two threads enter them.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
+
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -16,14 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gold.kernels.layout import ByteLayout
+from gold.kernels.reference import widened
 
 Array = NDArray[Any]
 
 
 def byte_masses(logits_NV: Tensor, layout: ByteLayout, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
     """See ``reference.byte_masses``; arithmetic in float64, result in the widened dtype of the logits."""
-    wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    log_mass, log_target_N, log_stop_N = _ByteMasses.apply(wide.contiguous(), layout, first_row)
+    log_mass, log_target_N, log_stop_N = _ByteMasses.apply(widened(logits_NV).contiguous(), layout, first_row)
     return log_mass, log_target_N, log_stop_N
 
 
@@ -35,7 +38,9 @@ def chunk_sums(logp_N: Tensor, chunk_N: Tensor, chunks: int) -> Tensor:
 
 class _ByteMasses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, layout: ByteLayout, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits_NV: Tensor, layout: ByteLayout, first_row: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rows = logits_NV.shape[0]
         low, high = layout.mass_range(first_row, rows)
         log_mass = np.empty(high - low, np.float64)
@@ -98,7 +103,7 @@ def _arrays(layout: ByteLayout) -> tuple[Array, ...]:
         trie["children"],
         trie["outside"],
         trie["stops"],
-        np.int64(layout.size),
+        np.array(layout.size),
         plan["visit_ptr"],
         plan["visit_node"],
         plan["visit_starts"],
@@ -120,13 +125,13 @@ def _on_rows(kernel: Any, rows: int, *arguments: Any) -> None:
         return
     pool = _POOLS.setdefault(threads, ThreadPoolExecutor(threads, thread_name_prefix="gold-rows"))
     edges = [rows * t // threads for t in range(threads + 1)]
-    jobs = [pool.submit(kernel, lo, hi, *arguments) for lo, hi in zip(edges, edges[1:], strict=False)]
+    jobs = [pool.submit(kernel, lo, hi, *arguments) for lo, hi in pairwise(edges)]
     for job in jobs:
         job.result()
 
 
 @numba.njit(cache=True, nogil=True)
-def _log_sum(z, ids, lo, hi, top, skip):  # type: ignore[no-untyped-def]
+def _log_sum(z, ids, lo, hi, top, skip):
     """log Σ exp(z[ids[i]] − top) over lo ≤ i < hi without id ``skip``; −inf when nothing is left."""
     total = 0.0
     for i in range(lo, hi):
@@ -136,7 +141,7 @@ def _log_sum(z, ids, lo, hi, top, skip):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _relog(z, ids, lo, hi, skip):  # type: ignore[no-untyped-def]
+def _relog(z, ids, lo, hi, skip):
     """Log-sum-exp of a set whose probabilities underflowed against the row's maximum: against its own maximum."""
     top = -math.inf
     for i in range(lo, hi):
@@ -151,8 +156,8 @@ def _relog(z, ids, lo, hi, skip):  # type: ignore[no-untyped-def]
 def _masses_forward(
     row_lo, row_hi, logits, order, low, high, own, first_child, children, outside, stops, size,
     visit_ptr, visit_node, visit_starts, visit_skips, mass_ptr, target, first_row, log_mass, row_stats,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    width = logits.shape[1]
+):  # fmt: skip
+    width, ids = logits.shape[1], size[()]
     base = mass_ptr[visit_ptr[first_row]]
     for n in range(row_lo, row_hi):
         z = logits[n]
@@ -175,7 +180,7 @@ def _masses_forward(
             if visit_starts[visit]:
                 ended = _log_sum(z, order, low[node], low[node] + own[node], top, skip)
                 ended += _log_sum(z, outside, 0, outside.size, top, skip)
-                for v in range(size, width):
+                for v in range(ids, width):
                     if v != skip:
                         ended += math.exp(z[v] - top)
                 log_mass[m] = top + math.log(ended) - lse if ended > 0.0 else -math.inf
@@ -192,7 +197,7 @@ def _masses_forward(
 
 
 @numba.njit(cache=True, nogil=True)
-def _add_set(grad, z, ids, lo, hi, scale, log_total, skip):  # type: ignore[no-untyped-def]
+def _add_set(grad, z, ids, lo, hi, scale, log_total, skip):
     """Adds scale · exp(z − log_total) to the gradient of every id of a set: its softmax within the set."""
     if scale == 0.0 or log_total == -math.inf:
         return
@@ -207,8 +212,8 @@ def _masses_backward(
     row_lo, row_hi, logits, order, low, high, own, first_child, children, outside, stops, size,
     visit_ptr, visit_node, visit_starts, visit_skips, mass_ptr, target, first_row, log_mass, row_stats,
     grad_mass, grad_target, grad_stop, grad_logits,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    width = logits.shape[1]
+):  # fmt: skip
+    width, ids = logits.shape[1], size[()]
     base = mass_ptr[visit_ptr[first_row]]
     grad = np.empty(width, np.float64)
     for n in range(row_lo, row_hi):
@@ -233,7 +238,7 @@ def _masses_backward(
                 if visit_starts[visit]:
                     _add_set(grad, z, outside, 0, outside.size, g, ended, skip)
                     if g != 0.0:
-                        for v in range(size, width):
+                        for v in range(ids, width):
                             if v != skip:
                                 grad[v] += g * math.exp(z[v] - ended)
             if visit_starts[visit]:
@@ -252,13 +257,13 @@ def _masses_backward(
 
 
 @numba.njit(cache=True, nogil=True)
-def _sum_chunks(logp, chunk, out):  # type: ignore[no-untyped-def]
+def _sum_chunks(logp, chunk, out):
     for i in range(logp.size):
         if chunk[i] >= 0:
             out[chunk[i]] += logp[i]
 
 
 @numba.njit(cache=True, nogil=True)
-def _spread_chunks(grad_out, chunk, grad):  # type: ignore[no-untyped-def]
+def _spread_chunks(grad_out, chunk, grad):
     for i in range(chunk.size):
         grad[i] = grad_out[chunk[i]] if chunk[i] >= 0 else 0.0

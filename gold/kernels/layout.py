@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,8 +43,8 @@ class ByteLayout:
     target row_text position_row position_text supervised``), each documented where it is made.
     """
 
-    trie: Mapping[str, NDArray[np.generic]]
-    plan: Mapping[str, NDArray[np.generic]]
+    trie: Mapping[str, NDArray[Any]]
+    plan: Mapping[str, NDArray[Any]]
     size: int
     device: torch.device
     target: Tensor
@@ -70,14 +70,14 @@ class ByteLayout:
     @classmethod
     def of(
         cls,
-        trie: Mapping[str, NDArray[np.generic]],
-        plan: Mapping[str, NDArray[np.generic]],
+        trie: Mapping[str, NDArray[Any]],
+        plan: Mapping[str, NDArray[Any]],
         size: int,
         device: torch.device,
     ) -> ByteLayout:
         """The layout of a plan on a device; ``size`` is the number of ids of the vocabulary."""
 
-        def tensor(array: NDArray[np.generic], dtype: torch.dtype) -> Tensor:
+        def tensor(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
 
         positions = plan["supervised"].size
@@ -130,13 +130,18 @@ class ByteLayout:
         stop_low = outside_low + outside.size
         columns = {
             "low": (trie["low"][node], trie["low"][child], outside_low, stop_low),
-            "high": (trie["low"][node] + trie["own"][node], trie["high"][child], stop_low, stop_low + trie["stops"].size),
+            "high": (
+                trie["low"][node] + trie["own"][node],
+                trie["high"][child],
+                stop_low,
+                stop_low + trie["stops"].size,
+            ),
             "mass": (base, base[parent] + 1 + nth, base[begun], base[begun] + 1 + children[begun]),
             "row": (row, row[parent], row[begun], row[begun]),
             "skips_target": (skips, np.zeros(parent.size), skips[begun], np.zeros(begun.size)),
         }
 
-        def tensor(array: NDArray[np.generic]) -> Tensor:
+        def tensor(array: NDArray[Any]) -> Tensor:
             return torch.from_numpy(array.astype(np.int64)).to(self.device)
 
         joined = {name: tensor(np.concatenate(arrays)) for name, arrays in columns.items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gold.kernels.layout import ByteLayout
+from gold.kernels.reference import row_logsumexp, widened
 from gold.kernels.tables import byte_table
 
 BLOCK_BYTES = 64 * 2**20
@@ -96,11 +97,11 @@ def token_logp(rows: Rows, target_N: Tensor, stops: Tensor) -> tuple[Tensor, Ten
     for first in range(0, len(rows), rows.block_rows):
 
         def reduce(hidden: Tensor, first: int = first) -> tuple[Tensor, ...]:
-            logits = _widened(rows.head(hidden))
+            logits = widened(rows.head(hidden))
             norm = torch.logsumexp(logits, dim=-1)
             aim = target_N[first : first + logits.shape[0]]
             picked = logits.gather(1, aim.clamp(min=0)[:, None])[:, 0] - norm
-            stop = torch.logsumexp(logits[:, stops], dim=-1) - norm if stops.numel() else norm - torch.inf
+            stop = row_logsumexp(logits[:, stops]) - norm
             return torch.where(aim >= 0, picked, torch.zeros_like(picked)), stop
 
         target, stop = _remade(reduce, rows.hidden_ND[first : first + rows.block_rows])
@@ -144,9 +145,9 @@ def shared_divergence(
             logp = kept.coarsen(student.head(hidden_S))
             with torch.no_grad():
                 logq = kept_teacher.coarsen(teacher.head(hidden_T)).to(logp)
-            mass = torch.logsumexp(logp[:, :-1].detach(), dim=-1).exp()
+            mass = row_logsumexp(logp[:, :-1].detach()).exp()
             if renormalise:
-                logp, logq = (torch.log_softmax(x[:, :-1], dim=-1) for x in (logp, logq))
+                logp, logq = (x[:, :-1] - row_logsumexp(x[:, :-1])[:, None] for x in (logp, logq))
             return divergence(logp, logq), mass
 
         value, mass = _remade(
@@ -172,15 +173,7 @@ class _Kept:
 
     def coarsen(self, logits: Tensor) -> Tensor:
         """Log-probabilities of the kept events, the stop event, and the bucket, last."""
-        logits = _widened(logits)
-        parts = [logits[:, self.ids]]
-        for columns in (self.stops, self.left):
-            if columns.numel():
-                parts.append(torch.logsumexp(logits[:, columns], dim=-1, keepdim=True))
-            else:
-                parts.append(logits.new_full((logits.shape[0], 1), -torch.inf))
+        logits = widened(logits)
+        joined = [row_logsumexp(logits[:, columns])[:, None] for columns in (self.stops, self.left)]
+        parts = [logits[:, self.ids], *joined]
         return torch.cat(parts, dim=-1) - torch.logsumexp(logits, dim=-1, keepdim=True)
-
-
-def _widened(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -23,7 +23,7 @@ def byte_masses(logits_NV: Tensor, layout: ByteLayout, first_row: int) -> tuple[
         ``logits_NV`` widened to at least float32. An empty set has mass −inf.
     """
     rows = logits_NV.shape[0]
-    logp_NV = torch.log_softmax(_widened(logits_NV), dim=-1)
+    logp_NV = torch.log_softmax(widened(logits_NV), dim=-1)
     pieces = layout.pieces(first_row, rows, logits_NV.shape[1])
     size = pieces.high - pieces.low
     owner = torch.repeat_interleave(size)
@@ -39,11 +39,7 @@ def byte_masses(logits_NV: Tensor, layout: ByteLayout, first_row: int) -> tuple[
     target = layout.target[first_row : first_row + rows]
     picked = logp_NV.gather(1, target.clamp(min=0)[:, None])[:, 0]
     log_target_N = torch.where(target >= 0, picked, torch.zeros_like(picked))
-    if layout.stops.numel():
-        log_stop_N = torch.logsumexp(logp_NV[:, layout.stops], dim=-1)
-    else:
-        log_stop_N = torch.full_like(log_target_N, -torch.inf)
-    return log_mass, log_target_N, log_stop_N
+    return log_mass, log_target_N, row_logsumexp(logp_NV[:, layout.stops])
 
 
 def chunk_sums(logp_N: Tensor, chunk_N: Tensor, chunks: int) -> Tensor:
@@ -69,5 +65,18 @@ def segment_logsumexp(value: Tensor, segment: Tensor, segments: int) -> Tensor:
     return torch.where(something, torch.log(torch.where(something, total, 1.0)) + top, -torch.inf)
 
 
-def _widened(logits: Tensor) -> Tensor:
+def row_logsumexp(value: Tensor) -> Tensor:
+    """``log Σ exp(value)`` over the last axis; −inf where all are −inf (or there is none), with gradient 0 there:
+    torch's own has a NaN gradient."""
+    if value.shape[-1] == 0:
+        return value.new_full(value.shape[:-1], -torch.inf)
+    top = value.detach().amax(-1, keepdim=True)
+    top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
+    total = torch.exp(value - top).sum(-1)
+    something = total > 0
+    return torch.where(something, torch.log(torch.where(something, total, 1.0)) + top[..., 0], -torch.inf)
+
+
+def widened(logits: Tensor) -> Tensor:
+    """The logits in float32, or in float64 if that is what they are."""
     return logits if logits.dtype == torch.float64 else logits.float()

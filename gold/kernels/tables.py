@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gold.kernels.layout import EVENTS, REST_EVENT, ByteLayout
-from gold.kernels.reference import segment_logsumexp
+from gold.kernels.reference import row_logsumexp, segment_logsumexp
 
 
 def byte_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> Tensor:
@@ -29,8 +29,8 @@ def byte_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> Te
     weight = before[layout.mass_row] - before[layout.position_row[layout.mass_cell // EVENTS]]
     value = log_mass + weight.to(log_mass.dtype)
     joint = segment_logsumexp(value, layout.mass_cell, layout.positions * EVENTS).view(-1, EVENTS)
-    norm = torch.logsumexp(joint, dim=-1, keepdim=True)
-    return torch.where(torch.isfinite(norm), joint - norm, joint)
+    norm = row_logsumexp(joint)[:, None]
+    return joint - torch.where(torch.isfinite(norm), norm, 0.0)
 
 
 def common_events(table_E: Tensor, resolved_E: Tensor, other_E: Tensor) -> Tensor:
@@ -40,6 +40,6 @@ def common_events(table_E: Tensor, resolved_E: Tensor, other_E: Tensor) -> Tenso
     """
     common = resolved_E & other_E
     common[:, REST_EVENT] = False
-    rest = torch.logsumexp(table_E.masked_fill(common, -torch.inf), dim=-1)
+    rest = row_logsumexp(table_E.masked_fill(common, -torch.inf))
     kept = table_E.masked_fill(~common, -torch.inf)
     return torch.cat((kept[:, :REST_EVENT], rest[:, None]), dim=-1)

@@ -67,7 +67,11 @@ class LocalTeacher:
         for chosen in batches_by_length(lengths, self.batch_tokens):
             rows = [spellings[i].ids.size + bool(stopped[i]) for i in chosen]
             states = PaddedStates.of(
-                [encoded[i] for i in chosen], [spellings[i].ids for i in chosen], rows, self.model.pad_id, self.device
+                [encoded[i] for i in chosen],
+                [spellings[i].ids for i in chosen],
+                rows,
+                self.model.pad_id,
+                self.device,
             )
             whole = rows_of(self.model.lm, states)
             for i, hidden in zip(chosen, whole.hidden_ND.split(rows), strict=True):

@@ -1,0 +1,189 @@
+"""What a configuration names, made: prompts, models, recipe. The last place that sees a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gold.config import Config, check_data
+from gold.data import Prompt, load_prompts, split_by_hash
+from gold.errors import ConfigError
+from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
+from gold.models import LanguageModel, load_model
+from gold.progress import Progress
+from gold.recipe import Recipe, Term
+from gold.rollout import Sampling
+from gold.tasks import load_task
+from gold.teachers.local import LocalTeacher
+from gold.train import Run, Saving, check_output, distill
+
+if TYPE_CHECKING:
+    from gold.config import StudentConfig, TeacherConfig
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Prompts to train on, prompts held out, and what scores completions, where something does."""
+
+    train: list[Prompt]
+    heldout: list[Prompt]
+    verifier: Verifier | None
+
+
+def load_data(config: Config) -> RunData:
+    """The prompts of a configuration; as many held out as evaluations use.
+
+    Raises:
+        DataError: a file that is missing or has a bad line.
+        ConfigError: a task that is unknown, or data that the objectives cannot be trained on.
+    """
+    data = config.data
+    verifier: Verifier | None = None
+    if data.task is not None:
+        task = load_task(data.task.name, **data.task.options)
+        verifier = task
+        train = task.prompts("train", data.task.train, data.task.seed)
+        heldout = task.prompts("heldout", data.task.heldout, data.task.seed)
+    elif data.prompts is not None:
+        train = load_prompts(data.prompts)
+        if data.heldout is not None:
+            heldout = load_prompts(data.heldout)
+        else:
+            train, heldout = split_by_hash(train, data.heldout_share)
+    else:
+        raise ConfigError("data: neither prompts nor task is given: name a JSONL file or a task")
+    check_data(
+        config,
+        has_completions=all(p.completion is not None for p in train),
+        has_verifier=verifier is not None,
+    )
+    return RunData(train, heldout[: config.evaluate.prompts], verifier)
+
+
+def recipe_of(config: Config) -> Recipe:
+    """The part of a configuration that decides what the training loop computes."""
+    rollout, optimizer, train = config.rollout, config.optimizer, config.train
+    return Recipe(
+        objectives=tuple(Term(t.name, t.support, t.weight, t.beta, t.rest) for t in config.objectives),
+        sampling=Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens),
+        per_prompt=rollout.per_prompt,
+        on_policy=rollout.on_policy,
+        rollout_batch=rollout.batch,
+        steps=train.steps,
+        prompts_per_step=train.prompts_per_step,
+        sequences_per_forward=train.sequences_per_forward,
+        seed=train.seed,
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        weight_decay=optimizer.weight_decay,
+        warmup_steps=optimizer.warmup_steps,
+        schedule=optimizer.schedule,
+        final_lr_share=optimizer.final_lr_share,
+        clip_norm=optimizer.clip_norm,
+        precision=train.precision,
+        gradient_checkpointing=train.gradient_checkpointing,
+        bad_steps_allowed=train.bad_steps_allowed,
+    )
+
+
+def evaluation_of(config: Config) -> EvaluationPlan:
+    """How a configuration's evaluations are run."""
+    return EvaluationPlan(
+        per_prompt=config.evaluate.per_prompt,
+        max_new_tokens=config.rollout.max_new_tokens,
+        samples=config.evaluate.samples,
+        sequences_per_forward=config.evaluate.sequences_per_forward,
+        rollout_batch=config.rollout.batch,
+        seed=config.train.seed,
+    )
+
+
+def train(config: Config, *, resume: bool = False, progress: Progress | None = None) -> Run:
+    """The run that a configuration describes: loads prompts and models, trains, evaluates, saves.
+
+    Whatever can be refused without a model is refused before one is loaded.
+
+    Raises:
+        GoldError: anything in the configuration, the data or the models that cannot work; see ``distill``.
+    """
+    output = Path(config.output)
+    check_output(output, resume, config.to_dict())
+    data = load_data(config)
+    student, teacher = _load(config.student, progress), _load(config.teacher, progress)
+    return distill(
+        student,
+        LocalTeacher(teacher),
+        data.train,
+        recipe_of(config),
+        heldout=data.heldout,
+        verifier=data.verifier,
+        evaluation=evaluation_of(config),
+        saving=Saving(
+            output, resume, config.evaluate.every, config.train.checkpoint_every, config.train.keep_last
+        ),
+        settings=config.to_dict(),
+        progress=progress,
+    )
+
+
+def evaluate_source(
+    source: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None
+) -> Evaluation:
+    """The student of a configuration, or the trained student of a run folder, on the held-out prompts.
+
+    Raises:
+        GoldError: as for ``train``.
+    """
+    folder = Path(source)
+    trained: Path | None = None
+    if folder.is_dir():
+        config = Config.load(folder / "config.yaml", overrides)
+        trained = folder / "student"
+        if not trained.is_dir():
+            raise ConfigError(
+                f"{folder}: the run has no student yet; resume it to its end, or give its configuration"
+            )
+    else:
+        config = Config.load(folder, overrides)
+    data = load_data(config)
+    student = config.student
+    if trained is not None and not any(o.startswith("student.") for o in overrides):
+        student = student.model_copy(update={"path": str(trained), "gguf_file": None})
+    return evaluate(
+        _load(student, progress),
+        LocalTeacher(_load(config.teacher, progress)),
+        data.heldout,
+        plan=evaluation_of(config),
+        verifier=data.verifier,
+    )
+
+
+def _load(model: StudentConfig | TeacherConfig, progress: Progress | None) -> LanguageModel:
+    loaded = load_model(model.path, gguf_file=model.gguf_file, dtype=model.dtype, device=model.device)
+    if progress is not None:
+        for difference in file_differences(loaded):
+            progress.note(f"model {loaded.name}: the loaded tokenizer and its file differ: {difference}")
+    return loaded
+
+
+def file_differences(model: LanguageModel) -> list[str]:
+    """Where the vocabulary of a loaded tokenizer differs from that of its tokenizer.json, where there is one."""
+    from gold.align.vocabulary import Vocabulary
+
+    if not (Path(model.name) / "tokenizer.json").is_file():
+        return []
+    return Vocabulary.load(model.name).differences(model.vocabulary, texts=SAMPLE_TEXTS)
+
+
+SAMPLE_TEXTS = (
+    "Hello, world!",
+    " leading space",
+    "1234 + 5 = 1239",
+    "déjà vu — naïve",
+    "a\n\n  b\tc",
+    "漢字かな 😀",
+    "▁x",
+)
+"""Texts on which two tokenizers are compared."""

@@ -1,0 +1,153 @@
+"""Toy tokenizers that really disagree, toy models over them, and views of texts for the objectives."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from gold.align import Vocabulary
+from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
+from gold.kernels import BACKENDS
+from gold.kernels.linear import Rows
+from gold.losses import View
+
+CPU = torch.device("cpu")
+
+
+def toy_vocabulary(
+    merges: Sequence[str], letters: str = "ab ", shuffle: int = 0, cut: str | None = " "
+) -> Vocabulary:
+    """Byte-level BPE over a few letters with the given merges, such as ``a b``; ``cut`` stands alone in any text.
+
+    ``shuffle`` numbers the ids another way.
+    """
+    symbol = {
+        c: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(c)[0][0]
+        for c in letters
+    }
+    pairs = [
+        tuple(symbol[c] if c in symbol else "".join(symbol[x] for x in c) for c in m.split("+"))
+        for m in merges
+    ]
+    tokens = ["<eos>", "<junk>", *symbol.values(), *("".join(p) for p in pairs)]
+    if shuffle:
+        np.random.default_rng(shuffle).shuffle(tokens)
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=pairs))
+    steps = [pre_tokenizers.Split(cut, "isolated")] if cut else []
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>", "<junk>"])
+    return Vocabulary.load(tokenizer, stop_ids=[tokenizer.token_to_id("<eos>")])
+
+
+@dataclass
+class ToyModel:
+    """A row of logits for every context, each drawn once from the context itself; float64, with gradient if asked.
+
+    ``longest``: contexts of that many tokens can only stop. ``extra`` rows stand for padding of the output matrix.
+    """
+
+    vocabulary: Vocabulary
+    seed: int
+    longest: int = 10**6
+    extra: int = 0
+    scale: float = 1.0
+    requires_grad: bool = False
+    never: tuple[str, ...] = ()
+    rows: dict[tuple[bytes, ...], Tensor] = field(default_factory=dict)
+
+    def row(self, context: Sequence[int]) -> Tensor:
+        """Logits after a context of ids. Contexts are known by their tokens' bytes, so ids can be renamed."""
+        vocabulary = self.vocabulary
+        key = tuple(vocabulary.token_bytes(i) for i in context)
+        if key not in self.rows:
+            names = [
+                vocabulary.token_bytes(i) or vocabulary._tokenizer.id_to_token(i).encode()
+                for i in range(vocabulary.size)
+            ]
+            names += [b"padding %d" % i for i in range(self.extra)]
+            draws = [
+                np.random.default_rng((self.seed, zlib.crc32(repr((key, n)).encode()))).normal()
+                for n in names
+            ]
+            logits = self.scale * torch.tensor(draws, dtype=torch.float64)
+            if len(key) >= self.longest:
+                stop = torch.zeros(len(names), dtype=torch.bool)
+                stop[list(vocabulary.stop_ids)] = True
+                logits = logits.masked_fill(~stop, -torch.inf)
+            logits[[vocabulary._tokenizer.token_to_id(name) for name in self.never]] = -torch.inf
+            self.rows[key] = logits.requires_grad_(self.requires_grad)
+        return self.rows[key]
+
+    def logp(self, context: Sequence[int]) -> Tensor:
+        """Log-probabilities after a context."""
+        return torch.log_softmax(self.row(context), -1)
+
+    def states(self, ids: Sequence[int], rows: int) -> Tensor:
+        """Logits of states 0 … rows − 1 along a text."""
+        return torch.stack([self.row(tuple(int(i) for i in ids[:k])) for k in range(rows)])
+
+
+def aligned(pair: VocabularyPair, ids: Sequence[int], **known: object) -> AlignedText:
+    """A sampled text: ids, the stop id last if it is there."""
+    stops = set(pair.student.stop_ids)
+    stopped = bool(ids) and ids[-1] in stops
+    spelling = pair.student.spell(ids[:-1] if stopped else ids)
+    return AlignedText(np.array(ids, np.int32), spelling, pair.read(spelling), stopped, **known)  # type: ignore[arg-type]
+
+
+def batch_of(pair: VocabularyPair, texts: Sequence[AlignedText]) -> AlignedBatch:
+    """The texts as one microbatch."""
+    return AlignedBatch(texts, pair, CPU)
+
+
+def view_of(
+    pair: VocabularyPair,
+    texts: Sequence[AlignedText],
+    student: Tensor | ToyModel,
+    teacher: Tensor | ToyModel,
+    backend: str = "cpu",
+) -> View:
+    """The view of a batch; models give their own states, tensors are taken as all rows."""
+    batch = batch_of(pair, texts)
+    return View(
+        batch,
+        Rows.of_logits(student_rows(student, texts) if isinstance(student, ToyModel) else student),
+        Rows.of_logits(teacher_rows(teacher, texts) if isinstance(teacher, ToyModel) else teacher),
+        BACKENDS[backend],
+        BACKENDS[backend],
+    )
+
+
+def student_rows(model: ToyModel, texts: Sequence[AlignedText]) -> Tensor:
+    """The student's states over all texts."""
+    return torch.cat([model.states(t.student.ids, t.student.ids.size + t.stopped) for t in texts])
+
+
+def teacher_rows(model: ToyModel, texts: Sequence[AlignedText]) -> Tensor:
+    """The teacher's states over all texts."""
+    return torch.cat([model.states(t.teacher.ids, t.teacher.ids.size + t.stopped) for t in texts])
+
+
+def random_texts(pair: VocabularyPair, count: int, seed: int, longest: int = 7) -> list[AlignedText]:
+    """Random id sequences of the student, stopped or not, empty ones among them."""
+    rng = np.random.default_rng(seed)
+    text_ids = [i for i in range(pair.student.size) if pair.student.token_bytes(i)]
+    texts = []
+    for n in range(count):
+        ids = [int(i) for i in rng.choice(text_ids, rng.integers(0, longest))]
+        stopped = bool(rng.random() < 0.6) or not ids
+        texts.append(
+            aligned(pair, [*ids, pair.student.stop_ids[0]] if stopped else ids, advantage=float(n % 3) - 1.0)
+        )
+    return texts
+
+
+Gradient = Callable[[], Tensor]
