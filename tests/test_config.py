@@ -57,8 +57,9 @@ def load_problem(path: Path, *overrides: str) -> str:
 
 floats = st.floats(1e-9, 1e9)
 counts = st.integers(1, 10**9)
-# Much text that looks like a number or a word of YAML.
-texts = st.text(min_size=1) | st.text("0123456789eE+-._:~xobnulyestrfINA", min_size=1, max_size=6)
+# Much text that looks like a number or a word of YAML; no line breaks, which PyYAML folds (U+0085, U+2028).
+characters = st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])
+texts = st.text(characters, min_size=1) | st.text("0123456789eE+-._:~xobnulyestrfINA", min_size=1, max_size=6)
 divergences = st.fixed_dictionaries(
     {"name": st.sampled_from(["reverse_kl", "forward_kl", "jsd"]), "weight": st.floats(1e-6, 10)},
     optional={"support": st.sampled_from(["bytes", "shared", None])},
