@@ -298,14 +298,20 @@ class Vocabulary:
         ]
         if len(ids) > limit:
             lines.append(f"and {len(ids) - limit} more ids")
-        cases = [(text, self.encode(text).ids.tolist(), other.encode(text).ids.tolist()) for text in texts]
-        texts_differ = [
-            f"text {text!r}: {mine} here, {theirs} there" for text, mine, theirs in cases if mine != theirs
-        ]
-        lines += texts_differ[:limit]
-        if len(texts_differ) > limit:
-            lines.append(f"and {len(texts_differ) - limit} more texts")
+        others = [line for text in texts if (line := self._other_ids(other, text))]
+        lines += others[:limit]
+        if len(others) > limit:
+            lines.append(f"and {len(others) - limit} more texts")
         return lines
+
+    def _other_ids(self, other: "Vocabulary", text: str) -> str | None:
+        mine, theirs = self.encode(text).ids.tolist(), other.encode(text).ids.tolist()
+        if mine == theirs:
+            return None
+        pairs = enumerate(zip(mine, theirs, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(mine), len(theirs)))
+        shown = text if len(text) <= 40 else text[:40] + "…"
+        return f"text {shown!r} from token {at} on: {mine[at : at + 4]} here, {theirs[at : at + 4]} there"
 
     @cached_property
     def _rewrite(self) -> Any:
