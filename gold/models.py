@@ -82,14 +82,14 @@ def load_model(
     if dtype not in DTYPES and dtype != "auto":
         raise ModelError(f"{where}: unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
     try:
-        lm = AutoModelForCausalLM.from_pretrained(
+        lm: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto" if dtype == "auto" else DTYPES[dtype], **extra
         )
     except Exception as error:
         raise ModelError(f"{where}: could not be loaded: {_first_line(error)}") from error
     if gguf_file:
         forget_quantizer(lm)
-    lm.to(device=target)
+    lm.to(target)
     lm.eval()
     return wrap_model(lm, tokenizer, name=str(path))
 

@@ -176,7 +176,7 @@ def _generate(
     return results
 
 
-class _Draw(LogitsProcessor):  # type: ignore[misc]
+class _Draw(LogitsProcessor):
     """Draws each sequence's next token from its own uniform number, and keeps the log-probability it was drawn with.
 
     Everything but the drawn token is masked, so that a greedy ``generate`` takes it; no [steps, V] tensor is kept.

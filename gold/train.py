@@ -68,8 +68,8 @@ def distill(
 
     Each step draws prompts, lets the student complete them, has the teacher read the same bytes in its own tokens and
     template, and takes one optimizer step on the recipe's objectives, each divided by the count of its unit in the
-    whole step over all processes. With ``saving.output`` the run is a folder that can be resumed; every random draw is a
-    function of the seed, the step and the sequence's number, so a resumed run repeats an uninterrupted one.
+    whole step over all processes. With ``saving.output`` the run is a folder that can be resumed; every random draw
+    is a function of the seed, the step and the sequence's number, so a resumed run repeats an uninterrupted one.
 
     Args:
         teacher: None where no objective needs one.

@@ -259,7 +259,7 @@ def _join(parts: list[tuple[NDArray[np.generic], ...]]) -> BytePlan:
         return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype)
 
     def shifted(arrays: Sequence[NDArray[np.generic]], shift: Int64, dtype: type) -> NDArray[np.generic]:
-        return joined([a + s for a, s in zip(arrays, shift[:-1], strict=True)], dtype)  # type: ignore[operator]
+        return joined([a + s for a, s in zip(arrays, shift[:-1], strict=True)], dtype)
 
     def pointer(counts: Sequence[NDArray[np.generic]]) -> Int64:
         return np.concatenate((np.zeros(1, np.int64), np.cumsum(joined(counts, np.int64), dtype=np.int64)))
@@ -340,7 +340,7 @@ def _plan_one(low, own, first_child, children, byte, ids, ends, data, exact, sto
             mass_event = np.empty(masses, np.int32)
             visits = 0
             masses = 0
-        begin = np.int64(0)
+        begin = 0
         clean = True
         for k in range(rows):
             if clean:
@@ -350,7 +350,7 @@ def _plan_one(low, own, first_child, children, byte, ids, ends, data, exact, sto
                     if behind_space >= 0:
                         at = behind_space
                 limit = trusted[begin]
-                target_end = ends[k] if k < n else np.int64(-1)
+                target_end = int(ends[k]) if k < n else -1
                 e = begin
                 while True:
                     if e == length and not stopped:
@@ -384,7 +384,7 @@ def _plan_one(low, own, first_child, children, byte, ids, ends, data, exact, sto
                 # After a token that ends at no boundary of the text (it has no width, and is not spelled by it) the
                 # state stands inside a stretch; nothing starts there.
                 clean = exact[k] or ends[k] > begin
-                begin = ends[k]
+                begin = int(ends[k])
     last = np.int32(0)
     for e in range(length + 1):
         if position_row[e] >= 0:

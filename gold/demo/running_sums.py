@@ -18,7 +18,7 @@ HELDOUT_STREAM = 1
 
 @dataclass(frozen=True)
 class RunningSums:
-    """Running sums within ``lowest`` … ``highest``, with ``shortest`` to ``longest`` steps of at most ``largest`` each."""
+    """Running sums within ``lowest`` … ``highest``, of ``shortest`` to ``longest`` steps up to ``largest``."""
 
     lowest: int = 10
     highest: int = 60

@@ -151,7 +151,7 @@ def test_span_pg_with_one_vocabulary_is_per_token_on_policy_distillation():
 @over(sorted(WITH_TEACHER))
 def test_another_teacher_gives_another_gradient(name):
     objective = WITH_TEACHER[name]
-    texts = [aligned(PAIR, STUDENT.encode(t).ids.tolist() + [STUDENT.stop_ids[0]]) for t in ("ab a", "b ab")]
+    texts = [aligned(PAIR, [*STUDENT.encode(t).ids.tolist(), STUDENT.stop_ids[0]]) for t in ("ab a", "b ab")]
     student = ToyModel(STUDENT, 3)
     grads = [gradient(objective, view_of(PAIR, texts, student, ToyModel(TEACHER, s)))[1] for s in (4, 5)]
     assert (grads[0] - grads[1]).abs().max() > 1e-3
@@ -314,7 +314,7 @@ def test_jsd_is_the_formula_of_gkd_and_its_ends_are_the_two_kls():
 # 7. Gradients agree with finite differences; sampled estimators agree with enumeration.
 
 
-@over(sorted(DISTRIBUTIONS) + ["sft", "reward"])
+@over([*sorted(DISTRIBUTIONS), "sft", "reward"])
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
 def test_gradients_agree_with_finite_differences(name, backend):
     objective = VARIANTS[name]
