@@ -103,10 +103,12 @@ def test_a_broken_checkpoint_never_pushes_out_a_whole_one(tmp_path):
     assert saved_steps(tmp_path) == [1, 3]
 
 
-def test_steps_after_the_one_just_saved_are_of_an_abandoned_past(tmp_path):
+@pytest.mark.parametrize("broken", [False, True])
+def test_steps_after_the_one_just_saved_are_of_an_abandoned_past(tmp_path, broken):
     for step in (1, 9):
         save_checkpoint(tmp_path, step, write_step(step), 2)
-    (tmp_path / "step-000009" / "state.json").unlink()
+    if broken:
+        (tmp_path / "step-000009" / "state.json").unlink()
     save_checkpoint(tmp_path, 2, write_step(2), 2)
     assert saved_steps(tmp_path) == [1, 2]
 
