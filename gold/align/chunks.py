@@ -119,11 +119,10 @@ def _cut(
     i = j = edge = count = 0
     while True:
         first_i, first_j = i, j
-        # Tokens of zero width at the chunk's start end where the chunk begins: they are no edge of it.
+        # Tokens of zero width at the chunk's start end where it begins, and that is no edge of it. Those of the other
+        # side are passed over below, as ends before this one.
         while i < count_S and ends_S[i] <= edge:
             i += 1
-        while j < count_T and ends_T[j] <= edge:
-            j += 1
         while i < count_S and j < count_T and ends_S[i] != ends_T[j]:
             if ends_S[i] < ends_T[j]:
                 i += 1

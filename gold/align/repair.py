@@ -196,15 +196,14 @@ def _edit(text_a: str, text_b: str, i: int, j: int, back: Int64) -> tuple[int, i
             f"the tokens spell {text_b[j : j + 12]!r} where the text has {text_a[i : i + 12]!r}, and rapidfuzz, "
             "which would map one onto the other, is not installed; pip install rapidfuzz"
         ) from None
-    window, blocks = _FIRST_WINDOW, None
+    window = _FIRST_WINDOW
     while True:
         a, b = text_a[i : i + window], text_b[j : j + window]
         at_end = i + window >= len(text_a) and j + window >= len(text_b)
         found = _blocks_up_to_an_anchor(Levenshtein.opcodes(a, b).as_matching_blocks(), at_end)
-        # The end of a window bends the path before it: an anchor counts if the next window has it too.
-        if found is not None and (at_end or found == blocks):
+        if found is not None:
             break
-        window, blocks = window * 2, found
+        window *= 2
     done_a = done_b = 0
     for start_a, start_b, size in found:
         if start_b > done_b:

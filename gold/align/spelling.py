@@ -241,9 +241,7 @@ def _before_text(template: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _text_tokens(tokenizer: Tokenizer, events: Collection[int]) -> list[AddedToken]:
     silent = set(events)
     return [
-        token
-        for index, token in sorted(tokenizer.get_added_tokens_decoder().items())
-        if index not in silent and not token.special
+        token for index, token in sorted(tokenizer.get_added_tokens_decoder().items()) if index not in silent
     ]
 
 

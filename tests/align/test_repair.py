@@ -97,6 +97,19 @@ def test_a_character_is_never_cut_from_its_marks() -> None:
     assert set(spelling.ends.tolist()) <= {0, 5, 6}
 
 
+def test_what_a_normaliser_removes_belongs_to_the_next_token() -> None:
+    stripped = normalizers.Sequence(
+        [normalizers.NFD(), normalizers.StripAccents(), normalizers.Replace("x", "")]
+    )
+    vocabulary = Vocabulary.load(byte_level_bpe(["abc"], vocab_size=258, normalizer=stripped))
+    assert stretches(vocabulary, vocabulary.encode("axbe\u0301cx")) == [
+        (b"a", b"a", True),
+        (b"b", b"xb", False),
+        (b"e", "e\u0301".encode(), False),
+        (b"c", b"cx", False),
+    ]
+
+
 @given(text)
 def test_nfc_repairs_only_what_nfc_changes(given: str) -> None:
     spelling = NFC.encode(given)
@@ -198,6 +211,7 @@ def test_unexplained_differences_without_rapidfuzz_are_one_clear_error(
     with pytest.raises(VocabularyError, match="pip install rapidfuzz"):
         vocabulary.encode("a <pause> b")
     # What is known needs no rapidfuzz.
+    assert Vocabulary.load(sentencepiece_bpe(known=range(0))).encode("the \u2603 dog").repaired_bytes > 0
     assert NFC.encode(b"e\xcc\x81\xff").repaired_bytes == 4
 
 
