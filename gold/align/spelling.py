@@ -95,12 +95,20 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def token_strings(tokenizer: Tokenizer) -> list[str | None]:
-    """The raw string of every id from 0 to the largest one; None for an id that no token has."""
-    largest = max(
-        max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1),
-        max(tokenizer.get_added_tokens_decoder(), default=-1),
-    )
-    return [tokenizer.id_to_token(index) for index in range(largest + 1)]
+    """The raw string of every id from 0 to the largest one; None for an id that no token has.
+
+    Of several strings with one id it is the added token's, else the first in the order of strings: the vocabulary
+    itself comes in another order in every process.
+    """
+    own = tokenizer.get_vocab(with_added_tokens=False)
+    added = tokenizer.get_added_tokens_decoder()
+    strings: list[str | None] = [None] * (max(max(own.values(), default=-1), max(added, default=-1)) + 1)
+    for string, index in own.items():
+        other = strings[index]
+        strings[index] = string if other is None else min(other, string)
+    for index, token in added.items():
+        strings[index] = token.content
+    return strings
 
 
 def token_spellings(tokenizer: Tokenizer, family: Family, events: Collection[int]) -> list[bytes | None]:

@@ -141,3 +141,11 @@ def test_tokens_that_are_text_match_and_special_ones_do_not() -> None:
     ids = vocabulary.encode("<think><|turn|><eos>").ids.tolist()
     assert ids[0] == think
     assert not {turn, EOS_ID} & set(ids)
+
+
+def test_of_two_strings_with_one_id_the_same_is_taken_every_time() -> None:
+    tokenizer = Tokenizer(models.BPE(vocab={"b": 0, "a": 0, "c": 1, "<x>": 1}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_tokens(["<x>"])
+    vocabulary = Vocabulary.load(tokenizer)
+    assert [vocabulary.token_bytes(i) for i in (0, 1)] == [b"a", b"<x>"]

@@ -345,3 +345,25 @@ def test_importing_the_package_loads_no_heavy_library() -> None:
         [sys.executable, "-c", program], capture_output=True, check=True, text=True, cwd=root
     )
     assert answer.stdout.strip() == "[]"
+
+
+def test_a_name_that_is_no_path_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    character_level().save(str(tmp_path / "tokenizer.json"))
+    asked: list[tuple[str, list[str]]] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        if name == "some/thing":
+            return str(tmp_path)
+        raise OSError("404: no such repository\nsecond line")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert Vocabulary.load("some/thing").size == 258
+    assert asked[0][0] == "some/thing"
+    assert "tokenizer.json" in asked[0][1]
+    assert not [pattern for pattern in asked[0][1] if "safetensors" in pattern]
+    with pytest.raises(
+        VocabularyError, match="no tokenizer 'no/thing': .* the Hub answers: 404: no such repository$"
+    ):
+        Vocabulary.load("no/thing")
