@@ -364,6 +364,6 @@ def test_a_name_that_is_no_path_is_asked_of_the_hub(tmp_path: Path, monkeypatch:
     assert "tokenizer.json" in asked[0][1]
     assert not [pattern for pattern in asked[0][1] if "safetensors" in pattern]
     with pytest.raises(
-        VocabularyError, match="no tokenizer 'no/thing': .* the Hub answers: 404: no such repository$"
+        VocabularyError, match=r"no tokenizer 'no/thing': .* the Hub answers: 404: no such repository$"
     ):
         Vocabulary.load("no/thing")
