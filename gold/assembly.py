@@ -11,7 +11,7 @@ from gold.config import Config, check_data
 from gold.data import Prompt, load_prompts, split_by_hash
 from gold.errors import ConfigError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
-from gold.models import LanguageModel, load_model
+from gold.models import LanguageModel, check_files, load_model, pick_device
 from gold.progress import Progress
 from gold.recipe import Recipe, Term
 from gold.rollout import Sampling
@@ -20,6 +20,7 @@ from gold.teachers.local import LocalTeacher
 from gold.train import Run, Saving, check_output, distill
 
 if TYPE_CHECKING:
+    from gold.align.vocabulary import Vocabulary
     from gold.config import StudentConfig, TeacherConfig
 
 
@@ -111,7 +112,7 @@ def train(config: Config, *, resume: bool = False, progress: Progress | None = N
     output = Path(config.output)
     check_output(output, resume, config.to_dict())
     data = load_data(config)
-    student, teacher = _load(config.student, progress), _load(config.teacher, progress)
+    student, teacher = _load([config.student, config.teacher], progress)
     return distill(
         student,
         LocalTeacher(teacher),
@@ -151,30 +152,42 @@ def evaluate_source(
     student = config.student
     if trained is not None and not any(o.startswith("student.") for o in overrides):
         student = student.model_copy(update={"path": str(trained), "gguf_file": None})
+    trained_student, teacher = _load([student, config.teacher], progress)
     return evaluate(
-        _load(student, progress),
-        LocalTeacher(_load(config.teacher, progress)),
+        trained_student,
+        LocalTeacher(teacher),
         data.heldout,
         plan=evaluation_of(config),
         verifier=data.verifier,
     )
 
 
-def _load(model: StudentConfig | TeacherConfig, progress: Progress | None) -> LanguageModel:
-    loaded = load_model(model.path, gguf_file=model.gguf_file, dtype=model.dtype, device=model.device)
-    if progress is not None:
-        for difference in file_differences(loaded):
-            progress.note(f"model {loaded.name}: the loaded tokenizer and its file differ: {difference}")
+def _load(models: Sequence[StudentConfig | TeacherConfig], progress: Progress | None) -> list[LanguageModel]:
+    """The models, none of them loaded before the files and the tokenizers of all are found good."""
+    vocabularies = []
+    for model in models:
+        check_files(model.path, gguf_file=model.gguf_file)
+        pick_device(model.device)
+        vocabularies.append(file_vocabulary(model.path))
+    loaded = []
+    for model, of_file in zip(models, vocabularies, strict=True):
+        made = load_model(model.path, gguf_file=model.gguf_file, dtype=model.dtype, device=model.device)
+        if of_file is not None and progress is not None:
+            for difference in of_file.differences(made.vocabulary, texts=SAMPLE_TEXTS):
+                progress.note(f"model {made.name}: the loaded tokenizer and its file differ: {difference}")
+        loaded.append(made)
     return loaded
 
 
-def file_differences(model: LanguageModel) -> list[str]:
-    """Where the vocabulary of a loaded tokenizer differs from that of its tokenizer.json, where there is one."""
+def file_vocabulary(path: str | Path) -> Vocabulary | None:
+    """The vocabulary of a folder's tokenizer.json, where there is one.
+
+    Raises:
+        VocabularyError: a tokenizer that cannot be spelled in bytes.
+    """
     from gold.align.vocabulary import Vocabulary
 
-    if not (Path(model.name) / "tokenizer.json").is_file():
-        return []
-    return Vocabulary.load(model.name).differences(model.vocabulary, texts=SAMPLE_TEXTS)
+    return Vocabulary.load(path) if (Path(path) / "tokenizer.json").is_file() else None
 
 
 SAMPLE_TEXTS = (

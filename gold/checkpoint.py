@@ -60,7 +60,7 @@ def save_checkpoint(folder: Path, step: int, writer: Callable[[Path], None], kee
     except BaseException as error:
         full = _is_full(folder, error)
         shutil.rmtree(partial, ignore_errors=True)
-        if _is_write_failure(error):
+        if is_write_failure(error):
             what = f"the disk is full, {_one_line(error)}" if full else _one_line(error)
             advice = "free some space and resume" if full else "resume once the cause is gone"
             raise CheckpointError(
@@ -217,7 +217,7 @@ def _size_fault(path: Path, files: dict[str, dict[str, Any]]) -> str | None:
     return None
 
 
-def _is_write_failure(error: BaseException) -> bool:
+def is_write_failure(error: BaseException) -> bool:
     """Whether a writer failed for the disk's sake; torch and safetensors do not raise OSError for that."""
     if isinstance(error, GoldError):
         return False

@@ -104,14 +104,18 @@ class Loop:
         self.step = 0
         self.bad_steps = 0
         self._warned: set[str] = set()
-        student.lm.to(accelerator.device)
+        if accelerator.num_processes > 1:
+            student.lm.to(accelerator.device)
         if recipe.gradient_checkpointing:
             student.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trained = [p for p in student.lm.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
         )
-        self.module, self.optimizer = accelerator.prepare(StatesModule(student.lm), optimizer)
+        # The model is where it should be: a run of one process stays on the device that was asked for.
+        self.module, self.optimizer = accelerator.prepare(
+            StatesModule(student.lm), optimizer, device_placement=[False, False]
+        )
         self.backend = backend_for(student.device)
         self.teacher_backend = backend_for(teacher.device) if teacher else self.backend
 
@@ -314,6 +318,10 @@ class Loop:
         if folder:
             folder.rewind(self.step if found else -1)
         self.accelerator.wait_for_everyone()
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether the flag is up in any process: a signal may reach them in different steps, or only one of them."""
+        return self._total({"flag": float(flag)})["flag"] > 0
 
     def _total(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over all processes."""

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as hf_logging
 
 from gold.align.vocabulary import Vocabulary
 from gold.errors import ModelError
@@ -65,28 +66,39 @@ def load_model(
     ``device``: ``auto`` is the GPU where there is one.
 
     Raises:
-        ModelError: a folder that is missing or broken, weights that cannot be read, a model whose logits are not its
-            output matrix applied to its last hidden states.
+        ModelError: a folder that is missing or broken, weights that cannot be read or are not all there, a model whose
+            logits are not its output matrix applied to its last hidden states.
         VocabularyError: a tokenizer that cannot be spelled in bytes.
     """
+    check_files(path, gguf_file=gguf_file)
+    path = os.path.expanduser(path)
     where = f"model {path}" + (f" (file {gguf_file})" if gguf_file else "")
-    folder = Path(path)
-    if folder.exists() or str(path).startswith((".", "/", "~")):
-        _check_folder(folder.expanduser(), gguf_file)
     target = pick_device(device)
+    if dtype not in DTYPES and dtype != "auto":
+        raise ModelError(f"{where}: unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
     extra = {"gguf_file": gguf_file} if gguf_file else {}
+    local = Path(path).is_dir()
+    advice = "" if local else "; there is no such folder, and the Hub gave none"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **extra)
     except Exception as error:
-        raise ModelError(f"{where}: its tokenizer could not be loaded: {_first_line(error)}") from error
-    if dtype not in DTYPES and dtype != "auto":
-        raise ModelError(f"{where}: unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
+        raise ModelError(
+            f"{where}: its tokenizer could not be loaded{advice}: {_first_line(error)}"
+        ) from error
     try:
-        lm: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto" if dtype == "auto" else DTYPES[dtype], **extra
-        )
+        # A download may take minutes and shows how far it is; a folder is read in a moment.
+        with _no_bars() if local else contextlib.nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype="auto" if dtype == "auto" else DTYPES[dtype], output_loading_info=True, **extra
+            )
     except Exception as error:
-        raise ModelError(f"{where}: could not be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{where}: could not be loaded{advice}: {_first_line(error)}") from error
+    lm, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{where}: {len(missing)} of its weights are not in its files, {missing[0]} for one; "
+            "fetch the model again"
+        )
     if gguf_file:
         forget_quantizer(lm)
     lm.to(target)
@@ -117,7 +129,8 @@ def wrap_model(lm: Any, tokenizer: Any, *, name: str = "model") -> LanguageModel
 
 def save_model(model: LanguageModel, folder: Path) -> None:
     """Writes weights, configuration and tokenizer in plain Hugging Face format, so that transformers alone loads it."""
-    model.lm.save_pretrained(folder, safe_serialization=True)
+    with _no_bars():
+        model.lm.save_pretrained(folder, safe_serialization=True)
     model.tokenizer.save_pretrained(folder)
 
 
@@ -129,10 +142,34 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
     """
     own = next(model.lm.parameters())
     try:
-        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=own.dtype)
+        with _no_bars():
+            saved = AutoModelForCausalLM.from_pretrained(folder, dtype=own.dtype)
         model.lm.load_state_dict(saved.state_dict())
     except Exception as error:
         raise ModelError(f"model {folder}: its weights could not be loaded: {_first_line(error)}") from error
+
+
+def check_files(path: str | Path, *, gguf_file: str | None = None) -> None:
+    """Nothing, where the files of a model are there and as long as they should be; a Hub id is not looked up.
+
+    Raises:
+        ModelError: a folder that is missing, or lacks its configuration or weights, or holds truncated ones.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+        _check_folder(folder, gguf_file)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of transformers, which are of no use for what takes a moment."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def pick_device(name: str) -> torch.device:
@@ -293,6 +330,31 @@ def _check_folder(folder: Path, gguf_file: str | None) -> None:
         json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"model {folder}: config.json is not valid JSON: {error}") from error
+    patterns = ("*.safetensors", "pytorch_model*.bin")
+    weights = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    if not weights:
+        raise ModelError(f"model {folder}: no weights in it, neither {' nor '.join(patterns)}")
+    for file in weights:
+        if file.suffix == ".safetensors":
+            _check_safetensors(folder, file)
+
+
+def _check_safetensors(folder: Path, file: Path) -> None:
+    """The header says how long the file must be: a copy or download that broke off is found without reading it."""
+    size = file.stat().st_size
+    try:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or 8 + length > size:
+                raise ValueError("it ends within its header")
+            entries = json.loads(stream.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        if 8 + length + max(ends, default=0) != size:
+            raise ValueError(f"it has {size} bytes, its header lists {8 + length + max(ends, default=0)}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"model {folder}: {file.name} is broken, {_first_line(error)}; fetch the model again"
+        ) from error
 
 
 @torch.no_grad()
@@ -310,6 +372,8 @@ def _check_head(lm: Any, name: str) -> None:
     parts = rows_of(lm, states)
     apart = (parts.head(parts.hidden_ND).float() - whole[0]).abs().max()
     lm.train(was_training)
+    if not whole.isfinite().all():
+        raise ModelError(f"model {name}: its logits are NaN or infinite; are its weights whole?")
     if not apart <= 1e-2 * (1.0 + whole.abs().max()):
         raise ModelError(
             f"model {name}: its logits are not its output matrix applied to its last hidden states (they differ by "

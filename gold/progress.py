@@ -58,6 +58,13 @@ class Quiet:
         print(f"gold: {text}", file=sys.stderr)
 
 
+class Silent(Quiet):
+    """Shows nothing at all."""
+
+    def note(self, text: str) -> None:
+        """See ``Progress.note``."""
+
+
 class Lines(Quiet):
     """A header, a line now and then, a line per evaluation: for logs and pipes."""
 

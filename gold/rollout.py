@@ -73,7 +73,7 @@ def sample(
     Raises:
         DataError: a prompt that leaves no room in the model's context; the message names its key.
     """
-    encoded = [_prompt_ids(model, prompt, sampling.max_new_tokens) for prompt in prompts]
+    encoded = [encode_prompt(model, prompt, sampling.max_new_tokens) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
     rollouts: dict[int, Rollout] = {}
     was_training = model.lm.training
@@ -98,13 +98,13 @@ def completed(model: LanguageModel, prompt: Prompt, max_new_tokens: int) -> Roll
     """
     if prompt.completion is None:
         raise DataError(f"prompt {prompt.key}: it has no completion; add one, or set rollout.on_policy to 1")
-    encoded = _prompt_ids(model, prompt, 0)
     spelling = model.vocabulary.encode(prompt.completion)
     stopped = spelling.ids.size < max_new_tokens
     if not stopped:
         spelling = model.vocabulary.spell(spelling.ids[:max_new_tokens])
     stop = np.array(model.vocabulary.stop_ids[:1], np.int32)
     ids = np.concatenate((spelling.ids, stop)) if stopped else spelling.ids
+    encoded = encode_prompt(model, prompt, ids.size)
     return Rollout(prompt, encoded, ids, np.zeros(ids.size, np.float32), spelling, stopped, sampled=False)
 
 
@@ -121,7 +121,12 @@ def advantages(rewards: NDArray[np.float64], group: int) -> NDArray[np.float64]:
     return np.where(deviation > 1e-8, centred / np.maximum(deviation, 1e-8), 0.0).reshape(-1)
 
 
-def _prompt_ids(model: LanguageModel, prompt: Prompt, room: int) -> tuple[int, ...]:
+def encode_prompt(model: LanguageModel, prompt: Prompt, room: int) -> tuple[int, ...]:
+    """The ids that the model reads before a completion of up to ``room`` tokens.
+
+    Raises:
+        DataError: they leave no such room in the model's context, or there is none; the message names the prompt's key.
+    """
     ids = prompt_ids(model.tokenizer, prompt)
     if not ids:
         raise DataError(

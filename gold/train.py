@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from gold.aligned import VocabularyPair
-from gold.checkpoint import save_checkpoint
+from gold.checkpoint import is_write_failure, save_checkpoint
 from gold.data import Prompt
 from gold.errors import CheckpointError, ConfigError, DataError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier
 from gold.loop import Loop, terms_of
 from gold.models import LanguageModel, save_model
-from gold.progress import Progress, Quiet
+from gold.progress import Progress, Quiet, Silent
 from gold.recipe import Recipe
+from gold.rollout import encode_prompt
 from gold.run import RunFolder
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
@@ -84,19 +86,20 @@ def distill(
         CheckpointError: a run folder that cannot be written or resumed.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
-    progress = progress or Quiet()
     prompts, heldout = _prompts(prompts), _prompts(heldout)
     teacher = LocalTeacher(teacher) if isinstance(teacher, LanguageModel) else teacher
-    accelerator = Accelerator(
-        cpu=student.device.type == "cpu",
-        mixed_precision=_precision(recipe.precision, student.device),
-    )
+    accelerator = _accelerator(recipe.precision, student.device)
+    # All processes do and find the same; one of them tells.
+    progress = (progress or Quiet()) if accelerator.is_main_process else Silent()
     evaluation = evaluation or EvaluationPlan(
         max_new_tokens=recipe.sampling.max_new_tokens, rollout_batch=recipe.rollout_batch
     )
     pair = VocabularyPair(student.vocabulary, teacher.vocabulary if teacher else student.vocabulary)
     terms = terms_of(recipe, teacher, pair)
     _check(recipe, prompts, verifier, accelerator.num_processes)
+    check_prompts(
+        [*prompts, *heldout], student, teacher, max(recipe.sampling.max_new_tokens, evaluation.max_new_tokens)
+    )
     loop = Loop(student, teacher, pair, prompts, recipe, terms, verifier, accelerator)
     run = Run(student, saving.output)
     with contextlib.ExitStack() as stack:
@@ -117,8 +120,8 @@ def distill(
         interrupt = stack.enter_context(_Interrupt())
 
         def look() -> None:
-            """An evaluation after the current step, unless it is there already."""
-            if not heldout or any(e["step"] == loop.step for e in run.evaluations):
+            """An evaluation after the current step."""
+            if not heldout:
                 return
             started = time.perf_counter()
             result = loop.evaluate(heldout, evaluation)
@@ -138,7 +141,9 @@ def distill(
                     save_checkpoint(folder.checkpoints, loop.step, loop.write, saving.keep_last)
                 accelerator.wait_for_everyone()
 
-        look()
+        # A resumed run has looked before its checkpoint was saved.
+        if loop.step == 0:
+            look()
         while loop.step < recipe.steps:
             record = loop.advance()
             run.steps.append(record)
@@ -150,12 +155,15 @@ def distill(
             last = loop.step == recipe.steps
             if loop.step % saving.evaluate_every == 0 or last:
                 look()
-            stopping = interrupt.caught or loop.bad_steps > recipe.bad_steps_allowed
-            if loop.step % saving.checkpoint_every == 0 or last or stopping:
+            interrupted = loop.anywhere(interrupt.caught)
+            hopeless = loop.bad_steps > recipe.bad_steps_allowed
+            if loop.step % saving.checkpoint_every == 0 or last or interrupted or hopeless:
                 keep()
-            if interrupt.caught:
+            if interrupted:
+                kept = "; its checkpoint is kept, resume the run with --resume" if saving.output else ""
+                progress.note(f"interrupted after step {loop.step}{kept}")
                 raise KeyboardInterrupt
-            if stopping:
+            if hopeless:
                 raise TrainingError(
                     f"step {loop.step}: {loop.bad_steps} steps in a row had a NaN or infinite loss or gradient and "
                     "were not applied; lower optimizer.lr, or look at the last lines of metrics.jsonl"
@@ -188,6 +196,8 @@ class _Interrupt:
         if self.caught:
             raise KeyboardInterrupt
         self.caught = True
+        # Streams may be in use where the signal arrives; the descriptor always takes a line.
+        os.write(2, b"gold: Ctrl-C: this step is finished and kept first; again, and nothing is\n")
 
 
 def check_output(output: Path, resume: bool, settings: Mapping[str, Any]) -> None:
@@ -225,8 +235,28 @@ def _check(recipe: Recipe, prompts: Sequence[Prompt], verifier: Verifier | None,
         raise ConfigError("objective reward needs a verifier; train on a task, or leave the objective out")
 
 
+def check_prompts(
+    prompts: Sequence[Prompt], student: LanguageModel, teacher: Teacher | None, new_tokens: int
+) -> None:
+    """Nothing, where each prompt leaves the student room for a completion, and the teacher room at all.
+
+    Raises:
+        DataError: one that does not; the message names its key.
+    """
+    for prompt in prompts:
+        encode_prompt(student, prompt, new_tokens)
+        if isinstance(teacher, LocalTeacher):
+            encode_prompt(teacher.model, prompt, 1)
+
+
 def _name(teacher: Teacher | None) -> str | None:
     return teacher.name if teacher else None
+
+
+def _accelerator(precision: str, device: torch.device) -> Accelerator:
+    # Accelerate keeps the precision of a process's first run for good; a later run may want another.
+    AcceleratorState._reset_state()
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=_precision(precision, device))
 
 
 def _precision(wanted: str, device: torch.device) -> str:
@@ -253,9 +283,11 @@ def _save_student(student: LanguageModel, folder: Path) -> None:
         save_model(student, partial)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-    except OSError as error:
+    except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if not is_write_failure(error):
+            raise
         raise CheckpointError(
-            f"cannot save the student in {final}: {error.strerror or error}; the last checkpoint holds it, "
-            "free some space and resume"
+            f"cannot save the student in {final}: {getattr(error, 'strerror', None) or error}; the last checkpoint "
+            "holds it, free some space and resume"
         ) from error
