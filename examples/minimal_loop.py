@@ -1,0 +1,58 @@
+"""On-policy distillation across tokenizers without command line, configuration or run folder: one loop.
+
+    python examples/minimal_loop.py                    # two tiny random models, made on the spot
+    python examples/minimal_loop.py STUDENT TEACHER    # two model folders or Hub ids
+"""
+
+import sys
+
+import torch
+
+from gold.aligned import AlignedBatch, VocabularyPair
+from gold.data import Prompt
+from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
+from gold.demo.running_sums import RunningSums
+from gold.kernels import backend_for
+from gold.kernels.linear import Rows
+from gold.losses import OBJECTIVES, View
+from gold.models import LanguageModel, load_model, rows_of
+from gold.reading import read, student_states, teacher_rows
+from gold.rollout import Sampling, rollout_seeds, sample
+from gold.teachers import LocalTeacher
+
+
+def train(student: LanguageModel, teacher: LocalTeacher, prompts: list[Prompt], *, steps: int, lr: float):
+    """Yields each step's loss in nats per byte; the student learns on the way."""
+    pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
+    backends = backend_for(student.device), backend_for(teacher.device)
+    objective = OBJECTIVES["reverse_kl"](support="bytes")
+    optimizer = torch.optim.AdamW(student.lm.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    sampling = Sampling(max_new_tokens=24)
+    for step in range(steps):
+        # The student writes, the teacher reads the same bytes in its own tokens.
+        rollouts = sample(student, prompts, sampling, seeds=rollout_seeds(0, step, range(len(prompts))))
+        texts = [read(rollout, pair) for rollout in rollouts]
+        batch = AlignedBatch(texts, pair, student.device, teacher.device)
+        teacher_states = Rows.joined(teacher_rows(teacher, rollouts, texts))
+        student_rows = rows_of(student.lm, student_states(student, rollouts))
+        # Both become next-byte distributions along the text, and their divergence is the loss.
+        loss = objective(View(batch, student_rows, teacher_states, *backends)).total / objective.count(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield loss.item()
+
+
+if __name__ == "__main__":
+    task = RunningSums().prompts("train", 16, seed=0)
+    if len(sys.argv) == 3:
+        student, teacher = (load_model(path) for path in sys.argv[1:])
+        lr = 3e-5
+    else:
+        words = word_tokenizer([f"{p.text}{p.completion}" for p in task])
+        student = tiny_model(words, "words", layers=1, width=32, seed=0)
+        teacher = tiny_model(character_tokenizer(), "characters", layers=1, width=32, seed=1)
+        lr = 3e-3
+    for step, loss in enumerate(train(student, LocalTeacher(teacher), task, steps=30, lr=lr), start=1):
+        print(f"step {step:2}  reverse KL {loss:.4f} nats per byte")
