@@ -1,6 +1,6 @@
 """Distillation in one call: what `gold train` does, from Python.
 
-    python examples/distill_api.py STUDENT TEACHER PROMPTS.jsonl OUTPUT    # two model folders or Hub ids
+python examples/distill_api.py STUDENT TEACHER PROMPTS.jsonl OUTPUT    # two model folders or Hub ids
 """
 
 import sys
@@ -21,4 +21,6 @@ if __name__ == "__main__":
         Recipe(steps=5, prompts_per_step=4, per_prompt=2, lr=3e-5, sampling=Sampling(max_new_tokens=16)),
         saving=Saving(Path(output)),
     )
-    print(f"loss {run.steps[0]['loss']:.3f} → {run.steps[-1]['loss']:.3f}; the student is in {output}/student")
+    print(
+        f"loss {run.steps[0]['loss']:.3f} → {run.steps[-1]['loss']:.3f}; the student is in {output}/student"
+    )

@@ -1,7 +1,7 @@
 """On-policy distillation across tokenizers without command line, configuration or run folder: one loop.
 
-    python examples/minimal_loop.py                    # two tiny random models, made on the spot
-    python examples/minimal_loop.py STUDENT TEACHER    # two model folders or Hub ids
+python examples/minimal_loop.py                    # two tiny random models, made on the spot
+python examples/minimal_loop.py STUDENT TEACHER    # two model folders or Hub ids
 """
 
 import sys

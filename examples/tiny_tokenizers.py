@@ -1,6 +1,6 @@
 """Two byte-level BPE tokenizers of some fifteen tokens that cut the same words in different places.
 
-    python examples/tiny_tokenizers.py FOLDER      # writes student.json and teacher.json
+python examples/tiny_tokenizers.py FOLDER      # writes student.json and teacher.json
 """
 
 import sys

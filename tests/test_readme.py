@@ -1,0 +1,143 @@
+"""What README.md shows is what happens: its marked blocks are run, its commands and files exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gold import losses
+from gold.cli import app
+from gold.config import Config
+from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
+from gold.demo.running_sums import RunningSums
+from gold.models import save_model
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block that is marked as tested, and the heading above it."""
+
+    heading: str
+    language: str
+    text: str
+
+
+def marked_blocks() -> list[Block]:
+    """The marked blocks, in order."""
+    found = []
+    for match in re.finditer(r"^<!-- tested -->\n```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
+        heading = re.findall(r"^## (.*)$", README[: match.start()], re.MULTILINE)[-1]
+        found.append(Block(heading, match[1], match[2]))
+    return found
+
+
+def blocks(language: str) -> list[Block]:
+    return [b for b in marked_blocks() if b.language == language]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """A working directory with what the README speaks of: the examples, two models, prompts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    task = RunningSums().prompts("train", 16, seed=0)
+    words = word_tokenizer([f"{p.text}{p.completion}" for p in task])
+    for name, model in (
+        ("student", tiny_model(words, "student", layers=1, width=32, seed=0)),
+        ("teacher", tiny_model(character_tokenizer(), "teacher", layers=1, width=32, seed=1)),
+    ):
+        model.lm.config.max_position_embeddings = 1024
+        save_model(model, tmp_path / "models" / name)
+    lines = [json.dumps({"prompt": p.text, "reference": p.reference}) for p in task]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_every_python_block_is_tested():
+    assert len(re.findall(r"^```python$", README, re.MULTILINE)) == len(blocks("python")) == 4
+
+
+def test_commands_print_what_is_shown(workplace):
+    (block,) = blocks("console")
+    shown = re.split(r"^\$ (.*)\n", block.text, flags=re.MULTILINE)[1:]
+    for command, output in zip(shown[::2], shown[1::2], strict=True):
+        program, *arguments = shlex.split(command)
+        if program == "gold":
+            result = CliRunner().invoke(app, arguments)
+            assert (result.exit_code, result.output) == (0, output), command
+        else:
+            assert program == "python", command
+            before, sys.argv = sys.argv, arguments
+            try:
+                runpy.run_path(arguments[0], run_name="__main__")
+            finally:
+                sys.argv = before
+
+
+def test_the_configuration_is_one(tmp_path):
+    (block,) = blocks("yaml")
+    (tmp_path / "mine.yaml").write_text(block.text)
+    config = Config.load(tmp_path / "mine.yaml")
+    assert config.output == "runs/mine"
+
+
+def test_python_blocks_run_one_after_the_other(workplace):
+    table = dict(losses.OBJECTIVES)
+    namespace: dict[str, object] = {}
+    try:
+        for block in blocks("python"):
+            before = namespace.get("run")
+            # The README's runs are long enough to learn something; here one step shows that they work.
+            exec(compile(block.text.replace("steps=200", "steps=1"), block.heading, "exec"), namespace)
+            run = namespace["run"]
+            assert run is not before
+            assert len(run.steps) == 1, block.heading  # type: ignore[attr-defined]
+            assert run.steps[0]["applied"], block.heading  # type: ignore[attr-defined]
+    finally:
+        losses.OBJECTIVES.clear()  # type: ignore[attr-defined]
+        losses.OBJECTIVES.update(table)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("heading", ["Adding a loss", "Adding a teacher", "Adding a task"])
+def test_extensions_are_short(heading):
+    (block,) = (b for b in blocks("python") if b.heading == heading)
+    # What is added, without imports and the call that uses it.
+    own = block.text[: block.text.index("\nrun = ")]
+    lines = [
+        x
+        for x in own.splitlines()
+        if x.strip() and not x.startswith(("import", "from", "task =", "recipe ="))
+    ]
+    assert len(lines) <= 10
+
+
+def test_files_and_make_targets_exist():
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README):
+        assert (ROOT / link).exists(), link
+    folders = {"gold/align", "gold"}
+    for name in re.findall(r"`([\w/]+\.py)`", README):
+        assert (ROOT / name).exists() or any((ROOT / f / name).exists() for f in folders), name
+    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE)) <= targets
+
+
+def test_method_names_tests_that_exist():
+    method = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    contract = (ROOT / "tests" / "contract" / "test_contract.py").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", method))
+    assert len(named) > 10
+    assert named <= set(re.findall(r"^def (test_\w+)", contract, re.MULTILINE))
+    for link in re.findall(r"\]\((\.\./[^)#]+)\)", method):
+        assert (ROOT / "docs" / link).exists(), link

@@ -1,0 +1,357 @@
+"""Training itself: what a step computes, whatever the batching; what is refused; what is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+import torch
+
+from gold.data import Prompt
+from gold.demo.models import character_tokenizer, tiny_model
+from gold.errors import ConfigError, DataError, TeacherError, TrainingError
+from gold.losses import OBJECTIVES, Loss
+from gold.models import LanguageModel
+from gold.progress import Quiet
+from gold.recipe import Recipe, Term
+from gold.rollout import Sampling
+from gold.train import Run, Saving, distill
+
+RECIPE = Recipe(
+    steps=3,
+    per_prompt=2,
+    prompts_per_step=4,
+    sequences_per_forward=8,
+    rollout_batch=8,
+    lr=3e-3,
+    warmup_steps=1,
+    sampling=Sampling(max_new_tokens=10),
+)
+PHASES = ("rollout_s", "read_s", "teacher_s", "student_s", "update_s")
+
+
+def run(recipe: Recipe = RECIPE, student: LanguageModel | None = None, **options: Any) -> Run:
+    options = {"teacher": tiny.tiny_teacher(), "prompts": tiny.prompts(), "verifier": tiny.TASK} | options
+    return distill(student or tiny.tiny_student(), recipe=recipe, **options)
+
+
+def weights(model: LanguageModel) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.lm.parameters()])
+
+
+def changed(**changes: Any) -> Recipe:
+    return replace(RECIPE, **changes)
+
+
+# Learning
+
+
+@pytest.mark.parametrize("objective", ["reverse_kl", "jsd"])
+def test_the_loss_falls(objective: str) -> None:
+    done = run(changed(objectives=(Term(objective),), steps=20, lr=1e-2, prompts_per_step=8))
+    losses = [record["loss"] for record in done.steps]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert all(record["applied"] for record in done.steps)
+
+
+def test_evaluations_show_the_student_coming_nearer() -> None:
+    done = run(
+        changed(steps=25, lr=1e-2, prompts_per_step=8),
+        heldout=tiny.heldout(12),
+        saving=Saving(evaluate_every=100),
+    )
+    before, after = done.evaluations
+    assert (before["step"], after["step"]) == (0, 25)
+    assert after["reverse_kl_per_byte"] < 0.75 * before["reverse_kl_per_byte"]
+    assert after["forward_kl_per_byte"] < before["forward_kl_per_byte"]
+    for measure in ("bits_per_byte", "stop_rate", "length_tokens", "canonical_share", "accuracy_low"):
+        assert math.isfinite(after[measure])
+
+
+# One step is the same however it is cut
+
+
+@pytest.mark.parametrize(
+    "objectives",
+    [
+        (Term("reverse_kl"),),
+        (Term("jsd", support="shared", beta=0.3),),
+        (Term("span_pg", weight=0.5), Term("jsd")),
+        (Term("reverse_kl"), Term("sft"), Term("reward", weight=0.1)),
+    ],
+    ids=lambda terms: "+".join(t.name for t in terms),
+)
+def test_losses_are_divided_by_the_count_of_the_whole_step(objectives: tuple[Term, ...]) -> None:
+    recipe = changed(objectives=objectives, on_policy=0.6, steps=1, prompts_per_step=6, lr=1e-2)
+    at_once = run(replace(recipe, sequences_per_forward=64))
+    in_parts = run(replace(recipe, sequences_per_forward=3, rollout_batch=5))
+    # The gradient's norm, not only the weights: AdamW's first step hardly depends on the gradient's size.
+    for name, value in at_once.steps[0].items():
+        if isinstance(value, float) and not name.endswith("_s"):
+            assert in_parts.steps[0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    torch.testing.assert_close(weights(in_parts.student), weights(at_once.student), rtol=1e-3, atol=2e-4)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
+    def counted(recipe: Recipe) -> tuple[Run, int]:
+        passes: list[int] = []
+        student = tiny.tiny_student()
+        mlp = student.lm.model.layers[0].mlp
+        with mlp.register_forward_hook(lambda *_: passes.append(1)):
+            return run(recipe, student), len(passes)
+
+    (plain, passes), (checkpointed, more) = counted(RECIPE), counted(changed(gradient_checkpointing=True))
+    assert more == passes + RECIPE.steps  # one forward pass a step is made again
+    torch.testing.assert_close(weights(checkpointed.student), weights(plain.student), rtol=1e-4, atol=1e-6)
+    assert [r["grad_norm"] for r in checkpointed.steps] == pytest.approx(
+        [r["grad_norm"] for r in plain.steps]
+    )
+
+
+def test_runs_repeat_bit_by_bit_whatever_was_drawn_before() -> None:
+    first = run()
+    torch.rand(5)
+    again = run()
+    assert torch.equal(weights(first.student), weights(again.student))
+    other = run(changed(seed=1))
+    assert not torch.equal(weights(first.student), weights(other.student))
+
+
+def test_bf16_computes_in_bf16_and_keeps_weights_in_float32() -> None:
+    done = run(changed(precision="bf16", steps=1))
+    exact = run(changed(steps=1))
+    assert weights(done.student).dtype == torch.float32
+    assert done.steps[0]["grad_norm"] != exact.steps[0]["grad_norm"]
+    assert done.steps[0]["loss"] == pytest.approx(exact.steps[0]["loss"], rel=0.2)
+
+
+# Where sequences come from
+
+
+def test_off_policy_learns_the_datas_completions_alone() -> None:
+    done = run(changed(on_policy=0.0, objectives=(Term("sft"),), steps=20, lr=1e-2), teacher=None)
+    assert done.steps[-1]["loss"] < 0.75 * done.steps[0]["loss"]
+    assert all("stop_rate" not in record and record["teacher_s"] < 0.1 for record in done.steps)
+
+
+def test_lambda_mixes_completions_in() -> None:
+    completions: list[int] = []
+
+    class Counting(tiny.Verify):
+        def score(self, prompt: Prompt, completion: str) -> float:
+            completions.append(len(completion))
+            return super().score(prompt, completion)
+
+    objectives = (Term("reverse_kl"), Term("sft"))
+    done = run(changed(on_policy=0.5, objectives=objectives, steps=6), verifier=Counting())
+    # A prompt that the student answers has two rollouts, one that the data answers a single sequence.
+    asked = 6 * RECIPE.prompts_per_step
+    assert 0 < len(completions) < 2 * asked
+    assert len(completions) % 2 == 0
+    assert sum("sft" in record for record in done.steps) > 3
+    assert all("reverse_kl_bytes" in record for record in done.steps)
+
+
+def test_the_reward_moves_the_student() -> None:
+    class Short:
+        def score(self, prompt: Prompt, completion: str) -> float:
+            return float(len(completion) < 10)
+
+    recipe = changed(objectives=(Term("reward"),), steps=20, per_prompt=8, lr=1e-2)
+    done = run(recipe, teacher=None, verifier=Short())
+    rewards = [record["reward_mean"] for record in done.steps]
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5
+
+
+def test_one_vocabulary_goes_token_by_token() -> None:
+    sharp = tiny_model(character_tokenizer(), "teacher", layers=1, width=32, seed=9)
+    student = tiny_model(character_tokenizer(), "student", layers=1, width=32, seed=8)
+    header: dict[str, str] = {}
+
+    class Header(Quiet):
+        def running(self, given: Any, steps: int, done: int) -> Any:
+            header.update(given)
+            return super().running(given, steps, done)
+
+    done = run(changed(steps=1), student, teacher=sharp, progress=Header())
+    record = done.steps[0]
+    assert "reverse_kl_tokens" in record
+    assert "token by token" in header["objective"]
+    assert record["shared_mass"] == pytest.approx(1.0, abs=1e-4)
+    itself = tiny_model(character_tokenizer(), "teacher", layers=1, width=32, seed=8)
+    student = tiny_model(character_tokenizer(), "student", layers=1, width=32, seed=8)
+    assert run(changed(steps=1), student, teacher=itself).steps[0]["loss"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_plain_strings_are_prompts() -> None:
+    done = run(changed(steps=1), prompts=[" 24 +7 =", " 31 -3 =", " 12 +5 ="], verifier=None)
+    assert done.steps[0]["applied"]
+    assert "reward_mean" not in done.steps[0]
+
+
+# What a step says
+
+
+def test_every_step_tells_its_phases_and_speed() -> None:
+    for record in run().steps:
+        assert all(record[phase] >= 0 for phase in PHASES)
+        assert record["step_s"] == pytest.approx(sum(record[phase] for phase in PHASES))
+        assert record["tokens_per_s"] > 0
+        assert record["lr"] > 0
+
+
+def test_a_student_that_never_samples_what_the_teacher_wants_is_told() -> None:
+    notes: list[str] = []
+
+    class Notes(Quiet):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    stubborn = tiny.tiny_student()
+    with torch.no_grad():
+        stubborn.lm.get_output_embeddings().weight.mul_(60.0)
+    run(changed(lr=1e-6), stubborn, progress=Notes())
+    assert len([n for n in notes if "forward_kl" in n]) == 1
+    notes.clear()
+    run(progress=Notes())
+    assert not notes
+
+
+# What is not finite
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the reverse KL of the calls that are named NaN or infinite."""
+
+    def poison(value: float, calls: range) -> None:
+        made = OBJECTIVES["reverse_kl"]()
+        count = iter(range(10**6))
+
+        def loss(view: Any, **options: Any) -> Loss:
+            found = made.loss(view, **options)
+            return replace(found, total=found.total * value) if next(count) in calls else found
+
+        monkeypatch.setitem(OBJECTIVES, "reverse_kl", lambda **_: replace(made, loss=loss))  # type: ignore[index]
+
+    return poison
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_not_applied(poisoned: Any, value: float) -> None:
+    poisoned(value, range(1, 3))
+    states: list[torch.Tensor] = []
+    student = tiny.tiny_student()
+
+    class Watch(Quiet):
+        def step(self, record: Any) -> None:
+            states.append(weights(student).clone())
+
+        def note(self, text: str) -> None:
+            assert "NaN or infinite" in text
+
+    done = run(changed(steps=4), student, progress=Watch())
+    assert [record["applied"] for record in done.steps] == [True, False, False, True]
+    assert [record["bad_steps"] for record in done.steps] == [0, 1, 2, 0]
+    assert torch.equal(states[0], states[2])
+    assert not torch.equal(states[2], states[3])
+    assert weights(student).isfinite().all()
+
+
+def test_training_stops_after_a_few_bad_steps_with_a_checkpoint(
+    poisoned: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poisoned(math.nan, range(2, 100))
+    with pytest.raises(TrainingError, match=r"step 5: 3 steps in a row .* the checkpoint of step 5 is kept"):
+        run(changed(steps=20, bad_steps_allowed=2), saving=Saving(tmp_path / "run"))
+    assert (tmp_path / "run/checkpoints/step-000005/student/model.safetensors").is_file()
+    assert capsys.readouterr().err.count("the step was not applied") == 3
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] is None for line in lines] == [False, False, True, True, True]
+    assert [line["applied"] for line in lines] == [True, True, False, False, False]
+
+
+def test_a_weight_that_is_not_finite_stops_training(tmp_path: Path) -> None:
+    student = tiny.tiny_student()
+    with torch.no_grad():
+        student.lm.get_output_embeddings().weight[3, 3] = math.nan
+    with pytest.raises(TrainingError, match="2 steps in a row"):
+        run(changed(bad_steps_allowed=1), student, heldout=tiny.heldout())
+
+
+# What is refused
+
+
+def test_what_the_teacher_or_the_data_lack_is_refused_at_once() -> None:
+    untouched = tiny.tiny_student()
+    before = weights(untouched).clone()
+    bare = [Prompt(key="7", text=" 24 +7 =")]
+    with pytest.raises(DataError, match="no prompts to train on"):
+        run(student=untouched, prompts=[])
+    with pytest.raises(DataError, match=r"prompt 7 .* has no completion"):
+        run(changed(on_policy=0.5), untouched, prompts=bare)
+    with pytest.raises(ConfigError, match="reward needs a verifier"):
+        run(changed(objectives=(Term("reward"),)), untouched, verifier=None)
+    with pytest.raises(TeacherError, match="there is no teacher"):
+        run(student=untouched, teacher=None)
+    with pytest.raises(ConfigError, match="nothing would be learned"):
+        run(changed(objectives=(Term("reverse_kl", weight=0.0),)), untouched)
+    assert torch.equal(weights(untouched), before)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_prompt_that_does_not_fit_is_named_before_the_first_step(side: str, tmp_path: Path) -> None:
+    long = Prompt(key="17", text=" 24" * 60 + " =")  # 61 tokens of the student, 182 of the teacher
+    model = {"student": tiny.tiny_student(), "teacher": tiny.tiny_teacher()}
+    model[side].lm.config.max_position_embeddings = 64
+    model["teacher" if side == "student" else "student"].lm.config.max_position_embeddings = 1024
+    with pytest.raises(DataError, match=f"prompt 17: .* of model {side}"):
+        run(
+            student=model["student"],
+            teacher=model["teacher"],
+            prompts=[*tiny.prompts(), long],
+            saving=Saving(tmp_path / "run"),
+        )
+    assert not (tmp_path / "run").exists()
+
+
+# What is kept
+
+
+def test_the_student_loads_with_transformers_alone(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = run(saving=Saving(tmp_path / "run"))
+    folder = tmp_path / "run" / "student"
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for name, value in done.student.lm.state_dict().items():
+        assert torch.equal(lm.state_dict()[name], value), name
+    ids = tokenizer(" 24 +7 =", return_tensors="pt")
+    assert lm.generate(**ids, max_new_tokens=2, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    assert tokenizer(" 24 +7 =").input_ids == done.student.tokenizer(" 24 +7 =").input_ids
+
+
+def test_saving_draws_no_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run(saving=Saving(tmp_path / "run"))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
+@pytest.mark.assets("gguf/smollm2-135m-instruct.gguf")
+def test_a_student_from_gguf_trains_and_saves(tmp_path: Path) -> None:
+    from benchmarks.assets import assets_folder
+    from gold.models import load_model
+
+    student = load_model(assets_folder() / "gguf", gguf_file="smollm2-135m-instruct.gguf", device="cpu")
+    before = weights(student).clone()
+    recipe = changed(steps=1, prompts_per_step=2, lr=1e-5, sampling=Sampling(max_new_tokens=4))
+    run(recipe, student, verifier=None, saving=Saving(tmp_path / "run"))
+    assert not torch.equal(weights(student), before)
+    loaded = load_model(tmp_path / "run" / "student", device="cpu")
+    assert torch.equal(weights(loaded), weights(student))
