@@ -1,5 +1,7 @@
 """From the masses of single rows to next-byte distributions along the text: the step that joins the cover terms."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,13 +35,21 @@ def byte_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> Te
     return joint - torch.where(torch.isfinite(norm), norm, 0.0)
 
 
+LEAK = 1e-5
+"""Share of every event that is reported as ``rest``, on both sides alike."""
+
+
 def common_events(table_E: Tensor, resolved_E: Tensor, other_E: Tensor) -> Tensor:
     """``table_E`` coarsened to the events that both sides resolve; all else joins the rest. Rows still sum to one.
 
-    Columns that only one side resolves become −inf on both, their mass part of column ``rest``.
+    Columns that only one side resolves become −inf on both, their mass part of column ``rest``. Inside a token no prefix
+    of which is a token, a side has no rest at all, and what the other side has there would cost infinitely much; so both
+    sides report a share ``LEAK`` of every event as rest. Both pass through the same channel: equal tables stay equal,
+    and a divergence between them is still positive, and 0 only at equality.
     """
     common = resolved_E & other_E
     common[:, REST_EVENT] = False
     rest = row_logsumexp(table_E.masked_fill(common, -torch.inf))
     kept = table_E.masked_fill(~common, -torch.inf)
-    return torch.cat((kept[:, :REST_EVENT], rest[:, None]), dim=-1)
+    rest = torch.logaddexp(rest + math.log1p(-LEAK), rest.new_tensor(LEAK).log())
+    return torch.cat((kept[:, :REST_EVENT] + math.log1p(-LEAK), rest[:, None]), dim=-1)
