@@ -201,13 +201,12 @@ def _bits_per_byte(logp: Sequence[NDArray[np.float64]], rollouts: Sequence[Rollo
 
 def _as_student(rollout: Rollout, student: LanguageModel) -> Rollout:
     """The teacher's sample as a completion that the student reads in its own tokens."""
-    given = replace(rollout.prompt, completion=rollout.spelling.data.decode("utf-8", "replace"))
     spelling = student.vocabulary.encode(rollout.spelling.data)
     ids = spelling.ids
     if rollout.stopped:
         ids = np.concatenate((ids, np.array(student.vocabulary.stop_ids[:1], np.int32)))
     return Rollout(
-        given,
+        rollout.prompt,
         tuple(prompt_ids(student.tokenizer, rollout.prompt)),
         ids,
         np.zeros(ids.size, np.float32),

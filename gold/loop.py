@@ -25,7 +25,14 @@ from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.kernels import backend_for
 from gold.kernels.linear import Rows
 from gold.losses import DIVERGENCES, OBJECTIVES, Objective, View
-from gold.models import LanguageModel, PaddedStates, StatesModule, load_weights, save_model
+from gold.models import (
+    LanguageModel,
+    PaddedStates,
+    StatesModule,
+    load_weights,
+    recompute_activations,
+    save_model,
+)
 from gold.progress import Progress
 from gold.reading import aligned_batch, microbatches, read, student_states, teacher_rows
 from gold.recipe import Recipe
@@ -107,7 +114,7 @@ class Loop:
         if accelerator.num_processes > 1:
             student.lm.to(accelerator.device)
         if recipe.gradient_checkpointing:
-            student.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(student.lm)
         trained = [p for p in student.lm.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay

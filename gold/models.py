@@ -201,6 +201,15 @@ def forget_quantizer(lm: Any) -> None:
         del lm.config.quantization_config
 
 
+def recompute_activations(lm: Any) -> None:
+    """Lets the model drop activations and make them again in the backward pass: less memory, more time."""
+    options = {"use_reentrant": False}
+    if hasattr(lm, "activation_checkpointing_enable"):
+        lm.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:  # its older name
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def output_width(lm: Any) -> int:
     """Number of rows of the output matrix: ids that the tokenizer lacks included."""
     return int(_plain(lm).get_output_embeddings().weight.shape[0])

@@ -1,0 +1,186 @@
+"""Two processes with one global batch take the steps of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+import torch
+from processes_for_tests import Command, die_at, fail_at
+from safetensors.torch import load_file
+
+TIMED = ("_s", "tokens_per_s")
+OBJECTIVES = [{"name": "reverse_kl"}, {"name": "sft", "weight": 0.3}, {"name": "reward", "weight": 0.1}]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pair")
+    tiny.save_pair(folder)
+    settings = tiny.run_settings(
+        folder,
+        folder / "unused",
+        objectives=OBJECTIVES,
+        rollout__on_policy=0.7,
+        train__steps=4,
+        train__prompts_per_step=5,  # does not divide by two: the counts of the processes differ
+        train__sequences_per_forward=3,
+        train__gradient_checkpointing=True,
+    )
+    tiny.write_settings(folder / "run.yaml", settings)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(pair: Path) -> Path:
+    run = pair / "alone"
+    command = Command(pair / "printed", "train", pair / "run.yaml", f"output={run}")
+    assert command.wait() == 0, command.err
+    return run
+
+
+def launch(folder: Path, *arguments: object, count: int = 2, before: Sequence[Any] = ()) -> list[Command]:
+    """The processes that `accelerate launch --cpu --num_processes 2` would start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return [
+        Command(
+            folder / str(rank),
+            *arguments,
+            environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            before=before[rank] if before else None,
+        )
+        for rank in range(count)
+    ]
+
+
+def lines(run: Path, name: str) -> list[dict[str, Any]]:
+    read = [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith(TIMED)} for line in read]
+
+
+def assert_near(run: Path, alone: Path) -> None:
+    mine, theirs = lines(run, "metrics.jsonl"), lines(alone, "metrics.jsonl")
+    assert [(line["kind"], line["step"]) for line in mine] == [
+        (line["kind"], line["step"]) for line in theirs
+    ]
+    for left, right in zip(mine, theirs, strict=True):
+        assert left.pop("kind") == right.pop("kind")
+        assert left == pytest.approx(right, rel=1e-3, abs=1e-5), left["step"]
+    left, right = (load_file(folder / "student" / "model.safetensors") for folder in (run, alone))
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        torch.testing.assert_close(
+            value, right[name], rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    # The same completions, character by character.
+    told = [[line["completion"] for line in lines(folder, "samples.jsonl")] for folder in (run, alone)]
+    assert told[0] == told[1]
+
+
+def test_two_processes_take_the_steps_of_one(pair: Path, alone: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    main, other = launch(tmp_path / "printed", "train", pair / "run.yaml", f"output={run}")
+    assert main.wait() == 0, main.err
+    assert other.wait() == 0, other.err
+    assert "2 process(es)" in main.out
+    assert (other.out, other.err) == ("", "")  # one of them tells
+    assert_near(run, alone)
+
+
+def test_two_processes_resume(pair: Path, alone: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    dying = partial(die_at, "gold.checkpoint:_prune", 1)
+    main, other = launch(tmp_path / "1", "train", pair / "run.yaml", f"output={run}", before=[dying, None])
+    assert main.wait() == -signal.SIGKILL
+    other.kill()  # as the launcher does
+    main, other = launch(tmp_path / "2", "train", pair / "run.yaml", f"output={run}", "--resume")
+    assert (main.wait(), other.wait()) == (0, 0), main.err + other.err
+    assert "resumed after step 2" in main.out
+    assert_near(run, alone)
+
+
+def test_ctrl_c_that_reaches_one_process_stops_both(pair: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    main, other = launch(
+        tmp_path / "printed", "train", pair / "run.yaml", f"output={run}", "train.steps=1000"
+    )
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 60
+    while not metrics.exists() or b'"train"' not in metrics.read_bytes():
+        assert time.monotonic() < deadline, main.err
+        time.sleep(0.02)
+    assert other.process.pid is not None
+    os.kill(other.process.pid, signal.SIGINT)
+    assert (main.wait(), other.wait()) == (130, 130), main.err + other.err
+    step = lines(run, "metrics.jsonl")[-1]["step"]
+    assert (run / "checkpoints" / f"step-{step:06d}").is_dir()
+
+
+def test_an_error_of_one_process_ends_both(pair: Path, tmp_path: Path) -> None:
+    failing = partial(fail_at, "gold.checkpoint:_seal", 1)
+    main, other = launch(
+        tmp_path / "printed", "train", pair / "run.yaml", f"output={tmp_path / 'run'}", before=[failing, None]
+    )
+    assert main.wait() == 1
+    assert "No space left on device" in main.err
+    assert other.wait() != 0
+
+
+def test_fewer_prompts_than_processes_are_refused(pair: Path, tmp_path: Path) -> None:
+    main, other = launch(
+        tmp_path / "printed",
+        "train",
+        pair / "run.yaml",
+        f"output={tmp_path / 'run'}",
+        "train.prompts_per_step=1",
+    )
+    assert (main.wait(), other.wait()) == (1, 1)
+    assert "prompts_per_step is 1 for 2 processes" in main.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_accelerate_launch(pair: Path, alone: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *(
+                "--cpu",
+                "--num_processes",
+                "2",
+                "--num_cpu_threads_per_process",
+                "1",
+                "--mixed_precision",
+                "no",
+            ),
+            *("--num_machines", "1", "--dynamo_backend", "no", "--module"),
+            *("gold", "train", str(pair / "run.yaml"), f"output={run}"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_near(run, alone)
