@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gold.config import Config, check_data
 from gold.data import Prompt, load_prompts, split_by_hash
-from gold.errors import ConfigError
+from gold.errors import ConfigError, ModelError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.models import LanguageModel, check_files, load_model, pick_device
 from gold.progress import Progress
@@ -167,7 +167,10 @@ def _load(models: Sequence[StudentConfig | TeacherConfig], progress: Progress | 
     vocabularies = []
     for model in models:
         check_files(model.path, gguf_file=model.gguf_file)
-        pick_device(model.device)
+        try:
+            pick_device(model.device)
+        except ModelError as error:
+            raise ModelError(f"model {model.path}: {error}") from error
         vocabularies.append(file_vocabulary(model.path))
     loaded = []
     for model, of_file in zip(models, vocabularies, strict=True):

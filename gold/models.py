@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,26 +79,36 @@ def load_model(
         raise ModelError(f"{where}: unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     local = Path(path).is_dir()
-    advice = "" if local else "; there is no such folder, and the Hub gave none"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **extra)
     except Exception as error:
-        raise ModelError(
-            f"{where}: its tokenizer could not be loaded{advice}: {_first_line(error)}"
-        ) from error
+        raise ModelError(f"{where}: its tokenizer could not be loaded: {_first_line(error)}") from error
     try:
         # A download may take minutes and shows how far it is; a folder is read in a moment.
-        with _no_bars() if local else contextlib.nullcontext():
+        with _quiet_errors(), _no_bars() if local else contextlib.nullcontext():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype="auto" if dtype == "auto" else DTYPES[dtype], output_loading_info=True, **extra
+                path,
+                dtype="auto" if dtype == "auto" else DTYPES[dtype],
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **extra,
             )
     except Exception as error:
-        raise ModelError(f"{where}: could not be loaded{advice}: {_first_line(error)}") from error
+        raise ModelError(f"{where}: could not be loaded: {_first_line(error)}") from error
     lm, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"{where}: {len(missing)} of its weights are not in its files, {missing[0]} for one; "
             "fetch the model again"
+        )
+    if other := sorted(entry[0] for entry in report["mismatched_keys"]):
+        raise ModelError(
+            f"{where}: {len(other)} of its weights have another shape than its config.json says, {other[0]} for one; "
+            "they do not belong together"
+        )
+    if unused := sorted(report["unexpected_keys"]):
+        warnings.warn(
+            f"{where}: {len(unused)} weights in its files are not used, {unused[0]} for one", stacklevel=2
         )
     if gguf_file:
         forget_quantizer(lm)
@@ -150,14 +161,47 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
 
 
 def check_files(path: str | Path, *, gguf_file: str | None = None) -> None:
-    """Nothing, where the files of a model are there and as long as they should be; a Hub id is not looked up.
+    """Nothing, where the files of a model are there and as long as they should be; a Hub id is looked up.
 
     Raises:
-        ModelError: a folder that is missing, or lacks its configuration or weights, or holds truncated ones.
+        ModelError: a folder that is missing, or lacks its configuration or weights, or holds truncated ones; a name
+            that is neither a folder nor known to the Hub.
     """
     folder = Path(path).expanduser()
     if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
         _check_folder(folder, gguf_file)
+    else:
+        _check_hub(str(path))
+
+
+def _check_hub(name: str) -> None:
+    """A name that is no folder is asked for once: where there is no network, asking for files takes a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=10)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"model {name}: no such folder, and no such model on the Hub (or none that your token may read)"
+        ) from error
+    except Exception as error:
+        raise ModelError(
+            f"model {name}: no such folder, and the Hub cannot be asked for it: {_first_line(error)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_errors() -> Iterator[None]:
+    """Without the tables in which transformers reports weights that do not fit: that is told in one line, by whoever
+    loads."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,456 @@
+"""What cannot work is one clear line on stderr and exit code 1; nothing is lost, and no model is loaded in vain."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import tiny_models as tiny
+import torch
+import yaml
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import gold.assembly
+import gold.loop
+import gold.train
+from gold.cli import main
+from gold.losses import OBJECTIVES, Loss
+
+Files = dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pair")
+    tiny.save_pair(folder)
+    return folder
+
+
+class Bench:
+    """Both models' folders, free to be broken, and a configuration of two steps."""
+
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        self.folder, self.monkeypatch, self.capfd = folder, monkeypatch, capfd
+        self.run = folder / "run"
+        self.settings = tiny.run_settings(
+            folder,
+            self.run,
+            train__steps=2,
+            train__checkpoint_every=1,
+            evaluate__every=2,
+            evaluate__prompts=2,
+        )
+        self.loaded: list[str] = []
+        real = gold.assembly.load_model
+
+        def load_model(path: str, **options: Any) -> Any:
+            self.loaded.append(Path(path).name)
+            return real(path, **options)
+
+        monkeypatch.setattr(gold.assembly, "load_model", load_model)
+
+    def gold(self, command: str, *arguments: object) -> SimpleNamespace:
+        """Exit code, stdout and stderr of a command on the configuration."""
+        file = tiny.write_settings(self.folder / "run.yaml", self.settings)
+        self.monkeypatch.setattr(sys, "argv", ["gold", command, str(file), *map(str, arguments)])
+        self.loaded.clear()
+        self.capfd.readouterr()
+        try:
+            main()
+            code: Any = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        printed = self.capfd.readouterr()
+        return SimpleNamespace(code=code, out=printed.out, err=printed.err)
+
+    def refused(self, *arguments: object, command: str = "train") -> str:
+        """The one line of a command that ends with exit code 1."""
+        done = self.gold(command, *arguments)
+        assert done.code == 1, (done.out, done.err)
+        lines = [line for line in done.err.splitlines() if not line.startswith("gold: ")]
+        assert len(lines) == 1, done.err
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+
+@pytest.fixture
+def bench(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Bench:
+    for name in ("student", "teacher"):
+        shutil.copytree(saved / name, tmp_path / name)
+    return Bench(tmp_path, monkeypatch, capfd)
+
+
+def contents(folder: Path) -> Files:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# Models
+
+
+SIDES = pytest.mark.parametrize("side", ["student", "teacher"])
+
+
+@SIDES
+@pytest.mark.parametrize("path", ["{folder}/nowhere", "./nowhere", "runs/nowhere/student"])
+def test_a_missing_model_folder(bench: Bench, side: str, path: str) -> None:
+    path = path.format(folder=bench.folder)
+    line = bench.refused(f"{side}.path={path}")
+    assert f"model {path.removeprefix('./')}: no such folder" in line
+    assert not bench.loaded
+    assert not bench.run.exists()
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nobody/nothing"])
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub(bench: Bench, name: str) -> None:
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise OSError("Name or service not known")
+
+    bench.monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    line = bench.refused(f"teacher.path={name}")
+    assert f"model {name}: no such folder, and the Hub cannot be asked for it: Name or service" in line
+
+    class UnknownError(RepositoryNotFoundError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "404 Client Error")
+
+    def unknown(*_: Any, **__: Any) -> Any:
+        raise UnknownError
+
+    bench.monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unknown)
+    line = bench.refused(f"teacher.path={name}")
+    assert f"model {name}: no such folder, and no such model on the Hub" in line
+    assert not bench.loaded
+
+
+@SIDES
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda f: (f / "config.json").unlink(), "no config.json in it"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+        (lambda f: (f / "model.safetensors").unlink(), "no weights in it"),
+        (lambda f: os.truncate(f / "model.safetensors", 3000), "model.safetensors is broken"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"not at all"), "model.safetensors is broken"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors is broken"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json is no tokenizer"),
+    ],
+)
+def test_a_broken_model_folder(bench: Bench, side: str, spoil: Callable[[Path], Any], told: str) -> None:
+    spoil(bench.folder / side)
+    line = bench.refused()
+    assert told in line
+    assert str(bench.folder / side) in line
+    assert not bench.loaded
+    assert not bench.run.exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda w: w.pop("model.norm.weight"), "1 of its weights are not in its files, model.norm.weight"),
+        (lambda w: w["lm_head.weight"].fill_(torch.nan), "its logits are NaN or infinite"),
+        (lambda w: w.update({"lm_head.weight": torch.zeros(5, 32)}), "1 of its weights have another shape"),
+    ],
+    ids=["missing", "not finite", "another shape"],
+)
+def test_weights_that_are_not_the_models(bench: Bench, spoil: Callable[[Any], Any], told: str) -> None:
+    file = bench.folder / "teacher" / "model.safetensors"
+    weights = load_file(file)
+    spoil(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    line = bench.refused()
+    assert told in line
+    assert f"model {bench.folder / 'teacher'}" in line
+    assert not bench.run.exists()
+
+
+@SIDES
+def test_a_tokenizer_of_another_family(bench: Bench, side: str) -> None:
+    pieces = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "24": 3, "##7": 4, "+": 5}
+    tokenizer = Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[SEP]").save_pretrained(
+        bench.folder / side
+    )
+    line = bench.refused()
+    assert "WordPiece" in line
+    assert str(bench.folder / side) in line
+    assert not bench.loaded
+
+
+def test_more_ids_than_rows_of_the_output_matrix(bench: Bench) -> None:
+    path = bench.folder / "student" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save(str(path))
+    rows = len(load_file(bench.folder / "student" / "model.safetensors")["lm_head.weight"])
+    line = bench.refused()
+    assert f"its tokenizer has {rows + 1} ids, its output matrix {rows} rows" in line
+    assert f"model {bench.folder / 'student'}" in line
+    assert not bench.run.exists()
+
+
+# Prompts
+
+
+def give(bench: Bench, *lines: str) -> Path:
+    file = bench.folder / "prompts.jsonl"
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    bench.settings["data"] = {"prompts": str(file), "heldout_share": 0.3}
+    return file
+
+
+GOOD = [json.dumps({"prompt": p.text, "id": str(n)}) for n, p in enumerate(tiny.prompts(12))]
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ('{"prompt": "24"', "not JSON"),
+        ('{"prompt": ""}', '"prompt" is empty'),
+        ('{"prompt": "  "}', '"prompt" is empty'),
+        ('{"messages": []}', '"messages" is empty'),
+        ('{"promt": "24"}', 'did you mean "prompt"'),
+        ("17", "got a number"),
+    ],
+)
+def test_a_prompts_file_with_a_bad_line(bench: Bench, bad: str, told: str) -> None:
+    file = give(bench, *GOOD[:3], bad, *GOOD[3:])
+    line = bench.refused()
+    assert f"{file}:4: " in line
+    assert told in line
+    assert not bench.loaded
+    assert not bench.run.exists()
+
+
+def test_a_prompts_file_that_is_empty_or_missing(bench: Bench) -> None:
+    file = give(bench)
+    assert f"{file}: no prompts in it" in bench.refused()
+    file.unlink()
+    assert f"{file}: cannot read the prompts, No such file or directory" in bench.refused()
+    assert not bench.loaded
+
+
+def test_a_prompt_longer_than_the_context(bench: Bench) -> None:
+    give(bench, *GOOD, json.dumps({"prompt": " 24" * 130, "id": "17"}))
+    line = bench.refused()
+    assert "prompt 17: 131 tokens and 10 new ones do not fit the 128 tokens of model" in line
+    assert "rollout.max_new_tokens" in line
+    assert not bench.run.exists()
+
+
+def test_completions_that_are_not_there(bench: Bench) -> None:
+    give(bench, *GOOD)
+    assert "rollout.on_policy" in bench.refused("rollout.on_policy=0.5")
+    assert not bench.loaded
+
+
+# Folders and configurations
+
+
+@pytest.mark.parametrize("where", ["{student}", "{student}/runs/one"])
+def test_an_output_inside_a_model_folder(bench: Bench, where: str) -> None:
+    before = contents(bench.folder / "student")
+    output = where.format(student=bench.folder / "student")
+    assert f"lies inside the model folder {bench.folder / 'student'}" in bench.refused(f"output={output}")
+    assert contents(bench.folder / "student") == before
+    assert not bench.loaded
+
+
+def test_a_run_folder_that_is_in_use(bench: Bench) -> None:
+    assert bench.gold("train").code == 0
+    before = contents(bench.run)
+    assert "already holds a run; resume it (--resume) or give another folder" in bench.refused()
+    line = bench.refused("--resume", "optimizer.lr=0.5", "rollout.per_prompt=3")
+    assert "optimizer.lr was 0.003, is 0.5" in line
+    assert "rollout.per_prompt was 2, is 3" in line
+    assert not bench.loaded
+    assert contents(bench.run) == before
+
+
+def test_nothing_to_resume(bench: Bench) -> None:
+    assert f"{bench.run} holds no run" in bench.refused("--resume")
+    assert not bench.loaded
+
+
+def test_a_folder_of_other_things(bench: Bench) -> None:
+    bench.run.mkdir()
+    (bench.run / "thesis.tex").write_text("years of work")
+    assert "is not empty, it holds thesis.tex" in bench.refused()
+    assert contents(bench.run) == {"thesis.tex": b"years of work"}
+    assert not bench.loaded
+
+
+def test_a_mistyped_key_and_wrong_usage(bench: Bench) -> None:
+    assert "train.step: unknown key; did you mean steps?" in bench.refused("train.step=3")
+    assert bench.gold("trian").code == 2
+    assert bench.gold("train", "--resum").code == 2
+    assert not bench.loaded
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7"])
+def test_a_device_that_is_not_there(bench: Bench, device: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    teacher = bench.folder / "teacher"
+    assert f"model {teacher}: device '{device}': torch sees no GPU" in bench.refused(
+        f"teacher.device={device}"
+    )
+    assert not bench.loaded
+
+
+def test_evaluation_of_what_is_not_there(bench: Bench) -> None:
+    assert "no such folder" in bench.refused(f"student.path={bench.folder}/nowhere", command="eval")
+    bench.run.mkdir()
+    (bench.run / "config.yaml").write_text(yaml.safe_dump(bench.settings))
+    bench.monkeypatch.setattr(sys, "argv", ["gold", "eval", str(bench.run)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "the run has no student yet" in bench.capfd.readouterr().err
+
+
+# What happens on the way
+
+
+def test_a_truncated_checkpoint(bench: Bench) -> None:
+    assert bench.gold("train").code == 0
+    last = bench.run / "checkpoints" / "step-000002"
+    os.truncate(last / "optimizer.pt", 100)
+    done = bench.gold("train", "--resume")
+    assert done.code == 0
+    assert "skipped the checkpoint of step 2" in done.out
+    assert "optimizer.pt has 100 bytes" in done.out
+    assert "resumed after step 1" in done.out
+    for step in ("step-000001", "step-000002"):
+        os.truncate(bench.run / "checkpoints" / step / "student" / "model.safetensors", 100)
+    assert "no whole checkpoint in" in bench.refused("--resume")
+
+
+def full(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_is_full_while_a_checkpoint_is_saved(bench: Bench) -> None:
+    real, calls = gold.loop.save_model, iter(range(100))
+
+    def save_model(model: Any, folder: Path) -> None:
+        real(model, folder)
+        if next(calls) == 1:
+            full()
+
+    with bench.monkeypatch.context() as patch:
+        patch.setattr(gold.loop, "save_model", save_model)
+        line = bench.refused()
+    assert "cannot save the checkpoint of step 2" in line
+    assert "No space left on device" in line
+    assert "earlier checkpoints are intact, free some space and resume" in line
+    assert [p.name for p in (bench.run / "checkpoints").iterdir()] == ["step-000001"]
+    done = bench.gold("train", "--resume")
+    assert (done.code, "resumed after step 1" in done.out) == (0, True)
+    assert (bench.run / "student" / "model.safetensors").is_file()
+
+
+def test_a_disk_that_is_full_while_metrics_are_written(bench: Bench) -> None:
+    real, calls = os.write, iter(range(1000))
+
+    def write(descriptor: int, data: bytes) -> int:
+        if b'"kind"' in data and next(calls) > 3:
+            full()
+        return real(descriptor, data)
+
+    with bench.monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        line = bench.refused()
+    assert "metrics.jsonl" in line or "samples.jsonl" in line
+    assert "No space left on device; free some space and resume" in line
+    assert bench.gold("train", "--resume").code == 0
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")]
+)
+def test_a_disk_that_is_full_while_the_student_is_saved(bench: Bench, error: Exception) -> None:
+    def save_model(*_: Any) -> None:
+        raise error
+
+    with bench.monkeypatch.context() as patch:
+        patch.setattr(gold.train, "save_model", save_model)
+        assert "cannot save the student in" in bench.refused()
+    assert not (bench.run / "student").exists()
+    assert bench.gold("train", "--resume").code == 0
+    assert (bench.run / "student" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite(bench: Bench, value: float) -> None:
+    made = OBJECTIVES["reverse_kl"]()
+
+    def loss(view: Any, **options: Any) -> Loss:
+        found = made.loss(view, **options)
+        return Loss(found.total * value, found.parts, found.sequence_logp)
+
+    from dataclasses import replace
+
+    bench.monkeypatch.setitem(OBJECTIVES, "reverse_kl", lambda **_: replace(made, loss=loss))  # type: ignore[index]
+    bench.settings["train"].update(steps=9, checkpoint_every=100)
+    before = load_file(bench.folder / "student" / "model.safetensors")
+    line = bench.refused()
+    assert "step 4: 4 steps in a row had a NaN or infinite loss or gradient and were not applied" in line
+    assert "the checkpoint of step 4 is kept" in line
+    after = load_file(bench.run / "checkpoints" / "step-000004" / "student" / "model.safetensors")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_ctrl_c_while_a_step_is_taken(bench: Bench) -> None:
+    real = gold.loop.sample
+
+    def sample(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **options)
+
+    bench.settings["train"].update(steps=50)
+    bench.monkeypatch.setattr(gold.loop, "sample", sample)
+    done = bench.gold("train")
+    assert done.code == 130
+    assert done.err.splitlines()[-1] == "interrupted"
+    assert "interrupted after step 1; its checkpoint is kept" in done.out
+    assert (bench.run / "checkpoints" / "step-000001" / "manifest.json").is_file()
+
+
+def test_a_second_ctrl_c_ends_at_once(bench: Bench) -> None:
+    def sample(*_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it goes on")
+
+    bench.monkeypatch.setattr(gold.loop, "sample", sample)
+    assert bench.gold("train").code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_while_models_are_loaded(bench: Bench) -> None:
+    def load_model(*_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return None
+
+    bench.monkeypatch.setattr(gold.assembly, "load_model", load_model)
+    assert bench.gold("train").code == 130
+    assert not bench.run.exists()
