@@ -215,7 +215,8 @@ class AlignedBatch:
 
         A span is a run of chunks up to the next edge where the teacher cuts whatever text comes next, so that its end
         is known when the student reaches it; the stop event ends the last one. What follows the last such edge of a
-        text that did not stop is in no span, and no text of a data set: nobody sampled it. Where both vocabularies are one, every row is a span.
+        text that did not stop is in no span, nor is a text of a data set: nobody sampled it. Where both vocabularies
+        are one, every row is a span.
         """
         mine: list[NDArray[np.int64]] = []
         theirs: list[NDArray[np.int64]] = []

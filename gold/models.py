@@ -129,7 +129,8 @@ def wrap_model(lm: Any, tokenizer: Any, *, name: str = "model") -> LanguageModel
             f"model {name}: no stop id found in its tokenizer or generation settings; set an EOS token"
         )
     rows = output_width(lm)
-    if vocabulary.size > rows:
+    # Ids beyond the matrix can be harmless: Gemma's text models ship an image token that they have no row for.
+    if not vocabulary.event_V[rows:].all():
         raise ModelError(
             f"model {name}: its tokenizer has {vocabulary.size} ids, its output matrix {rows} rows; "
             "the tokenizer does not belong to these weights, or the embeddings were never resized"

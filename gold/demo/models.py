@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gold.data import Prompt
@@ -27,7 +27,7 @@ def character_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
-    return tokenizer
+    return _with_bos(tokenizer)
 
 
 def word_tokenizer(texts: Sequence[str], size: int = 160) -> Tokenizer:
@@ -37,6 +37,12 @@ def word_tokenizer(texts: Sequence[str], size: int = 160) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
+    return _with_bos(tokenizer)
+
+
+def _with_bos(tokenizer: Tokenizer) -> Tokenizer:
+    bos = ("<bos>", tokenizer.token_to_id("<bos>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[bos])
     return tokenizer
 
 
@@ -48,8 +54,8 @@ def tiny_model(tokenizer: Tokenizer, name: str, *, layers: int, width: int = 64,
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=128,
         tie_word_embeddings=False,
         pad_token_id=pad,
@@ -68,7 +74,7 @@ def learn_answers(
     prompts: Sequence[Prompt],
     *,
     steps: int,
-    lr: float = 4e-3,
+    lr: float = 3e-3,
     batch: int = 48,
     seed: int = 0,
     every: int = 0,
@@ -88,7 +94,7 @@ def learn_answers(
         ids[i, : w.size] = torch.from_numpy(w)
         labels[i, len(r.prompt_ids) : w.size] = torch.from_numpy(w[len(r.prompt_ids) :])
     rng = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(model.lm.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.lm.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     model.lm.train()
     for step in range(steps):
         chosen = torch.from_numpy(rng.integers(0, len(whole), batch))
@@ -97,7 +103,7 @@ def learn_answers(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.lm.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 20) * (1.0 - 0.95 * step / steps)
+            group["lr"] = lr * min(1.0, (step + 1) / 50) * (1.0 - 0.95 * step / steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if watch is not None and (step + 1) % every == 0 and watch(step + 1):

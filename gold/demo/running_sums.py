@@ -23,7 +23,7 @@ class RunningSums:
     lowest: int = 10
     highest: int = 60
     shortest: int = 2
-    longest: int = 5
+    longest: int = 4
     largest: int = 9
 
     name = "running_sums"

@@ -46,7 +46,7 @@ class _ByteMasses(torch.autograd.Function):
         log_mass = np.empty(high - low, np.float64)
         row_stats = np.empty((rows, 3), np.float64)
         z = logits_NV.detach().numpy()
-        _on_rows(_masses_forward, rows, z, *_arrays(layout), first_row, log_mass, row_stats)
+        _on_rows(_masses_forward, rows, z, *_arrays(layout, z.shape[1]), first_row, log_mass, row_stats)
         ctx.layout, ctx.first_row = layout, first_row
         ctx.log_mass, ctx.row_stats = log_mass, row_stats
         ctx.save_for_backward(logits_NV)
@@ -63,7 +63,7 @@ class _ByteMasses(torch.autograd.Function):
             _masses_backward,
             logits_NV.shape[0],
             logits_NV.detach().numpy(),
-            *_arrays(ctx.layout),
+            *_arrays(ctx.layout, logits_NV.shape[1]),
             ctx.first_row,
             ctx.log_mass,
             ctx.row_stats,
@@ -92,7 +92,7 @@ class _ChunkSums(torch.autograd.Function):
         return grad_N, None, None
 
 
-def _arrays(layout: ByteLayout) -> tuple[Array, ...]:
+def _arrays(layout: ByteLayout, width: int) -> tuple[Array, ...]:
     trie, plan = layout.trie, layout.plan
     return (
         trie["order"],
@@ -101,7 +101,7 @@ def _arrays(layout: ByteLayout) -> tuple[Array, ...]:
         trie["own"],
         trie["first_child"],
         trie["children"],
-        trie["outside"],
+        layout.outside(width),
         trie["stops"],
         np.array(layout.size),
         plan["visit_ptr"],

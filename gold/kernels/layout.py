@@ -106,12 +106,17 @@ class ByteLayout:
         first, last = visit_ptr[first_row], visit_ptr[first_row + rows]
         return int(mass_ptr[first]), int(mass_ptr[last])
 
+    def outside(self, width: int) -> NDArray[Any]:
+        """Ids that are neither text nor stop, of those that the output matrix has a row for."""
+        ids = self.trie["outside"]
+        return ids[: np.searchsorted(ids, width)]
+
     def pieces(self, first_row: int, rows: int, width: int) -> Pieces:
         """The runs of a block of rows over a pool of ids: text tokens in byte order, then all that is neither text nor
         stop (the output matrix's ``width`` beyond the vocabulary's size included), then the stop ids."""
         trie, plan = self.trie, self.plan
         texts = trie["order"].size
-        outside = np.concatenate((trie["outside"], np.arange(self.size, width)))
+        outside = np.concatenate((self.outside(width), np.arange(self.size, width)))
         pool = np.concatenate((trie["order"], outside, trie["stops"]))
         first, last = int(plan["visit_ptr"][first_row]), int(plan["visit_ptr"][first_row + rows])
         node = plan["visit_node"][first:last].astype(np.int64)

@@ -135,8 +135,10 @@ def shared_divergence(
 
     ``renormalise``: condition both sides on the shared events; else all unshared mass is one more event, the bucket.
     """
-    kept = _Kept(events.ids_V, events.stops_V, student.width)
-    kept_teacher = _Kept(events.ids_W, events.stops_W, teacher.width)
+    # A vocabulary can have special ids that its model has no row for.
+    there = (events.ids_V < student.width) & (events.ids_W < teacher.width).to(events.ids_V.device)
+    kept = _Kept(events.ids_V[there], events.stops_V, student.width)
+    kept_teacher = _Kept(events.ids_W[there.to(events.ids_W.device)], events.stops_W, teacher.width)
     values, masses = [], []
     block = min(student.block_rows, teacher.block_rows)
     for first in range(0, len(student), block):

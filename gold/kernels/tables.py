@@ -42,10 +42,10 @@ LEAK = 1e-5
 def common_events(table_E: Tensor, resolved_E: Tensor, other_E: Tensor) -> Tensor:
     """``table_E`` coarsened to the events that both sides resolve; all else joins the rest. Rows still sum to one.
 
-    Columns that only one side resolves become −inf on both, their mass part of column ``rest``. Inside a token no prefix
-    of which is a token, a side has no rest at all, and what the other side has there would cost infinitely much; so both
-    sides report a share ``LEAK`` of every event as rest. Both pass through the same channel: equal tables stay equal,
-    and a divergence between them is still positive, and 0 only at equality.
+    Columns that only one side resolves become −inf on both, their mass part of column ``rest``. Inside a token no
+    prefix of which is a token, a side has no rest at all, and what the other side has there would cost infinitely
+    much; so both sides report a share ``LEAK`` of every event as rest. Both pass through the same channel: equal tables
+    stay equal, and a divergence between them is still positive, and 0 only at equality.
     """
     common = resolved_E & other_E
     common[:, REST_EVENT] = False

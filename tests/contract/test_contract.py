@@ -218,6 +218,26 @@ def test_padding_rows_without_mass_are_inert(name):
 
 
 @over(sorted(VARIANTS))
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_special_ids_without_a_row_are_inert(name, backend):
+    """The last ids of a vocabulary are special, and the output matrix does not have them."""
+    objective = VARIANTS[name]
+    student, teacher = (
+        toy_vocabulary(m, cut=c, unused=2) for m, c in ((["a+b", "b+ ", "ab+b"], None), (["b+a"], " "))
+    )
+    pair = VocabularyPair(student, teacher)
+    texts = texts_for(objective, pair)
+    rows = student_rows(ToyModel(student, 3), texts), teacher_rows(ToyModel(teacher, 4), texts)
+    masked = [x.clone() for x in rows]
+    for x in masked:
+        x[:, -2:] = -torch.inf
+    expected, grad = gradient(objective, view_of(pair, texts, *masked, backend))
+    value, grad_cut = gradient(objective, view_of(pair, texts, *(x[:, :-2] for x in rows), backend))
+    assert value == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(grad_cut, grad[:, :-2])
+
+
+@over(sorted(VARIANTS))
 def test_texts_that_are_empty_or_cut_short(name):
     objective = VARIANTS[name]
     a = STUDENT.encode("a").ids.tolist()

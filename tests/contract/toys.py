@@ -21,11 +21,11 @@ CPU = torch.device("cpu")
 
 
 def toy_vocabulary(
-    merges: Sequence[str], letters: str = "ab ", shuffle: int = 0, cut: str | None = " "
+    merges: Sequence[str], letters: str = "ab ", shuffle: int = 0, cut: str | None = " ", unused: int = 0
 ) -> Vocabulary:
     """Byte-level BPE over a few letters with the given merges, such as ``a b``; ``cut`` stands alone in any text.
 
-    ``shuffle`` numbers the ids another way.
+    ``shuffle`` numbers the ids another way; the last ids are ``unused`` special tokens.
     """
     symbol = {
         c: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(c)[0][0]
@@ -43,7 +43,7 @@ def toy_vocabulary(
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<eos>", "<junk>"])
+    tokenizer.add_special_tokens(["<eos>", "<junk>", *(f"<unused{i}>" for i in range(unused))])
     return Vocabulary.load(tokenizer, stop_ids=[tokenizer.token_to_id("<eos>")])
 
 
