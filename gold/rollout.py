@@ -127,7 +127,10 @@ def encode_prompt(model: LanguageModel, prompt: Prompt, room: int) -> tuple[int,
     Raises:
         DataError: they leave no such room in the model's context, or there is none; the message names the prompt's key.
     """
-    ids = prompt_ids(model.tokenizer, prompt)
+    try:
+        ids = prompt_ids(model.tokenizer, prompt)
+    except DataError as error:
+        raise DataError(f"prompt {prompt.key}: {error}") from error
     if not ids:
         raise DataError(
             f"prompt {prompt.key}: it is empty for model {model.name}, which has no token to begin a text with"

@@ -228,9 +228,18 @@ class RunFolder:
             ) from error
 
     def sync(self) -> None:
-        """Make every line appended so far reach the disk; call it before a checkpoint is saved."""
-        for stream in self._streams.values():
-            os.fsync(stream)
+        """Make every line appended so far reach the disk; call it before a checkpoint is saved.
+
+        Raises:
+            CheckpointError: the disk is full or fails; some file systems say so only now.
+        """
+        try:
+            for stream in self._streams.values():
+                os.fsync(stream)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write the run folder {self.path}: {error.strerror or error}; free some space and resume"
+            ) from error
 
     def rewind(self, step: int) -> None:
         """Drop every line of a later step than `step`, and a last line that a kill cut short.

@@ -103,6 +103,7 @@ def distill(
     loop = Loop(student, teacher, pair, prompts, recipe, terms, verifier, accelerator)
     run = Run(student, saving.output)
     with contextlib.ExitStack() as stack:
+        stack.callback(student.lm.eval)
         folder: RunFolder | None = None
         if saving.output and accelerator.is_main_process:
             settings = settings or {

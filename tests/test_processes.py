@@ -104,6 +104,7 @@ def test_two_processes_take_the_steps_of_one(pair: Path, alone: Path, tmp_path: 
     assert main.wait() == 0, main.err
     assert other.wait() == 0, other.err
     assert "2 process(es)" in main.out
+    assert main.err == ""
     assert (other.out, other.err) == ("", "")  # one of them tells
     assert_near(run, alone)
 

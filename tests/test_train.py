@@ -51,26 +51,23 @@ def changed(**changes: Any) -> Recipe:
 # Learning
 
 
-@pytest.mark.parametrize("objective", ["reverse_kl", "jsd"])
-def test_the_loss_falls(objective: str) -> None:
-    done = run(changed(objectives=(Term(objective),), steps=20, lr=1e-2, prompts_per_step=8))
-    losses = [record["loss"] for record in done.steps]
-    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
-    assert all(record["applied"] for record in done.steps)
-
-
-def test_evaluations_show_the_student_coming_nearer() -> None:
+@pytest.mark.parametrize("objective", ["reverse_kl", "forward_kl", "jsd"])
+def test_the_loss_falls_and_evaluations_show_it(objective: str) -> None:
     done = run(
-        changed(steps=25, lr=1e-2, prompts_per_step=8),
+        changed(objectives=(Term(objective),), steps=16, lr=1e-2, prompts_per_step=8),
         heldout=tiny.heldout(12),
         saving=Saving(evaluate_every=100),
     )
+    losses = [record["loss"] for record in done.steps]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert all(record["applied"] for record in done.steps)
     before, after = done.evaluations
-    assert (before["step"], after["step"]) == (0, 25)
-    assert after["reverse_kl_per_byte"] < 0.75 * before["reverse_kl_per_byte"]
+    assert (before["step"], after["step"]) == (0, 16)
+    assert after["reverse_kl_per_byte"] < 0.8 * before["reverse_kl_per_byte"]
     assert after["forward_kl_per_byte"] < before["forward_kl_per_byte"]
     for measure in ("bits_per_byte", "stop_rate", "length_tokens", "canonical_share", "accuracy_low"):
         assert math.isfinite(after[measure])
+    assert not done.student.lm.training
 
 
 # One step is the same however it is cut
@@ -81,7 +78,7 @@ def test_evaluations_show_the_student_coming_nearer() -> None:
     [
         (Term("reverse_kl"),),
         (Term("jsd", support="shared", beta=0.3),),
-        (Term("span_pg", weight=0.5), Term("jsd")),
+        (Term("span_pg", weight=0.5), Term("forward_kl")),
         (Term("reverse_kl"), Term("sft"), Term("reward", weight=0.1)),
     ],
     ids=lambda terms: "+".join(t.name for t in terms),
@@ -102,7 +99,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
         passes: list[int] = []
         student = tiny.tiny_student()
         mlp = student.lm.model.layers[0].mlp
-        with mlp.register_forward_hook(lambda *_: passes.append(1)):
+        with mlp.register_forward_pre_hook(lambda *_: passes.append(1)):
             return run(recipe, student), len(passes)
 
     (plain, passes), (checkpointed, more) = counted(RECIPE), counted(changed(gradient_checkpointing=True))
