@@ -340,7 +340,7 @@ def test_saving_draws_no_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
-@pytest.mark.assets("gguf/smollm2-135m-instruct.gguf")
+@pytest.mark.assets("smollm2-135m-instruct.gguf")
 def test_a_student_from_gguf_trains_and_saves(tmp_path: Path) -> None:
     from benchmarks.assets import assets_folder
     from gold.models import load_model
