@@ -145,6 +145,9 @@ def distill(
         # A resumed run has looked before its checkpoint was saved.
         if loop.step == 0:
             look()
+            if loop.anywhere(interrupt.caught):
+                progress.note("interrupted before the first step")
+                raise KeyboardInterrupt
         while loop.step < recipe.steps:
             record = loop.advance()
             run.steps.append(record)

@@ -435,6 +435,22 @@ def test_ctrl_c_while_a_step_is_taken(bench: Bench) -> None:
     assert (bench.run / "checkpoints" / "step-000001" / "manifest.json").is_file()
 
 
+def test_ctrl_c_during_the_first_evaluation(bench: Bench) -> None:
+    real = gold.loop.evaluate
+
+    def evaluate(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **options)
+
+    with bench.monkeypatch.context() as patch:
+        patch.setattr(gold.loop, "evaluate", evaluate)
+        done = bench.gold("train")
+    assert (done.code, "interrupted before the first step" in done.out) == (130, True)
+    assert not (bench.run / "checkpoints").exists()
+    done = bench.gold("train", "--resume")
+    assert (done.code, "no checkpoint yet: the run starts at its first step" in done.out) == (0, True)
+
+
 def test_a_second_ctrl_c_ends_at_once(bench: Bench) -> None:
     def sample(*_: Any, **__: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)

@@ -61,6 +61,7 @@ def launch(folder: Path, *arguments: object, count: int = 2, before: Sequence[An
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
     }
     return [

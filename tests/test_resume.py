@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -159,6 +160,8 @@ def test_ctrl_c_keeps_a_checkpoint_and_exits_130(pair: Path, whole: Path, tmp_pa
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1"},  # as the other runs: sums in another order have other last bits
     ) as process:
         metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
         while not metrics.exists() or b'"train"' not in metrics.read_bytes():
