@@ -19,7 +19,7 @@ from gold.losses import OBJECTIVES, Loss
 from gold.models import LanguageModel
 from gold.progress import Quiet
 from gold.recipe import Recipe, Term
-from gold.rollout import Sampling
+from gold.rollout import Sampling, rollout_seeds
 from gold.train import Run, Saving, distill
 
 RECIPE = Recipe(
@@ -352,3 +352,9 @@ def test_a_student_from_gguf_trains_and_saves(tmp_path: Path) -> None:
     assert not torch.equal(weights(student), before)
     loaded = load_model(tmp_path / "run" / "student", device="cpu")
     assert torch.equal(weights(loaded), weights(student))
+
+
+def test_a_bare_loops_seeds_are_all_different() -> None:
+    seeds = [seed for step in range(3) for seed in rollout_seeds(0, step, range(4))]
+    assert len(set(seeds)) == 12
+    assert seeds == [seed for step in range(3) for seed in rollout_seeds(0, step, range(4))]
