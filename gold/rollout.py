@@ -224,3 +224,11 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     prob = torch.softmax(ordered, dim=-1)
     outside = torch.cumsum(prob, dim=-1) - prob >= top_p
     return logits.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), -torch.inf)
+
+
+Seed = tuple[int, ...]
+
+
+def rollout_seeds(seed: int, step: int, numbers: Sequence[int]) -> list[Seed]:
+    """The random stream of each rollout: a function of the run's seed, the step, and the rollout's number in it."""
+    return [(seed, step, int(n)) for n in numbers]
