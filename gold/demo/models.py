@@ -31,9 +31,12 @@ def character_tokenizer() -> Tokenizer:
 
 
 def word_tokenizer(texts: Sequence[str], size: int = 160) -> Tokenizer:
-    """Byte-level BPE learned on ``texts``: whole numbers with the space before them."""
+    """Byte-level BPE learned on ``texts``: a number or a step, with its sign and the space before it, is one token."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    words = pre_tokenizers.Split(" ", "merged_with_next")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
@@ -58,6 +61,7 @@ def tiny_model(tokenizer: Tokenizer, name: str, *, layers: int, width: int = 64,
         num_key_value_heads=4,
         max_position_embeddings=128,
         tie_word_embeddings=False,
+        initializer_range=0.08,  # about one over the root of the width; 0.02 is for far wider models
         pad_token_id=pad,
         bos_token_id=bos,
         eos_token_id=eos,
@@ -74,7 +78,7 @@ def learn_answers(
     prompts: Sequence[Prompt],
     *,
     steps: int,
-    lr: float = 3e-3,
+    lr: float = 2e-3,
     batch: int = 48,
     seed: int = 0,
     every: int = 0,

@@ -21,10 +21,10 @@ class RunningSums:
     """Running sums within ``lowest`` … ``highest``, of ``shortest`` to ``longest`` steps up to ``largest``."""
 
     lowest: int = 10
-    highest: int = 60
+    highest: int = 49
     shortest: int = 2
     longest: int = 4
-    largest: int = 9
+    largest: int = 5
 
     name = "running_sums"
 
