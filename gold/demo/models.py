@@ -78,7 +78,7 @@ def learn_answers(
     prompts: Sequence[Prompt],
     *,
     steps: int,
-    lr: float = 2e-3,
+    lr: float = 3e-3,
     batch: int = 48,
     seed: int = 0,
     every: int = 0,

@@ -42,7 +42,7 @@ class DemoPlan:
     prompts: int = 400
     heldout: int = 512
     answers: int = 20000
-    teacher_steps: int = 1400
+    teacher_steps: int = 1600
     teacher_accuracy: float = 0.98
     start_steps: int = 900
     start_accuracy: float = 0.12
@@ -74,7 +74,7 @@ class Spent:
 WAYS: dict[str, tuple[str, Recipe]] = {
     "distilled": (
         "on-policy distillation (reverse KL on bytes)",
-        Recipe(objectives=(Term("reverse_kl"),), prompts_per_step=12, per_prompt=4),
+        Recipe(objectives=(Term("reverse_kl"),), prompts_per_step=48, per_prompt=1),
     ),
     "kd_sampled": (
         "sequence-level KD, sampled teacher text",
