@@ -9,6 +9,8 @@ from importlib import import_module
 # name: (module whose main(arguments) runs it and returns the exit status, what it does)
 BENCHMARKS = {
     "assets": ("benchmarks.assets", "fetch the real models and tokenizers that the others need"),
+    "run": ("benchmarks.run", "train as a configuration says, and record the evaluations"),
+    "demo": ("benchmarks.demo", "the demonstration with three seeds"),
 }
 
 

@@ -74,22 +74,23 @@ class Spent:
 WAYS: dict[str, tuple[str, Recipe]] = {
     "distilled": (
         "on-policy distillation (reverse KL on bytes)",
-        Recipe(objectives=(Term("reverse_kl"),), prompts_per_step=48, per_prompt=1),
+        Recipe(objectives=(Term("reverse_kl"),), prompts_per_step=48, per_prompt=1, lr=1e-3),
     ),
     "kd_sampled": (
         "sequence-level KD, sampled teacher text",
-        Recipe(objectives=(Term("sft"),), on_policy=0.0, prompts_per_step=48, per_prompt=1),
+        Recipe(objectives=(Term("sft"),), on_policy=0.0, prompts_per_step=48, per_prompt=1, lr=5e-4),
     ),
     "kd_greedy": (
         "sequence-level KD, greedy teacher text",
-        Recipe(objectives=(Term("sft"),), on_policy=0.0, prompts_per_step=48, per_prompt=1),
+        Recipe(objectives=(Term("sft"),), on_policy=0.0, prompts_per_step=48, per_prompt=1, lr=5e-4),
     ),
     "reward_only": (
         "reward only (0/1, groups of 8)",
-        Recipe(objectives=(Term("reward"),), prompts_per_step=6, per_prompt=8),
+        Recipe(objectives=(Term("reward"),), prompts_per_step=6, per_prompt=8, lr=3e-4),
     ),
 }
-"""What the prompts are spent on: the name in the table, and what is particular about the recipe."""
+"""What the prompts are spent on: the name in the table, and what is particular about the recipe, the best learning
+rate of a few that were tried for it among the rest."""
 
 
 def main(out: Path) -> None:
@@ -173,7 +174,6 @@ def spend(name: str, out: Path, plan: DemoPlan) -> Spent:
         sequences_per_forward=48,
         steps=plan.steps,
         seed=plan.seed,
-        lr=2e-3,
     )
     started = time.perf_counter()
     # The answers are not given: a way that wants texts takes the teacher's.
