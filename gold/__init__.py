@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from gold.align import Alignment, Spelling, Vocabulary, align_tokens
     from gold.config import Config
     from gold.data import Prompt, load_prompts
+    from gold.models import load_model
+    from gold.recipe import Recipe, Term
     from gold.tasks import load_task
     from gold.teachers import LocalTeacher
     from gold.train import distill
@@ -39,14 +41,17 @@ __all__ = [
     "LocalTeacher",
     "ModelError",
     "Prompt",
+    "Recipe",
     "Spelling",
     "TeacherError",
+    "Term",
     "TrainingError",
     "Vocabulary",
     "VocabularyError",
     "__version__",
     "align_tokens",
     "distill",
+    "load_model",
     "load_prompts",
     "load_task",
 ]
@@ -56,10 +61,13 @@ _MODULE_OF = {
     "Config": "gold.config",
     "LocalTeacher": "gold.teachers",
     "Prompt": "gold.data",
+    "Recipe": "gold.recipe",
     "Spelling": "gold.align",
+    "Term": "gold.recipe",
     "Vocabulary": "gold.align",
     "align_tokens": "gold.align",
     "distill": "gold.train",
+    "load_model": "gold.models",
     "load_prompts": "gold.data",
     "load_task": "gold.tasks",
 }

@@ -12,6 +12,7 @@ from gold.data import Prompt, load_prompts, split_by_hash
 from gold.errors import ConfigError, ModelError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.models import LanguageModel, check_files, load_model, pick_device
+from gold.plots import plot_run
 from gold.progress import Progress
 from gold.recipe import Recipe, Term
 from gold.rollout import Sampling
@@ -113,7 +114,7 @@ def train(config: Config, *, resume: bool = False, progress: Progress | None = N
     check_output(output, resume, config.to_dict())
     data = load_data(config)
     student, teacher = _load([config.student, config.teacher], progress)
-    return distill(
+    run = distill(
         student,
         LocalTeacher(teacher),
         data.train,
@@ -127,6 +128,18 @@ def train(config: Config, *, resume: bool = False, progress: Progress | None = N
         settings=config.to_dict(),
         progress=progress,
     )
+    if run.is_main_process:
+        _draw(output, progress)
+    return run
+
+
+def _draw(output: Path, progress: Progress | None) -> None:
+    """The run's pictures; a machine without matplotlib is told how to get them later."""
+    try:
+        plot_run(output)
+    except ConfigError as error:
+        if progress is not None:
+            progress.note(f"no pictures: {error}; then run gold plot {output}")
 
 
 def evaluate_source(

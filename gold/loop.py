@@ -42,7 +42,7 @@ from gold.teachers.protocol import Teacher
 
 NEEDS = ("nothing", "tokens", "rows")
 """What objectives ask of a teacher, least first."""
-MISSED_SHARE = 0.2
+MISSED_SHARE = 0.1
 """Above this share of bytes at which the student gives the teacher's favourite less than 1 %, a run warns."""
 
 

@@ -23,7 +23,7 @@ from gold.data import Prompt
 from gold.errors import CheckpointError, ConfigError, DataError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier
 from gold.loop import Loop, terms_of
-from gold.models import LanguageModel, save_model
+from gold.models import LanguageModel, load_model, save_model
 from gold.progress import Progress, Quiet, Silent
 from gold.recipe import Recipe
 from gold.rollout import encode_prompt
@@ -45,17 +45,19 @@ class Saving:
 
 @dataclass
 class Run:
-    """What came of a training run: the trained student, every step's metrics, every evaluation, the run folder."""
+    """What came of a training run: the trained student, every step's metrics, every evaluation, the run folder, which
+    the main process alone has written."""
 
     student: LanguageModel
     folder: Path | None
     steps: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    is_main_process: bool = True
 
 
 def distill(
-    student: LanguageModel,
-    teacher: Teacher | LanguageModel | None,
+    student: LanguageModel | str | Path,
+    teacher: Teacher | LanguageModel | str | Path | None,
     prompts: Sequence[Prompt | str],
     recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
     *,
@@ -66,7 +68,7 @@ def distill(
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Run:
-    """Trains ``student`` in place on its own completions of ``prompts``, graded by ``teacher``; returns the run.
+    """Trains ``student``, in place, on its own completions of ``prompts``, graded by ``teacher``; returns the run.
 
     Each step draws prompts, lets the student complete them, has the teacher read the same bytes in its own tokens and
     template, and takes one optimizer step on the recipe's objectives, each divided by the count of its unit in the
@@ -74,7 +76,8 @@ def distill(
     is a function of the seed, the step and the sequence's number, so a resumed run repeats an uninterrupted one.
 
     Args:
-        teacher: None where no objective needs one.
+        student: a model, or where to load one from.
+        teacher: likewise, or anything that scores texts as a teacher does; None where no objective needs one.
         heldout: prompts of the evaluations before, during and after; none, no evaluation.
         verifier: scores completions, for the ``reward`` objective and for accuracy.
         settings: what ``config.yaml`` of the run folder holds; the recipe, where it is left out.
@@ -87,6 +90,8 @@ def distill(
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
     prompts, heldout = _prompts(prompts), _prompts(heldout)
+    student = load_model(student) if isinstance(student, (str, Path)) else student
+    teacher = load_model(teacher) if isinstance(teacher, (str, Path)) else teacher
     teacher = LocalTeacher(teacher) if isinstance(teacher, LanguageModel) else teacher
     accelerator = _accelerator(recipe.precision, student.device)
     # All processes do and find the same; one of them tells.
@@ -101,7 +106,7 @@ def distill(
         [*prompts, *heldout], student, teacher, max(recipe.sampling.max_new_tokens, evaluation.max_new_tokens)
     )
     loop = Loop(student, teacher, pair, prompts, recipe, terms, verifier, accelerator)
-    run = Run(student, saving.output)
+    run = Run(student, saving.output, is_main_process=accelerator.is_main_process)
     with contextlib.ExitStack() as stack:
         stack.callback(student.lm.eval)
         folder: RunFolder | None = None
