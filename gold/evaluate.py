@@ -116,7 +116,7 @@ def evaluate(
         ]
         if isinstance(teacher, LocalTeacher):
             theirs = sample(teacher.model, prompts, sampling, seeds=seeds, batch=plan.rollout_batch)
-            taught = [_as_student(r, student) for r in theirs]
+            taught = [_as_student(r, student, pair) for r in theirs]
             scored = _score(student, teacher, pair, taught, plan, readings=[r.spelling for r in theirs])
             measures |= _divergence("forward_kl_per_byte", scored, len(prompts), plan.seed, sign=-1.0)
             measures |= _bits_per_byte([s.logp_S for s in scored], taught)
@@ -199,9 +199,9 @@ def _bits_per_byte(logp: Sequence[NDArray[np.float64]], rollouts: Sequence[Rollo
     return {"bits_per_byte": nats / max(1, size) / math.log(2)}
 
 
-def _as_student(rollout: Rollout, student: LanguageModel) -> Rollout:
-    """The teacher's sample as a completion that the student reads in its own tokens."""
-    spelling = student.vocabulary.encode(rollout.spelling.data)
+def _as_student(rollout: Rollout, student: LanguageModel, pair: VocabularyPair) -> Rollout:
+    """The teacher's sample as a completion that the student reads in its own tokens; the same ids if it can."""
+    spelling = rollout.spelling if pair.same else student.vocabulary.encode(rollout.spelling.data)
     ids = spelling.ids
     if rollout.stopped:
         ids = np.concatenate((ids, np.array(student.vocabulary.stop_ids[:1], np.int32)))

@@ -255,11 +255,14 @@ def _taught(teacher: LanguageModel, prompts: Sequence[Prompt], seed: int, greedy
     sampling = replace(SAMPLING, temperature=0.0) if greedy else SAMPLING
     seeds = [(seed, 10**6, n) for n in range(len(asked))]
     rollouts = sample(teacher, asked, sampling, seeds=seeds, batch=400)
-    return [
+    taught = [
         replace(r.prompt, key=f"{r.prompt.key} {n}", completion=r.text)
         for n, r in enumerate(rollouts)
-        if r.stopped
+        if r.stopped and r.text
     ]
+    if len(taught) < len(rollouts):
+        say(f"{len(rollouts) - len(taught)} of {len(rollouts)} teacher texts are empty or have no end: left out")
+    return taught
 
 
 def _heldout(plan: DemoPlan) -> list[Prompt]:

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
+from gold.demo.running_sums import RunningSums
+from gold.evaluate import EvaluationPlan, bootstrap_ratio, evaluate, wilson
+from gold.rollout import Sampling, sample
+from gold.teachers import LocalTeacher
+
+TASK = RunningSums()
+PROMPTS = TASK.prompts("heldout", 5, 0)
+PLAN = EvaluationPlan(per_prompt=2, max_new_tokens=10, samples=2)
+
+
+def words(seed):
+    tokenizer = word_tokenizer([f"{p.text}{p.completion}" for p in TASK.prompts("train", 200, 0)])
+    return tiny_model(tokenizer, "words", layers=1, seed=seed)
+
+
+def characters(seed):
+    return tiny_model(character_tokenizer(), "characters", layers=1, seed=seed)
+
+
+def sequence_logp(model, prompt_ids, ids):
+    with torch.no_grad():
+        logp = torch.log_softmax(model.lm(torch.tensor([[*prompt_ids, *ids]])).logits[0].double(), -1)
+    return sum(logp[len(prompt_ids) - 1 + k, i].item() for k, i in enumerate(ids))
+
+
+def test_a_model_is_no_distance_from_itself():
+    model = words(0)
+    found = evaluate(model, LocalTeacher(words(0)), PROMPTS, plan=PLAN, verifier=TASK).measures
+    for name in ("reverse_kl_per_byte", "forward_kl_per_byte"):
+        assert found[name] == pytest.approx(0, abs=1e-6)
+    assert found["one_to_one_share"] == 1
+    assert found["canonical_share"] <= 1
+
+
+def test_reverse_kl_per_byte_is_its_definition():
+    """Log-probabilities of the sampled ids by one, and of the teacher's own ids of the same bytes by the other."""
+    student, teacher = words(0), characters(1)
+    found = evaluate(student, LocalTeacher(teacher), PROMPTS, plan=PLAN).measures
+    repeated = [p for p in PROMPTS for _ in range(2)]
+    seeds = [(0, 2**31, n) for n in range(len(repeated))]
+    rollouts = sample(student, repeated, Sampling(max_new_tokens=10), seeds=seeds)
+    gap = size = 0.0
+    for rollout in rollouts:
+        theirs = teacher.vocabulary.encode(rollout.spelling.data).ids.tolist()
+        stop = list(teacher.vocabulary.stop_ids) if rollout.stopped else []
+        prompt = teacher.tokenizer(rollout.prompt.text)["input_ids"]
+        gap += sequence_logp(student, rollout.prompt_ids, rollout.ids.tolist())
+        gap -= sequence_logp(teacher, prompt, [*theirs, *stop])
+        size += len(rollout.spelling.data)
+    assert found["reverse_kl_per_byte"] == pytest.approx(gap / size, rel=1e-4)
+    assert (
+        found["reverse_kl_per_byte_low"] <= found["reverse_kl_per_byte"] <= found["reverse_kl_per_byte_high"]
+    )
+    assert found["stop_rate"] == np.mean([r.stopped for r in rollouts])
+    assert found["length_bytes"] == np.mean([len(r.spelling.data) for r in rollouts])
+
+
+def test_bits_per_byte_are_those_of_the_given_completions():
+    student = words(0)
+    found = evaluate(student, None, PROMPTS, plan=PLAN).measures
+    bits = size = 0.0
+    for prompt in PROMPTS:
+        ids = student.vocabulary.encode(prompt.completion).ids.tolist()
+        bits -= sequence_logp(student, student.tokenizer(prompt.text)["input_ids"], [*ids, 2]) / math.log(2)
+        size += len(prompt.completion)
+    assert found["bits_per_byte"] == pytest.approx(bits / size, rel=1e-5)
+    assert "reverse_kl_per_byte" not in found
+    assert "accuracy" not in found
+
+
+def test_samples_show_both_sides_of_every_chunk():
+    result = evaluate(words(0), LocalTeacher(characters(1)), PROMPTS, plan=PLAN, verifier=TASK)
+    assert len(result.samples) == 2
+    for shown, prompt in zip(result.samples, PROMPTS, strict=False):
+        assert shown["prompt"] == prompt.text
+        texts = [c["text"] for c in shown["chunks"] if c["text"] is not None]
+        assert "".join(texts) == shown["completion"]
+        assert shown["stopped"] == (shown["chunks"][-1:] != [] and shown["chunks"][-1]["text"] is None)
+        assert all(c["student"] <= 0 and c["teacher"] <= 0 for c in shown["chunks"])
+
+
+def test_wilson_interval_holds_what_it_says():
+    low, high = wilson(8, 10)
+    assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Wilson score interval, worked by hand
+    assert wilson(0, 20)[0] == 0
+    assert wilson(20, 20)[1] == 1
+    rng = np.random.default_rng(0)
+    inside = [
+        low <= 0.3 <= high for low, high in (wilson(int(rng.binomial(60, 0.3)), 60) for _ in range(2000))
+    ]
+    assert 0.92 < np.mean(inside) < 0.98
+
+
+def test_bootstrap_interval_covers_the_ratio():
+    rng = np.random.default_rng(1)
+    inside = []
+    for n in range(200):
+        size = rng.integers(5, 50, 60).astype(float)
+        low, high = bootstrap_ratio(0.2 * size + rng.normal(0, 3, 60), size, n, draws=300)
+        inside.append(low <= 0.2 <= high)
+    assert 0.87 < np.mean(inside) <= 1
