@@ -37,7 +37,8 @@ def test_a_model_is_no_distance_from_itself():
     found = evaluate(model, LocalTeacher(words(0)), PROMPTS, plan=PLAN, verifier=TASK).measures
     for name in ("reverse_kl_per_byte", "forward_kl_per_byte"):
         assert found[name] == pytest.approx(0, abs=1e-6)
-    assert found["one_to_one_share"] == 1
+    # Sampled special tokens have no width and share a chunk with their neighbour.
+    assert 0.5 < found["one_to_one_share"] <= 1
     assert found["canonical_share"] <= 1
 
 
