@@ -141,3 +141,32 @@ def test_method_names_tests_that_exist():
     assert named <= set(re.findall(r"^def (test_\w+)", contract, re.MULTILINE))
     for link in re.findall(r"\]\((\.\./[^)#]+)\)", method):
         assert (ROOT / "docs" / link).exists(), link
+
+
+RECORDS = ROOT / "benchmarks" / "results"
+
+
+def record(name: str) -> dict:
+    return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))["data"]
+
+
+@pytest.mark.parametrize("name", ["smollm2-from-gemma3", "gemma3-from-smollm2"])
+def test_the_numbers_of_the_real_runs_are_those_of_their_records(name):
+    evaluations = record(name)["evaluations"]
+    first, last = evaluations[0], evaluations[-1]
+    key = "reverse_kl_per_byte"
+    cells = [f"{e[key]:.3f} ({e[f'{key}_low']:.3f} – {e[f'{key}_high']:.3f})" for e in (first, last)]
+    cells += [f"{first[k]:.3f} → {last[k]:.3f}" for k in ("forward_kl_per_byte", "bits_per_byte")]
+    assert f"| {last['step']} | {' | '.join(cells)} |" in README
+    assert last[key] < first[key]
+
+
+def test_the_table_of_the_demonstration_is_its_record():
+    from benchmarks.demo import table
+    from gold.demo.run import Entry
+
+    rows = [{name: Entry(**entry) for name, entry in seed.items()} for seed in record("demo")["seeds"]]
+    assert table(rows) in README
+    for seed in rows:
+        assert seed["teacher"].accuracy >= 0.95
+        assert seed["distilled"].low > seed["start"].high

@@ -440,3 +440,29 @@ def test_an_objective_returns_what_it_says():
     assert isinstance(loss, Loss)
     assert set(loss.sequence_logp) == {"student_logp", "teacher_logp"}
     assert all(not part.requires_grad for part in (*loss.parts.values(), *loss.sequence_logp.values()))
+
+
+# Blocks: no matrix of all rows by all tokens is ever made.
+
+
+@over(sorted(VARIANTS))
+@pytest.mark.parametrize("block_rows", [1, 3])
+def test_rows_are_projected_a_block_at_a_time_with_the_same_result(name, block_rows, monkeypatch):
+    objective = VARIANTS[name]
+    texts = texts_for(objective, PAIR)
+    view = view_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
+    value, grad = gradient(objective, view)
+    widest = max(view.student.width, view.teacher.width)
+    monkeypatch.setattr("gold.kernels.linear.BLOCK_BYTES", 4 * widest * block_rows)
+    seen: list[int] = []
+
+    def head(hidden: Tensor) -> Tensor:
+        seen.append(hidden.shape[0])
+        return hidden
+
+    counted = {side: replace(getattr(view, side), head=head) for side in ("student", "teacher")}
+    value_blocks, grad_blocks = gradient(objective, replace(view, **counted))
+    assert value_blocks == pytest.approx(value, rel=1e-12)
+    torch.testing.assert_close(grad_blocks, grad)
+    # The narrower side may take a row or two more than the wider one.
+    assert max(seen) <= block_rows * widest // min(view.student.width, view.teacher.width)
