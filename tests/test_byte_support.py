@@ -9,14 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import byte_level_bpe, character_level, sentencepiece_bpe
 
-from gold.align import Vocabulary
+from gold.align import Vocabulary, paths
 from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
-from gold.kernels import BACKENDS
+from gold.kernels import BACKENDS, layout
 from gold.kernels.linear import Rows, byte_tables
 from gold.losses import OBJECTIVES, View
 from tests import oracle
 
 CPU = torch.device("cpu")
+
+
+def test_both_rooms_number_the_events_alike():
+    """The plan of a text and the kernels that read it may not import each other."""
+    for name in ("EVENTS", "STOP_EVENT", "REST_EVENT"):
+        assert getattr(paths, name) == getattr(layout, name)
+
+
 VOCABULARIES = {
     "bpe": Vocabulary.load(byte_level_bpe(), stop_ids=[1]),
     "digits": Vocabulary.load(byte_level_bpe(digits=True, vocab_size=350), stop_ids=[1]),
