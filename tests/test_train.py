@@ -358,3 +358,35 @@ def test_a_bare_loops_seeds_are_all_different() -> None:
     seeds = [seed for step in range(3) for seed in rollout_seeds(0, step, range(4))]
     assert len(set(seeds)) == 12
     assert seeds == [seed for step in range(3) for seed in rollout_seeds(0, step, range(4))]
+
+
+class Notes(Quiet):
+    """Keeps what a run tells."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.mark.parametrize(
+    ("objective", "start", "warned"),
+    [
+        ("reverse_kl", "confidently wrong", True),
+        ("forward_kl", "confidently wrong", False),
+        ("reverse_kl", "healthy", False),
+    ],
+)
+def test_a_start_that_reverse_kl_cannot_move_is_told_with_what_helps(objective, start, warned) -> None:
+    student, teacher = tiny.tiny_student(), tiny.tiny_teacher()
+    if start == "healthy":
+        teacher = tiny.tiny_student()
+    else:
+        with torch.no_grad():
+            student.lm.get_output_embeddings().weight.mul_(30.0)
+    told = Notes()
+    distill(student, teacher, tiny.prompts(), changed(objectives=(Term(objective),), steps=2), progress=told)
+    found = [t for t in told.texts if "what the teacher wants" in t]
+    assert len(found) == warned
+    assert all("forward_kl" in t and "rollout.on_policy=0" in t for t in found)
