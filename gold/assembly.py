@@ -16,6 +16,7 @@ from gold.plots import plot_run
 from gold.progress import Progress
 from gold.recipe import Recipe, Term
 from gold.rollout import Sampling
+from gold.run import RunFolder
 from gold.tasks import load_task
 from gold.teachers.local import LocalTeacher
 from gold.train import Run, Saving, check_output, distill
@@ -153,6 +154,11 @@ def evaluate_source(
     folder = Path(source)
     trained: Path | None = None
     if folder.is_dir():
+        if "recipe" in RunFolder.open(folder).config:
+            raise ConfigError(
+                f"{folder}: the run was made from Python, and its config.yaml names no data; give a configuration with "
+                f"student.path={folder / 'student'}"
+            )
         config = Config.load(folder / "config.yaml", overrides)
         trained = folder / "student"
         if not trained.is_dir():

@@ -9,7 +9,14 @@ from gold.demo.running_sums import RunningSums
 from gold.errors import ConfigError, TrainingError
 
 TINY = demo.DemoPlan(
-    prompts=48, heldout=32, answers=200, teacher_steps=60, start_steps=4, steps=2, evaluate_every=1, watched=16
+    prompts=48,
+    heldout=32,
+    answers=200,
+    teacher_steps=60,
+    start_steps=4,
+    steps=2,
+    evaluate_every=1,
+    watched=16,
 )
 
 

@@ -12,6 +12,7 @@ import pytest
 import tiny_models as tiny
 import torch
 
+from gold.assembly import evaluate_source
 from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model
 from gold.errors import ConfigError, DataError, TeacherError, TrainingError
@@ -390,3 +391,10 @@ def test_a_start_that_reverse_kl_cannot_move_is_told_with_what_helps(objective, 
     found = [t for t in told.texts if "what the teacher wants" in t]
     assert len(found) == warned
     assert all("forward_kl" in t and "rollout.on_policy=0" in t for t in found)
+
+
+def test_a_run_made_from_python_is_no_configuration_to_evaluate(tmp_path) -> None:
+    recipe = changed(steps=1)
+    distill(tiny.tiny_student(), tiny.tiny_teacher(), tiny.prompts(), recipe, saving=Saving(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="the run was made from Python"):
+        evaluate_source(tmp_path / "run")

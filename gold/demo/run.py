@@ -261,7 +261,9 @@ def _taught(teacher: LanguageModel, prompts: Sequence[Prompt], seed: int, greedy
         if r.stopped and r.text
     ]
     if len(taught) < len(rollouts):
-        say(f"{len(rollouts) - len(taught)} of {len(rollouts)} teacher texts are empty or have no end: left out")
+        say(
+            f"{len(rollouts) - len(taught)} of {len(rollouts)} teacher texts are empty or have no end: left out"
+        )
     return taught
 
 
