@@ -301,7 +301,7 @@ def test_benchmarks_are_run_by_name(capsys: pytest.CaptureFixture[str], empty_fo
     assert benchmarks_main.main(["assets", "list"]) == 1
     assert "absent" in capsys.readouterr().out
     assert benchmarks_main.main(["asset"]) == 2
-    assert capsys.readouterr().err == "error: no benchmark 'asset'; known are assets\n"
+    assert capsys.readouterr().err.startswith("error: no benchmark 'asset'; known are assets, ")
     assert benchmarks_main.main([]) == 2
 
 

@@ -147,10 +147,8 @@ def test_lambda_mixes_completions_in() -> None:
 
     objectives = (Term("reverse_kl"), Term("sft"))
     done = run(changed(on_policy=0.5, objectives=objectives, steps=6), verifier=Counting())
-    # A prompt that the student answers has two rollouts, one that the data answers a single sequence.
-    asked = 6 * RECIPE.prompts_per_step
-    assert 0 < len(completions) < 2 * asked
-    assert len(completions) % 2 == 0
+    # Only what the student wrote, and ended, is scored.
+    assert 0 < len(completions) < 2 * 6 * RECIPE.prompts_per_step
     assert sum("sft" in record for record in done.steps) > 3
     assert all("reverse_kl_bytes" in record for record in done.steps)
 
@@ -203,23 +201,6 @@ def test_every_step_tells_its_phases_and_speed() -> None:
         assert record["lr"] > 0
 
 
-def test_a_student_that_never_samples_what_the_teacher_wants_is_told() -> None:
-    notes: list[str] = []
-
-    class Notes(Quiet):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-    stubborn = tiny.tiny_student()
-    with torch.no_grad():
-        stubborn.lm.get_output_embeddings().weight.mul_(60.0)
-    run(changed(lr=1e-6), stubborn, progress=Notes())
-    assert len([n for n in notes if "forward_kl" in n]) == 1
-    notes.clear()
-    run(progress=Notes())
-    assert not notes
-
-
 # What is not finite
 
 
@@ -244,6 +225,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_step_that_is_not_finite_is_not_applied(poisoned: Any, value: float) -> None:
     poisoned(value, range(1, 3))
     states: list[torch.Tensor] = []
+    told: list[str] = []
     student = tiny.tiny_student()
 
     class Watch(Quiet):
@@ -251,9 +233,10 @@ def test_a_step_that_is_not_finite_is_not_applied(poisoned: Any, value: float) -
             states.append(weights(student).clone())
 
         def note(self, text: str) -> None:
-            assert "NaN or infinite" in text
+            told.append(text)
 
     done = run(changed(steps=4), student, progress=Watch())
+    assert sum("NaN or infinite" in text for text in told) == 2
     assert [record["applied"] for record in done.steps] == [True, False, False, True]
     assert [record["bad_steps"] for record in done.steps] == [0, 1, 2, 0]
     assert torch.equal(states[0], states[2])
@@ -336,7 +319,7 @@ def test_the_student_loads_with_transformers_alone(tmp_path: Path) -> None:
 
 
 def test_saving_draws_no_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run(saving=Saving(tmp_path / "run"))
+    run(saving=Saving(tmp_path / "run"), progress=Notes())
     assert capfd.readouterr().err == ""
 
 
