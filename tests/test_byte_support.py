@@ -104,6 +104,15 @@ def test_a_text_that_begins_with_a_dummy_space_is_supervised_from_its_first_byte
     assert batch.supervised_bytes.tolist() == list(range(8))
 
 
+def test_a_special_token_before_the_dummy_space_changes_nothing():
+    vocabulary = VOCABULARIES["dummy space"]
+    pair = VocabularyPair(vocabulary, VOCABULARIES["bpe"])
+    ids = vocabulary.encode("the dog").ids.tolist()
+    batch = AlignedBatch([aligned_text(pair, [0, *ids], True)], pair, CPU)
+    assert batch.texts[0].student.data == b"the dog"
+    assert batch.supervised_bytes.tolist() == list(range(8))
+
+
 def test_a_stretch_that_the_teacher_does_not_spell_is_left_out_and_what_follows_is_not():
     """An invalid byte is U+FFFD to the teacher: the byte before it is compared, the ones after it again."""
     pair = VocabularyPair(VOCABULARIES["characters"], VOCABULARIES["bpe"])

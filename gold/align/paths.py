@@ -207,6 +207,7 @@ class BytePlan:
         parts = []
         for text, stop in zip(texts, stopped, strict=True):
             data = np.frombuffer(text.data, dtype=np.uint8)
+            exact, behind_space = _behind_space(vocabulary, text)
             parts.append(
                 _plan_one(
                     trie.low,
@@ -217,21 +218,30 @@ class BytePlan:
                     text.ids.astype(np.int32),
                     text.ends.astype(np.int64),
                     data,
-                    _read_exactly(vocabulary, text),
+                    exact,
                     bool(stop),
-                    vocabulary.dummy_prefix,
+                    behind_space,
                 )
             )
         return _join(parts)
 
 
-def _read_exactly(vocabulary: SpelledVocabulary, text: SpelledText) -> Bool:
-    """Which tokens spell their stretch of the text; a first token that only has the dummy space in surplus does."""
+def _behind_space(vocabulary: SpelledVocabulary, text: SpelledText) -> tuple[Bool, int]:
+    """Which tokens spell their stretch of the text, and how many states stand behind the space put before a text.
+
+    The first token that is text has that space in surplus, or has none; events may stand before it.
+    """
     exact = text.exact.astype(np.bool_, copy=True)
-    if vocabulary.dummy_prefix and exact.size and not exact[0] and text.ids[0] < vocabulary.size:
-        low, high = vocabulary.offsets[text.ids[0]], vocabulary.offsets[text.ids[0] + 1]
-        exact[0] = vocabulary.blob[low:high].tobytes() == b" " + text.data[: text.ends[0]]
-    return exact
+    if not vocabulary.dummy_prefix:
+        return exact, 0
+    for i, token in enumerate(text.ids.tolist()):
+        low, high = (vocabulary.offsets[token : token + 2]).tolist() if token < vocabulary.size else (0, 0)
+        if high > low:
+            if exact[i] or vocabulary.blob[low:high].tobytes() != b" " + text.data[: text.ends[i]]:
+                return exact, 0
+            exact[i] = True
+            return exact, i + 1
+    return exact, 0
 
 
 def _join(parts: list[tuple[NDArray[np.generic], ...]]) -> BytePlan:
@@ -298,7 +308,7 @@ def _child(first_child, children, byte, node, y):
 
 
 @numba.njit(cache=True, nogil=True)
-def _plan_one(low, own, first_child, children, byte, ids, ends, data, exact, stopped, dummy_prefix):
+def _plan_one(low, own, first_child, children, byte, ids, ends, data, exact, stopped, behind_space):
     """Arrays of BytePlan for one text; counts in place of pointers, numbering from 0."""
     n = ids.size
     length = data.size
@@ -345,10 +355,8 @@ def _plan_one(low, own, first_child, children, byte, ids, ends, data, exact, sto
         for k in range(rows):
             if clean:
                 at = 0
-                if dummy_prefix and k == 0:
-                    behind_space = _child(first_child, children, byte, 0, 32)
-                    if behind_space >= 0:
-                        at = behind_space
+                if k < behind_space:
+                    at = max(0, _child(first_child, children, byte, 0, 32))
                 limit = trusted[begin]
                 target_end = int(ends[k]) if k < n else -1
                 e = begin

@@ -413,6 +413,21 @@ def test_the_expected_gradient_of_span_pg_is_that_of_the_spans_reverse_kl():
     assert compared > 10
 
 
+def test_spans_end_where_the_teacher_cuts_whatever_comes_next():
+    """After a space it does; after a letter it depends on the next one. What follows the last cut is open."""
+    letters = toy_vocabulary([], cut=None)
+    pair = VocabularyPair(letters, toy_vocabulary(["b+a"]))
+    ids = letters.encode("ab a b").ids.tolist()
+    ended, cut = (batch_of(pair, [aligned(pair, i)]) for i in ([*ids, letters.stop_ids[0]], ids))
+    assert ended.spans[0].tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert ended.spans[1].tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert cut.spans[0].tolist() == [0, 0, 0, 1, 1, -1]
+    assert (ended.spans[2], cut.spans[2]) == (3, 2)
+    # A text that ends with a cut: the stop event is a span of its own.
+    ids = letters.encode("a ").ids.tolist()
+    assert batch_of(pair, [aligned(pair, [*ids, letters.stop_ids[0]])]).spans[0].tolist() == [0, 0, 1]
+
+
 def test_numbers_at_the_edge_give_no_nan():
     """−inf rows, probability-1 rows and ties, on every objective."""
     for name, objective in VARIANTS.items():
