@@ -120,7 +120,8 @@ def test_any_sampled_ids_can_be_read_by_any_other_tokenizer(
 @given(any_vocabulary, text)
 def test_encoding_and_spelling_agree(vocabulary: Vocabulary, given: str) -> None:
     encoded = vocabulary.encode(given, at_start=False)
-    if encoded.exact.all():
+    # A text of which the vocabulary has no byte at all has no tokens, and none that is not exact.
+    if encoded.exact.all() and not encoded.repaired_bytes:
         spelled = vocabulary.spell(encoded.ids, at_start=False)
         assert (spelled.data, spelled.ends.tolist()) == (encoded.data, encoded.ends.tolist())
 
