@@ -351,11 +351,6 @@ def generation_settings(lm: Any, settings: GenerationConfig) -> Iterator[Generat
         lm.generation_config = own
 
 
-def attention_kind(lm: Any) -> str:
-    """Name of the attention implementation in use, for a run's header."""
-    return str(getattr(lm.config, "_attn_implementation", "unknown"))
-
-
 def _plain(lm: Any) -> Any:
     """The transformers model inside an adapter wrapper, or the model itself."""
     return lm.get_base_model() if hasattr(lm, "get_base_model") else lm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -148,6 +148,3 @@ def random_texts(pair: VocabularyPair, count: int, seed: int, longest: int = 7) 
             aligned(pair, [*ids, pair.student.stop_ids[0]] if stopped else ids, advantage=float(n % 3) - 1.0)
         )
     return texts
-
-
-Gradient = Callable[[], Tensor]
