@@ -17,6 +17,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from gold.align.order import byte_order
+
 STOP_EVENT = 256
 """Column of the stop event in a table of byte events; columns 0..255 are the bytes."""
 REST_EVENT = 257
@@ -99,11 +101,7 @@ class ByteTrie:
         stops = np.array(sorted(set(vocabulary.stop_ids)), dtype=np.int32)
         is_text = (np.diff(offsets) > 0) & ~vocabulary.event_V
         is_text[stops] = False
-        raw = blob.tobytes()
-        bounds = offsets.tolist()
-        text_ids = np.flatnonzero(is_text)
-        spelled = [raw[bounds[i] : bounds[i + 1]] for i in text_ids.tolist()]
-        order = text_ids[sorted(range(len(spelled)), key=spelled.__getitem__)].astype(np.int32)
+        order = byte_order(np.flatnonzero(is_text), offsets, blob)
         is_outside = ~is_text
         is_outside[stops] = False
         low, high, own, first_child, children, byte = _build_nodes(order, offsets, blob)
@@ -292,7 +290,7 @@ def _join(parts: list[tuple[NDArray[np.generic], ...]]) -> BytePlan:
 
 
 @numba.njit(cache=True, nogil=True)
-def _child(first_child, children, byte, node, y):
+def child(first_child, children, byte, node, y):
     """The child of ``node`` along byte ``y``, or -1."""
     lo = first_child[node]
     hi = lo + children[node]
@@ -356,7 +354,7 @@ def _plan_one(low, own, first_child, children, byte, ids, ends, data, exact, sto
             if clean:
                 at = 0
                 if k < behind_space:
-                    at = max(0, _child(first_child, children, byte, 0, 32))
+                    at = max(0, child(first_child, children, byte, 0, 32))
                 limit = trusted[begin]
                 target_end = int(ends[k]) if k < n else -1
                 e = begin
@@ -383,7 +381,7 @@ def _plan_one(low, own, first_child, children, byte, ids, ends, data, exact, sto
                     masses += here
                     if e >= limit:
                         break
-                    following = _child(first_child, children, byte, at, data[e])
+                    following = child(first_child, children, byte, at, data[e])
                     if following < 0:
                         break
                     at = following
