@@ -1,21 +1,14 @@
 """The finest cut of one text that two tokenizers both respect."""
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from gold.align.vocabulary import Spelling
+from gold.align.walks import Int32, Int64, fill_chunks, walk
 from gold.errors import DataError
-
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
-
-# Up to this many tokens the walk costs less in Python than importing numba for it.
-_SMALL_TOKENS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,17 +16,24 @@ class Alignment:
     """The chunks of one text: cells of the finest partition of its bytes whose edges both tokenizers share.
 
     `chunks[c]` is (s0, s1, t0, t1): student tokens [s0, s1) and teacher tokens [t0, t1) spell the same bytes,
-    which end before byte `ends_C[c]`. `chunk_S[i]` and `chunk_T[j]` are the chunk of a token; every token is
-    in exactly one.
+    which end before byte `ends_C[c]`. Every token is in exactly one chunk.
     """
 
     chunks: Int32
     ends_C: Int64
-    chunk_S: Int32
-    chunk_T: Int32
 
     def __len__(self) -> int:
         return len(self.chunks)
+
+    @cached_property
+    def chunk_S(self) -> Int32:
+        """The chunk of each student token."""
+        return _owners(self.chunks[:, 0:2])
+
+    @cached_property
+    def chunk_T(self) -> Int32:
+        """The chunk of each teacher token."""
+        return _owners(self.chunks[:, 2:4])
 
     @property
     def starts_C(self) -> Int64:
@@ -77,14 +77,18 @@ def align_tokens(student: Spelling, teacher: Spelling) -> Alignment:
             f"student and teacher spell different texts: {len(student.data)} and {len(teacher.data)} bytes, "
             f"first difference at byte {at}; encode the bytes that the student spelled"
         )
-    count_S, count_T = len(student.ids), len(teacher.ids)
-    compiled = "numba" in sys.modules or count_S + count_T > _SMALL_TOKENS
-    cut = _compiled_cut() if compiled else _cut
+    return chunks_of(student.ends, teacher.ends, len(student.data))
+
+
+def chunks_of(ends_S: Int64, ends_T: Int64, length: int) -> Alignment:
+    """The chunks of a text of `length` bytes by where the tokens of both sides end, as `align_tokens` has them."""
+    count_S, count_T = len(ends_S), len(ends_T)
     chunks = np.empty((min(count_S, count_T) + 1, 4), np.int32)
     ends_C = np.empty(len(chunks), np.int64)
-    chunk_S, chunk_T = np.empty(count_S, np.int32), np.empty(count_T, np.int32)
-    count = cut(student.ends, teacher.ends, len(student.data), chunks, ends_C, chunk_S, chunk_T)
-    return Alignment(chunks[:count], ends_C[:count], chunk_S, chunk_T)
+    count = 0
+    if count_S + count_T:
+        count = walk(fill_chunks, count_S + count_T)(ends_S, ends_T, length, chunks, ends_C)
+    return Alignment(chunks[:count], ends_C[:count])
 
 
 def coverage(student: Spelling, teacher: Spelling, alignment: Alignment) -> Coverage:
@@ -104,56 +108,8 @@ def coverage(student: Spelling, teacher: Spelling, alignment: Alignment) -> Cove
     )
 
 
-def _cut(
-    ends_S: Int64,
-    ends_T: Int64,
-    length: int,
-    chunks: Int32,
-    ends_C: Int64,
-    chunk_S: Int32,
-    chunk_T: Int32,
-) -> int:
-    count_S, count_T = len(ends_S), len(ends_T)
-    if count_S + count_T == 0:
-        return 0
-    i = j = edge = count = 0
-    while True:
-        first_i, first_j = i, j
-        # Tokens of zero width at the chunk's start end where it begins, and that is no edge of it. Those of the other
-        # side are passed over below, as ends before this one.
-        while i < count_S and ends_S[i] <= edge:
-            i += 1
-        while i < count_S and j < count_T and ends_S[i] != ends_T[j]:
-            if ends_S[i] < ends_T[j]:
-                i += 1
-            else:
-                j += 1
-        if i < count_S and j < count_T and ends_S[i] < length:
-            edge = ends_S[i]
-            i += 1
-            j += 1
-        else:
-            edge, i, j = length, count_S, count_T
-        chunks[count, 0] = first_i
-        chunks[count, 1] = i
-        chunks[count, 2] = first_j
-        chunks[count, 3] = j
-        ends_C[count] = edge
-        for k in range(first_i, i):
-            chunk_S[k] = count
-        for k in range(first_j, j):
-            chunk_T[k] = count
-        count += 1
-        if edge == length:
-            return count
-
-
-@cache
-def _compiled_cut() -> Callable[..., int]:
-    import numba  # half a second: short texts never need it
-
-    compiled: Callable[..., int] = numba.njit(nogil=True, cache=True)(_cut)
-    return compiled
+def _owners(ranges: Int32) -> Int32:
+    return np.repeat(np.arange(len(ranges), dtype=np.int32), ranges[:, 1] - ranges[:, 0])
 
 
 def _first_difference(a: bytes, b: bytes) -> int:

@@ -23,6 +23,7 @@ from gold.align.spelling import (
     text_tokenizer,
     token_spellings,
 )
+from gold.align.walks import fill_bytes, fill_ends, walk
 from gold.errors import VocabularyError
 
 Bool = npt.NDArray[np.bool_]
@@ -230,6 +231,15 @@ class Vocabulary:
             return self._less_prefix(kept, stops, stream[1:])
         return Spelling(kept, stops, stream, np.ones(len(kept), np.bool_), 0)
 
+    def ends(self, ids: Int32) -> Int64:
+        """The byte at which each of the ids ends; ids beyond the vocabulary have no bytes.
+
+        It is `spell(ids).ends` without the bytes, the check of the ids, and the care for a space put before a text.
+        """
+        ends = np.empty(len(ids), np.int64)
+        walk(fill_ends, len(ids))(ids, self._lengths_V, ends)
+        return ends
+
     def hard_ends(self, spelling: Spelling) -> Bool:
         """For each token of a text: whether the tokenizer cuts after it whatever text comes next.
 
@@ -258,16 +268,12 @@ class Vocabulary:
         Of ids with equal bytes it is the one that the tokenizer itself gives these bytes, else the lowest
         that is no byte-fallback piece, else the lowest.
         """
+        from gold.align.order import byte_order, equal_groups  # numba: aligning never needs it
+
         canonical = np.arange(self.size, dtype=np.int32)
-        data, offsets = self.blob.tobytes(), self.offsets.tolist()
-        first: dict[bytes, int] = {}
-        doubles: dict[bytes, list[int]] = {}
-        for index in np.flatnonzero(~self.event_V).tolist():
-            spelling = data[offsets[index] : offsets[index + 1]]
-            if first.setdefault(spelling, index) != index:
-                doubles.setdefault(spelling, [first[spelling]]).append(index)
-        for spelling, group in doubles.items():
-            canonical[group] = self._own_id(spelling, group)
+        order = byte_order(np.flatnonzero(~self.event_V), self.offsets, self.blob)
+        for group in equal_groups(order, self.offsets, self.blob):
+            canonical[group] = self._own_id(self.token_bytes(int(group[0])), group.tolist())
         return canonical
 
     def differences(self, other: "Vocabulary", limit: int = 5, texts: Iterable[str] = ()) -> list[str]:
@@ -369,14 +375,11 @@ class Vocabulary:
         return self._plain_ids[event]
 
     def _stream(self, ids: Int32) -> tuple[bytes, Int64]:
-        """The bytes of ids one after the other, and where each of them ends; ids beyond the vocabulary have none."""
-        known = np.minimum(ids, self.size - 1)
-        lengths = np.where(ids < self.size, self._lengths_V[known], 0)
-        stops = np.cumsum(lengths)
-        if not len(stops) or not stops[-1]:
-            return b"", stops
-        index = np.arange(stops[-1]) + np.repeat(self.offsets[known] - (stops - lengths), lengths)
-        return self.blob[index].tobytes(), stops
+        """The bytes of ids one after the other, and where each of them ends."""
+        ends = self.ends(ids)
+        data = np.empty(ends[-1] if len(ends) else 0, np.uint8)
+        walk(fill_bytes, len(ids))(ids, ends, self.offsets, self.blob, data)
+        return data.tobytes(), ends
 
     def _less_prefix(self, ids: Int32, stops: Int64, data: bytes) -> Spelling:
         """The spelling of tokens that have one space more than the text, at its start."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from gold.align import Alignment, Spelling, align_tokens, coverage
 from gold.align import chunks as chunks_module
+from gold.align.walks import _compiled
 from gold.errors import DataError
 
 
@@ -69,9 +70,10 @@ def _range(own: list[int], members: list[int], chunk: int) -> tuple[int, int]:
 @pytest.fixture(params=["python", "compiled"], autouse=True)
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each test runs on the function as it is written and on the compiled one."""
-    compiled = chunks_module._compiled_cut() if request.param == "compiled" else chunks_module._cut
-    monkeypatch.setattr(chunks_module, "_compiled_cut", lambda: compiled)
-    monkeypatch.setattr(chunks_module, "_cut", compiled)
+    as_it_is = request.param == "python"
+    monkeypatch.setattr(
+        chunks_module, "walk", lambda function, _: function if as_it_is else _compiled(function)
+    )
     return str(request.param)
 
 
@@ -125,6 +127,8 @@ def test_zero_width_joins_the_chunk_that_starts_there_and_at_the_end_the_last() 
 def test_one_side_without_tokens_is_one_chunk() -> None:
     assert rows(align_tokens(spelling(b"ab", []), spelling(b"ab", [1, 2]))) == [(0, 0, 0, 2)]
     assert rows(align_tokens(spelling(b"", []), spelling(b"", []))) == []
+    assert rows(align_tokens(spelling(b"a", []), spelling(b"a", []))) == []
+    assert rows(align_tokens(spelling(b"", [0]), spelling(b"", []))) == [(0, 1, 0, 0)]
 
 
 def test_different_texts_are_refused_with_the_place() -> None:
