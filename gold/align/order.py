@@ -1,95 +1,49 @@
 """The ids of a vocabulary in the order of the bytes that they stand for."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls
-
-import numba
 import numpy as np
-from numpy.typing import NDArray
+import numpy.typing as npt
 
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
-Bytes = NDArray[np.uint8]
+Bool = npt.NDArray[np.bool_]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+UInt8 = npt.NDArray[np.uint8]
 
-# Below this many tokens moving them one by one is faster than counting 257 buckets.
-_FEW = 24
+# A number that sorts as the next bytes of a token do: seven of them, and how many there are, 8 for more than seven.
+_WORD = 7
+_KEPT = np.array([(1 << 64) - (1 << (64 - 8 * min(count, _WORD))) for count in range(_WORD + 2)], np.uint64)
 
 
-def byte_order(ids: NDArray[np.integer], offsets: Int64, blob: Bytes) -> Int32:
-    """The ids sorted by their bytes, `sorted(ids, key=lambda i: blob[offsets[i]:offsets[i + 1]].tobytes())`.
+def byte_order(ids: npt.NDArray[np.integer], offsets: Int64, blob: UInt8) -> tuple[Int32, Bool]:
+    """The ids sorted by their bytes, and for each of these whether it has the same bytes as the one before.
 
-    Ids of equal bytes keep the order in which they are given.
+    It is `sorted(ids, key=lambda i: bytes(blob[offsets[i]:offsets[i + 1]]))`: ids of equal bytes keep the order in
+    which they are given.
     """
-    order: Int32 = _sorted(ids.astype(np.int32), offsets, blob)
-    return order
+    order, repeats = ids.astype(np.int32), np.zeros(len(ids), np.bool_)
+    windows = np.lib.stride_tricks.sliding_window_view(np.append(blob, np.zeros(8, np.uint8)), 8)
+    # Sorted by their first words so far; run[i] is where those begin that agree with the one at i, todo those that
+    # agree with another one and go on.
+    run = np.zeros(len(ids), np.int64)
+    todo = np.arange(len(ids))
+    depth = 0
+    while len(todo):
+        chosen = order[todo]
+        starts = offsets[chosen] + depth
+        left = np.minimum(offsets[chosen + 1] - starts, _WORD + 1)
+        word = windows[starts].view(">u8")[:, 0] & _KEPT[left] | left.astype(np.uint64)
+        by_word = np.lexsort((word, run[todo]))
+        order[todo], word = chosen[by_word], word[by_word]
+        new = np.ones(len(todo) + 1, np.bool_)
+        new[1:-1] = (word[1:] != word[:-1]) | (run[todo][1:] != run[todo][:-1])
+        repeats[todo] = ~new[:-1]
+        run[todo] = todo[new[:-1]][np.cumsum(new[:-1]) - 1]
+        todo = todo[~(new[:-1] & new[1:]) & (word & np.uint64(15) > _WORD)]
+        depth += _WORD
+    return order, repeats
 
 
-def equal_groups(order: Int32, offsets: Int64, blob: Bytes) -> list[Int32]:
-    """The ids of each byte string that several ids of a byte order stand for."""
-    same = _equals_next(order, offsets, blob)
-    bounds = np.flatnonzero(np.diff(np.concatenate(([False], same, [False])))).reshape(-1, 2)
-    return [order[first : last + 1] for first, last in bounds.tolist()]
-
-
-@numba.njit(cache=True, nogil=True)
-def _sorted(ids, offsets, blob):
-    # Bucket by bucket from the first byte on. Bucket 0 of 257 are the tokens that end here: they are equal.
-    order = ids.copy()
-    moved = np.empty_like(order)
-    buckets = np.empty(258, np.int64)
-    todo = np.empty((ids.size // 2 + 1, 3), np.int64)
-    todo[0] = 0, ids.size, 0
-    left = 1
-    while left:
-        left -= 1
-        low, high, depth = todo[left]
-        if high - low <= _FEW:
-            for i in range(low + 1, high):
-                index = order[i]
-                at = i
-                while at > low and _comes_after(order[at - 1], index, depth, offsets, blob):
-                    order[at] = order[at - 1]
-                    at -= 1
-                order[at] = index
-            continue
-        buckets[:] = 0
-        for i in range(low, high):
-            buckets[_bucket(order[i], depth, offsets, blob) + 1] += 1
-        buckets[0] = low
-        for b in range(1, 258):
-            buckets[b] += buckets[b - 1]
-            if b > 1 and buckets[b] - buckets[b - 1] > 1:
-                todo[left] = buckets[b - 1], buckets[b], depth + 1
-                left += 1
-        for i in range(low, high):
-            b = _bucket(order[i], depth, offsets, blob)
-            moved[buckets[b]] = order[i]
-            buckets[b] += 1
-        order[low:high] = moved[low:high]
-    return order
-
-
-@numba.njit(cache=True, nogil=True)
-def _bucket(index, depth, offsets, blob):
-    at = offsets[index] + depth
-    return 1 + blob[at] if at < offsets[index + 1] else 0
-
-
-@numba.njit(cache=True, nogil=True)
-def _comes_after(one, other, depth, offsets, blob):
-    """Whether `one` has the greater bytes, where both agree up to `depth`."""
-    length, other_length = offsets[one + 1] - offsets[one], offsets[other + 1] - offsets[other]
-    for k in range(depth, min(length, other_length)):
-        mine, theirs = blob[offsets[one] + k], blob[offsets[other] + k]
-        if mine != theirs:
-            return mine > theirs
-    return length > other_length
-
-
-@numba.njit(cache=True, nogil=True)
-def _equals_next(order, offsets, blob):
-    same = np.zeros(max(order.size - 1, 0), np.bool_)
-    for i in range(same.size):
-        one, other = order[i], order[i + 1]
-        # In a byte order the greater one is never first.
-        same[i] = not _comes_after(other, one, 0, offsets, blob)
-    return same
+def equal_groups(ids: npt.NDArray[np.integer], offsets: Int64, blob: UInt8) -> list[Int32]:
+    """The ids that stand for equal bytes, one array for each byte string that several of them stand for."""
+    order, repeats = byte_order(ids, offsets, blob)
+    bounds = np.flatnonzero(np.diff(np.append(repeats, False)))
+    return [order[first : last + 1] for first, last in bounds.reshape(-1, 2).tolist()]

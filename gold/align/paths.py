@@ -101,7 +101,7 @@ class ByteTrie:
         stops = np.array(sorted(set(vocabulary.stop_ids)), dtype=np.int32)
         is_text = (np.diff(offsets) > 0) & ~vocabulary.event_V
         is_text[stops] = False
-        order = byte_order(np.flatnonzero(is_text), offsets, blob)
+        order, _ = byte_order(np.flatnonzero(is_text), offsets, blob)
         is_outside = ~is_text
         is_outside[stops] = False
         low, high, own, first_child, children, byte = _build_nodes(order, offsets, blob)
@@ -290,7 +290,7 @@ def _join(parts: list[tuple[NDArray[np.generic], ...]]) -> BytePlan:
 
 
 @numba.njit(cache=True, nogil=True)
-def child(first_child, children, byte, node, y):
+def _child(first_child, children, byte, node, y):
     """The child of ``node`` along byte ``y``, or -1."""
     lo = first_child[node]
     hi = lo + children[node]
@@ -354,7 +354,7 @@ def _plan_one(low, own, first_child, children, byte, ids, ends, data, exact, sto
             if clean:
                 at = 0
                 if k < behind_space:
-                    at = max(0, child(first_child, children, byte, 0, 32))
+                    at = max(0, _child(first_child, children, byte, 0, 32))
                 limit = trusted[begin]
                 target_end = int(ends[k]) if k < n else -1
                 e = begin
@@ -381,7 +381,7 @@ def _plan_one(low, own, first_child, children, byte, ids, ends, data, exact, sto
                     masses += here
                     if e >= limit:
                         break
-                    following = child(first_child, children, byte, at, data[e])
+                    following = _child(first_child, children, byte, at, data[e])
                     if following < 0:
                         break
                     at = following

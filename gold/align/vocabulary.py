@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from gold.align.cuts import PreTokenCuts
+from gold.align.order import equal_groups
 from gold.align.repair import compose, decode_replacing, partners, stream_boundaries
 from gold.align.sources import open_source
 from gold.align.spelling import (
@@ -268,11 +269,8 @@ class Vocabulary:
         Of ids with equal bytes it is the one that the tokenizer itself gives these bytes, else the lowest
         that is no byte-fallback piece, else the lowest.
         """
-        from gold.align.order import byte_order, equal_groups  # numba: aligning never needs it
-
         canonical = np.arange(self.size, dtype=np.int32)
-        order = byte_order(np.flatnonzero(~self.event_V), self.offsets, self.blob)
-        for group in equal_groups(order, self.offsets, self.blob):
+        for group in equal_groups(np.flatnonzero(~self.event_V), self.offsets, self.blob):
             canonical[group] = self._own_id(self.token_bytes(int(group[0])), group.tolist())
         return canonical
 
