@@ -14,7 +14,7 @@ from torch import Tensor
 from gold.align.chunks import align_tokens
 from gold.align.overlap import byte_equal_pairs
 from gold.align.paths import BytePlan, ByteTrie
-from gold.kernels.layout import ByteLayout
+from gold.kernels.layout import STOP_EVENT, ByteLayout
 from gold.kernels.linear import SharedEvents
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class AlignedText:
     """One completion: the student's ids as sampled, both sides' spellings of its bytes, and what is known of it.
 
     ``ids`` holds the stop id last where the text ``stopped``; the spellings never do. ``advantage`` is the task reward
-    relative to its group. ``sampled`` is False for a completion that came from a data set.
+    relative to its group. ``sampled`` is False for a completion that came from a data set. ``drawn_logp`` is the
+    log-probability that each id was drawn with, where that is known.
     """
 
     ids: NDArray[np.int32]
@@ -37,6 +38,7 @@ class AlignedText:
     stopped: bool
     sampled: bool = True
     advantage: float = 0.0
+    drawn_logp: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,96 @@ class AlignedBatch:
         """The teacher's stop ids."""
         return torch.tensor(self.vocabularies.teacher.stop_ids, dtype=torch.int64, device=self.teacher_device)
 
+    @cached_property
+    def stop_rows(self) -> Tensor:
+        """Which student rows predict the stop event."""
+        stop = np.zeros(int(self.row_starts[-1]), np.bool_)
+        stop[[int(end) - 1 for end, t in zip(self.row_starts[1:], self.texts, strict=True) if t.stopped]] = (
+            True
+        )
+        return torch.from_numpy(stop).to(self.device)
+
+    @cached_property
+    def row_number(self) -> Tensor:
+        """The number of each student row in its own text, from 0."""
+        parts = [np.arange(n) for n in np.diff(self.row_starts)]
+        return _ids(parts, self.device)
+
+    @cached_property
+    def sampled_row_mask(self) -> Tensor:
+        """Which student rows belong to texts that the student wrote."""
+        chosen = torch.tensor([t.sampled for t in self.texts], dtype=torch.bool, device=self.device)
+        return chosen[self.row_text]
+
+    @cached_property
+    def sampled_rows(self) -> Tensor:
+        """Student rows of texts that the student wrote, ascending."""
+        return torch.nonzero(self.sampled_row_mask)[:, 0]
+
+    @cached_property
+    def drawn_logp(self) -> Tensor:
+        """The log-probability that each student row's id was drawn with; 0 for ids of a data set.
+
+        Raises: ValueError if a sampled text does not have it.
+        """
+        parts = []
+        for text in self.texts:
+            if text.sampled and text.drawn_logp is None:
+                raise ValueError("importance weights need the log-probabilities that the ids were drawn with")
+            parts.append(np.zeros(len(text.ids)) if text.drawn_logp is None else text.drawn_logp)
+        joined = np.concatenate(parts).astype(np.float64) if parts else np.empty(0)
+        return torch.from_numpy(joined).to(self.device)
+
+    @cached_property
+    def canonical_rows(self) -> Tensor:
+        """Whether the token of each student row is one that the student's tokenizer itself puts there; stops are."""
+        parts = []
+        for text in self.texts:
+            own = self.vocabularies.student.encode(text.student.data)
+            tokens = set(zip(own.starts.tolist(), own.ends.tolist(), own.ids.tolist(), strict=True))
+            mine = text.student
+            rows = zip(mine.starts.tolist(), mine.ends.tolist(), mine.ids.tolist(), strict=True)
+            parts.append(np.array([row in tokens for row in rows] + [True] * text.stopped, np.bool_))
+        joined = np.concatenate(parts) if parts else np.empty(0, np.bool_)
+        return torch.from_numpy(joined).to(self.device)
+
     # bytes
+
+    @cached_property
+    def position_starts(self) -> NDArray[np.int64]:
+        """First byte position of each text, and the number of positions last: a text has one more than bytes."""
+        return _starts([len(t.student.data) + 1 for t in self.texts])
+
+    @cached_property
+    def byte_offsets(self) -> Tensor:
+        """The offset of each byte position in its own text."""
+        return _ids([np.arange(n) for n in np.diff(self.position_starts)], self.device)
+
+    @cached_property
+    def one_to_one_bytes(self) -> Tensor:
+        """Which byte positions lie in chunks of one token on both sides, or at the end of a text."""
+        parts = []
+        for text, alignment in zip(self.texts, self._alignments, strict=True):
+            inside = np.ones(len(text.student.data) + 1, np.bool_)
+            inside[:-1] = np.repeat(alignment.one_to_one_C, alignment.ends_C - alignment.starts_C)
+            parts.append(inside)
+        joined = np.concatenate(parts) if parts else np.empty(0, np.bool_)
+        return torch.from_numpy(joined).to(self.device)
+
+    @cached_property
+    def path(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The events that did happen: at which byte position, by which student row, which event of a byte table."""
+        positions, rows, events = [], [], []
+        for b, text in enumerate(self.texts):
+            data, first = np.frombuffer(text.student.data, np.uint8), int(self.position_starts[b])
+            widths = text.student.ends - text.student.starts
+            row = np.repeat(np.arange(len(widths)), widths)
+            if text.stopped:
+                data, row = np.append(data.astype(np.int64), STOP_EVENT), np.append(row, len(widths))
+            positions.append(first + np.arange(data.size))
+            rows.append(row + self.row_starts[b])
+            events.append(data)
+        return _ids(positions, self.device), _ids(rows, self.device), _ids(events, self.device)
 
     @cached_property
     def layout_S(self) -> ByteLayout:
@@ -173,21 +264,39 @@ class AlignedBatch:
     def synced_states(self) -> tuple[Tensor, Tensor]:
         """Rows of both sides that have read the same bytes: the start of every chunk, and the end of a text that
         stopped. Where both vocabularies are one: every row."""
-        mine: list[NDArray[np.int64]] = []
-        theirs: list[NDArray[np.int64]] = []
-        for b, (text, alignment) in enumerate(zip(self.texts, self._alignments, strict=True)):
-            starts_S, starts_T = (
-                alignment.chunks[:, 0].astype(np.int64),
-                alignment.chunks[:, 2].astype(np.int64),
-            )
-            if self.vocabularies.same:
-                starts_S = starts_T = np.arange(text.student.ids.size)
-            if text.stopped:
-                starts_S = np.append(starts_S, text.student.ids.size)
-                starts_T = np.append(starts_T, text.teacher.ids.size)
-            mine.append(starts_S + self.row_starts[b])
-            theirs.append(starts_T + self.teacher_row_starts[b])
+        mine, theirs, _, _ = self._synced
         return _ids(mine, self.device), _ids(theirs, self.teacher_device)
+
+    @cached_property
+    def synced_offsets(self) -> Tensor:
+        """The number of bytes that each of the synced states has read of its text."""
+        return _ids(self._synced[2], self.device)
+
+    @cached_property
+    def synced_one_to_one(self) -> Tensor:
+        """Whether what follows each synced state is a chunk of one token on both sides, or the text's end."""
+        return _ids(self._synced[3], self.device).bool()
+
+    @cached_property
+    def _synced(self) -> tuple[list[NDArray[np.int64]], ...]:
+        """Student rows, teacher rows, offsets and whether a one-to-one chunk follows, of the synced states by text."""
+        found: tuple[list[NDArray[np.int64]], ...] = ([], [], [], [])
+        for b, (text, alignment) in enumerate(zip(self.texts, self._alignments, strict=True)):
+            rows_S, rows_T = (alignment.chunks[:, i].astype(np.int64) for i in (0, 2))
+            single = alignment.one_to_one_C
+            if self.vocabularies.same:
+                rows_S = rows_T = np.arange(text.student.ids.size)
+                single = np.ones(text.student.ids.size, np.bool_)
+            offsets = text.student.starts[rows_S]
+            if text.stopped:
+                rows_S, rows_T = (
+                    np.append(r, s.ids.size) for r, s in ((rows_S, text.student), (rows_T, text.teacher))
+                )
+                offsets, single = np.append(offsets, len(text.student.data)), np.append(single, True)
+            columns = (rows_S + self.row_starts[b], rows_T + self.teacher_row_starts[b], offsets, single)
+            for parts, column in zip(found, columns, strict=True):
+                parts.append(column.astype(np.int64))
+        return found
 
     @cached_property
     def shared_events(self) -> SharedEvents:
@@ -207,7 +316,34 @@ class AlignedBatch:
             _ids([ids_V], self.device), _ids([ids_W], self.teacher_device), self.stops_S, self.stops_T
         )
 
-    # spans
+    # chunks and spans
+
+    @cached_property
+    def chunk_index(self) -> tuple[Tensor, Tensor, int, Tensor]:
+        """Chunk of each student row and of each teacher row, the number of chunks, and which of them are one token on
+        both sides. The stop event is a chunk of its own; where both vocabularies are one, every token is."""
+        mine: list[NDArray[np.int64]] = []
+        theirs: list[NDArray[np.int64]] = []
+        single: list[NDArray[np.bool_]] = []
+        chunks = 0
+        for text, alignment in zip(self.texts, self._alignments, strict=True):
+            chunk_S, chunk_T, one = alignment.chunk_S, alignment.chunk_T, alignment.one_to_one_C
+            if self.vocabularies.same:
+                chunk_S = chunk_T = np.arange(text.student.ids.size, dtype=np.int32)
+                one = np.ones(chunk_S.size, np.bool_)
+            if text.stopped:
+                chunk_S, chunk_T = (np.append(c, one.size) for c in (chunk_S, chunk_T))
+                one = np.append(one, True)
+            mine.append(chunk_S.astype(np.int64) + chunks)
+            theirs.append(chunk_T.astype(np.int64) + chunks)
+            single.append(one)
+            chunks += one.size
+        return (
+            _ids(mine, self.device),
+            _ids(theirs, self.teacher_device),
+            chunks,
+            _ids(single, self.device).bool(),
+        )
 
     @cached_property
     def spans(self) -> tuple[Tensor, Tensor, int]:

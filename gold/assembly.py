@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gold.chat import prompt_text
 from gold.config import Config, check_data
 from gold.data import Prompt, load_prompts, split_by_hash
+from gold.doctor.checks import Report, examine
+from gold.doctor.report import diagnose
+from gold.doctor.side import Side, read_side, side_of
 from gold.errors import ConfigError, ModelError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.models import LanguageModel, check_files, load_model, pick_device
@@ -22,7 +28,6 @@ from gold.teachers.local import LocalTeacher
 from gold.train import Run, Saving, check_output, distill
 
 if TYPE_CHECKING:
-    from gold.align.vocabulary import Vocabulary
     from gold.config import StudentConfig, TeacherConfig
 
 
@@ -69,7 +74,7 @@ def recipe_of(config: Config) -> Recipe:
     """The part of a configuration that decides what the training loop computes."""
     rollout, optimizer, train = config.rollout, config.optimizer, config.train
     return Recipe(
-        objectives=tuple(Term(t.name, t.support, t.weight, t.beta, t.rest) for t in config.objectives),
+        objectives=tuple(Term(t.name, t.weight, **t.options) for t in config.objectives),
         sampling=Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens),
         per_prompt=rollout.per_prompt,
         on_policy=rollout.on_policy,
@@ -114,7 +119,8 @@ def train(config: Config, *, resume: bool = False, progress: Progress | None = N
     output = Path(config.output)
     check_output(output, resume, config.to_dict())
     data = load_data(config)
-    student, teacher = _load([config.student, config.teacher], progress)
+    consult = partial(_consult, config, data, progress)
+    student, teacher = _load([config.student, config.teacher], progress, consult)
     run = distill(
         student,
         LocalTeacher(teacher),
@@ -181,37 +187,108 @@ def evaluate_source(
     )
 
 
-def _load(models: Sequence[StudentConfig | TeacherConfig], progress: Progress | None) -> list[LanguageModel]:
-    """The models, none of them loaded before the files and the tokenizers of all are found good."""
-    vocabularies = []
-    for model in models:
+def diagnose_run(
+    source: Path, *, weights: bool = False, sequences: int | None = None, tokens: int | None = None
+) -> Report:
+    """What `gold doctor` finds of a configuration's pair, judged by its own prompts.
+
+    Raises:
+        GoldError: as for ``train``.
+    """
+    config = Config.load(source)
+    data = load_data(config)
+
+    def load() -> tuple[LanguageModel, LanguageModel]:
+        student, teacher = _load([config.student, config.teacher], None)
+        return student, teacher
+
+    return diagnose(
+        config.student.path,
+        config.teacher.path,
+        texts=run_texts(data.train),
+        prompt=max((prompt_text(p) for p in data.train), key=len),
+        sequences=sequences or config.train.sequences_per_forward,
+        tokens=tokens or config.rollout.max_new_tokens,
+        load=load if weights else None,
+    )
+
+
+def run_texts(prompts: Sequence[Prompt]) -> list[str]:
+    """What a run's texts look like, in 4 kB: completions of some prompts, or the prompts where there are none."""
+    texts: list[str] = []
+    for prompt in prompts[:: max(1, len(prompts) // 64)]:
+        text = prompt.completion or prompt_text(prompt)
+        room = 4096 - sum(map(len, texts))
+        if room <= 0:
+            break
+        if text.strip():
+            texts.append(text[: min(room, 512)])
+    return texts
+
+
+def _consult(config: Config, data: RunData, progress: Progress | None, student: Side, teacher: Side) -> None:
+    """Notes what stands in the way of a pair, as far as the run minds it.
+
+    Raises:
+        ConfigError: the pair cannot be trained, and the run is to stop then.
+    """
+    report = examine(student, teacher, run_texts(data.train))
+    if config.train.doctor == "stop" and report.failures:
+        lines = [f"{check.check}: {check.found}; {check.advice}" for check in report.failures]
+        raise ConfigError(
+            "\n".join(f"this pair cannot be trained: {line} (train.doctor=report goes on)" for line in lines)
+        )
+    minded = {term.name for term in config.objectives} | {
+        str(term.options.get("support")) for term in config.objectives
+    }
+    if any(prompt.messages is not None for prompt in data.train):
+        minded.add("messages")
+    # All processes find the same; one of them tells.
+    if progress is not None and os.environ.get("RANK", "0") == "0":
+        for check in report.checks:
+            if check.status != "pass" and (check.concerns is None or check.concerns in minded):
+                progress.note(f"{check.check}: {check.found}; {check.advice}")
+
+
+def _load(
+    models: Sequence[StudentConfig | TeacherConfig],
+    progress: Progress | None,
+    consult: Callable[[Side, Side], None] | None = None,
+) -> list[LanguageModel]:
+    """Student and teacher, none of them loaded before the files and the tokenizers of both are found good."""
+    sides: list[Side | None] = []
+    for role, model in zip(ROLES, models, strict=True):
         check_files(model.path, gguf_file=model.gguf_file)
         try:
             pick_device(model.device)
         except ModelError as error:
             raise ModelError(f"model {model.path}: {error}") from error
-        vocabularies.append(file_vocabulary(model.path))
+        sides.append(file_side(role, model.path))
+    of_files = [side for side in sides if side is not None]
+    if consult is not None and len(of_files) == len(sides):
+        consult(*of_files)
     loaded = []
-    for model, of_file in zip(models, vocabularies, strict=True):
+    for model, of_file in zip(models, sides, strict=True):
         made = load_model(model.path, gguf_file=model.gguf_file, dtype=model.dtype, device=model.device)
         if of_file is not None and progress is not None:
-            for difference in of_file.differences(made.vocabulary, texts=SAMPLE_TEXTS):
+            for difference in of_file.vocabulary.differences(made.vocabulary, texts=SAMPLE_TEXTS):
                 progress.note(f"model {made.name}: the loaded tokenizer and its file differ: {difference}")
         loaded.append(made)
+    if consult is not None and len(of_files) < len(sides):
+        consult(*(side_of(role, m.vocabulary, m.tokenizer) for role, m in zip(ROLES, loaded, strict=True)))
     return loaded
 
 
-def file_vocabulary(path: str | Path) -> Vocabulary | None:
-    """The vocabulary of a folder's tokenizer.json, where there is one.
+def file_side(role: str, path: str | Path) -> Side | None:
+    """What a model folder's files tell of it, where a tokenizer.json is among them.
 
     Raises:
         VocabularyError: a tokenizer that cannot be spelled in bytes.
     """
-    from gold.align.vocabulary import Vocabulary
-
-    return Vocabulary.load(path) if (Path(path) / "tokenizer.json").is_file() else None
+    return read_side(role, path) if (Path(path) / "tokenizer.json").is_file() else None
 
 
+ROLES = ("student", "teacher")
 SAMPLE_TEXTS = (
     "Hello, world!",
     " leading space",

@@ -12,7 +12,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,10 +20,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from gold.errors import ConfigError
-
-ObjectiveName = Literal["reverse_kl", "forward_kl", "jsd", "span_pg", "sft", "reward"]
-DIVERGENCES = frozenset({"reverse_kl", "forward_kl", "jsd"})
-POLICY_GRADIENTS = frozenset({"span_pg", "reward"})
 
 Key = tuple[str | int, ...]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -120,43 +116,36 @@ class RolloutConfig(_Section):
 
 
 class ObjectiveConfig(_Section):
-    """One term of the loss."""
+    """One term of the loss; beside these keys the objective's own options: `gold objectives` lists them."""
 
-    name: ObjectiveName
+    model_config = ConfigDict(extra="allow")
+
+    name: Text = "reverse_kl"
     """what is minimised"""
-    support: Literal["bytes", "shared"] | None = None
-    """events on which a divergence compares the models; null: bytes for a divergence, none for the others"""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """factor of this term"""
-    beta: Share | None = None
-    """jsd: the teacher's weight in the mixture; null: 0.5"""
-    rest: Literal["bucket", "renormalise"] | None = None
-    """support shared: what becomes of the unshared mass; null: bucket"""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _resolve(cls, given: Any) -> Any:
-        """The objective with the defaults that depend on its name and support written out."""
-        if not isinstance(given, Mapping):
-            return given
-        resolved = dict(given)
-        name = str(resolved.get("name"))
-        if name in DIVERGENCES and resolved.get("support") is None:
-            resolved["support"] = "bytes"
-        if name == "jsd" and resolved.get("beta") is None:
-            resolved["beta"] = 0.5
-        if resolved.get("support") == "shared" and resolved.get("rest") is None:
-            resolved["rest"] = "bucket"
-        return resolved
+    @property
+    def options(self) -> dict[str, Any]:
+        """The objective's own options."""
+        return dict(self.__pydantic_extra__ or {})
 
     @model_validator(mode="after")
-    def _consistent(self) -> ObjectiveConfig:
-        if self.name not in DIVERGENCES and self.support is not None:
-            raise ValueError(f"{self.name} compares no distributions: leave support out")
-        if self.beta is not None and self.name != "jsd":
-            raise ValueError(f"beta belongs to jsd, not to {self.name}: leave it out")
-        if self.rest is not None and self.support != "shared":
-            raise ValueError(f"rest belongs to support shared, not to {self.support}: leave it out")
+    def _resolved(self) -> ObjectiveConfig:
+        """The objective with all of its options written out."""
+        from gold.losses import find  # loads torch, which this module's import must not
+
+        try:
+            row = find(self.name)
+        except ConfigError as error:
+            raise ValueError(f"name: {error}") from None
+        for option in self.options:
+            if option not in row.arguments and (meant := _closest(option, list(type(self).model_fields))):
+                raise ValueError(f"{option}: unknown key{meant}")
+        extra = row.resolve(self.options)
+        if self.__pydantic_extra__ is not None:
+            self.__pydantic_extra__.clear()
+            self.__pydantic_extra__.update(extra)
         return self
 
 
@@ -198,6 +187,8 @@ class TrainConfig(_Section):
     """steps between checkpoints"""
     keep_last: PositiveInt = 2
     """checkpoints kept"""
+    doctor: Literal["stop", "report"] = "stop"
+    """what `gold doctor` finds of the pair before the run: stop where it cannot be trained, or report that and go on"""
     bad_steps_allowed: CountInt = 3
     """steps in a row with NaN or infinite loss or gradient before training stops"""
 
@@ -224,9 +215,9 @@ class Config(_Section):
     teacher: TeacherConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
-    objectives: Annotated[tuple[ObjectiveConfig, ...], Field(strict=False)] = (
-        ObjectiveConfig(name="reverse_kl"),
-    )
+    objectives: Annotated[
+        tuple[ObjectiveConfig, ...], Field(strict=False, default_factory=lambda: (ObjectiveConfig(),))
+    ]
     """terms of the loss, added up with their weights"""
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
@@ -334,18 +325,23 @@ def _impossible(config: Config) -> Iterator[str]:
         yield "objectives: reward needs a task with a verifier: set data.task, or leave reward out"
     if "reward" in active and rollout.per_prompt == 1:
         yield "rollout.per_prompt: reward compares completions of one prompt: it needs at least 2, got 1"
-    for name in sorted(active & POLICY_GRADIENTS):
+    from gold.losses import find
+
+    weighed = {o.name for o in config.objectives if o.options.get("importance_cap") is not None}
+    for name in sorted(name for name in active if find(name).on_policy):
         if rollout.on_policy == 0:
             yield f"rollout.on_policy: {name} needs completions that the student writes, got 0"
-        if rollout.temperature != 1:
+        if rollout.temperature != 1 and name not in weighed:
             yield (
                 f"rollout.temperature: {name} is a policy gradient of the distribution that is sampled, "
-                f"and the policy is the one at temperature 1: set it to 1, got {rollout.temperature:g}"
+                f"and the policy is the one at temperature 1: set it to 1, or give the objective an importance_cap, "
+                f"got {rollout.temperature:g}"
             )
-        if rollout.top_p != 1:
+        if rollout.top_p != 1 and name not in weighed:
             yield (
                 f"rollout.top_p: {name} is a policy gradient of the distribution that is sampled, "
-                f"and the policy is the whole one: set it to 1, got {rollout.top_p:g}"
+                f"and the policy is the whole one: set it to 1, or give the objective an importance_cap, "
+                f"got {rollout.top_p:g}"
             )
     if "sft" in active and rollout.on_policy == 1:
         yield "rollout.on_policy: sft learns the data's completions, and at 1 none is used: set it below 1"
@@ -477,8 +473,14 @@ def _problems(error: dict[str, Any], where: Callable[[Key], str]) -> Iterator[st
     kind = error["type"]
     if kind == "value_error":
         for line in str(context["error"]).splitlines():
-            own_key = tuple(line.split(":")[0].split("."))  # at the root, each line starts with its key
-            yield f"{where(key)}{_dotted(key)}: {line}" if key else f"{where(own_key)}{line}"
+            # At the root and in an objective, a line starts with the key that it is about.
+            own_key = (*key, *line.split(":")[0].split("."))
+            if not key:
+                yield f"{where(own_key)}{line}"
+            elif key[0] == "objectives" and str(own_key[-1]).isidentifier():
+                yield f"{where(own_key)}{_dotted(key)}.{line}"
+            else:
+                yield f"{where(key)}{_dotted(key)}: {line}"
         return
     got = _shown(error["input"])
     limits = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
@@ -580,5 +582,9 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str
         else:
             names = {int: "whole number", float: "number", bool: "true | false", str: "text"}
             kind = names.get(plain, "keys and values" if typing.get_origin(plain) is dict else "list")
-        default = " (required)" if field.is_required() else f" = {_shown(field.default)}"
+        default = (
+            " (required)"
+            if field.is_required()
+            else f" = {_shown(field.get_default(call_default_factory=True))}"
+        )
         yield f"{prefix}{name}", kind, default, field.description or ""

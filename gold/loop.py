@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import time
+import typing
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,13 +26,14 @@ from gold.errors import ConfigError, TeacherError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.kernels import backend_for
 from gold.kernels.linear import Rows
-from gold.losses import DIVERGENCES, OBJECTIVES, Objective, View
+from gold.losses import DivergenceRow, Need, Objective, View, find
 from gold.models import (
     LanguageModel,
     PaddedStates,
     StatesModule,
     load_weights,
     recompute_activations,
+    rows_of,
     save_model,
 )
 from gold.progress import Progress
@@ -40,7 +43,7 @@ from gold.rollout import Rollout, advantages, completed, sample
 from gold.run import RunFolder
 from gold.teachers.protocol import Teacher
 
-NEEDS = ("nothing", "tokens", "rows")
+NEEDS: tuple[Need, ...] = typing.get_args(Need)
 """What objectives ask of a teacher, least first."""
 MISSED_SHARE = 0.1
 """Above this share of bytes at which the student gives the teacher's favourite less than 1 %, a run warns."""
@@ -59,25 +62,31 @@ def terms_of(recipe: Recipe, teacher: Teacher | None, pair: VocabularyPair) -> l
     """The recipe's terms for this pair; where both vocabularies are one, divergences go token by token.
 
     Raises:
-        ConfigError: no term, or an unknown one.
+        ConfigError: no term, an unknown one, or options that it cannot take.
         TeacherError: a term that needs more than the teacher gives.
     """
     terms = []
     for term in recipe.objectives:
         if not term.weight:
             continue
-        if term.name not in OBJECTIVES:
-            raise ConfigError(f"unknown objective {term.name!r}: choose one of {', '.join(OBJECTIVES)}")
-        options: dict[str, Any] = {}
-        label = term.name
-        if term.name in DIVERGENCES:
-            support = "tokens" if pair.same else term.support or "bytes"
-            options = {"support": support, "beta": term.beta, "rest": term.rest}
-            label = f"{term.name}_{support}"
-        bound = OBJECTIVES[term.name](**options)
+        row = find(term.name)
+        options, label = dict(term.options), term.name
+        if isinstance(row, DivergenceRow):
+            options = row.moved("tokens", options) if pair.same else row.resolve(options)
+            label = f"{term.name}_{options['support']}"
+        if row.own_vocabulary and not pair.same:
+            raise ConfigError(
+                f"objective {term.name} compares models that share one vocabulary, and these do not; "
+                "choose a divergence on bytes, which needs none in common"
+            )
+        bound = row(**options)
         gives = teacher.gives if teacher else "nothing"
         if NEEDS.index(bound.needs) > NEEDS.index(gives):
-            what = {"tokens": "log-probabilities of given tokens", "rows": "full rows"}[bound.needs]
+            what = {
+                "tokens": "log-probabilities of given tokens",
+                "top_k": "the likeliest tokens of each row",
+                "rows": "full rows",
+            }[bound.needs]
             raise TeacherError(
                 f"objective {term.name} needs {what} of a teacher, and "
                 + (f"teacher {teacher.name} gives {gives}" if teacher else "there is no teacher")
@@ -113,6 +122,9 @@ class Loop:
         self._warned: set[str] = set()
         if accelerator.num_processes > 1:
             student.lm.to(accelerator.device)
+        self.reference: Any = None
+        if any(t.objective.name == "reference_kl" for t in terms):
+            self.reference = copy.deepcopy(student.lm).eval().requires_grad_(False)
         if recipe.gradient_checkpointing:
             recompute_activations(student.lm)
         trained = [p for p in student.lm.parameters() if p.requires_grad]
@@ -228,8 +240,13 @@ class Loop:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The microbatch's share of the step's loss, times the number of processes, and detached sums by name."""
 
+        reference: Rows | None = None
+        if self.reference is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                reference = rows_of(self.reference, states)
+
         def then(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-            view = View(batch, rows, teacher, self.backend, self.teacher_backend)
+            view = View(batch, rows, teacher, self.backend, self.teacher_backend, reference)
             total = rows.hidden_ND.new_zeros((), dtype=torch.float32)
             parts: dict[str, Tensor] = {}
             for term in self.terms:

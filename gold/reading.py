@@ -22,6 +22,7 @@ def read(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
         rollout.stopped,
         rollout.sampled,
         rollout.advantage,
+        rollout.logp if rollout.sampled else None,
     )
 
 

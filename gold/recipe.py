@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from gold.rollout import Sampling
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Term:
-    """One term of the loss: an objective by name, its options, its weight."""
+    """One term of the loss: an objective by name, its weight, its options: ``Term("jsd", beta=0.1)``."""
 
     name: str
-    support: str | None = None
-    weight: float = 1.0
-    beta: float | None = None
-    rest: str | None = None
+    weight: float
+    options: dict[str, Any] = field(hash=False)
+
+    def __init__(self, name: str, weight: float = 1.0, **options: Any) -> None:
+        for field_, value in (("name", name), ("weight", weight), ("options", options)):
+            object.__setattr__(self, field_, value)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import gold.assembly
 import gold.loop
 import gold.train
 from gold.cli import main
-from gold.losses import OBJECTIVES, Loss
+from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
 
 Files = dict[str, bytes]
 
@@ -401,15 +401,8 @@ def test_a_disk_that_is_full_while_the_student_is_saved(bench: Bench, error: Exc
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite(bench: Bench, value: float) -> None:
-    made = OBJECTIVES["reverse_kl"]()
-
-    def loss(view: Any, **options: Any) -> Loss:
-        found = made.loss(view, **options)
-        return Loss(found.total * value, found.parts, found.sequence_logp)
-
-    from dataclasses import replace
-
-    bench.monkeypatch.setitem(OBJECTIVES, "reverse_kl", lambda **_: replace(made, loss=loss))  # type: ignore[index]
+    poisoned = DivergenceRow("reverse_kl", lambda logp, logq: reverse_kl(logp, logq) * value)
+    bench.monkeypatch.setitem(OBJECTIVES, "reverse_kl", poisoned)
     bench.settings["train"].update(steps=9, checkpoint_every=100)
     before = load_file(bench.folder / "student" / "model.safetensors")
     line = bench.refused()

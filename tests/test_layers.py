@@ -23,7 +23,7 @@ HOME_OF = {
     "accelerate": ("gold.loop", "gold.train", "gold.evaluate"),
     "gguf": ("gold.models",),
     "matplotlib": ("gold.plots", "gold.demo"),
-    "pydantic": ("gold.config",),
+    "pydantic": ("gold.config", "gold.losses"),
     "rapidfuzz": ("gold.align.repair",),
     "reasoning_gym": ("gold.tasks",),
     "rich": (

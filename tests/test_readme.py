@@ -18,6 +18,7 @@ from gold.cli import app
 from gold.config import Config
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
+from gold.errors import ConfigError
 from gold.models import save_model
 
 ROOT = Path(__file__).parent.parent
@@ -170,3 +171,20 @@ def test_the_table_of_the_demonstration_is_its_record():
     for seed in rows:
         assert seed["teacher"].accuracy >= 0.95
         assert seed["distilled"].low > seed["start"].high
+
+
+def test_the_objective_of_the_extending_page_works(monkeypatch):
+    from tests.contract.test_contract import PAIR, STUDENT, TEACHER
+    from tests.contract.toys import ToyModel, random_texts, view_of
+
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^<!-- tested -->\n```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.setattr(losses, "OBJECTIVES", dict(losses.OBJECTIVES))
+    table = losses.OBJECTIVES
+    exec(compile(code, "extending.md", "exec"), {})
+    view = view_of(PAIR, random_texts(PAIR, 4, 1), ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
+    whole, single = table["squared_gap"](), table["squared_gap"](all_chunks=False)
+    assert 0 < single(view).total.item() < whole(view).total.item()
+    assert whole.count(view.batch) == whole(view).parts["chunks"].item()
+    with pytest.raises(ConfigError, match="all_chunk: unknown key; did you mean all_chunks"):
+        table["squared_gap"](all_chunk=False)

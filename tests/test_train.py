@@ -16,7 +16,7 @@ from gold.assembly import evaluate_source
 from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model
 from gold.errors import ConfigError, DataError, TeacherError, TrainingError
-from gold.losses import OBJECTIVES, Loss
+from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
 from gold.models import LanguageModel
 from gold.progress import Quiet
 from gold.recipe import Recipe, Term
@@ -209,14 +209,12 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes the reverse KL of the calls that are named NaN or infinite."""
 
     def poison(value: float, calls: range) -> None:
-        made = OBJECTIVES["reverse_kl"]()
         count = iter(range(10**6))
 
-        def loss(view: Any, **options: Any) -> Loss:
-            found = made.loss(view, **options)
-            return replace(found, total=found.total * value) if next(count) in calls else found
+        def divergence(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
+            return reverse_kl(logp, logq) * (value if next(count) in calls else 1.0)
 
-        monkeypatch.setitem(OBJECTIVES, "reverse_kl", lambda **_: replace(made, loss=loss))  # type: ignore[index]
+        monkeypatch.setitem(OBJECTIVES, "reverse_kl", DivergenceRow("reverse_kl", divergence))
 
     return poison
 

@@ -8,7 +8,7 @@ pass makes it again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gold.kernels.layout import ByteLayout
 from gold.kernels.reference import row_logsumexp, widened
-from gold.kernels.tables import byte_table
+from gold.kernels.tables import byte_table, leaked
 
 BLOCK_BYTES = 64 * 2**20
 """Logits of one block take at most this many bytes in float32, and a block holds at least one row."""
@@ -25,11 +25,16 @@ BLOCK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Rows:
-    """Model states whose next-token logits can be computed on demand: ``head(hidden_ND[i:j])`` is [j − i, width]."""
+    """Model states whose next-token logits can be computed on demand: ``head(hidden_ND[i:j])`` is [j − i, width].
+
+    ``partial``: only some tokens of each row are known, the others are −inf, and the last column, which no token has,
+    is the logit of all of them together.
+    """
 
     hidden_ND: Tensor
     head: Callable[[Tensor], Tensor]
     width: int
+    partial: bool = False
 
     @classmethod
     def of_logits(cls, logits_NV: Tensor) -> Rows:
@@ -37,16 +42,38 @@ class Rows:
         return cls(logits_NV, _same, logits_NV.shape[1])
 
     @classmethod
+    def of_top_k(cls, ids_NK: Tensor, logp_NK: Tensor, size: int) -> Rows:
+        """Rows of which only some tokens' log-probabilities are known, in nats; what is left of 1 is all the others'.
+
+        ``ids_NK`` are below ``size``, the size of the vocabulary, each at most once a row; −1 pads a row, whatever its
+        ``logp_NK`` there.
+        """
+        packed = torch.cat((ids_NK.to(torch.float64), logp_NK.to(torch.float64)), dim=-1)
+
+        def unpack(packed: Tensor) -> Tensor:
+            ids, logp = packed.chunk(2, dim=-1)
+            known = ids >= 0
+            left = -torch.expm1(row_logsumexp(logp.masked_fill(~known, -torch.inf)))
+            rest = torch.where(left > 0, torch.log(left.clamp(min=1e-300)), -torch.inf)
+            dense = logp.new_full((logp.shape[0], size + 1), -torch.inf)
+            column = torch.where(known, ids, float(size)).long()
+            dense = dense.scatter(1, column, logp.masked_fill(~known, -torch.inf))
+            dense[:, size] = rest
+            return dense
+
+        return cls(packed, unpack, size + 1, partial=True)
+
+    @classmethod
     def joined(cls, parts: Sequence[Rows]) -> Rows:
         """The rows of several texts of one model, one text after the other."""
-        return cls(torch.cat([p.hidden_ND for p in parts]), parts[0].head, parts[0].width)
+        return replace(parts[0], hidden_ND=torch.cat([p.hidden_ND for p in parts]))
 
     def __len__(self) -> int:
         return int(self.hidden_ND.shape[0])
 
     def select(self, index: Tensor) -> Rows:
         """The rows ``index``, in that order."""
-        return Rows(self.hidden_ND[index], self.head, self.width)
+        return replace(self, hidden_ND=self.hidden_ND[index])
 
     @property
     def block_rows(self) -> int:
@@ -130,15 +157,25 @@ def shared_divergence(
     events: SharedEvents,
     divergence: Callable[[Tensor, Tensor], Tensor],
     renormalise: bool,
+    top_k: int | None = None,
+    top_k_of_teacher: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Divergence per pair of states (row n of both sides) on shared events, and the student's mass on them: two [N].
 
     ``renormalise``: condition both sides on the shared events; else all unshared mass is one more event, the bucket.
+    ``top_k``: only the likeliest shared events of one side in each row are events of their own, the others are
+    unshared; so are those that a teacher's row does not know.
+
+    Raises: ValueError if ``top_k`` is more than there are shared events.
     """
     # A vocabulary can have special ids that its model has no row for.
     there = (events.ids_V < student.width) & (events.ids_W < teacher.width).to(events.ids_V.device)
     kept = _Kept(events.ids_V[there], events.stops_V, student.width)
     kept_teacher = _Kept(events.ids_W[there.to(events.ids_W.device)], events.stops_W, teacher.width)
+    if top_k is not None and top_k > kept.ids.numel() + 1:
+        raise ValueError(
+            f"top_k is {top_k}, and the vocabularies share {kept.ids.numel()} tokens and the stop event"
+        )
     values, masses = [], []
     block = min(student.block_rows, teacher.block_rows)
     for first in range(0, len(student), block):
@@ -147,9 +184,18 @@ def shared_divergence(
             logp = kept.coarsen(student.head(hidden_S))
             with torch.no_grad():
                 logq = kept_teacher.coarsen(teacher.head(hidden_T)).to(logp)
+                apart = torch.isfinite(logq[:, :-1]) if teacher.partial else None
+                if top_k is not None:
+                    ranked = (logq if top_k_of_teacher else logp)[:, :-1].topk(top_k, dim=-1).indices
+                    chosen = torch.zeros_like(logp[:, :-1], dtype=torch.bool).scatter(1, ranked, True)
+                    apart = chosen if apart is None else apart & chosen
+            if apart is not None:
+                logp, logq = _bucketed(logp, apart), _bucketed(logq, apart)
             mass = row_logsumexp(logp[:, :-1].detach()).exp()
             if renormalise:
                 logp, logq = (x[:, :-1] - row_logsumexp(x[:, :-1])[:, None] for x in (logp, logq))
+            elif apart is not None:
+                logp, logq = leaked(logp), leaked(logq)
             return divergence(logp, logq), mass
 
         value, mass = _remade(
@@ -161,6 +207,13 @@ def shared_divergence(
         empty = student.hidden_ND.new_zeros(0, dtype=torch.float32)
         return empty, empty
     return torch.cat(values), torch.cat(masses)
+
+
+def _bucketed(logp: Tensor, apart: Tensor) -> Tensor:
+    """The events that are not told apart join the bucket, which is the last column."""
+    events = logp[:, :-1]
+    bucket = row_logsumexp(torch.cat((events.masked_fill(apart, -torch.inf), logp[:, -1:]), dim=-1))
+    return torch.cat((events.masked_fill(~apart, -torch.inf), bucket[:, None]), dim=-1)
 
 
 class _Kept:

@@ -51,5 +51,10 @@ def common_events(table_E: Tensor, resolved_E: Tensor, other_E: Tensor) -> Tenso
     common[:, REST_EVENT] = False
     rest = row_logsumexp(table_E.masked_fill(common, -torch.inf))
     kept = table_E.masked_fill(~common, -torch.inf)
-    rest = torch.logaddexp(rest + math.log1p(-LEAK), rest.new_tensor(LEAK).log())
-    return torch.cat((kept[:, :REST_EVENT] + math.log1p(-LEAK), rest[:, None]), dim=-1)
+    return leaked(torch.cat((kept[:, :REST_EVENT], rest[:, None]), dim=-1))
+
+
+def leaked(logp_NE: Tensor) -> Tensor:
+    """The distributions with a share ``LEAK`` of every event moved to the last one; rows still sum to one."""
+    rest = torch.logaddexp(logp_NE[:, -1:] + math.log1p(-LEAK), logp_NE.new_tensor(LEAK).log())
+    return torch.cat((logp_NE[:, :-1] + math.log1p(-LEAK), rest), dim=-1)

@@ -100,6 +100,7 @@ def aligned(pair: VocabularyPair, ids: Sequence[int], **known: object) -> Aligne
     stops = set(pair.student.stop_ids)
     stopped = bool(ids) and ids[-1] in stops
     spelling = pair.student.spell(ids[:-1] if stopped else ids)
+    known.setdefault("drawn_logp", np.full(len(ids), -1.5, np.float32))
     return AlignedText(np.array(ids, np.int32), spelling, pair.read(spelling), stopped, **known)  # type: ignore[arg-type]
 
 
@@ -123,6 +124,7 @@ def view_of(
         Rows.of_logits(teacher_rows(teacher, texts) if isinstance(teacher, ToyModel) else teacher),
         BACKENDS[backend],
         BACKENDS[backend],
+        Rows.of_logits(student_rows(ToyModel(pair.student, 99), texts)),
     )
 
 

@@ -1,0 +1,37 @@
+"""Objectives: pure functions from a microbatch to a sum with named parts, and the table that names them.
+
+``reverse_kl`` is KL(student ‖ teacher), ``forward_kl`` is KL(teacher ‖ student).
+"""
+
+from gold.losses.divergences import (
+    DIVERGENCES,
+    Divergence,
+    entropy_aware_kl,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+)
+from gold.losses.table import OBJECTIVES, SUPPORTS, DivergenceRow, Objective, Row, find
+from gold.losses.view import Loss, Need, View
+
+__all__ = [
+    "DIVERGENCES",
+    "OBJECTIVES",
+    "SUPPORTS",
+    "Divergence",
+    "DivergenceRow",
+    "Loss",
+    "Need",
+    "Objective",
+    "Row",
+    "View",
+    "entropy_aware_kl",
+    "find",
+    "forward_kl",
+    "jsd",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+]

@@ -1,0 +1,132 @@
+"""Divergences on a support: the events on which two models that do not share a vocabulary can be compared."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gold.aligned import AlignedBatch
+from gold.kernels.linear import SharedEvents, byte_tables, shared_divergence
+from gold.kernels.tables import common_events
+from gold.losses.divergences import Divergence, reverse_kl
+from gold.losses.view import Loss, View, sequence_logp
+
+Where = Literal["everywhere", "one_to_one"]
+HalfLife = Annotated[float, Field(gt=0)]
+TopK = Annotated[int, Field(ge=1)]
+
+
+def bytes_divergence(
+    view: View, divergence: Divergence, *, where: Where = "everywhere", half_life: HalfLife | None = None
+) -> Loss:
+    """Divergence between next-byte distributions at every byte of the texts, and at the stop event.
+
+    Each model's rows become one table of byte events on their own; a row is compared on the events that both sides
+    resolve, all else being one more event. A teacher that knows only its likeliest tokens resolves the bytes that those
+    begin with, and the mass of its other tokens is part of that one more event.
+    """
+    batch = view.batch
+    teacher = view.teacher_rows
+    table, log_target, log_stop = byte_tables(view.student, batch.layout_S, view.backend)
+    with torch.no_grad():
+        table_T, log_target_T, log_stop_T = byte_tables(teacher, batch.layout_T, view.teacher_backend)
+    at = byte_positions(batch, where)
+    logq = table_T.to(table)[at]
+    resolved, resolved_T = batch.layout_S.resolved[at], batch.layout_T.resolved.to(batch.device)[at]
+    if teacher.partial:
+        resolved_T = resolved_T & torch.isfinite(logq)
+    logp = common_events(table[at], resolved, resolved_T)
+    logq = common_events(logq, resolved_T, resolved)
+    value = divergence(logp, logq)
+    with torch.no_grad():
+        best = logq.argmax(-1, keepdim=True)
+        wanted = logp.gather(1, best)[:, 0].exp()
+        parts = {
+            "wanted": wanted.sum(),
+            "missed": (wanted < 0.01).sum(),
+            "rest": logp[:, -1].exp().sum(),
+        }
+    if half_life is not None:
+        value = value * fading(batch.byte_offsets[at], half_life).to(value)
+    logp_of_texts = sequence_logp(batch, (log_target, log_stop), (log_target_T, log_stop_T))
+    return Loss(value.sum(), parts, logp_of_texts)
+
+
+def states_divergence(
+    view: View,
+    divergence: Divergence,
+    *,
+    rest: Literal["bucket", "renormalise"] = "bucket",
+    top_k: TopK | None = None,
+    top_k_of: Literal["student", "teacher"] = "teacher",
+    where: Where = "everywhere",
+    half_life: HalfLife | None = None,
+) -> Loss:
+    """Divergence between next-token distributions at states that have read the same bytes, on the tokens that both
+    vocabularies have and the stop event; ``rest``: what else there is is one more event (``bucket``) or is conditioned
+    away (``renormalise``). ``top_k``: only that many of these events, the likeliest of one side in each row, are told
+    apart. Where both vocabularies are one this is the plain token-level objective of GKD.
+
+    Source: Agarwal et al. 2306.13649, equation 2, for the plain form.
+    """
+    rows_S, rows_T, offsets = state_rows(view.batch, where)
+    value, mass = shared_divergence(
+        view.student.select(rows_S),
+        view.teacher_rows.select(rows_T),
+        view.batch.shared_events,
+        divergence,
+        renormalise=rest == "renormalise",
+        top_k=top_k,
+        top_k_of_teacher=top_k_of == "teacher",
+    )
+    if half_life is not None:
+        value = value * fading(offsets, half_life).to(value)
+    return Loss(value.sum(), {"shared_mass": mass.detach().sum()})
+
+
+def reference_kl(view: View) -> Loss:
+    """Reverse KL, token by token, from the student to what it was before training: a leash, whatever the teacher says.
+
+    At every state of texts that the student wrote; padding rows of the output matrix included, as both have them.
+    """
+    batch = view.batch
+    if view.reference is None:
+        raise ValueError("reference_kl needs the student's rows before training, and the view has none")
+    rows = batch.sampled_rows
+    every = torch.arange(view.student.width, device=batch.device)
+    none = every[:0]
+    value, _ = shared_divergence(
+        view.student.select(rows),
+        view.reference.select(rows),
+        SharedEvents(every, every, none, none),
+        reverse_kl,
+        renormalise=False,
+    )
+    return Loss(value.sum())
+
+
+def byte_positions(batch: AlignedBatch, where: Where = "everywhere") -> Tensor:
+    """The byte positions that are compared, ascending: all that both sides supervise, or those of them that lie in
+    chunks of one token on both sides, and the stop events."""
+    at = batch.supervised_bytes
+    return at if where == "everywhere" else at[batch.one_to_one_bytes[at]]
+
+
+def state_rows(batch: AlignedBatch, where: Where = "everywhere") -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of both sides that have read the same bytes, and how many bytes of the text those are; ``one_to_one``: only
+    where the next token is a chunk by itself on both sides, or the text ends."""
+    rows_S, rows_T = batch.synced_states
+    offsets, single = batch.synced_offsets, batch.synced_one_to_one
+    if where == "everywhere":
+        return rows_S, rows_T, offsets
+    return rows_S[single], rows_T[single.to(rows_T.device)], offsets[single]
+
+
+def fading(offset: Tensor, half_life: float | None) -> Tensor:
+    """The weight of each position of a text: half as much every ``half_life`` bytes; 1 where that is None."""
+    if half_life is None:
+        return torch.ones_like(offset, dtype=torch.float64)
+    return torch.exp2(-offset.double() / half_life)

@@ -1,0 +1,304 @@
+"""The table of objectives: what each is called and computes, what it needs of a teacher, what it is counted in.
+
+An objective is a pure function from a microbatch to a sum, its options keyword arguments. Whoever calls it divides by
+the count of its unit in the whole optimizer step, so that accumulation over microbatches and processes equals one large
+batch. To add one, write the function and give it a row.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from gold.aligned import AlignedBatch
+from gold.errors import ConfigError
+from gold.losses.divergences import DIVERGENCES
+from gold.losses.policy import reward, span_pg, token_pg
+from gold.losses.supports import (
+    HalfLife,
+    Where,
+    byte_positions,
+    bytes_divergence,
+    fading,
+    reference_kl,
+    state_rows,
+    states_divergence,
+)
+from gold.losses.text import sft
+from gold.losses.view import Loss, Need, View
+
+Options = dict[str, Any]
+Arguments = Mapping[str, tuple[Any, Any]]
+"""Type and default of each option by name."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective with its options: ``objective(view)`` is its sum over a microbatch, ``count(batch)`` its divisor."""
+
+    name: str
+    loss: Callable[[View], Loss]
+    needs: Need
+    unit: str
+    count: Callable[[AlignedBatch], float]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, view: View) -> Loss:
+        """The objective's sum over a microbatch."""
+        return self.loss(view)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: call it, with options where it has some, for an objective that can be applied to a view.
+
+    ``loss(view, **options)`` and ``count(batch)``, in the objective's ``unit``. ``on_policy``: it learns from texts
+    that the student wrote, as samples of the policy itself. ``own_vocabulary``: it compares models that share one.
+    ``exceptions``: clauses of the contract that it cannot hold by its nature, each with the reason.
+    """
+
+    name: str
+    loss: Callable[..., Loss]
+    needs: Need
+    unit: str
+    count: Callable[[AlignedBatch], float]
+    on_policy: bool = False
+    own_vocabulary: bool = False
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> Arguments:
+        """Type and default of each option."""
+        return _arguments(self.loss)
+
+    @property
+    def summary(self) -> str:
+        """What it is, in a sentence."""
+        return _first_sentence(self.loss)
+
+    def resolve(self, options: Mapping[str, Any]) -> Options:
+        """All options, those not given (or given as None) at their defaults.
+
+        Raises: ConfigError for an option that it does not have, or a value that the option cannot take.
+        """
+        return _checked(self.name, self.arguments, options)
+
+    def __call__(self, **options: Any) -> Objective:
+        """The objective with these options."""
+        resolved = self.resolve(options)
+        loss = partial(self.loss, **resolved)
+        return Objective(self.name, loss, self.needs, self.unit, self.count, resolved)
+
+
+@dataclass(frozen=True)
+class Support:
+    """Events on which a divergence can compare two models: the function that does, and what it is counted in.
+
+    ``loss(view, divergence, **options)``; ``count(batch, **options)``.
+    """
+
+    loss: Callable[..., Loss]
+    unit: str
+    count: Callable[..., float]
+
+
+@dataclass(frozen=True)
+class DivergenceRow:
+    """A row of the table for a divergence, which can be taken on several supports; ``bytes`` is the default."""
+
+    name: str
+    divergence: Callable[..., Any]
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+    needs: Need = "top_k"
+    on_policy: bool = False
+    own_vocabulary: bool = False
+
+    @property
+    def arguments(self) -> Arguments:
+        """Type and default of each option; None where it depends on the support."""
+        everywhere = {
+            name: (kind, None) for s in SUPPORTS.values() for name, (kind, _) in _arguments(s.loss).items()
+        }
+        return {
+            "support": (typing.Literal[tuple(SUPPORTS)], "bytes"),
+            **everywhere,
+            **_arguments(self.divergence, 2),
+        }
+
+    @property
+    def summary(self) -> str:
+        """What it is, in a sentence."""
+        return _first_sentence(self.divergence)
+
+    def resolve(self, options: Mapping[str, Any]) -> Options:
+        """All options that the chosen support has, those not given (or given as None) at their defaults.
+
+        Raises: ConfigError for an option that it does not have, or that belongs to another support, or a value that
+            the option cannot take.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        chosen = _checked(self.name, self.arguments, given)
+        here = {**_arguments(SUPPORTS[chosen["support"]].loss), **_arguments(self.divergence, 2)}
+        for name in given:
+            if name not in here and name != "support":
+                owners = [
+                    s for s, support in SUPPORTS.items() if name in _arguments(support.loss) and s != "tokens"
+                ]
+                raise ConfigError(
+                    f"{name}: belongs to support {' and '.join(owners)}, not to {chosen['support']}: leave it out"
+                )
+        return {
+            "support": chosen["support"],
+            **{name: given.get(name, default) for name, (_, default) in here.items()},
+        }
+
+    def moved(self, support: str, options: Mapping[str, Any]) -> Options:
+        """The options on another support: those that it has too."""
+        here = _arguments(SUPPORTS[support].loss) | _arguments(self.divergence, 2)
+        kept = {name: value for name, value in self.resolve(options).items() if name in here}
+        return {**kept, "support": support}
+
+    def __call__(self, **options: Any) -> Objective:
+        """The objective with these options."""
+        resolved = self.resolve(options)
+        own = {name: resolved[name] for name in _arguments(self.divergence, 2)}
+        support = SUPPORTS[resolved["support"]]
+        chosen = {name: resolved[name] for name in _arguments(support.loss)}
+        loss = partial(support.loss, divergence=partial(self.divergence, **own), **chosen)
+        return Objective(
+            self.name, loss, self.needs, support.unit, partial(support.count, **chosen), resolved
+        )
+
+
+def _arguments(function: Callable[..., Any], positional: int = 0) -> dict[str, tuple[Any, Any]]:
+    """The keyword-only arguments of a function, and those after ``positional`` ones."""
+    kinds = typing.get_type_hints(function, include_extras=True)
+    parameters = list(inspect.signature(function).parameters.values())
+    taken = [
+        p for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY or (positional and i >= positional)
+    ]
+    return {p.name: (kinds[p.name], p.default) for p in taken}
+
+
+def _first_sentence(function: Callable[..., Any]) -> str:
+    text = " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
+    return text.split(". ")[0].removesuffix(".")
+
+
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+def _checked(objective: str, arguments: Arguments, options: Mapping[str, Any]) -> Options:
+    """All arguments, given or at their defaults."""
+    for name in options:
+        if name not in arguments:
+            close = difflib.get_close_matches(name, arguments, n=1)
+            known = (
+                f"did you mean {close[0]}?"
+                if close
+                else f"{objective} has {', '.join(arguments) or 'no options'}"
+            )
+            raise ConfigError(f"{name}: unknown key; {known}")
+    values = {name: default for name, (_, default) in arguments.items()}
+    for name, value in options.items():
+        if value is None:
+            continue
+        try:
+            values[name] = TypeAdapter(arguments[name][0], config=_STRICT).validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(f"{name}: {_told(error)}, got {value!r}") from None
+    return values
+
+
+def _told(error: ValidationError) -> str:
+    """The first thing that pydantic has against a value, for a person."""
+    first = error.errors(include_url=False)[0]
+    limits = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
+    context = first.get("ctx", {})
+    if first["type"] in limits:
+        (limit,) = context.values()
+        return f"must be {limits[first['type']]} {limit:g}"
+    if first["type"] == "literal_error":
+        return f"expected {context['expected']}"
+    return first["msg"].replace("Input should be", "expected")
+
+
+# Counts.
+
+
+def supervised_bytes(
+    batch: AlignedBatch, where: Where = "everywhere", half_life: HalfLife | None = None
+) -> float:
+    """Byte positions, stop events included, where both sides say what comes next, by their weight."""
+    return float(fading(batch.byte_offsets[byte_positions(batch, where)], half_life).sum())
+
+
+def synced_states(
+    batch: AlignedBatch, where: Where = "everywhere", half_life: HalfLife | None = None, **_: Any
+) -> float:
+    """States at which both sides have read the same bytes, by their weight."""
+    return float(fading(state_rows(batch, where)[2], half_life).sum())
+
+
+def span_tokens(batch: AlignedBatch) -> float:
+    """Student tokens in spans, stop ids included."""
+    return float((batch.spans[0] >= 0).sum())
+
+
+def data_tokens(batch: AlignedBatch) -> float:
+    """Student tokens of completions from a data set, stop ids included."""
+    return float(sum(len(t.ids) for t in batch.texts if not t.sampled))
+
+
+def sampled_tokens(batch: AlignedBatch) -> float:
+    """Student tokens of sampled completions, stop ids included."""
+    return float(sum(len(t.ids) for t in batch.texts if t.sampled))
+
+
+SUPPORTS: Mapping[str, Support] = {
+    "bytes": Support(bytes_divergence, "byte", supervised_bytes),
+    "shared": Support(states_divergence, "state", synced_states),
+    "tokens": Support(states_divergence, "state", synced_states),
+}
+"""Where divergences can be taken, by name; ``tokens``, for one vocabulary, is chosen by itself."""
+
+_ROWS: tuple[Row | DivergenceRow, ...] = (
+    *(DivergenceRow(name, divergence) for name, divergence in DIVERGENCES.items()),
+    Row("span_pg", span_pg, "tokens", "token", span_tokens, on_policy=True),
+    Row(
+        "token_pg",
+        token_pg,
+        "rows",
+        "token",
+        sampled_tokens,
+        on_policy=True,
+        exceptions={
+            "1": "an advantage holds all reward to come, which is 0 on average only; its expected gradient is 0",
+        },
+    ),
+    Row("sft", sft, "nothing", "token", data_tokens),
+    Row("reward", reward, "nothing", "token", sampled_tokens, on_policy=True),
+    Row("reference_kl", reference_kl, "nothing", "token", sampled_tokens),
+)
+
+OBJECTIVES: dict[str, Row | DivergenceRow] = {row.name: row for row in _ROWS}
+"""Every objective by name."""
+
+
+def find(name: str) -> Row | DivergenceRow:
+    """The row of that name.
+
+    Raises: ConfigError: there is none.
+    """
+    if name not in OBJECTIVES:
+        close = difflib.get_close_matches(name, OBJECTIVES, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(OBJECTIVES)}"
+        raise ConfigError(f"unknown objective {name!r}; {hint}")
+    return OBJECTIVES[name]

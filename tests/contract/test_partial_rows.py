@@ -1,0 +1,86 @@
+"""Teachers of which only the likeliest tokens of each row are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from gold.aligned import VocabularyPair
+from gold.kernels.linear import Rows
+from gold.losses import DIVERGENCES, OBJECTIVES
+from tests.contract.toys import ToyModel, random_texts, teacher_rows, toy_vocabulary, view_of
+
+STUDENT = toy_vocabulary(["a+b", "b+ ", "ab+b"], cut=None)
+TEACHER = toy_vocabulary(["a+a", "b+a", "ba+a"])
+PAIR = VocabularyPair(STUDENT, TEACHER)
+SAME = VocabularyPair(STUDENT, STUDENT)
+
+
+def likeliest(logits: Tensor, k: int) -> Rows:
+    """The rows as a server would send them: the k likeliest tokens of each."""
+    logp, ids = torch.log_softmax(logits, -1).topk(k, dim=-1)
+    return Rows.of_top_k(ids, logp, logits.shape[1])
+
+
+def test_rows_of_the_likeliest_tokens_keep_all_mass():
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = likeliest(logits, 4)
+    dense = rows.head(rows.hidden_ND)
+    torch.testing.assert_close(dense.exp().sum(-1), torch.ones(5, dtype=torch.float64))
+    prob = torch.softmax(logits, -1)
+    kept = torch.isfinite(dense[:, :9])
+    assert (kept.sum(-1) == 4).all()
+    torch.testing.assert_close(dense[:, :9][kept].exp(), prob[kept])
+    torch.testing.assert_close(dense[:, 9].exp(), prob.masked_fill(kept, 0.0).sum(-1))
+    padded = Rows.of_top_k(torch.tensor([[3, -1]]), torch.tensor([[-0.5, 0.7]]), 9)
+    (row,) = padded.head(padded.hidden_ND)
+    assert row.isfinite().nonzero()[:, 0].tolist() == [3, 9]
+
+
+@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+@pytest.mark.parametrize("support", ["bytes", "shared"])
+def test_all_tokens_known_is_full_rows(name, support):
+    texts = random_texts(PAIR, 6, 1)
+    view = view_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
+    rows = teacher_rows(ToyModel(TEACHER, 4), texts)
+    known = replace(view, teacher=likeliest(rows, rows.shape[1]))
+    objective = OBJECTIVES[name](support=support)
+    assert float(objective(known).total) == pytest.approx(float(objective(view).total), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+@pytest.mark.parametrize("support", ["bytes", "shared"])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_fewer_tokens_give_something_finite_and_never_more_than_all(name, support, k):
+    texts = random_texts(PAIR, 6, 1)
+    view = view_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
+    logits = view.student.hidden_ND.requires_grad_(True)
+    teacher = likeliest(teacher_rows(ToyModel(TEACHER, 4), texts), k)
+    value = OBJECTIVES[name](support=support)(replace(view, teacher=teacher)).total
+    (grad,) = torch.autograd.grad(value, logits)
+    assert torch.isfinite(grad).all()
+    assert value.item() >= 0
+    if support == "shared" and name != "entropy_aware_kl":
+        # Fewer events told apart: a coarser comparison of the same two distributions.
+        whole = OBJECTIVES[name](support=support)(view).total
+        assert value.item() <= whole.item() + 1e-9
+
+
+@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+def test_equal_models_give_nothing_to_learn_from_the_likeliest_tokens(name):
+    """On tokens exactly; on bytes, the tail's own first bytes are hidden: by no more than the tail's mass allows."""
+    texts = random_texts(SAME, 8, 1)
+    model = ToyModel(STUDENT, 3)
+    view = view_of(SAME, texts, model, model)
+    rows = teacher_rows(model, texts)
+    exact = OBJECTIVES[name](support="tokens")(replace(view, teacher=likeliest(rows, 3))).total
+    assert abs(float(exact)) < 1e-12
+    errors = [
+        float(OBJECTIVES[name]()(replace(view, teacher=likeliest(rows, k))).total)
+        for k in (2, 5, rows.shape[1])
+    ]
+    assert errors[0] > errors[1] > errors[2] - 1e-12
+    assert abs(errors[2]) < 1e-4

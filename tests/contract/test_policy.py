@@ -1,0 +1,155 @@
+"""Policy gradients against full enumeration, and what their options do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gold.aligned import VocabularyPair
+from gold.losses import OBJECTIVES
+from tests import oracle
+from tests.contract.toys import (
+    ToyModel,
+    aligned,
+    batch_of,
+    random_texts,
+    student_rows,
+    teacher_rows,
+    toy_vocabulary,
+    view_of,
+)
+
+STUDENT = toy_vocabulary(["a+b"], letters="ab ", cut=None)
+TEACHER = toy_vocabulary(["b+a"], letters="ab ")
+PAIR = VocabularyPair(STUDENT, TEACHER)
+SAME = VocabularyPair(STUDENT, STUDENT)
+
+
+def log_prob_of_bytes(model: ToyModel, text: object) -> Tensor:
+    """The teacher's log-probability of a text's bytes and its stop, along its byte table."""
+    vocabulary = model.vocabulary
+    table = oracle.byte_table(
+        [vocabulary.token_bytes(i) or None for i in range(vocabulary.size)],
+        vocabulary.stop_ids,
+        teacher_rows(model, [text]),
+        text.teacher.ids.tolist(),
+        text.student.data,
+        text.stopped,
+    )
+    events = [*text.student.data, oracle.STOP]
+    return torch.log(table[torch.arange(len(events)), events]).sum()
+
+
+def test_the_expected_gradient_of_token_pg_is_exact():
+    """Over all sequences: the gradient of E[log π(ids) − log P(bytes)], P the teacher's probability of the bytes."""
+    student = ToyModel(STUDENT, 1, longest=3, requires_grad=True, never=("<junk>",))
+    teacher = ToyModel(TEACHER, 2)
+    objective = OBJECTIVES["token_pg"]()
+    sampled, exact = (torch.zeros((), dtype=torch.float64) for _ in range(2))
+    for ids, logp in oracle.sequences(student.logp, STUDENT.stop_ids, 4):
+        text = aligned(PAIR, list(ids))
+        sampled = sampled + logp.detach().exp() * objective(view_of(PAIR, [text], student, teacher)).total
+        exact = exact + logp.exp() * (logp - log_prob_of_bytes(teacher, text))
+    leaves = list(student.rows.values())
+    pairs = zip(
+        torch.autograd.grad(sampled, leaves, allow_unused=True),
+        torch.autograd.grad(exact, leaves, allow_unused=True),
+        strict=True,
+    )
+    compared = [torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12) for a, b in pairs if a is not None]
+    assert len(compared) > 10
+
+
+def test_for_equal_models_the_expected_gradient_of_token_pg_is_zero():
+    """Models of single letters: one segmentation for every text, so that ids and bytes are equally likely."""
+    letters = toy_vocabulary([], letters="ab", cut=None)
+    pair = VocabularyPair(letters, letters)
+    student = ToyModel(letters, 1, longest=3, requires_grad=True, never=("<junk>",))
+    teacher = ToyModel(letters, 1, longest=3, never=("<junk>",))
+    objective = OBJECTIVES["token_pg"]()
+    total = torch.zeros((), dtype=torch.float64)
+    for ids, logp in oracle.sequences(student.logp, letters.stop_ids, 4):
+        text = aligned(pair, list(ids))
+        total = total + logp.detach().exp() * objective(view_of(pair, [text], student, teacher)).total
+    grads = torch.autograd.grad(total, list(student.rows.values()), allow_unused=True)
+    assert max(g.abs().max() for g in grads if g is not None) < 1e-12
+
+
+def test_a_clipped_advantage_bounds_every_token():
+    texts = random_texts(PAIR, 6, 1)
+    student, teacher = ToyModel(STUDENT, 3), ToyModel(TEACHER, 4)
+    rows = student_rows(student, texts).requires_grad_(True)
+    for name in ("span_pg", "token_pg"):
+        free, tight = (
+            torch.autograd.grad(OBJECTIVES[name](clip=clip)(view_of(PAIR, texts, rows, teacher)).total, rows)[
+                0
+            ]
+            for clip in (None, 0.1)
+        )
+        # A token's gradient is its advantage times (onehot − softmax), whose entries are below 1.
+        assert tight.abs().max() <= 0.1 < free.abs().max()
+
+
+def test_the_baseline_is_the_mean_of_the_other_texts_at_the_same_token():
+    texts = [aligned(SAME, [*STUDENT.encode(t).ids.tolist(), STUDENT.stop_ids[0]]) for t in ("a a", "b", "a")]
+    student, teacher = ToyModel(STUDENT, 3), ToyModel(STUDENT, 4)
+    rows, rows_T = student_rows(student, texts).requires_grad_(True), teacher_rows(teacher, texts)
+    targets = torch.tensor([int(i) for t in texts for i in t.ids])
+    logp = torch.log_softmax(rows, -1).gather(1, targets[:, None])[:, 0]
+    logq = torch.log_softmax(rows_T, -1).gather(1, targets[:, None])[:, 0]
+    gap = (logq - logp).detach()
+    number = [k for t in texts for k in range(len(t.ids))]
+    owner = [b for b, t in enumerate(texts) for _ in t.ids]
+    advantage = []
+    for i in range(len(number)):
+        others = [gap[j] for j in range(len(number)) if number[j] == number[i] and owner[j] != owner[i]]
+        advantage.append(gap[i] - (sum(others) / len(others) if others else 0.0))
+    expected = -(torch.stack([torch.as_tensor(a) for a in advantage]) * logp).sum()
+    found = OBJECTIVES["span_pg"](baseline="others")(view_of(SAME, texts, rows, teacher)).total
+    torch.testing.assert_close(found, expected)
+
+
+def test_importance_weights_are_ratios_up_to_the_cap():
+    text = aligned(SAME, [*STUDENT.encode("a b").ids.tolist(), STUDENT.stop_ids[0]])
+    student, teacher = ToyModel(STUDENT, 3), ToyModel(STUDENT, 4)
+    rows = student_rows(student, [text]).requires_grad_(True)
+    targets = torch.tensor(text.ids.tolist())
+    logp = torch.log_softmax(rows, -1).gather(1, targets[:, None])[:, 0]
+    logq = torch.log_softmax(teacher_rows(teacher, [text]), -1).gather(1, targets[:, None])[:, 0]
+    drawn = (logp.detach() + torch.linspace(-1.0, 1.0, len(targets))).numpy().astype(np.float32)
+    text = replace(text, drawn_logp=drawn)
+    ratio = torch.exp(logp.detach() - torch.from_numpy(drawn).double()).clamp(max=1.5)
+    assert (ratio == 1.5).any()
+    assert (ratio < 1.0).any()
+    expected = -(ratio * (logq - logp).detach() * logp).sum()
+    found = OBJECTIVES["span_pg"](importance_cap=1.5)(view_of(SAME, [text], rows, teacher)).total
+    torch.testing.assert_close(found, expected)
+    lost = replace(text, drawn_logp=None)
+    with pytest.raises(ValueError, match="log-probabilities that the ids were drawn with"):
+        OBJECTIVES["span_pg"](importance_cap=1.5)(view_of(SAME, [lost], rows, teacher))
+
+
+def test_only_tokens_that_the_tokenizer_would_not_give_pay_the_penalty():
+    a, b = (STUDENT._tokenizer.token_to_id(t) for t in "ab")
+    own, other = STUDENT.encode("ab").ids.tolist(), [a, b]
+    assert own != other
+    assert batch_of(SAME, [aligned(SAME, [*own, 0]), aligned(SAME, other)]).canonical_rows.tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    teacher = ToyModel(STUDENT, 4)
+    for ids, changes in ((own, False), (other, True)):
+        text = aligned(SAME, ids)
+        rows = student_rows(ToyModel(STUDENT, 3), [text]).requires_grad_(True)
+        without, beside = (
+            OBJECTIVES["span_pg"](noncanonical_penalty=p)(view_of(SAME, [text], rows, teacher)).total
+            for p in (0.0, 2.0)
+        )
+        logp = torch.log_softmax(rows, -1).gather(1, torch.tensor(ids)[:, None]).sum()
+        torch.testing.assert_close(beside - without, 2.0 * logp if changes else torch.zeros_like(logp))
