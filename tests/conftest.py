@@ -13,6 +13,8 @@ settings.load_profile("gold")
 
 # Before any test imports tokenizers: its threads and those of xdist would warn of each other.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test meets a map that another state of the code has kept, or keeps one in the user's folder.
+os.environ["GOLD_CACHE"] = ""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -8,21 +8,35 @@ if TYPE_CHECKING:
     from gold.align.chunks import Coverage as Coverage
     from gold.align.chunks import align_tokens as align_tokens
     from gold.align.chunks import coverage as coverage
+    from gold.align.overlap import PrefixMap as PrefixMap
     from gold.align.overlap import byte_equal_pairs as byte_equal_pairs
+    from gold.align.overlap import longest_prefixes as longest_prefixes
     from gold.align.vocabulary import Spelling as Spelling
     from gold.align.vocabulary import Vocabulary as Vocabulary
 
 _HOMES = {
     "Alignment": "chunks",
     "Coverage": "chunks",
+    "PrefixMap": "overlap",
     "Spelling": "vocabulary",
     "Vocabulary": "vocabulary",
     "align_tokens": "chunks",
     "byte_equal_pairs": "overlap",
     "coverage": "chunks",
+    "longest_prefixes": "overlap",
 }
 
-__all__ = ["Alignment", "Coverage", "Spelling", "Vocabulary", "align_tokens", "byte_equal_pairs", "coverage"]
+__all__ = [
+    "Alignment",
+    "Coverage",
+    "PrefixMap",
+    "Spelling",
+    "Vocabulary",
+    "align_tokens",
+    "byte_equal_pairs",
+    "coverage",
+    "longest_prefixes",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,22 @@
-"""Byte-equal tokens of two vocabularies."""
+"""The maps between two vocabularies: tokens of equal bytes, and for each token of one the longest of the other that
+begins it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gold.align.cache import cached_ids
+from gold.align.order import byte_order
 from gold.align.vocabulary import Int32, Vocabulary
+
+if TYPE_CHECKING:
+    from gold.align.paths import ByteTrie
+
+# Raised when other maps follow from the same two vocabularies: no file of an older rule is read then.
+_VERSION = 1
 
 
 def byte_equal_pairs(student: Vocabulary, teacher: Vocabulary) -> tuple[Int32, Int32]:
@@ -12,14 +26,70 @@ def byte_equal_pairs(student: Vocabulary, teacher: Vocabulary) -> tuple[Int32, I
     `Vocabulary.canonical_ids` says which. So every id occurs at most once, and swapping the two sides swaps
     the result.
     """
-    ids_V = _by_bytes(student)
-    ids_W = _by_bytes(teacher)
-    pairs = [(index, ids_W[spelling]) for spelling, index in ids_V.items() if spelling in ids_W]
-    table = np.array(sorted(pairs), np.int32).reshape(-1, 2)
-    return table[:, 0].copy(), table[:, 1].copy()
+    ids = np.concatenate((_own_ids(student), _own_ids(teacher) + student.size))
+    offsets = np.concatenate((student.offsets, teacher.offsets[1:] + student.offsets[-1]))
+    order, repeats = byte_order(ids, offsets, np.concatenate((student.blob, teacher.blob)))
+    # No side has the same bytes twice, and the student's ids are given first.
+    second = np.flatnonzero(repeats)
+    ids_V, ids_W = order[second - 1], order[second] - np.int32(student.size)
+    ascending = np.argsort(ids_V)
+    return ids_V[ascending], ids_W[ascending]
 
 
-def _by_bytes(vocabulary: Vocabulary) -> dict[bytes, int]:
-    data, offsets = vocabulary.blob.tobytes(), vocabulary.offsets.tolist()
-    own = (vocabulary.canonical_ids() == np.arange(vocabulary.size)) & ~vocabulary.event_V
-    return {data[offsets[index] : offsets[index + 1]]: index for index in np.flatnonzero(own).tolist()}
+@dataclass(frozen=True, eq=False)
+class PrefixMap:
+    """φ(w): for every teacher token w the longest student token that its bytes begin with, as index arrays.
+
+    `ids_W[w]` is φ(w), −1 for events and where no student token begins w; of ids with equal bytes it is the canonical
+    one. `prefix_bytes_W[w]` is the length of φ(w), 0 for none, and `rest_bytes_W[w]` that of what it leaves of w.
+
+    `ids_at[starts_W[w] + k]` is φ of what is left of w behind its first k bytes, for states inside a token.
+    """
+
+    ids_W: Int32
+    prefix_bytes_W: Int32
+    rest_bytes_W: Int32
+    starts_W: Int32
+    ids_at: Int32
+
+    def extensions(self, trie: ByteTrie, consumed: bytes) -> tuple[Int32, Int32]:
+        """The teacher tokens that begin with the consumed bytes and are longer, and φ of what follows these in each.
+
+        `trie` is the teacher's: in its byte order such tokens stand side by side, so nothing is searched.
+        """
+        _, longer, end = trie.below(consumed)
+        ids_W = trie.order[longer:end]
+        return ids_W, self.ids_at[self.starts_W[ids_W] + len(consumed)]
+
+
+def longest_prefixes(student: Vocabulary, teacher: Vocabulary) -> PrefixMap:
+    """φ from the teacher's vocabulary to the student's; with the sides swapped, the reverse.
+
+    It is kept in the cache folder (`gold.align.cache`), under both fingerprints. Of ids with equal bytes
+    `Vocabulary.canonical_ids` is asked each time: it follows from more than the bytes.
+    """
+
+    def build() -> Int32:
+        from gold.align.paths import ByteTrie  # numba: half a second
+
+        return ByteTrie.of(student).longest_tokens(teacher.offsets, teacher.blob)
+
+    content = f"longest prefixes {_VERSION} {student.fingerprint} {teacher.fingerprint}"
+    lowest_at = cached_ids(content, len(teacher.blob), build)
+    none = np.int32(-1)
+    ids_at = np.append(student.canonical_ids(), none)[lowest_at]
+    starts_W = teacher.offsets[:-1].astype(np.int32)
+    ids_W = np.append(ids_at, none)[np.where(teacher.event_V, none, starts_W)]
+    prefix_bytes_W = np.append(_lengths(student), np.int32(0))[ids_W]
+    return PrefixMap(ids_W, prefix_bytes_W, _lengths(teacher) - prefix_bytes_W, starts_W, ids_at)
+
+
+def _own_ids(vocabulary: Vocabulary) -> Int32:
+    """The text ids less those that have the bytes of another one, ascending."""
+    ids = np.arange(vocabulary.size, dtype=np.int32)
+    own: Int32 = ids[(vocabulary.canonical_ids() == ids) & ~vocabulary.event_V]
+    return own
+
+
+def _lengths(vocabulary: Vocabulary) -> Int32:
+    return np.diff(vocabulary.offsets).astype(np.int32)

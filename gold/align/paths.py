@@ -108,6 +108,26 @@ class ByteTrie:
         outside = np.flatnonzero(is_outside).astype(np.int32)
         return cls(order, low, high, own, first_child, children, byte, outside, stops, vocabulary.size)
 
+    def below(self, prefix: bytes) -> tuple[int, int, int]:
+        """Where in ``order`` the tokens begin that are ``prefix``, where the longer ones begin, and where these end.
+
+        All three are equal where no token begins with it.
+        """
+        given = np.frombuffer(prefix, np.uint8)
+        node = _node_of(self.first_child, self.children, self.byte, given)
+        if node < 0:
+            return 0, 0, 0
+        low, high = int(self.low[node]), int(self.high[node])
+        return low, low + int(self.own[node]), high
+
+    def longest_tokens(self, offsets: Int64, blob: NDArray[np.uint8]) -> Int32:
+        """For every byte of another vocabulary's ``blob`` the longest token that begins there and does not run over the
+        end of the other's token: its lowest id, -1 if there is none.
+        """
+        nodes = self.low, self.own, self.first_child, self.children, self.byte
+        found: Int32 = _longest_tokens(self.order, *nodes, offsets, blob)
+        return found
+
 
 @numba.njit(cache=True, nogil=True)
 def _build_nodes(order, offsets, blob):
@@ -303,6 +323,31 @@ def _child(first_child, children, byte, node, y):
     if lo < first_child[node] + children[node] and byte[lo] == y:
         return lo
     return -1
+
+
+@numba.njit(cache=True, nogil=True)
+def _node_of(first_child, children, byte, prefix):
+    node = 0
+    for y in prefix:
+        node = _child(first_child, children, byte, node, y)
+        if node < 0:
+            break
+    return node
+
+
+@numba.njit(cache=True, nogil=True)
+def _longest_tokens(order, low, own, first_child, children, byte, offsets, blob):
+    found = np.full(blob.size, -1, np.int32)
+    for index in range(offsets.size - 1):
+        for start in range(offsets[index], offsets[index + 1]):
+            node = 0
+            for at in range(start, offsets[index + 1]):
+                node = _child(first_child, children, byte, node, blob[at])
+                if node < 0:
+                    break
+                if own[node] > 0:
+                    found[start] = order[low[node]]
+    return found
 
 
 @numba.njit(cache=True, nogil=True)

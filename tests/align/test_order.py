@@ -8,8 +8,14 @@ from hypothesis import strategies as st
 
 from gold.align.order import byte_order, equal_groups
 
-# Tokens of few different bytes and of up to several words share prefixes, and are equal, more often than not.
-tokens = st.binary(max_size=3) | st.lists(st.sampled_from([b"\0", b"abcdefg", b"a", b"\xff"])).map(b"".join)
+# Tokens that agree up to any byte and differ there, or end: several of the words in which bytes are compared.
+begins = st.builds(
+    lambda text, length: text[:length],
+    st.sampled_from([b"\0ab\xffcdefghijklmnopqr", b"\0ab\xffcdzfghijklmnopqr"]),
+    st.integers(0, 18),
+)
+tails = st.lists(st.sampled_from([b"\0", b"a", b"\xff"]), max_size=3).map(b"".join)
+tokens = st.builds(bytes.__add__, begins, tails)
 
 
 @given(spelled=st.lists(st.tuples(tokens, st.booleans())))

@@ -1,15 +1,78 @@
-"""Pairs of tokens with equal bytes, against the obvious comparison."""
+"""The maps between two vocabularies, against all pairs of tokens compared one by one."""
 
 import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers_for_tests import families, sentencepiece_bpe
 
-from gold.align import Vocabulary, byte_equal_pairs
+from gold.align import PrefixMap, Vocabulary, byte_equal_pairs, longest_prefixes
+from gold.align.paths import ByteTrie
 
 VOCABULARIES = {name: Vocabulary.load(tokenizer) for name, tokenizer in families().items()}
 PAIRS = [(a, b) for a in list(VOCABULARIES)[::3] for b in VOCABULARIES]
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """A vocabulary of any bytes, None for an event; of ids with equal bytes the first is canonical, or the last."""
+
+    tokens: tuple[bytes | None, ...]
+    last: bool = False
+    stop_ids: tuple[int, ...] = ()
+    dummy_prefix: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return np.cumsum([0, *(len(token or b"") for token in self.tokens)], dtype=np.int64)
+
+    @property
+    def blob(self) -> np.ndarray:
+        return np.frombuffer(b"".join(token or b"" for token in self.tokens), np.uint8)
+
+    @property
+    def event_V(self) -> np.ndarray:
+        return np.array([token is None for token in self.tokens])
+
+    @property
+    def fingerprint(self) -> str:
+        return Vocabulary.fingerprint.func(self)  # type: ignore[attr-defined]
+
+    def canonical(self, index: int) -> int:
+        same = [i for i, token in enumerate(self.tokens) if token == self.tokens[index]]
+        return index if self.tokens[index] is None else same[-1 if self.last else 0]
+
+    def canonical_ids(self) -> np.ndarray:
+        return np.array([self.canonical(index) for index in range(self.size)], np.int32)
+
+
+# Few different bytes, among them such as are no text: most tokens begin others, and some bytes are lacking.
+spellings = st.lists(st.sampled_from([b"a", b"b", b"\0", b"\xff", b"\xc3"]), min_size=1, max_size=9).map(
+    b"".join
+)
+vocabularies: Any = st.builds(
+    Spelled,
+    st.lists(st.one_of(spellings, spellings, st.none()), min_size=1, max_size=12).map(tuple),
+    st.booleans(),
+)
+ONE = Spelled((b"a",))
+ALIKE = Spelled((b"a", None, b"ab", b"a", b"ab"), last=True)
+
+
+def phi(student: Any, rest: bytes) -> int:
+    """The longest student token that begins these bytes, −1 if there is none."""
+    found = [i for i, token in enumerate(student.tokens) if token is not None and rest.startswith(token)]
+    return student.canonical(max(found, key=lambda i: len(student.tokens[i]))) if found else -1
 
 
 def text_ids(vocabulary: Vocabulary) -> dict[bytes, list[int]]:
@@ -18,6 +81,27 @@ def text_ids(vocabulary: Vocabulary) -> dict[bytes, list[int]]:
         if not vocabulary.event_V[index]:
             ids.setdefault(vocabulary.token_bytes(index), []).append(index)
     return ids
+
+
+# Tokens of equal bytes
+
+
+@given(student=vocabularies, teacher=vocabularies)
+@example(student=ONE, teacher=ONE)
+@example(student=ALIKE, teacher=ONE)
+@example(student=Spelled((None,)), teacher=ALIKE)
+def test_pairs_are_the_canonical_ids_of_equal_bytes_on_both_sides(student: Any, teacher: Any) -> None:
+    pairs = [
+        (v, w)
+        for v, mine in enumerate(student.tokens)
+        for w, theirs in enumerate(teacher.tokens)
+        if mine == theirs is not None and student.canonical(v) == v and teacher.canonical(w) == w
+    ]
+    ids_V, ids_W = byte_equal_pairs(student, teacher)
+    assert list(zip(ids_V.tolist(), ids_W.tolist(), strict=True)) == pairs
+    assert ids_V.dtype == ids_W.dtype == np.int32
+    back_W, back_V = byte_equal_pairs(teacher, student)
+    assert sorted(zip(back_V.tolist(), back_W.tolist(), strict=True)) == pairs
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
@@ -55,6 +139,8 @@ def test_of_several_ids_with_equal_bytes_it_is_the_one_that_text_gives() -> None
     assert len(ids_V) == 256
     assert piece not in ids_W
     assert {a, lead} <= set(ids_W.tolist())
+    found = longest_prefixes(vocabulary, VOCABULARIES["characters"])
+    assert found.ids_W.tolist()[2:] == [dict(zip(ids_V, ids_W, strict=True))[i] for i in range(2, 258)]
 
 
 def test_events_are_no_pairs_and_stand_for_themselves() -> None:
@@ -73,3 +159,105 @@ def test_without_a_canonical_id_the_lowest_that_is_no_byte_piece_is_taken() -> N
     vocabulary = Vocabulary.load(Tokenizer.from_str(json.dumps(description)))
     assert vocabulary.token_bytes(count) == vocabulary.token_bytes(count + 1) == b"zq "
     assert vocabulary.canonical_ids()[count + 1] == count
+
+
+# Longest prefixes
+
+
+def check_map(found: PrefixMap, student: Any, teacher: Any) -> None:
+    """Every entry of a map, against the definition."""
+    assert all(array.dtype == np.int32 for array in vars(found).values())
+    assert len(found.ids_W) == len(found.prefix_bytes_W) == len(found.rest_bytes_W) == teacher.size
+    for w, token in enumerate(teacher.tokens):
+        whole = token or b""
+        expected = -1 if token is None else phi(student, whole)
+        prefix = student.tokens[expected] if expected >= 0 else b""
+        assert found.ids_W[w] == expected
+        assert found.prefix_bytes_W[w] == len(prefix)
+        assert found.rest_bytes_W[w] == len(whole) - len(prefix)
+        for k in range(len(whole)):
+            assert found.ids_at[found.starts_W[w] + k] == phi(student, whole[k:])
+
+
+@given(student=vocabularies, teacher=vocabularies)
+@example(student=ONE, teacher=ONE)
+@example(student=ONE, teacher=ALIKE)
+@example(student=ALIKE, teacher=ALIKE)
+@example(student=Spelled((None,)), teacher=ALIKE)
+@example(student=ALIKE, teacher=Spelled((None, None)))
+def test_every_token_is_mapped_to_the_longest_that_begins_it(student: Any, teacher: Any) -> None:
+    found, reverse = longest_prefixes(student, teacher), longest_prefixes(teacher, student)
+    check_map(found, student, teacher)
+    check_map(reverse, teacher, student)
+    # Equal bytes are the longest prefix of one another.
+    for v, w in zip(*byte_equal_pairs(student, teacher), strict=True):
+        assert (found.ids_W[w], reverse.ids_W[v]) == (v, w)
+
+
+@given(student=vocabularies, teacher=vocabularies, other=spellings)
+def test_tokens_behind_consumed_bytes_are_those_that_go_on(student: Any, teacher: Any, other: bytes) -> None:
+    found, trie = longest_prefixes(student, teacher), ByteTrie.of(teacher)
+    texts = [token for token in teacher.tokens if token is not None]
+    for consumed in {b"", other, *(token[:k] for token in texts for k in range(len(token) + 1))}:
+        ids_W, ids_V = found.extensions(trie, consumed)
+        beginning = [w for w, t in enumerate(teacher.tokens) if t is not None and t.startswith(consumed)]
+        beginning.sort(key=lambda w: (teacher.tokens[w], w))
+        assert ids_W.tolist() == [w for w in beginning if teacher.tokens[w] != consumed]
+        assert ids_V.tolist() == [phi(student, teacher.tokens[w][len(consumed) :]) for w in ids_W]
+        # The support of ρ: with the tokens that are the remainder itself.
+        low, longer, end = trie.below(consumed)
+        assert trie.order[low:end].tolist() == beginning
+        assert all(teacher.tokens[w] == consumed for w in trie.order[low:longer])
+
+
+def test_a_map_by_hand() -> None:
+    student = Spelled((b"h", b"he", None, b"lo"))
+    teacher = Spelled((b"hello", b"lo", b"help", b"o", None, b"heh"))
+    found = longest_prefixes(student, teacher)
+    assert found.ids_W.tolist() == [1, 3, 1, -1, -1, 1]
+    assert found.prefix_bytes_W.tolist() == [2, 2, 2, 0, 0, 2]
+    assert found.rest_bytes_W.tolist() == [3, 0, 2, 1, 0, 1]
+    ids_W, ids_V = found.extensions(ByteTrie.of(teacher), b"hel")
+    assert ids_W.tolist() == [0, 2]  # lo, p
+    assert ids_V.tolist() == [3, -1]
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_in_itself_every_token_is_its_own_prefix(name: str) -> None:
+    vocabulary = VOCABULARIES[name]
+    found = longest_prefixes(vocabulary, vocabulary)
+    expected = np.where(vocabulary.event_V, -1, vocabulary.canonical_ids())
+    assert found.ids_W.tolist() == expected.tolist()
+    assert not found.rest_bytes_W.any()
+
+
+# Kept maps
+
+
+def test_a_changed_vocabulary_meets_no_old_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOLD_CACHE", str(tmp_path))
+    student = Spelled((b"a", b"ab", None, b"b"))
+    teacher = Spelled((b"abb", b"ba", None, b"aa"))
+    changes = [
+        (student, teacher),
+        (teacher, student),
+        (replace(student, tokens=(b"a", b"ba", None, b"b")), teacher),
+        (replace(student, tokens=(b"a", b"ab", b"c", b"b")), teacher),
+        (replace(student, tokens=(b"aa", b"b", None, b"b")), teacher),  # the same bytes, cut otherwise
+        (student, replace(teacher, tokens=(b"abb", b"ba", None, b"ab"))),
+        (student, replace(teacher, tokens=(b"ab", b"bba", None, b"aa"))),
+    ]
+    for count, (mine, theirs) in enumerate(changes, 1):
+        for _ in range(2):
+            check_map(longest_prefixes(mine, theirs), mine, theirs)
+            assert len(list(tmp_path.iterdir())) == count
+
+
+def test_a_kept_map_follows_the_canonical_ids_of_today(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOLD_CACHE", str(tmp_path))
+    for last in (False, True):
+        student = replace(ALIKE, last=last)
+        check_map(longest_prefixes(student, ONE), student, ONE)
+    assert len(list(tmp_path.iterdir())) == 1
