@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from texts_for_tests import data, ids_of, text
 
 from benchmarks.assets import model_path, tokenizer_path
-from gold.align import Vocabulary, align_tokens, byte_equal_pairs
+from gold.align import Vocabulary, align_tokens, byte_equal_pairs, longest_prefixes
 
 NAMES = ("qwen3", "llama3_1", "gemma3", "deepseek_v3", "gptoss", "gpt4o", "llama2")
 MODELS = ("smollm2-135m-instruct", "gemma3-270m")
@@ -137,6 +137,26 @@ def test_shared_tokens_are_as_many_as_counted_before() -> None:
     for (student, teacher), count in counted.items():
         ids_V, _ = byte_equal_pairs(vocabulary(student), vocabulary(teacher))
         assert abs(len(ids_V) - count) < 60
+
+
+@pytest.mark.assets("gemma3", "qwen3", "llama3_1", "smollm2-135m-instruct")
+def test_longest_prefixes_are_as_many_as_counted_before() -> None:
+    # Teacher tokens whose longest student prefix is the token itself, shorter, one byte of several, none.
+    counted = {
+        ("qwen3", "gemma3"): (96_078, 162_866, 3_192, 0),
+        ("smollm2-135m-instruct", "qwen3"): (39_234, 72_733, 39_667, 21),
+        ("llama3_1", "qwen3"): (109_566, 37_982, 4_107, 0),
+        ("gemma3", "qwen3"): (95_968, 29_662, 26_025, 0),
+    }
+    for (student, teacher), counts in counted.items():
+        found = longest_prefixes(vocabulary(student), vocabulary(teacher))
+        text = ~vocabulary(teacher).event_V
+        itself, none = text & (found.rest_bytes_W == 0), text & (found.ids_W < 0)
+        one_byte = ~itself & (found.prefix_bytes_W == 1)
+        shorter = text & ~itself & ~none & ~one_byte
+        assert none.sum() == counts[3]
+        for kind, count in zip((itself, shorter, one_byte), counts, strict=False):
+            assert abs(int(kind.sum()) - count) < 60
 
 
 @parametrized("smollm2-135m-instruct")
