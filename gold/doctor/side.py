@@ -1,0 +1,132 @@
+"""One side of a pair as its files tell it: vocabulary, special tokens, chat template, config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from gold.align.vocabulary import Vocabulary
+from gold.chat import adds_bos
+from gold.errors import VocabularyError
+from gold.templates import PromptTokenizer
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a chat template writes around a question and its answer."""
+
+    before: str
+    """up to the question"""
+    opening: str
+    """from the question to the place where an answer is asked for"""
+    closing: str
+    """after the answer"""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A tokenizer, and what stands beside it in its folder.
+
+    `tokenizer` has the interface that `gold.chat` needs. `bare`: the source is a tokenizer alone, which names no stop
+    ids. `turn` is None without a template, and where the template refuses a plain conversation. `config` is the part of
+    config.json that describes the text model, empty where there is none; `folder` is where the files are.
+    """
+
+    role: str
+    vocabulary: Vocabulary
+    tokenizer: Any
+    added: Mapping[int, AddedToken]
+    bare: bool
+    puts_bos: bool
+    turn: Turn | None
+    config: Mapping[str, Any]
+    folder: Path | None
+
+    @property
+    def template(self) -> str | None:
+        """The chat template."""
+        return self.tokenizer.chat_template or None
+
+    def kind(self, token: str) -> str:
+        """What a string is to this side: an "event", an added "token" with bytes, or plain "text"."""
+        for index, added in self.added.items():
+            if added.content == token:
+                return "event" if self.vocabulary.event_V[index] else "token"
+        return "text"
+
+    def tokens(self, ids: tuple[int, ...]) -> str:
+        """Special tokens for people."""
+        return " ".join(self.added[i].content if i in self.added else str(i) for i in ids) or "none"
+
+
+def read_side(role: str, source: Any) -> Side:
+    """The side that a folder, a tokenizer file, a Hub id or a Hugging Face tokenizer stands for.
+
+    Raises: VocabularyError if there is no such tokenizer, or none that can be spelled in bytes.
+    """
+    vocabulary = Vocabulary.load(source)
+    live = hasattr(source, "apply_chat_template")
+    folder = Path(vocabulary.name) if not live and Path(vocabulary.name).is_dir() else None
+    config = _config(folder)
+    if not vocabulary.stop_ids and (stops := config.get("eos_token_id")) is not None:
+        # What transformers takes for a model whose generation settings name none.
+        vocabulary = Vocabulary.load(source, stop_ids=stops if isinstance(stops, list) else [stops])
+    tokenizer = source if live else PromptTokenizer.of(vocabulary)
+    return side_of(
+        role, vocabulary, tokenizer, bare=folder is None and not live, config=config, folder=folder
+    )
+
+
+def side_of(
+    role: str,
+    vocabulary: Vocabulary,
+    tokenizer: Any,
+    *,
+    bare: bool = False,
+    config: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
+) -> Side:
+    """The side that a vocabulary and its tokenizer stand for."""
+    return Side(
+        role,
+        vocabulary,
+        tokenizer,
+        tokenizer.added_tokens_decoder,
+        bare,
+        puts_bos=adds_bos(tokenizer),
+        turn=_turn(tokenizer),
+        config=config or {},
+        folder=folder,
+    )
+
+
+def _turn(tokenizer: Any) -> Turn | None:
+    if not tokenizer.chat_template:
+        return None
+    question, answer = {"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}
+    try:
+        asked = tokenizer.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
+        answered = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    except Exception:  # a template is a program: it may raise anything
+        return None
+    before, q, opening = asked.rpartition("Q1")
+    _, a, closing = answered.rpartition("A1")
+    return Turn(before, opening, closing) if q and a else None
+
+
+def _config(folder: Path | None) -> Mapping[str, Any]:
+    if folder is None or not (folder / "config.json").is_file():
+        return {}
+    try:
+        content = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError as error:
+        raise VocabularyError(f"{folder / 'config.json'} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise VocabularyError(f"{folder / 'config.json'} holds no JSON object")
+    part = content.get("text_config")
+    return part if isinstance(part, dict) else content

@@ -1,0 +1,162 @@
+"""The checks that need weights: a model is its own perfect teacher, both models know the language, and how long they
+take to read."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from gold.aligned import VocabularyPair
+from gold.data import Prompt
+from gold.doctor.checks import Check
+from gold.errors import GoldError
+from gold.kernels import backend_for
+from gold.kernels.linear import Rows, token_logp
+from gold.losses import OBJECTIVES, View
+from gold.models import LanguageModel, PaddedStates, rows_of
+from gold.reading import aligned_batch, read, student_states
+from gold.rollout import completed
+from gold.teachers.local import LocalTeacher
+
+LARGEST_SELF_KL = 1e-3
+"""Fail above, in nats per byte. A divergence is of second order in rounding: 16-bit models stay below 1e-4, and two
+models that can be told apart at all are above 1e-2."""
+LANGUAGE_BITS = 4.0
+"""Warn above, in bits per byte: a trained model needs about 1 for prose in its languages, and 8 is to know nothing."""
+_LONGEST_TRIAL_S = 2.0
+
+
+def examine_weights(
+    student: LanguageModel, teacher: LanguageModel, texts: Sequence[str], sequences: int, tokens: int
+) -> list[Check]:
+    """Zero KL of each model with itself, bits per byte of both on the texts, seconds to read a batch."""
+    prompts = [p for number, text in enumerate(texts) if (p := _split(str(number), text)) is not None]
+    pair = (("student", student), ("teacher", teacher))
+    return [_self_kl(pair, prompts), _bits(pair, prompts), _speed(pair, sequences, tokens)]
+
+
+def self_divergence(model: LanguageModel, prompts: Sequence[Prompt]) -> float:
+    """Reverse KL on next bytes of a model from itself as its teacher, on the prompts' completions, in nats per byte.
+
+    The student reads all texts as one padded batch, the teacher each by itself.
+    """
+    pair = VocabularyPair(model.vocabulary, model.vocabulary)
+    teacher = LocalTeacher(model, batch_tokens=1)
+    objective = OBJECTIVES["reverse_kl"](support="bytes")
+    rollouts = [completed(model, prompt, 10**6) for prompt in prompts]
+    texts = [read(rollout, pair) for rollout in rollouts]
+    batch = aligned_batch(texts, pair, model.device, teacher)
+    theirs = teacher.score(prompts, [t.teacher for t in texts], [t.stopped for t in texts])
+    with torch.no_grad():
+        mine = rows_of(model.lm, student_states(model, rollouts))
+        backend = backend_for(model.device)
+        value = objective(View(batch, mine, Rows.joined(theirs), backend, backend))
+    return float(value.total) / max(1.0, objective.count(batch))
+
+
+@torch.no_grad()
+def bits_per_byte(model: LanguageModel, prompts: Sequence[Prompt]) -> float:
+    """Bits that a model needs for a byte of the prompts' completions, in its own tokens, given the prompts."""
+    spellings = [model.vocabulary.encode(prompt.completion or "") for prompt in prompts]
+    rows = LocalTeacher(model).score(prompts, spellings, [False] * len(prompts))
+    stops = torch.tensor(model.vocabulary.stop_ids, device=model.device)
+    nats = 0.0
+    for states, spelling in zip(rows, spellings, strict=True):
+        target = torch.from_numpy(spelling.ids).long().to(model.device)
+        nats -= float(token_logp(states, target, stops)[0].double().sum())
+    return nats / max(1, sum(len(s.data) for s in spellings)) / math.log(2)
+
+
+def _self_kl(pair: Sequence[tuple[str, LanguageModel]], prompts: Sequence[Prompt]) -> Check:
+    name = "zero KL"
+    found = []
+    worst = 0.0
+    for role, model in pair:
+        try:
+            value = self_divergence(model, prompts)
+        except GoldError as error:
+            return Check(
+                name, "fail", f"the {role} cannot read the texts: {error}", "give texts that it can read"
+            )
+        found.append(f"{role} {value:.1g}")
+        worst = max(worst, abs(value)) if math.isfinite(value) else math.inf
+    text = f"each model from itself, nats per byte: {', '.join(found)}"
+    if worst > LARGEST_SELF_KL:
+        return Check(
+            name,
+            "fail",
+            text,
+            f"it must be below {LARGEST_SELF_KL:g}: a model that answers the same text differently each time, or "
+            "overflows in its dtype, can be neither taught nor teach",
+        )
+    return Check(name, "pass", text)
+
+
+def _bits(pair: Sequence[tuple[str, LanguageModel]], prompts: Sequence[Prompt]) -> Check:
+    name = "bits per byte"
+    bits = {role: bits_per_byte(model, prompts) for role, model in pair}
+    found = ", ".join(f"{role} {value:.2f}" for role, value in bits.items())
+    lost = [role for role, value in bits.items() if not value <= LANGUAGE_BITS]
+    if lost:
+        return Check(
+            name,
+            "warn",
+            found,
+            f"the {' and the '.join(lost)} hardly knows these texts: are the weights and the tokenizer of one model?",
+        )
+    if bits["teacher"] > bits["student"]:
+        return Check(
+            name,
+            "warn",
+            found,
+            "the student is better on these texts than its teacher: look whether it is on yours",
+        )
+    return Check(name, "pass", found)
+
+
+def _speed(pair: Sequence[tuple[str, LanguageModel]], sequences: int, tokens: int) -> Check:
+    seconds = {role: _reading_seconds(model, sequences, tokens) for role, model in pair}
+    step = 3 * seconds["student"] + seconds["teacher"]
+    found = (
+        f"reading {sequences} × {tokens} tokens: student {seconds['student']:.1f} s, teacher "
+        f"{seconds['teacher']:.1f} s (measured, {pair[0][1].device.type}); forward and backward about {step:.1f} s, "
+        "writing not counted"
+    )
+    slow = [role for role, model in pair if model.device.type == "cpu" and model.lm.dtype.itemsize < 4]
+    if slow:
+        return Check(
+            "time",
+            "warn",
+            found,
+            f"many CPUs are slow in 16 bits: try {' and '.join(f'{role}.dtype=float32' for role in slow)}",
+        )
+    return Check("time", "pass", found)
+
+
+@torch.no_grad()
+def _reading_seconds(model: LanguageModel, sequences: int, tokens: int) -> float:
+    """Seconds of a forward pass over such a batch, logits included; on a CPU, which one sequence keeps busy, of one."""
+    measured = 1 if model.device.type == "cpu" else sequences
+    tokens = min(tokens, model.context)
+    ids = torch.full((measured, tokens), model.pad_id, device=model.device)
+    sequence = torch.arange(measured, device=model.device).repeat_interleave(tokens)
+    position = torch.arange(tokens, device=model.device).repeat(measured)
+    states = PaddedStates(ids, torch.ones_like(ids), sequence, position)
+    target = torch.zeros_like(position)
+    stops = torch.tensor(model.vocabulary.stop_ids, device=model.device)
+    seconds: list[float] = []
+    while len(seconds) < 3 and sum(seconds) < _LONGEST_TRIAL_S:
+        started = time.perf_counter()
+        float(token_logp(rows_of(model.lm, states), target, stops)[0].sum())
+        seconds.append(time.perf_counter() - started)
+    return min(seconds) * sequences / measured
+
+
+def _split(key: str, text: str) -> Prompt | None:
+    """A text as a prompt of a few words and the completion that goes on; None for one that is too short."""
+    at = text.find(" ", min(12, len(text) // 2))
+    at = len(text) // 2 if at < 0 else at
+    return Prompt(key, text[:at], completion=text[at:]) if text[:at].strip() else None
