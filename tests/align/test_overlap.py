@@ -16,7 +16,9 @@ from gold.align import PrefixMap, Vocabulary, byte_equal_pairs, longest_prefixes
 from gold.align.paths import ByteTrie
 
 VOCABULARIES = {name: Vocabulary.load(tokenizer) for name, tokenizer in families().items()}
-PAIRS = [(a, b) for a in list(VOCABULARIES)[::3] for b in VOCABULARIES]
+NAMES = list(VOCABULARIES)
+# Each family with itself, with the next one, and with one further off.
+PAIRS = [(NAMES[i - step], NAMES[i]) for step in (0, 1, 5) for i in range(len(NAMES))]
 
 
 @dataclass(frozen=True)
