@@ -9,6 +9,7 @@ from importlib import import_module
 # name: (module whose main(arguments) runs it and returns the exit status, what it does)
 BENCHMARKS = {
     "assets": ("benchmarks.assets", "fetch the real models and tokenizers that the others need"),
+    "align": ("benchmarks.align", "time from ids to chunks, beside plain Python and TRL"),
     "fuzz": ("benchmarks.fuzz", "check alignments of random texts by every tokenizer"),
     "run": ("benchmarks.run", "train as a configuration says, and record the evaluations"),
     "demo": ("benchmarks.demo", "the demonstration with three seeds"),

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import random
+import unicodedata
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from gold.doctor.sample import SAMPLE
 
 # First and last code points, each range as likely as another.
 SCRIPTS = (
@@ -266,3 +271,28 @@ def _broken(rng: random.Random, data: bytes) -> bytes:
                 (b"\x80", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe2\x82", b"\xff\xfe")
             )
     return bytes(broken)
+
+
+def plain_texts(count: int, size_bytes: int, seed: int = 0) -> list[str]:
+    """Texts as models read and write them, of about so many bytes each.
+
+    Two in five passages are English (Python's own manual), two in five code (its library), one in five the sample of
+    `gold doctor`: other languages, digits, emoji, white space.
+    """
+    rng = random.Random(f"plain {seed}")
+    library = sorted(Path(random.__file__).parent.glob("*.py"))
+    sources = "\n".join(path.read_text("utf-8") for path in library[:: max(1, len(library) // 60)])
+    kinds = (
+        [passage for topic in topics.values() for passage in topic.split("\n\n")],
+        sources.split("\n\n"),
+        [passage for passages in SAMPLE.values() for passage in passages],
+    )
+    texts = []
+    for _ in range(count):
+        text, length = "", 0
+        while length < size_bytes:
+            passage = rng.choice(rng.choices(kinds, (2, 2, 1))[0])[: size_bytes - length]
+            text += passage + "\n\n"
+            length += len(passage.encode()) + 2
+        texts.append(unicodedata.normalize("NFC", text))
+    return texts
