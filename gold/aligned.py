@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from gold.align.chunks import align_tokens
+from gold.align.decomposition import TokenWeights, likeliest_pairs, token_weights
 from gold.align.overlap import byte_equal_pairs
 from gold.align.paths import BytePlan, ByteTrie
+from gold.align.pieces import PiecePlan, PieceReading, Pieces
 from gold.kernels.layout import STOP_EVENT, ByteLayout
 from gold.kernels.linear import SharedEvents
+from gold.kernels.projection import PieceBatch, PieceSide
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,6 +71,21 @@ class VocabularyPair:
     def shared_ids(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Pairs of byte-equal text tokens, as two arrays of ids."""
         return byte_equal_pairs(self.student, self.teacher)
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """The byte strings that both vocabularies can be cut back to."""
+        return Pieces.of(self.student, self.teacher)
+
+    @cached_property
+    def token_weights(self) -> TokenWeights:
+        """Which teacher tokens each student token counts as, where the two are not compared by bytes."""
+        return token_weights(self.student, self.teacher)
+
+    @cached_property
+    def relaxed_ids(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Pairs of tokens of which one counts mostly as the other, as two arrays of ids."""
+        return likeliest_pairs(self.token_weights, self.student)
 
     def read(self, spelling: Spelling) -> Spelling:
         """The teacher's own reading of a text that the student spelled; the same ids where the vocabularies are one."""
@@ -258,6 +276,49 @@ class AlignedBatch:
         both = self.layout_S.supervised & self.layout_T.supervised.to(self.device)
         return torch.nonzero(both)[:, 0]
 
+    # pieces
+
+    @cached_property
+    def row_positions(self) -> tuple[Tensor, Tensor]:
+        """At which byte positions a row of the student begins, and one of the teacher, both sides being supervised."""
+        begins = []
+        for layout in (self.layout_S, self.layout_T):
+            plan = layout.plan
+            at = np.zeros(layout.positions, np.bool_)
+            at[plan["mass_position"][plan["mass_ptr"][:-1]][plan["visit_starts"]]] = True
+            begins.append(torch.from_numpy(at).to(self.device))
+        both = torch.zeros_like(begins[0])
+        both[self.supervised_bytes] = True
+        return begins[0] & both, begins[1] & both
+
+    def piece_batch(self, positions: Tensor) -> PieceBatch:
+        """What both sides are compared on at the given byte positions, ascending; a student row begins at each."""
+        pair, pieces = self.vocabularies, self.vocabularies.pieces
+        student, teacher = (
+            PieceReading(trie, BytePlan(**layout.plan), ends, vocabulary.offsets, piece_at)
+            for trie, layout, ends, vocabulary, piece_at in (
+                (pair.student_trie, self.layout_S, self._row_ends("student"), pair.student, pieces.at_S),
+                (pair.teacher_trie, self.layout_T, self._row_ends("teacher"), pair.teacher, pieces.at_T),
+            )
+        )
+        text = np.frombuffer(b"".join(t.student.data + b"\0" for t in self.texts), np.uint8)
+        plan = PiecePlan.of(pieces, student, teacher, positions.cpu().numpy(), text)
+        size = pieces.ids.size
+        arrays = plan.observed, plan.short, plan.source, plan.observed_white, pieces.white
+        return PieceBatch(
+            PieceSide.of(_columns(plan.student), self.layout_S, pieces.at_S, student.offsets, size),
+            PieceSide.of(_columns(plan.teacher), self.layout_T, pieces.at_T, teacher.offsets, size),
+            *(torch.from_numpy(a).to(self.device) for a in arrays),
+        )
+
+    def _row_ends(self, side: str) -> NDArray[np.int64]:
+        """The byte position after the token of each row of a side; −1 for stop events."""
+        parts = []
+        for first, text in zip(self.position_starts, self.texts, strict=False):
+            ends = getattr(text, side).ends + first
+            parts.append(np.append(ends, -1) if text.stopped else ends)
+        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
     # states
 
     @cached_property
@@ -282,8 +343,10 @@ class AlignedBatch:
         """Student rows, teacher rows, offsets and whether a one-to-one chunk follows, of the synced states by text."""
         found: tuple[list[NDArray[np.int64]], ...] = ([], [], [], [])
         for b, (text, alignment) in enumerate(zip(self.texts, self._alignments, strict=True)):
-            rows_S, rows_T = (alignment.chunks[:, i].astype(np.int64) for i in (0, 2))
-            single = alignment.one_to_one_C
+            # A teacher that has no token for a text is in no state but the one before its stop event.
+            count = len(alignment) if text.teacher.ids.size or text.stopped else 0
+            rows_S, rows_T = (alignment.chunks[:count, i].astype(np.int64) for i in (0, 2))
+            single = alignment.one_to_one_C[:count]
             if self.vocabularies.same:
                 rows_S = rows_T = np.arange(text.student.ids.size)
                 single = np.ones(text.student.ids.size, np.bool_)
@@ -310,6 +373,7 @@ class AlignedBatch:
                 _ids([every], self.teacher_device),
                 none.to(self.device),
                 none.to(self.teacher_device),
+                everything=True,
             )
         ids_V, ids_W = pair.shared_ids
         return SharedEvents(
@@ -370,7 +434,7 @@ class AlignedBatch:
                 continue
             hard = self.vocabularies.teacher.hard_ends(text.teacher)
             last = alignment.chunks[:, 3] - 1
-            ends = (last >= 0) & hard[last] if len(last) else np.zeros(0, np.bool_)
+            ends = np.append(hard, False)[last]  # a chunk before the teacher's first token ends nowhere
             span_C = np.cumsum(ends) - ends
             closed = int(ends.sum())
             span_C = np.where((span_C < closed) | text.stopped, span_C, -1)

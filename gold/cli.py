@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,22 @@ Overrides = Annotated[
 ]
 
 
+_FORMATS = """\
+The picture
+  ┃ between chunks: here the tokens of both sides end together     ¦ between the tokens of a chunk
+  · ⏎ ⇥ white space   \\x1b a byte or character that shows nothing by itself   ◌ before a mark that combines
+  ⟨…⟩ an event   ∅ a token without bytes of the text   ~ a token whose own bytes are not the text's   ⋯ goes on below
+
+The JSON, one object per text
+  {"bytes": n, "student": {"ids": […], "ends": […], "repaired_bytes": n}, "teacher": {…},
+   "chunks": [[s0, s1, t0, t1], …], "repaired_bytes": n, "coverage": {…}}
+  Student tokens s0 up to s1 (exclusive) and teacher tokens t0 up to t1 spell the same bytes. "ends" are the byte
+  offsets of the text at which the tokens end: a chunk ends at ends[s1 - 1] of the student, ends[t1 - 1] of the teacher.
+  A side has "bos_id" and "stop_ids" for events beside the text, "prompt_ids" with --chat, and with --score "logp"
+  (nats; null where nothing is before a token) and "stop_logp"; the text has "score" then.
+"""
+
+
 class _WithKeys(TyperCommand):
     """A command whose help ends with the keys of a configuration."""
 
@@ -40,6 +57,15 @@ class _WithKeys(TyperCommand):
         from gold.config import describe
 
         print(f"Keys of a configuration\n\n{describe()}")
+
+
+class _WithFormats(TyperCommand):
+    """A command whose help ends with what its picture and its JSON mean."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, then the formats."""
+        super().format_help(ctx, formatter)
+        print(_FORMATS)
 
 
 @contextmanager
@@ -72,7 +98,7 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(cls=_WithFormats)
 def align(
     student: Annotated[
         str, typer.Option(metavar="SOURCE", help="folder, tokenizer.json or Hub id", show_default=False)
@@ -81,22 +107,106 @@ def align(
         str, typer.Option(metavar="SOURCE", help="folder, tokenizer.json or Hub id", show_default=False)
     ],
     text: Annotated[
-        str | None, typer.Argument(metavar="TEXT", help="the text itself", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print ids, byte ends and chunks as JSON")] = False,
-    jsonl: Annotated[
-        Path | None,
-        typer.Option("--jsonl", metavar="FILE", help="JSON lines with `text`, each answered by JSON"),
+        str | None,
+        typer.Argument(metavar="TEXT", help="the text itself; - or none: standard input", show_default=False),
     ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", metavar="FILE", help="file that holds the text")
     ] = None,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option("--jsonl", metavar="FILE", help="JSON lines with `text`, each answered by JSON"),
+    ] = None,
+    chat: Annotated[
+        Path | None,
+        typer.Option(
+            "--chat", metavar="FILE", help="JSON list of messages; the last, the assistant's, is the text"
+        ),
+    ] = None,
+    ids: Annotated[
+        str | None,
+        typer.Option(
+            "--ids", metavar="IDS", help='the student\'s own ids, "1 2 3" or "[1, 2, 3]", canonical or not'
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print ids, byte ends and chunks as JSON")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="write a page to look at in a browser")
+    ] = None,
+    score: Annotated[
+        bool,
+        typer.Option(
+            "--score", help="log-probabilities of both models; the sources are folders with weights"
+        ),
+    ] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="no colours, in a terminal either")] = False,
 ) -> None:
     """Show how two tokenizers cut one text, and the chunks on which they agree."""
     with _told():
         from gold.align.command import run_align
 
-        run_align(text, student=student, teacher=teacher, as_json=as_json, jsonl=jsonl, file=file)
+        run_align(
+            text,
+            student=student,
+            teacher=teacher,
+            file=file,
+            jsonl=jsonl,
+            chat=chat,
+            ids=ids,
+            as_json=as_json,
+            html=html,
+            color=not no_color,
+            load_scorer=_load_scorer if score else None,
+        )
+
+
+def _load_scorer(student: str, teacher: str) -> Any:
+    from gold.score import PairScorer
+
+    return PairScorer.load(student, teacher)
+
+
+@app.command()
+def doctor(
+    student: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDENT|CONFIG", help="folder, tokenizer.json or Hub id; or the YAML file of a run"
+        ),
+    ],
+    teacher: Annotated[
+        str | None,
+        typer.Argument(metavar="TEACHER", help="folder, tokenizer.json or Hub id", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the checks as JSON")] = False,
+    weights: Annotated[bool, typer.Option("--weights", help="load both models and try them too")] = False,
+    sequences: Annotated[
+        int | None,
+        typer.Option("--sequences", min=1, help="in a forward pass; else the run's, or 8", show_default=False),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", min=1, help="of a sequence; else the run's, or 256", show_default=False),
+    ] = None,
+) -> None:
+    """Check whether a pair can be trained and what stands in its way; exit code 1 if it cannot."""
+    with _told():
+        if teacher is None:
+            from gold.assembly import diagnose_run
+
+            report = diagnose_run(Path(student), weights=weights, sequences=sequences, tokens=tokens)
+        else:
+            from gold.doctor.report import diagnose, load_pair
+
+            load = partial(load_pair, student, teacher) if weights else None
+            report = diagnose(
+                student, teacher, load=load, sequences=sequences or 8, tokens=tokens or 256
+            )
+        from gold.doctor.report import print_report
+
+        print_report(report, as_json=as_json)
+    if report.verdict == "fail":
+        raise typer.Exit(1)
 
 
 @app.command(cls=_WithKeys)
@@ -145,6 +255,17 @@ def _measure_lines(measures: Mapping[str, float]) -> Iterator[str]:
         if f"{name}_low" in measures:
             line += f"   95 % {measures[f'{name}_low']:.4f} to {measures[f'{name}_high']:.4f}"
         yield line
+
+
+@app.command()
+def objectives(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="only this one", show_default=False)] = None,
+) -> None:
+    """List what can be minimised: what each objective needs of a teacher, and its options with their defaults."""
+    with _told():
+        from gold.losses.describe import describe_objectives
+
+        print("\n".join(describe_objectives(name)))
 
 
 @app.command()

@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from gold.alarms import Alarms, repetition
 from gold.aligned import AlignedBatch, VocabularyPair
 from gold.checkpoint import latest_checkpoint
 from gold.data import Prompt, PromptOrder
@@ -79,6 +80,13 @@ def terms_of(recipe: Recipe, teacher: Teacher | None, pair: VocabularyPair) -> l
                 f"objective {term.name} compares models that share one vocabulary, and these do not; "
                 "choose a divergence on bytes, which needs none in common"
             )
+        if (top_k := options.get("top_k")) is not None:
+            known = pair.student.size if pair.same else pair.shared_ids[0].size + 1
+            if top_k > known:
+                raise ConfigError(
+                    f"objective {term.name}: top_k is {top_k}, and there are only {known:,} events that both "
+                    "vocabularies have; lower it"
+                )
         bound = row(**options)
         gives = teacher.gives if teacher else "nothing"
         if NEEDS.index(bound.needs) > NEEDS.index(gives):
@@ -120,6 +128,7 @@ class Loop:
         self.step = 0
         self.bad_steps = 0
         self._warned: set[str] = set()
+        self._alarms = Alarms()
         if accelerator.num_processes > 1:
             student.lm.to(accelerator.device)
         self.reference: Any = None
@@ -191,7 +200,7 @@ class Loop:
             for name, value in parts.items():
                 sums[name] += float(value)
         with clock("update"):
-            sums = defaultdict(float, self._total(dict(sums) | _writing(rollouts)))
+            sums = defaultdict(float, self._total(dict(sums) | _writing(rollouts, batches)))
             norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.clip_norm))
             applied = math.isfinite(norm) and math.isfinite(sums["loss"])
             lr = self.recipe.lr_at(self.step)
@@ -282,7 +291,9 @@ class Loop:
             ]
         sampled = sums["sampled"]
         if sampled:
-            record |= {"stop_rate": sums["stopped"] / sampled, "sampler_logp": sums["sampler_logp"] / sampled}
+            record |= {name: sums[name] / sampled for name in ("sampler_logp", "repetition")}
+            record["stop_rate"] = sums["stopped"] / sampled
+            record["canonical_share"] = sums["canonical"] / max(1.0, sums["sampled_tokens"])
             if self.verifier is not None:
                 record["reward_mean"] = sums["reward"] / sampled
         record["length_tokens"] = sums["tokens"] / max(1.0, sums["sequences"])
@@ -308,6 +319,7 @@ class Loop:
                 "most less than 1 %. Reverse KL hardly moves what the student never samples: begin with forward_kl, or "
                 "add it with a small weight, or train on teacher completions first (sft, rollout.on_policy=0)"
             )
+        found |= self._alarms.check(record)
         fresh = {kind: text for kind, text in found.items() if kind not in self._warned}
         self._warned |= set(fresh)
         return list(fresh.values())
@@ -360,9 +372,10 @@ MEANS = ("wanted", "missed", "rest", "shared_mass", "span_reverse_kl")
 """Parts of objectives that the metrics show as means over the objective's unit."""
 
 
-def _writing(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def _writing(rollouts: Sequence[Rollout], batches: Sequence[AlignedBatch]) -> dict[str, float]:
     """What there is to add up about the step's completions themselves."""
     drawn = [r for r in rollouts if r.sampled]
+    own = [b.canonical_rows[b.sampled_rows] for b in batches]
     return {
         "sequences": len(rollouts),
         "tokens": sum(r.ids.size for r in rollouts),
@@ -371,6 +384,9 @@ def _writing(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "sampled_bytes": sum(len(r.spelling.data) for r in drawn),
         "stopped": sum(r.stopped for r in drawn),
         "sampler_logp": sum(float(r.logp.sum()) for r in drawn),
+        "sampled_tokens": sum(o.numel() for o in own),
+        "canonical": sum(float(o.sum()) for o in own),
+        "repetition": sum(repetition(r.spelling.data) for r in drawn),
         "reward": sum(r.reward or 0.0 for r in drawn),
     }
 

@@ -85,7 +85,7 @@ def _same(logits: Tensor) -> Tensor:
     return logits
 
 
-def _remade(function: Callable[..., tuple[Tensor, ...]], *hidden: Tensor) -> tuple[Tensor, ...]:
+def remade(function: Callable[..., tuple[Tensor, ...]], *hidden: Tensor) -> tuple[Tensor, ...]:
     """``function(*hidden)``, whose inner tensors are dropped and made again in the backward pass."""
     if not torch.is_grad_enabled():
         return function(*hidden)
@@ -108,7 +108,7 @@ def byte_tables(rows: Rows, layout: ByteLayout, backend: ModuleType) -> tuple[Te
             result: tuple[Tensor, ...] = backend.byte_masses(rows.head(hidden), layout, first)
             return result
 
-        mass, target, stop = _remade(reduce, rows.hidden_ND[first : first + rows.block_rows])
+        mass, target, stop = remade(reduce, rows.hidden_ND[first : first + rows.block_rows])
         masses.append(mass)
         targets.append(target)
         stops.append(stop)
@@ -131,7 +131,7 @@ def token_logp(rows: Rows, target_N: Tensor, stops: Tensor) -> tuple[Tensor, Ten
             stop = row_logsumexp(logits[:, stops]) - norm
             return torch.where(aim >= 0, picked, torch.zeros_like(picked)), stop
 
-        target, stop = _remade(reduce, rows.hidden_ND[first : first + rows.block_rows])
+        target, stop = remade(reduce, rows.hidden_ND[first : first + rows.block_rows])
         targets.append(target)
         stopped.append(stop)
     if not targets:
@@ -143,12 +143,22 @@ def token_logp(rows: Rows, target_N: Tensor, stops: Tensor) -> tuple[Tensor, Ten
 @dataclass(frozen=True)
 class SharedEvents:
     """Events that two vocabularies both have: token ``ids_V[p]`` of the student is token ``ids_W[p]`` of the teacher;
-    then the stop event; what is left on each side is one more event, or is left out."""
+    then the stop event; what is left on each side is one more event, or is left out. ``everything``: there are no text
+    tokens left on either side."""
 
     ids_V: Tensor
     ids_W: Tensor
     stops_V: Tensor
     stops_W: Tensor
+    everything: bool = False
+
+    def kept(self, width_V: int, width_W: int) -> tuple[KeptEvents, KeptEvents]:
+        """Both sides' columns; a vocabulary can have special ids that its model has no row for."""
+        there = (self.ids_V < width_V) & (self.ids_W < width_W).to(self.ids_V.device)
+        return (
+            KeptEvents(self.ids_V[there], self.stops_V, width_V),
+            KeptEvents(self.ids_W[there.to(self.ids_W.device)], self.stops_W, width_W),
+        )
 
 
 def shared_divergence(
@@ -168,10 +178,7 @@ def shared_divergence(
 
     Raises: ValueError if ``top_k`` is more than there are shared events.
     """
-    # A vocabulary can have special ids that its model has no row for.
-    there = (events.ids_V < student.width) & (events.ids_W < teacher.width).to(events.ids_V.device)
-    kept = _Kept(events.ids_V[there], events.stops_V, student.width)
-    kept_teacher = _Kept(events.ids_W[there.to(events.ids_W.device)], events.stops_W, teacher.width)
+    kept, kept_teacher = events.kept(student.width, teacher.width)
     if top_k is not None and top_k > kept.ids.numel() + 1:
         raise ValueError(
             f"top_k is {top_k}, and the vocabularies share {kept.ids.numel()} tokens and the stop event"
@@ -190,15 +197,16 @@ def shared_divergence(
                     chosen = torch.zeros_like(logp[:, :-1], dtype=torch.bool).scatter(1, ranked, True)
                     apart = chosen if apart is None else apart & chosen
             if apart is not None:
-                logp, logq = _bucketed(logp, apart), _bucketed(logq, apart)
+                logp, logq = bucketed(logp, apart), bucketed(logq, apart)
             mass = row_logsumexp(logp[:, :-1].detach()).exp()
             if renormalise:
                 logp, logq = (x[:, :-1] - row_logsumexp(x[:, :-1])[:, None] for x in (logp, logq))
-            elif apart is not None:
+            elif apart is not None or not events.everything:
+                # What one side has left, the other may give no probability at all.
                 logp, logq = leaked(logp), leaked(logq)
             return divergence(logp, logq), mass
 
-        value, mass = _remade(
+        value, mass = remade(
             reduce, student.hidden_ND[first : first + block], teacher.hidden_ND[first : first + block]
         )
         values.append(value)
@@ -209,14 +217,14 @@ def shared_divergence(
     return torch.cat(values), torch.cat(masses)
 
 
-def _bucketed(logp: Tensor, apart: Tensor) -> Tensor:
+def bucketed(logp: Tensor, apart: Tensor) -> Tensor:
     """The events that are not told apart join the bucket, which is the last column."""
     events = logp[:, :-1]
     bucket = row_logsumexp(torch.cat((events.masked_fill(apart, -torch.inf), logp[:, -1:]), dim=-1))
     return torch.cat((events.masked_fill(~apart, -torch.inf), bucket[:, None]), dim=-1)
 
 
-class _Kept:
+class KeptEvents:
     """Which columns of one side's logits are events of their own, which make up the stop event, which the bucket."""
 
     def __init__(self, ids: Tensor, stops: Tensor, width: int) -> None:
@@ -232,3 +240,10 @@ class _Kept:
         joined = [row_logsumexp(logits[:, columns])[:, None] for columns in (self.stops, self.left)]
         parts = [logits[:, self.ids], *joined]
         return torch.cat(parts, dim=-1) - torch.logsumexp(logits, dim=-1, keepdim=True)
+
+    def split(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the kept events, the stop event last, and of every column that is left."""
+        logits = widened(logits)
+        norm = torch.logsumexp(logits, dim=-1, keepdim=True)
+        events = torch.cat((logits[:, self.ids], row_logsumexp(logits[:, self.stops])[:, None]), dim=-1)
+        return events - norm, logits[:, self.left] - norm

@@ -101,7 +101,7 @@ def reference_kl(view: View) -> Loss:
     value, _ = shared_divergence(
         view.student.select(rows),
         view.reference.select(rows),
-        SharedEvents(every, every, none, none),
+        SharedEvents(every, every, none, none, everything=True),
         reverse_kl,
         renormalise=False,
     )

@@ -21,6 +21,18 @@ from gold.aligned import AlignedBatch
 from gold.errors import ConfigError
 from gold.losses.divergences import DIVERGENCES
 from gold.losses.policy import reward, span_pg, token_pg
+from gold.losses.prefix import prefix_divergence, prefix_states
+from gold.losses.published import (
+    EXCEPTIONS,
+    alm,
+    gkd,
+    gold_hybrid,
+    opd,
+    paired_positions,
+    uld,
+    whole_chunks,
+    x_token,
+)
 from gold.losses.supports import (
     HalfLife,
     Where,
@@ -49,6 +61,7 @@ class Objective:
     unit: str
     count: Callable[[AlignedBatch], float]
     options: Mapping[str, Any] = field(default_factory=dict)
+    exceptions: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, view: View) -> Loss:
         """The objective's sum over a microbatch."""
@@ -76,7 +89,7 @@ class Row:
     @property
     def arguments(self) -> Arguments:
         """Type and default of each option."""
-        return _arguments(self.loss)
+        return arguments_of(self.loss)
 
     @property
     def summary(self) -> str:
@@ -94,19 +107,20 @@ class Row:
         """The objective with these options."""
         resolved = self.resolve(options)
         loss = partial(self.loss, **resolved)
-        return Objective(self.name, loss, self.needs, self.unit, self.count, resolved)
+        return Objective(self.name, loss, self.needs, self.unit, self.count, resolved, self.exceptions)
 
 
 @dataclass(frozen=True)
 class Support:
     """Events on which a divergence can compare two models: the function that does, and what it is counted in.
 
-    ``loss(view, divergence, **options)``; ``count(batch, **options)``.
+    ``loss(view, divergence, **options)``; ``count(batch, **options)``. ``exceptions`` as for a row.
     """
 
     loss: Callable[..., Loss]
     unit: str
     count: Callable[..., float]
+    exceptions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,12 +138,12 @@ class DivergenceRow:
     def arguments(self) -> Arguments:
         """Type and default of each option; None where it depends on the support."""
         everywhere = {
-            name: (kind, None) for s in SUPPORTS.values() for name, (kind, _) in _arguments(s.loss).items()
+            name: (kind, None) for s in SUPPORTS.values() for name, (kind, _) in arguments_of(s.loss).items()
         }
         return {
             "support": (typing.Literal[tuple(SUPPORTS)], "bytes"),
             **everywhere,
-            **_arguments(self.divergence, 2),
+            **arguments_of(self.divergence, 2),
         }
 
     @property
@@ -145,11 +159,13 @@ class DivergenceRow:
         """
         given = {name: value for name, value in options.items() if value is not None}
         chosen = _checked(self.name, self.arguments, given)
-        here = {**_arguments(SUPPORTS[chosen["support"]].loss), **_arguments(self.divergence, 2)}
+        here = {**arguments_of(SUPPORTS[chosen["support"]].loss), **arguments_of(self.divergence, 2)}
         for name in given:
             if name not in here and name != "support":
                 owners = [
-                    s for s, support in SUPPORTS.items() if name in _arguments(support.loss) and s != "tokens"
+                    s
+                    for s, support in SUPPORTS.items()
+                    if name in arguments_of(support.loss) and s != "tokens"
                 ]
                 raise ConfigError(
                     f"{name}: belongs to support {' and '.join(owners)}, not to {chosen['support']}: leave it out"
@@ -161,23 +177,23 @@ class DivergenceRow:
 
     def moved(self, support: str, options: Mapping[str, Any]) -> Options:
         """The options on another support: those that it has too."""
-        here = _arguments(SUPPORTS[support].loss) | _arguments(self.divergence, 2)
+        here = arguments_of(SUPPORTS[support].loss) | arguments_of(self.divergence, 2)
         kept = {name: value for name, value in self.resolve(options).items() if name in here}
         return {**kept, "support": support}
 
     def __call__(self, **options: Any) -> Objective:
         """The objective with these options."""
         resolved = self.resolve(options)
-        own = {name: resolved[name] for name in _arguments(self.divergence, 2)}
+        own = {name: resolved[name] for name in arguments_of(self.divergence, 2)}
         support = SUPPORTS[resolved["support"]]
-        chosen = {name: resolved[name] for name in _arguments(support.loss)}
+        chosen = {name: resolved[name] for name in arguments_of(support.loss)}
         loss = partial(support.loss, divergence=partial(self.divergence, **own), **chosen)
-        return Objective(
-            self.name, loss, self.needs, support.unit, partial(support.count, **chosen), resolved
-        )
+        count = partial(support.count, **chosen)
+        excused = {**support.exceptions, **self.exceptions}
+        return Objective(self.name, loss, self.needs, support.unit, count, resolved, excused)
 
 
-def _arguments(function: Callable[..., Any], positional: int = 0) -> dict[str, tuple[Any, Any]]:
+def arguments_of(function: Callable[..., Any], positional: int = 0) -> dict[str, tuple[Any, Any]]:
     """The keyword-only arguments of a function, and those after ``positional`` ones."""
     kinds = typing.get_type_hints(function, include_extras=True)
     parameters = list(inspect.signature(function).parameters.values())
@@ -264,7 +280,16 @@ def sampled_tokens(batch: AlignedBatch) -> float:
 
 SUPPORTS: Mapping[str, Support] = {
     "bytes": Support(bytes_divergence, "byte", supervised_bytes),
-    "shared": Support(states_divergence, "state", synced_states),
+    "prefix": Support(prefix_divergence, "state", prefix_states),
+    "shared": Support(
+        states_divergence,
+        "state",
+        synced_states,
+        {
+            "8a": "a token of the same bytes is not the same event on both sides, where one of them has longer tokens "
+            "that begin with it"
+        },
+    ),
     "tokens": Support(states_divergence, "state", synced_states),
 }
 """Where divergences can be taken, by name; ``tokens``, for one vocabulary, is chosen by itself."""
@@ -286,6 +311,12 @@ _ROWS: tuple[Row | DivergenceRow, ...] = (
     Row("sft", sft, "nothing", "token", data_tokens),
     Row("reward", reward, "nothing", "token", sampled_tokens, on_policy=True),
     Row("reference_kl", reference_kl, "nothing", "token", sampled_tokens),
+    Row("gkd", gkd, "top_k", "state", synced_states, own_vocabulary=True),
+    Row("opd", opd, "tokens", "token", sampled_tokens, on_policy=True, own_vocabulary=True),
+    Row("uld", uld, "rows", "position", paired_positions, exceptions=EXCEPTIONS["uld"]),
+    Row("gold", gold_hybrid, "rows", "chunk", whole_chunks, exceptions=EXCEPTIONS["gold"]),
+    Row("alm", alm, "tokens", "chunk", whole_chunks, exceptions=EXCEPTIONS["alm"]),
+    Row("x_token", x_token, "rows", "chunk", whole_chunks, exceptions=EXCEPTIONS["x_token"]),
 )
 
 OBJECTIVES: dict[str, Row | DivergenceRow] = {row.name: row for row in _ROWS}

@@ -18,6 +18,8 @@ from gold.kernels.linear import Rows
 from gold.losses import View
 
 CPU = torch.device("cpu")
+BACKEND = "cpu"
+"""The kernels of views that ask for none."""
 
 
 def toy_vocabulary(
@@ -92,7 +94,8 @@ class ToyModel:
 
     def states(self, ids: Sequence[int], rows: int) -> Tensor:
         """Logits of states 0 … rows − 1 along a text."""
-        return torch.stack([self.row(tuple(int(i) for i in ids[:k])) for k in range(rows)])
+        logits = [self.row(tuple(int(i) for i in ids[:k])) for k in range(rows)]
+        return torch.stack(logits) if logits else self.row(())[None][:0]
 
 
 def aligned(pair: VocabularyPair, ids: Sequence[int], **known: object) -> AlignedText:
@@ -114,10 +117,11 @@ def view_of(
     texts: Sequence[AlignedText],
     student: Tensor | ToyModel,
     teacher: Tensor | ToyModel,
-    backend: str = "cpu",
+    backend: str | None = None,
 ) -> View:
     """The view of a batch; models give their own states, tensors are taken as all rows."""
     batch = batch_of(pair, texts)
+    backend = backend or BACKEND
     return View(
         batch,
         Rows.of_logits(student_rows(student, texts) if isinstance(student, ToyModel) else student),

@@ -1,0 +1,127 @@
+"""Losses of other toolkits as objectives: called as they are published, on one text at a time.
+
+They are importable where the toolkit is installed; its own environment, with this package beside it, is the place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from gold.aligned import AlignedBatch
+from gold.losses import Loss, Objective, View
+
+OneText = Callable[[View, int, Tensor, Tensor], Tensor]
+
+
+def installed() -> dict[str, str]:
+    """Versions of the toolkits whose losses can be called here."""
+    found = {}
+    for package in ("trl",):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def losses() -> Iterator[tuple[str, Objective]]:
+    """Every loss of a peer that is installed, by a name for people."""
+    if "trl" in installed():
+        yield from _of_trl()
+
+
+def _of_trl() -> Iterator[tuple[str, Objective]]:
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.gold.gold_trainer import GOLDTrainer, ULDLoss
+
+    def settings(**changed: object) -> SimpleNamespace:
+        published = {
+            "uld_crossentropy_weight": 0.0,
+            "uld_distillation_weight": 1.0,
+            "uld_student_temperature": 1.0,
+            "uld_teacher_temperature": 1.0,
+            "uld_skip_student_eos": True,
+            "uld_skip_teacher_eos": True,
+            "use_extended_uld": True,
+            "uld_token_merge_strategy": "observed",
+            "uld_use_hybrid_loss": False,
+            "uld_hybrid_matched_weight": None,
+            "uld_hybrid_unmatched_weight": None,
+            "beta": 0.5,
+        }
+        return SimpleNamespace(**(published | changed))
+
+    def across(config: SimpleNamespace) -> OneText:
+        def of_text(view: View, b: int, mine: Tensor, theirs: Tensor) -> Tensor:
+            pair, text = view.batch.vocabularies, view.batch.texts[b]
+            function = ULDLoss(config, pair.student._tokenizer, pair.teacher._tokenizer)
+            sides = []
+            for logits, spelling, stops in (
+                (mine, text.student, pair.student.stop_ids),
+                (theirs, text.teacher, pair.teacher.stop_ids),
+            ):
+                # One token of prompt before the completion; logits at a place predict the token after it.
+                ids = [0, *spelling.ids.tolist(), *([stops[0]] * text.stopped)]
+                spans = zip(spelling.starts.tolist(), spelling.ends.tolist(), strict=True)
+                offsets = [(0, 0), *spans, *([(len(text.student.data),) * 2] * text.stopped)]
+                after_the_last = logits.new_zeros(len(ids) - logits.shape[0], logits.shape[1])
+                labels = torch.tensor([[-100, *ids[1:]]])
+                sides.append(
+                    (
+                        torch.cat((logits, after_the_last))[None],
+                        labels,
+                        torch.tensor([ids]),
+                        torch.tensor([offsets]),
+                    )
+                )
+            (logits_S, labels_S, ids_S, offsets_S), (logits_T, labels_T, ids_T, offsets_T) = sides
+            value: Tensor = function(
+                logits_S, logits_T, labels_S, labels_T, ids_S, ids_T, offsets_S, offsets_T
+            )
+            return value.reshape(())
+
+        return of_text
+
+    def jsd(view: View, b: int, mine: Tensor, theirs: Tensor) -> Tensor:
+        value: Tensor = GOLDTrainer.generalized_jsd_loss(mine[None], theirs[None], beta=0.5, reduction="sum")
+        return value
+
+    uld = settings()
+    hybrid = settings(uld_use_hybrid_loss=True)
+    chained = settings(uld_use_hybrid_loss=True, uld_token_merge_strategy="bayesian")
+    yield "TRL ULD, extended", _objective("trl uld", across(uld))
+    yield "TRL GOLD, default merge", _objective("trl gold", across(hybrid))
+    yield "TRL GOLD, bayesian merge", _objective("trl gold", across(chained))
+    yield (
+        "TRL generalised JSD, one vocabulary",
+        Objective("gkd", _by_text(jsd), "rows", "text", _texts, {"beta": 0.5, "support": "tokens"}),
+    )
+
+
+def _objective(name: str, of_text: OneText) -> Objective:
+    return Objective(name, _by_text(of_text), "rows", "text", _texts)
+
+
+def _texts(batch: AlignedBatch) -> float:
+    return float(len(batch.texts))
+
+
+def _by_text(of_text: OneText) -> Callable[[View], Loss]:
+    def loss(view: View) -> Loss:
+        batch = view.batch
+        logits, logits_T = (rows.head(rows.hidden_ND) for rows in (view.student, view.teacher_rows))
+        total = logits.new_zeros(())
+        for b in range(len(batch.texts)):
+            mine = logits[int(batch.row_starts[b]) : int(batch.row_starts[b + 1])]
+            theirs = logits_T[int(batch.teacher_row_starts[b]) : int(batch.teacher_row_starts[b + 1])]
+            if mine.shape[0]:
+                total = total + of_text(view, b, mine, theirs)
+        return Loss(total)
+
+    return loss

@@ -1,0 +1,68 @@
+"""What goes wrong slowly: lengths that run away or collapse, repetition, spellings that no tokenizer gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+WINDOW = 5
+"""Steps that are averaged, at the start and now."""
+LENGTH_FACTOR = 3.0
+"""Longer or shorter than at the start by this factor."""
+REPETITION_SHARE = 0.5
+"""Share of repeated stretches above which a text says nothing new, if it was half as much at the start."""
+CANONICAL_LOSS = 0.1
+"""How much lower than at the start the share of canonical tokens may be."""
+STRETCH = 8
+"""Bytes of a stretch that counts as repeated where the same text had it before."""
+
+
+def repetition(data: bytes) -> float:
+    """Share of the text's stretches of ``STRETCH`` bytes that occurred in it before; 0 for a text that has none."""
+    stretches = [data[i : i + STRETCH] for i in range(len(data) - STRETCH + 1)]
+    return 1.0 - len(set(stretches)) / len(stretches) if stretches else 0.0
+
+
+class Alarms:
+    """Compares the last steps of a run with its first ones."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, list[float]] = {}
+        self._last: dict[str, list[float]] = {}
+
+    def check(self, record: Mapping[str, Any]) -> dict[str, str]:
+        """What a person should know after this step, by kind; empty during the first ``WINDOW`` steps."""
+        for name in ("length_bytes", "repetition", "canonical_share"):
+            if name not in record:
+                continue
+            first, last = self._first.setdefault(name, []), self._last.setdefault(name, [])
+            if len(first) < WINDOW:
+                first.append(float(record[name]))
+            last[:] = [*last[-WINDOW + 1 :], float(record[name])]
+        found: dict[str, str] = {}
+        step = record["step"]
+        for name in self._first:
+            if len(self._first[name]) < WINDOW:
+                continue
+            before, now = (sum(values[name]) / WINDOW for values in (self._first, self._last))
+            if name == "length_bytes" and max(now, 1.0) > LENGTH_FACTOR * max(before, 1.0):
+                found["length"] = (
+                    f"step {step}: completions have {now:.0f} bytes, at the start {before:.0f}: does the student learn "
+                    "to stop? Look at stop_rate, and at the stop ids of both sides (gold doctor)"
+                )
+            elif name == "length_bytes" and LENGTH_FACTOR * max(now, 1.0) < before:
+                found["length"] = (
+                    f"step {step}: completions have {now:.0f} bytes, at the start {before:.0f}: a loss that falls "
+                    "while texts get short measures the wrong thing; look at samples.jsonl"
+                )
+            elif name == "repetition" and now > REPETITION_SHARE and now > 2 * before:
+                found["repetition"] = (
+                    f"step {step}: {now:.0%} of what completions say repeats itself, at the start {before:.0%}; lower "
+                    "the learning rate, or hold the student with reference_kl"
+                )
+            elif name == "canonical_share" and now < before - CANONICAL_LOSS:
+                found["canonical"] = (
+                    f"step {step}: {now:.0%} of the sampled tokens are those that the tokenizer gives their text, at "
+                    f"the start {before:.0%}; give the policy gradient a noncanonical_penalty, or add reverse_kl"
+                )
+        return found

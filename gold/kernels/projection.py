@@ -1,0 +1,324 @@
+"""Two models' next tokens pushed onto the pieces that both vocabularies can be cut back to, and compared there.
+
+Rows of logits exist for one block of positions at a time, on both sides, and are made again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gold.kernels.layout import ByteLayout
+from gold.kernels.linear import Rows, bucketed, remade
+from gold.kernels.reference import row_logsumexp, segment_logsumexp, widened
+from gold.kernels.tables import leaked
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+EXTRA_EVENTS = 4
+"""Columns after the pieces: the stop event, the sampled token, text that begins with no piece, and the rest, last."""
+STOP, OBSERVED, RESIDUAL, REST = range(EXTRA_EVENTS)
+BY_PIECE, MOVED, PATH = -1, -2, -3
+"""What else a run of tokens can be, besides the number of an event."""
+NEVER = -1e4
+"""Log-probability of a token on the path that has none: −inf would make all weights equal, this keeps their order. What
+it alone reaches is not reached."""
+WHITE_SHARE = 0.99
+"""A target that has more than this on white space alone has nothing else."""
+
+
+class PieceEvents(NamedTuple):
+    """Per position the log-mass of every event, [positions, events], and that of the sampled token along this side's
+    own tokens, [positions]: −inf where it is not asked for, else a part of one of the events. Not normalised."""
+
+    joint: Tensor
+    path: Tensor
+
+
+@dataclass(frozen=True)
+class PieceSide:
+    """One side of a batch as it is pushed onto pieces.
+
+    ``runs`` are the arrays ``low high inner_low inner_high depth row event skips start whole last reach`` of a plan,
+    documented where it is made; ``piece_at``: the piece at each byte of the vocabulary, −1 for none; ``offsets``: where
+    the bytes of each id begin.
+    """
+
+    runs: Mapping[str, NDArray[Any]]
+    layout: ByteLayout
+    piece_at: Tensor
+    offsets: Tensor
+    pieces: int
+
+    @classmethod
+    def of(
+        cls,
+        runs: Mapping[str, NDArray[Any]],
+        layout: ByteLayout,
+        piece_at: NDArray[Any],
+        offsets: NDArray[Any],
+        pieces: int,
+    ) -> PieceSide:
+        """The side on its layout's device."""
+        at, first = (torch.from_numpy(a.astype(np.int64)).to(layout.device) for a in (piece_at, offsets))
+        return cls(runs, layout, at, first, pieces)
+
+    @property
+    def events(self) -> int:
+        """Number of columns."""
+        return self.pieces + EXTRA_EVENTS
+
+    def pool(self, width: int) -> Tensor:
+        """Ids: text in byte order, the stop ids, and every other column of rows that are ``width`` wide."""
+        trie, layout = self.layout.trie, self.layout
+        parts = trie["order"], trie["stops"], layout.outside(width), np.arange(layout.size, width)
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(layout.device)
+
+    def piece_of(self, ids: Tensor, depth: Tensor | int) -> Tensor:
+        """The event that text tokens are behind their first ``depth`` bytes."""
+        piece = self.piece_at[self.offsets[ids] + depth]
+        return torch.where(piece >= 0, piece, self.pieces + RESIDUAL)
+
+    def columns(self, width: int) -> Tensor:
+        """The event of every column of a row that begins at its position."""
+        event = torch.full((width,), self.pieces + REST, device=self.layout.device)
+        text = torch.from_numpy(self.layout.trie["order"].astype(np.int64)).to(self.layout.device)
+        event[text] = self.piece_of(text, 0)
+        event[self.layout.stops] = self.pieces + STOP
+        return event
+
+
+@dataclass(frozen=True)
+class PieceBatch:
+    """Both sides of a batch, and for each position what was sampled: ``observed short source observed_white`` of a
+    plan, documented where it is made, on the student's device; ``white``: which pieces are white space alone."""
+
+    student: PieceSide
+    teacher: PieceSide
+    observed: Tensor
+    short: Tensor
+    source: Tensor
+    observed_white: Tensor
+    white: Tensor
+
+    def __len__(self) -> int:
+        """Number of positions."""
+        return int(self.observed.shape[0])
+
+
+def piece_divergence(
+    student: Rows,
+    teacher: Rows,
+    batch: PieceBatch,
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    mask_white: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Divergence per position on the events that both sides can reach there, and its parts: [positions] each.
+
+    Parts: ``rest``, the student's mass on all else; ``residual``, the teacher's on text that begins with no piece;
+    ``observed``, what was moved to the sampled token; ``white``, 1 where the target is white space alone. With
+    ``mask_white`` the divergence is 0 there.
+    """
+    values: list[tuple[Tensor, ...]] = []
+    white = torch.nonzero(batch.white)[:, 0]
+    block = min(student.block_rows, teacher.block_rows)
+    for first in range(0, len(batch), block):
+        span = slice(first, min(first + block, len(batch)))
+        needed_S, needed_T = (needed_rows(side, span) for side in (batch.student, batch.teacher))
+
+        def reduce(
+            hidden_S: Tensor,
+            hidden_T: Tensor,
+            span: slice = span,
+            needed_S: Tensor = needed_S,
+            needed_T: Tensor = needed_T,
+        ) -> tuple[Tensor, ...]:
+            mine = piece_events(student, hidden_S, needed_S, batch.student, batch.short, span)
+            logp, _ = _normalised(mine.joint)
+            with torch.no_grad():
+                logq, moved = piece_target(teacher, hidden_T, needed_T, batch, span)
+                logq, moved = logq.to(logp), moved.to(logp)
+                named = logq[:, batch.student.pieces :].exp()
+                only_white = logq[:, white].exp().sum(-1) + named[:, OBSERVED] * batch.observed_white[span]
+                only_white = only_white > WHITE_SHARE
+                apart = ((logq > NEVER / 2) & torch.isfinite(logp))[:, :-1]
+                apart[:, batch.student.pieces + RESIDUAL] = False
+            logp, logq = leaked(bucketed(logp, apart)), leaked(bucketed(logq, apart))
+            value = divergence(logp, logq)
+            if mask_white:
+                value = value.masked_fill(only_white, 0.0)
+            return value, logp[:, -1].detach().exp(), named[:, RESIDUAL], moved, only_white.to(logp)
+
+        values.append(remade(reduce, student.hidden_ND[needed_S], teacher.hidden_ND[needed_T]))
+    if not values:
+        empty = student.hidden_ND.new_zeros(0, dtype=torch.float32)
+        values = [(empty,) * 5]
+    value, *parts = (torch.cat(column) for column in zip(*values, strict=True))
+    return value, dict(zip(("rest", "residual", "observed", "white"), parts, strict=True))
+
+
+def piece_target(
+    teacher: Rows, hidden: Tensor, needed: Tensor, batch: PieceBatch, span: slice
+) -> tuple[Tensor, Tensor]:
+    """The teacher's log-probabilities of the events of some positions, the sampled token's own included, and the share
+    that was moved to it; for ``hidden``, ``needed`` see ``piece_events``."""
+    joint, path = piece_events(teacher, hidden, needed, batch.teacher, batch.short, span)
+    logq, norm = _normalised(joint)
+    path = path - norm
+    observed, source = (x[span].to(joint.device) for x in (batch.observed, batch.source))
+    at = torch.nonzero(torch.isfinite(path))[:, 0]
+    to, fro = observed[at], source[at]
+    # Rounding, and tokens that a row does not know, may make the part larger than the whole.
+    path[at] = torch.minimum(path[at], logq[at, fro])
+    logq[at, fro] += torch.log1p(-torch.exp(path[at] - logq[at, fro]).nan_to_num(0.0))
+    logq[at, to] = torch.logaddexp(logq[at, to], path[at])
+    return logq, path.exp()
+
+
+def piece_events(
+    rows: Rows, hidden: Tensor, needed: Tensor, side: PieceSide, short: Tensor, span: slice
+) -> PieceEvents:
+    """The events of the positions ``span`` of a batch; ``hidden`` are the states of its rows ``needed``.
+
+    With ``b_k`` the byte position of row k, ``W_k`` the probability of the tokens before it relative to the last row
+    that begins at e or before, r the bytes from ``b_k`` to e, and ψ(s) the longest piece that s begins with::
+
+        joint[e, u] = Σ_{k: b_k ≤ e} W_k · π_k{tokens v = r·s, s not empty, ψ(s) = u}     u a piece; none: RESIDUAL
+        joint[e, stop] = Σ_{k: b_k = e} W_k · π_k(stop)
+        joint[e, rest] = Σ_k W_k · π_k{tokens equal to r but for the row's own, special tokens, padding columns}
+
+    Of position p the tokens that go on with the sampled one and have the event ``short[p]`` are OBSERVED instead.
+    """
+    device, runs = hidden.device, side.runs
+    entry = _entries(side, needed, short[span].to(device), span, rows.width)
+    whole = _local(needed, runs["whole"][span], device)
+    last = _local(needed, runs["last"][span], device)
+    columns = side.columns(rows.width)
+    target = side.layout.target[needed]
+    size, positions = rows.block_rows, whole.shape[0]
+    values, order, full, full_at, steps = [], [], [], [], []
+    for first in range(0, hidden.shape[0], size):
+        logits = widened(rows.head(hidden[first : first + size]))
+        end = first + logits.shape[0]
+        norm = torch.logsumexp(logits, dim=-1)
+        aim = target[first:end]
+        step = logits.gather(1, aim.clamp(min=0)[:, None])[:, 0]
+        if rows.partial:
+            # Of a token that is not known it is known that the others hold it.
+            step = torch.where(torch.isneginf(step), logits[:, -1], step)
+        steps.append(torch.where(aim >= 0, step - norm, 0.0))
+        mine = torch.nonzero((entry.row >= first) & (entry.row < end))[:, 0]
+        row = entry.row[mine] - first
+        values.append(logits[row, entry.id[mine]] - norm[row])
+        order.append(mine)
+        at = torch.nonzero((whole >= first) & (whole < end))[:, 0]
+        chosen = whole[at] - first
+        moved = entry.moved[mine]
+        if moved.any():
+            logits = logits.index_put((row[moved], entry.id[mine][moved]), logits.new_tensor(-torch.inf))
+        full.append(_by_column(logits[chosen], columns, side.events) - norm[chosen, None])
+        full_at.append(at)
+
+    # Weights in float64: their absolute values fall without bound.
+    step = torch.cat(steps).double().clamp(min=NEVER)
+    before = torch.cumsum(step, 0) - step
+    index = torch.cat(order)
+    weight = before[entry.row[index]] - before[last[entry.position[index]]]
+    value = torch.cat(values)
+    value = value + weight.to(value.dtype)
+    position, event = entry.position[index], entry.event[index]
+
+    is_path = event == PATH
+    path = segment_logsumexp(value[is_path], position[is_path], positions)
+    path = path.masked_fill(path < NEVER / 2, -torch.inf)
+    cells, cell = torch.unique(position[~is_path] * side.events + event[~is_path], return_inverse=True)
+    joint = value.new_full((positions, side.events), -torch.inf)
+    joint = joint.index_copy(0, torch.cat(full_at), torch.cat(full)).flatten()
+    both = torch.cat((value[~is_path], joint[cells]))
+    cell = torch.cat((cell, torch.arange(cells.shape[0], device=device)))
+    joint = joint.scatter(0, cells, segment_logsumexp(both, cell, cells.shape[0]))
+    return PieceEvents(joint.view(positions, side.events), path)
+
+
+def _normalised(joint: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that sum to one, and the logarithm of what they were divided by, 0 where that is −inf: all is rest there."""
+    norm = row_logsumexp(joint)
+    nothing = torch.isneginf(norm)
+    norm = norm.masked_fill(nothing, 0.0)
+    logp = joint - norm[:, None]
+    rest = torch.where(nothing, 0.0, logp[:, -1])
+    return torch.cat((logp[:, :-1], rest[:, None]), dim=-1), norm
+
+
+class _Entries(NamedTuple):
+    """Single tokens that count at a position: row (of those at hand), id, position (of the block), event, and whether
+    it counts for the whole row's."""
+
+    row: Tensor
+    id: Tensor
+    position: Tensor
+    event: Tensor
+    moved: Tensor
+
+
+def _entries(side: PieceSide, needed: Tensor, short: Tensor, span: slice, width: int) -> _Entries:
+    """The runs of some positions, token by token."""
+    device, runs = side.layout.device, side.runs
+    lo, hi = (int(runs["start"][p]) for p in (span.start, span.stop))
+
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(runs[name][lo:hi]).to(device)
+
+    pool = side.pool(width)
+    low, high = tensor("low"), tensor("high")
+    size = torch.where(high < 0, pool.shape[0], high) - low
+    owner = torch.repeat_interleave(size)
+    member = torch.arange(owner.numel(), device=device) - (torch.cumsum(size, 0) - size)[owner] + low[owner]
+    ids, kind = pool[member], tensor("event")[owner]
+    counts = torch.from_numpy(np.diff(runs["start"][span.start : span.stop + 1])).to(device)
+    position = torch.repeat_interleave(counts)[owner]
+
+    named = (kind == BY_PIECE) | (kind == MOVED)
+    event = kind.clone()
+    event[named] = side.piece_of(ids[named], tensor("depth")[owner][named])
+    inner = (member >= tensor("inner_low")[owner]) & (member < tensor("inner_high")[owner])
+    inner &= named & (event == short[position])
+    event = torch.where(inner, side.pieces + OBSERVED, event)
+    row = tensor("row")[owner]
+    kept = ~(tensor("skips")[owner] & (ids == side.layout.target[row])) & ((kind != MOVED) | inner)
+    local = torch.searchsorted(needed, row)
+    return _Entries(*(x[kept] for x in (local, ids, position, event, kind == MOVED)))
+
+
+def needed_rows(side: PieceSide, span: slice) -> Tensor:
+    """The rows that some positions need, ascending."""
+    reach = side.runs["reach"][span]
+    change = np.zeros(int(reach[:, 1].max()) + 1, np.int64)
+    np.add.at(change, reach[:, 0], 1)
+    np.add.at(change, reach[:, 1], -1)
+    return torch.from_numpy(np.flatnonzero(np.cumsum(change))).to(side.layout.device)
+
+
+def _local(needed: Tensor, row: NDArray[Any], device: torch.device) -> Tensor:
+    """Where rows are among those needed; −1 stays −1."""
+    given = torch.from_numpy(row).to(device)
+    return torch.where(given >= 0, torch.searchsorted(needed, given), -1)
+
+
+def _by_column(logits: Tensor, columns: Tensor, events: int) -> Tensor:
+    """``out[n, u] = log Σ_{v: columns[v] = u} exp(logits[n, v])``; −inf where there is none."""
+    index = columns.expand_as(logits)
+    top = logits.new_full((logits.shape[0], events), -torch.inf)
+    top = top.scatter_reduce(1, index, logits.detach(), "amax")
+    top = torch.where(torch.isfinite(top), top, 0.0)
+    total = torch.zeros_like(top).scatter_add(1, index, torch.exp(logits - top.gather(1, index)))
+    something = total > 0
+    return torch.where(something, torch.log(torch.where(something, total, 1.0)) + top, -torch.inf)

@@ -1,0 +1,66 @@
+"""Divergences on pieces: the teacher's next token cut back to what the student's vocabulary can begin with."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gold.aligned import AlignedBatch
+from gold.kernels.projection import piece_divergence
+from gold.losses.divergences import Divergence
+from gold.losses.supports import HalfLife, Where, fading
+from gold.losses.view import Loss, View
+
+
+def prefix_divergence(
+    view: View,
+    divergence: Divergence,
+    *,
+    interior: bool = False,
+    white_space: Literal["keep", "mask"] = "keep",
+    where: Where = "everywhere",
+    half_life: HalfLife | None = None,
+) -> Loss:
+    """Divergence between next-token distributions over pieces, the student tokens that are the longest prefix of some
+    teacher token: every token of either side counts as the longest piece that begins it.
+
+    Tokens that began earlier and run across the state count with what is left of them. Where the student sampled a
+    token for which the teacher needs several, the probability of these moves from the piece of the first to that token.
+    ``interior``: also at states of the student inside the teacher's tokens. ``white_space``: states at which the
+    teacher expects nothing but white space are counted as ``white_space``, and with ``mask`` they add nothing to the
+    sum; they stay in the count.
+
+    Source: prefix marginals for distillation, 2607.22334; the pieces and the cover terms as derived in docs/method.md.
+    """
+    at = prefix_positions(view.batch, interior, where)
+    pieces = view.batch.piece_batch(at)
+    value, parts = piece_divergence(
+        view.student, view.teacher_rows, pieces, divergence, mask_white=white_space == "mask"
+    )
+    if half_life is not None:
+        value = value * fading(view.batch.byte_offsets[at], half_life).to(value)
+    sums = {name: part.sum() for name, part in parts.items()}
+    sums["white_space"] = sums.pop("white")
+    return Loss(value.sum(), sums)
+
+
+def prefix_states(
+    batch: AlignedBatch,
+    interior: bool = False,
+    where: Where = "everywhere",
+    half_life: HalfLife | None = None,
+    **_: Any,
+) -> float:
+    """States of the student that are compared on pieces, by their weight."""
+    return float(fading(batch.byte_offsets[prefix_positions(batch, interior, where)], half_life).sum())
+
+
+def prefix_positions(batch: AlignedBatch, interior: bool, where: Where) -> Tensor:
+    """Byte positions, ascending, at which a state of the student is compared: where one of the teacher begins too, or,
+    with ``interior``, everywhere; ``one_to_one``: only where the next token is a chunk by itself, or the text ends."""
+    mine, theirs = batch.row_positions
+    if where == "one_to_one":
+        return torch.nonzero(mine & theirs & batch.one_to_one_bytes)[:, 0]
+    return torch.nonzero(mine if interior else mine & theirs)[:, 0]

@@ -1,0 +1,262 @@
+"""Published objectives, for comparison: each is what its paper says, in sums over the microbatch.
+
+Where two vocabularies are one, those that name tokens are the plain token-level divergence that they extend. What the
+papers add beside them (cross-entropy on the text, schedules of weights) is a matter of other terms of a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gold.align.vocabulary import Int32
+from gold.aligned import AlignedBatch
+from gold.kernels.chunked import (
+    Chunks,
+    Projected,
+    mean_comparison,
+    projected_divergence,
+    scaled_comparison,
+)
+from gold.kernels.linear import Rows, SharedEvents, token_logp
+from gold.kernels.sorted import sorted_distance
+from gold.losses.divergences import Share, forward_kl, jsd
+from gold.losses.policy import Positive, policy_loss
+from gold.losses.supports import states_divergence
+from gold.losses.view import Loss, View, sequence_logp, student_scores, teacher_scores
+
+EXCEPTIONS: Mapping[str, Mapping[str, str]] = {
+    "uld": {
+        "2": "probabilities are compared by rank, so that with one vocabulary too it is no divergence between tokens",
+        "6": "any permutation of a row has distance 0 from it: tokens have no names",
+        "8": "row i is compared with row i: a teacher that cuts the same text elsewhere is out of step with itself",
+    },
+    "gold": {
+        "6": "unmatched tokens have no names; with β = 0 or 1 the matched term is a KL divergence between parts of "
+        "distributions, which can be negative and is lowest away from equality",
+        "8": "a chunk of several tokens is compared by its last row, and the last rows of two ways to cut it are about "
+        "different events",
+    },
+    "alm": {
+        "2": "a chunk is a coin that falls on what was sampled or not; what else the rows say is not compared",
+        "6": "rows that agree on the sampled chunk and on nothing else have divergence 0",
+        "8": "the likelihood of exactly these tokens leaves out those that run across the chunk's end, and how many do "
+        "depends on the cut",
+    },
+    "x_token": {
+        "6": "student tokens that are projected alike are not told apart, and both sides are conditioned on the tokens "
+        "that are reached; H-KL is a KL divergence between parts of distributions and can be negative",
+        "8": "a projected token counts as pieces that another cut does not predict there",
+    },
+}
+"""Clauses of the contract that an objective cannot hold by its nature, with the reason."""
+
+
+def gkd(view: View, *, beta: Share = 0.5) -> Loss:
+    """Generalised Jensen–Shannon divergence token by token, of models that share one vocabulary.
+
+    β weighs the teacher in the mixture; 0 is forward KL, 1 reverse KL. Stop ids are tokens like others, padding rows of
+    the output matrix one more.
+
+    Source: Agarwal et al. 2306.13649, equations 1 and 2; at temperature 1.
+    """
+    _one_vocabulary(view, "gkd")
+    return Loss(states_divergence(view, partial(jsd, beta=beta)).total)
+
+
+def opd(view: View, *, clip: Positive | None = None, importance_cap: Positive | None = None) -> Loss:
+    """On-policy distillation by policy gradient, of models that share one vocabulary: every sampled token has the
+    advantage ``A = log q(a) − log π(a)``, its own negative reverse KL, and no credit from later ones.
+
+    The loss is ``−Σ A log π(a)``, without gradient through A; the options are those of ``policy_loss``. The stop ids
+    count as one event.
+
+    Source: Lu, "On-Policy Distillation", Thinking Machines 2025; there A holds π as it was sampled, here as it is now.
+    """
+    _one_vocabulary(view, "opd")
+    batch = view.batch
+    mine, theirs = student_scores(view), teacher_scores(view)
+    with torch.no_grad():
+        advantage = theirs.event.to(mine.event) - mine.event
+        inside = batch.sampled_row_mask
+    total = policy_loss(batch, mine, advantage, inside, clip, "none", importance_cap, 0.0)
+    logp = sequence_logp(batch, (mine.target, mine.stop), (theirs.target, theirs.stop))
+    return Loss(total, {"reverse_kl": -advantage[inside].sum()}, logp)
+
+
+def uld(view: View) -> Loss:
+    """Universal logit distillation: the L1 distance between both sides' probabilities in falling order, position by
+    position.
+
+    Row i of the student's tokens is compared with row i of the teacher's, as far as both go, whatever text the two have
+    read by then: part ``out_of_step`` counts the positions at which it is not the same.
+
+    Source: Boizard et al. 2402.12030, the Wasserstein term of the ULD loss in its closed form for uniform cost; at
+    temperature 1. Their loss adds cross-entropy on the text; weigh ``sft`` for it.
+    """
+    rows_S, rows_T, in_step = _positions(view.batch)
+    value = sorted_distance(view.student.select(rows_S), view.teacher_rows.select(rows_T))
+    return Loss(value.sum(), {"out_of_step": (~in_step).sum()})
+
+
+def gold_hybrid(view: View, *, beta: Share = 0.5, matched_share: Share | None = None) -> Loss:
+    """General on-policy logit distillation: per chunk, a JSD(β) on tokens of equal bytes plus the sorted L1 distance of
+    all other probabilities.
+
+    The row of a chunk with tokens t_1 … t_k is that of its last token times the probability of those before it,
+    ``p(t_1) ⋯ p(t_{k−1} | …) · p(· | t_{<k})``, unnormalised. ``matched_share`` weighs the first term, the rest of 1
+    the second; without it, it is the share of the teacher's vocabulary that is matched. The stop event is matched.
+
+    Source: Patiño et al., "Unlocking On-Policy Distillation for Any Model Family", Hugging Face 2025, with the rows
+    that predict the chunk's tokens. Tokens are matched by their bytes, there by their strings.
+    """
+    batch, pair = view.batch, view.batch.vocabularies
+    if pair.same:
+        loss = states_divergence(view, partial(jsd, beta=beta))
+        share = 1.0 if matched_share is None else matched_share
+        return Loss(
+            share * loss.total, {"matched": loss.total.detach(), "unmatched": loss.total.detach() * 0.0}
+        )
+    events, chunks = batch.shared_events, _chunks(batch)
+    if matched_share is None:
+        matched_share = (events.ids_W.numel() + events.stops_W.numel()) / pair.teacher.size
+    row_S, before_S = _last_rows(view.student, chunks.chunk_S, chunks.count, batch.target_S, batch.stops_S)
+    with torch.no_grad():
+        row_T, before_T = _last_rows(
+            view.teacher_rows, chunks.chunk_T, chunks.count, batch.target_T, batch.stops_T
+        )
+    matched, unmatched = scaled_comparison(
+        view.student.select(row_S),
+        view.teacher_rows.select(row_T),
+        before_S,
+        before_T,
+        events,
+        partial(jsd, beta=beta),
+    )
+    total = matched_share * matched.sum() + (1.0 - matched_share) * unmatched.sum()
+    return Loss(total, {"matched": matched.detach().sum(), "unmatched": unmatched.detach().sum()})
+
+
+def alm(view: View, *, temperature: Positive = 100.0) -> Loss:
+    """Approximate likelihood matching: per chunk, the KL divergence between two coins that show the chunk's tokens with
+    each side's likelihood of them, to the power of 1 / temperature.
+
+    With a the teacher's and b the student's, ``a log(a / b) + (1 − a) log((1 − a) / (1 − b))``. Both log-likelihoods,
+    divided by the temperature, are lowered by 1e-6, so that a certain chunk stays finite. The stop event is a chunk.
+
+    Source: Minixhofer et al. 2503.20083, the binarised f-divergence, with f that of KL; the 1e-6 is that of their
+    implementation. Chunks are the finest that both tokenizers respect, and are not debiased by what may follow them.
+    """
+    batch, chunks = view.batch, _chunks(view.batch)
+    mine, theirs = student_scores(view), teacher_scores(view)
+    total_S = view.backend.chunk_sums(mine.event, chunks.chunk_S, chunks.count)
+    with torch.no_grad():
+        total_T = view.teacher_backend.chunk_sums(theirs.event, chunks.chunk_T, chunks.count).to(total_S)
+        # A chunk of probability 0 is one of e^-10000: its coin is 0 all the same, and its logarithm no NaN.
+        log_a = total_T.double().clamp(min=-1e4) / temperature - _CERTAIN
+        a, log_not_a = log_a.exp(), torch.log(-torch.expm1(log_a))
+    log_b = total_S.double() / temperature - _CERTAIN
+    value = a * (log_a - log_b) + (1.0 - a) * (log_not_a - torch.log(-torch.expm1(log_b)))
+    logp = sequence_logp(batch, (mine.target, mine.stop), (theirs.target, theirs.stop))
+    parts = {"log_ratio": (total_S.detach() - total_T).sum()}
+    return Loss(value.sum().to(mine.event.dtype), parts, logp)
+
+
+def x_token(view: View, *, variant: Literal["p_kl", "h_kl"] = "p_kl") -> Loss:
+    """Forward KL through a sparse matrix from student tokens to teacher tokens, per chunk, between mean rows.
+
+    ``p_kl``: the student's row is taken to the teacher's tokens by the matrix, the stop event to itself; both sides are
+    conditioned on what is reached. ``h_kl``: each student token is matched with the teacher token of its largest
+    weight, if that is at least 0.6; KL on matched tokens, unnormalised, plus the sorted L1 distance of all other
+    probabilities. The matrix is ``gold.align.decomposition.token_weights``, and is not learned.
+
+    Source: Sreenivas et al. 2605.21699, P-KL and H-KL, and section 3.2 for the matrix. Their implementation takes means
+    over a chunk (of the teacher, of logarithms; here of probabilities on both sides) and keeps the teacher's 8192
+    likeliest tokens of a batch; here all that are reached count, so that a text's loss does not depend on its batch.
+    """
+    batch, pair = view.batch, view.batch.vocabularies
+    if pair.same:
+        return Loss(states_divergence(view, forward_kl).total)
+    chunks = _chunks(batch)
+    kept_S, kept_T = chunks.chunk_S >= 0, chunks.chunk_T >= 0
+    sides = view.student.select(kept_S), view.teacher_rows.select(kept_T)
+    rows = Chunks(chunks.chunk_S[kept_S], chunks.chunk_T[kept_T], chunks.count)
+    if variant == "h_kl":
+        events = SharedEvents(*_tensors(batch, *pair.relaxed_ids), batch.stops_S, batch.stops_T)
+        matched, unmatched = mean_comparison(*sides, rows, events, forward_kl)
+        parts = {"matched": matched.detach().sum(), "unmatched": unmatched.detach().sum()}
+        return Loss(matched.sum() + unmatched.sum(), parts)
+    weights = pair.token_weights
+    ids_V, ids_W = _tensors(batch, weights.ids_V, weights.ids_W)
+    weight_E = torch.from_numpy(weights.weight_E).to(batch.device)
+    projection = Projected(ids_V, ids_W, weight_E, batch.stops_S, batch.stops_T)
+    value, mass = projected_divergence(*sides, rows, projection, forward_kl)
+    return Loss(value.sum(), {"reached": mass.detach().sum()})
+
+
+_CERTAIN = 1e-6
+
+
+def paired_positions(batch: AlignedBatch) -> float:
+    """Positions that both sides' tokens of a text have, the stop event being the last one."""
+    return float(_positions(batch)[0].numel())
+
+
+def whole_chunks(batch: AlignedBatch) -> float:
+    """Chunks in which both sides have tokens, the stop events included."""
+    return float(_chunks(batch).count)
+
+
+def _one_vocabulary(view: View, name: str) -> None:
+    if not view.batch.vocabularies.same:
+        raise ValueError(f"{name} compares models token by token, and these have two vocabularies")
+
+
+def _positions(batch: AlignedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Row i of both sides of every text, as far as both go, and whether both have read the same bytes by then."""
+    rows_S, rows_T, in_step = [], [], []
+    for text, first_S, first_T in zip(
+        batch.texts, batch.row_starts[:-1], batch.teacher_row_starts[:-1], strict=True
+    ):
+        number = np.arange(min(len(text.student), len(text.teacher)) + text.stopped)
+        read_S, read_T = (np.append(0, s.ends)[number] for s in (text.student, text.teacher))
+        rows_S.append(first_S + number)
+        rows_T.append(first_T + number)
+        in_step.append(read_S == read_T)
+    mine, theirs, step = (
+        torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64)
+        for parts in (rows_S, rows_T, in_step)
+    )
+    return mine.to(batch.device), theirs.to(batch.teacher_device), step.bool()
+
+
+def _chunks(batch: AlignedBatch) -> Chunks:
+    """The chunks in which both sides have tokens, numbered through; rows of others, of which all tokens are events on
+    one side, have −1."""
+    chunk_S, chunk_T, count, _ = batch.chunk_index
+    there_S, there_T = (torch.bincount(c, minlength=count).to(batch.device) > 0 for c in (chunk_S, chunk_T))
+    both = there_S & there_T
+    number = torch.where(both, torch.cumsum(both, 0) - 1, -1)
+    return Chunks(number[chunk_S], number.to(chunk_T.device)[chunk_T], int(both.sum()))
+
+
+def _last_rows(rows: Rows, chunk: Tensor, count: int, target: Tensor, stops: Tensor) -> tuple[Tensor, Tensor]:
+    """The row of each chunk's last token, and the log-probability of the tokens before it, in nats: two [C]."""
+    inside = chunk >= 0
+    last = inside.clone()
+    last[:-1] &= chunk[1:] != chunk[:-1]
+    others = torch.nonzero(inside & ~last)[:, 0]
+    logp, _ = token_logp(rows.select(others), target[others], stops)
+    before = logp.new_zeros(count).index_add(0, chunk[others], logp)
+    return torch.nonzero(last)[:, 0], before
+
+
+def _tensors(batch: AlignedBatch, ids_V: Int32, ids_W: Int32) -> tuple[Tensor, Tensor]:
+    """Ids of both sides on their devices."""
+    mine, theirs = (torch.from_numpy(ids.astype(np.int64)) for ids in (ids_V, ids_W))
+    return mine.to(batch.device), theirs.to(batch.teacher_device)
