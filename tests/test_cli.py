@@ -111,8 +111,13 @@ def test_eval_hands_on_the_source_and_prints_the_measures(call: Call, stand_in: 
         (["a text", "--json"], "a text", {"as_json": True}),
         (["--", "--text"], "--text", {}),
         ([""], "", {}),
+        (["-"], "-", {}),
+        ([], None, {}),
         (["--jsonl", "x.jsonl"], None, {"jsonl": Path("x.jsonl")}),
         (["--file", "x.txt"], None, {"file": Path("x.txt")}),
+        (["--chat", "x.json"], None, {"chat": Path("x.json")}),
+        (["--ids", "-1 2"], None, {"ids": "-1 2"}),
+        (["a", "--html", "x.html", "--no-color"], "a", {"html": Path("x.html"), "color": False}),
     ],
 )
 def test_align_hands_on_the_text(
@@ -120,8 +125,18 @@ def test_align_hands_on_the_text(
 ) -> None:
     calls = stand_in("gold.align.command", "run_align")
     assert call("align", "--student", "a", "--teacher", "b", *arguments).code == 0
-    usual = {"student": "a", "teacher": "b", "as_json": False, "jsonl": None, "file": None}
+    usual = {"student": "a", "teacher": "b", "as_json": False, "color": True, "load_scorer": None}
+    usual |= dict.fromkeys(("file", "jsonl", "chat", "ids", "html"))
     assert calls == [((text,), usual | options)]
+
+
+def test_align_loads_models_where_it_is_to_score(call: Call, stand_in: Any) -> None:
+    calls = stand_in("gold.align.command", "run_align")
+    assert call("align", "--student", "a", "--teacher", "b", "text", "--score").code == 0
+    loaded = stand_in("gold.score", "PairScorer")
+    sys.modules["gold.score"].PairScorer = SimpleNamespace(load=lambda *names: loaded.append(names))  # type: ignore[attr-defined]
+    calls[0][1]["load_scorer"]("a", "b")
+    assert loaded == [("a", "b")]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +233,22 @@ def test_the_help_of_train_describes_the_keys(call: Call) -> None:
     assert done.code == 0
     assert "rollout.on_policy = 1.0" in done.out
     assert "λ" in done.out
+
+
+def test_the_help_of_align_describes_the_picture_and_the_json(call: Call) -> None:
+    done = call("align", "--help")
+    assert done.code == 0
+    for said in (
+        "--ids",
+        "--chat",
+        "--html",
+        "--score",
+        "--no-color",
+        '"chunks": [[s0, s1, t0, t1], …]',
+        "┃",
+        "∅",
+    ):
+        assert said in done.out
 
 
 def test_version(call: Call) -> None:

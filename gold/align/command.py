@@ -1,16 +1,52 @@
 """The body of `gold align`: two tokenizers, a text, and where their tokens end."""
 
+import io
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TextIO
 
-from gold.align.chunks import Alignment, align_tokens, coverage
+import numpy as np
+
+from gold.align.view import Side, View, describe, summary
 from gold.align.vocabulary import Spelling, Vocabulary
-from gold.errors import DataError
+from gold.errors import DataError, GoldError
+
+if TYPE_CHECKING:
+    from gold.data import Prompt
+
+MOST_BYTES = 8 * 2**20
+"""A longer text is refused: tokenizers hold some 150 bytes of memory for every byte of a text."""
+
+
+class Scorer(Protocol):
+    """Both models, for the probabilities of their tokens."""
+
+    vocabularies: tuple[Vocabulary, Vocabulary]
+    tokenizers: tuple[Any, Any]
+
+    def score(self, view: View) -> View:
+        """The text with both models' log-probabilities."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Given:
+    """One text to be aligned, or the student's own ids; with a prompt it is a turn that has ended.
+
+    `where` is what an error begins with.
+    """
+
+    text: str | bytes = b""
+    ids: tuple[int, ...] | None = None
+    prompt: "Prompt | None" = None
+    where: str = ""
 
 
 def run_align(
@@ -18,86 +54,251 @@ def run_align(
     *,
     student: str,
     teacher: str,
-    as_json: bool = False,
-    jsonl: Path | None = None,
     file: Path | None = None,
+    jsonl: Path | None = None,
+    chat: Path | None = None,
+    ids: str | None = None,
+    as_json: bool = False,
+    html: Path | None = None,
     color: bool = True,
+    load_scorer: Callable[[str, str], Scorer] | None = None,
     stream: TextIO | None = None,
 ) -> None:
-    """Writes the alignment of one text, of a file, or of each line of a JSON Lines file to the stream.
+    """Writes the alignment of one text, or of each line of a JSON Lines file, to the stream.
 
-    Exactly one of `text`, `file` and `jsonl` is given. `jsonl` answers one JSON object per line that has a `text`.
-    There are colours only on a terminal, and only if `color`.
+    The text is one of `text`, the bytes of a `file`, the last message of a `chat`, what the student's own `ids` spell,
+    and the `text` of each line of `jsonl`, answered by a line of JSON; without any of them, or where the name is `-`,
+    it is read from standard input. `html` is a page to write in place of the picture. There are colours only on a
+    terminal, and only if `color` and without NO_COLOR. `load_scorer` loads the models of both sides, to score the text.
 
     Raises: DataError for a text that cannot be read, VocabularyError for a tokenizer.
     """
-    if sum(source is not None for source in (text, jsonl, file)) != 1:
-        raise DataError("give exactly one of TEXT, --file and --jsonl")
     out = stream or sys.stdout
+    if jsonl is not None and html is not None:
+        raise DataError(
+            "--html is a page of one text; give TEXT, --file, --chat or --ids with it, not --jsonl"
+        )
+    given = _given(text, file, jsonl, chat, ids)
+    pair = _Pair((student, teacher), load_scorer)
     if jsonl is not None:
-        texts = _texts_of(jsonl)
-        sides = Vocabulary.load(student), Vocabulary.load(teacher)
-        for line in texts:
-            print(json.dumps(describe(*_align(line, *sides))), file=out)
+        for one in given:
+            print(json.dumps(describe(pair.view(one))), file=out, flush=True)
         return
-    data = _bytes_of(file) if file is not None else os.fsencode(text or "")
-    aligned = _align(data, Vocabulary.load(student), Vocabulary.load(teacher))
+    view = pair.view(next(given))
+    if html is not None:
+        from gold.align.html import page
+
+        try:
+            html.write_text(page(view), encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"{html}: cannot be written: {error.strerror}") from None
     if as_json:
-        print(json.dumps(describe(*aligned)), file=out)
-        return
+        print(json.dumps(describe(view)), file=out)
+    elif html is not None:
+        print("\n".join([*summary(view), f"written: {html}"]), file=out)
+    else:
+        _draw(view, out, color)
+
+
+def _draw(view: View, out: TextIO, color: bool) -> None:
     from rich.console import Console
 
     from gold.align.show import show_alignment
 
-    show_alignment(
-        *aligned, Console(file=out, no_color=not color, highlight=False, emoji=False, markup=False)
+    if isinstance(out, io.TextIOWrapper):
+        out.reconfigure(
+            errors="backslashreplace"
+        )  # an encoding without these characters is no reason to fail
+    plain = not color or bool(os.environ.get("NO_COLOR"))
+    console = Console(
+        file=out, color_system=None if plain else "auto", highlight=False, emoji=False, markup=False
     )
+    show_alignment(view, console)
 
 
-def describe(student: Spelling, teacher: Spelling, alignment: Alignment) -> dict[str, Any]:
-    """An alignment as JSON: ids and byte ends of both sides, and chunks as half-open ranges of their tokens."""
-    return {
-        "bytes": len(student.data),
-        "student": _describe_side(student),
-        "teacher": _describe_side(teacher),
-        "chunks": alignment.chunks.tolist(),
-        "repaired_bytes": student.repaired_bytes + teacher.repaired_bytes,
-        "coverage": asdict(coverage(student, teacher, alignment)),
-    }
+class _Pair:
+    """Both tokenizers, and what does not change from text to text."""
+
+    def __init__(self, names: tuple[str, str], load_scorer: Callable[[str, str], Scorer] | None) -> None:
+        self.names = names
+        self.scorer = load_scorer(*names) if load_scorer else None
+        self.vocabularies = (
+            self.scorer.vocabularies
+            if self.scorer
+            else (Vocabulary.load(names[0]), Vocabulary.load(names[1]))
+        )
+
+    def view(self, given: _Given) -> View:
+        """One text as both sides read it."""
+        try:
+            view = self._read(given)
+            return self.scorer.score(view) if self.scorer else view
+        except GoldError as error:
+            raise type(error)(f"{given.where}{error}") from None
+
+    def _read(self, given: _Given) -> View:
+        student, teacher = self.vocabularies
+        beside: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+        if given.ids is None:
+            spellings = student.encode(given.text), teacher.encode(given.text)
+        else:
+            ids = list(given.ids)
+            if ids and ids[0] == student.bos_id:
+                beside[0]["bos_id"], beside[1]["bos_id"] = ids.pop(0), teacher.bos_id
+            if ids and ids[-1] in student.stop_ids:
+                beside[0]["stop_ids"], beside[1]["stop_ids"] = (ids.pop(),), teacher.stop_ids
+            spelling = student.spell(ids)
+            spellings = spelling, spelling if self._same else teacher.encode(spelling.data)
+        if given.prompt is not None:
+            for side, name, vocabulary, tokenizer in zip(
+                beside, self.names, self.vocabularies, self._tokenizers, strict=True
+            ):
+                side["prompt_ids"] = _prompt_ids(name, tokenizer, given.prompt)
+                side["stop_ids"] = vocabulary.stop_ids
+        sides = [
+            Side(name, vocabulary, spelling, _shared(vocabulary, spelling, others), **more)
+            for name, vocabulary, spelling, others, more in zip(
+                self.names, self.vocabularies, spellings, reversed(self._token_bytes), beside, strict=True
+            )
+        ]
+        return View(*sides)
+
+    @cached_property
+    def _same(self) -> bool:
+        """Whether the teacher reads the student's own ids, as in training."""
+        student, teacher = self.vocabularies
+        return student.fingerprint == teacher.fingerprint and set(student.stop_ids) == set(teacher.stop_ids)
+
+    @cached_property
+    def _token_bytes(self) -> tuple[set[bytes], set[bytes]]:
+        """The bytes of all tokens of both vocabularies."""
+        student, teacher = (
+            {data[first:last] for first, last in pairwise(offsets) if last > first}
+            for data, offsets in ((v.blob.tobytes(), v.offsets.tolist()) for v in self.vocabularies)
+        )
+        return student, teacher
+
+    @cached_property
+    def _tokenizers(self) -> tuple[Any, Any]:
+        """Both tokenizers with their chat templates."""
+        if self.scorer:
+            return self.scorer.tokenizers
+        from gold.templates import PromptTokenizer
+
+        student, teacher = (PromptTokenizer.of(vocabulary) for vocabulary in self.vocabularies)
+        return student, teacher
 
 
-def _describe_side(spelling: Spelling) -> dict[str, Any]:
-    return {
-        "ids": spelling.ids.tolist(),
-        "ends": spelling.ends.tolist(),
-        "repaired_bytes": spelling.repaired_bytes,
-    }
+def _shared(vocabulary: Vocabulary, spelling: Spelling, others: set[bytes]) -> float:
+    """The share of tokens whose bytes are one of the other vocabulary's."""
+    ids, counts = np.unique(spelling.ids[spelling.ids < vocabulary.size], return_counts=True)
+    known = [vocabulary.token_bytes(index) in others for index in ids.tolist()]
+    return float(counts[known].sum()) / max(len(spelling), 1)
 
 
-def _align(
-    text: str | bytes, student: Vocabulary, teacher: Vocabulary
-) -> tuple[Spelling, Spelling, Alignment]:
-    spelling_S, spelling_T = student.encode(text), teacher.encode(text)
-    return spelling_S, spelling_T, align_tokens(spelling_S, spelling_T)
+def _prompt_ids(name: str, tokenizer: Any, prompt: "Prompt") -> tuple[int, ...]:
+    from gold.chat import prompt_ids
 
-
-def _bytes_of(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return tuple(prompt_ids(tokenizer, prompt))
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+
+
+def _given(
+    text: str | None, file: Path | None, jsonl: Path | None, chat: Path | None, ids: str | None
+) -> Iterator[_Given]:
+    """The texts; what can be said of them before a tokenizer is loaded is said at once."""
+    if sum(source is not None for source in (text, file, jsonl, chat, ids)) > 1:
+        raise DataError("give at most one of TEXT, --file, --jsonl, --chat and --ids")
+    if ids is not None:
+        return iter([_Given(ids=_parsed_ids(ids))])
+    if chat is not None:
+        return iter([_conversation(chat)])
+    if jsonl is not None:
+        return _lines(_opened(jsonl), str(jsonl))
+    if text is not None and text != "-":
+        return iter([_Given(os.fsencode(text))])
+    if text is None and file is None and sys.stdin.isatty():
+        raise DataError("no text: give TEXT, --file, --jsonl, --chat or --ids, or pipe one in")
+    return iter([_Given(_content(file or Path("-")))])
+
+
+def _parsed_ids(given: str) -> tuple[int, ...]:
+    parts = re.split(r"[\s,]+", given.strip().removeprefix("[").removesuffix("]"))
+    for part in filter(None, parts):
+        if not re.fullmatch("[0-9]{1,10}", part) or int(part) >= 2**31:
+            raise DataError(
+                f'--ids: {part[:40]!r} is no id; give whole numbers, such as "1 2 3" or "[1, 2, 3]"'
+            )
+    return tuple(int(part) for part in parts if part)
+
+
+def _conversation(file: Path) -> _Given:
+    from gold.data import Prompt
+
+    try:
+        messages = json.loads(_content(file))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: no JSON: {error}") from None
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if (
+        not isinstance(last, dict)
+        or last.get("role") != "assistant"
+        or not isinstance(last.get("content"), str)
+    ):
+        raise DataError(
+            f'{file}: needs a list of {{"role": …, "content": …}} that ends with a message of the assistant: '
+            "its text is aligned, what is before it is the prompt"
+        )
+    try:
+        prompt = Prompt(str(file), messages=tuple(messages[:-1]), completion=last["content"])
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from None
+    return _Given(last["content"], prompt=prompt)
+
+
+def _lines(stream: BinaryIO, name: str) -> Iterator[_Given]:
+    """The text of each line; lines of white space are passed over."""
+    with stream:
+        for number, line in enumerate(iter(lambda: stream.readline(MOST_BYTES + 1), b""), start=1):
+            where = f"{name}:{number}: "
+            if len(line) > MOST_BYTES:
+                raise DataError(
+                    f"{where}more than {MOST_BYTES >> 20} MiB in one line; cut its text into several"
+                )
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}no JSON: {error}") from None
+            found = record.get("text") if isinstance(record, dict) else None
+            if not isinstance(found, str):
+                raise DataError(f'{where}needs an object with a string "text", got {line[:60]!r}')
+            yield _Given(found, where=where)
+
+
+def _content(file: Path) -> bytes:
+    with _opened(file) as stream:
+        try:
+            data = stream.read(MOST_BYTES + 1)
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+    if len(data) > MOST_BYTES:
+        raise DataError(
+            f"{file}: more than {MOST_BYTES >> 20} MiB; a text is aligned in one piece, in memory: "
+            "cut it into the lines of a --jsonl file"
+        )
+    return data
+
+
+def _opened(file: Path) -> BinaryIO:
+    if str(file) == "-":
+        return sys.stdin.buffer
+    try:
+        return open(file, "rb")
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-
-
-def _texts_of(file: Path) -> Iterator[str]:
-    """The text of each line; lines of white space are passed over."""
-    for number, line in enumerate(_bytes_of(file).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{file}:{number}: no JSON: {error}") from None
-        found = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(found, str):
-            raise DataError(f'{file}:{number}: needs an object with a string "text", got {line[:60]!r}')
-        yield found
