@@ -176,6 +176,15 @@ class Vocabulary:
             raise VocabularyError(f"id {index} is outside the {self.size} ids of {self.name}")
         return self.blob[self.offsets[index] : self.offsets[index + 1]].tobytes()
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The live tokenizer that the vocabulary was read from; it parses special tokens, as `encode` never does."""
+        return self._tokenizer
+
+    def label(self, index: int) -> str:
+        """The tokenizer's own string for an id, for people to read; its number where it has none."""
+        return self._tokenizer.id_to_token(index) or f"#{index}"
+
     @staticmethod
     def text_of(data: bytes) -> str:
         """The text that a tokenizer is given for these bytes: UTF-8, with U+FFFD where they are invalid."""
