@@ -1,9 +1,11 @@
-"""Small tokenizers of several families, trained in the process: no downloads, the same in every run.
+"""Small tokenizers of all families, trained in the process: no downloads, the same in every run.
 
-Each has the special tokens <bos> (id 0) and <eos> (id 1); a byte-fallback one <unk> (id 2) as well.
+Each has the special tokens <bos> (id 0) and <eos> (id 1); all but the byte-level BPE ones <unk> (id 2) as well.
 """
 
+import base64
 import json
+import zlib
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -122,9 +124,129 @@ def sentencepiece_bpe(
     return _with_bos(tokenizer)
 
 
+# A character map as SentencePiece writes it, of these rules: Ａ to A, ｂ to b, ﬁ to fi, ½ to 1/2, ① to 1, e with an
+# acute mark to é, か with a voicing mark to が, … to ..., the Angstrom sign to Å, q with two marks to the same in their
+# canonical order; U+00A0, U+3000, tab, line feed and carriage return to a space, U+200B and U+0001 to nothing.
+_CHARACTER_MAP = (
+    "eNoV02dMU1EYxvGntxijgRgTPxlN+lGjlkDcYtx774ULA4Kipu5tW8GiRUXFgbNYHAjurdSF26q4t6JFxRXce/3vTX553nPfm3NO"
+    "e+5VmKRwmZfTEiEFqxmyULuoq5NBmyFPjFUV60kVGtHPMOQvJ1WhF1FTCsziPrW3heQbIFmp8+hXJX1kedIZbsjFPN5Mq5w8H2Ls"
+    "TjSURd9m9ksNVSbzxXNMlpJsiOWdbtbLZlyJuhYbrAGWlB2RqI06iMYS9l1QZCgQa6g+4waoC7atxmiChmBKbQ5IzcgYNEVLtEJz"
+    "8DPUFu3QGm3QEZ3QHh3QFd3QGV3QE73QHT3QF/3QG30wEIPQH/xFGoKhiMVgxGEEhmE4EjAS8TmG4slRGI1EJGEsxiEZYzAeE+Ao"
+    "MeQgJ2MKJmISpmMGpmIaZmMOZoLjkBtzzRcALsyDBylIxQJ4kYb5WITFSMdCLMUyZJjngBVYiUwsx2qswSpkYT02YC3WYSP88CHb"
+    "PB9sQQ42YRvysBW52IGdyMd27MFe7MJuHMBB7MN+HMFRHMJhHMNxFIBXQadMQYtOkCdxFudwGmdwEZdwHhdwBVcRxGVcxw0U4Rpu"
+    "4w5u4hbu4wHu4h4e4wke4hFCxRY9C7OomPopXuAlSvAcr/EGpXiFsjSLysi3eIeP+IT3+ICv+IbP+IKf+IXv+IG/+Iff+GN++TbZ"
+    "7XZFKSoymg8gTglJcgT9QY8KU1WYq5ArXf8Bb0aqfw=="
+)
+
+
+def character_map() -> normalizers.Normalizer:
+    """A normaliser of the kind that T5 and XLM-R have, with a few rules."""
+    return normalizers.Precompiled(zlib.decompress(base64.b64decode(_CHARACTER_MAP)))
+
+
+def trained(
+    model: models.Model,
+    trainer: trainers.Trainer,
+    pre_tokenizer: Any = None,
+    normalizer: Any = None,
+) -> Tokenizer:
+    """A tokenizer of a model that is trained on the corpus; the trainer knows <bos>, <eos> and <unk>."""
+    tokenizer = Tokenizer(model)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return _with_bos(tokenizer)
+
+
+def unigram(
+    pre_tokenizer: Any, normalizer: Any = None, byte_pieces: bool = False, vocab_size: int = 300
+) -> Tokenizer:
+    """Unigram, as T5 and XLM-R have it, with byte pieces if asked for."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)] if byte_pieces else []
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size + len(pieces),
+        special_tokens=[BOS, EOS, UNK, *pieces],
+        unk_token=UNK,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        if isinstance(pre_tokenizer, pre_tokenizers.ByteLevel)
+        else [],
+    )
+    tokenizer = trained(models.Unigram(), trainer, pre_tokenizer, normalizer)
+    if not byte_pieces:
+        return tokenizer
+    vocab = [tuple(piece) for piece in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    rebuilt = Tokenizer(models.Unigram(vocab, vocab.index((UNK, 0.0)), byte_fallback=True))
+    rebuilt.pre_tokenizer = pre_tokenizer
+    rebuilt.add_special_tokens([BOS, EOS, UNK])
+    return _with_bos(rebuilt)
+
+
+def word_piece(pre_tokenizer: Any, normalizer: Any = None, vocab_size: int = 300) -> Tokenizer:
+    """WordPiece, as BERT has it."""
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=[BOS, EOS, UNK], show_progress=False
+    )
+    return trained(models.WordPiece(unk_token=UNK), trainer, pre_tokenizer, normalizer)
+
+
+def marked_bpe(
+    pre_tokenizer: Any,
+    normalizer: Any = None,
+    continuing: str = "",
+    ending: str = "",
+    initial_alphabet: Iterable[str] = (),
+    vocab_size: int = 400,
+) -> Tokenizer:
+    """BPE with a mark before tokens that continue a word, behind tokens that end one, or with none."""
+    marks = {"continuing_subword_prefix": continuing, "end_of_word_suffix": ending}
+    marks = {name: mark for name, mark in marks.items() if mark}
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, UNK],
+        initial_alphabet=sorted(initial_alphabet),
+        show_progress=False,
+        **marks,
+    )
+    return trained(models.BPE(unk_token=UNK, **marks), trainer, pre_tokenizer, normalizer)
+
+
+def words(pre_tokenizer: Any, normalizer: Any = None) -> Tokenizer:
+    """A vocabulary of whole words."""
+    trainer = trainers.WordLevelTrainer(vocab_size=300, special_tokens=[BOS, EOS, UNK], show_progress=False)
+    return trained(models.WordLevel(unk_token=UNK), trainer, pre_tokenizer, normalizer)
+
+
+def clip() -> Tokenizer:
+    """As CLIP has it: lower case, white space made one space and dropped, `</w>` behind words in the byte alphabet."""
+    pattern = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    return marked_bpe(
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+        normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        ),
+        ending="</w>",
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=700,
+    )
+
+
 @cache
 def families() -> dict[str, Tokenizer]:
     """One tokenizer of each kind that is supported, by name."""
+    return exact_families() | lossy_families()
+
+
+@cache
+def exact_families() -> dict[str, Tokenizer]:
+    """Those whose tokens have the bytes of every text, but for what their names say."""
     lacking = byte_level_bpe(vocab_size=300)
     return {
         "byte-level": byte_level_bpe(),
@@ -140,6 +262,7 @@ def families() -> dict[str, Tokenizer]:
         "byte-level, space before": byte_level_bpe(prefix_space=True),
         "byte-level, bytes missing": without_bytes(lacking, b"x\x01\xc3\xf0 "),
         "byte-level, added tokens": with_added(byte_level_bpe()),
+        "byte-level, unigram": unigram(pre_tokenizers.ByteLevel(add_prefix_space=False), vocab_size=400),
         "characters": character_level(),
         "byte-fallback": sentencepiece_bpe(),
         "byte-fallback, unknown characters": sentencepiece_bpe(known=range(0x20, 0xE3)),
@@ -147,6 +270,69 @@ def families() -> dict[str, Tokenizer]:
         "byte-fallback, prepend": sentencepiece_bpe(prefix="prepend"),
         "byte-fallback, metaspace first": sentencepiece_bpe(prefix="first"),
         "byte-fallback, metaspace always": sentencepiece_bpe(prefix="always", vocab_size=450),
+        "byte-fallback, unigram": unigram(pre_tokenizers.Metaspace(), byte_pieces=True),
+    }
+
+
+@cache
+def lossy_families() -> dict[str, Tokenizer]:
+    """Those that drop white space, rewrite the text, or do not know every character."""
+    bert = pre_tokenizers.BertPreTokenizer()
+    one_space = normalizers.Replace(Regex(" {2,}"), "▁")
+    return {
+        "unigram": unigram(pre_tokenizers.Metaspace()),
+        "unigram, character map": unigram(
+            pre_tokenizers.Metaspace(),
+            normalizers.Sequence([character_map(), normalizers.Strip(left=False), one_space]),
+        ),
+        "unigram, NFKC": unigram(
+            pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]),
+            normalizers.Sequence([normalizers.NFKC(), normalizers.StripAccents()]),
+        ),
+        "unigram, first": unigram(
+            pre_tokenizers.Sequence(
+                [pre_tokenizers.UnicodeScripts(), pre_tokenizers.Metaspace(prepend_scheme="first")]
+            )
+        ),
+        "unigram, another space": unigram(pre_tokenizers.Metaspace(replacement="_"), normalizers.NFD()),
+        "unigram, added tokens": with_added(unigram(pre_tokenizers.Metaspace(), character_map())),
+        "sentencepiece without bytes": marked_bpe(pre_tokenizers.Metaspace(prepend_scheme="never")),
+        "wordpiece, uncased": word_piece(bert, normalizers.BertNormalizer()),
+        "wordpiece, cased": word_piece(
+            bert, normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+        ),
+        "wordpiece, white space": word_piece(pre_tokenizers.WhitespaceSplit()),
+        "wordpiece, metaspace": word_piece(pre_tokenizers.Metaspace()),
+        "wordpiece, bytes": word_piece(
+            pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.WhitespaceSplit(),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            )
+        ),
+        "wordpiece, added tokens": with_added(word_piece(bert, normalizers.BertNormalizer())),
+        "words": words(pre_tokenizers.Whitespace()),
+        "words, digits": words(
+            pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Whitespace(),
+                    pre_tokenizers.Digits(individual_digits=True),
+                    pre_tokenizers.Punctuation(),
+                ]
+            ),
+            normalizers.Lowercase(),
+        ),
+        "words, bytes": words(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        "word ends": clip(),
+        "word ends, characters": marked_bpe(bert, normalizers.BertNormalizer(), ending="</w>"),
+        "word starts": marked_bpe(pre_tokenizers.Whitespace(), continuing="##"),
+        "no marks": marked_bpe(pre_tokenizers.Whitespace(), normalizers.NFC()),
+        "plain": marked_bpe(None, vocab_size=150),
+        "pieces with a space": marked_bpe(
+            pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel()]),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
     }
 
 

@@ -1,9 +1,11 @@
 """Where a tokenizer cuts a text whatever comes next: the ends of pre-tokens that no continuation moves."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tokenizers import AddedToken
+
+from gold.align.repair import rewriting_boundaries
 
 # One continuation of every kind that pre-tokenizers tell apart; what moves most ends comes first.
 _PROBES = (
@@ -132,10 +134,19 @@ _MEMORY = 65_536
 
 
 class PreTokenCuts:
-    """Answers for one tokenizer, from its normaliser, its pre-tokenizer and the added tokens that it finds in text."""
+    """Answers for one tokenizer, from its normaliser, its pre-tokenizer and the added tokens that it finds in text.
 
-    def __init__(self, normalizer: Any, pre_tokenizer: Any, added: Iterable[AddedToken]) -> None:
-        self._normalizer, self._pre_tokenizer = normalizer, pre_tokenizer
+    `rewrite` is what the normaliser makes of a text as far as bytes are concerned.
+    """
+
+    def __init__(
+        self,
+        normalizer: Any,
+        pre_tokenizer: Any,
+        added: Iterable[AddedToken],
+        rewrite: Callable[[str], str],
+    ) -> None:
+        self._normalizer, self._pre_tokenizer, self._rewrite = normalizer, pre_tokenizer, rewrite
         tokens = list(added)
         self._openings = {
             token.content[:length] for token in tokens for length in range(1, len(token.content))
@@ -158,14 +169,23 @@ class PreTokenCuts:
                 self._known.clear()
             before = self._normalized(context)
             self._known[context] = not self._may_begin_added_token(context) and all(
-                self._cuts_between(before, self._normalized(context + probe)) for probe in _PROBES
+                self._cuts_between(before, self._normalized(context + probe))
+                and self._leaves_apart(context, context + probe)
+                for probe in _PROBES
             )
         return self._known[context]
 
     def _cuts_between(self, before: str, text: str) -> bool:
         if not before or not text.startswith(before):
             return False
-        return any(len(before) in span for _, span in self._pre_tokenizer.pre_tokenize_str(text))
+        # Where white space is dropped it belongs to the next token: a token ends where a piece does, not at its start.
+        return any(len(before) == span[1] for _, span in self._pre_tokenizer.pre_tokenize_str(text))
+
+    def _leaves_apart(self, context: str, text: str) -> bool:
+        """Whether the place after the context is none inside of what the normaliser rewrites together."""
+        rewritten = self._rewrite(text)
+        at = len(context.encode())
+        return rewritten == text or at in rewriting_boundaries(text, rewritten, self._rewrite)
 
     def _may_begin_added_token(self, context: str) -> bool:
         """Whether the next text could make an added token of the context's end: those are found before pre-tokens."""

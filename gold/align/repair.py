@@ -1,11 +1,12 @@
-"""Where the boundaries of a token stream lie in the given text, when the two differ.
+"""Where the tokens of a text end in it, when the bytes that they stand for are not the text's.
 
-A tokenizer's tokens spell a *stream* of bytes. It can differ from the given bytes because invalid UTF-8 was replaced,
-because a normaliser rewrote the text (Qwen's NFC), because the vocabulary lacks a byte or a character, or because a
-space was put before the text. Each of these steps is replayed and mapped exactly; only a stream that is still not
-explained (added tokens that swallow spaces) is compared by edit operations, in windows between equal runs.
+That is so because invalid UTF-8 was replaced, because a normaliser rewrote the text (NFC, lower case), because white
+space was dropped or a space put in, or because a character is unknown. The rewriting is replayed and mapped
+(`rewriting_boundaries`). In the rewritten text each end is looked for among the places that are none of the
+rewriting's inside (`true_ends`), and held against the bytes (`settle_by_bytes`). Edit operations, in windows between
+equal runs, are for what none of this explains.
 
-A *boundary map* from a stream B to a text A is an int64 array of len(B) + 1: the position in A that lies
+A *boundary map* from a text B to a text A is an int64 array of len(B) + 1, in bytes: the position in A that lies
 between the same two pieces of content as position p in B, or -1 where p is inside a stretch that changed. It
 never decreases, and where A has content that B lacks it names the position before that, so that the next
 token takes it.
@@ -15,6 +16,7 @@ import codecs
 import threading
 import unicodedata
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,13 +26,18 @@ from gold.errors import VocabularyError
 
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.uint32]
 
-_INSIDE = -1
-# What a normaliser does to one piece concerns a character and its marks; a longer stretch is something else.
-_LONGEST_PIECE = 64
+NONE = -1
+"""No true boundary: inside a stretch that changed."""
+
+# What a normaliser does concerns a few characters; up to the first number of them all lengths are tried.
+_SHORT_STRETCH, _LONGEST_STRETCH = 64, 1024
 _FIRST_WINDOW = 48
 _ANCHOR = 8
+_NEUTRAL = "a"
+_WHITE = np.frombuffer(b" \t\n\v\f\r", np.uint8)
 
 
 def decode_replacing(data: bytes) -> tuple[str, Int64 | None]:
@@ -49,48 +56,128 @@ def decode_replacing(data: bytes) -> tuple[str, Int64 | None]:
     text_starts = starts - np.concatenate(([0], shifts[:-1]))
     back = np.arange(len(data) - int(shifts[-1]) + 1)
     back[text_starts[0] + 3 :] += np.repeat(shifts, np.diff(np.append(text_starts + 3, len(back))))
-    back[text_starts + 1] = back[text_starts + 2] = _INSIDE
+    back[text_starts + 1] = back[text_starts + 2] = NONE
     return text, back
-
-
-def stream_boundaries(
-    stream: bytes, text: str, rewrite: Callable[[str], str], lost: Callable[[str], Bool], prefix: bool
-) -> Int64:
-    """The boundary map from a token stream to the UTF-8 bytes of the text that was tokenized.
-
-    `rewrite` is what the tokenizer does to a piece of text, `lost` tells which bytes of a rewritten text its vocabulary
-    has no token for, `prefix` is whether it put a space before the text.
-
-    Raises: VocabularyError if edit operations are needed and rapidfuzz is not installed.
-    """
-    rewritten = rewrite(text)
-    expected = rewritten.encode()
-    back = _boundaries_of_rewriting(text, rewritten, rewrite)
-    gone = lost(rewritten)
-    if gone.any():
-        expected = np.frombuffer(expected, np.uint8)[~gone].tobytes()
-        # Position p is the end of the p-th byte that was kept.
-        back = back[np.concatenate(([0], np.flatnonzero(~gone) + 1))]
-    if prefix and stream[:1] == b" ":
-        expected, back = b" " + expected, np.concatenate(([0], back))
-    if expected != stream:
-        back = compose(_boundaries_by_edits(expected, stream), back)
-    return back
 
 
 def compose(inner: Int64, outer: Int64) -> Int64:
     """The boundary map from C to A, of the maps from C to B (`inner`) and from B to A (`outer`)."""
-    return np.where(inner >= 0, outer[inner], _INSIDE)
+    return np.where(inner >= 0, outer[inner], NONE)
 
 
-def partners(back: Int64) -> Int64:
-    """For each piece of B its own place in A, -1 for one that was put in or lies inside a stretch that changed.
+def true_ends(first: Int64, last: Int64, back: Int64, *, take_what_follows: bool = False) -> Int64:
+    """The end of each token in A, NONE where it lies inside a stretch that changed or inside another token.
 
-    It is the place just before the boundary that follows the piece, if no piece before has it. Whether the content
-    there is the same is for the caller to compare.
+    Token i stands on B[first[i] : last[i]], where it may overlap others and leave gaps; `back` maps B to A. It ends
+    anywhere from where all tokens up to it have ended to where the first one after it begins: at the first of these
+    places that is a boundary, so that what stands in a gap belongs to the next token, or with `take_what_follows` at
+    the last, so that it belongs to this one.
     """
-    taken = np.maximum.accumulate(back[:-1])
-    return np.where(back[1:] > taken, back[1:] - 1, _INSIDE)
+    if not len(first):
+        return first
+    places = np.arange(len(back))
+    earliest = np.maximum.accumulate(last)
+    latest = np.append(np.minimum.accumulate(first[::-1])[::-1][1:], len(back) - 1)
+    if take_what_follows:
+        at = np.maximum.accumulate(np.where(back >= 0, places, 0))[latest]
+    else:
+        at = np.minimum.accumulate(np.where(back >= 0, places, len(back))[::-1])[::-1][earliest]
+    found = (earliest <= at) & (at <= latest)
+    return np.where(found, back[np.where(found, at, 0)], NONE)
+
+
+def settle_by_bytes(
+    ends: Int64,
+    first: Int64,
+    last: Int64,
+    stops: Int64,
+    stream: Bytes,
+    text: Bytes,
+    gone: Bool,
+    unknown: Bool,
+    back: Int64,
+) -> None:
+    """Corrects the ends that `true_ends` found, by the bytes of the tokens and those of the text B.
+
+    A run of tokens without an end between them (they share a character) stands for a stretch of the stream: from the
+    stop of the token before it to its last one's. Where that is what B has, white space at its sides and bytes that are
+    `gone` aside, the tokens inside are cut by their bytes. Where it is not, and it is not `unknown` either, the
+    tokenizer's account of it is wrong, and so is an end that only such a run vouches for.
+    """
+    closed = np.flatnonzero(ends != NONE)
+    if not len(closed):
+        return
+    opened = np.concatenate(([0], closed[:-1] + 1))
+    begin = np.minimum.accumulate(first[::-1])[::-1][opened]
+    begin, end = _trimmed(text, begin, np.maximum(np.maximum.accumulate(last)[closed], begin))
+    start, stop = _trimmed(stream, np.concatenate(([0], stops))[opened], stops[closed])
+    kept_at = np.flatnonzero(~gone)
+    low, high = (np.concatenate(([0], np.cumsum(~gone)))[at] for at in (begin, end))
+    equal = stop - start == high - low
+    equal[equal] = equal_stretches(stream, start[equal], text[kept_at], low[equal], (stop - start)[equal])
+
+    counts = np.where(equal, closed - opened, 0)
+    tokens = np.arange(counts.sum()) + np.repeat(opened - np.cumsum(counts) + counts, counts)
+    inside = stops[tokens] - np.repeat(start, counts)
+    at = np.repeat(begin, counts)
+    later = inside > 0
+    at[later] = kept_at[np.minimum((np.repeat(low, counts) + inside)[later], len(kept_at)) - 1] + 1
+
+    vague = np.logical_or.reduceat(unknown, opened)
+    vouched = equal[:-1] | equal[1:] | (vague[:-1] & vague[1:])
+    ends[tokens] = back[at]
+    ends[closed[:-1][~vouched]] = NONE
+
+
+def _trimmed(text: Bytes, begin: Int64, end: Int64) -> tuple[Int64, Int64]:
+    """Stretches of a text less the white space at their sides."""
+    solid = np.flatnonzero(~np.isin(text, _WHITE))
+    after = np.append(solid, len(text))[np.searchsorted(solid, begin)]
+    begin = np.minimum(after, end)
+    before = np.concatenate(([0], solid + 1))[np.searchsorted(solid, end)]
+    return begin, np.maximum(before, begin)
+
+
+def stretches_less_gone(stops: Int64, unknown: Bool, gone: Bool, characters: Int64) -> tuple[Int64, Int64]:
+    """Where tokens begin and end in a text B, if their bytes are B's less those that are `gone`.
+
+    The unknown tokens (no bytes) between two others stand on what is gone there, a character each, and the last of them
+    on all that is left; `characters` are the bytes at which those of B begin, and its length.
+    """
+    kept_at = np.flatnonzero(~gone)
+    befores, afters = np.concatenate(([0], kept_at + 1)), np.append(kept_at, len(gone))
+    begun = np.concatenate(([0], stops[:-1]))
+    last = befores[stops]
+    first = np.where(begun < stops, afters[begun], last)
+    at = np.flatnonzero(unknown)
+    if len(at):
+        fresh = np.append(True, (np.diff(at) > 1) | (stops[at[1:]] != stops[at[:-1]]))
+        rank = np.arange(len(at)) - np.maximum.accumulate(np.where(fresh, np.arange(len(at)), 0))
+        low, high = befores[stops[at]], afters[stops[at]]
+        character = np.searchsorted(characters, low, "right") - 1 + rank
+        ends = [
+            np.clip(characters[np.minimum(character + k, len(characters) - 1)], low, high) for k in (0, 1)
+        ]
+        first[at] = np.where(rank == 0, low, ends[0])
+        last[at] = np.where(np.append(fresh[1:], True), high, ends[1])
+    return first, last
+
+
+def equal_stretches(a: Bytes, first_a: Int64, b: Bytes, first_b: Int64, widths: Int64) -> Bool:
+    """Whether a[first_a : first_a + width] == b[first_b : first_b + width], for each of many stretches."""
+    total = np.cumsum(widths)
+    if not len(total) or not total[-1]:
+        return np.ones(len(widths), np.bool_)
+    inside = np.arange(total[-1]) - np.repeat(total - widths, widths)
+    differs = a[np.repeat(first_a, widths) + inside] != b[np.repeat(first_b, widths) + inside]
+    counts = np.concatenate(([0], np.cumsum(differs)))
+    equal: Bool = counts[total] == counts[total - widths]
+    return equal
+
+
+def byte_offsets(text: str) -> Int64:
+    """The byte at which each character of a text begins, and its length in bytes last."""
+    return _byte_offsets(_codes(text))
 
 
 class _Replaced(threading.local):
@@ -109,57 +196,165 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("gold-replace", _replace)
 
 
-def _boundaries_of_rewriting(text: str, rewritten: str, rewrite: Callable[[str], str]) -> Int64:
-    """The boundary map, in bytes, from a rewritten text to the text.
+def rewriting_boundaries(text: str, rewritten: str, rewrite: Callable[[str], str]) -> Int64:
+    """The boundary map, in bytes, from `rewritten = rewrite(text)` to the text.
 
-    Between equal runs it takes the shortest stretch whose rewriting is what follows, and it never cuts before
-    a character that combines with the one before it.
+    What becomes of each character with its marks is asked once. Where these answers one after the other are not the
+    rewritten text, it takes the shortest stretch whose rewriting is what follows. It never cuts before a character
+    that combines with the one before it, unless that is left as it was or rewritten by itself.
     """
     if text == rewritten:
         return np.arange(len(text.encode()) + 1)
+    units = _Units(text, rewrite)
     a, b = _codes(text), _codes(rewritten)
-    back = np.full(len(b) + 1, _INSIDE, np.int64)
-    back[0] = i = j = 0
-    while i < len(a) or j < len(b):
-        first_i = i
-        run = _equal_run(a, b, i, j)
-        back[j + 1 : j + run + 1] = np.arange(i + 1, i + run + 1)
-        i, j = i + run, j + run
-        if i == len(a) and j == len(b):
-            break
-        while i > first_i and (_joins(text, i) or _joins(rewritten, j)):
-            back[j] = _INSIDE
-            i, j = i - 1, j - 1
-        piece = _rewritten_piece(text, rewritten, i, j, rewrite)
-        if piece is None:
-            i, j = _edit(text, rewritten, i, j, back)
-        else:
-            i, j = i + piece[0], j + piece[1]
-            if piece[1]:
-                back[j] = i
+    back = np.full(len(b) + 1, NONE, np.int64)
+    back[0] = 0
+    if units.rewritten == rewritten:
+        units.map_to(back, 0, len(units), 0)
+    else:
+        _replay(units, text, rewritten, a, b, back)
     return _in_bytes(back, a, b)
 
 
-def _rewritten_piece(
-    text: str, rewritten: str, i: int, j: int, rewrite: Callable[[str], str]
-) -> tuple[int, int] | None:
-    """The lengths of the shortest stretches at text[i] and rewritten[j] of which one is rewritten to the other."""
-    for end in range(i + 1, min(i + _LONGEST_PIECE, len(text)) + 1):
-        if _joins(text, end):
+class _Units:
+    """A text in pieces that a normaliser rewrites one by one, as far as a piece alone can tell."""
+
+    def __init__(self, text: str, rewrite: Callable[[str], str]) -> None:
+        self.rewrite = rewrite
+        joining = [c for c in set(text) if _joins(c)]
+        pieces: list[str] = list(text)
+        if joining:
+            starts = np.flatnonzero(~np.isin(_codes(text), [ord(c) for c in joining])[1:]) + 1
+            bounds = [0, *starts.tolist(), len(text)]
+            pieces = [text[i:j] for i, j in pairwise(bounds)]
+        answers = {piece: self._alone(piece) for piece in set(pieces)}
+        if joining:
+            # Marks that are left apart from their character, as they were or rewritten, are pieces of their own.
+            for character in set("".join(piece for piece in answers if len(piece) > 1)):
+                answers.setdefault(character, self._alone(character))
+            split = {
+                piece
+                for piece, answer in answers.items()
+                if len(piece) > 1
+                and all(answers[c] for c in piece)
+                and "".join(answers[c] for c in piece) == answer
+            }
+            pieces = [part for piece in pieces for part in (piece if piece in split else (piece,))]
+        self.rewritten = "".join(map(answers.__getitem__, pieces))
+        self.codes = _codes(self.rewritten)
+        # starts[k]: the character of the text at which piece k begins; at[k]: where its rewriting begins.
+        self.starts = _sums(np.fromiter(map(len, pieces), np.int64, len(pieces)))
+        self.at = _sums(np.fromiter((len(answers[piece]) for piece in pieces), np.int64, len(pieces)))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def map_to(self, back: Int64, first: int, last: int, shift: int) -> None:
+        """Maps the ends of pieces [first, last), whose rewritings stand `shift` further on in the rewritten text."""
+        ends, source = self.at[first + 1 : last + 1], self.starts[first + 1 : last + 1]
+        seen = ends > self.at[first:last]
+        back[ends[seen] + shift] = source[seen]
+
+    def _alone(self, piece: str) -> str:
+        # Between two letters, for what is done at the ends of a text alone (white space stripped) says nothing here.
+        between = self.rewrite(_NEUTRAL + piece + _NEUTRAL)
+        if len(between) >= 2 and between[0] == between[-1] == _NEUTRAL:
+            return between[1:-1]
+        return self.rewrite(piece)
+
+
+def _sums(widths: Int64) -> Int64:
+    return np.concatenate(([0], np.cumsum(widths)))
+
+
+def _replay(units: _Units, text: str, rewritten: str, a: Codes, b: Codes, back: Int64) -> None:
+    """Fills the boundary map in characters, where the pieces one by one are not the rewritten text."""
+    k = j = 0
+    while k < len(units) or j < len(b):
+        first = k
+        at = int(units.at[k])
+        run = _equal_run(units.codes, b, at, j)
+        # The first piece that begins behind the equal run, or the one in which it ends.
+        k = max(int(np.searchsorted(units.at, at + run, "right")) - 1, first)
+        if units.at[k] == at + run:
+            k = max(int(np.searchsorted(units.at, at + run, "left")), first)
+        if at + run == units.at[-1] and j + run == len(b):
+            k = len(units)
+        shift = j - at
+        units.map_to(back, first, k, shift)
+        j = int(units.at[k]) + shift
+        if k == len(units) and j == len(b):
+            break
+        found = _rewritten_stretch(units, text, rewritten, first, k, j)
+        if found is None:
+            i, j = _edit_to_a_piece(units, text, rewritten, a, b, int(units.starts[k]), j, back)
+            k = int(np.searchsorted(units.starts, i))
             continue
-        piece = rewrite(text[i:end])
-        stop = j + len(piece)
-        whole = (end == len(text)) == (stop == len(rewritten)) or not piece
-        if whole and rewritten.startswith(piece, j) and not _joins(rewritten, stop):
-            return end - i, len(piece)
-    return None
+        k, begin, j = found
+        back[begin + 1 : j + 1] = NONE
+        if j > begin:
+            back[j] = units.starts[k]
 
 
-def _joins(text: str, at: int) -> bool:
-    """Whether the character there may combine with the one before it."""
-    if at >= len(text) or text[at] < "\u0300":
+def _rewritten_stretch(
+    units: _Units, text: str, rewritten: str, first: int, k: int, j: int
+) -> tuple[int, int, int] | None:
+    """The shortest stretch around piece k, none of it before `first`, whose rewriting is what stands in its place.
+
+    Piece k belongs at rewritten[j]. The answer is the piece after the stretch, and where its rewriting begins and ends;
+    None if there is no such stretch.
+    """
+
+    def attempt(behind: int, ahead: int) -> tuple[int, int, int] | None:
+        begun, ended = k - behind, min(k + ahead, len(units))
+        if begun < first or begun == ended:
+            return None
+        begin = j - int(units.at[k] - units.at[begun])
+        piece = units.rewrite(text[units.starts[begun] : units.starts[ended]])
+        end = begin + len(piece)
+        whole = (ended == len(units)) == (end == len(rewritten)) or not piece
+        fits = whole and rewritten.startswith(piece, begin) and not _joins(rewritten[end : end + 1])
+        return (ended, begin, end) if fits else None
+
+    ahead, failed = 1, 0
+    while True:
+        for behind in range(3):
+            found = attempt(behind, ahead)
+            while found is not None and ahead - failed > 1:
+                middle = (failed + ahead) // 2
+                shorter = attempt(behind, middle)
+                found, ahead, failed = (
+                    (found, ahead, middle) if shorter is None else (shorter, middle, failed)
+                )
+            if found is not None:
+                return found
+        if k + ahead >= len(units) or ahead >= _LONGEST_STRETCH:
+            return None
+        ahead, failed = (ahead + 1 if ahead < _SHORT_STRETCH else 2 * ahead), ahead
+
+
+def _edit_to_a_piece(
+    units: _Units, text: str, rewritten: str, a: Codes, b: Codes, i: int, j: int, back: Int64
+) -> tuple[int, int]:
+    """Maps text[i:] to rewritten[j:] as equal or edited characters up to the start of a later piece; returns where."""
+    start = i
+    while i < len(a) or j < len(b):
+        run = _equal_run(a, b, i, j)
+        edges = units.starts[np.searchsorted(units.starts, max(i, start + 1)) :]
+        step = min(run, int(edges[0]) - i) if len(edges) else run
+        back[j + 1 : j + step + 1] = np.arange(i + 1, i + step + 1)
+        i, j = i + step, j + step
+        if len(edges) and i == edges[0]:
+            break
+        if i < len(a) or j < len(b):
+            i, j = _edit(text, rewritten, i, j, back)
+    return i, j
+
+
+def _joins(character: str) -> bool:
+    """Whether a character may combine with the one before it; "" does not."""
+    if character < "\u0300":
         return False
-    character = text[at]
     return (
         unicodedata.category(character).startswith("M")
         or "\u1160" <= character <= "\u11ff"  # Hangul vowels and finals
@@ -168,12 +363,15 @@ def _joins(text: str, at: int) -> bool:
     )
 
 
-def _boundaries_by_edits(expected: bytes, stream: bytes) -> Int64:
-    """The boundary map, in bytes, from a stream to the expected bytes, which differ from it for no known reason."""
+def edit_boundaries(expected: bytes, stream: bytes) -> Int64:
+    """The boundary map, in bytes, from a stream to the expected bytes, which differ from it for no known reason.
+
+    Raises: VocabularyError if rapidfuzz, which finds the edit operations, is not installed.
+    """
     # Invalid bytes become one character each, so that no valid character is cut.
     text_a, text_b = (side.decode("utf-8", "surrogateescape") for side in (expected, stream))
     a, b = _codes(text_a), _codes(text_b)
-    back = np.full(len(b) + 1, _INSIDE, np.int64)
+    back = np.full(len(b) + 1, NONE, np.int64)
     back[0] = i = j = 0
     while i < len(a) or j < len(b):
         run = _equal_run(a, b, i, j)
@@ -228,15 +426,16 @@ def _in_bytes(back: Int64, a: Codes, b: Codes) -> Int64:
     """The boundary map in bytes of one in characters; a character that stayed the same keeps the places inside it."""
     at_a, at_b = _byte_offsets(a), _byte_offsets(b)
     known = back >= 0
-    in_bytes = np.full(at_b[-1] + 1, _INSIDE, np.int64)
+    in_bytes = np.full(at_b[-1] + 1, NONE, np.int64)
     in_bytes[at_b[known]] = at_a[back[known]]
-    partner = partners(back)
-    same = np.flatnonzero(partner >= 0)
-    same = same[a[partner[same]] == b[same]]
-    widths = np.diff(at_b)
+    # A character between two boundaries is the one before the second, if any is; before it something may be left out.
+    same = np.flatnonzero((back[:-1] >= 0) & (back[1:] > back[:-1]))
+    source = back[1:][same] - 1
+    same, source = (at[a[source] == b[same]] for at in (same, source))
+    widths = np.diff(at_b)[same]
     for inside in (1, 2, 3):
-        wide = same[widths[same] > inside]
-        in_bytes[at_b[wide] + inside] = at_a[partner[wide]] + inside
+        wide = widths > inside
+        in_bytes[at_b[same[wide]] + inside] = at_a[source[wide]] + inside
     return in_bytes
 
 

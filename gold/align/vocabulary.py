@@ -8,17 +8,29 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from gold.align.cuts import PreTokenCuts
 from gold.align.order import equal_groups
-from gold.align.repair import compose, decode_replacing, partners, stream_boundaries
+from gold.align.repair import (
+    NONE,
+    byte_offsets,
+    compose,
+    decode_replacing,
+    edit_boundaries,
+    equal_stretches,
+    rewriting_boundaries,
+    settle_by_bytes,
+    stretches_less_gone,
+    true_ends,
+)
 from gold.align.sources import open_source
 from gold.align.spelling import (
     added_ids,
-    adds_prefix,
+    character_ids,
     is_byte_piece,
     losses,
+    normalizer_of,
     read_family,
     rewriter,
     text_tokenizer,
@@ -37,8 +49,9 @@ class Spelling:
     """The tokens of one text, laid on its bytes.
 
     `ends[i]` is the byte of `data` after token i; it never decreases, and the last one is len(data). Token i
-    has the bytes data[starts[i]:ends[i]]; events have none. Where a token ends inside a stretch that the
-    tokenizer changed, its end is the last true boundary before, and the next token has the whole stretch.
+    has the bytes data[starts[i]:ends[i]]; events have none, but an unknown token has the text that it replaced.
+    Where a token ends inside a stretch that the tokenizer changed, its end is the last true boundary before, and the
+    next token has the whole stretch.
 
     `exact[i]`: the token's own bytes are data[starts[i]:ends[i]]. `repaired_bytes` of the text lie in tokens
     that are not exact; a token whose only surplus is the space put before the text is not exact, but does not
@@ -67,7 +80,8 @@ class Vocabulary:
 
     `offsets` (int64[size + 1]) and `blob` (uint8) hold the bytes of all ids one after the other. `event_V[id]`: the
     id is special, unknown or unused, and has no bytes. `stop_ids`, `bos_id`, `pad_id` and `unk_id` are roles. `family`
-    is "byte-level" or "byte-fallback". `fingerprint` is equal where all bytes and events are, in every process.
+    is a name for people, such as "byte-level" or "word pieces". `fingerprint` is equal where all bytes and events are,
+    in every process.
     """
 
     size: int
@@ -97,13 +111,12 @@ class Vocabulary:
         self._tokenizer = tokenizer
         self._family = read_family(tokenizer)
         self.family, self.name = self._family.name, name
+        self.unk_id = self._family.unk_id
         self.stop_ids, self.bos_id, self.pad_id = (
             tuple(dict.fromkeys(int(i) for i in stop_ids)),
             bos_id,
             pad_id,
         )
-        unk = self._family.unk_token
-        self.unk_id = None if unk is None else tokenizer.token_to_id(unk)
         added = tokenizer.get_added_tokens_decoder()
         for index in self.stop_ids:
             if index not in added:
@@ -122,8 +135,11 @@ class Vocabulary:
         self.blob = np.frombuffer(b"".join(spelling or b"" for spelling in spellings), np.uint8)
         self.event_V = np.diff(self.offsets) == 0
         self._lengths_V = np.diff(self.offsets)
-        self._text_tokenizers: dict[bool, tuple[Tokenizer, Int32 | None]] = {}
-        self._plain_ids: dict[int, Int32] = {}
+        self._text_tokenizers: dict[tuple[bool, bool], tuple[Tokenizer, Int32 | None]] = {}
+        # An unknown token that also ends a sequence, as some tokenizers have it, must not stand for text.
+        control = self.unk_id in (*self.stop_ids, bos_id)
+        self._unknown = None if control else self.unk_id
+        self._plain_ids: dict[int, list[int]] = {}
 
     @classmethod
     def load(cls, source: Any, stop_ids: Iterable[int] | None = None) -> "Vocabulary":
@@ -194,37 +210,62 @@ class Vocabulary:
         """The tokens that the tokenizer gives a text, without BOS and EOS, laid on the given bytes.
 
         Text that looks like a special token is text. Invalid UTF-8 is U+FFFD to the tokenizer. With
-        `at_start` false the text continues a sequence: no space is put before it where the family would
-        (Llama-2).
+        `at_start` false the text continues a sequence: no space is put before it where the family would put one
+        before a text (Llama-2). An unknown token stands on the text that it replaces; what has no token at all, such
+        as white space that was dropped, belongs to the next token.
 
-        Raises: VocabularyError if the tokens do not spell the text and rapidfuzz, which is then needed, is
-        missing.
+        Raises: VocabularyError if the tokenizer has neither a token for a character nor an unknown token, or if
+        rapidfuzz is needed and missing.
         """
         try:
             data = text.encode() if isinstance(text, str) else text
         except UnicodeEncodeError:
             data = str(text).encode("utf-8", "surrogatepass")
         given, replaced = decode_replacing(data)
-        ids = self._ids(given, at_start)
+        read_ids, read = self._read(given, at_start)
+        ids, sources = self._as_text(read_ids)
         stream, stops = self._stream(ids)
         if stream == data:
             return Spelling(ids, stops, data, np.ones(len(ids), np.bool_), 0)
-        prefix = at_start and adds_prefix(self._family, given)
-        if prefix and len(stream) == len(data) + 1 and stream[1:] == data and stream[:1] == b" ":
+        prefix = at_start and self.dummy_prefix
+        if prefix and len(stream) == len(data) + 1 and stream == b" " + data:
             return self._less_prefix(ids, stops, data)
-        back = stream_boundaries(stream, given, self._rewrite, self._lost, prefix)
+        if self._family.word_space == "after" and stream == data + b" ":
+            return self._less_suffix(ids, stops, data)
+        rewritten = self._rewrite(given)
+        back = rewriting_boundaries(given, rewritten, self._rewrite)
         if replaced is not None:
             back = compose(back, replaced)
-        return _laid(ids, stops, stream, data, back, prefix)
+        spelled, gone = np.frombuffer(rewritten.encode(), np.uint8), self._lost(rewritten)
+        kept = (spelled[~gone] if gone.any() else spelled).tobytes()
+        unknown = ids == self._unknown if self._unknown is not None else np.zeros(len(ids), np.bool_)
+        if stream == kept or (prefix and stream == b" " + kept):
+            own_stops = np.maximum(stops - (len(stream) - len(kept)), 0)
+            first, last = stretches_less_gone(own_stops, unknown, gone, byte_offsets(rewritten))
+        else:
+            offsets = self._offsets(read_ids, read, given, rewritten, at_start)
+            if offsets is None:
+                at = edit_boundaries(spelled.tobytes(), stream)[stops]
+                return _laid(ids, np.where(at >= 0, back[at], NONE), stops, stream, data, prefix)
+            first, last = byte_offsets(rewritten)[offsets[sources]].T
+        ends = true_ends(first, last, back, take_what_follows=self._family.word_space == "after")
+        ends[-1:] = len(data)
+        own = np.frombuffer(stream, np.uint8)
+        settle_by_bytes(ends, first, last, stops, own, spelled, gone, unknown, back)
+        return _laid(ids, ends, stops, stream, data, prefix)
+
+    def ids(self, text: str, *, at_start: bool = True) -> Int32:
+        """The ids of `encode(text)`, without the care for where they end."""
+        return self._as_text(self._read(text, at_start)[0])[0]
 
     def spell(
         self, ids: Sequence[int] | npt.NDArray[Any], *, at_start: bool = True, rows: int = 0
     ) -> Spelling:
         """The text of any ids, canonical or not: the bytes that they stand for.
 
-        With `at_start` the space that the family puts before a text (Llama-2) is dropped from the first token
-        that has one. Ids up to `rows`, the rows of an output matrix that is larger than the vocabulary, are
-        events.
+        With `at_start` the space that the family puts before a text (Llama-2, BERT) is dropped from the first token
+        that has one; where spaces are behind words (CLIP) the last one is always dropped. Ids up to `rows`, the rows of
+        an output matrix that is larger than the vocabulary, are events.
 
         Raises: VocabularyError for an id below 0, or beyond both the vocabulary and `rows`.
         """
@@ -239,6 +280,8 @@ class Vocabulary:
         stream, stops = self._stream(kept)
         if at_start and self.dummy_prefix and stream[:1] == b" ":
             return self._less_prefix(kept, stops, stream[1:])
+        if self._family.word_space == "after" and stream[-1:] == b" ":
+            return self._less_suffix(kept, stops, stream[:-1])
         return Spelling(kept, stops, stream, np.ones(len(kept), np.bool_), 0)
 
     def ends(self, ids: Int32) -> Int64:
@@ -255,8 +298,10 @@ class Vocabulary:
 
         The pre-tokenizer is asked with one continuation of every kind (letters, digits, spaces, marks,
         symbols …). An end that any of them moves, or that lies inside a character, is not hard; nor is one
-        without a pre-tokenizer.
+        without a pre-tokenizer, and none where words have their space behind them.
         """
+        if self._family.word_space == "after":
+            return np.zeros(len(spelling), np.bool_)
         text, replaced = decode_replacing(spelling.data)
         # byte_of[c]: the byte of the given data at which character c of the text begins.
         widths = (
@@ -270,6 +315,8 @@ class Vocabulary:
         known = np.zeros(len(byte_of), np.bool_)
         known[hard] = True
         ends: Bool = known[at] & (byte_of[at] == spelling.ends)
+        # The last token has all that is left of the text, which may be the next one's.
+        ends[-1:] &= spelling.exact[-1:]
         return ends
 
     def canonical_ids(self) -> Int32:
@@ -331,6 +378,10 @@ class Vocabulary:
         return rewriter(self._family)
 
     @cached_property
+    def _normalize(self) -> Any:
+        return normalizer_of(self._family)
+
+    @cached_property
     def _lost(self) -> Any:
         return losses(self._tokenizer, self._family)
 
@@ -338,48 +389,72 @@ class Vocabulary:
     def _cuts(self) -> PreTokenCuts:
         tokenizer, _ = self._text_tokenizer(at_start=False)
         added = tokenizer.get_added_tokens_decoder().values()
-        return PreTokenCuts(tokenizer.normalizer, tokenizer.pre_tokenizer, added)
+        return PreTokenCuts(tokenizer.normalizer, tokenizer.pre_tokenizer, added, self._rewrite)
 
-    def _text_tokenizer(self, at_start: bool) -> tuple[Tokenizer, Int32 | None]:
-        at_start = at_start or not self.dummy_prefix
-        if at_start not in self._text_tokenizers:
-            copy = text_tokenizer(self._tokenizer, self._family, self._events, at_start)
+    def _text_tokenizer(self, at_start: bool, normalized: bool = False) -> tuple[Tokenizer, Int32 | None]:
+        kind = at_start or self._family.prefix != "text", normalized
+        if kind not in self._text_tokenizers:
+            copy = text_tokenizer(
+                self._tokenizer, self._family, self._events, at_start=kind[0], normalized=normalized
+            )
             moved = added_ids(self._tokenizer, copy, self._events)
             originals: Int32 | None = None
             if moved:
                 originals = np.arange(max(self.size, *moved) + 1, dtype=np.int32)
                 originals[list(moved)] = list(moved.values())
-            self._text_tokenizers[at_start] = copy, originals
-        return self._text_tokenizers[at_start]
+            self._text_tokenizers[kind] = copy, originals
+        return self._text_tokenizers[kind]
 
-    def _ids(self, text: str, at_start: bool) -> Int32:
-        tokenizer, originals = self._text_tokenizer(at_start)
-        ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-        if originals is not None:
-            ids = originals[ids]
+    def _read(self, text: str, at_start: bool, normalized: bool = False) -> tuple[Int32, Encoding]:
+        """The ids that the tokenizer gives a text, those of events too, and its own record of where they stand."""
+        tokenizer, originals = self._text_tokenizer(at_start, normalized)
+        try:
+            read = tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise VocabularyError(f"{self.name} has no token for a part of the text: {error}") from None
+        ids = np.array(read.ids, np.int32)
+        return (ids if originals is None else originals[ids]), read
+
+    def _as_text(self, ids: Int32) -> tuple[Int32, Int64]:
+        """Ids as text, and the position in `ids` that each of them comes from.
+
+        A model can give text the id of a control token: if its vocabulary has it as a word or a piece, or if its merges
+        allow that. Then the characters' own tokens stand in its place.
+        """
         forged = self.event_V[ids]
-        if self.unk_id is not None:
-            forged &= ids != self.unk_id
+        if self._unknown is not None:
+            forged &= ids != self._unknown
         if not forged.any():
-            return ids
-        # A model can merge text to a token that is special, if its merges allow that: give the characters'
-        # own tokens.
+            return ids, np.arange(len(ids))
         pieces = [
             self._plain(index) if fake else [index] for index, fake in zip(ids.tolist(), forged, strict=True)
         ]
-        return np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
+        plain = [index for piece in pieces for index in piece]
+        return np.array(plain, np.int32), np.repeat(np.arange(len(ids)), [len(piece) for piece in pieces])
 
-    def _plain(self, event: int) -> Int32:
+    def _plain(self, event: int) -> list[int]:
         if event not in self._plain_ids:
-            tokenizer, originals = self._text_tokenizer(at_start=False)
-            spelling = token_spellings(self._tokenizer, self._family, self._events - {event})[event] or b""
-            ids = [
-                tokenizer.encode(c, add_special_tokens=False).ids for c in spelling.decode("utf-8", "replace")
-            ]
-            flat = np.array([index for piece in ids for index in piece], np.int32)
-            flat = flat if originals is None else originals[flat]
-            self._plain_ids[event] = flat[~self.event_V[flat]]
+            own = (
+                []
+                if event == self.unk_id
+                else character_ids(self._tokenizer, self._family, event, self._events)
+            )
+            self._plain_ids[event] = [i for i in own if i == self._unknown or not self.event_V[i]]
         return self._plain_ids[event]
+
+    def _offsets(
+        self, ids: Int32, read: Encoding, text: str, rewritten: str, at_start: bool
+    ) -> npt.NDArray[np.int64] | None:
+        """The characters (from, to) of the rewritten text that each of the ids stands on; None if that is not known.
+
+        The tokenizer reads the rewritten text again where that is another one: its offsets are not always right behind
+        a normaliser. They are not known if it gives other ids then (an added token that the normaliser changes).
+        """
+        if rewritten != text:
+            again, read = self._read(self._normalize(text), at_start, normalized=True)
+            if not np.array_equal(ids, again):
+                return None
+        return np.array(read.offsets, np.int64).reshape(-1, 2)
 
     def _stream(self, ids: Int32) -> tuple[bytes, Int64]:
         """The bytes of ids one after the other, and where each of them ends."""
@@ -394,9 +469,17 @@ class Vocabulary:
         exact[int((stops > 0).argmax())] = False
         return Spelling(ids, np.maximum(stops - 1, 0), data, exact, 0)
 
+    def _less_suffix(self, ids: Int32, stops: Int64, data: bytes) -> Spelling:
+        """The spelling of tokens that have one space more than the text, at its end."""
+        exact = np.ones(len(ids), np.bool_)
+        last = int((stops == stops[-1]).argmax())
+        exact[last] = False
+        ends = np.minimum(stops, len(data))
+        return Spelling(ids, ends, data, exact, len(data) - int(ends[last - 1] if last else 0))
+
     def _own_id(self, spelling: bytes, group: list[int]) -> int:
         try:
-            ids = self._ids(spelling.decode(), at_start=False).tolist()
+            ids = self.ids(spelling.decode(), at_start=False).tolist()
         except UnicodeDecodeError:
             ids = []
         if len(ids) == 1 and ids[0] in group:
@@ -408,25 +491,17 @@ def _vocabulary_of(tokenizer: Tokenizer, name: str, roles: dict[str, Any]) -> Vo
     return Vocabulary(tokenizer, name=name, **roles)
 
 
-def _laid(ids: Int32, stops: Int64, stream: bytes, data: bytes, back: Int64, prefix: bool) -> Spelling:
-    """The spelling of tokens whose stream differs from the data, by the boundary map from the one to the other."""
-    ends = np.maximum.accumulate(np.maximum(back[stops], 0)) if len(ids) else stops
-    natural = ends.copy()
+def _laid(ids: Int32, ends: Int64, stops: Int64, stream: bytes, data: bytes, prefix: bool) -> Spelling:
+    """The spelling of tokens whose bytes differ from the data, by their ends (NONE where there is no true boundary)."""
+    ends = np.maximum.accumulate(np.maximum(ends, 0))
     ends[-1:] = len(data)
-    starts = np.zeros_like(ends)
-    starts[1:] = ends[:-1]
-    partner = partners(back)
-    symbols, given = np.frombuffer(stream, np.uint8), np.frombuffer(data, np.uint8)
-    own = np.zeros(len(stream), np.bool_)
-    own[partner >= 0] = symbols[partner >= 0] == given[partner[partner >= 0]]
-    firsts = np.concatenate(([0], stops[:-1])) if len(ids) else stops
-    partnered = np.concatenate(([0], np.cumsum(own)))
-    width = stops - firsts
-    exact = (partnered[stops] - partnered[firsts] == width) & (ends - starts == width) & (ends == natural)
+    starts, firsts = (np.concatenate(([0], after))[:-1] for after in (ends, stops))
+    exact: Bool = stops - firsts == ends - starts
+    own, given = np.frombuffer(stream, np.uint8), np.frombuffer(data, np.uint8)
+    exact[exact] = equal_stretches(own, firsts[exact], given, starts[exact], (stops - firsts)[exact])
     counted = exact.copy()
-    if prefix and len(stream) and back[1] == 0:
+    if prefix and stream[:1] == b" ":
         first = int((stops > 0).argmax())
-        own_bytes = int(partnered[stops[first]])
-        counted[first] = own_bytes == width[first] - 1 == ends[first]
+        counted[first] |= starts[first] == 0 and stream[: stops[first]] == b" " + data[: ends[first]]
     repaired = len(data) - int((ends - starts)[counted].sum())
     return Spelling(ids, ends, data, exact, repaired)
