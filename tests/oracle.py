@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -81,3 +81,41 @@ def sequences(
         open_ = grown
     assert not open_, "the toy model must stop by then"
     return done
+
+
+Spelled = Sequence[bytes | None]
+"""The bytes of each id, None for ids that are no text."""
+
+
+def readings(
+    next_prob: Callable[[tuple[int, ...]], Tensor], spelled: Spelled, text: bytes, stop_ids: Sequence[int]
+) -> Iterator[tuple[float, tuple[int, ...], int]]:
+    """Every way to read ``text`` and one event more: (probability, ids, offset at which the last of them begins).
+
+    The ids before the last spell a beginning of the text, the last one runs across its end or is a stop id right there.
+    So the probabilities add up to that of a text that begins with ``text``, by whatever segmentation.
+    """
+    open_: list[tuple[tuple[int, ...], float, int]] = [((), 1.0, 0)]
+    while open_:
+        ids, weight, begin = open_.pop()
+        left = text[begin:]
+        for v, prob in enumerate(next_prob(ids).tolist()):
+            token = spelled[v] if v < len(spelled) else None
+            if prob == 0.0 or (token is None and (v not in stop_ids or left)):
+                continue
+            if token is None or (len(token) > len(left) and token.startswith(left)):
+                yield weight * prob, (*ids, v), begin
+            elif left.startswith(token):
+                open_.append(((*ids, v), weight * prob, begin + len(token)))
+
+
+def longest(pieces: Iterable[bytes], text: bytes) -> bytes | None:
+    """The longest of the pieces that the text begins with."""
+    return max((u for u in pieces if text.startswith(u)), key=len, default=None)
+
+
+def pieces(student: Spelled, teacher: Spelled) -> set[bytes]:
+    """The student tokens that are the longest prefix of some teacher token."""
+    tokens = {v for v in student if v}
+    found = {longest(tokens, w) for w in teacher if w}
+    return {u for u in found if u is not None}
