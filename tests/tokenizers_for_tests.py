@@ -5,9 +5,12 @@ Each has the special tokens <bos> (id 0) and <eos> (id 1); all but the byte-leve
 
 import base64
 import json
+import math
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import (
@@ -144,52 +147,55 @@ def character_map() -> normalizers.Normalizer:
     return normalizers.Precompiled(zlib.decompress(base64.b64decode(_CHARACTER_MAP)))
 
 
-def trained(
-    model: models.Model,
-    trainer: trainers.Trainer,
-    pre_tokenizer: Any = None,
-    normalizer: Any = None,
-) -> Tokenizer:
-    """A tokenizer of a model that is trained on the corpus; the trainer knows <bos>, <eos> and <unk>."""
+def of_model(model: models.Model, pre_tokenizer: Any = None, normalizer: Any = None) -> Tokenizer:
+    """A tokenizer of a model that has <bos>, <eos> and <unk>."""
     tokenizer = Tokenizer(model)
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     if pre_tokenizer is not None:
         tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_special_tokens([BOS, EOS, UNK])
     return _with_bos(tokenizer)
+
+
+def counted_words(pre_tokenizer: Any, normalizer: Any) -> Counter[str]:
+    """How often each pre-token is in the corpus."""
+    words: Counter[str] = Counter()
+    for line in CORPUS:
+        text = line if normalizer is None else normalizer.normalize_str(line)
+        words.update(
+            [piece for piece, _ in pre_tokenizer.pre_tokenize_str(text)] if pre_tokenizer else [text]
+        )
+    return words
 
 
 def unigram(
     pre_tokenizer: Any, normalizer: Any = None, byte_pieces: bool = False, vocab_size: int = 300
 ) -> Tokenizer:
-    """Unigram, as T5 and XLM-R have it, with byte pieces if asked for."""
-    pieces = [f"<0x{byte:02X}>" for byte in range(256)] if byte_pieces else []
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size + len(pieces),
-        special_tokens=[BOS, EOS, UNK, *pieces],
-        unk_token=UNK,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-        if isinstance(pre_tokenizer, pre_tokenizers.ByteLevel)
-        else [],
-    )
-    tokenizer = trained(models.Unigram(), trainer, pre_tokenizer, normalizer)
-    if not byte_pieces:
-        return tokenizer
-    vocab = [tuple(piece) for piece in json.loads(tokenizer.to_str())["model"]["vocab"]]
-    rebuilt = Tokenizer(models.Unigram(vocab, vocab.index((UNK, 0.0)), byte_fallback=True))
-    rebuilt.pre_tokenizer = pre_tokenizer
-    rebuilt.add_special_tokens([BOS, EOS, UNK])
-    return _with_bos(rebuilt)
+    """Unigram, as T5 and XLM-R have it, with byte pieces if asked for.
+
+    Its pieces are the longest and most frequent of the corpus, by their counts alone: the library's own trainer gives
+    other ones in every process.
+    """
+    special = [BOS, EOS, UNK, *(f"<0x{byte:02X}>" for byte in range(256) if byte_pieces)]
+    counts: Counter[str] = Counter()
+    for word, count in counted_words(pre_tokenizer, normalizer).items():
+        for start in range(len(word)):
+            for stop in range(start + 1, min(start + 8, len(word)) + 1):
+                counts[word[start:stop]] += count
+    if isinstance(pre_tokenizer, pre_tokenizers.ByteLevel):
+        counts.update(pre_tokenizers.ByteLevel.alphabet())
+    ranked = sorted(counts, key=lambda piece: (len(piece) > 1, -counts[piece] * len(piece), piece))
+    total = counts.total()
+    scores = [(piece, math.log(counts[piece] / total)) for piece in ranked[:vocab_size]]
+    model = models.Unigram([*((piece, 0.0) for piece in special), *scores], 2, byte_fallback=byte_pieces)
+    return of_model(model, pre_tokenizer, normalizer)
 
 
-def word_piece(pre_tokenizer: Any, normalizer: Any = None, vocab_size: int = 300) -> Tokenizer:
+def word_piece(pre_tokenizer: Any, normalizer: Any = None, vocab_size: int = 450) -> Tokenizer:
     """WordPiece, as BERT has it."""
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[BOS, EOS, UNK], show_progress=False
-    )
-    return trained(models.WordPiece(unk_token=UNK), trainer, pre_tokenizer, normalizer)
+    vocab, _ = merged(counted_words(pre_tokenizer, normalizer), vocab_size, continuing="##")
+    return of_model(models.WordPiece(vocab, unk_token=UNK), pre_tokenizer, normalizer)
 
 
 def marked_bpe(
@@ -201,22 +207,60 @@ def marked_bpe(
     vocab_size: int = 400,
 ) -> Tokenizer:
     """BPE with a mark before tokens that continue a word, behind tokens that end one, or with none."""
+    words = counted_words(pre_tokenizer, normalizer)
+    vocab, merges = merged(words, vocab_size, continuing, ending, initial_alphabet)
     marks = {"continuing_subword_prefix": continuing, "end_of_word_suffix": ending}
     marks = {name: mark for name, mark in marks.items() if mark}
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS, EOS, UNK],
-        initial_alphabet=sorted(initial_alphabet),
-        show_progress=False,
-        **marks,
-    )
-    return trained(models.BPE(unk_token=UNK, **marks), trainer, pre_tokenizer, normalizer)
+    model = models.BPE(vocab=vocab, merges=merges, unk_token=UNK, **marks)
+    return of_model(model, pre_tokenizer, normalizer)
+
+
+def merged(
+    words: Counter[str],
+    vocab_size: int,
+    continuing: str = "",
+    ending: str = "",
+    initial_alphabet: Iterable[str] = (),
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of BPE; of pairs that are equally frequent the last one in the order of strings is merged.
+
+    The library's own trainer takes any of them where it has marks, and so another one in every process.
+    """
+    cut = {
+        word: [
+            continuing * (i > 0) + character + ending * (i == len(word) - 1)
+            for i, character in enumerate(word)
+        ]
+        for word in words
+    }
+    alphabet = {*initial_alphabet, *(symbol for symbols in cut.values() for symbol in symbols)}
+    vocab = dict.fromkeys([BOS, EOS, UNK, *sorted(alphabet)])
+    merges = []
+    while len(vocab) < vocab_size:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, symbols in cut.items():
+            for pair in pairwise(symbols):
+                pairs[pair] += words[word]
+        if not pairs:
+            break
+        first, second = best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        joined = first + second.removeprefix(continuing)
+        vocab.setdefault(joined)
+        for symbols in cut.values():
+            at = 0
+            while at < len(symbols) - 1:
+                if (symbols[at], symbols[at + 1]) == best:
+                    symbols[at : at + 2] = [joined]
+                at += 1
+    return {token: index for index, token in enumerate(vocab)}, merges
 
 
 def words(pre_tokenizer: Any, normalizer: Any = None) -> Tokenizer:
     """A vocabulary of whole words."""
-    trainer = trainers.WordLevelTrainer(vocab_size=300, special_tokens=[BOS, EOS, UNK], show_progress=False)
-    return trained(models.WordLevel(unk_token=UNK), trainer, pre_tokenizer, normalizer)
+    found = counted_words(pre_tokenizer, normalizer)
+    vocab = {word: index for index, word in enumerate([BOS, EOS, UNK, *sorted(found)])}
+    return of_model(models.WordLevel(vocab, unk_token=UNK), pre_tokenizer, normalizer)
 
 
 def clip() -> Tokenizer:
