@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gold.align.roles import Roles
 from gold.chat import prompt_text
 from gold.config import Config, check_data
 from gold.data import Prompt, load_prompts, split_by_hash
@@ -263,13 +264,19 @@ def _load(
             pick_device(model.device)
         except ModelError as error:
             raise ModelError(f"model {model.path}: {error}") from error
-        sides.append(file_side(role, model.path))
+        sides.append(file_side(role, model.path, roles_of(model)))
     of_files = [side for side in sides if side is not None]
     if consult is not None and len(of_files) == len(sides):
         consult(*of_files)
     loaded = []
     for model, of_file in zip(models, sides, strict=True):
-        made = load_model(model.path, gguf_file=model.gguf_file, dtype=model.dtype, device=model.device)
+        made = load_model(
+            model.path,
+            gguf_file=model.gguf_file,
+            dtype=model.dtype,
+            device=model.device,
+            roles=roles_of(model),
+        )
         if of_file is not None and progress is not None:
             for difference in of_file.vocabulary.differences(made.vocabulary, texts=SAMPLE_TEXTS):
                 progress.note(f"model {made.name}: the loaded tokenizer and its file differ: {difference}")
@@ -279,13 +286,18 @@ def _load(
     return loaded
 
 
-def file_side(role: str, path: str | Path) -> Side | None:
+def file_side(role: str, path: str | Path, roles: Roles | None = None) -> Side | None:
     """What a model folder's files tell of it, where a tokenizer.json is among them.
 
     Raises:
-        VocabularyError: a tokenizer that cannot be spelled in bytes.
+        VocabularyError: a tokenizer that cannot be spelled in bytes, or has no token of a name in ``roles``.
     """
-    return read_side(role, path) if (Path(path) / "tokenizer.json").is_file() else None
+    return read_side(role, path, roles) if (Path(path) / "tokenizer.json").is_file() else None
+
+
+def roles_of(model: StudentConfig | TeacherConfig) -> Roles:
+    """The special tokens that a configuration names for a model."""
+    return Roles(model.roles.stop, model.roles.bos, model.roles.pad)
 
 
 ROLES = ("student", "teacher")

@@ -44,30 +44,43 @@ class _Section(BaseModel):
     )
 
 
+class RolesConfig(_Section):
+    """Special tokens by role, where a model's own files are wrong: as its tokenizer writes them."""
+
+    stop: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)] | None = None
+    """tokens that end a completion; null: as the files and the chat template say"""
+    bos: Text | None = None
+    """token in front of a plain text; null: as the files say"""
+    pad: Text | None = None
+    """token that fills batches; null: as the files say"""
+
+
 class StudentConfig(_Section):
     """The model that learns."""
 
     path: Text
-    """model folder or Hub id"""
+    """model folder, GGUF file, or Hub id"""
     gguf_file: Text | None = None
     """name of the GGUF file inside `path`, where the weights come from one"""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """dtype of the weights; auto: as saved"""
     device: Device = "auto"
     """auto | cpu | cuda | cuda:1 | mps | xpu"""
+    roles: RolesConfig = RolesConfig()
 
 
 class TeacherConfig(_Section):
     """The model that is learned from; frozen."""
 
     path: Text
-    """model folder or Hub id"""
+    """model folder, GGUF file, or Hub id"""
     gguf_file: Text | None = None
     """name of the GGUF file inside `path`, where the weights come from one"""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """dtype of the weights; auto: as saved"""
     device: Device = "auto"
     """auto | cpu | cuda | cuda:1 | mps | xpu"""
+    roles: RolesConfig = RolesConfig()
 
 
 class TaskConfig(_Section):

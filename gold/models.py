@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
+from gold.align.roles import Roles
+from gold.align.sources import open_source
 from gold.align.vocabulary import Vocabulary
-from gold.errors import ModelError
+from gold.errors import GoldError, ModelError
 from gold.kernels.linear import Rows
 
 DTYPES: dict[str, torch.dtype] = {
@@ -59,20 +61,26 @@ class LanguageModel:
 
 
 def load_model(
-    path: str | Path, *, gguf_file: str | None = None, dtype: str = "float32", device: str = "auto"
+    path: str | Path,
+    *,
+    gguf_file: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    roles: Roles | None = None,
 ) -> LanguageModel:
     """A causal model and its tokenizer from a folder in Hugging Face format, a Hub id, or a GGUF file.
 
     ``dtype``: ``auto`` keeps the checkpoint's; a model from a GGUF file is dequantised to it and saves like any other.
-    ``device``: ``auto`` is the GPU where there is one.
+    ``device``: ``auto`` is the GPU where there is one. ``roles``: special tokens in the place of those that the files
+    name; see ``wrap_model``.
 
     Raises:
         ModelError: a folder that is missing or broken, weights that cannot be read or are not all there, a model whose
             logits are not its output matrix applied to its last hidden states.
-        VocabularyError: a tokenizer that cannot be spelled in bytes.
+        VocabularyError: a tokenizer that cannot be spelled in bytes, or has no token of a name in ``roles``.
     """
     check_files(path, gguf_file=gguf_file)
-    path = os.path.expanduser(path)
+    path, gguf_file = _folder_and_file(path, gguf_file)
     where = f"model {path}" + (f" (file {gguf_file})" if gguf_file else "")
     target = pick_device(device)
     if dtype not in DTYPES and dtype != "auto":
@@ -80,9 +88,13 @@ def load_model(
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     local = Path(path).is_dir()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **extra)
+        tokenizer = gguf_tokenizer(path, gguf_file) if gguf_file else AutoTokenizer.from_pretrained(path)
+    except GoldError:
+        raise
     except Exception as error:
         raise ModelError(f"{where}: its tokenizer could not be loaded: {_first_line(error)}") from error
+    if roles is not None:
+        open_source(tokenizer, roles=roles)  # before the weights: a token that they name may not be there
     try:
         # A download may take minutes and shows how far it is; a folder is read in a moment.
         with _quiet_errors(), _no_bars() if local else contextlib.nullcontext():
@@ -114,16 +126,21 @@ def load_model(
         forget_quantizer(lm)
     lm.to(target)
     lm.eval()
-    return wrap_model(lm, tokenizer, name=str(path))
+    return wrap_model(lm, tokenizer, name=str(path), roles=roles)
 
 
-def wrap_model(lm: Any, tokenizer: Any, *, name: str = "model") -> LanguageModel:
+def wrap_model(lm: Any, tokenizer: Any, *, name: str = "model", roles: Roles | None = None) -> LanguageModel:
     """A ``LanguageModel`` of a model and tokenizer that are already in memory.
+
+    What ``roles`` names is set on both, so that it is saved with them: the stop ids among the generation settings, the
+    BOS as the token in front of plain texts.
 
     Raises:
         ModelError: as for ``load_model``.
     """
-    vocabulary = Vocabulary.load(tokenizer, stop_ids=_stop_ids(lm))
+    vocabulary = Vocabulary.load(tokenizer, stop_ids=_stop_ids(lm), roles=roles)
+    if roles is not None:
+        _give_roles(lm, tokenizer, vocabulary, roles)
     if not vocabulary.stop_ids:
         raise ModelError(
             f"model {name}: no stop id found in its tokenizer or generation settings; set an EOS token"
@@ -137,6 +154,32 @@ def wrap_model(lm: Any, tokenizer: Any, *, name: str = "model") -> LanguageModel
         )
     _check_head(lm, name)
     return LanguageModel(name, lm, tokenizer, vocabulary)
+
+
+def gguf_tokenizer(path: str | Path, file: str) -> Any:
+    """The Hugging Face tokenizer of a GGUF file in a folder or a Hub repository.
+
+    Not transformers' own reading of such files, which forgets what the name of the pre-tokenizer stands for: SmolLM's
+    digits would not be cut apart.
+
+    Raises:
+        VocabularyError: a file that is broken, or whose tokenizer is not known.
+    """
+    from huggingface_hub import hf_hub_download
+
+    folder = Path(path)
+    found = open_source(folder / file if folder.is_dir() else hf_hub_download(str(path), file))
+    ids = {"bos_token": found.bos_id, "eos_token": (*found.stop_ids, None)[0], "pad_token": found.pad_id}
+    named = {role: found.tokenizer.id_to_token(index) for role, index in ids.items() if index is not None}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=found.tokenizer,
+        name_or_path=found.name,
+        clean_up_tokenization_spaces=False,
+        unk_token=getattr(found.tokenizer.model, "unk_token", None),
+        **named,
+    )
+    tokenizer.chat_template = found.chat_template
+    return tokenizer
 
 
 def save_model(model: LanguageModel, folder: Path) -> None:
@@ -164,15 +207,25 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
 def check_files(path: str | Path, *, gguf_file: str | None = None) -> None:
     """Nothing, where the files of a model are there and as long as they should be; a Hub id is looked up.
 
+    A path that ends in ``.gguf`` is the file itself.
+
     Raises:
         ModelError: a folder that is missing, or lacks its configuration or weights, or holds truncated ones; a name
             that is neither a folder nor known to the Hub.
     """
-    folder = Path(path).expanduser()
+    path, gguf_file = _folder_and_file(path, gguf_file)
+    folder = Path(path)
     if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
         _check_folder(folder, gguf_file)
     else:
         _check_hub(str(path))
+
+
+def _folder_and_file(path: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
+    name = os.path.expanduser(path)
+    if gguf_file is None and name.endswith(".gguf"):
+        return os.path.dirname(name) or ".", os.path.basename(name)
+    return name, gguf_file
 
 
 def _check_hub(name: str) -> None:
@@ -354,6 +407,16 @@ def generation_settings(lm: Any, settings: GenerationConfig) -> Iterator[Generat
 def _plain(lm: Any) -> Any:
     """The transformers model inside an adapter wrapper, or the model itself."""
     return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+
+
+def _give_roles(lm: Any, tokenizer: Any, vocabulary: Vocabulary, roles: Roles) -> None:
+    if roles.stop is not None and getattr(lm, "generation_config", None) is not None:
+        lm.generation_config.eos_token_id = list(vocabulary.stop_ids)
+    if roles.bos is not None:
+        tokenizer.bos_token = roles.bos
+        tokenizer.add_bos_token = True
+    if roles.pad is not None:
+        tokenizer.pad_token = roles.pad
 
 
 def _stop_ids(lm: Any) -> tuple[int, ...]:

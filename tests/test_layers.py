@@ -30,9 +30,11 @@ HOME_OF = {
         "gold.cli",
         "gold.align.command",
         "gold.align.show",
+        "gold.doctor.report",
         "gold.progress",
         "gold.demo",
     ),
+    "tiktoken": ("gold.align.tiktoken",),
     "transformers": ("gold.models", "gold.rollout", "gold.demo"),  # models, generation, tiny models
     "triton": ("gold.kernels.cuda",),
     "typer": ("gold.cli",),
@@ -66,7 +68,7 @@ FORBIDDEN_IN = {
 SEE_CONFIG = ("gold", "gold.cli", "gold.assembly", "gold.demo")
 
 # Needed only where the thing itself is needed, so never when a module is loaded.
-LAZY = ("rapidfuzz", "matplotlib", "reasoning_gym", "huggingface_hub")
+LAZY = ("rapidfuzz", "matplotlib", "reasoning_gym", "huggingface_hub", "tiktoken")
 
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
 
@@ -261,7 +263,9 @@ def test_importing_gold_loads_nothing_heavy() -> None:
 HELP = "import gold.cli, sys; sys.argv = ['gold', {}]\ntry: gold.cli.main()\nexcept SystemExit: pass"
 
 
-@pytest.mark.parametrize("asked", ["'--help'", "'--version'", "'train', '--help'", "'align', '--help'"])
+@pytest.mark.parametrize(
+    "asked", ["'--help'", "'--version'", "'train', '--help'", "'align', '--help'", "'doctor', '--help'"]
+)
 def test_asking_for_help_loads_nothing_heavy(asked: str) -> None:
     heavy = {"torch", "transformers", "accelerate", "numba", "numpy", "tokenizers", "matplotlib"}
     assert not loaded_by(HELP.format(asked)) & heavy

@@ -3,53 +3,92 @@
 import json
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from gold.align.gguf import gguf_tokenizer, read_metadata, role_ids
+from gold.align.older_files import FILES, older_tokenizer
+from gold.align.roles import Roles, id_of_role, turn_ends
+from gold.align.sentencepiece import read_model, tokenizer_of
 from gold.align.spelling import leading_event
+from gold.align.tiktoken import (
+    check_probes,
+    encoding_tokenizer,
+    is_encoding,
+    is_tekken,
+    named_encoding,
+    ranked_tokenizer,
+    tekken_roles,
+    tekken_tokenizer,
+)
 from gold.errors import VocabularyError
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-# How the chat templates of the families that we know end an assistant's turn.
-_TURN_ENDS = (
-    "<|im_end|>",
-    "<end_of_turn>",
-    "<turn|>",
-    "<|eot_id|>",
-    "<|eot|>",
-    "<|return|>",
-    "<|end_of_turn|>",
+_SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
 )
+_HUB_FILES = ("tokenizer.json", "tekken.json", *_SETTINGS, *FILES)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf")
+# What ends a text or an answer in the encodings of one maker, who names no roles.
+_TIKTOKEN_ENDS = ("<|return|>", "<|call|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A live tokenizer and the roles of its special tokens, as far as the source tells them."""
+    """A live tokenizer, and what its source tells of its special tokens: roles, and the template for conversations."""
 
     tokenizer: Tokenizer
     name: str
     stop_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     pad_id: int | None = None
+    chat_template: str | None = None
 
 
-def open_source(source: Any) -> Source:
-    """The tokenizer that a path, a Hub id, a `tokenizers.Tokenizer` or a Hugging Face tokenizer object stands for.
+def open_source(source: Any, stop_ids: Iterable[int] = (), roles: Roles | None = None) -> Source:
+    """The tokenizer that a path, a Hub id or an object stands for, and its roles.
 
-    Raises: VocabularyError if there is none, or if it cannot be read.
+    A path is a folder, a tokenizer.json, a GGUF file, a tekken.json, or a SentencePiece model; `tiktoken:NAME` an
+    encoding of that library. Objects are a `tokenizers.Tokenizer`, a fast Hugging Face tokenizer, a tiktoken encoding
+    and a mistral_common tokenizer.
+
+    A sequence ends with the source's EOS, the ids in generation_config.json, the token that its chat template writes
+    after an answer, and the given `stop_ids`. What `roles` names takes the place of all that was found for that role.
+
+    Raises: VocabularyError if there is none, if it cannot be read, or has no token of a name in `roles`.
     """
+    found = _open(source)
+    stops = [*found.stop_ids, *stop_ids]
+    bos, pad = found.bos_id, found.pad_id
+    if roles is not None:
+
+        def index(role: str, token: str) -> int:
+            return id_of_role(found.tokenizer, role, token, found.name)
+
+        stops = stops if roles.stop is None else [index("stop", token) for token in roles.stop]
+        bos = bos if roles.bos is None else index("bos", roles.bos)
+        pad = pad if roles.pad is None else index("pad", roles.pad)
+    return replace(found, stop_ids=tuple(dict.fromkeys(int(i) for i in stops)), bos_id=bos, pad_id=pad)
+
+
+def _open(source: Any) -> Source:
     if isinstance(source, Tokenizer):
         return Source(source, "tokenizers.Tokenizer", bos_id=leading_event(source))
     if isinstance(source, str | os.PathLike):
         return _from_name(os.fspath(source))
-    backend = getattr(source, "backend_tokenizer", None)
-    if isinstance(backend, Tokenizer):
-        return _from_object(source, backend)
+    if isinstance(backend := getattr(source, "backend_tokenizer", None), Tokenizer):
+        return _from_hugging_face(source, backend)
+    if is_encoding(source):
+        return _from_encoding(source)
+    if (found := _from_mistral(source)) is not None:
+        return found
     raise VocabularyError(
         f"a {type(source).__name__} has no tokenizers.Tokenizer behind it; give a folder, a tokenizer.json, a Hub id, "
         "or a fast Hugging Face tokenizer"
@@ -57,13 +96,15 @@ def open_source(source: Any) -> Source:
 
 
 def _from_name(name: str) -> Source:
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_dir():
         return _from_folder(path)
     if path.exists():
-        tokenizer = _read_tokenizer(path)
-        return Source(tokenizer, name, bos_id=leading_event(tokenizer))
-    if not _HUB_ID.fullmatch(name) or name.endswith(".json"):
+        return _from_file(path)
+    scheme, colon, encoding = name.partition(":")
+    if colon and scheme == "tiktoken":
+        return replace(_from_encoding(named_encoding(encoding)), name=name)
+    if not _HUB_ID.fullmatch(name) or path.suffix in (".json", ".gguf", ".model"):
         raise VocabularyError(f"no tokenizer at {name}: no such file or folder")
     return _from_folder(_from_hub(name))
 
@@ -76,7 +117,7 @@ def _from_hub(name: str) -> Path:
             f"no such file or folder: {name}; to read it as a Hub id, pip install huggingface_hub"
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # the Hub's client has many, and for all of them the name is what matters
         reason = str(error).strip().splitlines()
         raise VocabularyError(
@@ -86,67 +127,203 @@ def _from_hub(name: str) -> Path:
 
 
 def _from_folder(folder: Path) -> Source:
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        raise VocabularyError(
-            f"no tokenizer.json in {folder}; save one there with transformers: "
-            "AutoTokenizer.from_pretrained(…).save_pretrained(folder)"
-        )
-    tokenizer = _read_tokenizer(file)
-    config = _read_json(folder / "tokenizer_config.json")
+    config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
     generation = _read_json(folder / "generation_config.json")
-    template = folder / "chat_template.jinja"
-    templates = [config.get("chat_template"), template.read_text("utf-8") if template.exists() else None]
+    found = _in_folder(folder, config)
+    tokenizer = found.tokenizer
+    file = folder / "chat_template.jinja"
+    template = _text_of(file) if file.exists() else default_template(config.get("chat_template"))
+    template = template or found.chat_template
     stops = [_id_of(tokenizer, config.get("eos_token")), *_as_list(generation.get("eos_token_id"))]
     bos = _id_of(tokenizer, config.get("bos_token"))
+    pad = _id_of(tokenizer, config.get("pad_token"))
     return Source(
         tokenizer,
         str(folder),
-        stop_ids=_distinct([*stops, *_turn_ends(tokenizer, templates)]),
-        bos_id=leading_event(tokenizer) if bos is None else bos,
-        pad_id=_id_of(tokenizer, config.get("pad_token")),
+        stop_ids=_distinct([*stops, *found.stop_ids, *_turn_ends(tokenizer, template, config)]),
+        bos_id=found.bos_id if bos is None else bos,
+        pad_id=found.pad_id if pad is None else pad,
+        chat_template=template,
     )
 
 
-def _from_object(source: Any, backend: Tokenizer) -> Source:
-    stops = [*_as_list(source.eos_token_id), *_turn_ends(backend, [getattr(source, "chat_template", None)])]
+def _in_folder(folder: Path, config: Mapping[str, Any]) -> Source:
+    """The tokenizer of the newest kind that the folder has, with the roles that this file alone tells."""
+    for name in ("tokenizer.json", "tekken.json"):
+        if (folder / name).exists():
+            return _from_file(folder / name)
+    files = sorted(folder.glob("*.gguf"))
+    parts = [file for file in files if (part := _PART.search(file.name)) is None or part[1] == "00001"]
+    if len(parts) == 1:
+        return _from_file(parts[0])
+    if parts:
+        raise VocabularyError(
+            f"{folder} has {len(parts)} GGUF files ({', '.join(file.name for file in parts[:3])}); name one of them"
+        )
+    older = older_tokenizer(folder, config)
+    if older is None:
+        raise VocabularyError(
+            f"no tokenizer.json in {folder}, nor tekken.json, a GGUF file, tokenizer.model, vocab.json with "
+            "merges.txt, or vocab.txt; save one there with transformers: "
+            "AutoTokenizer.from_pretrained(…).save_pretrained(folder)"
+        )
+    return _with_ids(older[0], str(folder), older[1])
+
+
+def _from_file(path: Path) -> Source:
+    name = str(path)
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(4)
+    except OSError as error:
+        raise VocabularyError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        if head == b"GGUF" or path.suffix == ".gguf":
+            return _from_gguf(path)
+        if ".model" in path.suffixes:
+            pieces, roles = read_model(path.read_bytes(), name)
+            return _with_ids(tokenizer_of(pieces), name, roles)
+        if "tekken" in path.name and is_tekken(content := _json_of(path)):
+            tokenizer = tekken_tokenizer(content)
+            return _with_ids(tokenizer, name, tekken_roles(tokenizer))
+        tokenizer = _read_tokenizer(path)
+    except VocabularyError as error:
+        raise VocabularyError(str(error) if name in str(error) else f"{name}: {error}") from None
+    return Source(tokenizer, name, bos_id=leading_event(tokenizer))
+
+
+def _from_gguf(path: Path) -> Source:
+    metadata = read_metadata(path)
+    tokenizer, ids = gguf_tokenizer(metadata), role_ids(metadata)
+    template = metadata.get("tokenizer.chat_template")
+    template = template if isinstance(template, str) else None
+    tokens = {f"{role}_token": tokenizer.id_to_token(i) or "" for role, i in ids.items()}
+    stops = [ids.get(role) for role in ("eos", "eot", "eom")]
+    # A BERT's sequences end with its separator.
+    stops = stops if any(i is not None for i in stops) else [ids.get("seperator")]
+    return Source(
+        tokenizer,
+        str(path),
+        _distinct([*stops, *_turn_ends(tokenizer, template, tokens)]),
+        ids.get("bos"),
+        ids.get("padding"),
+        template,
+    )
+
+
+def _with_ids(tokenizer: Tokenizer, name: str, ids: Mapping[str, int]) -> Source:
+    return Source(tokenizer, name, _distinct([ids.get("eos")]), ids.get("bos"), ids.get("pad"))
+
+
+def _from_encoding(encoding: Any) -> Source:
+    name = f"tiktoken {getattr(encoding, 'name', 'encoding')}"
+    try:
+        tokenizer = encoding_tokenizer(encoding)
+    except VocabularyError as error:
+        raise VocabularyError(f"{name}: {error}") from None
+    return Source(tokenizer, name, _distinct(encoding._special_tokens.get(token) for token in _TIKTOKEN_ENDS))
+
+
+def _from_mistral(source: Any) -> Source | None:
+    """The tokenizer of a mistral_common object, or of the transformers tokenizer around one; None for others."""
+    around = [source]
+    for _ in range(3):
+        around.append(
+            getattr(around[-1], "instruct_tokenizer", None) or getattr(around[-1], "tokenizer", None)
+        )
+    for inner in around:
+        name = type(inner).__name__
+        model: Any = getattr(inner, "_model", None)
+        if is_encoding(model) and hasattr(inner, "_all_special_tokens"):
+            return _from_tekkenizer(inner, model)
+        if hasattr(model, "serialized_model_proto"):
+            pieces, roles = read_model(model.serialized_model_proto(), name)
+            return _with_ids(tokenizer_of(pieces), name, roles)
+    return None
+
+
+def _from_tekkenizer(source: Any, encoding: Any) -> Source:
+    special = {str(token["token_str"]): int(token["rank"]) for token in source._all_special_tokens}
+    count = len(special)
+    tokenizer = ranked_tokenizer(encoding._mergeable_ranks, encoding._pat_str, special, first_id=count)
+    check_probes(tokenizer, lambda text: [count + i for i in encoding.encode_ordinary(text)])
+    return _with_ids(tokenizer, type(source).__name__, tekken_roles(tokenizer))
+
+
+def _from_hugging_face(source: Any, backend: Tokenizer) -> Source:
+    template = default_template(getattr(source, "chat_template", None))
+    tokens = getattr(source, "special_tokens_map", {})
     return Source(
         backend,
         str(getattr(source, "name_or_path", "") or type(source).__name__),
-        stop_ids=_distinct(stops),
-        bos_id=source.bos_token_id,
-        pad_id=source.pad_token_id,
+        _distinct([*_as_list(source.eos_token_id), *_turn_ends(backend, template, tokens)]),
+        source.bos_token_id,
+        source.pad_token_id,
+        template,
     )
 
 
-def _turn_ends(tokenizer: Tokenizer, templates: Iterable[Any]) -> list[int]:
-    text = json.dumps(list(templates), ensure_ascii=False)
-    added = tokenizer.get_added_tokens_decoder().items()
-    return sorted(index for index, token in added if token.content in _TURN_ENDS and token.content in text)
+def default_template(templates: Any) -> str | None:
+    """The chat template among those that settings hold: one, or several by name, of which one is the default."""
+    if isinstance(templates, list):
+        templates = {t.get("name"): t.get("template") for t in templates if isinstance(t, dict)}
+    if isinstance(templates, dict):
+        templates = templates.get("default")
+    return templates if isinstance(templates, str) and templates else None
+
+
+def _turn_ends(tokenizer: Tokenizer, template: str | None, config: Mapping[str, Any]) -> tuple[int, ...]:
+    if template is None:
+        return ()
+    tokens = {name: _content(token) for name, token in config.items() if str(name).endswith("_token")}
+    added = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
+    return turn_ends(template, {name: token for name, token in tokens.items() if token is not None}, added)
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
-        raise VocabularyError(f"{path} is no tokenizer that tokenizers can read: {error}") from None
+        reason = str(error).strip().splitlines()[0][:200]
+    content = _json_of(path)  # tells what a file is that is no JSON
+    if not isinstance(content, dict) or "model" not in content:
+        reason = 'it is JSON, but has no "model"; give a tokenizer.json'
+    raise VocabularyError(f"{path} is no tokenizer that tokenizers can read: {reason}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise VocabularyError(f"{path} is no JSON: {error}") from None
+    content = _json_of(path)
     if not isinstance(content, dict):
         raise VocabularyError(f"{path} holds no JSON object")
     return content
 
 
-def _id_of(tokenizer: Tokenizer, token: Any) -> int | None:
+def _json_of(path: Path) -> Any:
+    try:
+        return json.loads(_text_of(path))
+    except ValueError as error:
+        raise VocabularyError(f"{path} is no JSON: {error}") from None
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise VocabularyError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise VocabularyError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _content(token: Any) -> str | None:
     content = token.get("content") if isinstance(token, dict) else token
-    index: int | None = tokenizer.token_to_id(content) if isinstance(content, str) else None
+    return content if isinstance(content, str) else None
+
+
+def _id_of(tokenizer: Tokenizer, token: Any) -> int | None:
+    content = _content(token)
+    index: int | None = None if content is None else tokenizer.token_to_id(content)
     return index
 
 

@@ -24,6 +24,7 @@ from gold.align.repair import (
     stretches_less_gone,
     true_ends,
 )
+from gold.align.roles import Roles
 from gold.align.sources import open_source
 from gold.align.spelling import (
     added_ids,
@@ -142,20 +143,21 @@ class Vocabulary:
         self._plain_ids: dict[int, list[int]] = {}
 
     @classmethod
-    def load(cls, source: Any, stop_ids: Iterable[int] | None = None) -> "Vocabulary":
-        """The vocabulary of a folder, a tokenizer.json, a Hub id, a tokenizers.Tokenizer or a Hugging Face tokenizer.
+    def load(
+        cls, source: Any, stop_ids: Iterable[int] | None = None, roles: Roles | None = None
+    ) -> "Vocabulary":
+        """The vocabulary of whatever stands for a tokenizer: see `gold.align.sources.open_source`.
 
-        `stop_ids` are further ids that end a sequence, beside those that the source names: its EOS, the list
-        in generation_config.json, and the token with which its chat template ends a turn. A bare tokenizer
-        names none.
+        `stop_ids` are further ids that end a sequence, beside those that the source names; a bare tokenizer names none.
+        What `roles` names takes the place of everything found for that role.
 
         Raises: VocabularyError if there is no such tokenizer, or if its family is not supported.
         """
-        found = open_source(source)
+        found = open_source(source, stop_ids or (), roles)
         try:
             return cls(
                 found.tokenizer,
-                stop_ids=[*found.stop_ids, *(stop_ids or ())],
+                stop_ids=found.stop_ids,
                 bos_id=found.bos_id,
                 pad_id=found.pad_id,
                 name=found.name,

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from gold.align.roles import Roles
 from gold.align.vocabulary import Vocabulary
 from gold.chat import adds_bos
 from gold.errors import VocabularyError
@@ -64,18 +65,18 @@ class Side:
         return " ".join(self.added[i].content if i in self.added else str(i) for i in ids) or "none"
 
 
-def read_side(role: str, source: Any) -> Side:
+def read_side(role: str, source: Any, roles: Roles | None = None) -> Side:
     """The side that a folder, a tokenizer file, a Hub id or a Hugging Face tokenizer stands for.
 
     Raises: VocabularyError if there is no such tokenizer, or none that can be spelled in bytes.
     """
-    vocabulary = Vocabulary.load(source)
+    vocabulary = Vocabulary.load(source, roles=roles)
     live = hasattr(source, "apply_chat_template")
     folder = Path(vocabulary.name) if not live and Path(vocabulary.name).is_dir() else None
     config = _config(folder)
     if not vocabulary.stop_ids and (stops := config.get("eos_token_id")) is not None:
         # What transformers takes for a model whose generation settings name none.
-        vocabulary = Vocabulary.load(source, stop_ids=stops if isinstance(stops, list) else [stops])
+        vocabulary = Vocabulary.load(source, stops if isinstance(stops, list) else [stops], roles)
     tokenizer = source if live else PromptTokenizer.of(vocabulary)
     return side_of(
         role, vocabulary, tokenizer, bare=folder is None and not live, config=config, folder=folder
