@@ -267,8 +267,6 @@ def _lines(stream: BinaryIO, name: str) -> Iterator[_Given]:
                 raise DataError(
                     f"{where}more than {MOST_BYTES >> 20} MiB in one line; cut its text into several"
                 )
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
             try:

@@ -32,8 +32,7 @@ def page(view: View) -> str:
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
         "form-action 'none'"
     )
-    # Only `<` could end the element that the data stands in.
-    data = json.dumps(_data(view), separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(_data(view), separators=(",", ":"))
     scored = view.score is not None
     return f"""\
 <!DOCTYPE html>
@@ -78,7 +77,7 @@ def _shades() -> str:
 
 
 def _data(view: View) -> dict[str, Any]:
-    """What the details are made of, of the chunks that are drawn."""
+    """What the details are made of, of the chunks that are drawn: numbers, and bytes in base 64 or hexadecimal."""
     chunks = view.alignment.chunks[: view.drawn]
     ends = view.alignment.ends_C[: view.drawn].tolist()
     last = chunks[-1].tolist() if len(chunks) else [0, 0, 0, 0]

@@ -113,13 +113,10 @@ function beside(chunk, down) {
 }
 
 const region = document.getElementById("chunks");
-let mouse = "";
+// Not "pointerover": a mouse that rests while the page scrolls under it points at nothing.
 region.addEventListener("pointermove", e => {
-  // A mouse that rests while the page scrolls under it points at nothing.
-  const at = `${e.screenX} ${e.screenY}`;
   const chunk = e.target.closest("button");
-  if (chunk && e.pointerType === "mouse" && at !== mouse) show(chunk);
-  mouse = at;
+  if (chunk && e.pointerType === "mouse") show(chunk);
 });
 for (const event of ["focusin", "click"])
   region.addEventListener(event, e => {

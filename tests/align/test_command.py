@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import normalizers
 from tokenizers_for_tests import BOS_ID, EOS_ID, byte_level_bpe, sentencepiece_bpe
 from typer.testing import CliRunner
 
@@ -170,11 +171,17 @@ def test_jsonl_answers_each_text(names: dict[str, str], tmp_path: Path) -> None:
 def test_each_line_is_answered_before_the_next_is_read(
     names: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, seen = io.StringIO(), []
+    class Out(io.StringIO):
+        flushed = 0
+
+        def flush(self) -> None:
+            self.flushed = self.getvalue().count("\n")
+
+    out, seen = Out(), []
 
     class Lines(io.BytesIO):
         def readline(self, size: int | None = -1, /) -> bytes:
-            seen.append(out.getvalue().count("\n"))
+            seen.append(out.flushed)
             return super().readline(size)
 
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Lines(b'{"text": "a"}\n' * 3)))
@@ -389,6 +396,14 @@ def _binary_tokenizer(folder: Path) -> list[str]:
     return ["--student", str(folder / "tokenizer.json"), "a"]
 
 
+def _unspelled(folder: Path) -> list[str]:
+    tokenizer = byte_level_bpe()
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.model.dropout = 0.1
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return ["--student", str(folder), "a"]
+
+
 def _bad_line(folder: Path) -> list[str]:
     (folder / "texts.jsonl").write_text('{"txt": "a"}\n')
     return ["--jsonl", str(folder / "texts.jsonl")]
@@ -404,6 +419,7 @@ BAD = {
     "missing folder": (lambda folder: ["--student", str(folder / "none"), "a"], "no such file or folder"),
     "broken tokenizer.json": (_broken, "tokenizer.json"),
     "slow-only tokenizer": (_slow_only, "tokenizer"),
+    "a family that cannot be spelled": (_unspelled, "dropout"),
     "binary tokenizer.json": (_binary_tokenizer, "tokenizer.json"),
     "missing file": (lambda folder: ["--file", str(folder / "none")], "cannot be read: No such file"),
     "folder as a file": (lambda folder: ["--file", str(folder)], "cannot be read: Is a directory"),
@@ -411,7 +427,6 @@ BAD = {
     "a line without text": (_bad_line, ':1: needs an object with a string "text"'),
     "ids": (lambda folder: ["--ids", "1 two"], "'two' is no id"),
     "chat": (lambda folder: ["--chat", str(folder / "none")], "cannot be read: No such file"),
-    "weights": (lambda folder: ["--score", "--student", str(folder / "none"), "a"], "no such folder"),
 }
 
 

@@ -15,23 +15,25 @@ import pytest
 from chromium_for_tests import Browser, browser, missing
 from hypothesis import given
 from texts_for_tests import data
-from tokenizers_for_tests import BOS_ID, EOS_ID
+from tokenizers_for_tests import BOS_ID, EOS_ID, byte_level_bpe
 from views_for_tests import view_of
 
+from gold.align import Vocabulary
 from gold.align import view as view_module
 from gold.align.html import page
-from gold.align.view import View, token_runs
+from gold.align.view import Side, View, token_runs
 
 EVIL = "<script>document.title = 'run'</script>\n<img src=x onerror=alert(1)> </script><!-- & \"'` {{x}} <eos>\x00"
 VOID = {"meta", "br"}
 
 
 class Reader(HTMLParser):
-    """The elements of a page: those open around each text, and every attribute."""
+    """The elements of a page: which there are, those open around each text, and every attribute."""
 
     def __init__(self, content: str) -> None:
         super().__init__(convert_charrefs=True)
         self.open: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: set[str] = set()
         self.texts: list[tuple[list[str], str]] = []
         self.attributes: list[tuple[str, str, str | None]] = []
         self.feed(content)
@@ -39,6 +41,7 @@ class Reader(HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
         self.attributes += [(tag, name, value) for name, value in attrs]
         if tag not in VOID:
             self.open.append((tag, dict(attrs)))
@@ -61,10 +64,28 @@ def scored(view: View) -> View:
     return View(*(replace(side, logp_N=x) for side, x in zip(view.sides, logp, strict=True)))
 
 
-@given(data)
-def test_the_page_holds_the_text_and_nothing_of_it_is_markup(text: bytes) -> None:
-    view = view_of(text)
-    content = page(view)
+TAGS = {
+    *(
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "header",
+        "h1",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "td",
+        "th",
+    ),
+    *("p", "main", "span", "div", "button", "i", "em", "aside", "script"),
+}
+
+
+def assert_holds(content: str, view: View) -> None:
     read = Reader(content)
     starts = [0, *view.student.spelling.ends.tolist()]
     tokens = [
@@ -72,13 +93,31 @@ def test_the_page_holds_the_text_and_nothing_of_it_is_markup(text: bytes) -> Non
         for k in range(len(view.student))
     ]
     assert read.within("chunks", "row s") == "".join(tokens)
-    allowed = {"html", "head", "meta", "title", "style", "body", "header", "h1", "table", "thead", "tbody"}
-    allowed |= {"tr", "td", "th", "p", "main", "span", "div", "button", "i", "em", "aside", "script"}
-    assert {tag for tag, _, _ in read.attributes} <= allowed
+    assert read.tags <= TAGS
     embedded = json.loads(read.within("data"))
-    assert base64.b64decode(embedded["bytes"]) == text
+    assert base64.b64decode(embedded["bytes"]) == view.data
     assert embedded["chunks"] == view.alignment.chunks.tolist()
     assert [side["ids"] for side in embedded["sides"]] == [s.spelling.ids.tolist() for s in view.sides]
+
+
+@given(data)
+def test_the_page_holds_the_text(text: bytes) -> None:
+    view = view_of(text)
+    assert_holds(page(view), view)
+
+
+def test_no_token_is_markup() -> None:
+    """Tokens that are whole elements: a vocabulary may have them."""
+    tokenizer = byte_level_bpe()
+    tokenizer.add_tokens([EVIL, "</span></button>", "</script>", "<!--"])
+    vocabulary = Vocabulary(tokenizer, stop_ids=[EOS_ID])
+    text = f"a</span></button>{EVIL}</script> <!-- b"
+    spelling = vocabulary.encode(text)
+    assert len(spelling) < 12
+    side = Side("s", vocabulary, spelling, 1.0, prompt_ids=tuple(spelling.ids.tolist()))
+    content = page(View(side, side))
+    assert Reader(content).tags <= TAGS | {"details", "summary", "h3", "pre"}
+    assert_holds(page(View(replace(side, prompt_ids=None), side)), View(side, side))
 
 
 def test_nothing_is_fetched_and_nothing_else_is_run() -> None:

@@ -123,6 +123,16 @@ def test_a_chunk_wider_than_the_terminal() -> None:
     assert "⋯ goes on in the next line" in shown
 
 
+def test_a_chunk_goes_on_after_whole_characters() -> None:
+    text = "a" + "\u0301" * 300 + "b" * 80
+    side = view_of(text, "characters", "characters").student
+    whole = replace(
+        side.spelling, ids=side.spelling.ids[:1], ends=side.spelling.ends[-1:], exact=side.spelling.exact[:1]
+    )
+    view = View(replace(side, spelling=whole), replace(side, spelling=whole))
+    assert "\\x" not in picture(view)
+
+
 def test_the_picture_shows_both_sides_and_all_white_space() -> None:
     shown = picture(view_of("the dog\tsat\r\n\x00 e\u0301 日"))
     assert "\x1b" not in shown
@@ -178,6 +188,10 @@ def test_events_stand_beside_the_text_and_repeated_ones_are_counted() -> None:
     vocabulary = view.student.vocabulary
     pads = replace(view.student, spelling=vocabulary.spell([*view.student.spelling.ids, *[EOS_ID] * 12]))
     assert rows(picture(View(pads, view.teacher)))[0][0] == "⟨<bos>⟩ ┃ a¦⟨<eos>⟩×12 ┃ ⟨<eos>⟩"
+    inside = vocabulary.spell([vocabulary.encode(c).ids[0] if c else EOS_ID for c in ("a", "", "b")])
+    two = view_of("ab", "characters", "characters")
+    shown = rows(picture(View(replace(view.student, spelling=inside), two.teacher)))
+    assert shown[0] == ("⟨<bos>⟩ ┃ a ┃ ⟨<eos>⟩¦b ┃ ⟨<eos>⟩", "–       ┃ a ┃ b         ┃ –")
 
 
 def test_of_a_long_text_the_beginning_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,19 @@ def test_a_chunk_counts_where_both_sides_score_all_of_it() -> None:
     assert found["score"]["scored_bytes"] == view.score.scored_bytes
     assert any(line.startswith(f"scored: {view.score.scored_bytes} of ") for line in summary(view))
 
+    turned = View(view.teacher, view.student)
+    assert turned.score is not None
+    assert turned.score.scored_bytes == view.score.scored_bytes
+
+
+def test_bytes_without_a_token_are_not_scored() -> None:
+    view = view_of("ax", "characters", "byte-level, bytes missing")
+    spelling = view.teacher.spelling
+    none = replace(view.teacher, spelling=replace(spelling, ids=spelling.ids[:0], ends=spelling.ends[:0]))
+    view = View(*(replace(side, logp_N=np.full(len(side), -1.0)) for side in (view.student, none)))
+    assert view.score is not None
+    assert view.score.scored_bytes == 0
+
 
 def test_a_text_without_scores_says_nothing_of_them() -> None:
     view = view_of("The dog.")
