@@ -28,9 +28,9 @@ def trained() -> Any:
 
 
 def test_nothing_fails_and_every_tokenizer_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fuzz.main(["--texts", "100", *TRAINED]) == 0
+    assert fuzz.main(["--texts", "150", *TRAINED]) == 0
     out = capsys.readouterr().out
-    assert "100 texts, 500 pairs" in out
+    assert "150 texts, 300 pairs" in out
     for subject in fuzz.subjects(True):
         assert f"\n| {subject.name} | " in out
 
@@ -194,8 +194,8 @@ def test_the_record_holds_what_was_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert record["command"] == (
         "python -m benchmarks fuzz --trained-only --seed 2 --texts 30 --processes 1 --record"
     )
-    assert (record["data"]["texts"], record["data"]["pairs"], record["data"]["failures"]) == (30, 150, 0)
-    assert sum(counts["texts"] for counts in record["data"]["tokenizers"].values()) == 150
+    assert (record["data"]["texts"], record["data"]["pairs"], record["data"]["failures"]) == (30, 60, 0)
+    assert sum(counts["texts"] for counts in record["data"]["tokenizers"].values()) == 90
 
 
 def test_odd_texts_are_odd_and_those_of_their_seed() -> None:
