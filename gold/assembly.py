@@ -203,9 +203,12 @@ def diagnose_run(
         student, teacher = _load([config.student, config.teacher], None)
         return student, teacher
 
+    models = (config.student, config.teacher)
+    student, teacher = (Path(m.path) / m.gguf_file if m.gguf_file else m.path for m in models)
     return diagnose(
-        config.student.path,
-        config.teacher.path,
+        student,
+        teacher,
+        roles=(roles_of(config.student), roles_of(config.teacher)),
         texts=run_texts(data.train),
         prompt=max((prompt_text(p) for p in data.train), key=len),
         sequences=sequences or config.train.sequences_per_forward,

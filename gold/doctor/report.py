@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from gold.align.roles import Roles
 from gold.align.sources import open_source
 from gold.doctor.checks import RUN_TEXTS, Check, Report, examine
 from gold.doctor.sample import JUDGED, SAMPLE
@@ -35,22 +36,24 @@ def diagnose(
     prompt: str = "",
     sequences: int = 8,
     tokens: int = 256,
+    roles: tuple[Roles | None, Roles | None] = (None, None),
     load: Callable[[], tuple[LanguageModel, LanguageModel]] | None = None,
 ) -> Report:
     """All checks of a pair of folders, tokenizer files or Hub ids; of their weights too with `load`, which gives both.
 
-    `texts` are a run's own. A forward pass reads `sequences`, each of `tokens` student tokens behind those of `prompt`.
+    `texts` are a run's own, `roles` the special tokens it names. A forward pass reads `sequences`, each of `tokens`
+    student tokens behind those of `prompt`.
 
     Raises:
         VocabularyError: a source that is no tokenizer at all; one that cannot be spelled is a failed check.
         ModelError: weights that cannot be loaded.
     """
     sides, refused = [], []
-    for role, source in (("student", student), ("teacher", teacher)):
+    for role, source, named in zip(("student", "teacher"), (student, teacher), roles, strict=True):
         try:
-            sides.append(read_side(role, source))
+            sides.append(read_side(role, source, named))
         except VocabularyError as error:
-            open_source(source)  # what cannot be read is the user's error, no finding
+            open_source(source, roles=named)  # what cannot be read is the user's error, no finding
             refused.append(Check("spelling", "fail", f"{role}: {error}", "take a model of another family"))
     if refused:
         return Report(refused)

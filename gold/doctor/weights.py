@@ -12,6 +12,7 @@ import torch
 from gold.aligned import VocabularyPair
 from gold.data import Prompt
 from gold.doctor.checks import Check
+from gold.doctor.sample import JUDGED, SAMPLE
 from gold.errors import GoldError
 from gold.kernels import backend_for
 from gold.kernels.linear import Rows, token_logp
@@ -33,7 +34,7 @@ def examine_weights(
     student: LanguageModel, teacher: LanguageModel, texts: Sequence[str], sequences: int, tokens: int
 ) -> list[Check]:
     """Zero KL of each model with itself, bits per byte of both on the texts, seconds to read a batch."""
-    prompts = [p for number, text in enumerate(texts) if (p := _split(str(number), text)) is not None]
+    prompts = _split(texts) or _split(SAMPLE[JUDGED])
     pair = (("student", student), ("teacher", teacher))
     return [_self_kl(pair, prompts), _bits(pair, prompts), _speed(pair, sequences, tokens)]
 
@@ -155,8 +156,12 @@ def _reading_seconds(model: LanguageModel, sequences: int, tokens: int) -> float
     return min(seconds) * sequences / measured
 
 
-def _split(key: str, text: str) -> Prompt | None:
-    """A text as a prompt of a few words and the completion that goes on; None for one that is too short."""
-    at = text.find(" ", min(12, len(text) // 2))
-    at = len(text) // 2 if at < 0 else at
-    return Prompt(key, text[:at], completion=text[at:]) if text[:at].strip() else None
+def _split(texts: Sequence[str]) -> list[Prompt]:
+    """Each text as a prompt of a few words and the completion that goes on, less those that are too short."""
+    prompts: list[Prompt] = []
+    for text in texts:
+        at = text.find(" ", min(12, len(text) // 2))
+        at = len(text) // 2 if at < 0 else at
+        if text[:at].strip():
+            prompts.append(Prompt(str(len(prompts)), text[:at], completion=text[at:]))
+    return prompts
