@@ -19,36 +19,35 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 class PromptTokenizer:
     """As much of the interface of a Hugging Face tokenizer as `gold.chat` needs of one.
 
-    The template and the special tokens are those of the folder that the vocabulary was read from; a vocabulary from
-    anywhere else has no template.
+    `settings` are those of a folder in Hugging Face format: the strings of special tokens, and whether texts begin with
+    a BOS. Without any, the strings are those of the vocabulary's roles.
     """
 
-    def __init__(
-        self, vocabulary: "Vocabulary", template: str | None = None, settings: Mapping[str, Any] | None = None
-    ) -> None:
-        self.chat_template = template
+    def __init__(self, vocabulary: "Vocabulary", settings: Mapping[str, Any] | None = None) -> None:
+        self.chat_template = vocabulary.chat_template
         self.backend_tokenizer = vocabulary.tokenizer
         self.bos_token_id, self.unk_token_id = vocabulary.bos_id, vocabulary.unk_id
-        settings = settings or {}
+        if settings is None:
+            roles = {
+                "bos": vocabulary.bos_id,
+                "eos": (*vocabulary.stop_ids, None)[0],
+                "pad": vocabulary.pad_id,
+            }
+            settings = {f"{role}_token": vocabulary.label(i) for role, i in roles.items() if i is not None}
         self.add_bos_token = settings.get("add_bos_token")
         named = {name: _content(settings.get(name)) for name in _NAMED}
         self._special_tokens = {name: token for name, token in named.items() if token is not None}
 
     @classmethod
     def of(cls, vocabulary: "Vocabulary") -> "PromptTokenizer":
-        """The tokenizer of a vocabulary, with what its folder says of templates and special tokens.
+        """The tokenizer of a vocabulary, with what the folder that it was read from says of special tokens.
 
         Raises: DataError for a file that cannot be read.
         """
-        folder = Path(vocabulary.name)
-        if not folder.is_dir():
+        files = [Path(vocabulary.name) / f for f in ("special_tokens_map.json", "tokenizer_config.json")]
+        if not any(file.exists() for file in files):
             return cls(vocabulary)
-        settings = _object(folder / "special_tokens_map.json") | _object(folder / "tokenizer_config.json")
-        file = folder / "chat_template.jinja"
-        template = _text(file) if file.exists() else settings.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
-        return cls(vocabulary, template, settings)
+        return cls(vocabulary, _object(files[0]) | _object(files[1]))
 
     def __len__(self) -> int:
         return self.backend_tokenizer.get_vocab_size()
@@ -164,14 +163,7 @@ def _object(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        content = json.loads(_text(file))
-    except ValueError as error:
-        raise DataError(f"{file}: no JSON: {error}") from None
-    return content if isinstance(content, dict) else {}
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read: {error}") from None
+    return content if isinstance(content, dict) else {}

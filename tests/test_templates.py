@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from jinja2 import TemplateError
-from tokenizers_for_tests import byte_level_bpe, sentencepiece_bpe
+from tokenizers_for_tests import BOS_ID, EOS_ID, byte_level_bpe, sentencepiece_bpe
 
 from benchmarks.assets import assets_folder
 from gold.align import Vocabulary
@@ -127,13 +127,19 @@ def test_a_template_is_a_program_in_a_sandbox(template: str) -> None:
 
 def test_a_broken_settings_file_is_named(tmp_path: Path) -> None:
     vocabulary = Vocabulary.load(folder_of(tmp_path))
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer_config\.json: no JSON"):
-        PromptTokenizer.of(vocabulary)
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(DataError, match=r"chat_template\.jinja: cannot be read"):
-        PromptTokenizer.of(vocabulary)
+    for content in (b"{", b"\xff"):
+        (tmp_path / "tokenizer_config.json").write_bytes(content)
+        with pytest.raises(DataError, match=r"tokenizer_config\.json: cannot be read"):
+            PromptTokenizer.of(vocabulary)
+
+
+def test_without_settings_the_roles_name_the_special_tokens() -> None:
+    template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    vocabulary = Vocabulary(byte_level_bpe(), stop_ids=[EOS_ID], bos_id=BOS_ID, chat_template=template)
+    ids = prompt_ids(PromptTokenizer.of(vocabulary), prompt([("user", "the <eos> dog")]))
+    assert (ids[0], ids[-1]) == (BOS_ID, EOS_ID)
+    assert vocabulary.spell(ids[1:-1]).data == b"the <eos> dog"
+    assert ids.count(EOS_ID) == 1
 
 
 @pytest.mark.slow

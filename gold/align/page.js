@@ -68,8 +68,9 @@ function show(chunk) {
   const size = found.ends[c] - from;
   const table = make("table");
   const head = table.createTHead().insertRow();
-  for (const title of ["token", "id", "bytes", "at"].concat(student.logp ? ["log p"] : [])) {
-    head.append(make("th", title));
+  for (const [title, kind] of [["token"], ["id", "number"], ["bytes"], ["at", "number"], ["log p", "number"]]) {
+    if (title === "log p" && !student.logp) continue;
+    head.append(make("th", title, kind));
     head.lastChild.scope = "col";
   }
   fill(table.createTBody(), student, chunk.children[0], "student", "s", s0, s1);

@@ -40,7 +40,9 @@ def show_alignment(view: View, console: Console) -> None:
             styles = {"text": "", "mark": _MARK, "event": _EVENT}
             prompt = Text.assemble(*((run, styles[kind]) for run, kind in prompt_runs(side)))
             console.print(Text(f"{label}reads", "bold"))
-            console.print(prompt, soft_wrap=not console.is_terminal)
+            console.print(
+                prompt, soft_wrap=not console.is_terminal, end="" if prompt.plain.endswith("\n") else "\n"
+            )
             console.print()
     marks: set[str] = set()
     for rows in _lines(view, console.width - len(_LABELS[0])):

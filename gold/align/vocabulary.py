@@ -81,8 +81,8 @@ class Vocabulary:
 
     `offsets` (int64[size + 1]) and `blob` (uint8) hold the bytes of all ids one after the other. `event_V[id]`: the
     id is special, unknown or unused, and has no bytes. `stop_ids`, `bos_id`, `pad_id` and `unk_id` are roles. `family`
-    is a name for people, such as "byte-level" or "word pieces". `fingerprint` is equal where all bytes and events are,
-    in every process.
+    is a name for people, such as "byte-level" or "word pieces"; `chat_template` is the source's, None without one.
+    `fingerprint` is equal where all bytes and events are, in every process.
     """
 
     size: int
@@ -95,6 +95,7 @@ class Vocabulary:
     unk_id: int | None
     family: str
     name: str
+    chat_template: str | None
 
     def __init__(
         self,
@@ -104,6 +105,7 @@ class Vocabulary:
         bos_id: int | None = None,
         pad_id: int | None = None,
         name: str = "tokenizers.Tokenizer",
+        chat_template: str | None = None,
     ) -> None:
         """The vocabulary of a live tokenizer; `Vocabulary.load` finds the roles too.
 
@@ -111,7 +113,7 @@ class Vocabulary:
         """
         self._tokenizer = tokenizer
         self._family = read_family(tokenizer)
-        self.family, self.name = self._family.name, name
+        self.family, self.name, self.chat_template = self._family.name, name, chat_template
         self.unk_id = self._family.unk_id
         self.stop_ids, self.bos_id, self.pad_id = (
             tuple(dict.fromkeys(int(i) for i in stop_ids)),
@@ -161,6 +163,7 @@ class Vocabulary:
                 bos_id=found.bos_id,
                 pad_id=found.pad_id,
                 name=found.name,
+                chat_template=found.chat_template,
             )
         except VocabularyError as error:
             raise VocabularyError(f"{found.name}: {error}") from None
@@ -169,7 +172,12 @@ class Vocabulary:
         return f"Vocabulary({self.name!r}, {self.family}, {self.size} ids, stops {list(self.stop_ids)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        roles = {"stop_ids": self.stop_ids, "bos_id": self.bos_id, "pad_id": self.pad_id}
+        roles = {
+            "stop_ids": self.stop_ids,
+            "bos_id": self.bos_id,
+            "pad_id": self.pad_id,
+            "chat_template": self.chat_template,
+        }
         return _vocabulary_of, (self._tokenizer, self.name, roles)
 
     @cached_property
