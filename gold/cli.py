@@ -32,6 +32,8 @@ Overrides = Annotated[
 ]
 
 
+_SOURCE = "folder, tokenizer.json, GGUF file, SentencePiece model, tekken.json, tiktoken:NAME or Hub id"
+
 _FORMATS = """\
 The picture
   ┃ between chunks: here the tokens of both sides end together     ¦ between the tokens of a chunk
@@ -44,7 +46,7 @@ The JSON, one object per text
   Student tokens s0 up to s1 (exclusive) and teacher tokens t0 up to t1 spell the same bytes. "ends" are the byte
   offsets of the text at which the tokens end: a chunk ends at ends[s1 - 1] of the student, ends[t1 - 1] of the teacher.
   A side has "bos_id" and "stop_ids" for events beside the text, "prompt_ids" with --chat, and with --score "logp"
-  (nats; null where nothing is before a token) and "stop_logp"; the text has "score" then.
+  (nats; null for a token that has none) and "stop_logp"; the text has "score" then.
 """
 
 
@@ -100,12 +102,8 @@ def _root(
 
 @app.command(cls=_WithFormats)
 def align(
-    student: Annotated[
-        str, typer.Option(metavar="SOURCE", help="folder, tokenizer.json or Hub id", show_default=False)
-    ],
-    teacher: Annotated[
-        str, typer.Option(metavar="SOURCE", help="folder, tokenizer.json or Hub id", show_default=False)
-    ],
+    student: Annotated[str, typer.Option(metavar="SOURCE", help=_SOURCE, show_default=False)],
+    teacher: Annotated[str, typer.Option(metavar="SOURCE", help=_SOURCE, show_default=False)],
     text: Annotated[
         str | None,
         typer.Argument(metavar="TEXT", help="the text itself; - or none: standard input", show_default=False),
@@ -182,7 +180,9 @@ def doctor(
     weights: Annotated[bool, typer.Option("--weights", help="load both models and try them too")] = False,
     sequences: Annotated[
         int | None,
-        typer.Option("--sequences", min=1, help="in a forward pass; else the run's, or 8", show_default=False),
+        typer.Option(
+            "--sequences", min=1, help="in a forward pass; else the run's, or 8", show_default=False
+        ),
     ] = None,
     tokens: Annotated[
         int | None,
@@ -199,9 +199,7 @@ def doctor(
             from gold.doctor.report import diagnose, load_pair
 
             load = partial(load_pair, student, teacher) if weights else None
-            report = diagnose(
-                student, teacher, load=load, sequences=sequences or 8, tokens=tokens or 256
-            )
+            report = diagnose(student, teacher, load=load, sequences=sequences or 8, tokens=tokens or 256)
         from gold.doctor.report import print_report
 
         print_report(report, as_json=as_json)
@@ -259,7 +257,9 @@ def _measure_lines(measures: Mapping[str, float]) -> Iterator[str]:
 
 @app.command()
 def objectives(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="only this one", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="only this one", show_default=False)
+    ] = None,
 ) -> None:
     """List what can be minimised: what each objective needs of a teacher, and its options with their defaults."""
     with _told():

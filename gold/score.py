@@ -34,8 +34,8 @@ class PairScorer:
 
     @property
     def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
-        """Both vocabularies."""
-        return self.student.vocabulary, self.teacher.vocabulary
+        """Both vocabularies, special tokens being events."""
+        return self.student.vocabulary.without_markers(), self.teacher.vocabulary.without_markers()
 
     @property
     def tokenizers(self) -> tuple[Any, Any]:
@@ -46,7 +46,7 @@ class PairScorer:
         """The text with the log-probability of each token, and of the stop event where there is one.
 
         Before the text stands the prompt, else a BOS where the student's own ids began with one or the tokenizer puts
-        one in front; where there is neither, the first token has no log-probability.
+        one in front; where there is neither, the first token has no log-probability. Nor has a token of probability 0.
 
         Raises: DataError for a text that does not fit a model's context, or has ids that a model has no row for.
         """
@@ -87,5 +87,6 @@ def _scored(model: LanguageModel, side: Side) -> Side:
     log_target, log_stop = token_logp(
         rows_of(model.lm, states), torch.from_numpy(target).to(model.device), stops
     )
-    logp[unscored:] = log_target[: len(ids) - unscored].double().cpu().numpy()
+    found = log_target[: len(ids) - unscored].double().cpu().numpy()
+    logp[unscored:] = np.where(np.isfinite(found), found, np.nan)
     return replace(side, logp_N=logp, stop_logp=float(log_stop[-1]) if side.stop_ids else None)

@@ -30,7 +30,7 @@ class Side:
     `name` is what the user calls it. `shared` is the share of its tokens whose bytes are one token of the other
     vocabulary too. `bos_id` and `stop_ids` are the events beside the text, None and empty where there are none;
     `prompt_ids` is what the model reads before it, None where nobody asked. `logp_N` holds the log-probability of each
-    token given all before it, in nats, NaN where nothing is before it; `stop_logp` is that of the stop event.
+    token given all before it, in nats, NaN where it has none; `stop_logp` is that of the stop event.
     """
 
     name: str
@@ -123,7 +123,7 @@ def describe(view: View) -> dict[str, Any]:
     """A text as JSON: ids and byte ends of both sides, and chunks as half-open ranges of their tokens.
 
     A side has the keys `bos_id` and `stop_ids` where these events are beside the text, `prompt_ids` where there is a
-    prompt, `logp` (nats, null where nothing is before a token) and `stop_logp` where the text was scored; the text has
+    prompt, `logp` (nats, null where a token has none) and `stop_logp` where the text was scored; the text has
     `score` then.
     """
     found = {
@@ -167,8 +167,8 @@ def summary(view: View) -> list[str]:
             )
         if score.scored_bytes < len(view.data):
             lines.append(
-                f"scored: {score.scored_bytes} of {_count(len(view.data), 'byte')}; a first token has no probability "
-                "where no BOS and no prompt is before it"
+                f"scored: {score.scored_bytes} of {_count(len(view.data), 'byte')}; left out are chunks with a token "
+                "of probability 0, or with nothing before it (no BOS, no prompt)"
             )
     return lines
 

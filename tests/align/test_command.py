@@ -466,7 +466,7 @@ def pair(names: dict[str, str]) -> list[str]:
 
 
 def test_it_is_quick(names: dict[str, str]) -> None:
-    assert min(run_gold(["align", "x y" * 33, *pair(names)]) for _ in range(3)) < 1
+    assert any(run_gold(["align", "x y" * 33, *pair(names)]) < 1 for _ in range(3))
 
 
 def test_no_model_library_is_loaded(names: dict[str, str], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chromium_for_tests import Browser, browser, missing
-from hypothesis import given
+from hypothesis import given, settings
 from texts_for_tests import data
 from tokenizers_for_tests import BOS_ID, EOS_ID, byte_level_bpe
 from views_for_tests import view_of
@@ -100,6 +100,7 @@ def assert_holds(content: str, view: View) -> None:
     assert [side["ids"] for side in embedded["sides"]] == [s.spelling.ids.tolist() for s in view.sides]
 
 
+@settings(max_examples=40)
 @given(data)
 def test_the_page_holds_the_text(text: bytes) -> None:
     view = view_of(text)

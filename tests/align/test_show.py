@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
@@ -62,6 +62,7 @@ def columns(row: Text) -> list[int]:
     return [cell_len(row.plain[: s.start]) for s in row.spans if row.plain[s.start : s.end] == " ┃ "]
 
 
+@settings(max_examples=60)
 @given(data, st.sampled_from(PAIRS), st.integers(40, 100))
 def test_both_rows_show_the_whole_text_in_columns(text: bytes, pair: tuple[str, str], room: int) -> None:
     view = view_of(text, *pair)
@@ -78,6 +79,7 @@ def test_both_rows_show_the_whole_text_in_columns(text: bytes, pair: tuple[str, 
         assert found.replace("◌", "").replace(" ", "") == expected.replace("◌", "")
 
 
+@settings(max_examples=60)
 @given(st.text("ab日é\u0301🙂 ", min_size=1, max_size=60), st.integers(20, 60))
 def test_a_wide_chunk_goes_on_at_the_same_byte_of_both_rows(text: str, room: int) -> None:
     # Nothing but the end of the text is an edge of both.
