@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from gold.align.vocabulary import Int32
 from gold.aligned import AlignedBatch
 from gold.kernels.chunked import (
     Chunks,
@@ -32,26 +32,24 @@ from gold.losses.view import Loss, View, sequence_logp, student_scores, teacher_
 
 EXCEPTIONS: Mapping[str, Mapping[str, str]] = {
     "uld": {
-        "2": "probabilities are compared by rank, so that with one vocabulary too it is no divergence between tokens",
-        "6": "any permutation of a row has distance 0 from it: tokens have no names",
-        "8": "row i is compared with row i: a teacher that cuts the same text elsewhere is out of step with itself",
+        "2": "probabilities are compared by rank: with one vocabulary too it is no divergence between tokens",
+        "6": "tokens have no names: any permutation of a row has distance 0 from it",
+        "8a": "row i is compared with row i: a source that is cut elsewhere is out of step with itself",
+        "8b": "sorted rows say how sure the teacher is, not of what",
     },
     "gold": {
         "6": "unmatched tokens have no names; with β = 0 or 1 the matched term is a KL divergence between parts of "
-        "distributions, which can be negative and is lowest away from equality",
-        "8": "a chunk of several tokens is compared by its last row, and the last rows of two ways to cut it are about "
+        "distributions, which can be negative",
+        "8a": "a chunk of several tokens is compared by its last row, and those of two ways to cut it are about "
         "different events",
+        "8b": "with β = 1 the matched term is lowest where most of the student's mass has leaked to unmatched tokens",
     },
     "alm": {
-        "2": "a chunk is a coin that falls on what was sampled or not; what else the rows say is not compared",
-        "6": "rows that agree on the sampled chunk and on nothing else have divergence 0",
-        "8": "the likelihood of exactly these tokens leaves out those that run across the chunk's end, and how many do "
-        "depends on the cut",
+        "2": "a chunk is a coin that shows what was sampled or not; what else the rows say is not compared",
+        "6": "rows that agree on the sampled chunk, and on nothing else, have divergence 0",
     },
     "x_token": {
-        "6": "student tokens that are projected alike are not told apart, and both sides are conditioned on the tokens "
-        "that are reached; H-KL is a KL divergence between parts of distributions and can be negative",
-        "8": "a projected token counts as pieces that another cut does not predict there",
+        "8a": "a token counts as pieces that a source that is cut elsewhere does not expect there",
     },
 }
 """Clauses of the contract that an objective cannot hold by its nature, with the reason."""
@@ -256,7 +254,9 @@ def _last_rows(rows: Rows, chunk: Tensor, count: int, target: Tensor, stops: Ten
     return torch.nonzero(last)[:, 0], before
 
 
-def _tensors(batch: AlignedBatch, ids_V: Int32, ids_W: Int32) -> tuple[Tensor, Tensor]:
+def _tensors(
+    batch: AlignedBatch, ids_V: NDArray[np.int32], ids_W: NDArray[np.int32]
+) -> tuple[Tensor, Tensor]:
     """Ids of both sides on their devices."""
     mine, theirs = (torch.from_numpy(ids.astype(np.int64)) for ids in (ids_V, ids_W))
     return mine.to(batch.device), theirs.to(batch.teacher_device)

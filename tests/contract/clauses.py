@@ -154,6 +154,7 @@ PLAIN: dict[str, Callable[..., float]] = {
         lambda p, q, o: (
             o["beta"] * oracle.kl(q, _mixed(p, q, o["beta"]))
             + (1 - o["beta"]) * oracle.kl(p, _mixed(p, q, o["beta"]))
+            + (oracle.kl(q, p) if o["beta"] == 0 else oracle.kl(p, q) if o["beta"] == 1 else 0.0)
         )
     ),
     "skew_kl": _by_row(lambda p, q, o: oracle.kl(q, _mixed(p, q, o["alpha"]))),
@@ -166,7 +167,8 @@ PLAIN: dict[str, Callable[..., float]] = {
     "span_pg": _per_token,
     "opd": _per_token,
 }
-PLAIN["gkd"] = PLAIN["jsd"]
+PLAIN |= {"gkd": PLAIN["jsd"], "gold": PLAIN["jsd"], "x_token": PLAIN["forward_kl"]}
+PLAIN |= {"uld": PLAIN["forward_kl"], "alm": PLAIN["forward_kl"]}
 """Token-level objectives by name, from both sides' log-probabilities of every row, one row and token at a time."""
 
 
@@ -249,7 +251,8 @@ def padding(objective: Objective) -> Outcome | None:
 
 
 def proper(objective: Objective) -> Outcome | None:
-    """6. The least value over random models, which is a divergence's own sum and so above 0."""
+    """6. The least value over random models, of which one side likes a token that the other does not have, and over two
+    that differ in tokens that no text has: a divergence's own sum, and so above 0."""
     if objective.needs == "nothing" or is_policy_gradient(objective):
         return None
     pair = pair_for(objective)
@@ -257,9 +260,27 @@ def proper(objective: Objective) -> Outcome | None:
     for seed in range(12):
         texts = [t for t in random_texts(pair, 4, seed) if t.student.data]
         models = ToyModel(pair.student, seed), ToyModel(pair.teacher, seed + 100)
-        view = view_of(pair, texts, *models)
-        values.append(float(objective(view).total) / max(1.0, objective.count(view.batch)))
+        rows, rows_T = student_rows(models[0], texts), teacher_rows(models[1], texts)
+        own, own_T = (_unshared(pair.student, pair.teacher), _unshared(pair.teacher, pair.student))
+        for liked, liked_T in ((0.0, 0.0), (5.0, 0.0), (0.0, 5.0)):
+            mine, theirs = rows.clone(), rows_T.clone()
+            mine[:, own] += liked
+            theirs[:, own_T] += liked_T
+            view = view_of(pair, texts, mine, theirs)
+            values.append(float(objective(view).total) / max(1.0, objective.count(view.batch)))
+    texts = [aligned(SAME, STUDENT.encode("a" * n).ids.tolist()) for n in (1, 2, 3, 4)]
+    rows = student_rows(ToyModel(STUDENT, 0), texts)
+    swapped = list(range(STUDENT.size))
+    b, space = (int(STUDENT.encode(t).ids[0]) for t in "b ")
+    swapped[b], swapped[space] = space, b
+    values.append(float(objective(view_of(SAME, texts, rows, rows[:, swapped])).total))
     return Outcome(min(values), least=1e-9)
+
+
+def _unshared(vocabulary: Any, other: Any) -> list[int]:
+    """Text ids of which the other vocabulary has no token of the same bytes."""
+    theirs = {other.token_bytes(i) for i in range(other.size)}
+    return [i for i in range(vocabulary.size) if vocabulary.token_bytes(i) not in theirs]
 
 
 def finite_differences(objective: Objective) -> Outcome | None:
@@ -453,6 +474,12 @@ def variants() -> Iterator[tuple[str, Objective]]:
 
 
 FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "gkd, β = 0.1": ("gkd", {"beta": 0.1}),
+    "gold, reverse KL on matched tokens": ("gold", {"beta": 1.0, "matched_share": 1.0}),
+    "gold, β = 0.1": ("gold", {"beta": 0.1}),
+    "alm, temperature 1": ("alm", {"temperature": 1.0}),
+    "x_token, H-KL": ("x_token", {"variant": "h_kl"}),
+    "opd, clipped and weighted": ("opd", {"clip": 2.0, "importance_cap": 2.0}),
     "jsd 0.1/bytes": ("jsd", {"beta": 0.1}),
     "reverse_kl/shared, renormalised": ("reverse_kl", {"support": "shared", "rest": "renormalise"}),
     "forward_kl/shared, renormalised": ("forward_kl", {"support": "shared", "rest": "renormalise"}),

@@ -381,7 +381,6 @@ def test_numbers_at_the_edge_give_no_nan(name, dtype):
 def test_texts_that_are_empty_or_of_one_token(name):
     pair = pair_of(name)
     a, stop, junk = (pair.student._tokenizer.token_to_id(t) for t in ("a", "<eos>", "<junk>"))
-    # Of events alone there is no chunk with tokens on both sides, and no text.
     for ids in ([stop], [a], [a, stop], [junk], [junk, stop], []):
         texts = [aligned(pair, ids), aligned(pair, [a, a, stop])]
         view = view_of(pair, texts, ToyModel(pair.student, 3), ToyModel(pair.teacher, 4))
@@ -394,16 +393,18 @@ def test_texts_that_are_empty_or_of_one_token(name):
 
 @over(sorted(ACROSS.keys() - {"uld"}))
 def test_a_chunk_of_events_alone_is_not_compared(name):
-    """A special token in a text has no width: alone in a text it has no counterpart."""
-    junk, stop = (STUDENT._tokenizer.token_to_id(t) for t in ("<junk>", "<eos>"))
-    models = ToyModel(STUDENT, 3), ToyModel(TEACHER, 4)
-    text = aligned(PAIR, [junk, stop])
-    assert ACROSS[name].count(batch_of(PAIR, [text])) == 1
-    value = value_of(ACROSS[name], view_of(PAIR, [text], *models))
+    """A special token that only the student has: alone in a text it has no counterpart."""
+    student = toy_vocabulary(["a+b", "b+ ", "ab+b"], cut=None, unused=1)
+    pair = VocabularyPair(student, TEACHER)
+    own, stop = (student._tokenizer.token_to_id(t) for t in ("<unused0>", "<eos>"))
+    models = ToyModel(student, 3), ToyModel(TEACHER, 4)
+    text = aligned(pair, [own, stop])
+    assert ACROSS[name].count(batch_of(pair, [text])) == 1
+    value = value_of(ACROSS[name], view_of(pair, [text], *models))
     # The stop event is compared, after what each side has read.
     rows = student_rows(models[0], [text])[1:], teacher_rows(models[1], [text])
-    empty = aligned(PAIR, [stop])
-    assert value == pytest.approx(value_of(ACROSS[name], view_of(PAIR, [empty], *rows)), rel=1e-12)
+    empty = aligned(pair, [stop])
+    assert value == pytest.approx(value_of(ACROSS[name], view_of(pair, [empty], *rows)), rel=1e-12)
 
 
 @over(sorted(PUBLISHED.keys() - {"opd"}))
@@ -531,10 +532,10 @@ def test_the_exceptions_are_declared():
     assert declared == {
         "gkd": set(),
         "opd": set(),
-        "uld": {"2", "6", "8"},
-        "gold": {"6", "8"},
-        "alm": {"2", "6", "8"},
-        "x_token": {"6", "8"},
+        "uld": {"2", "6", "8a", "8b"},
+        "gold": {"6", "8a", "8b"},
+        "alm": {"2", "6"},
+        "x_token": {"8a"},
     }
 
 
@@ -584,7 +585,7 @@ def test_clause_6_sorted_distances_ignore_which_token_is_meant():
 
 
 @over(["gold/1, half", "x_token/h_kl"])
-def test_clause_6_a_kl_divergence_between_parts_of_distributions_can_be_negative(name):
+def test_a_kl_divergence_between_parts_of_distributions_can_be_negative(name):
     """Minimised, its mass leaks: reverse KL is lowest at 1/e of the teacher's mass, forward KL where all is matched."""
     one, student, teacher = one_token()
     # The side that is named first in the KL divergence spends its mass on a token that only it has.
@@ -612,7 +613,7 @@ def test_clause_6_alm_sees_the_sampled_chunk_alone():
     assert values[0] == pytest.approx(values[1], rel=1e-12)
 
 
-def test_clause_6_projected_tokens_are_not_told_apart():
+def test_projected_tokens_are_not_told_apart():
     """A student token of which the other side has only the letters may trade its mass for theirs."""
     letters = toy_vocabulary([], letters="ab", cut=None)
     student = toy_vocabulary(["a+b"], letters="ab", cut=None)
@@ -680,7 +681,7 @@ def self_distances() -> dict[str, float]:
 
 
 @over(sorted(ACROSS))
-def test_clause_8_a_teacher_that_is_the_student_in_other_tokens_is_not_equal(name, self_distances):
+def test_clause_8_a_teacher_that_is_the_student_in_other_tokens_is_not_quite_equal(name, self_distances):
     least = {"alm": 1e-3, "alm/1": 0.1, "gold": 0.05}.get(name, 0.1)
     assert self_distances[name] > least
 
