@@ -209,6 +209,7 @@ def diagnose_run(
         student,
         teacher,
         roles=(roles_of(config.student), roles_of(config.teacher)),
+        dtypes=(config.student.dtype, config.teacher.dtype),
         texts=run_texts(data.train),
         prompt=max((prompt_text(p) for p in data.train), key=len),
         sequences=sequences or config.train.sequences_per_forward,

@@ -189,7 +189,15 @@ def doctor(
         typer.Option("--tokens", min=1, help="of a sequence; else the run's, or 256", show_default=False),
     ] = None,
 ) -> None:
-    """Check whether a pair can be trained and what stands in its way; exit code 1 if it cannot."""
+    """Check whether a pair can be trained and what stands in its way; exit code 1 if it cannot.
+
+    Memory of a step, as estimated, in bytes:
+    student: parameters × 4 × bytes of its dtype (weights, gradients, AdamW)
+    teacher: parameters × bytes of its dtype
+    activations: sequences × tokens × layers ×
+    (9 hidden + 4 inner + 3 (queries + keys)) × 4
+    logits: 6 blocks of at most 64 MiB
+    """
     with _told():
         if teacher is None:
             from gold.assembly import diagnose_run

@@ -433,6 +433,9 @@ def test_memory_by_hand(make: Make) -> None:
     assert needed.activations == 2 * 7 * 3 * (90 + 80 + 3 * 24) * 4
     assert needed.logits == 6 * 14 * 100 * 4
     assert needed.total == needed.student + needed.teacher + needed.activations + needed.logits
+    halved = step_memory(student, teacher, 2, 7, ("bfloat16", "float32"))
+    assert halved is not None
+    assert (halved.student, halved.teacher) == (8 * count, 4 * count)
     for gone in ("hidden_size", "vocab_size"):
         kept = {name: size for name, size in SIZES.items() if name != gone}
         assert step_memory(make(byte_level_bpe(), **kept), teacher, 2, 7) is None

@@ -37,12 +37,13 @@ def diagnose(
     sequences: int = 8,
     tokens: int = 256,
     roles: tuple[Roles | None, Roles | None] = (None, None),
+    dtypes: tuple[str, str] = ("float32", "auto"),
     load: Callable[[], tuple[LanguageModel, LanguageModel]] | None = None,
 ) -> Report:
     """All checks of a pair of folders, tokenizer files or Hub ids; of their weights too with `load`, which gives both.
 
-    `texts` are a run's own, `roles` the special tokens it names. A forward pass reads `sequences`, each of `tokens`
-    student tokens behind those of `prompt`.
+    `texts` are a run's own, `roles` the special tokens that it names, `dtypes` those of the weights. A forward pass
+    reads `sequences`, each of `tokens` student tokens behind those of `prompt`.
 
     Raises:
         VocabularyError: a source that is no tokenizer at all; one that cannot be spelled is a failed check.
@@ -61,7 +62,7 @@ def diagnose(
     report = examine(mine, theirs, texts)
     checks, unchecked = list(report.checks), list(report.unchecked)
     tokens += len(mine.vocabulary.encode(prompt))
-    needed = step_memory(mine, theirs, sequences, tokens)
+    needed = step_memory(mine, theirs, sequences, tokens, dtypes)
     if needed is None:
         silent = " and ".join(side.role for side in sides if not side.config)
         unchecked.append(
@@ -167,7 +168,8 @@ def _coverage_table(report: Report) -> Any:
 def _memory(needed: StepMemory, sequences: int, tokens: int) -> Check:
     found = (
         f"{_gib(needed.total)} for {sequences} × {tokens} tokens: student {_gib(needed.student)} "
-        f"({needed.student_parameters / 1e6:,.0f} M × 16 bytes: weights, gradients, AdamW), activations "
+        f"({needed.student_parameters / 1e6:,.0f} M × "
+        f"{needed.student // needed.student_parameters} bytes: weights, gradients, AdamW), activations "
         f"{_gib(needed.activations)}, logits {_gib(needed.logits)}, teacher {_gib(needed.teacher)} "
         f"({needed.teacher_parameters / 1e6:,.0f} M)"
     )

@@ -1,7 +1,7 @@
 """Memory that one optimizer step needs, from the sizes in two config.json.
 
-    student      parameters × 16 bytes: weights, gradients and AdamW's two moments in float32
-    teacher      parameters × bytes of its saved dtype
+    student      parameters × 4 × bytes of its dtype: weights, gradients and AdamW's two moments
+    teacher      parameters × bytes of its dtype
     activations  sequences × tokens × layers × (9·hidden + 4·inner + 3·(queries + keys)) × 4 bytes
     logits       6 blocks of at most 64 MiB: both sides' rows of one block, and what their gradients need
 
@@ -22,7 +22,7 @@ from typing import Any
 from gold.doctor.side import Side
 
 _BYTES_OF = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
-_TRAINED_BYTES = 16
+_TRAINED_COPIES = 4
 _BLOCK_BYTES = 64 * 2**20
 _BLOCKS = 6
 
@@ -44,27 +44,33 @@ class StepMemory:
         return self.student + self.teacher + self.activations + self.logits
 
 
-def step_memory(student: Side, teacher: Side, sequences: int, tokens: int) -> StepMemory | None:
+def step_memory(
+    student: Side, teacher: Side, sequences: int, tokens: int, dtypes: tuple[str, str] = ("float32", "auto")
+) -> StepMemory | None:
     """Memory of a step whose forward pass reads so many sequences of so many tokens; None where a config.json lacks
-    sizes that the formula needs."""
+    sizes that the formula needs. The dtype "auto" is the one that config.json names."""
     mine, theirs = student.config, teacher.config
     counts = parameters(student), parameters(teacher)
     shape = _shape(mine)
     if counts[0] is None or counts[1] is None or shape is None:
         return None
     hidden, inner, queries, keys, layers, _ = shape
-    dtype = str(theirs.get("dtype") or theirs.get("torch_dtype") or "float32")
     rows = sequences * tokens
     widths = [int(side.get("vocab_size") or 0) for side in (mine, theirs)]
     block = min(_BLOCK_BYTES, rows * max(widths) * 4)
     return StepMemory(
-        student=counts[0] * _TRAINED_BYTES,
-        teacher=counts[1] * _BYTES_OF.get(dtype, 2),
+        student=counts[0] * _TRAINED_COPIES * _bytes_of(dtypes[0], mine),
+        teacher=counts[1] * _bytes_of(dtypes[1], theirs),
         activations=rows * layers * (9 * hidden + 4 * inner + 3 * (queries + keys)) * 4,
         logits=_BLOCKS * block,
         student_parameters=counts[0],
         teacher_parameters=counts[1],
     )
+
+
+def _bytes_of(dtype: str, config: Mapping[str, Any]) -> int:
+    saved = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return _BYTES_OF.get(str(saved if dtype == "auto" else dtype), 2)
 
 
 def parameters(side: Side) -> int | None:
