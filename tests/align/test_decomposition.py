@@ -117,7 +117,10 @@ def test_bytes_that_are_no_text_and_bytes_that_are_missing_have_no_weights() -> 
         assert token not in weights.ids_V
 
 
-@pytest.mark.parametrize("name", ["byte-level", "byte-fallback", "byte-fallback, metaspace first"])
+@pytest.mark.parametrize(
+    "name",
+    ["byte-level", "byte-fallback", "byte-fallback, metaspace first", "byte-level, NFKC and lower case"],
+)
 def test_pieces_are_the_first_tokens_of_an_exact_spelling(name: str) -> None:
     source, target = (Vocabulary.load(families()[n]) for n in ("byte-level, other merges", name))
     cuts = retokenized(source, target)
