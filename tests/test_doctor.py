@@ -272,6 +272,13 @@ def test_bytes_that_a_side_lacks(make: Make) -> None:
     assert check.found == "of this run's texts 86% is not spelled by the teacher as it is"
 
 
+@pytest.mark.parametrize("name", ["unigram", "wordpiece, uncased"])
+def test_a_vocabulary_without_bytes_is_warned_of(make: Make, name: str) -> None:
+    check = found("bytes", make(byte_level_bpe()), make(families()[name]))
+    assert check.status == "warn"
+    assert "the teacher has no bytes to fall back on" in check.found
+
+
 def test_a_normaliser_that_rewrites_is_warned_of(make: Make) -> None:
     plain, lower = families()["byte-level"], families()["byte-level, NFKC and lower case"]
     check = found("bytes", make(plain), make(lower))

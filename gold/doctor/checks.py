@@ -406,10 +406,10 @@ def _bytes(student: Side, teacher: Side, coverage: Mapping[str, ClassCoverage], 
 def _lacking(side: Side) -> str:
     """What bytes a vocabulary has no token for, nothing where it has all that UTF-8 uses."""
     vocabulary = side.vocabulary
-    if vocabulary.family not in (BYTE_LEVEL, BYTE_FALLBACK):
-        return f"the {side.role} has no bytes to fall back on: characters outside its vocabulary are unknown to it"
     single = np.flatnonzero(np.diff(vocabulary.offsets) == 1)
     own = set(vocabulary.blob[vocabulary.offsets[single]].tolist())
+    if max(own, default=0) < 0x80 and vocabulary.family not in (BYTE_LEVEL, BYTE_FALLBACK):
+        return f"the {side.role} has no bytes to fall back on: characters outside its vocabulary are unknown to it"
     gone = [byte for byte in _UTF8_BYTES if byte not in own]
     shown = " ".join(f"{byte:02x}" for byte in gone[:8]) + (" …" if len(gone) > 8 else "")
     return (
