@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gold.align.chunks import align_tokens
 from gold.align.decomposition import TokenWeights, likeliest_pairs, token_weights
+from gold.align.markers import read_as, shared_markers
 from gold.align.overlap import byte_equal_pairs
 from gold.align.paths import BytePlan, ByteTrie
 from gold.align.pieces import PiecePlan, PieceReading, Pieces
@@ -87,9 +88,19 @@ class VocabularyPair:
         """Pairs of tokens of which one counts mostly as the other, as two arrays of ids."""
         return likeliest_pairs(self.token_weights, self.student)
 
+    @cached_property
+    def markers(self) -> dict[int, int]:
+        """For each marker of the student that the teacher has too: the teacher's id of it."""
+        return shared_markers(self.student, self.teacher)
+
     def read(self, spelling: Spelling) -> Spelling:
         """The teacher's own reading of a text that the student spelled; the same ids where the vocabularies are one."""
-        return spelling if self.same else self.teacher.encode(spelling.data)
+        return spelling if self.same else read_as(self.teacher, spelling, self.markers)
+
+    def read_back(self, spelling: Spelling) -> Spelling:
+        """The student's own reading of a text that the teacher spelled."""
+        back = {theirs: mine for mine, theirs in self.markers.items()}
+        return spelling if self.same else read_as(self.student, spelling, back)
 
 
 class AlignedBatch:

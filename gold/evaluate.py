@@ -106,7 +106,7 @@ def evaluate(
         for r in rollouts[: plan.samples * plan.per_prompt : plan.per_prompt]
     ]
     if teacher is not None:
-        pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
+        pair = VocabularyPair(student.vocabulary, teacher.vocabulary.with_markers())
         scored = _score(student, teacher, pair, rollouts, plan)
         measures |= _divergence("reverse_kl_per_byte", scored, len(prompts), plan.seed, sign=1.0)
         measures |= _agreement(scored)
@@ -201,7 +201,7 @@ def _bits_per_byte(logp: Sequence[NDArray[np.float64]], rollouts: Sequence[Rollo
 
 def _as_student(rollout: Rollout, student: LanguageModel, pair: VocabularyPair) -> Rollout:
     """The teacher's sample as a completion that the student reads in its own tokens; the same ids if it can."""
-    spelling = rollout.spelling if pair.same else student.vocabulary.encode(rollout.spelling.data)
+    spelling = pair.read_back(rollout.spelling)
     ids = spelling.ids
     if rollout.stopped:
         ids = np.concatenate((ids, np.array(student.vocabulary.stop_ids[:1], np.int32)))

@@ -34,7 +34,10 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal model, its tokenizer, and the vocabulary read from that tokenizer, stop ids from all its sources."""
+    """A causal model, its tokenizer, and the vocabulary read from that tokenizer, stop ids from all its sources.
+
+    In the vocabulary the markers are text (see ``gold.align.markers``).
+    """
 
     name: str
     lm: Any
@@ -153,7 +156,7 @@ def wrap_model(lm: Any, tokenizer: Any, *, name: str = "model", roles: Roles | N
             "the tokenizer does not belong to these weights, or the embeddings were never resized"
         )
     _check_head(lm, name)
-    return LanguageModel(name, lm, tokenizer, vocabulary)
+    return LanguageModel(name, lm, tokenizer, vocabulary.with_markers(rows))
 
 
 def gguf_tokenizer(path: str | Path, file: str) -> Any:

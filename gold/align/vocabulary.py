@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -138,11 +139,16 @@ class Vocabulary:
         self.blob = np.frombuffer(b"".join(spelling or b"" for spelling in spellings), np.uint8)
         self.event_V = np.diff(self.offsets) == 0
         self._lengths_V = np.diff(self.offsets)
+        # Text never gives these, whether they have bytes or not.
+        self._control_V = np.zeros(self.size, np.bool_)
+        self._control_V[list(self._events)] = True
         self._text_tokenizers: dict[tuple[bool, bool], tuple[Tokenizer, Int32 | None]] = {}
         # An unknown token that also ends a sequence, as some tokenizers have it, must not stand for text.
         control = self.unk_id in (*self.stop_ids, bos_id)
         self._unknown = None if control else self.unk_id
         self._plain_ids: dict[int, list[int]] = {}
+        self._unmarked: Vocabulary | None = None
+        self._rows: int | None = None
 
     @classmethod
     def load(
@@ -168,6 +174,41 @@ class Vocabulary:
         except VocabularyError as error:
             raise VocabularyError(f"{found.name}: {error}") from None
 
+    @cached_property
+    def markers(self) -> dict[str, int]:
+        """The special tokens that are neither BOS, stop, pad nor unknown, by contents: `<think>` in some families."""
+        roles = {*self.stop_ids, self.bos_id, self.pad_id, self.unk_id}
+        added = sorted(self._tokenizer.get_added_tokens_decoder().items())
+        return {t.content: i for i, t in added if t.special and t.content and i not in roles}
+
+    def with_markers(self, rows: int | None = None) -> "Vocabulary":
+        """The same vocabulary with the markers spelled by their contents instead of being events.
+
+        What a model writes with a marker is then the text that a model without it would write, and its probability
+        counts for that text. Text that looks like a marker still never gives it. Markers from id `rows` on, for which a
+        model has no row, stay events.
+        """
+        if self._unmarked is not None:
+            return self if rows is None else self._unmarked.with_markers(rows)
+        spelled = [
+            (i, t.encode()) for t, i in self.markers.items() if i < (self.size if rows is None else rows)
+        ]
+        ids = np.array([i for i, _ in spelled], np.int64)
+        lengths = self._lengths_V.copy()
+        lengths[ids] = [len(data) for _, data in spelled]
+        other = copy(self)
+        other.__dict__.pop("fingerprint", None)
+        given = np.frombuffer(b"".join(data for _, data in spelled), np.uint8)
+        other.blob = np.insert(self.blob, np.repeat(self.offsets[ids], lengths[ids]), given)
+        other.offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
+        other.event_V, other._lengths_V = lengths == 0, lengths
+        other._unmarked, other._rows = self, rows
+        return other
+
+    def without_markers(self) -> "Vocabulary":
+        """The same vocabulary with the markers being events, as it was loaded."""
+        return self._unmarked or self
+
     def __repr__(self) -> str:
         return f"Vocabulary({self.name!r}, {self.family}, {self.size} ids, stops {list(self.stop_ids)})"
 
@@ -178,13 +219,14 @@ class Vocabulary:
             "pad_id": self.pad_id,
             "chat_template": self.chat_template,
         }
-        return _vocabulary_of, (self._tokenizer, self.name, roles)
+        marked = None if self._unmarked is None else (self._rows,)
+        return _vocabulary_of, (self._tokenizer, self.name, roles, marked)
 
     @cached_property
     def fingerprint(self) -> str:
-        """The SHA-256 of the bytes and events of all ids, in hexadecimal."""
+        """The SHA-256 of the bytes of all ids, of which are events, and of which text never gives, in hexadecimal."""
         digest = hashlib.sha256(b"gold vocabulary 1")
-        for array in (self.offsets.astype("<i8"), self.blob, self.event_V.astype(np.uint8)):
+        for array in (self.offsets.astype("<i8"), self.blob, self.event_V, self._control_V):
             digest.update(array.tobytes())
         return digest.hexdigest()
 
@@ -431,7 +473,7 @@ class Vocabulary:
         A model can give text the id of a control token: if its vocabulary has it as a word or a piece, or if its merges
         allow that. Then the characters' own tokens stand in its place.
         """
-        forged = self.event_V[ids]
+        forged = self._control_V[ids]
         if self._unknown is not None:
             forged &= ids != self._unknown
         if not forged.any():
@@ -449,7 +491,7 @@ class Vocabulary:
                 if event == self.unk_id
                 else character_ids(self._tokenizer, self._family, event, self._events)
             )
-            self._plain_ids[event] = [i for i in own if i == self._unknown or not self.event_V[i]]
+            self._plain_ids[event] = [i for i in own if i == self._unknown or not self._control_V[i]]
         return self._plain_ids[event]
 
     def _offsets(
@@ -497,8 +539,11 @@ class Vocabulary:
         return min(group, key=lambda index: (is_byte_piece(self._tokenizer.id_to_token(index)), index))
 
 
-def _vocabulary_of(tokenizer: Tokenizer, name: str, roles: dict[str, Any]) -> Vocabulary:
-    return Vocabulary(tokenizer, name=name, **roles)
+def _vocabulary_of(
+    tokenizer: Tokenizer, name: str, roles: dict[str, Any], marked: tuple[int | None] | None
+) -> Vocabulary:
+    plain = Vocabulary(tokenizer, name=name, **roles)
+    return plain if marked is None else plain.with_markers(*marked)
 
 
 def _laid(ids: Int32, ends: Int64, stops: Int64, stream: bytes, data: bytes, prefix: bool) -> Spelling:
