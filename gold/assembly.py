@@ -282,11 +282,13 @@ def _load(
             roles=roles_of(model),
         )
         if of_file is not None and progress is not None:
-            for difference in of_file.vocabulary.differences(made.vocabulary, texts=SAMPLE_TEXTS):
+            own = made.vocabulary.without_markers()
+            for difference in of_file.vocabulary.differences(own, texts=SAMPLE_TEXTS):
                 progress.note(f"model {made.name}: the loaded tokenizer and its file differ: {difference}")
         loaded.append(made)
     if consult is not None and len(of_files) < len(sides):
-        consult(*(side_of(role, m.vocabulary, m.tokenizer) for role, m in zip(ROLES, loaded, strict=True)))
+        found = [(m.vocabulary.without_markers(), m.tokenizer) for m in loaded]
+        consult(*(side_of(role, *each) for role, each in zip(ROLES, found, strict=True)))
     return loaded
 
 
