@@ -243,15 +243,14 @@ def _consult(config: Config, data: RunData, progress: Progress | None, student: 
         raise ConfigError(
             "\n".join(f"this pair cannot be trained: {line} (train.doctor=report goes on)" for line in lines)
         )
-    minded = {term.name for term in config.objectives} | {
-        str(term.options.get("support")) for term in config.objectives
-    }
+    minded = {term.name for term in config.objectives}
+    minded |= {str(value) for term in config.objectives for value in term.options.values()}
     if any(prompt.messages is not None for prompt in data.train):
         minded.add("messages")
     # All processes find the same; one of them tells.
     if progress is not None and os.environ.get("RANK", "0") == "0":
         for check in report.checks:
-            if check.status != "pass" and (check.concerns is None or check.concerns in minded):
+            if check.status != "pass" and (not check.concerns or minded.intersection(check.concerns)):
                 progress.note(f"{check.check}: {check.found}; {check.advice}")
 
 

@@ -194,7 +194,7 @@ def test_an_answer_that_ends_otherwise_than_the_stops_say_is_warned_of(make: Mak
     good = read_side("", folder)
     assert (found("stop", good, good).status, len(good.vocabulary.stop_ids)) == ("pass", 2)
     check = found("stop", read_side("", folder, Roles(stop=[EOS])), good)
-    assert (check.status, check.concerns) == ("warn", "messages")
+    assert (check.status, check.concerns) == ("warn", ("messages",))
     assert "the template of the student ends an answer with <|turn|>" in check.found
 
 
@@ -224,7 +224,7 @@ def test_chat_templates(make: Make) -> None:
     def of(student: str | None, teacher: str | None) -> Check:
         tokenizer = with_added(byte_level_bpe())
         check = found("chat template", make(tokenizer, template=student), make(tokenizer, template=teacher))
-        assert check.concerns == (None if check.status == "pass" else "messages")
+        assert check.concerns == (() if check.status == "pass" else ("messages",))
         return check
 
     thinking = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
@@ -315,7 +315,8 @@ def test_shared_edges(make: Make) -> None:
 def test_one_to_one(make: Make) -> None:
     student, teacher = make(word_tokenizer(tiny.texts(), 120)), make(character_tokenizer())
     check = found("one to one", student, teacher, tiny.texts(8))
-    assert (check.status, check.concerns) == ("warn", "shared")
+    assert check.status == "warn"
+    assert "shared" in check.concerns
     assert "compares little of run" in check.advice
     same = found("one to one", student, student)
     assert (same.status, same.found.count("100%")) == ("pass", len(SAMPLE))
@@ -337,7 +338,8 @@ def test_coverage_is_what_the_chunks_say(make: Make) -> None:
 def test_digits(make: Make) -> None:
     whole, single = make(families()["byte-level"]), make(families()["byte-level, digits"])
     check = found("digits", whole, single, ["22 of 333", "55555"])
-    assert (check.status, check.concerns) == ("warn", "shared")
+    assert check.status == "warn"
+    assert "shared" in check.concerns
     assert re.search(r"student up to \d digits a token, teacher digit by digit", check.found)
     assert "all cut alike" in found("digits", single, single).found
     # Digits that a side cannot spell are not judged.
@@ -348,7 +350,7 @@ def test_digits(make: Make) -> None:
 def test_hard_edges(make: Make) -> None:
     digits, none = make(families()["byte-level, digits"]), make(sentencepiece_bpe())
     check = found("hard edges", digits, none)
-    assert (check.status, check.concerns) == ("warn", "span_pg")
+    assert (check.status, check.concerns) == ("warn", ("span_pg", "span"))
     assert check.found.startswith("none in ")
     assert re.match(r"\d+ in [\d,]+ bytes: span_pg has a span every", found("hard edges", none, digits).found)
     assert found("hard edges", none, digits, ["no digits at all in this text"]).status == "warn"
@@ -358,7 +360,7 @@ def test_prefix_map(make: Make) -> None:
     whole, lacking = make(byte_level_bpe()), make(without_bytes(byte_level_bpe(), b"the"))
     assert "0 with none" in found("prefix map", whole, lacking).found
     check = found("prefix map", lacking, whole)
-    assert (check.status, check.concerns) == ("warn", "prefix")
+    assert (check.status, check.concerns) == ("warn", ("prefix",))
     vocabulary = whole.vocabulary
     texts = [vocabulary.token_bytes(i) for i in np.flatnonzero(~vocabulary.event_V)]
     none = sum(text[:1] in (b"t", b"h", b"e") for text in texts)

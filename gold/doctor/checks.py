@@ -48,6 +48,8 @@ MARKERS = (
 )
 """Thinking and tool markers of the families that have some."""
 
+_BY_TOKENS = ("shared", "one_to_one", "gold")
+"""Options and objectives that compare tokens of equal bytes."""
 RUN_TEXTS = "run"
 """The class of a run's own texts."""
 _UTF8_BYTES = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]
@@ -58,15 +60,15 @@ _NUMBER = re.compile(rb"\d{2,}")
 class Check:
     """What one check found and what to do about it, nothing where it passed.
 
-    `concerns` names the one thing that minds a warning: a support ("shared", "prefix"), the objective "span_pg", or
-    "messages" among the prompts; None for every run.
+    `concerns` names what minds a warning, where not every run does: objectives, options of theirs such as the support
+    "shared", or "messages" among the prompts.
     """
 
     check: str
     status: Status
     found: str
     advice: str = ""
-    concerns: str | None = None
+    concerns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ def _stops(student: Side, teacher: Side) -> Check:
                 "warn",
                 f"{found}; but the template of the {side.role} ends an answer with {side.tokens((ending,))}",
                 "let it be a stop too (roles.stop, or eos_token_id in generation_config.json), or answers run on",
-                "messages",
+                ("messages",),
             )
     return Check("stop", "pass", found)
 
@@ -324,7 +326,7 @@ def _templates(student: Side, teacher: Side) -> Check:
             "warn",
             f"only the {have[0].role} has one; the {other.role} reads messages as a plain transcript",
             f"for conversations take a {other.role} that was trained on them, or give prompts as plain text",
-            "messages",
+            ("messages",),
         )
     if not have:
         return Check(name, "pass", "none on either side: both read messages as a plain transcript")
@@ -335,7 +337,7 @@ def _templates(student: Side, teacher: Side) -> Check:
             "warn",
             f"the template of the {thinking[0]} opens <think> before the answer, the other one does not",
             "one model is asked to think aloud and the other to answer: use a template without thinking",
-            "messages",
+            ("messages",),
         )
     if student.template == teacher.template:
         return Check(name, "pass", "the same on both sides")
@@ -449,7 +451,7 @@ def _one_to_one(coverage: Mapping[str, ClassCoverage]) -> Check:
             "warn",
             text,
             f"support shared compares little of {', '.join(few)}; support bytes compares every byte",
-            "shared",
+            _BY_TOKENS,
         )
     return Check("one to one", "pass", text)
 
@@ -482,7 +484,7 @@ def _digits(texts: Sequence[_Text]) -> Check:
             "warn",
             f"{apart} of {numbers} numbers are cut differently: {shown}",
             "with support shared numbers are hardly taught at all; support bytes teaches every digit",
-            "shared",
+            _BY_TOKENS,
         )
     return Check("digits", "pass", f"{numbers} numbers, all cut alike: {shown}")
 
@@ -500,7 +502,7 @@ def _hard_edges(teacher: Side, texts: Sequence[_Text]) -> Check:
             "warn",
             f"{found}: hardly anywhere does the teacher cut whatever comes next",
             "span_pg would give a whole text one advantage, which is mostly noise; take a divergence on bytes",
-            "span_pg",
+            ("span_pg", "span"),
         )
     return Check("hard edges", "pass", f"{found}: span_pg has a span every {size / spans:.0f} bytes")
 
@@ -522,7 +524,7 @@ def _prefixes(student: Side, teacher: Side) -> Check:
             "warn",
             text,
             "support prefix cannot hand on what the teacher gives to them; support bytes counts it as rest",
-            "prefix",
+            ("prefix",),
         )
     return Check("prefix map", "pass", text)
 
