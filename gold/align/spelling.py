@@ -53,6 +53,8 @@ class Family:
     """What the string of a token that continues a word begins with, "" for no mark."""
     ending: str
     """What the string of a token that ends a word ends with, "" for no mark."""
+    drops_spaces: bool
+    """The tokenizer drops white space between words."""
     word_space: Literal["before", "after"] | None
     """Where the virtual space of a word lies."""
     prefix: Literal["text", "pieces"] | None
@@ -83,7 +85,8 @@ def read_family(tokenizer: Tokenizer) -> Family:
     prefix = _prefix(normalizer, pre_tokenizer, space)
     word_space: Literal["before", "after"] | None = None
     words = isinstance(model, models.WordLevel)
-    if prefix != "pieces" and _drops_spaces(tokenizer, normalizer, space):
+    drops_spaces = _drops_spaces(tokenizer, normalizer, space)
+    if drops_spaces and prefix != "pieces":
         word_space = "before" if continuing or words else "after" if ending else None
     letters = (
         "byte-level"
@@ -108,6 +111,7 @@ def read_family(tokenizer: Tokenizer) -> Family:
         space=space,
         continuing=continuing,
         ending=ending,
+        drops_spaces=drops_spaces,
         word_space=word_space,
         prefix="pieces" if word_space == "before" else prefix,
     )

@@ -169,7 +169,11 @@ def test_equal_tokenizers_give_one_chunk_per_token(vocabulary: Vocabulary, given
 MARKS = ("##", "</w>", "<0x", "▁", "_")
 
 
-@given(st.sampled_from([name for name in VOCABULARIES if "missing" not in name]), text)
+# What has no token at all is the next one's, and byte pieces overtake an unknown token that stands before them.
+FITTING = [name for name in VOCABULARIES if not {"missing", "unknown"} & set(name.split())]
+
+
+@given(st.sampled_from(FITTING), text)
 def test_a_stretch_rewritten_by_itself_is_what_its_tokens_spell(name: str, given: str) -> None:
     """Where a token lies on a text that the tokenizer changes: no stretch has another one's content."""
     vocabulary = VOCABULARIES[name]
