@@ -133,7 +133,7 @@ def test_the_same_ids_with_other_stops_are_warned_of(make: Make) -> None:
     turn = tokenizer.token_to_id("<|turn|>")
     check = found("vocabulary", make(tokenizer), make(tokenizer, stops=[turn]))
     assert check.status == "warn"
-    assert "student <eos>, teacher <eos> <|turn|>" in check.found
+    assert "stop ids: [1] here, [1, 402] there" in check.found
 
 
 def test_a_vocabulary_that_differs_a_little_is_warned_of(make: Make) -> None:
@@ -243,16 +243,29 @@ def test_chat_templates(make: Make) -> None:
 
 
 def test_markers(make: Make) -> None:
-    plain, token, event = byte_level_bpe(), byte_level_bpe(), byte_level_bpe()
+    plain, token, special = byte_level_bpe(), byte_level_bpe(), byte_level_bpe()
     token.add_tokens(["<think>"])
-    event.add_special_tokens(["<think>"])
+    special.add_special_tokens(["<think>"])
     assert "all are text" in found("markers", make(plain), make(plain)).found
-    # An added token with bytes is the same text to both.
-    assert found("markers", make(plain), make(token)).found == "<think>: the same bytes on both sides"
-    assert found("markers", make(event), make(event)).status == "pass"
-    check = found("markers", make(token), make(event))
+    # An added token with bytes is the same text to both, and what both have as special is handed over.
+    for one, other in ((plain, token), (token, token), (special, special)):
+        check = found("markers", make(one), make(other))
+        assert check.found == "<think>: each side reads what the other writes"
+    check = found("markers", make(token), make(special))
     assert check.status == "warn"
-    assert check.found == "<think> (token for the student, event for the teacher)"
+    assert check.found == "<think> (token of the student, special of the teacher)"
+    check = found("markers", make(special), make(plain))
+    assert check.found == "<think> (special of the student, plain characters to the teacher)"
+
+
+def test_the_same_bytes_with_other_markers_are_two_vocabularies(make: Make) -> None:
+    think, pause = byte_level_bpe(), byte_level_bpe()
+    think.add_special_tokens(["<think>"])
+    pause.add_special_tokens(["<pause>"])
+    student, teacher = make(think), make(pause)
+    assert student.vocabulary.fingerprint == teacher.vocabulary.fingerprint
+    assert "b'<think>' here, b'<pause>' there" in found("vocabulary", student, teacher).found
+    assert not VocabularyPair(student.marked, teacher.marked).same
 
 
 # Texts

@@ -129,7 +129,7 @@ def examine(student: Side, teacher: Side, texts: Sequence[str] = ()) -> Report:
     coverage = {name: _coverage(group) for name, group in read.items()}
     judged = RUN_TEXTS if texts else JUDGED
     aligned = [text for group in read.values() for text in group]
-    pairs = byte_equal_pairs(student.vocabulary, teacher.vocabulary)
+    pairs = byte_equal_pairs(student.marked, teacher.marked)
     checks = [
         _spelling(student, teacher),
         _vocabularies(student, teacher, pairs),
@@ -190,19 +190,11 @@ def same_vocabulary(student: Vocabulary, teacher: Vocabulary) -> bool:
 
 
 def _vocabularies(student: Side, teacher: Side, pairs: tuple[np.ndarray, np.ndarray]) -> Check:
-    mine, theirs = student.vocabulary, teacher.vocabulary
+    mine, theirs = student.marked, teacher.marked
     name = "vocabulary"
     if same_vocabulary(mine, theirs):
         return Check(
             name, "pass", "the same on both sides, id by id: the teacher reads the student's own tokens"
-        )
-    if mine.fingerprint == theirs.fingerprint:
-        return Check(
-            name,
-            "warn",
-            f"the same ids, but other stop ids: student {_stop_tokens(student)}, teacher {_stop_tokens(teacher)}",
-            "the pair is trained as two vocabularies; name the same stop ids in both generation_config.json to "
-            "have it trained token by token",
         )
     ids_V, ids_W = pairs
     alike = int((ids_V == ids_W).sum()) / max(mine.size, theirs.size, 1)
@@ -211,7 +203,7 @@ def _vocabularies(student: Side, teacher: Side, pairs: tuple[np.ndarray, np.ndar
             name,
             "warn",
             f"almost the same (here is the student): {'; '.join(mine.differences(theirs, limit=2))}",
-            "the pair is trained as two vocabularies; if the newer of the two files fits both models, use it for both",
+            "the pair is trained as two vocabularies; if one file and the same stop ids fit both models, use them",
         )
     size = "the same size but other content" if mine.size == theirs.size else "two"
     texts_V, texts_W = int((~mine.event_V).sum()), int((~theirs.event_V).sum())
@@ -358,17 +350,17 @@ def _markers(student: Side, teacher: Side) -> Check:
     known = {marker: kind for marker, kind in kinds.items() if kind != ("text", "text")}
     if not known:
         return Check(name, "pass", "no thinking or tool marker is a token of either side: all are text")
-    split = {marker: kind for marker, kind in known.items() if (kind[0] == "event") != (kind[1] == "event")}
-    if split:
-        shown = ", ".join(f"{m} ({s} for the student, {t} for the teacher)" for m, (s, t) in split.items())
+    alone = [(marker, *kind) for marker, kind in known.items() if kind.count("special") == 1]
+    if alone:
+        shown = ", ".join(f"{marker} ({s} of the student, {t} of the teacher)" for marker, s, t in alone)
         return Check(
             name,
             "warn",
-            shown,
-            "what is text on one side and an event on the other is never compared: take prompts and templates that do "
-            "without",
+            shown.replace("text of", "plain characters to"),
+            "what is special to one side alone the other reads and writes as characters, which the first has hardly "
+            "seen: take prompts and templates that do without",
         )
-    return Check(name, "pass", f"{', '.join(known)}: the same bytes on both sides")
+    return Check(name, "pass", f"{', '.join(known)}: each side reads what the other writes")
 
 
 def _bytes(student: Side, teacher: Side, coverage: Mapping[str, ClassCoverage], judged: str) -> Check:
@@ -508,8 +500,8 @@ def _hard_edges(teacher: Side, texts: Sequence[_Text]) -> Check:
 
 
 def _prefixes(student: Side, teacher: Side) -> Check:
-    found = longest_prefixes(student.vocabulary, teacher.vocabulary)
-    text_W = ~teacher.vocabulary.event_V
+    found = longest_prefixes(student.marked, teacher.marked)
+    text_W = ~teacher.marked.event_V
     texts = max(int(text_W.sum()), 1)
     none = int((found.ids_W[text_W] < 0).sum())
     whole = int((found.rest_bytes_W[text_W] == 0).sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,16 @@ class Side:
         """The chat template."""
         return self.tokenizer.chat_template or None
 
+    @cached_property
+    def marked(self) -> Vocabulary:
+        """The vocabulary as a run has it, in which markers are the text that they look like."""
+        return self.vocabulary.with_markers(self.config.get("vocab_size"))
+
     def kind(self, token: str) -> str:
-        """What a string is to this side: an "event", an added "token" with bytes, or plain "text"."""
-        for index, added in self.added.items():
+        """What a string is to this side: a "special" token, another added "token", or plain "text"."""
+        for added in self.added.values():
             if added.content == token:
-                return "event" if self.vocabulary.event_V[index] else "token"
+                return "special" if added.special else "token"
         return "text"
 
     def tokens(self, ids: tuple[int, ...]) -> str:
