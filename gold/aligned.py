@@ -93,14 +93,14 @@ class VocabularyPair:
         """For each marker of the student that the teacher has too: the teacher's id of it."""
         return shared_markers(self.student, self.teacher)
 
-    def read(self, spelling: Spelling) -> Spelling:
+    def read(self, spelling: Spelling, *, at_start: bool = True) -> Spelling:
         """The teacher's own reading of a text that the student spelled; the same ids where the vocabularies are one."""
-        return spelling if self.same else read_as(self.teacher, spelling, self.markers)
+        return spelling if self.same else read_as(self.teacher, spelling, self.markers, at_start)
 
-    def read_back(self, spelling: Spelling) -> Spelling:
+    def read_back(self, spelling: Spelling, *, at_start: bool = True) -> Spelling:
         """The student's own reading of a text that the teacher spelled."""
         back = {theirs: mine for mine, theirs in self.markers.items()}
-        return spelling if self.same else read_as(self.student, spelling, back)
+        return spelling if self.same else read_as(self.student, spelling, back, at_start)
 
 
 class AlignedBatch:

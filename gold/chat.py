@@ -2,7 +2,10 @@
 
 What a user wrote is text. Where a message contains the text of a special token, the ids of that text are used, never
 the token: otherwise a prompt could end its own turn. "Special" are the tokens that the tokenizer declares so; other
-added tokens (`<think>` of some families) are part of a message's vocabulary, as they are in a completion's.
+added tokens (`<think>` of some families) are part of a message's vocabulary, as they are in a completion's. What a
+model itself writes with a special token, such as the `<think>` of other families: see `gold.align.markers`.
+
+A completion is tokenised apart from its prompt, by each model in its own tokens.
 
 The tokenizer is any object with the interface of a Hugging Face tokenizer.
 """
@@ -59,6 +62,15 @@ def prompt_text(prompt: Prompt) -> str:
         return prompt.text or ""
     turns = [TRANSCRIPT_NAMES[message["role"]] + message["content"].strip() for message in prompt.messages]
     return "\n\n".join([*(turn for turn in turns if turn), "Assistant:"])
+
+
+def begins_anew(prompt: Prompt) -> bool:
+    """Whether a completion of the prompt is a text of its own, before which some tokenizers put a space (Llama-2).
+
+    After messages it is: such models' templates leave that space to the tokenizer ("[/INST]", then "▁Yes"). What comes
+    after a plain text goes on with it, and a space there is one that the model wrote.
+    """
+    return prompt.messages is not None
 
 
 def has_chat_template(tokenizer: Any) -> bool:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gold.align.chunks import align_tokens
 from gold.align.vocabulary import Spelling
 from gold.aligned import AlignedText, VocabularyPair
-from gold.chat import prompt_ids, prompt_text
+from gold.chat import begins_anew, prompt_ids, prompt_text
 from gold.data import Prompt
 from gold.kernels.linear import Rows, token_logp
 from gold.models import LanguageModel, rows_of
@@ -156,8 +156,10 @@ def bootstrap_ratio(
 
 
 def _writing(student: LanguageModel, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    encode = student.vocabulary.encode
     canonical = [
-        np.array_equal(student.vocabulary.encode(r.spelling.data).ids, r.spelling.ids) for r in rollouts
+        np.array_equal(encode(r.spelling.data, at_start=begins_anew(r.prompt)).ids, r.spelling.ids)
+        for r in rollouts
     ]
     return {
         "stop_rate": float(np.mean([r.stopped for r in rollouts])),
@@ -201,7 +203,7 @@ def _bits_per_byte(logp: Sequence[NDArray[np.float64]], rollouts: Sequence[Rollo
 
 def _as_student(rollout: Rollout, student: LanguageModel, pair: VocabularyPair) -> Rollout:
     """The teacher's sample as a completion that the student reads in its own tokens; the same ids if it can."""
-    spelling = pair.read_back(rollout.spelling)
+    spelling = pair.read_back(rollout.spelling, at_start=begins_anew(rollout.prompt))
     ids = spelling.ids
     if rollout.stopped:
         ids = np.concatenate((ids, np.array(student.vocabulary.stop_ids[:1], np.int32)))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
+from gold.chat import begins_anew
 from gold.kernels.linear import Rows
 from gold.models import LanguageModel, PaddedStates
 from gold.rollout import Rollout
@@ -18,7 +19,7 @@ def read(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
     return AlignedText(
         rollout.ids,
         rollout.spelling,
-        vocabularies.read(rollout.spelling),
+        vocabularies.read(rollout.spelling, at_start=begins_anew(rollout.prompt)),
         rollout.stopped,
         rollout.sampled,
         rollout.advantage,

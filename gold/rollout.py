@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from gold.align.vocabulary import Spelling
-from gold.chat import prompt_ids
+from gold.chat import begins_anew, prompt_ids
 from gold.data import Prompt
 from gold.errors import DataError
 from gold.models import LanguageModel, generation_settings, output_width
@@ -83,7 +83,8 @@ def sample(
             chosen = order[first : first + batch]
             drawn = _generate(model, [encoded[i] for i in chosen], sampling, [seeds[i] for i in chosen])
             for i, (ids, logp, stopped) in zip(chosen, drawn, strict=True):
-                spelling = model.vocabulary.spell(ids[:-1] if stopped else ids, rows=output_width(model.lm))
+                text, anew = ids[:-1] if stopped else ids, begins_anew(prompts[i])
+                spelling = model.vocabulary.spell(text, at_start=anew, rows=output_width(model.lm))
                 rollouts[i] = Rollout(prompts[i], encoded[i], ids, logp, spelling, stopped)
     finally:
         model.lm.train(was_training)
@@ -98,10 +99,11 @@ def completed(model: LanguageModel, prompt: Prompt, max_new_tokens: int) -> Roll
     """
     if prompt.completion is None:
         raise DataError(f"prompt {prompt.key}: it has no completion; add one, or set rollout.on_policy to 1")
-    spelling = model.vocabulary.encode(prompt.completion)
+    anew = begins_anew(prompt)
+    spelling = model.vocabulary.encode(prompt.completion, at_start=anew)
     stopped = spelling.ids.size < max_new_tokens
     if not stopped:
-        spelling = model.vocabulary.spell(spelling.ids[:max_new_tokens])
+        spelling = model.vocabulary.spell(spelling.ids[:max_new_tokens], at_start=anew)
     stop = np.array(model.vocabulary.stop_ids[:1], np.int32)
     ids = np.concatenate((spelling.ids, stop)) if stopped else spelling.ids
     encoded = encode_prompt(model, prompt, ids.size)

@@ -4,14 +4,20 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gold.chat import adds_bos, has_chat_template, prompt_ids, prompt_text
+from gold.align import Vocabulary
+from gold.aligned import VocabularyPair
+from gold.chat import adds_bos, begins_anew, has_chat_template, prompt_ids, prompt_text
 from gold.data import Prompt
 from gold.errors import DataError
+from gold.reading import read
+from gold.rollout import completed
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -279,6 +285,65 @@ def test_without_a_template_messages_are_a_plain_transcript():
     assert not has_chat_template(tokenizer)
     assert prompt_ids(tokenizer, prompt) == prompt_ids(tokenizer, Prompt("b", text))
     assert prompt_text(Prompt("a", "x y ")) == "x y "
+
+
+# -- completions --
+
+
+def reader(tokenizer):
+    """As much of a model as reading a given completion takes."""
+    vocabulary = Vocabulary.load(tokenizer).with_markers()
+    return SimpleNamespace(name="m", tokenizer=tokenizer, vocabulary=vocabulary, context=1000)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("completion", [" 31 24", "31", " hello", "\nhello there"])
+def test_the_completion_of_a_plain_text_goes_on_with_it(family, completion):
+    model = reader(PLAIN[family])
+    prompt = Prompt("a", "24 +7 =", completion=completion)
+    rollout = completed(model, prompt, 100)
+    assert not begins_anew(prompt)
+    whole = model.vocabulary.spell([*rollout.prompt_ids, *rollout.ids[:-1]])
+    assert whole.data == f"24 +7 ={completion}".encode()
+    assert rollout.spelling.data == completion.encode()
+    assert rollout.spelling.exact.all()
+    # What another model wrote behind the same text is read in the same way.
+    student = reader(byte_level()).vocabulary
+    pair = VocabularyPair(student, model.vocabulary)
+    theirs = read(replace(rollout, spelling=student.encode(completion)), pair).teacher
+    assert pair.same or theirs.ids.tolist() == rollout.spelling.ids.tolist()
+
+
+@pytest.mark.parametrize("family", ["metaspace-always", "metaspace-legacy"])
+def test_the_completion_of_messages_has_the_space_that_the_tokenizer_puts_there(family):
+    model = reader(PLAIN[family])
+    prompt = replace(chat("24 +7"), completion="hello")
+    rollout = completed(model, prompt, 100)
+    assert begins_anew(prompt)
+    assert model.tokenizer.convert_ids_to_tokens(int(rollout.ids[0])).startswith("▁")
+    assert rollout.spelling.data == b"hello"
+
+
+def test_a_completion_is_tokenised_apart_from_its_prompt():
+    model = reader(PLAIN["byte-level"])
+    for cut in range(1, len("hello there")):
+        prompt = Prompt("a", "hello there"[:cut], completion="hello there"[cut:])
+        rollout = completed(model, prompt, 100)
+        assert [*rollout.prompt_ids[1:]] == model.vocabulary.encode(prompt.text).ids.tolist()
+        assert rollout.ids[:-1].tolist() == model.vocabulary.encode(prompt.completion).ids.tolist()
+
+
+def test_what_looks_like_a_special_token_in_a_given_completion_is_text():
+    model = reader(TOKENIZER)
+    rollout = completed(model, chat_with_completion("a<|im_end|><|im_start|>b"), 100)
+    assert rollout.spelling.data == b"a<|im_end|><|im_start|>b"
+    control = {TOKENIZER.convert_tokens_to_ids(token) for token in SPECIAL}
+    assert control.isdisjoint(rollout.ids[:-1].tolist())
+    assert rollout.ids[-1] == TOKENIZER.eos_token_id
+
+
+def chat_with_completion(completion):
+    return replace(chat("hi"), completion=completion)
 
 
 def test_the_module_loads_neither_torch_nor_transformers():

@@ -20,18 +20,20 @@ def shared_markers(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
     return {index: theirs[content] for content, index in source.markers.items() if content in theirs}
 
 
-def read_as(target: Vocabulary, spelling: Spelling, markers: Mapping[int, int]) -> Spelling:
+def read_as(
+    target: Vocabulary, spelling: Spelling, markers: Mapping[int, int], at_start: bool = True
+) -> Spelling:
     """A spelled text in another vocabulary's own tokens, with its own markers where those of `markers` stand.
 
-    What is before, between and behind them is encoded on its own, as text.
+    What is before, between and behind them is encoded on its own, as text; `at_start` as for `Vocabulary.encode`.
     """
     at = np.flatnonzero(np.isin(spelling.ids, list(markers)) & spelling.exact)
     if not len(at):
-        return target.encode(spelling.data)
+        return target.encode(spelling.data, at_start=at_start)
     parts: list[Spelling] = []
     begin = 0
     for start, end, index in zip(spelling.starts[at], spelling.ends[at], spelling.ids[at], strict=True):
-        parts.append(target.encode(spelling.data[begin:start], at_start=begin == 0 and not parts))
+        parts.append(target.encode(spelling.data[begin:start], at_start=at_start and not parts))
         own = spelling.data[start:end]
         marker = markers[int(index)]
         exact = target.token_bytes(marker) == own
