@@ -18,7 +18,7 @@ def prefix_divergence(
     view: View,
     divergence: Divergence,
     *,
-    interior: bool = False,
+    interior: bool = True,
     white_space: Literal["keep", "mask"] = "keep",
     where: Where = "everywhere",
     half_life: HalfLife | None = None,
@@ -28,9 +28,9 @@ def prefix_divergence(
 
     Tokens that began earlier and run across the state count with what is left of them. Where the student sampled a
     token for which the teacher needs several, the probability of these moves from the piece of the first to that token.
-    ``interior``: also at states of the student inside the teacher's tokens. ``white_space``: states at which the
-    teacher expects nothing but white space are counted as ``white_space``, and with ``mask`` they add nothing to the
-    sum; they stay in the count.
+    ``interior``: also at states of the student inside the teacher's tokens; a student of shorter tokens needs them.
+    ``white_space``: states at which the teacher expects nothing but white space are counted as ``white_space``, and
+    with ``mask`` they add nothing to the sum; they stay in the count.
 
     Source: prefix marginals for distillation, 2607.22334; the pieces and the cover terms as derived in docs/method.md.
     """
@@ -48,7 +48,7 @@ def prefix_divergence(
 
 def prefix_states(
     batch: AlignedBatch,
-    interior: bool = False,
+    interior: bool = True,
     where: Where = "everywhere",
     half_life: HalfLife | None = None,
     **_: Any,

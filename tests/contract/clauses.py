@@ -493,7 +493,10 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "token_pg, to the end of a span": ("token_pg", {"horizon": "span"}),
     "span_pg, clipped and weighted": ("span_pg", {"clip": 2.0, "importance_cap": 2.0}),
     "token_pg, clipped and weighted": ("token_pg", {"clip": 2.0, "importance_cap": 2.0}),
-    "reverse_kl/prefix, interior": ("reverse_kl", {"support": "prefix", "interior": True, "half_life": 3.0}),
+    "reverse_kl/prefix, synced states": (
+        "reverse_kl",
+        {"support": "prefix", "interior": False, "half_life": 3.0},
+    ),
     "jsd/prefix, one-to-one chunks": (
         "jsd",
         {"support": "prefix", "where": "one_to_one", "white_space": "mask"},
