@@ -9,11 +9,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from texts_for_tests import data, text
-from tokenizers import normalizers
-from tokenizers_for_tests import byte_level_bpe, families, sentencepiece_bpe, with_added, without_bytes
+from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers_for_tests import (
+    byte_level_bpe,
+    character_map,
+    families,
+    sentencepiece_bpe,
+    unigram,
+    with_added,
+    without_bytes,
+)
 
 from gold.align import Spelling, Vocabulary, align_tokens
-from gold.align.repair import compose, decode_replacing, edit_boundaries, rewriting_boundaries
+from gold.align.repair import (
+    compose,
+    decode_replacing,
+    edit_boundaries,
+    rewriting_boundaries,
+    settle_by_bytes,
+    stretches_less_gone,
+    true_ends,
+)
 from gold.errors import VocabularyError
 
 CHARACTERS = Vocabulary.load(families()["characters"])
@@ -259,3 +275,128 @@ def test_maps_compose() -> None:
     outer = np.array([0, 1, -1, 3, 5])
     inner = np.array([0, 2, 3, -1, 4])
     assert compose(inner, outer).tolist() == [0, -1, 3, -1, 5]
+
+
+# Where tokens end, from where they stand and from their bytes
+
+
+def ends_of(first: list[int], last: list[int], back: list[int], **options: bool) -> list[int]:
+    return true_ends(np.array(first), np.array(last), np.array(back), **options).tolist()
+
+
+def test_what_stands_in_a_gap_is_the_next_token_s_or_this_one_s() -> None:
+    same = list(range(8))
+    assert ends_of([0, 4, 6], [2, 5, 7], same) == [2, 5, 7]
+    assert ends_of([0, 4, 6], [2, 5, 7], same, take_what_follows=True) == [4, 6, 7]
+
+
+def test_an_end_inside_of_what_changed_is_moved_over_a_gap_or_is_none() -> None:
+    back = [0, 1, -1, 3, 4, -1, 6, 7]
+    assert ends_of([0, 4, 5], [2, 5, 7], back) == [3, -1, 7]
+    # Tokens that overlap have no end between them.
+    assert ends_of([0, 1, 4], [2, 4, 7], list(range(8))) == [-1, 4, 7]
+
+
+def settled(
+    first: list[int], last: list[int], own: list[bytes], given: bytes, gone: bytes = b"", unknown: str = ""
+) -> list[int]:
+    back, stops = np.arange(len(given) + 1), np.cumsum([len(piece) for piece in own])
+    ends = true_ends(np.array(first), np.array(last), back)
+    text, stream = (np.frombuffer(side, np.uint8) for side in (given, b"".join(own)))
+    missing = np.isin(text, np.frombuffer(gone, np.uint8))
+    vague = np.array([c == "?" for c in unknown.ljust(len(own))])
+    settle_by_bytes(ends, np.array(first), np.array(last), stops, stream, text, missing, vague, back)
+    return ends.tolist()
+
+
+def test_tokens_that_share_a_character_are_cut_by_their_bytes() -> None:
+    given = "a☃b".encode()
+    pieces = [b"a", b"\xe2", b"\x98", b"\x83", b"b"]
+    assert settled([0, 1, 1, 1, 4], [1, 4, 4, 4, 5], pieces, given) == [1, 2, 3, 4, 5]
+    # With a space that the text has or has not, and with a byte that is gone.
+    assert settled([0, 1, 1, 1, 4], [1, 4, 4, 4, 5], [b" a", *pieces[1:]], given) == [1, 2, 3, 4, 5]
+    assert settled([0, 1, 1], [1, 4, 4], [b"a", b" ", "☃".encode()], given[:4]) == [1, 1, 4]
+    assert settled([0, 1, 1, 4], [1, 4, 4, 5], [b"a", b"\xe2", b"\x83", b"b"], given, gone=b"\x98") == [
+        1,
+        2,
+        4,
+        5,
+    ]
+
+
+def test_offsets_that_the_bytes_contradict_are_not_believed() -> None:
+    # A model left out the x, and its record of the rest is one place behind.
+    assert settled([0, 1, 2, 5], [1, 2, 3, 6], [b"a", b"b", b"c", b"d"], b"axbc d") == [1, -1, 3, 6]
+    # Beside an unknown token nothing can be told of it.
+    assert settled([0, 1, 2], [1, 2, 3], [b"a", b"", b""], b"axy", unknown=" ??") == [1, 2, 3]
+    assert settled([0, 1, 2], [1, 2, 3], [b"a", b"", b"b"], b"axy", unknown=" ? ") == [1, -1, 3]
+
+
+@pytest.mark.parametrize(
+    ("unknown", "expected"),
+    [("?", [(1, 7)]), ("??", [(1, 4), (4, 7)]), ("???", [(1, 4), (4, 7), (7, 7)])],
+)
+def test_unknown_tokens_share_what_is_gone_a_character_each(
+    unknown: str, expected: list[tuple[int, int]]
+) -> None:
+    characters, gone = np.array([0, 1, 4, 7, 8]), np.array([False, *[True] * 6, False])
+    stops = np.array([1, *[1] * len(unknown), 2])
+    vague = np.array([False, *[True] * len(unknown), False])
+    first, last = stretches_less_gone(stops, vague, gone, characters)
+    assert list(zip(first.tolist(), last.tolist(), strict=True)) == [(0, 1), *expected, (7, 8)]
+
+
+def test_offsets_behind_a_normaliser_are_not_trusted() -> None:
+    """A character map that removes the first character shifts the tokenizer's own offsets of all others."""
+    tokenizer = unigram(pre_tokenizers.Metaspace(), character_map())
+    vocabulary = Vocabulary.load(tokenizer)
+    assert tokenizer.encode("the \u2603 dog", add_special_tokens=False).offsets[0] == (0, 3)
+    spelling = vocabulary.encode("\u200bthe \u2603 dog")
+    dog = int(np.flatnonzero([vocabulary.token_bytes(i) == b" dog" for i in spelling.ids])[0])
+    assert spelling.data[spelling.starts[dog] : spelling.ends[dog]] == b" dog"
+    assert spelling.exact[dog]
+
+
+# The cost of long texts
+
+
+def counted(normalizer: normalizers.Normalizer, given: str) -> tuple[np.ndarray, int]:
+    calls = 0
+
+    def rewrite(piece: str) -> str:
+        nonlocal calls
+        calls += 1
+        return str(normalizer.normalize_str(piece))
+
+    back = rewriting_boundaries(given, rewrite(given), rewrite)
+    return back, calls
+
+
+def test_a_text_of_marks_alone_is_rewritten_a_few_times() -> None:
+    given = "e" + "\u0301" * 20_000 + "x"
+    back, calls = counted(NORMALIZERS["NFC"], given)
+    assert calls < 20
+    assert np.unique(back).tolist() == [-1, 0, len(given.encode()) - 1, len(given.encode())]
+
+
+def test_white_space_made_one_space_is_found_at_once_wherever_it_is() -> None:
+    one_space = normalizers.Sequence([normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()])
+    given = "".join(f"line{'  ' * (i % 9)} of code" for i in range(3_000)) + " " * 900
+    back, calls = counted(one_space, given)
+    assert calls < 400
+    known = back[back >= 0]
+    rewritten = one_space.normalize_str(given)
+    for p in np.flatnonzero(back >= 0).tolist():
+        assert given[: back[p]].split() == rewritten[:p].split() or rewritten[p - 1 : p] == " "
+    assert (np.diff(known) >= 0).all()
+
+
+def test_a_normaliser_that_looks_far_is_mapped_by_edit_operations() -> None:
+    """What becomes of a piece depends on the whole text: no stretch of it is rewritten by itself as it is there."""
+    given = "x" * 1500 + " the quick brown fox"
+
+    def rewrite(piece: str) -> str:
+        return piece.replace("fox", "cat") if len(piece) < len(given) else piece[:1500].upper() + piece[1500:]
+
+    back = rewriting_boundaries(given, rewrite(given), rewrite)
+    assert back[1501:].tolist() == list(range(1501, len(given) + 1))
