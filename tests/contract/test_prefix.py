@@ -417,6 +417,31 @@ def test_targets_of_white_space_alone_are_counted_and_may_be_left_out(choice):
     assert grad[2].abs().max() > 1e-6
 
 
+def test_the_example_of_the_documentation():
+    student, teacher = (toy_vocabulary(m, letters="ab", cut=None) for m in (["a+b"], []))
+    pair = VocabularyPair(student, teacher)
+
+    def row(vocabulary: Vocabulary, **prob: float) -> Tensor:
+        logits = torch.full((vocabulary.size,), -torch.inf, dtype=torch.float64)
+        for token, p in prob.items():
+            index = vocabulary.stop_ids[0] if token == "stop" else vocabulary._tokenizer.token_to_id(token)
+            logits[index] = np.log(p)
+        return logits
+
+    before = row(student, a=0.5, b=0.1, ab=0.3, stop=0.1)
+    mine = torch.stack((before, before))
+    theirs = torch.stack((row(teacher, a=0.6, b=0.3, stop=0.1), row(teacher, b=0.7, stop=0.3)))
+    for token, expected, expected_T in (
+        ("ab", [0.5, 0.1, 0.1, 0.3], [0.18, 0.3, 0.1, 0.42]),
+        ("b", [0.8, 0.1, 0.1, 0.0], [0.6, 0.3, 0.1, 0.0]),
+    ):
+        text = aligned(pair, [student._tokenizer.token_to_id(token)])
+        view = view_of(pair, [text], mine[:1], theirs[: len(token)])
+        events, events_T, _ = computed_events(view, torch.tensor([0]))
+        assert events[0, :4].exp().tolist() == pytest.approx(expected, abs=1e-12)
+        assert events_T[0, :4].exp().tolist() == pytest.approx(expected_T, abs=1e-12)
+
+
 def test_which_states_are_compared():
     """``a·ab·b·stop`` over ``a·a·b·b``, read by the teacher as ``aa·b·b``: both begin at bytes 0, 3 and 4."""
     pair = VocabularyPair(toy_vocabulary(["a+b"], cut=None), toy_vocabulary(["a+a"], cut=None))
