@@ -118,8 +118,9 @@ def _content(token: Any) -> str | None:
 
 
 def _vocab_of(file: Path) -> dict[str, int]:
+    text = _text_of(file)
     try:
-        vocab = json.loads(_text_of(file))
+        vocab = json.loads(text)
     except ValueError as error:
         raise VocabularyError(f"{file} is no JSON: {error}") from None
     if not isinstance(vocab, dict) or not all(type(index) is int for index in vocab.values()):

@@ -301,8 +301,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _json_of(path: Path) -> Any:
+    text = _text_of(path)
     try:
-        return json.loads(_text_of(path))
+        return json.loads(text)
     except ValueError as error:
         raise VocabularyError(f"{path} is no JSON: {error}") from None
 

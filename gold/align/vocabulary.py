@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -196,8 +195,8 @@ class Vocabulary:
         ids = np.array([i for i, _ in spelled], np.int64)
         lengths = self._lengths_V.copy()
         lengths[ids] = [len(data) for _, data in spelled]
-        other = copy(self)
-        other.__dict__.pop("fingerprint", None)
+        other = object.__new__(Vocabulary)  # what is read of the tokenizer is the same, and not read again
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k != "fingerprint"})
         given = np.frombuffer(b"".join(data for _, data in spelled), np.uint8)
         other.blob = np.insert(self.blob, np.repeat(self.offsets[ids], lengths[ids]), given)
         other.offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
