@@ -70,7 +70,11 @@ def test_a_template_reaches_nothing_outside() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        pytest.param(name, expected, marks=pytest.mark.assets(name))
+        pytest.param(
+            name,
+            expected,
+            marks=[pytest.mark.assets(name), *([pytest.mark.slow] if name == "gemma3" else [])],
+        )
         for name, expected in (
             ("qwen3", "<|im_end|>"),
             ("llama3_1", "<|eot_id|>"),
