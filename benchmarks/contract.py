@@ -89,16 +89,18 @@ def page(data: Mapping[str, Any]) -> str:
         theirs = f"""
 ## Losses of peers
 
-The same clauses, put to the published functions of {versions} as they are called in training, one text at a time. A number is what was
-measured where the clause allows less.
+The same clauses, put to the published functions of {versions} as they are called in training,
+one text at a time. A number is what was measured where the clause allows less. What `uld` and `gold` are excused from
+above, no loss of their kind can hold.
 
 {_table(data["clauses"], data["peers"])}
 """
     says = "\n".join(f"- **{number}** {text}" for number, text in data["clauses"].items())
     return f"""# The contract
 
-What every objective is held to. Each clause is a measurement with a bound, on toy models whose tokenizers really disagree, in float64
-([clauses](../tests/contract/clauses.py)); an objective is under contract by being in the table. `python -m benchmarks contract` writes this page.
+What every objective is held to. Each clause is a measurement with a bound, on toy models whose tokenizers really
+disagree, in float64 ([clauses](../tests/contract/clauses.py)); an objective is under contract by being in the table.
+`python -m benchmarks contract` writes this page.
 
 {says}
 

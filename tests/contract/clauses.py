@@ -333,7 +333,7 @@ def other_segmentation(objective: Objective) -> Outcome | None:
 
 
 def _merged_rows(source: ToyModel, text: AlignedText) -> Tensor:
-    """Logits of the model over merged tokens, canonical segmentations only, that writes the same texts as the source."""
+    """Logits over merged tokens, in canonical segmentations only, of the model that writes the texts of the source."""
     letter = {c: LETTERS._tokenizer.token_to_id(c) for c in "ab"}
     rows = []
     data = text.student.data.decode()
