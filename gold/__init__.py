@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gold.models import load_model
     from gold.recipe import Recipe, Term
     from gold.tasks import load_task
-    from gold.teachers import LocalTeacher
+    from gold.teachers import LocalTeacher, ServedTeacher
     from gold.train import distill
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ __all__ = [
     "ModelError",
     "Prompt",
     "Recipe",
+    "ServedTeacher",
     "Spelling",
     "TeacherError",
     "Term",
@@ -62,6 +63,7 @@ _MODULE_OF = {
     "LocalTeacher": "gold.teachers",
     "Prompt": "gold.data",
     "Recipe": "gold.recipe",
+    "ServedTeacher": "gold.teachers",
     "Spelling": "gold.align",
     "Term": "gold.recipe",
     "Vocabulary": "gold.align",

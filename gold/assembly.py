@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +13,9 @@ from gold.align.roles import Roles
 from gold.chat import prompt_text
 from gold.config import Config, check_data
 from gold.data import Prompt, load_prompts, split_by_hash
-from gold.doctor.checks import Report, examine
+from gold.doctor.checks import Check, Report, examine
 from gold.doctor.report import diagnose
+from gold.doctor.server import examine_noise, examine_server
 from gold.doctor.side import Side, read_side, side_of
 from gold.errors import ConfigError, ModelError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
@@ -26,6 +27,8 @@ from gold.rollout import Sampling
 from gold.run import RunFolder
 from gold.tasks import load_task
 from gold.teachers.local import LocalTeacher
+from gold.teachers.protocol import Teacher
+from gold.teachers.served import ServedTeacher
 from gold.train import Run, Saving, check_output, distill
 
 if TYPE_CHECKING:
@@ -120,11 +123,10 @@ def train(config: Config, *, resume: bool = False, progress: Progress | None = N
     output = Path(config.output)
     check_output(output, resume, config.to_dict())
     data = load_data(config)
-    consult = partial(_consult, config, data, progress)
-    student, teacher = _load([config.student, config.teacher], progress, consult)
+    student, teacher = _pair(config, config.student, data, progress)
     run = distill(
         student,
-        LocalTeacher(teacher),
+        teacher,
         data.train,
         recipe_of(config),
         heldout=data.heldout,
@@ -178,14 +180,52 @@ def evaluate_source(
     student = config.student
     if trained is not None and not any(o.startswith("student.") for o in overrides):
         student = student.model_copy(update={"path": str(trained), "gguf_file": None})
-    trained_student, teacher = _load([student, config.teacher], progress)
+    trained_student, teacher = _pair(config, student, data, progress, judged=False)
     return evaluate(
         trained_student,
-        LocalTeacher(teacher),
+        teacher,
         data.heldout,
         plan=evaluation_of(config),
         verifier=data.verifier,
     )
+
+
+def _pair(
+    config: Config, student: StudentConfig, data: RunData, progress: Progress | None, judged: bool = True
+) -> tuple[LanguageModel, Teacher]:
+    """Student and teacher; ``judged``: the pair, and the server of a teacher that is served, are examined first."""
+    consult = partial(_consult, config, data, progress) if judged else None
+    if config.teacher.served is None:
+        mine, theirs = _load([student, config.teacher], progress, consult)
+        return mine, LocalTeacher(theirs)
+    side = read_side("teacher", _source(config.teacher), roles_of(config.teacher))
+    teacher = _served(config.teacher, side)
+    if judged:
+        _judge(config, data, examine_server(teacher, data.train), progress)
+    of_files = file_side("student", student.path, roles_of(student))
+    if consult is not None and of_files is not None:
+        consult(of_files, side)
+    (mine,) = _load([student], progress)
+    if consult is not None and of_files is None:
+        consult(side_of("student", mine.vocabulary.without_markers(), mine.tokenizer), side)
+    if judged:
+        _judge(config, data, [examine_noise(teacher, data.train, mine)], progress)
+    return mine, teacher
+
+
+def _served(config: TeacherConfig, side: Side) -> ServedTeacher:
+    """The teacher of a configuration that names a server."""
+    assert config.served is not None
+    device = pick_device(config.device)
+    rows = side.config.get("vocab_size")
+    return ServedTeacher(
+        _source(config), roles=roles_of(config), rows=rows, device=device, **config.served.model_dump()
+    )
+
+
+def _source(model: StudentConfig | TeacherConfig) -> str | Path:
+    """Where the files of a model are that tell of its tokenizer."""
+    return Path(model.path) / model.gguf_file if model.gguf_file else model.path
 
 
 def diagnose_run(
@@ -203,9 +243,9 @@ def diagnose_run(
         student, teacher = _load([config.student, config.teacher], None)
         return student, teacher
 
-    models = (config.student, config.teacher)
-    student, teacher = (Path(m.path) / m.gguf_file if m.gguf_file else m.path for m in models)
-    return diagnose(
+    student, teacher = _source(config.student), _source(config.teacher)
+    served = config.teacher.served is not None
+    report = diagnose(
         student,
         teacher,
         roles=(roles_of(config.student), roles_of(config.teacher)),
@@ -214,8 +254,15 @@ def diagnose_run(
         prompt=max((prompt_text(p) for p in data.train), key=len),
         sequences=sequences or config.train.sequences_per_forward,
         tokens=tokens or config.rollout.max_new_tokens,
-        load=load if weights else None,
+        load=load if weights and not served else None,
     )
+    if not served:
+        return report
+    made = _served(config.teacher, read_side("teacher", teacher, roles_of(config.teacher)))
+    checks = examine_server(made, data.train)
+    if all(check.status != "fail" for check in checks):
+        checks.append(examine_noise(made, data.train))
+    return replace(report, checks=[*report.checks, *checks])
 
 
 def run_texts(prompts: Sequence[Prompt]) -> list[str]:
@@ -237,9 +284,18 @@ def _consult(config: Config, data: RunData, progress: Progress | None, student: 
     Raises:
         ConfigError: the pair cannot be trained, and the run is to stop then.
     """
-    report = examine(student, teacher, run_texts(data.train))
-    if config.train.doctor == "stop" and report.failures:
-        lines = [f"{check.check}: {check.found}; {check.advice}" for check in report.failures]
+    _judge(config, data, examine(student, teacher, run_texts(data.train)).checks, progress)
+
+
+def _judge(config: Config, data: RunData, checks: Sequence[Check], progress: Progress | None) -> None:
+    """Notes what was found, as far as the run minds it.
+
+    Raises:
+        ConfigError: something that the run cannot go on with, and it is to stop then.
+    """
+    failures = [check for check in checks if check.status == "fail"]
+    if config.train.doctor == "stop" and failures:
+        lines = [f"{check.check}: {check.found}; {check.advice}" for check in failures]
         raise ConfigError(
             "\n".join(f"this pair cannot be trained: {line} (train.doctor=report goes on)" for line in lines)
         )
@@ -249,7 +305,7 @@ def _consult(config: Config, data: RunData, progress: Progress | None, student: 
         minded.add("messages")
     # All processes find the same; one of them tells.
     if progress is not None and os.environ.get("RANK", "0") == "0":
-        for check in report.checks:
+        for check in checks:
             if check.status != "pass" and (not check.concerns or minded.intersection(check.concerns)):
                 progress.note(f"{check.check}: {check.found}; {check.advice}")
 
@@ -259,9 +315,9 @@ def _load(
     progress: Progress | None,
     consult: Callable[[Side, Side], None] | None = None,
 ) -> list[LanguageModel]:
-    """Student and teacher, none of them loaded before the files and the tokenizers of both are found good."""
+    """Student and teacher, or the student alone, loaded once the files and the tokenizers of all are found good."""
     sides: list[Side | None] = []
-    for role, model in zip(ROLES, models, strict=True):
+    for role, model in zip(ROLES, models, strict=False):
         check_files(model.path, gguf_file=model.gguf_file)
         try:
             pick_device(model.device)

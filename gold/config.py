@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from gold.errors import ConfigError
 
@@ -69,11 +77,51 @@ class StudentConfig(_Section):
     roles: RolesConfig = RolesConfig()
 
 
+class ServedConfig(_Section):
+    """A server that has the teacher; `path` is then read for its tokenizer alone."""
+
+    url: Text
+    """where the API is, such as http://localhost:8000/v1"""
+    model: Text
+    """what the server calls the model"""
+    api: Literal["vllm", "sglang", "openai"] = "vllm"
+    """what it understands; openai: /v1/completions with echo and logprobs"""
+    top_k: CountInt = 20
+    """likeliest tokens of each row that are asked for; 0: log-probabilities of given tokens alone"""
+    concurrency: PositiveInt = 8
+    """requests under way at a time"""
+    timeout_s: PositiveFloat = 60.0
+    """longest time of a request"""
+    retries: CountInt = 5
+    """how often a request that failed is sent again, with growing pauses"""
+    key_env: Text | None = None
+    """name of the environment variable that holds the server's key"""
+
+    @field_validator("url")
+    @classmethod
+    def _is_url(cls, url: str) -> str:
+        from gold.teachers.http import check_url  # loads torch, which this module's import must not
+
+        try:
+            check_url(url)
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix("url: ")) from None
+        return url
+
+    @field_validator("key_env")
+    @classmethod
+    def _is_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError("expected the name of an environment variable, never a key itself")
+        return name
+
+
 class TeacherConfig(_Section):
     """The model that is learned from; frozen."""
 
     path: Text
     """model folder, GGUF file, or Hub id"""
+    served: ServedConfig | None = None
     gguf_file: Text | None = None
     """name of the GGUF file inside `path`, where the weights come from one"""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
@@ -340,6 +388,12 @@ def _impossible(config: Config) -> Iterator[str]:
         yield "rollout.per_prompt: reward compares completions of one prompt: it needs at least 2, got 1"
     from gold.losses import find
 
+    if config.teacher.served is not None:
+        gives = "top_k" if config.teacher.served.top_k else "tokens"
+        for name in sorted(active):
+            if (needs := find(name).needs) not in ("nothing", "tokens", gives):
+                less = "teacher.served.top_k above 0" if needs == "top_k" else "a teacher in this process"
+                yield f"teacher.served: gives {gives}, and objective {name} needs {needs}: it takes {less}"
     weighed = {o.name for o in config.objectives if o.options.get("importance_cap") is not None}
     for name in sorted(name for name in active if find(name).on_policy):
         if rollout.on_policy == 0:

@@ -9,10 +9,11 @@ import math
 import time
 import typing
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ from gold.rollout import Rollout, advantages, completed, sample
 from gold.run import RunFolder
 from gold.teachers.protocol import Teacher
 
+Answer = TypeVar("Answer")
 NEEDS: tuple[Need, ...] = typing.get_args(Need)
 """What objectives ask of a teacher, least first."""
 MISSED_SHARE = 0.1
@@ -165,7 +167,11 @@ class Loop:
         }
 
     def advance(self) -> dict[str, Any]:
-        """One optimizer step; returns its metrics."""
+        """One optimizer step; returns its metrics.
+
+        Raises:
+            TeacherError: the teacher has not graded all of this step's texts; nothing has changed.
+        """
         clock = _Clock()
         torch.manual_seed(int(np.random.SeedSequence([self.recipe.seed, self.step]).generate_state(1)[0]))
         with clock("rollout"):
@@ -184,7 +190,7 @@ class Loop:
         with clock("teacher"):
             rows: list[Rows | None] = [None] * len(rollouts)
             if needs_teacher and self.teacher:
-                rows = list(teacher_rows(self.teacher, rollouts, texts))
+                rows = list(self._together(partial(teacher_rows, self.teacher, rollouts, texts)))
         sums: dict[str, float] = defaultdict(float)
         self.module.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -243,6 +249,17 @@ class Loop:
             scaled = advantages(rewards, recipe.per_prompt)
             drawn = [r.rewarded(float(x), float(a)) for r, x, a in zip(drawn, rewards, scaled, strict=True)]
         return drawn + given
+
+    def _together(self, ask: Callable[[], Answer]) -> Answer:
+        """What the teacher is asked for; where one process does not get it, none goes on, since they would wait for
+        each other."""
+        try:
+            answer, failure = ask(), None
+        except TeacherError as error:
+            answer, failure = None, error
+        if self.anywhere(failure is not None):
+            raise failure or TeacherError("the teacher has failed in another process")
+        return cast(Answer, answer)
 
     def _loss(
         self, states: PaddedStates, batch: AlignedBatch, teacher: Rows | None, counts: Mapping[str, float]
@@ -326,8 +343,9 @@ class Loop:
 
     def evaluate(self, heldout: Sequence[Prompt], plan: EvaluationPlan) -> Evaluation:
         """The student as it is on the held-out prompts; every process does the same, so that all know the result."""
+        look = partial(evaluate, self.student, self.teacher, heldout, plan=plan, verifier=self.verifier)
         with self.accelerator.autocast():
-            return evaluate(self.student, self.teacher, heldout, plan=plan, verifier=self.verifier)
+            return self._together(look)
 
     def write(self, folder: Path) -> None:
         """Everything that the next step depends on; the random draws and the data's place follow from the step."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from gold.aligned import VocabularyPair
 from gold.checkpoint import is_write_failure, save_checkpoint
 from gold.data import Prompt
-from gold.errors import CheckpointError, ConfigError, DataError, TrainingError
+from gold.errors import CheckpointError, ConfigError, DataError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier
 from gold.loop import Loop, terms_of
 from gold.models import LanguageModel, load_model, save_model
@@ -30,6 +30,7 @@ from gold.rollout import encode_prompt
 from gold.run import RunFolder
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
+from gold.teachers.served import ServedTeacher
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def distill(
         ConfigError: objectives that the teacher, the data or the number of processes cannot serve.
         DataError: no prompts, or one that does not fit.
         TrainingError: too many steps in a row without a finite loss and gradient; a checkpoint is kept.
+        TeacherError: the teacher cannot be had any more; a checkpoint is kept.
         CheckpointError: a run folder that cannot be written or resumed.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
     """
@@ -99,7 +101,9 @@ def distill(
     evaluation = evaluation or EvaluationPlan(
         max_new_tokens=recipe.sampling.max_new_tokens, rollout_batch=recipe.rollout_batch
     )
-    pair = VocabularyPair(student.vocabulary, teacher.vocabulary if teacher else student.vocabulary)
+    pair = VocabularyPair(
+        student.vocabulary, teacher.vocabulary.with_markers() if teacher else student.vocabulary
+    )
     terms = terms_of(recipe, teacher, pair)
     _check(recipe, prompts, verifier, accelerator.num_processes)
     check_prompts(
@@ -147,14 +151,35 @@ def distill(
                     save_checkpoint(folder.checkpoints, loop.step, loop.write, saving.keep_last)
                 accelerator.wait_for_everyone()
 
-        # A resumed run has looked before its checkpoint was saved.
-        if loop.step == 0:
-            look()
+        def due() -> bool:
+            """Whether an evaluation belongs after the current step."""
+            return loop.step % saving.evaluate_every == 0 or loop.step == recipe.steps
+
+        def stop(error: TeacherError) -> NoReturn:
+            """Ends a run whose teacher is gone, the steps so far kept."""
+            keep()
+            raise TeacherError(
+                f"after step {loop.step}: {error}"
+                + ("; its checkpoint is kept, go on with --resume" if saving.output else "")
+            ) from error
+
+        # A resumed run has looked before its checkpoint was saved, unless its teacher was gone.
+        looked = any(record["step"] == loop.step for record in run.evaluations)
+        if loop.anywhere(accelerator.is_main_process and due() and not looked):
+            try:
+                look()
+            except TeacherError as error:
+                stop(error)
             if loop.anywhere(interrupt.caught):
-                progress.note("interrupted before the first step")
+                progress.note(
+                    f"interrupted {f'after step {loop.step}' if loop.step else 'before the first step'}"
+                )
                 raise KeyboardInterrupt
         while loop.step < recipe.steps:
-            record = loop.advance()
+            try:
+                record = loop.advance()
+            except TeacherError as error:
+                stop(error)
             run.steps.append(record)
             progress.step(record)
             if folder:
@@ -162,8 +187,11 @@ def distill(
             for warning in loop.warnings(record):
                 progress.note(warning)
             last = loop.step == recipe.steps
-            if loop.step % saving.evaluate_every == 0 or last:
-                look()
+            if due():
+                try:
+                    look()
+                except TeacherError as error:
+                    stop(error)
             interrupted = loop.anywhere(interrupt.caught)
             hopeless = loop.bad_steps > recipe.bad_steps_allowed
             if loop.step % saving.checkpoint_every == 0 or last or interrupted or hopeless:
@@ -256,6 +284,8 @@ def check_prompts(
         encode_prompt(student, prompt, new_tokens)
         if isinstance(teacher, LocalTeacher):
             encode_prompt(teacher.model, prompt, 1)
+        elif isinstance(teacher, ServedTeacher):
+            teacher.prompt_ids(prompt)
 
 
 def _name(teacher: Teacher | None) -> str | None:

@@ -22,6 +22,7 @@ ROOT = Path(gold.__file__).parent
 HOME_OF = {
     "accelerate": ("gold.loop", "gold.train", "gold.evaluate"),
     "gguf": ("gold.models",),
+    "httpx2": ("gold.teachers.http",),
     "matplotlib": ("gold.plots", "gold.demo"),
     "pydantic": ("gold.config", "gold.losses"),
     "rapidfuzz": ("gold.align.repair",),

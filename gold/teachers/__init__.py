@@ -2,5 +2,6 @@
 
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
+from gold.teachers.served import ServedTeacher
 
-__all__ = ["LocalTeacher", "Teacher"]
+__all__ = ["LocalTeacher", "ServedTeacher", "Teacher"]

@@ -1,0 +1,195 @@
+"""The checks of a teacher that is served: what its server reads, how much it gives, and whether it says it twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+from urllib.parse import urlsplit
+
+import torch
+
+from gold.chat import has_chat_template, prompt_text
+from gold.data import Prompt
+from gold.doctor.checks import Check
+from gold.doctor.sample import JUDGED, SAMPLE
+from gold.errors import DataError, TeacherError
+from gold.kernels.linear import token_logp
+from gold.models import LanguageModel, rows_of
+from gold.reading import student_states
+from gold.rollout import completed
+from gold.teachers.dialects import Known, OpenAI
+from gold.teachers.http import RefusedError
+from gold.teachers.served import ServedTeacher
+
+MOST_NOISE = 0.01
+"""Warn above, in nats per byte: how far answers to the same request are apart. Near its end a run has some hundredths
+of reverse KL left to learn from; answers in 16 bits, batched as they come, stay well below."""
+MOST_NOISE_SHARE = 0.1
+"""Warn above: the same as a share of the distance between student and teacher; at 1 and beyond nothing is learned."""
+_TIMES = 3
+_PROBES = 4
+_PROBE_CHARACTERS = 256
+
+
+def examine_server(teacher: ServedTeacher, prompts: Sequence[Prompt] = ()) -> list[Check]:
+    """Whether the server answers what it is asked, gives as much as is wanted, and reads texts and messages as the
+    tokenizer files do.
+
+    Raises:
+        TeacherError: it does not answer.
+    """
+    probe = _probes(teacher, prompts)[0]
+    ids = teacher.vocabulary.encode(probe.completion or "").ids
+    try:
+        (positions,) = teacher.known([teacher.asked(probe, ids.tolist(), True)])
+    except RefusedError as error:
+        advice = teacher.dialect.advice if "logprobs" in str(error) else "see docs/served-teacher.md"
+        return [Check("server", "fail", str(error), advice)]
+    given = _given(teacher, positions)
+    return [*_key(teacher), given, _tokenization(teacher, prompts), *_template(teacher, prompts)]
+
+
+def examine_noise(
+    teacher: ServedTeacher, prompts: Sequence[Prompt] = (), student: LanguageModel | None = None
+) -> Check:
+    """How far the server's answers to the same request are apart, in nats per byte, beside the distance between
+    ``student`` and teacher on the same texts where there is one.
+
+    Raises:
+        TeacherError: the server does not answer.
+    """
+    probes = _probes(teacher, prompts)
+    spelled = [teacher.vocabulary.encode(p.completion or "") for p in probes]
+    asked = [teacher.asked(p, s.ids.tolist(), True) for p, s in zip(probes, spelled, strict=True)]
+    answers = teacher.known([each for each in asked for _ in range(_TIMES)])
+    # The token that was sent comes first.
+    logp = [[next(iter(known.values())) for known in answer] for answer in answers]
+    same = [logp[n : n + _TIMES] for n in range(0, len(logp), _TIMES)]
+    size = max(1, sum(len(s.data) for s in spelled))
+    noise = sum(max(v) - min(v) for each in same for v in zip(*each, strict=True)) / size
+    found = f"{_TIMES} answers to the same request are {noise:.2g} nats per byte apart"
+    loud = noise > MOST_NOISE
+    if student is not None:
+        theirs = [_text_logp(student, probe) for probe in probes]
+        signal = sum(abs(sum(each[0]) - p) for each, p in zip(same, theirs, strict=True)) / size
+        found += f"; student and teacher are {signal:.2g} apart"
+        loud = loud or noise > MOST_NOISE_SHARE * max(signal, MOST_NOISE)
+        if noise > max(signal, MOST_NOISE):
+            return Check("noise", "fail", found, _STEADY)
+    return Check("noise", "warn", found, _STEADY) if loud else Check("noise", "pass", found)
+
+
+_STEADY = "let one replica answer, in one dtype, with kernels that do not depend on the batch"
+
+
+def _given(teacher: ServedTeacher, positions: Sequence[Known]) -> Check:
+    most = max(map(len, positions))
+    if most >= min(teacher.top_k, teacher.vocabulary.size):
+        return Check("server", "pass", f"gives {teacher.gives} of each row")
+    found = f"gives {most} tokens of a row where top_k is {teacher.top_k}"
+    # Strings that stand for several tokens are left out.
+    return Check("server", "warn" if teacher.api == "openai" else "fail", found, teacher.dialect.advice)
+
+
+def _tokenization(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> Check:
+    texts = [p.completion or "" for p in _probes(teacher, prompts)]
+    texts += [text for kind in SAMPLE.values() for text in kind[:2]]
+    # What a tokenizer reads nothing of, a server may refuse.
+    texts = [text for text in texts if teacher.vocabulary.encode(text).ids.size]
+    try:
+        theirs = teacher.server.ask([teacher.dialect.tokenize(teacher.model, text) for text in texts])
+    except RefusedError as error:
+        return Check(
+            "tokenization", "warn", f"not compared: {error}", "make sure that the tokenizers are the same"
+        )
+    for text, found in zip(texts, theirs, strict=True):
+        ids = teacher.vocabulary.encode(text).ids.tolist()
+        if not _same(teacher, ids, found):
+            shown = [found[:8], ids[:8]]
+            return Check(
+                "tokenization",
+                "fail",
+                f"the server reads {text[:40]!r} as {shown[0]}…, the tokenizer at {teacher.path} as {shown[1]}…",
+                "give teacher.path the tokenizer of the model that is served",
+            )
+    return Check(
+        "tokenization", "pass", f"{len(texts)} texts read as the tokenizer at {teacher.path} reads them"
+    )
+
+
+def _same(teacher: ServedTeacher, ids: list[int], found: list[int] | list[str]) -> bool:
+    if not isinstance(teacher.dialect, OpenAI):
+        return ids == found
+    reads = teacher.dialect.reads_as
+    return len(ids) == len(found) and all(reads(str(shown), i) for shown, i in zip(found, ids, strict=True))
+
+
+def _template(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> list[Check]:
+    talks = [p for p in prompts if p.messages is not None]
+    if not talks or not has_chat_template(teacher.tokenizer):
+        return []
+    messages = talks[0].messages or ()
+    if (call := teacher.dialect.template(teacher.model, messages)) is None:
+        return []
+    try:
+        (theirs,) = teacher.server.ask([call])
+    except RefusedError as error:
+        return [
+            Check(
+                "template", "warn", f"not compared: {error}", "look at the server's chat template", ("messages",)
+            )
+        ]
+    if theirs == teacher.prompt_ids(talks[0]):
+        return [Check("template", "pass", "the server's makes the same of messages")]
+    return [
+        Check(
+            "template",
+            "warn",
+            f"the server's makes other tokens of messages than the one at {teacher.path}, which is used",
+            "look which of the two the model was trained with; --chat-template sets the server's",
+            ("messages",),
+        )
+    ]
+
+
+def _key(teacher: ServedTeacher) -> list[Check]:
+    parts = urlsplit(teacher.server.url)
+    near = parts.hostname in ("localhost", "::1") or (parts.hostname or "").startswith("127.")
+    if parts.scheme == "https" or near or not teacher.server.key:
+        return []
+    return [Check("key", "warn", "the key is sent without encryption", "give the server's URL with https")]
+
+
+def _probes(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Short completions behind their prompts, the run's own where there are some; else texts cut in two."""
+
+    def usable(prompt: Prompt) -> bool:
+        return bool(teacher.vocabulary.encode(prompt.completion or "").ids.size)
+
+    chosen = prompts[:: max(1, len(prompts) // _PROBES)][:_PROBES]
+    own = [replace(p, completion=p.completion[:_PROBE_CHARACTERS]) for p in chosen if p.completion]
+    texts = [prompt_text(p)[: 2 * _PROBE_CHARACTERS] for p in chosen]
+    cut = [
+        Prompt(f"probe {n}", text=text[: len(text) // 2], completion=text[len(text) // 2 :])
+        for n, text in enumerate(chain(texts, SAMPLE[JUDGED]))
+        if text[: len(text) // 2].strip()
+    ]
+    if found := [p for p in (*own, *cut) if usable(p)][:_PROBES]:
+        return found
+    raise TeacherError(f"tokenizer {teacher.path}: reads no token in any text that was tried")
+
+
+@torch.no_grad()
+def _text_logp(student: LanguageModel, prompt: Prompt) -> float:
+    """The student's log-probability of a prompt's completion and its end, in nats."""
+    try:
+        rollout = completed(student, prompt, 10**6)
+    except DataError:  # too long for it: as if it knew nothing
+        return 0.0
+    was_training = student.lm.training
+    student.lm.eval()
+    rows = rows_of(student.lm, student_states(student, [rollout]))
+    student.lm.train(was_training)
+    target = torch.from_numpy(rollout.ids).long().to(student.device)
+    return float(token_logp(rows, target, target[-1:])[0].double().sum())

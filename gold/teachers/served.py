@@ -1,0 +1,176 @@
+"""A teacher behind a server, which gives the log-probabilities of token ids and of its likeliest tokens beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gold.align.roles import Roles
+from gold.align.vocabulary import Spelling, Vocabulary
+from gold.chat import has_chat_template, prompt_ids
+from gold.data import Prompt
+from gold.errors import ConfigError, DataError, TeacherError
+from gold.kernels.linear import Rows
+from gold.losses import Need
+from gold.teachers.dialects import VLLM, Asked, Dialect, Known, OpenAI, SGLang
+from gold.teachers.http import Server
+from gold.templates import PromptTokenizer
+
+Api = Literal["vllm", "sglang", "openai"]
+
+
+class ServedTeacher:
+    """A model behind a server that grades completions.
+
+    It reads each prompt in its own template, by the tokenizer files in ``path``, a folder or a Hub id, which must be
+    those of the model that is served. ``top_k`` tokens are known of each row beside the one that was sent; with 0 it
+    gives log-probabilities of given tokens alone. ``url`` and what follows: see ``Server``; ``key_env`` names the
+    environment variable that holds the server's key. ``rows`` of the model's output matrix, where they are known; its
+    rows of log-probabilities are made on ``device``.
+
+    The end of a text is asked for as one stop id, the one that the chat template writes after messages, else the first.
+    The other stop ids count where they are known: SGLang tells all of them, other servers those among the likeliest.
+
+    Raises:
+        ConfigError: a URL that is none, or a variable that is not set.
+        VocabularyError: a tokenizer that is not there, or that cannot be spelled in bytes.
+        TeacherError: a tokenizer without a stop id.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        url: str,
+        model: str,
+        api: Api = "vllm",
+        top_k: int = 20,
+        concurrency: int = 8,
+        timeout_s: float = 60.0,
+        retries: int = 5,
+        key_env: str | None = None,
+        roles: Roles | None = None,
+        rows: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.server = Server(url, concurrency, timeout_s, retries, _key(key_env))
+        self.path, self.model, self.api, self.top_k = str(path), model, api, top_k
+        self.gives: Need = "top_k" if top_k else "tokens"
+        self.device = torch.device(device)
+        self.vocabulary = Vocabulary.load(path, roles=roles).with_markers(rows)
+        self.tokenizer = PromptTokenizer.of(self.vocabulary)
+        if not self.vocabulary.stop_ids:
+            raise TeacherError(
+                f"tokenizer {path}: no stop id found in its files; name one in teacher.roles.stop"
+            )
+        self.dialect = _dialect(api, self.vocabulary)
+        self._turn_end = _turn_end(self.tokenizer, self.vocabulary)
+
+    @property
+    def name(self) -> str:
+        """The model's name at its server."""
+        return f"{self.model} at {self.server.url}"
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The ids that the teacher reads before the completion.
+
+        Raises:
+            DataError: there are none, or its template refuses the messages; the message names the prompt's key.
+        """
+        try:
+            ids = prompt_ids(self.tokenizer, prompt)
+        except DataError as error:
+            raise DataError(f"prompt {prompt.key}: for teacher {self.name}: {error}") from error
+        if not ids:
+            raise DataError(f"prompt {prompt.key}: it is empty for teacher {self.name}")
+        return ids
+
+    def asked(self, prompt: Prompt, ids: Sequence[int], stopped: bool) -> Asked:
+        """What a completion's ids, and its end where it ``stopped``, are asked as."""
+        before = self.prompt_ids(prompt)
+        stops = self.vocabulary.stop_ids
+        own_turn = prompt.messages is not None and has_chat_template(self.tokenizer)
+        end = [self._turn_end if own_turn and self._turn_end is not None else stops[0]] if stopped else []
+        return Asked((*before, *map(int, ids), *end), len(before), self.top_k, stops)
+
+    def known(self, asked: Sequence[Asked]) -> list[list[Known]]:
+        """What the server knows of each position that is to be scored, by token id.
+
+        Raises:
+            TeacherError: it does not answer, or not what was asked; see ``Server.ask``.
+        """
+        # Longest first, so that the last ones under way are short.
+        order = sorted(range(len(asked)), key=lambda i: (-len(asked[i].ids), i))
+        order = [i for i in order if len(asked[i].ids) > asked[i].start]
+        calls = [self.dialect.call(self.model, asked[i]) for i in order]
+        answers = self.server.ask(calls)
+        results: list[list[Known]] = [[] for _ in asked]
+        for i, answer in zip(order, answers, strict=True):
+            results[i] = answer
+        return results
+
+    def score(
+        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
+    ) -> list[Rows]:
+        """See ``Teacher.score``; the rows are partial.
+
+        Raises:
+            DataError: a prompt that the teacher cannot read.
+            TeacherError: the server does not answer, or not what was asked; there is no partial result.
+        """
+        asked = [
+            self.asked(prompt, spelling.ids.tolist(), bool(stop))
+            for prompt, spelling, stop in zip(prompts, spellings, stopped, strict=True)
+        ]
+        return [self._rows(positions) for positions in self.known(asked)]
+
+    def _rows(self, positions: Sequence[Known]) -> Rows:
+        # Rows of several texts are joined, so all have the same width.
+        width = max(1, self.top_k) + 1 + len(self.vocabulary.stop_ids)
+        size = self.vocabulary.size
+        ids = torch.full((len(positions), width), -1, dtype=torch.int64)
+        logp = torch.zeros((len(positions), width), dtype=torch.float64)
+        for row, known in enumerate(positions):
+            # A model can have more rows than its tokenizer has ids; they are among what is left.
+            kept = [(index, min(0.0, value)) for index, value in known.items() if 0 <= index < size][:width]
+            ids[row, : len(kept)] = torch.tensor([index for index, _ in kept])
+            logp[row, : len(kept)] = torch.tensor([value for _, value in kept], dtype=torch.float64)
+        return Rows.of_top_k(ids.to(self.device), logp.to(self.device), size)
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    if not (key := os.environ.get(variable)):
+        raise ConfigError(
+            "teacher.served.key_env: the environment has no variable of that name, or it is empty"
+        )
+    return key
+
+
+def _dialect(api: str, vocabulary: Vocabulary) -> Dialect:
+    if api == "vllm":
+        return VLLM()
+    if api == "sglang":
+        return SGLang(vocabulary.bos_id)
+    if api == "openai":
+        return OpenAI(vocabulary)
+    raise ConfigError(f"api: expected vllm, sglang or openai, got {api!r}")
+
+
+def _turn_end(tokenizer: Any, vocabulary: Vocabulary) -> int | None:
+    """The stop id that the chat template writes after an answer, None without one."""
+    if not has_chat_template(tokenizer):
+        return None
+    turns = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template is a program: it may raise anything
+        return None
+    closing = text.rpartition("A1")[2].lstrip()
+    ends = [i for i in vocabulary.stop_ids if closing.startswith(vocabulary.label(i))]
+    return max(ends, key=lambda i: len(vocabulary.label(i)), default=None)
