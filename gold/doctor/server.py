@@ -137,7 +137,11 @@ def _template(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> list[Check]:
     except RefusedError as error:
         return [
             Check(
-                "template", "warn", f"not compared: {error}", "look at the server's chat template", ("messages",)
+                "template",
+                "warn",
+                f"not compared: {error}",
+                "look at the server's chat template",
+                ("messages",),
             )
         ]
     if theirs == teacher.prompt_ids(talks[0]):
