@@ -398,7 +398,7 @@ def _joins(character: str) -> bool:
         unicodedata.category(character).startswith("M")
         or "\u1160" <= character <= "\u11ff"  # Hangul vowels and finals
         or "\ud7b0" <= character <= "\ud7ff"
-        or character in "\uff9e\uff9f\u200d"  # half-width voicing marks, zero-width joiner
+        or character in "\uff9e\uff9f"  # half-width voicing marks
     )
 
 

@@ -180,7 +180,7 @@ def test_a_stretch_rewritten_by_itself_is_what_its_tokens_spell(name: str, given
     for mark in MARKS:
         given = given.replace(mark, "")
     # UnicodeScripts drops some characters that have none.
-    given = "".join(c for c in given if unicodedata.category(c) != "Cn")
+    given = "".join(c for c in given if unicodedata.category(c) not in ("Cn", "Co"))
     spelling = vocabulary.encode(given)
     group: list[int] = []
     for i, (start, end) in enumerate(zip(spelling.starts.tolist(), spelling.ends.tolist(), strict=True)):
@@ -221,6 +221,23 @@ def test_hard_ends_of_digits_by_hand() -> None:
     spelling = groups.encode("a 12345 b")
     hard = {e for e, hard in zip(spelling.ends.tolist(), groups.hard_ends(spelling), strict=True) if hard}
     assert hard == {5}
+
+
+def test_hard_ends_of_words_by_hand() -> None:
+    given = "the dog, (12) x! "
+    for name, expected in (
+        ("wordpiece, cased", {8, 10, 13, 16}),
+        # A mark that comes next would be taken off, and the character with it is the token's.
+        ("wordpiece, uncased", set()),
+        # A space that comes next is the word's.
+        ("word ends", set()),
+    ):
+        vocabulary = VOCABULARIES[name]
+        spelling = vocabulary.encode(given + "a")
+        assert set(spelling.ends[vocabulary.hard_ends(spelling)].tolist()) == expected
+        # The last token has the white space behind it until a next one comes.
+        cut_short = vocabulary.encode(given)
+        assert not vocabulary.hard_ends(cut_short)[-1]
 
 
 def test_without_a_pre_tokenizer_no_end_is_hard() -> None:
