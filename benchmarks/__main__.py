@@ -11,7 +11,10 @@ BENCHMARKS = {
     "assets": ("benchmarks.assets", "fetch the real models and tokenizers that the others need"),
     "align": ("benchmarks.align", "time from ids to chunks, beside plain Python and TRL"),
     "fuzz": ("benchmarks.fuzz", "check alignments of random texts by every tokenizer"),
-    "exactness": ("benchmarks.exactness", "byte tables and prefix targets beside sums over all segmentations"),
+    "exactness": (
+        "benchmarks.exactness",
+        "byte tables and prefix targets beside sums over all segmentations",
+    ),
     "objectives": ("benchmarks.objectives", "every objective on the demonstration task, with seeds"),
     "contract": ("benchmarks.contract", "put every objective, and losses of peers, to the contract"),
     "run": ("benchmarks.run", "train as a configuration says, and record the evaluations"),

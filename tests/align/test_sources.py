@@ -532,7 +532,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing file": (lambda f: f / "m.gguf", "no such file or folder"),
     "empty folder": (lambda f: f, "no tokenizer.json in .*, nor tekken.json, a GGUF file, tokenizer.model"),
     "empty file": (lambda f: small(f, t__json="") / "t.json", "t.json is no JSON"),
-    "binary": (lambda f: small(f, tokenizer__json=bytes(range(256)) * 9), r"^[^:]*tokenizer\.json is not UTF-8 text \(byte 128\)$"),
+    "binary": (
+        lambda f: small(f, tokenizer__json=bytes(range(256)) * 9),
+        r"^[^:]*tokenizer\.json is not UTF-8 text \(byte 128\)$",
+    ),
     "no JSON": (lambda f: small(f, tokenizer__json='{"a": '), "tokenizer.json is no JSON"),
     "a list": (lambda f: small(f, tokenizer__json="[1, 2]"), 'is JSON, but has no "model"'),
     "another JSON": (lambda f: small(f, tokenizer__json='{"a": 1}'), 'is JSON, but has no "model"'),
