@@ -290,7 +290,9 @@ class Vocabulary:
         spelled, gone = np.frombuffer(rewritten.encode(), np.uint8), self._lost(rewritten)
         kept = (spelled[~gone] if gone.any() else spelled).tobytes()
         unknown = ids == self._unknown if self._unknown is not None else np.zeros(len(ids), np.bool_)
-        if stream == kept or (prefix and stream == b" " + kept):
+        # Where white space is dropped and characters are, equal bytes may still be others.
+        certain = not (self._family.drops_spaces and gone.any())
+        if certain and (stream == kept or (prefix and stream == b" " + kept)):
             own_stops = np.maximum(stops - (len(stream) - len(kept)), 0)
             first, last = stretches_less_gone(own_stops, unknown, gone, byte_offsets(rewritten))
         else:

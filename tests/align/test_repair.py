@@ -294,7 +294,8 @@ def test_an_end_inside_of_what_changed_is_moved_over_a_gap_or_is_none() -> None:
     back = [0, 1, -1, 3, 4, -1, 6, 7]
     assert ends_of([0, 4, 5], [2, 5, 7], back) == [3, -1, 7]
     # Tokens that overlap have no end between them.
-    assert ends_of([0, 1, 4], [2, 4, 7], list(range(8))) == [-1, 4, 7]
+    for take in (False, True):
+        assert ends_of([0, 1, 4], [2, 4, 7], list(range(8)), take_what_follows=take) == [-1, 4, 7]
 
 
 def settled(
@@ -350,11 +351,21 @@ def test_offsets_behind_a_normaliser_are_not_trusted() -> None:
     """A character map that removes the first character shifts the tokenizer's own offsets of all others."""
     tokenizer = unigram(pre_tokenizers.Metaspace(), character_map())
     vocabulary = Vocabulary.load(tokenizer)
-    assert tokenizer.encode("the \u2603 dog", add_special_tokens=False).offsets[0] == (0, 3)
-    spelling = vocabulary.encode("\u200bthe \u2603 dog")
-    dog = int(np.flatnonzero([vocabulary.token_bytes(i) == b" dog" for i in spelling.ids])[0])
-    assert spelling.data[spelling.starts[dog] : spelling.ends[dog]] == b" dog"
-    assert spelling.exact[dog]
+    for written in ("\u200bthe \u2603 dog", "\u200b½½ \u2603 dog", "ﬁ…① \u2603 dog"):
+        spelling = vocabulary.encode(written)
+        dog = [vocabulary.token_bytes(i) for i in spelling.ids].index(b" dog")
+        assert spelling.data[spelling.starts[dog] : spelling.ends[dog]] == b" dog"
+        assert spelling.exact[dog]
+        assert spelling.data[spelling.starts[dog - 1] : spelling.ends[dog - 1]].strip() == "\u2603".encode()
+
+
+def test_white_space_and_unknown_characters_that_are_dropped_are_not_taken_for_each_other() -> None:
+    pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    vocabulary = Vocabulary.load(unigram(pre_tokenizer))
+    spelling = vocabulary.encode("\u2603 ")
+    # The space that is put before the text, and the unknown character; what stands behind it is dropped.
+    assert [vocabulary.token_bytes(i) for i in spelling.ids] == [b" ", b""]
+    assert spelling.ends.tolist() == [0, 4]
 
 
 # The cost of long texts
