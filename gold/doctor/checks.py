@@ -228,7 +228,9 @@ def _rows(student: Side, teacher: Side) -> Check:
         found.append(f"{side.role} {rows:,} for {size:,} ids{more}")
         lost = int((~side.vocabulary.event_V[rows:]).sum())
         if lost:
-            bad.append(f"{lost:,} tokens of the {side.role} have no row in its output matrix")
+            bad.append(
+                f"{side.role}: its tokenizer has {size:,} ids, its output matrix {rows:,} rows, none of {lost:,} tokens"
+            )
     if bad:
         return Check(
             "output rows",
