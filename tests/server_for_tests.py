@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ class ModelServer:
         max_logprobs: int = 10**6,
         key: str | None = None,
         tokenizer: LanguageModel | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.model, self.faults, self.max_logprobs, self.key = model, faults, max_logprobs, key
         self.tokenizer = (tokenizer or model).vocabulary
@@ -39,11 +41,16 @@ class ModelServer:
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._http.daemon_threads = True
         self._http.block_on_close = False
+        if tls:
+            self._http.socket = tls.wrap_socket(self._http.socket, server_side=True)
+        self._scheme = "https" if tls else "http"
+        self.template: list[int] | None = None
+        """What ``/tokenize`` makes of messages."""
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_port}/v1"
+        return f"{self._scheme}://127.0.0.1:{self._http.server_port}/v1"
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -100,6 +107,10 @@ class ModelServer:
             return None
         if fault == "slow":
             time.sleep(0.6)
+        if path == "/tokenize" and "messages" in body:
+            if self.template is None:
+                return answer(handler, 400, {"error": {"message": "no chat template"}})
+            return answer(handler, 200, {"tokens": self.template})
         if path == "/tokenize":
             return answer(handler, 200, {"tokens": self.tokenizer.encode(body["prompt"]).ids.tolist()})
         if path == "/generate":

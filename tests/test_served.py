@@ -7,7 +7,10 @@ import json
 import math
 import shutil
 import socket
+import ssl
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +21,8 @@ import pytest
 import tiny_models as tiny
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from server_for_tests import Faults, ModelServer
 
 import gold.assembly
@@ -31,8 +36,8 @@ from gold.kernels.linear import Rows, token_logp
 from gold.models import LanguageModel, save_model
 from gold.reading import read, teacher_rows
 from gold.rollout import Sampling, sample
-from gold.teachers.dialects import VLLM, Asked
-from gold.teachers.http import BadAnswerError, Call, Server, _pause_s
+from gold.teachers.dialects import VLLM, Asked, OpenAI, SGLang
+from gold.teachers.http import BadAnswerError, Call, Server, _pause_s, _tls
 from gold.train import Saving, distill
 
 APIS = ("vllm", "sglang", "openai")
@@ -293,8 +298,6 @@ def test_no_more_requests_are_under_way_than_allowed(teacher: LanguageModel, fol
         nonlocal most
         under_way.append(n)
         most = max(most, len(under_way))
-        import time
-
         time.sleep(0.01)
         under_way.remove(n)
 
@@ -346,6 +349,12 @@ def test_a_key_is_sent_and_never_shown(
         with pytest.raises(TeacherError, match="answers 400: no good: Bearer …") as error:
             there.score([prompt], [text], [True])
         assert "secret" not in str(error.value)
+    monkeypatch.setenv("TEACHER_KEY", " sk-secret\n")  # as a file ends
+    assert served(folder, server.url, key_env="TEACHER_KEY").server.key == "sk-secret"
+    monkeypatch.setenv("TEACHER_KEY", "sk\nsecret")
+    with pytest.raises(ConfigError, match="characters that no key has") as refused:
+        served(folder, server.url, key_env="TEACHER_KEY")
+    assert "secret" not in str(refused.value)
     monkeypatch.delenv("TEACHER_KEY")
     with pytest.raises(ConfigError, match="key_env: the environment has no variable of that name"):
         served(folder, server.url, key_env="TEACHER_KEY")
@@ -367,6 +376,28 @@ def test_a_url_that_cannot_be_used_is_not_repeated(url: str, line: str) -> None:
     with pytest.raises(ConfigError, match=line) as error:
         Server(url)
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_certificate_that_nobody_vouches_for_is_refused(
+    teacher: LanguageModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout key.pem -out cert.pem "
+    command += "-days 2 -subj /CN=here -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    text, prompt = teacher.vocabulary.encode("1"), Prompt("a", text="1")
+    with ModelServer(teacher, tls=tls) as server:
+        with pytest.raises(TeacherError, match=r"its certificate is not valid: self.signed certificate"):
+            served(folder, server.url).score([prompt], [text], [True])
+        assert not server.requests
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+        _tls.cache_clear()
+        try:
+            assert len(served(folder, server.url).score([prompt], [text], [True])[0]) == 2
+        finally:
+            _tls.cache_clear()
 
 
 # What a server may answer
@@ -408,14 +439,93 @@ def test_answers_are_taken_apart_without_trust() -> None:
             read(bad)
 
 
-@pytest.mark.parametrize("status", [500, 200])
-def test_an_error_of_any_length_is_one_short_line(status: int, teacher: LanguageModel, folder: Path) -> None:
+IDS = (1, 5, 6)
+KNOWN: list[dict[int, float]] = [{5: -1.5, 4: -0.5, 0: -9.0}, {6: -0.25, 2: -2.0, 7: -3.5}]
+
+
+def answers(api: str) -> tuple[Any, Any]:
+    """What reads an answer of this API, and one that says ``KNOWN`` of ``IDS``."""
+    vocabulary = tiny.tiny_teacher().vocabulary
+    asked = Asked(IDS, 1, 2, (0,))
+    if api == "vllm":
+        positions = [None, *({str(i): {"logprob": v} for i, v in known.items()} for known in KNOWN)]
+        return VLLM().call("m", asked).read, {
+            "choices": [{"prompt_logprobs": positions, "prompt_token_ids": [*IDS]}]
+        }
+    own = [known[i] for known, i in zip(KNOWN, IDS[1:], strict=True)]
+    if api == "sglang":
+        top = [[[v, i, None] for i, v in known.items()] for known in KNOWN]
+        tokens = [[None, 1, None], *([v, i, None] for v, i in zip(own, IDS[1:], strict=True))]
+        meta = {"input_token_logprobs": tokens, "input_top_logprobs": [None, *top]}
+        return SGLang(1).call("m", asked).read, {
+            "meta_info": meta | {"input_token_ids_logprobs": [None, [], []]}
+        }
+    dialect = OpenAI(vocabulary)
+    text = [vocabulary.token_bytes(i).decode() or vocabulary.label(i) for i in range(8)]
+    strings = {
+        "tokens": [text[i] for i in IDS],
+        "token_logprobs": [None, *own],
+        "top_logprobs": [None, *({text[i]: v for i, v in known.items()} for known in KNOWN)],
+    }
+    return dialect.call("m", asked).read, {"choices": [{"logprobs": strings}]}
+
+
+READERS = {api: answers(api) for api in APIS}
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just(10**400)
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in inner:
+        yield from places(child, (*path, key))
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_a_sound_answer_is_what_it_says(api: str) -> None:
+    read, answer = READERS[api]
+    assert read(answer) == KNOWN
+
+
+@pytest.mark.parametrize("api", APIS)
+@given(data=st.data())
+def test_an_answer_with_anything_in_it_is_refused_or_sound(api: str, data: st.DataObject) -> None:
+    read, sound = READERS[api]
+    answer = json.loads(json.dumps(sound))
+    for _ in range(data.draw(st.integers(1, 2))):
+        path = data.draw(st.sampled_from(list(places(answer))))
+        other = data.draw(ANYTHING)
+        if not path:
+            answer = other
+        else:
+            place = answer
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = other
+    try:
+        found = read(answer)
+    except BadAnswerError:
+        return
+    assert len(found) == len(IDS) - 1
+    for index, known in zip(IDS[1:], found, strict=True):
+        assert next(iter(known)) == index
+        assert all(type(i) is int and 0 <= i < 2**31 for i in known)
+        assert all(math.isfinite(v) for v in known.values())
+        assert sum(map(math.exp, known.values())) < 1.01
+
+
+def test_an_error_of_any_length_is_one_short_line(teacher: LanguageModel) -> None:
     with ModelServer(teacher) as server:
-        server.faults = always("500")
-        call = Call("/v1/completions", {"model": "tiny"}, lambda answer: answer)
+        call = Call("/v1/completions", {"model": "many\n\x1b[31mlines\n" * 2000}, lambda answer: answer)
         with pytest.raises(TeacherError) as error:
-            Server(server.url, retries=0).ask([call])
-    assert len(str(error.value)) < 400
+            Server(server.url).ask([call])
+    assert "The model `many [31mlines many" in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 # Training
@@ -584,16 +694,33 @@ def test_too_few_log_probabilities_are_found(api: str, teacher: LanguageModel, f
     assert {"vllm": "--max-logprobs", "openai": "teacher.served.top_k"}[api] in check.advice
 
 
+def test_the_servers_template_is_compared(teacher: LanguageModel, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "t")
+    (tmp_path / "t" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %} ="
+    )
+    talk = Prompt("a", messages=({"role": "user", "content": "1"},), completion=" 2")
+    with ModelServer(teacher) as server:
+        there = served(tmp_path / "t", server.url)
+        found = []
+        for server.template in (None, there.prompt_ids(talk), [5]):
+            check = examine_server(there, [talk])[-1]
+            found.append((check.check, check.status, check.concerns))
+    assert found == [
+        ("template", "warn", ("messages",)),
+        ("template", "pass", ()),
+        ("template", "warn", ("messages",)),
+    ]
+
+
 def test_noise_is_measured(teacher: LanguageModel, student: LanguageModel, folder: Path) -> None:
     with ModelServer(teacher, faults=always("noise")) as server:
         there = served(folder, server.url)
         alone, beside = examine_noise(there, tiny.prompts(5)), examine_noise(there, tiny.prompts(5), student)
-        server.model = student  # nothing to learn, and that in noise
-        own = ServedTeacher(folder, url=server.url, model="tiny")
-        assert own.name == f"tiny at {server.url}"
-    assert alone.status == "warn"
-    assert beside.status in ("warn", "fail")
+        itself = examine_noise(there, tiny.prompts(5), teacher)
+    assert (alone.status, beside.status, itself.status) == ("warn", "warn", "fail")
     assert "student and teacher are" in beside.found
+    assert "let one replica answer" in beside.advice
 
 
 def test_a_key_without_encryption_is_warned_of(

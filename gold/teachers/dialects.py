@@ -248,15 +248,17 @@ def checked(found: Sequence[Known], asked: Asked) -> list[Known]:
     """The log-probabilities of each position, that of the token that was sent first.
 
     Raises:
-        BadAnswerError: a token that was sent is missing; a value is no number, not finite, or above 0; the mass of a
-            position is above 1.
+        BadAnswerError: a token that was sent is missing; an id is none; a value is no number, not finite, or above 0;
+            the mass of a position is above 1.
     """
     for place, (index, known) in enumerate(zip(asked.ids[asked.start :], found, strict=True), asked.start):
         if index not in known:
             raise BadAnswerError(
                 f"has no log-probability of token {index}, which was sent at position {place}"
             )
-        for logp in known.values():
+        for other, logp in known.items():
+            if type(other) is not int or not 0 <= other < 2**31:
+                raise BadAnswerError(f"gives {other!r} as a token id at position {place}")
             if type(logp) not in (int, float) or not math.isfinite(logp):
                 raise BadAnswerError(f"gives {logp!r} as a log-probability at position {place}")
             if logp > MOST_ABOVE_ONE:

@@ -267,7 +267,7 @@ def _pause_s(header: str | None) -> float:
         pass
     try:
         return max(0.0, parsedate_to_datetime(header).timestamp() - time())
-    except ValueError:
+    except (OverflowError, ValueError):
         return 0.0
 
 

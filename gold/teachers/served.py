@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from gold.align.roles import Roles
@@ -132,23 +134,33 @@ class ServedTeacher:
         # Rows of several texts are joined, so all have the same width.
         width = max(1, self.top_k) + 1 + len(self.vocabulary.stop_ids)
         size = self.vocabulary.size
-        ids = torch.full((len(positions), width), -1, dtype=torch.int64)
-        logp = torch.zeros((len(positions), width), dtype=torch.float64)
-        for row, known in enumerate(positions):
-            # A model can have more rows than its tokenizer has ids; they are among what is left.
-            kept = [(index, min(0.0, value)) for index, value in known.items() if 0 <= index < size][:width]
-            ids[row, : len(kept)] = torch.tensor([index for index, _ in kept])
-            logp[row, : len(kept)] = torch.tensor([value for _, value in kept], dtype=torch.float64)
-        return Rows.of_top_k(ids.to(self.device), logp.to(self.device), size)
+        counts = np.array([len(known) for known in positions], np.int64)
+        ids = np.fromiter(chain.from_iterable(positions), np.int64, counts.sum())
+        logp = np.fromiter(
+            chain.from_iterable(known.values() for known in positions), np.float64, counts.sum()
+        )
+        row = np.repeat(np.arange(len(positions)), counts)
+        column = np.arange(ids.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        # A model can have more rows than its tokenizer has ids; they are among what is left.
+        kept = (column < width) & (ids >= 0) & (ids < size)
+        ids_NK = np.full((len(positions), width), -1, np.int64)
+        logp_NK = np.zeros((len(positions), width))
+        ids_NK[row[kept], column[kept]] = ids[kept]
+        logp_NK[row[kept], column[kept]] = np.minimum(logp[kept], 0.0)
+        known_ids, known_logp = (torch.from_numpy(a).to(self.device) for a in (ids_NK, logp_NK))
+        return Rows.of_top_k(known_ids, known_logp, size)
 
 
 def _key(variable: str | None) -> str | None:
     if variable is None:
         return None
-    if not (key := os.environ.get(variable)):
+    key = os.environ.get(variable, "").strip()
+    if not key:
         raise ConfigError(
             "teacher.served.key_env: the environment has no variable of that name, or it is empty"
         )
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise ConfigError("teacher.served.key_env: what the variable holds has characters that no key has")
     return key
 
 
