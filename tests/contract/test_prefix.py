@@ -42,6 +42,11 @@ PAIRS = {
     "other from merged": VocabularyPair(OTHER, MERGED),
     "merged from letters": VocabularyPair(MERGED, LETTERS),
     "letters from merged": VocabularyPair(LETTERS, MERGED),
+    "merged from long": VocabularyPair(MERGED, toy_vocabulary(["b+a", "b+ba"], cut=None)),
+    "three from three": VocabularyPair(
+        toy_vocabulary(["a+b", "ab+b"], letters="abc", cut=None),
+        toy_vocabulary(["b+c", "a+bc"], letters="abc", cut=None),
+    ),
     "merged from itself": VocabularyPair(MERGED, MERGED),
 }
 over = pytest.mark.parametrize("name", sorted(PAIRS))
@@ -377,9 +382,20 @@ def test_of_teachers_that_know_their_likeliest_tokens_the_others_are_rest(name):
     positions = prefix_positions(view.batch, interior=True, where="everywhere")
     _, target, _ = computed_events(replace(view, teacher=known_only(rows, 2)), positions)
     torch.testing.assert_close(target.exp().sum(-1), torch.ones(len(positions), dtype=torch.float64))
-    # A token on the path that is not known weighs as much as all unknown ones, not nothing.
-    first = known_only(rows[:1], 1)
-    assert torch.isfinite(first.head(first.hidden_ND)).sum() == 2
+
+
+def test_a_token_on_the_path_that_is_not_known_weighs_as_much_as_all_unknown_ones():
+    """Of ``a·a`` the first row knows ``ab`` alone, the second ``a`` alone."""
+    pair = PAIRS["letters from merged"]
+    text = aligned(pair, LETTERS.encode("aa").ids.tolist())
+    assert [MERGED.token_bytes(int(i)) for i in text.teacher.ids] == [b"a", b"a"]
+    known = torch.tensor([[int(MERGED.encode("ab").ids[0])], [int(MERGED.encode("a").ids[0])]])
+    teacher = Rows.of_top_k(known, torch.tensor([[0.6], [0.9]]).double().log(), MERGED.size)
+    view = view_of(pair, [text], ToyModel(LETTERS, 1), torch.zeros(2, MERGED.size))
+    _, target, _ = computed_events(replace(view, teacher=teacher), torch.tensor([1]))
+    expected = {b"b": 0.6, b"a": 0.4 * 0.9, "rest": 0.4 * 0.1}
+    for event, prob in expected.items():
+        assert target[0, column(pair, event)].exp().item() == pytest.approx(prob, rel=1e-6)
 
 
 def test_mass_that_a_student_cannot_spell_is_counted():
