@@ -41,6 +41,7 @@ from gold.cli import main
 from gold.data import Prompt
 from gold.demo.models import character_tokenizer, word_tokenizer
 from gold.doctor import report as report_module
+from gold.doctor import weights as weights_module
 from gold.doctor.checks import RUN_TEXTS, Check, examine, same_vocabulary
 from gold.doctor.report import diagnose, print_report, verdict_line
 from gold.doctor.sample import SAMPLE
@@ -546,6 +547,12 @@ def test_seconds_are_measured_and_slow_dtypes_named() -> None:
     teacher.lm.to(torch.bfloat16)
     *_, check = examine_weights(student, teacher, tiny.texts(6), 3, 16)
     assert (check.status, "teacher.dtype=float32" in check.advice) == ("warn", True)
+
+
+def test_weights_are_tried_on_a_kilobyte() -> None:
+    split = weights_module._split(["one two three four " * 40, " ", "x" * 5000, "y y"])
+    assert [len(p.text + p.completion) for p in split] == [760, 264]  # type: ignore[operator]
+    assert split[0].text == "one two three"
 
 
 def test_texts_too_short_for_weights_give_way_to_the_sample() -> None:

@@ -157,11 +157,15 @@ def _reading_seconds(model: LanguageModel, sequences: int, tokens: int) -> float
 
 
 def _split(texts: Sequence[str]) -> list[Prompt]:
-    """Each text as a prompt of a few words and the completion that goes on, less those that are too short."""
+    """Each text as a prompt of a few words and the completion that goes on, less those that are too short; the first
+    kilobyte of all."""
     prompts: list[Prompt] = []
+    room = 1024
     for text in texts:
+        text = text[:room]
         at = text.find(" ", min(12, len(text) // 2))
         at = len(text) // 2 if at < 0 else at
         if text[:at].strip():
             prompts.append(Prompt(str(len(prompts)), text[:at], completion=text[at:]))
+            room -= len(text)
     return prompts
