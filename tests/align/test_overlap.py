@@ -47,6 +47,10 @@ class Spelled:
         return np.array([token is None for token in self.tokens])
 
     @property
+    def _control_V(self) -> np.ndarray:
+        return self.event_V
+
+    @property
     def fingerprint(self) -> str:
         return Vocabulary.fingerprint.func(self)  # type: ignore[attr-defined]
 
