@@ -24,6 +24,7 @@ from itertools import accumulate, combinations, pairwise
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from benchmarks.assets import MODELS, ROOT, TOKENIZERS, listing, tokenizer_path
@@ -46,6 +47,10 @@ class Subject:
         self.events = frozenset(np.flatnonzero(vocabulary.event_V).tolist())
         self.id_of = {piece: index for index, piece in enumerate(self.pieces) if piece}
         self.tokenizer = vocabulary._tokenizer
+        if self.tokenizer.truncation or self.tokenizer.padding:
+            self.tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
         self.space_after = vocabulary._family.word_space == "after"
         unk = None if vocabulary.unk_id is None else self.tokenizer.id_to_token(vocabulary.unk_id)
         self.unk = None if unk is None else unk.encode()

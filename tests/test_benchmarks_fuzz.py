@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers_for_tests import byte_level_bpe
 
 from benchmarks import fuzz
 from benchmarks.texts import FORGED, odd_text
@@ -196,6 +197,14 @@ def test_the_record_holds_what_was_run(tmp_path: Path, monkeypatch: pytest.Monke
     )
     assert (record["data"]["texts"], record["data"]["pairs"], record["data"]["failures"]) == (30, 60, 0)
     assert sum(counts["texts"] for counts in record["data"]["tokenizers"].values()) == 90
+
+
+def test_a_tokenizer_that_cuts_texts_off_is_asked_for_all_of_it() -> None:
+    tokenizer = byte_level_bpe()
+    tokenizer.enable_truncation(4)
+    subject = fuzz.Subject("cutting", Vocabulary.load(tokenizer))
+    fuzz.check(fuzz.Case("a text of more tokens", (subject, subject), (True, False), ()), fuzz.Tally())
+    assert tokenizer.truncation
 
 
 def test_odd_texts_are_odd_and_those_of_their_seed() -> None:
