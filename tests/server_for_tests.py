@@ -91,8 +91,8 @@ class ModelServer:
         fault = self.faults(number) if scoring else None
         if self.key and handler.headers.get("authorization") != f"Bearer {self.key}":
             return answer(handler, 401, {"error": {"message": "Incorrect API key provided: wrong"}})
-        if fault in ("429", "429 for long"):
-            pause = "0.01" if fault == "429" else "86400"
+        if fault in ("429", "429 for a moment", "429 for long"):
+            pause = {"429": "0.01", "429 for a moment": "0.4"}.get(fault, "86400")
             return answer(handler, 429, {"error": {"message": "slow down"}}, {"Retry-After": pause})
         if fault == "500":
             return answer(handler, 500, {"detail": "CUDA error"})

@@ -321,6 +321,19 @@ def test_it_can_be_asked_where_a_loop_is_running(teacher: LanguageModel, folder:
         assert asyncio.run(cell()) == 2
 
 
+def test_a_server_is_given_the_pause_that_it_asks_for(teacher: LanguageModel, folder: Path) -> None:
+    asked_at: list[float] = []
+
+    def fault(n: int) -> str | None:
+        asked_at.append(time.perf_counter())
+        return None if n else "429 for a moment"
+
+    with ModelServer(teacher, faults=fault) as server:
+        served(folder, server.url).score([Prompt("a", text="1")], [teacher.vocabulary.encode("1")], [True])
+    first, second = asked_at
+    assert second - first >= 0.4
+
+
 def test_pauses_that_a_server_asks_for() -> None:
     assert _pause_s("7") == 7.0
     assert _pause_s(None) == _pause_s("soon") == _pause_s("-3") == 0.0
