@@ -55,9 +55,11 @@ class _Dumper(yaml.SafeDumper):
     """YAML that readers of version 1.1 and of 1.2 understand alike."""
 
 
-# The text 1e-5 is a number in YAML 1.2, so it is quoted.
+# The texts 1e-5 and 0.E0 are numbers in YAML 1.2, so they are quoted.
 _Dumper.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
 )
 
 

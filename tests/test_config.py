@@ -122,6 +122,16 @@ def test_the_file_in_a_run_folder_gives_the_same_configuration_back(
     assert Config.load(path) == config
 
 
+@pytest.mark.parametrize(
+    "text", ["0.E0", "1e-5", ".5e3", "1.", "-.5", "+1.5E-3", "1_000", "0x1F", "12:30", "on"]
+)
+def test_a_text_that_looks_like_a_number_stays_text(tmp_path: Path, text: str) -> None:
+    config = Config.model_validate(changed(output=text))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.dump(config.to_dict(), Dumper=_Dumper), encoding="utf-8")
+    assert Config.load(path) == config
+
+
 def leaves(tree: Any, key: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
     if isinstance(tree, dict) and tree:
         return [leaf for name, value in tree.items() for leaf in leaves(value, (*key, name))]
