@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +26,14 @@ from benchmarks.record import RESULTS, device_name, write_record
 from gold.align.paths import ByteTrie
 from gold.align.vocabulary import Vocabulary
 from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
+from gold.data import Prompt
 from gold.kernels import BACKENDS
 from gold.kernels.linear import Rows, byte_tables
 from gold.kernels.projection import OBSERVED, needed_rows, piece_events, piece_target
 from gold.losses import View
 from gold.losses.prefix import prefix_positions
 from gold.models import LanguageModel, PaddedStates, load_model, rows_of
+from gold.rollout import Sampling, sample
 from tests.contract.toys import ToyModel, toy_vocabulary
 
 Probs = NDArray[np.float64]
@@ -44,6 +47,8 @@ TEXTS = (
     ("Der Bahnhof liegt", " gleich hinter der Brücke."),
 )
 """Prompt and completion."""
+EXACT_TOY, EXACT_REAL = 1e-9, 1e-3
+"""What is within that of the exact probabilities, in total variation, counts as exact."""
 CPU = torch.device("cpu")
 
 
@@ -325,7 +330,7 @@ def toy_bytes(name: str, kind: str, seeds: int) -> dict[str, Any]:
         data = view.batch.texts[0].student.data
         exact = marginals(toy_prob(model), vocabulary, pair.student_trie, ids, data)
         errors.append(byte_errors(table, exact))
-    return {"vocabulary": name, "segmentations": kind, **summary(errors, 1e-9)}
+    return {"vocabulary": name, "segmentations": kind, **summary(errors, EXACT_TOY)}
 
 
 def toy_prefix(mine: str, theirs: str, kind: str, seeds: int) -> dict[str, Any]:
@@ -346,7 +351,7 @@ def toy_prefix(mine: str, theirs: str, kind: str, seeds: int) -> dict[str, Any]:
         for name, chosen in (("synced", found["synced"] > 0), ("interior", found["synced"] == 0)):
             if chosen.any():
                 states[name].append({k: v[chosen] for k, v in found.items() if k != "synced"})
-    tables = {name: summary(errors, 1e-9) for name, errors in states.items() if errors}
+    tables = {name: summary(errors, EXACT_TOY) for name, errors in states.items() if errors}
     return {"student": mine, "teacher": theirs, "segmentations": kind, **tables}
 
 
@@ -456,51 +461,90 @@ def prefix_errors(
 # Real models.
 
 
-def real(names: Sequence[str], least: float, window: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Byte tables and prefix targets of the real pair, each model as the student and as the teacher."""
+def real(names: Sequence[str], limits: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """Byte tables of each model along given texts and along its own samples, and prefix targets of both directions."""
     models = {name: load_model(model_path(name), device="cpu") for name in names}
-    pairs = {
-        (mine, theirs): VocabularyPair(models[mine].vocabulary, models[theirs].vocabulary)
-        for mine in names
-        for theirs in names
-        if mine != theirs
-    }
     found: dict[str, Any] = {"bytes": [], "prefix": []}
-    for (mine, theirs), pair in pairs.items():
-        tables, targets = [], []
-        sequences, began = 0, time.perf_counter()
-        student, teacher = models[mine], models[theirs]
-        for prompt, completion in TEXTS:
-            data = completion.encode()
-            spelling = pair.student.encode(data)
-            ids = np.append(spelling.ids, pair.student.stop_ids[0]).astype(np.int32)
-            text = AlignedText(ids, spelling, pair.read(spelling), True)
-            prompts = {m.name: m.tokenizer(prompt)["input_ids"] for m in (student, teacher)}
-            student_rows, teacher_rows = (
-                states_along(model, prompts[model.name], own)
-                for model, own in ((student, text.student.ids), (teacher, text.teacher.ids))
+    for name, model in models.items():
+        for source, texts in (("given", given_texts(model)), ("sampled", own_samples(model))):
+            rows = []
+            for prompt, ids in texts:
+                errors, row = real_bytes(model, prompt, ids, limits)
+                rows.append((errors, row))
+                say(f"{name}: {row['text']!r}, {row['sequences']} other sequences")
+            whole = summary([errors for errors, _ in rows], EXACT_REAL)
+            found["bytes"].append(
+                {"model": name, "texts": source, **whole, "by_text": [row for _, row in rows]}
             )
-            batch = AlignedBatch([text], pair, CPU)
-            view = View(batch, student_rows, teacher_rows, BACKENDS["cpu"], BACKENDS["cpu"])
-            limits: dict[str, Any] = {"least": least, "window": window}
-            with torch.no_grad():
-                table, _, _ = byte_tables(view.teacher_rows, view.batch.layout_T, view.backend)
-            prob = model_prob(teacher, prompts[teacher.name])
-            exact = marginals(
-                prob, pair.teacher, pair.teacher_trie, text.teacher.ids.tolist(), data, **limits
-            )
-            sequences += exact.sequences
-            tables.append(byte_errors(table.double(), exact))
-            targets.append(prefix_errors(view, prob, **limits))
-            say(f"{theirs}: {data!r}, {exact.sequences} other sequences, {time.perf_counter() - began:.0f} s")
-        found["bytes"].append({"model": theirs, "sequences": sequences, **summary(tables, 1e-3)})
-        states: dict[str, Any] = {}
-        for name, wanted in (("synced", 1.0), ("interior", 0.0)):
-            chosen = [{k: v[t["synced"] == wanted] for k, v in t.items() if k != "synced"} for t in targets]
-            if any(c["tv"].size for c in chosen):
-                states[name] = summary(chosen, 1e-3)
-        found["prefix"].append({"student": mine, "teacher": theirs, **states})
+    for mine, theirs in permutations(names, 2):
+        found["prefix"].append(
+            {"student": mine, "teacher": theirs, **real_prefix(models[mine], models[theirs], limits)}
+        )
+        say(f"{mine} ← {theirs}: prefix targets")
     return found
+
+
+def given_texts(model: LanguageModel) -> list[tuple[list[int], list[int]]]:
+    """Prompts and texts in the model's own tokens."""
+    encode = model.tokenizer
+    return [
+        (encode(p)["input_ids"], model.vocabulary.encode(t, at_start=False).ids.tolist()) for p, t in TEXTS
+    ]
+
+
+def own_samples(model: LanguageModel) -> list[tuple[list[int], list[int]]]:
+    """The same prompts, and what the model writes behind them, as sampled, up to a special token."""
+    prompts = [Prompt(key=str(i), text=prompt) for i, (prompt, _) in enumerate(TEXTS)]
+    seeds = [(0, i) for i in range(len(prompts))]
+    texts = []
+    for rollout in sample(model, prompts, Sampling(max_new_tokens=12), seeds=seeds):
+        events = np.flatnonzero(model.vocabulary.event_V[rollout.ids])
+        ids = rollout.ids[: int(events[0])] if events.size else rollout.ids
+        texts.append((list(rollout.prompt_ids), ids.tolist()))
+    return texts
+
+
+def real_bytes(
+    model: LanguageModel, prompt: Sequence[int], ids: Sequence[int], limits: dict[str, Any]
+) -> tuple[dict[str, Probs], dict[str, Any]]:
+    """The errors of the byte table along the ids, and what a reader wants to know of this text."""
+    vocabulary, pair = model.vocabulary, VocabularyPair(model.vocabulary, model.vocabulary)
+    spelling = vocabulary.spell(ids, at_start=False)
+    whole = np.array([*ids, vocabulary.stop_ids[0]], np.int32)
+    layout = AlignedBatch([AlignedText(whole, spelling, spelling, True)], pair, CPU).layout_S
+    rows = states_along(model, prompt, spelling.ids)
+    with torch.no_grad():
+        table, _, _ = byte_tables(rows, layout, BACKENDS["cpu"])
+    exact = marginals(
+        model_prob(model, prompt), vocabulary, pair.student_trie, list(ids), spelling.data, **limits
+    )
+    errors = byte_errors(table.double(), exact)
+    means = {name: float(errors[name].mean()) for name in ("tv", "tv_last_state", "rest", "other_pasts")}
+    text = spelling.data.decode("utf-8", "replace")
+    return errors, {"text": text, "sequences": exact.sequences, **means}
+
+
+def real_prefix(student: LanguageModel, teacher: LanguageModel, limits: dict[str, Any]) -> dict[str, Any]:
+    """The errors of a teacher's prefix targets along the given texts in the student's own tokens."""
+    pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
+    targets = []
+    for prompt, completion in TEXTS:
+        spelling = pair.student.encode(completion, at_start=False)
+        whole = np.append(spelling.ids, pair.student.stop_ids[0]).astype(np.int32)
+        text = AlignedText(whole, spelling, pair.read(spelling, at_start=False), True)
+        prompts = [m.tokenizer(prompt)["input_ids"] for m in (student, teacher)]
+        rows, rows_T = (
+            states_along(student, prompts[0], text.student.ids),
+            states_along(teacher, prompts[1], text.teacher.ids),
+        )
+        view = View(AlignedBatch([text], pair, CPU), rows, rows_T, BACKENDS["cpu"], BACKENDS["cpu"])
+        targets.append(prefix_errors(view, model_prob(teacher, prompts[1]), **limits))
+    states: dict[str, Any] = {}
+    for name, wanted in (("synced", 1.0), ("interior", 0.0)):
+        chosen = [{k: v[t["synced"] == wanted] for k, v in t.items() if k != "synced"} for t in targets]
+        if any(c["tv"].size for c in chosen):
+            states[name] = summary(chosen, EXACT_REAL)
+    return states
 
 
 def report(data: dict[str, Any]) -> str:
@@ -519,7 +563,10 @@ def report(data: dict[str, Any]) -> str:
 
     for where in ("toys", "real"):
         rows = data.get(where, {}).get("bytes", [])
-        lines += [line(f"{r.get('model') or r['vocabulary']} {r.get('segmentations', '')}", r) for r in rows]
+        lines += [
+            line(f"{r.get('model') or r['vocabulary']} {r.get('texts') or r['segmentations']}", r)
+            for r in rows
+        ]
     lines.append("prefix targets")
     for where in ("toys", "real"):
         for row in data.get(where, {}).get("prefix", []):
@@ -562,9 +609,10 @@ def main(arguments: Sequence[str]) -> int:
         data = {
             "least": options.least,
             "window_bytes": options.window,
+            "exact_below": {"toys": EXACT_TOY, "real": EXACT_REAL},
             "texts": [list(t) for t in TEXTS],
             "toys": toys,
-            "real": real(MODELS, options.least, options.window, say),
+            "real": real(MODELS, {"least": options.least, "window": options.window}, say),
         }
     except AssetError as error:
         print(f"error: {error}", file=sys.stderr)
