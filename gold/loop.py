@@ -386,7 +386,7 @@ class Loop:
         return dict(zip(names, self.accelerator.reduce(tensor, "sum").tolist(), strict=True))
 
 
-MEANS = ("wanted", "missed", "rest", "shared_mass", "span_reverse_kl")
+MEANS = ("wanted", "missed", "rest", "shared_mass", "residual", "observed", "white_space", "span_reverse_kl")
 """Parts of objectives that the metrics show as means over the objective's unit."""
 
 
