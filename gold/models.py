@@ -15,7 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.utils import logging as hf_logging
 
 from gold.align.roles import Roles
@@ -266,9 +272,13 @@ def _no_bars() -> Iterator[None]:
     """Without the progress bars of transformers, which are of no use for what takes a moment."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
+    # The reader of GGUF files has a bar of its own, which that setting does not reach.
+    reader: Any = modeling_gguf_pytorch_utils
+    bar, reader.tqdm = reader.tqdm, lambda given, **_: given
     try:
         yield
     finally:
+        reader.tqdm = bar
         if shown:
             hf_logging.enable_progress_bar()
 

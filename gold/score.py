@@ -34,8 +34,8 @@ class PairScorer:
 
     @property
     def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
-        """Both vocabularies, special tokens being events."""
-        return self.student.vocabulary.without_markers(), self.teacher.vocabulary.without_markers()
+        """Both vocabularies."""
+        return self.student.vocabulary, self.teacher.vocabulary
 
     @property
     def tokenizers(self) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TextIO
 
 import numpy as np
 
+from gold.align.markers import read_as, shared_markers
 from gold.align.view import Side, View, describe, summary
 from gold.align.vocabulary import Spelling, Vocabulary
 from gold.errors import DataError, GoldError
@@ -125,7 +126,7 @@ class _Pair:
         self.vocabularies = (
             self.scorer.vocabularies
             if self.scorer
-            else (Vocabulary.load(names[0]), Vocabulary.load(names[1]))
+            else (Vocabulary.load(names[0]).with_markers(), Vocabulary.load(names[1]).with_markers())
         )
 
     def view(self, given: _Given) -> View:
@@ -148,7 +149,7 @@ class _Pair:
             if ids and ids[-1] in student.stop_ids:
                 beside[0]["stop_ids"], beside[1]["stop_ids"] = (ids.pop(),), teacher.stop_ids
             spelling = student.spell(ids)
-            spellings = spelling, spelling if self._same else teacher.encode(spelling.data)
+            spellings = spelling, spelling if self._same else read_as(teacher, spelling, self._markers)
         if given.prompt is not None:
             for side, name, vocabulary, tokenizer in zip(
                 beside, self.names, self.vocabularies, self._tokenizers, strict=True
@@ -168,6 +169,10 @@ class _Pair:
         """Whether the teacher reads the student's own ids, as in training."""
         student, teacher = self.vocabularies
         return student.fingerprint == teacher.fingerprint and set(student.stop_ids) == set(teacher.stop_ids)
+
+    @cached_property
+    def _markers(self) -> dict[int, int]:
+        return shared_markers(*self.vocabularies)
 
     @cached_property
     def _token_bytes(self) -> tuple[set[bytes], set[bytes]]:

@@ -234,6 +234,28 @@ def test_events_beside_the_ids_are_no_tokens_of_the_text(names: dict[str, str]) 
     assert "⟨<eos>⟩" in output(None, names, ids=str([*own, EOS_ID, *own]))
 
 
+def test_a_marker_among_the_ids_is_the_text_that_it_looks_like(names: dict[str, str], tmp_path: Path) -> None:
+    marked = {}
+    for side, tokenizer in (("student", byte_level_bpe()), ("teacher", sentencepiece_bpe())):
+        tokenizer.add_special_tokens(["<tool>"])
+        tokenizer.save(str(tmp_path / f"{side}.json"))
+        marked[side] = str(tmp_path / f"{side}.json")
+    student, teacher = (Vocabulary.load(marked[side]) for side in ("student", "teacher"))
+    mine, theirs = student.markers["<tool>"], teacher.markers["<tool>"]
+    own = student.encode("the dog").ids.tolist()
+    ids = str([*own, mine, *own])
+    found = answer(None, marked, ids=ids)
+    assert found["bytes"] == len("the dog<tool>the dog")
+    assert theirs in found["teacher"]["ids"]
+    assert [len(own), len(own) + 1] in [chunk[:2] for chunk in found["chunks"]]
+    # A teacher without the marker spells it; typed, it is no marker on either side.
+    other = answer(None, {**marked, "teacher": names["teacher"]}, ids=ids)
+    assert (other["bytes"], other["repaired_bytes"]) == (found["bytes"], 0)
+    typed = answer("the dog<tool>the dog", marked)
+    assert mine not in typed["student"]["ids"]
+    assert theirs not in typed["teacher"]["ids"]
+
+
 def test_a_teacher_of_the_same_vocabulary_reads_the_student_s_ids(names: dict[str, str]) -> None:
     student = Vocabulary.load(names["student"])
     ids = [index for byte in (b"t", b"h", b"e") for index in _spelling(student, byte)]
