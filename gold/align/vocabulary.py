@@ -137,7 +137,7 @@ class Vocabulary:
         np.cumsum([len(spelling or b"") for spelling in spellings], out=self.offsets[1:])
         self.blob = np.frombuffer(b"".join(spelling or b"" for spelling in spellings), np.uint8)
         self.event_V = np.diff(self.offsets) == 0
-        self._lengths_V = np.diff(self.offsets)
+        self._lengths_V = np.diff(self.offsets).astype(np.int32)
         # Text never gives these, whether they have bytes or not.
         self._control_V = np.zeros(self.size, np.bool_)
         self._control_V[list(self._events)] = True

@@ -21,7 +21,7 @@ def walk(function: Callable[..., Any], tokens: int) -> Callable[..., Any]:
     return _compiled(function) if tokens > _SMALL_TOKENS or "numba" in sys.modules else function
 
 
-def fill_ends(ids: Int32, lengths_V: Int64, ends: Int64) -> None:
+def fill_ends(ids: Int32, lengths_V: Int32, ends: Int64) -> None:
     """Writes the byte at which each token ends; an id beyond `lengths_V` has no bytes."""
     size, total = len(lengths_V), 0
     for i in range(len(ids)):
