@@ -409,13 +409,13 @@ def prefix_errors(
     batch, pair = view.batch, view.batch.vocabularies
     positions = prefix_positions(batch, interior=True, where="everywhere")
     pieces = batch.piece_batch(positions)
-    span, rows = slice(0, len(pieces)), view.teacher_rows
+    span = slice(0, len(pieces))
     needed = needed_rows(pieces.teacher, span)
+    rows, backend = view.teacher_rows.select(needed), view.teacher_backend
     with torch.no_grad():
-        hidden = rows.hidden_ND[needed]
         nothing_apart = torch.full_like(pieces.short, -1)
-        joint = piece_events(rows, hidden, needed, pieces.teacher, nothing_apart, span).joint
-        whole, moved = piece_target(rows, hidden, needed, pieces, span)
+        joint = piece_events(rows, needed, pieces.teacher, nothing_apart, span, backend).joint
+        whole, moved = piece_target(rows, needed, pieces, span, backend)
     shares = torch.softmax(joint.double(), -1).numpy()
     target, size = shares[:, :-1] / shares[:, :-1].sum(-1, keepdims=True), pair.pieces.ids.size
     text = batch.texts[0]

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from gold.kernels.linear import Rows, SharedEvents, remade
+from gold.kernels.linear import Rows, SharedEvents, remade, split
 from gold.kernels.reference import widened
-from gold.kernels.sorted import sorted_l1
 
 FLOOR = 1e-10
 """Mean probabilities of the student count as at least this much where their logarithm is taken: of a chunk's mean no
 logits are left, and a sum of probabilities can be 0."""
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+def sorted_distance(student: Rows, teacher: Rows, backend: ModuleType) -> Tensor:
+    """``reference.sorted_l1`` of the probabilities of row n of both sides: [N]."""
+    values: list[Tensor] = []
+    block = min(student.block_rows, teacher.block_rows)
+    for first in range(0, len(student), block):
+
+        def reduce(hidden_S: Tensor, hidden_T: Tensor) -> tuple[Tensor, ...]:
+            p = torch.softmax(widened(student.head(hidden_S)), dim=-1)
+            with torch.no_grad():
+                q = torch.softmax(widened(teacher.head(hidden_T)), dim=-1).to(p)
+            return (backend.sorted_l1(p, q),)
+
+        span = slice(first, first + block)
+        values += remade(reduce, student.hidden_ND[span], teacher.hidden_ND[span])
+    return torch.cat(values) if values else student.hidden_ND.new_zeros(0, dtype=torch.float32)
 
 
 def scaled_comparison(
@@ -26,20 +43,21 @@ def scaled_comparison(
     before_T: Tensor,
     events: SharedEvents,
     divergence: Divergence,
+    backend: ModuleType,
 ) -> tuple[Tensor, Tensor]:
-    """Row n of both sides, times ``exp(before[n])``: the divergence on the shared events, and ``sorted_l1`` on all
-    other columns: two [N]."""
+    """Row n of both sides, times ``exp(before[n])``: the divergence on the shared events, and the sorted L1 distance of
+    all other columns: two [N]."""
     kept_S, kept_T = events.kept(student.width, teacher.width)
     values: list[tuple[Tensor, ...]] = []
     block = min(student.block_rows, teacher.block_rows)
     for first in range(0, len(student), block):
 
         def reduce(hidden_S: Tensor, hidden_T: Tensor, log_S: Tensor, log_T: Tensor) -> tuple[Tensor, ...]:
-            logp, other_p = (x + log_S[:, None] for x in kept_S.split(student.head(hidden_S)))
+            logp, other_p = (x + log_S[:, None] for x in split(student.head(hidden_S), kept_S))
             with torch.no_grad():
-                parts = kept_T.split(teacher.head(hidden_T))
+                parts = split(teacher.head(hidden_T), kept_T)
                 logq, other_q = ((x + log_T.to(x)[:, None]).to(logp) for x in parts)
-            return divergence(logp, logq), sorted_l1(other_p.exp(), other_q.exp())
+            return divergence(logp, logq), backend.sorted_l1(other_p.exp(), other_q.exp())
 
         span = slice(first, first + block)
         values.append(
@@ -97,9 +115,15 @@ def projected_divergence(
 
 
 def mean_comparison(
-    student: Rows, teacher: Rows, chunks: Chunks, events: SharedEvents, divergence: Divergence
+    student: Rows,
+    teacher: Rows,
+    chunks: Chunks,
+    events: SharedEvents,
+    divergence: Divergence,
+    backend: ModuleType,
 ) -> tuple[Tensor, Tensor]:
-    """Mean rows of each chunk: the divergence on the shared events, and ``sorted_l1`` on all other columns: two [C]."""
+    """Mean rows of each chunk: the divergence on the shared events, and the sorted L1 distance of all other columns:
+    two [C]."""
     kept_S, kept_T = events.kept(student.width, teacher.width)
 
     def compare(p_CV: Tensor, q_CW: Tensor) -> tuple[Tensor, ...]:
@@ -108,7 +132,7 @@ def mean_comparison(
             for x, kept in ((p_CV, kept_S), (q_CW, kept_T))
         )
         q, other_q = q.to(p), other_q.to(p)
-        return divergence(p.clamp(min=FLOOR).log(), q.log()), sorted_l1(other_p, other_q)
+        return divergence(p.clamp(min=FLOOR).log(), q.log()), backend.sorted_l1(other_p, other_q)
 
     matched, unmatched = _over_chunks(student, teacher, chunks, compare)
     return matched, unmatched

@@ -19,12 +19,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gold.kernels.layout import ByteLayout
-from gold.kernels.reference import widened
+from gold.kernels.reference import (  # noqa: F401
+    column_logsumexp,
+    row_divergence,
+    row_statistics,
+    segment_logsumexp,
+    sorted_l1,
+    widened,
+)
 
 Array = NDArray[Any]
 
 
-def byte_masses(logits_NV: Tensor, layout: ByteLayout, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
+def byte_masses(
+    logits_NV: Tensor, layout: ByteLayout, first_row: int, *, overwrite: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """See ``reference.byte_masses``; arithmetic in float64, result in the widened dtype of the logits."""
     log_mass, log_target_N, log_stop_N = _ByteMasses.apply(widened(logits_NV).contiguous(), layout, first_row)
     return log_mass, log_target_N, log_stop_N

@@ -1,8 +1,9 @@
-"""A byte plan and its trie on one device, as the kernels read them."""
+"""Index arrays on one device, as the kernels read them: a byte plan and its trie, events of columns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,48 @@ EVENTS = 258
 """Columns of a byte table: the 256 bytes, the stop event, and the rest."""
 STOP_EVENT = 256
 REST_EVENT = 257
+
+
+@dataclass(frozen=True)
+class KeptEvents:
+    """Which columns of one side's rows are events of their own, in the order of ``ids``, and which are ``stops``; all
+    others of the ``width`` are ``left``."""
+
+    ids: Tensor
+    stops: Tensor
+    width: int
+
+    @cached_property
+    def place(self) -> Tensor:
+        """For each column the number of its event: those of ``ids``, then the stop event, then all that is left."""
+        place = torch.full((self.width,), self.ids.numel() + 1, dtype=torch.int64, device=self.ids.device)
+        place[self.stops] = self.ids.numel()
+        place[self.ids] = torch.arange(self.ids.numel(), device=self.ids.device)
+        return place
+
+    @cached_property
+    def left(self) -> Tensor:
+        """The other columns, ascending."""
+        return torch.nonzero(self.place > self.ids.numel())[:, 0]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which of ``events`` events each column of a row belongs to."""
+
+    event_V: Tensor
+    events: int
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The columns event by event, ascending within each."""
+        return torch.argsort(self.event_V, stable=True)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Where in ``order`` each event begins, and the number of columns last."""
+        counts = torch.bincount(self.event_V, minlength=self.events)
+        return torch.cat((counts.new_zeros(1), torch.cumsum(counts, 0)))
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gold.kernels.layout import ByteLayout
-from gold.kernels.reference import row_logsumexp, widened
-from gold.kernels.tables import byte_table, leaked
+from gold.kernels import backend_for
+from gold.kernels.layout import ByteLayout, KeptEvents
+from gold.kernels.reference import LEAK, MixedKL, coarsened, leaked, row_logsumexp, widened
+from gold.kernels.tables import byte_table
 
 BLOCK_BYTES = 64 * 2**20
 """Logits of one block take at most this many bytes in float32, and a block holds at least one row."""
@@ -118,18 +119,19 @@ def byte_tables(rows: Rows, layout: ByteLayout, backend: ModuleType) -> tuple[Te
     return byte_table(mass, target, layout), target, torch.cat(stops) if stops else empty
 
 
-def token_logp(rows: Rows, target_N: Tensor, stops: Tensor) -> tuple[Tensor, Tensor]:
+def token_logp(
+    rows: Rows, target_N: Tensor, stops: Tensor, backend: ModuleType | None = None
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each row's target token (0 where it is −1), and of the stop event, in nats: two [N]."""
+    backend = backend or backend_for(rows.hidden_ND.device)
     targets, stopped = [], []
     for first in range(0, len(rows), rows.block_rows):
 
         def reduce(hidden: Tensor, first: int = first) -> tuple[Tensor, ...]:
-            logits = widened(rows.head(hidden))
-            norm = torch.logsumexp(logits, dim=-1)
+            logits = rows.head(hidden)
             aim = target_N[first : first + logits.shape[0]]
-            picked = logits.gather(1, aim.clamp(min=0)[:, None])[:, 0] - norm
-            stop = row_logsumexp(logits[:, stops]) - norm
-            return torch.where(aim >= 0, picked, torch.zeros_like(picked)), stop
+            _, target, stop = backend.row_statistics(logits, aim, stops)
+            return target, stop
 
         target, stop = remade(reduce, rows.hidden_ND[first : first + rows.block_rows])
         targets.append(target)
@@ -166,6 +168,7 @@ def shared_divergence(
     teacher: Rows,
     events: SharedEvents,
     divergence: Callable[[Tensor, Tensor], Tensor],
+    backend: ModuleType,
     renormalise: bool,
     top_k: int | None = None,
     top_k_of_teacher: bool = True,
@@ -173,6 +176,7 @@ def shared_divergence(
     """Divergence per pair of states (row n of both sides) on shared events, and the student's mass on them: two [N].
 
     ``renormalise``: condition both sides on the shared events; else all unshared mass is one more event, the bucket.
+    A ``MixedKL`` is a kernel's; any other divergence is computed by torch.
     ``top_k``: only the likeliest shared events of one side in each row are events of their own, the others are
     unshared; so are those that a teacher's row does not know.
 
@@ -184,13 +188,28 @@ def shared_divergence(
             f"top_k is {top_k}, and the vocabularies share {kept.ids.numel()} tokens and the stop event"
         )
     values, masses = [], []
+    leak = 0.0 if events.everything else LEAK
+    whole = top_k is None and not teacher.partial and kept.ids.device == kept_teacher.ids.device
     block = min(student.block_rows, teacher.block_rows)
     for first in range(0, len(student), block):
 
         def reduce(hidden_S: Tensor, hidden_T: Tensor) -> tuple[Tensor, ...]:
-            logp = kept.coarsen(student.head(hidden_S))
             with torch.no_grad():
-                logq = kept_teacher.coarsen(teacher.head(hidden_T)).to(logp)
+                logits_T = teacher.head(hidden_T)
+            if whole and isinstance(divergence, MixedKL):
+                result: tuple[Tensor, ...] = backend.row_divergence(
+                    student.head(hidden_S),
+                    logits_T,
+                    kept,
+                    kept_teacher,
+                    divergence,
+                    rest="renormalise" if renormalise else "bucket",
+                    leak=leak,
+                )
+                return result
+            logp = coarsened(student.head(hidden_S), kept)
+            with torch.no_grad():
+                logq = coarsened(logits_T, kept_teacher).to(logp)
                 apart = torch.isfinite(logq[:, :-1]) if teacher.partial else None
                 if top_k is not None:
                     ranked = (logq if top_k_of_teacher else logp)[:, :-1].topk(top_k, dim=-1).indices
@@ -201,9 +220,9 @@ def shared_divergence(
             mass = row_logsumexp(logp[:, :-1].detach()).exp()
             if renormalise:
                 logp, logq = (x[:, :-1] - row_logsumexp(x[:, :-1])[:, None] for x in (logp, logq))
-            elif apart is not None or not events.everything:
+            elif apart is not None or leak:
                 # What one side has left, the other may give no probability at all.
-                logp, logq = leaked(logp), leaked(logq)
+                logp, logq = leaked(logp, LEAK), leaked(logq, LEAK)
             return divergence(logp, logq), mass
 
         value, mass = remade(
@@ -224,26 +243,9 @@ def bucketed(logp: Tensor, apart: Tensor) -> Tensor:
     return torch.cat((events.masked_fill(~apart, -torch.inf), bucket[:, None]), dim=-1)
 
 
-class KeptEvents:
-    """Which columns of one side's logits are events of their own, which make up the stop event, which the bucket."""
-
-    def __init__(self, ids: Tensor, stops: Tensor, width: int) -> None:
-        self.ids, self.stops = ids, stops
-        left = torch.ones(width, dtype=torch.bool, device=ids.device)
-        left[ids] = False
-        left[stops] = False
-        self.left = torch.nonzero(left)[:, 0]
-
-    def coarsen(self, logits: Tensor) -> Tensor:
-        """Log-probabilities of the kept events, the stop event, and the bucket, last."""
-        logits = widened(logits)
-        joined = [row_logsumexp(logits[:, columns])[:, None] for columns in (self.stops, self.left)]
-        parts = [logits[:, self.ids], *joined]
-        return torch.cat(parts, dim=-1) - torch.logsumexp(logits, dim=-1, keepdim=True)
-
-    def split(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the kept events, the stop event last, and of every column that is left."""
-        logits = widened(logits)
-        norm = torch.logsumexp(logits, dim=-1, keepdim=True)
-        events = torch.cat((logits[:, self.ids], row_logsumexp(logits[:, self.stops])[:, None]), dim=-1)
-        return events - norm, logits[:, self.left] - norm
+def split(logits: Tensor, kept: KeptEvents) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the kept events, the stop event last, and of every column that is left."""
+    logits = widened(logits)
+    norm = torch.logsumexp(logits, dim=-1, keepdim=True)
+    events = torch.cat((logits[:, kept.ids], row_logsumexp(logits[:, kept.stops])[:, None]), dim=-1)
+    return events - norm, logits[:, kept.left] - norm

@@ -6,17 +6,17 @@ Rows of logits exist for one block of positions at a time, on both sides, and ar
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gold.kernels.layout import ByteLayout
+from gold.kernels.layout import ByteLayout, Columns
 from gold.kernels.linear import Rows, bucketed, remade
-from gold.kernels.reference import row_logsumexp, segment_logsumexp, widened
-from gold.kernels.tables import leaked
+from gold.kernels.reference import LEAK, leaked, row_logsumexp, segment_logsumexp
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,13 +87,13 @@ class PieceSide:
         piece = self.piece_at[self.offsets[ids] + depth]
         return torch.where(piece >= 0, piece, self.pieces + RESIDUAL)
 
-    def columns(self, width: int) -> Tensor:
+    def columns(self, width: int) -> Columns:
         """The event of every column of a row that begins at its position."""
         event = torch.full((width,), self.pieces + REST, device=self.layout.device)
         text = torch.from_numpy(self.layout.trie["order"].astype(np.int64)).to(self.layout.device)
         event[text] = self.piece_of(text, 0)
         event[self.layout.stops] = self.pieces + STOP
-        return event
+        return Columns(event, self.events)
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ def piece_divergence(
     teacher: Rows,
     batch: PieceBatch,
     divergence: Callable[[Tensor, Tensor], Tensor],
+    backends: tuple[ModuleType, ModuleType],
     mask_white: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Divergence per position on the events that both sides can reach there, and its parts: [positions] each.
@@ -141,17 +142,21 @@ def piece_divergence(
             needed_S: Tensor = needed_S,
             needed_T: Tensor = needed_T,
         ) -> tuple[Tensor, ...]:
-            mine = piece_events(student, hidden_S, needed_S, batch.student, batch.short, span)
+            mine = piece_events(
+                replace(student, hidden_ND=hidden_S), needed_S, batch.student, batch.short, span, backends[0]
+            )
             logp, _ = _normalised(mine.joint)
             with torch.no_grad():
-                logq, moved = piece_target(teacher, hidden_T, needed_T, batch, span)
+                logq, moved = piece_target(
+                    replace(teacher, hidden_ND=hidden_T), needed_T, batch, span, backends[1]
+                )
                 logq, moved = logq.to(logp), moved.to(logp)
                 named = logq[:, batch.student.pieces :].exp()
                 only_white = logq[:, white].exp().sum(-1) + named[:, OBSERVED] * batch.observed_white[span]
                 only_white = only_white > WHITE_SHARE
                 apart = ((logq > NEVER / 2) & torch.isfinite(logp))[:, :-1]
                 apart[:, batch.student.pieces + RESIDUAL] = False
-            logp, logq = leaked(bucketed(logp, apart)), leaked(bucketed(logq, apart))
+            logp, logq = leaked(bucketed(logp, apart), LEAK), leaked(bucketed(logq, apart), LEAK)
             value = divergence(logp, logq)
             if mask_white:
                 value = value.masked_fill(only_white, 0.0)
@@ -166,11 +171,11 @@ def piece_divergence(
 
 
 def piece_target(
-    teacher: Rows, hidden: Tensor, needed: Tensor, batch: PieceBatch, span: slice
+    teacher: Rows, needed: Tensor, batch: PieceBatch, span: slice, backend: ModuleType
 ) -> tuple[Tensor, Tensor]:
     """The teacher's log-probabilities of the events of some positions, the sampled token's own included, and the share
-    that was moved to it; for ``hidden``, ``needed`` see ``piece_events``."""
-    joint, path = piece_events(teacher, hidden, needed, batch.teacher, batch.short, span)
+    that was moved to it; for ``teacher``, ``needed`` see ``piece_events``."""
+    joint, path = piece_events(teacher, needed, batch.teacher, batch.short, span, backend)
     logq, norm = _normalised(joint)
     path = path - norm
     observed, source = (x[span].to(joint.device) for x in (batch.observed, batch.source))
@@ -184,9 +189,14 @@ def piece_target(
 
 
 def piece_events(
-    rows: Rows, hidden: Tensor, needed: Tensor, side: PieceSide, short: Tensor, span: slice
+    rows: Rows,
+    needed: Tensor,
+    side: PieceSide,
+    short: Tensor,
+    span: slice,
+    backend: ModuleType,
 ) -> PieceEvents:
-    """The events of the positions ``span`` of a batch; ``hidden`` are the states of its rows ``needed``.
+    """The events of the positions ``span`` of a batch; ``rows`` are its rows ``needed``.
 
     With ``b_k`` the byte position of row k, ``W_k`` the probability of the tokens before it relative to the last row
     that begins at e or before, r the bytes from ``b_k`` to e, and ψ(s) the longest piece that s begins with::
@@ -197,7 +207,7 @@ def piece_events(
 
     Of position p the tokens that go on with the sampled one and have the event ``short[p]`` are OBSERVED instead.
     """
-    device, runs = hidden.device, side.runs
+    device, runs = rows.hidden_ND.device, side.runs
     entry = _entries(side, needed, short[span].to(device), span, rows.width)
     whole = _local(needed, runs["whole"][span], device)
     last = _local(needed, runs["last"][span], device)
@@ -205,16 +215,14 @@ def piece_events(
     target = side.layout.target[needed]
     size, positions = rows.block_rows, whole.shape[0]
     values, order, full, full_at, steps = [], [], [], [], []
-    for first in range(0, hidden.shape[0], size):
-        logits = widened(rows.head(hidden[first : first + size]))
+    for first in range(0, len(rows), size):
+        logits = rows.head(rows.hidden_ND[first : first + size])
         end = first + logits.shape[0]
-        norm = torch.logsumexp(logits, dim=-1)
-        aim = target[first:end]
-        step = logits.gather(1, aim.clamp(min=0)[:, None])[:, 0]
+        norm, step, _ = backend.row_statistics(logits, target[first:end], side.layout.stops)
         if rows.partial:
             # Of a token that is not known it is known that the others hold it.
-            step = torch.where(torch.isneginf(step), logits[:, -1], step)
-        steps.append(torch.where(aim >= 0, step - norm, 0.0))
+            step = torch.where(torch.isneginf(step), logits[:, -1] - norm, step)
+        steps.append(step)
         mine = torch.nonzero((entry.row >= first) & (entry.row < end))[:, 0]
         row = entry.row[mine] - first
         values.append(logits[row, entry.id[mine]] - norm[row])
@@ -224,7 +232,7 @@ def piece_events(
         moved = entry.moved[mine]
         if moved.any():
             logits = logits.index_put((row[moved], entry.id[mine][moved]), logits.new_tensor(-torch.inf))
-        full.append(_by_column(logits[chosen], columns, side.events) - norm[chosen, None])
+        full.append(backend.column_logsumexp(logits[chosen], columns) - norm[chosen, None])
         full_at.append(at)
 
     # Weights in float64: their absolute values fall without bound.
@@ -311,14 +319,3 @@ def _local(needed: Tensor, row: NDArray[Any], device: torch.device) -> Tensor:
     """Where rows are among those needed; −1 stays −1."""
     given = torch.from_numpy(row).to(device)
     return torch.where(given >= 0, torch.searchsorted(needed, given), -1)
-
-
-def _by_column(logits: Tensor, columns: Tensor, events: int) -> Tensor:
-    """``out[n, u] = log Σ_{v: columns[v] = u} exp(logits[n, v])``; −inf where there is none."""
-    index = columns.expand_as(logits)
-    top = logits.new_full((logits.shape[0], events), -torch.inf)
-    top = top.scatter_reduce(1, index, logits.detach(), "amax")
-    top = torch.where(torch.isfinite(top), top, 0.0)
-    total = torch.zeros_like(top).scatter_add(1, index, torch.exp(logits - top.gather(1, index)))
-    something = total > 0
-    return torch.where(something, torch.log(torch.where(something, total, 1.0)) + top, -torch.inf)

@@ -1,15 +1,56 @@
 """The definition of every kernel in plain torch: any device, any float dtype, short enough to check by eye.
 
-The other back ends hold the same function names and are tested against these.
+The other back ends hold the same function names and are tested against these. Where a function takes ``overwrite``, it
+may leave the gradient in the memory of its first argument: nobody else may read that afterwards, and there is one
+backward pass.
 """
+
+import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from gold.kernels.layout import ByteLayout
+from gold.kernels.layout import ByteLayout, Columns, KeptEvents
+
+Rest = Literal["bucket", "renormalise"]
+"""What becomes of probability that is on none of the events compared: one more event, or conditioned away."""
+LEAK = 1e-5
+"""Share of every event that is reported as the rest, on both sides alike."""
 
 
-def byte_masses(logits_NV: Tensor, layout: ByteLayout, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class MixedKL:
+    """A sum of two KL divergences to mixtures, ``student · KL(p ‖ m) + teacher · KL(q ‖ n)``, p the student's.
+
+    ``student_mix``, ``teacher_mix`` are the teacher's shares of the mixtures: ``m = student_mix · q + (1 − student_mix)
+    · p`` and n likewise. ``above_nats``: the second term counts only in rows in which the teacher's entropy is above.
+    """
+
+    student: float = 0.0
+    student_mix: float = 1.0
+    teacher: float = 0.0
+    teacher_mix: float = 0.0
+    above_nats: float = -math.inf
+
+    def __call__(self, logp: Tensor, logq: Tensor) -> Tensor:
+        """The divergence per row, [N, events] → [N], in nats; an event counts 0 where its probability is 0."""
+        total = logp.new_zeros(logp.shape[:-1])
+        if self.student:
+            total = total + self.student * expected(logp, logp - mixture(logp, logq, self.student_mix))
+        if self.teacher:
+            term = self.teacher * expected(logq, logq - mixture(logp, logq, self.teacher_mix))
+            if self.above_nats > -math.inf:
+                term = torch.where(expected(logq, -logq) > self.above_nats, term, 0.0)
+            total = total + term
+        return total
+
+
+def byte_masses(
+    logits_NV: Tensor, layout: ByteLayout, first_row: int, *, overwrite: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability mass of every set of tokens that the layout names, for the rows ``first_row …`` of the batch.
 
     For mass m of row n, with ids(m) the tokens in its set::
@@ -52,6 +93,75 @@ def chunk_sums(logp_N: Tensor, chunk_N: Tensor, chunks: int) -> Tensor:
     return out_C.index_add(0, chunk_N.clamp(min=0).long(), logp_N.masked_fill(~counted, 0.0))
 
 
+def row_statistics(
+    logits_NV: Tensor, target_N: Tensor, stops: Tensor, *, overwrite: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What single tokens need of a row, in nats: ``log Σ_v exp(logits[n, v])``, the log-probability of the row's target
+    (0 where it is −1), and that of the stop event (−inf where there are no stop ids).
+
+    All [N], in the dtype of the logits widened to at least float32.
+    """
+    logits_NV = widened(logits_NV)
+    norm = row_logsumexp(logits_NV)
+    picked = logits_NV.gather(1, target_N.clamp(min=0)[:, None])[:, 0] - norm
+    stop = row_logsumexp(logits_NV[:, stops]) - norm
+    return norm, torch.where(target_N >= 0, picked, torch.zeros_like(picked)), stop
+
+
+def row_divergence(
+    logits_NV: Tensor,
+    logits_NW: Tensor,
+    kept_V: KeptEvents,
+    kept_W: KeptEvents,
+    divergence: MixedKL,
+    *,
+    rest: Rest = "bucket",
+    leak: float = LEAK,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Divergence between row n of both sides on the events that both have, and the student's mass on them: two [N].
+
+    The events are the kept tokens, the stop event, and with ``rest`` "bucket" all other columns together, after a share
+    ``leak`` of every event has moved there (see ``leaked``); with "renormalise" both sides are conditioned on the first
+    two. Gradient with respect to ``logits_NV`` alone, through the divergence alone.
+    """
+    logp = coarsened(logits_NV, kept_V)
+    with torch.no_grad():
+        logq = coarsened(logits_NW, kept_W).to(logp)
+        mass = row_logsumexp(logp[:, :-1]).exp()
+    if rest == "renormalise":
+        logp, logq = (x[:, :-1] - row_logsumexp(x[:, :-1])[:, None] for x in (logp, logq))
+    elif leak:
+        logp, logq = leaked(logp, leak), leaked(logq, leak)
+    return divergence(logp, logq), mass
+
+
+def sorted_l1(p_NV: Tensor, q_NW: Tensor, *, overwrite: bool = False) -> Tensor:
+    """``Σ_r |p_(r) − q_(r)|`` per row, each side from its largest entry down, the shorter one continued with zeros.
+
+    Entries are at least 0. The gradient, with respect to ``p_NV`` alone, is the sign of an entry's difference, 0 where
+    there is none. Any order of equal entries is right: they may share out their signs.
+
+    Source: Boizard et al. 2402.12030, the closed form of the Wasserstein distance that is ULD.
+    """
+    p, q = (torch.sort(x, dim=-1, descending=True).values for x in (p_NV, q_NW.detach()))
+    short = q.shape[-1] - p.shape[-1]
+    p, q = functional.pad(p, (0, max(0, short))), functional.pad(q, (0, max(0, -short)))
+    return (p - q).abs().sum(-1)
+
+
+def column_logsumexp(logits_NV: Tensor, columns: Columns, *, overwrite: bool = False) -> Tensor:
+    """``out[n, e] = log Σ_{v: columns.event_V[v] = e} exp(logits[n, v])``, [N, events]; −inf where there is none."""
+    logits_NV = widened(logits_NV)
+    index = columns.event_V.expand_as(logits_NV)
+    top = logits_NV.new_full((logits_NV.shape[0], columns.events), -torch.inf)
+    top = top.scatter_reduce(1, index, logits_NV.detach(), "amax")
+    top = torch.where(torch.isfinite(top), top, 0.0)
+    total = torch.zeros_like(top).scatter_add(1, index, torch.exp(logits_NV - top.gather(1, index)))
+    something = total > 0
+    return torch.where(something, torch.log(torch.where(something, total, 1.0)) + top, -torch.inf)
+
+
 def segment_logsumexp(value: Tensor, segment: Tensor, segments: int) -> Tensor:
     """``out[s] = log Σ_{i: segment[i] = s} exp(value[i])``; −inf where a segment is empty or holds only −inf.
 
@@ -75,6 +185,36 @@ def row_logsumexp(value: Tensor) -> Tensor:
     total = torch.exp(value - top).sum(-1)
     something = total > 0
     return torch.where(something, torch.log(torch.where(something, total, 1.0)) + top[..., 0], -torch.inf)
+
+
+def coarsened(logits_NV: Tensor, kept: KeptEvents) -> Tensor:
+    """Log-probabilities of the kept tokens, the stop event, and all other columns together, last."""
+    logits_NV = widened(logits_NV)
+    joined = [row_logsumexp(logits_NV[:, columns])[:, None] for columns in (kept.stops, kept.left)]
+    return torch.cat([logits_NV[:, kept.ids], *joined], dim=-1) - row_logsumexp(logits_NV)[:, None]
+
+
+def leaked(logp_NE: Tensor, leak: float) -> Tensor:
+    """The distributions with a share ``leak`` of every event moved to the last one; rows still sum to one."""
+    rest = torch.logaddexp(logp_NE[:, -1:] + math.log1p(-leak), logp_NE.new_tensor(leak).log())
+    return torch.cat((logp_NE[:, :-1] + math.log1p(-leak), rest), dim=-1)
+
+
+def mixture(logp: Tensor, logq: Tensor, share: float) -> Tensor:
+    """``log(share · q + (1 − share) · p)``, −inf where both are 0."""
+    if share in (0.0, 1.0):
+        return logq if share else logp
+    weight = logp.new_tensor(share)
+    nowhere = torch.isneginf(logp) & torch.isneginf(logq)
+    p, q = (x.masked_fill(nowhere, 0.0) for x in (logp, logq))
+    mixed = torch.logaddexp(p + torch.log1p(-weight), q + torch.log(weight))
+    return mixed.masked_fill(nowhere, -torch.inf)
+
+
+def expected(logw: Tensor, value: Tensor) -> Tensor:
+    """``Σ exp(logw) · value`` over the last axis; where the weight is 0 the value does not count, whatever it is."""
+    weight = torch.exp(logw)
+    return (weight * torch.where(weight > 0, value, torch.zeros_like(value))).sum(-1)
 
 
 def widened(logits: Tensor) -> Tensor:

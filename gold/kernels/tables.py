@@ -1,12 +1,10 @@
 """From the masses of single rows to next-byte distributions along the text: the step that joins the cover terms."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from gold.kernels.layout import EVENTS, REST_EVENT, ByteLayout
-from gold.kernels.reference import row_logsumexp, segment_logsumexp
+from gold.kernels.reference import LEAK, leaked, row_logsumexp, segment_logsumexp
 
 
 def byte_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> Tensor:
@@ -35,10 +33,6 @@ def byte_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> Te
     return joint - torch.where(torch.isfinite(norm), norm, 0.0)
 
 
-LEAK = 1e-5
-"""Share of every event that is reported as ``rest``, on both sides alike."""
-
-
 def common_events(table_E: Tensor, resolved_E: Tensor, other_E: Tensor) -> Tensor:
     """``table_E`` coarsened to the events that both sides resolve; all else joins the rest. Rows still sum to one.
 
@@ -51,10 +45,4 @@ def common_events(table_E: Tensor, resolved_E: Tensor, other_E: Tensor) -> Tenso
     common[:, REST_EVENT] = False
     rest = row_logsumexp(table_E.masked_fill(common, -torch.inf))
     kept = table_E.masked_fill(~common, -torch.inf)
-    return leaked(torch.cat((kept[:, :REST_EVENT], rest[:, None]), dim=-1))
-
-
-def leaked(logp_NE: Tensor) -> Tensor:
-    """The distributions with a share ``LEAK`` of every event moved to the last one; rows still sum to one."""
-    rest = torch.logaddexp(logp_NE[:, -1:] + math.log1p(-LEAK), logp_NE.new_tensor(LEAK).log())
-    return torch.cat((logp_NE[:, :-1] + math.log1p(-LEAK), rest), dim=-1)
+    return leaked(torch.cat((kept[:, :REST_EVENT], rest[:, None]), dim=-1), LEAK)

@@ -1,13 +1,20 @@
-"""Divergences between rows of log-probabilities, [N, events] → [N] in nats: p the student's, q the teacher's."""
+"""Divergences between rows of log-probabilities, [N, events] → [N] in nats: p the student's, q the teacher's.
+
+Those of the table are sums of two KL divergences to mixtures, a form that kernels know; any other function of two such
+rows is as good a divergence, and is computed in torch.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
+
+from gold.kernels.reference import MixedKL
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -15,12 +22,12 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 def reverse_kl(logp: Tensor, logq: Tensor) -> Tensor:
     """KL(p ‖ q) per row, p the student: ``Σ p (log p − log q)``. Events of probability 0 under p count 0."""
-    return _expected(logp, logp - logq)
+    return _FORMS[reverse_kl]()(logp, logq)
 
 
 def forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
     """KL(q ‖ p) per row, q the teacher: ``Σ q (log q − log p)``. Events of probability 0 under q count 0."""
-    return _expected(logq, logq - logp)
+    return _FORMS[forward_kl]()(logp, logq)
 
 
 def jsd(logp: Tensor, logq: Tensor, beta: Share = 0.5) -> Tensor:
@@ -30,12 +37,7 @@ def jsd(logp: Tensor, logq: Tensor, beta: Share = 0.5) -> Tensor:
 
     Source: Agarwal et al. 2306.13649, equation 1.
     """
-    if beta == 0.0:
-        return forward_kl(logp, logq)
-    if beta == 1.0:
-        return reverse_kl(logp, logq)
-    logm = _mixture(logp, logq, beta)
-    return beta * _expected(logq, logq - logm) + (1.0 - beta) * _expected(logp, logp - logm)
+    return _FORMS[jsd](beta)(logp, logq)
 
 
 def skew_kl(logp: Tensor, logq: Tensor, alpha: Share = 0.1) -> Tensor:
@@ -43,7 +45,7 @@ def skew_kl(logp: Tensor, logq: Tensor, alpha: Share = 0.1) -> Tensor:
 
     Source: Ko et al. 2402.03898, section 3.1.
     """
-    return _expected(logq, logq - _mixture(logp, logq, alpha))
+    return _FORMS[skew_kl](alpha)(logp, logq)
 
 
 def skew_reverse_kl(logp: Tensor, logq: Tensor, alpha: Share = 0.1) -> Tensor:
@@ -51,7 +53,7 @@ def skew_reverse_kl(logp: Tensor, logq: Tensor, alpha: Share = 0.1) -> Tensor:
 
     Source: Ko et al. 2402.03898, section 3.1.
     """
-    return _expected(logp, logp - _mixture(logp, logq, 1.0 - alpha))
+    return _FORMS[skew_reverse_kl](alpha)(logp, logq)
 
 
 def entropy_aware_kl(
@@ -63,8 +65,7 @@ def entropy_aware_kl(
 
     Source: Jin et al. 2603.07079; there the entropy is that of the teacher's tokens, here that of the events compared.
     """
-    unsure = _expected(logq, -logq) > threshold
-    return reverse_kl(logp, logq) + forward * torch.where(unsure, forward_kl(logp, logq), 0.0)
+    return _FORMS[entropy_aware_kl](threshold, forward)(logp, logq)
 
 
 DIVERGENCES: Mapping[str, Callable[..., Tensor]] = {
@@ -77,18 +78,28 @@ DIVERGENCES: Mapping[str, Callable[..., Tensor]] = {
 }
 
 
-def _mixture(logp: Tensor, logq: Tensor, share: float) -> Tensor:
-    """``log(share · q + (1 − share) · p)``, −inf where both are 0."""
-    if share in (0.0, 1.0):
-        return logq if share else logp
-    weight = logp.new_tensor(share)
-    nowhere = torch.isneginf(logp) & torch.isneginf(logq)
-    p, q = (x.masked_fill(nowhere, 0.0) for x in (logp, logq))
-    mixed = torch.logaddexp(p + torch.log1p(-weight), q + torch.log(weight))
-    return mixed.masked_fill(nowhere, -torch.inf)
+def _jsd(beta: float) -> MixedKL:
+    if beta in (0.0, 1.0):
+        return MixedKL(student=beta, teacher=1.0 - beta)
+    return MixedKL(student=1.0 - beta, student_mix=beta, teacher=beta, teacher_mix=beta)
 
 
-def _expected(logw: Tensor, value: Tensor) -> Tensor:
-    """``Σ exp(logw) · value`` over the last axis; where the weight is 0 the value does not count, whatever it is."""
-    weight = torch.exp(logw)
-    return (weight * torch.where(weight > 0, value, torch.zeros_like(value))).sum(-1)
+_FORMS: Mapping[Callable[..., Tensor], Callable[..., MixedKL]] = {
+    reverse_kl: lambda: MixedKL(student=1.0),
+    forward_kl: lambda: MixedKL(teacher=1.0),
+    jsd: _jsd,
+    skew_kl: lambda alpha: MixedKL(teacher=1.0, teacher_mix=alpha),
+    skew_reverse_kl: lambda alpha: MixedKL(student=1.0, student_mix=1.0 - alpha),
+    entropy_aware_kl: lambda threshold, forward: MixedKL(student=1.0, teacher=forward, above_nats=threshold),
+}
+
+
+def form_of(divergence: Divergence) -> MixedKL | None:
+    """The form in which kernels know a divergence of the table, with its options or without; None for any other."""
+    function, options = divergence, {}
+    if isinstance(divergence, partial):
+        function, options = divergence.func, divergence.keywords
+    if function not in _FORMS:
+        return None
+    defaults = {p.name: p.default for p in list(inspect.signature(function).parameters.values())[2:]}
+    return _FORMS[function](**{**defaults, **options})

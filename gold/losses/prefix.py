@@ -37,7 +37,12 @@ def prefix_divergence(
     at = prefix_positions(view.batch, interior, where)
     pieces = view.batch.piece_batch(at)
     value, parts = piece_divergence(
-        view.student, view.teacher_rows, pieces, divergence, mask_white=white_space == "mask"
+        view.student,
+        view.teacher_rows,
+        pieces,
+        divergence,
+        (view.backend, view.teacher_backend),
+        mask_white=white_space == "mask",
     )
     if half_life is not None:
         value = value * fading(view.batch.byte_offsets[at], half_life).to(value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -22,9 +23,9 @@ from gold.kernels.chunked import (
     mean_comparison,
     projected_divergence,
     scaled_comparison,
+    sorted_distance,
 )
 from gold.kernels.linear import Rows, SharedEvents, token_logp
-from gold.kernels.sorted import sorted_distance
 from gold.losses.divergences import Share, forward_kl, jsd
 from gold.losses.policy import Positive, policy_loss
 from gold.losses.supports import states_divergence
@@ -98,7 +99,7 @@ def uld(view: View) -> Loss:
     temperature 1. Their loss adds cross-entropy on the text; weigh ``sft`` for it.
     """
     rows_S, rows_T, in_step = _positions(view.batch)
-    value = sorted_distance(view.student.select(rows_S), view.teacher_rows.select(rows_T))
+    value = sorted_distance(view.student.select(rows_S), view.teacher_rows.select(rows_T), view.backend)
     return Loss(value.sum(), {"out_of_step": (~in_step).sum()})
 
 
@@ -123,10 +124,17 @@ def gold_hybrid(view: View, *, beta: Share = 0.5, matched_share: Share | None = 
     events, chunks = batch.shared_events, _chunks(batch)
     if matched_share is None:
         matched_share = (events.ids_W.numel() + events.stops_W.numel()) / pair.teacher.size
-    row_S, before_S = _last_rows(view.student, chunks.chunk_S, chunks.count, batch.target_S, batch.stops_S)
+    row_S, before_S = _last_rows(
+        view.student, chunks.chunk_S, chunks.count, batch.target_S, batch.stops_S, view.backend
+    )
     with torch.no_grad():
         row_T, before_T = _last_rows(
-            view.teacher_rows, chunks.chunk_T, chunks.count, batch.target_T, batch.stops_T
+            view.teacher_rows,
+            chunks.chunk_T,
+            chunks.count,
+            batch.target_T,
+            batch.stops_T,
+            view.teacher_backend,
         )
     matched, unmatched = scaled_comparison(
         view.student.select(row_S),
@@ -135,6 +143,7 @@ def gold_hybrid(view: View, *, beta: Share = 0.5, matched_share: Share | None = 
         before_T,
         events,
         partial(jsd, beta=beta),
+        view.backend,
     )
     total = matched_share * matched.sum() + (1.0 - matched_share) * unmatched.sum()
     return Loss(total, {"matched": matched.detach().sum(), "unmatched": unmatched.detach().sum()})
@@ -186,7 +195,7 @@ def x_token(view: View, *, variant: Literal["p_kl", "h_kl"] = "p_kl") -> Loss:
     rows = Chunks(chunks.chunk_S[kept_S], chunks.chunk_T[kept_T], chunks.count)
     if variant == "h_kl":
         events = SharedEvents(*_tensors(batch, *pair.relaxed_ids), batch.stops_S, batch.stops_T)
-        matched, unmatched = mean_comparison(*sides, rows, events, forward_kl)
+        matched, unmatched = mean_comparison(*sides, rows, events, forward_kl, view.backend)
         parts = {"matched": matched.detach().sum(), "unmatched": unmatched.detach().sum()}
         return Loss(matched.sum() + unmatched.sum(), parts)
     weights = pair.token_weights
@@ -243,13 +252,15 @@ def _chunks(batch: AlignedBatch) -> Chunks:
     return Chunks(number[chunk_S], number.to(chunk_T.device)[chunk_T], int(both.sum()))
 
 
-def _last_rows(rows: Rows, chunk: Tensor, count: int, target: Tensor, stops: Tensor) -> tuple[Tensor, Tensor]:
+def _last_rows(
+    rows: Rows, chunk: Tensor, count: int, target: Tensor, stops: Tensor, backend: ModuleType
+) -> tuple[Tensor, Tensor]:
     """The row of each chunk's last token, and the log-probability of the tokens before it, in nats: two [C]."""
     inside = chunk >= 0
     last = inside.clone()
     last[:-1] &= chunk[1:] != chunk[:-1]
     others = torch.nonzero(inside & ~last)[:, 0]
-    logp, _ = token_logp(rows.select(others), target[others], stops)
+    logp, _ = token_logp(rows.select(others), target[others], stops, backend)
     before = logp.new_zeros(count).index_add(0, chunk[others], logp)
     return torch.nonzero(last)[:, 0], before
 

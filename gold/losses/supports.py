@@ -11,7 +11,7 @@ from torch import Tensor
 from gold.aligned import AlignedBatch
 from gold.kernels.linear import SharedEvents, byte_tables, shared_divergence
 from gold.kernels.tables import common_events
-from gold.losses.divergences import Divergence, reverse_kl
+from gold.losses.divergences import Divergence, form_of, reverse_kl
 from gold.losses.view import Loss, View, sequence_logp
 
 Where = Literal["everywhere", "one_to_one"]
@@ -77,7 +77,8 @@ def states_divergence(
         view.student.select(rows_S),
         view.teacher_rows.select(rows_T),
         view.batch.shared_events,
-        divergence,
+        form_of(divergence) or divergence,
+        view.backend,
         renormalise=rest == "renormalise",
         top_k=top_k,
         top_k_of_teacher=top_k_of == "teacher",
@@ -102,7 +103,8 @@ def reference_kl(view: View) -> Loss:
         view.student.select(rows),
         view.reference.select(rows),
         SharedEvents(every, every, none, none, everything=True),
-        reverse_kl,
+        form_of(reverse_kl) or reverse_kl,
+        view.backend,
         renormalise=False,
     )
     return Loss(value.sum())

@@ -14,5 +14,5 @@ def sft(view: View) -> Loss:
 
     Source: Kim and Rush 1606.07947, section 3.2, for the teacher's texts.
     """
-    logp, _ = token_logp(view.student, view.batch.target_S, view.batch.stops_S)
+    logp, _ = token_logp(view.student, view.batch.target_S, view.batch.stops_S, view.backend)
     return Loss(-torch.where(view.batch.sampled_row_mask, 0.0, logp).sum())

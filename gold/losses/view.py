@@ -69,7 +69,7 @@ class Scores:
 def student_scores(view: View) -> Scores:
     """The student's log-probability of what it wrote, with gradient."""
     batch = view.batch
-    target, stop = token_logp(view.student, batch.target_S, batch.stops_S)
+    target, stop = token_logp(view.student, batch.target_S, batch.stops_S, view.backend)
     return Scores(torch.where(batch.stop_rows, stop, target), target, stop)
 
 
@@ -77,7 +77,7 @@ def student_scores(view: View) -> Scores:
 def teacher_scores(view: View) -> Scores:
     """The teacher's log-probability of the same texts in its own tokens, without gradient."""
     batch = view.batch
-    target, stop = token_logp(view.teacher_rows, batch.target_T, batch.stops_T)
+    target, stop = token_logp(view.teacher_rows, batch.target_T, batch.stops_T, view.teacher_backend)
     return Scores(torch.where(batch.target_T < 0, stop, target), target, stop)
 
 

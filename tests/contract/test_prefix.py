@@ -147,10 +147,10 @@ def computed_events(view: View, positions: Tensor) -> tuple[Tensor, Tensor, Tens
         return torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0)
     needed, needed_T = (projection.needed_rows(s, everything) for s in (batch.student, batch.teacher))
     joint, _ = projection.piece_events(
-        view.student, view.student.hidden_ND[needed], needed, batch.student, batch.short, everything
+        view.student.select(needed), needed, batch.student, batch.short, everything, view.backend
     )
     logq, moved = projection.piece_target(
-        view.teacher_rows, view.teacher_rows.hidden_ND[needed_T], needed_T, batch, everything
+        view.teacher_rows.select(needed_T), needed_T, batch, everything, view.teacher_backend
     )
     return joint - torch.logsumexp(joint, -1, keepdim=True), logq, moved
 

@@ -17,7 +17,7 @@ from gold.align import Vocabulary
 from gold.align.decomposition import likeliest_pairs
 from gold.aligned import AlignedText, VocabularyPair
 from gold.errors import ConfigError
-from gold.kernels.sorted import sorted_l1
+from gold.kernels.reference import sorted_l1
 from gold.losses import OBJECTIVES, Objective, View
 from tests.contract.toys import (
     ToyModel,
