@@ -16,6 +16,7 @@ BENCHMARKS = {
         "byte tables and prefix targets beside sums over all segmentations",
     ),
     "objectives": ("benchmarks.objectives", "every objective on the demonstration task, with seeds"),
+    "inside": ("benchmarks.inside", "a real pair: every byte, or one-to-one chunks alone, with seeds"),
     "contract": ("benchmarks.contract", "put every objective, and losses of peers, to the contract"),
     "run": ("benchmarks.run", "train as a configuration says, and record the evaluations"),
     "demo": ("benchmarks.demo", "the demonstration with three seeds"),
