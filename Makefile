@@ -8,7 +8,7 @@ WORKERS ?= 2
 # What the checkers read: the package and whichever of its companions are there.
 TYPED  := gold $(wildcard benchmarks)
 
-.PHONY: setup demo test lint types unit slow format bench-assets
+.PHONY: setup demo test lint types unit slow format bench-assets bench-peers
 
 setup: $(STAMP)
 
@@ -42,3 +42,8 @@ format: setup
 
 bench-assets: setup
 	$(BIN)/python -m benchmarks.assets
+
+# An environment of its own for the benchmarks that run other people's code: .venv-peers/bin/python -m benchmarks align
+bench-peers:
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch trl==1.16.0 --editable .

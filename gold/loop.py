@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from gold.alarms import Alarms, repetition
+from gold.align.vocabulary import Vocabulary
 from gold.aligned import AlignedBatch, VocabularyPair
 from gold.checkpoint import latest_checkpoint
 from gold.data import Prompt, PromptOrder
@@ -154,8 +155,8 @@ class Loop:
         recipe = self.recipe
         names = ", ".join(f"{t.weight:g} × {t.label}" if t.weight != 1 else t.label for t in self.terms)
         return {
-            "student": f"{self.student.name} ({self.student.vocabulary.size:,} tokens, {self.student.device})",
-            "teacher": f"{self.teacher.name} ({self.teacher.vocabulary.size:,} tokens, {self.teacher.device})"
+            "student": f"{self.student.name} ({_told(self.student.vocabulary)}, {self.student.device})",
+            "teacher": f"{self.teacher.name} ({_told(self.teacher.vocabulary)}, {self.teacher.device})"
             if self.teacher
             else "none",
             "objective": names
@@ -388,6 +389,12 @@ class Loop:
 
 MEANS = ("wanted", "missed", "rest", "shared_mass", "residual", "observed", "white_space", "span_reverse_kl")
 """Parts of objectives that the metrics show as means over the objective's unit."""
+
+
+def _told(vocabulary: Vocabulary) -> str:
+    """Size and stop tokens."""
+    stops = ", ".join(vocabulary.label(i) for i in vocabulary.stop_ids) or "nothing"
+    return f"{vocabulary.size:,} tokens, stops at {stops}"
 
 
 def _writing(rollouts: Sequence[Rollout], batches: Sequence[AlignedBatch]) -> dict[str, float]:
