@@ -10,6 +10,7 @@ from importlib import import_module
 BENCHMARKS = {
     "assets": ("benchmarks.assets", "fetch the real models and tokenizers that the others need"),
     "align": ("benchmarks.align", "time from ids to chunks, beside plain Python and TRL"),
+    "loss": ("benchmarks.loss", "time and memory of losses, beside plain torch, TRL and Liger"),
     "fuzz": ("benchmarks.fuzz", "check alignments of random texts by every tokenizer"),
     "exactness": (
         "benchmarks.exactness",

@@ -1,4 +1,4 @@
-"""Losses of other toolkits as objectives: called as they are published, on one text at a time.
+"""Losses of other toolkits, called as they are published: as objectives, on one text at a time, or on hidden states.
 
 They are importable where the toolkit is installed; its own environment, with this package beside it, is the place.
 """
@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from importlib import metadata
+from importlib import import_module, metadata
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from gold.aligned import AlignedBatch
+from gold.aligned import AlignedBatch, VocabularyPair
 from gold.losses import Loss, Objective, View
 
 OneText = Callable[[View, int, Tensor, Tensor], Tensor]
+FromStates = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Student's states [N, D] and output matrix [V, D], then the teacher's, of one vocabulary: the sum over rows."""
 
 
 def installed() -> dict[str, str]:
     """Versions of the toolkits whose losses can be called here."""
     found = {}
-    for package in ("trl",):
+    for package in ("trl", "liger-kernel"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -34,6 +36,38 @@ def losses() -> Iterator[tuple[str, Objective]]:
     """Every loss of a peer that is installed, by a name for people."""
     if "trl" in installed():
         yield from _of_trl()
+
+
+def losses_from_states(device: torch.device) -> Iterator[tuple[str, FromStates | str]]:
+    """JSD with β = ½ of two models with one vocabulary, [N, V] never stored: by name, or why it cannot be had."""
+    if "trl" in installed():
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        def trl(hidden_S: Tensor, matrix_S: Tensor, hidden_T: Tensor, matrix_T: Tensor) -> Tensor:
+            value_N, _ = ChunkedDivergenceFunction.apply(
+                hidden_S, matrix_S, None, hidden_T, matrix_T, None, 0.5
+            )
+            total: Tensor = value_N.sum()
+            return total
+
+        yield "TRL chunked JSD", trl
+    else:
+        yield "TRL chunked JSD", "TRL is not installed"
+    if device.type != "cuda":
+        yield "Liger chunked JSD", "needs a GPU"
+    elif "liger-kernel" not in installed():
+        yield "Liger chunked JSD", "Liger is not installed"
+    else:
+        module = import_module("liger_kernel.chunked_loss")
+        function = module.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)
+
+        def liger(hidden_S: Tensor, matrix_S: Tensor, hidden_T: Tensor, matrix_T: Tensor) -> Tensor:
+            rows = hidden_S.shape[0]
+            labels = torch.zeros(rows, dtype=torch.int64, device=hidden_S.device)
+            mean: Tensor = function(hidden_S, matrix_S, hidden_T, matrix_T, labels)
+            return mean * rows
+
+        yield "Liger chunked JSD", liger
 
 
 def _of_trl() -> Iterator[tuple[str, Objective]]:
@@ -58,9 +92,15 @@ def _of_trl() -> Iterator[tuple[str, Objective]]:
         return SimpleNamespace(**(published | changed))
 
     def across(config: SimpleNamespace) -> OneText:
+        functions: dict[tuple[VocabularyPair, torch.device], ULDLoss] = {}
+
         def of_text(view: View, b: int, mine: Tensor, theirs: Tensor) -> Tensor:
-            pair, text = view.batch.vocabularies, view.batch.texts[b]
-            function = ULDLoss(config, pair.student._tokenizer, pair.teacher._tokenizer)
+            pair, text, device = view.batch.vocabularies, view.batch.texts[b], mine.device
+            # Its map of the two vocabularies is made once a run.
+            if (pair, device) not in functions:
+                tokenizers = pair.student._tokenizer, pair.teacher._tokenizer
+                functions[pair, device] = ULDLoss(config, *tokenizers, device=device)
+            function = functions[pair, device]
             sides = []
             for logits, spelling, stops in (
                 (mine, text.student, pair.student.stop_ids),
@@ -71,7 +111,7 @@ def _of_trl() -> Iterator[tuple[str, Objective]]:
                 spans = zip(spelling.starts.tolist(), spelling.ends.tolist(), strict=True)
                 offsets = [(0, 0), *spans, *([(len(text.student.data),) * 2] * text.stopped)]
                 after_the_last = logits.new_zeros(len(ids) - logits.shape[0], logits.shape[1])
-                labels = torch.tensor([[-100, *ids[1:]]])
+                labels = torch.tensor([[-100, *ids[1:]]], device=device)
                 sides.append(
                     (
                         torch.cat((logits, after_the_last))[None],
