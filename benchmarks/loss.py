@@ -129,14 +129,14 @@ class Inputs:
         def tensor(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-        rows = text.student.ids.size + 1, text.teacher.ids.size + 1
-        sides = []
-        for name, count in zip((case.student, case.teacher), rows, strict=True):
+        def side(name: str, tokens: int) -> tuple[Tensor, Tensor]:
             matrix = tensor(WIDTHS[name], case.hidden).div_(math.sqrt(case.hidden))
-            sides += [torch.zeros((count, case.hidden), device=device, dtype=dtype), matrix]
-        for given in sides[:2]:
+            return torch.zeros((tokens + 1, case.hidden), device=device, dtype=dtype), matrix
+
+        mine = side(case.student, text.student.ids.size)
+        for given in mine:
             given.requires_grad_(True)
-        return cls(pair, text, *sides)
+        return cls(pair, text, *mine, *side(case.teacher, text.teacher.ids.size))
 
     @torch.no_grad()
     def draw(self, seed: int) -> None:
