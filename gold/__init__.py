@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from gold.models import load_model
     from gold.recipe import Recipe, Term
     from gold.tasks import load_task
-    from gold.teachers import LocalTeacher, ServedTeacher
+    from gold.teachers import CachedTeacher, LocalTeacher, ServedTeacher
     from gold.train import distill
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Alignment",
+    "CachedTeacher",
     "CheckpointError",
     "Config",
     "ConfigError",
@@ -59,6 +60,7 @@ __all__ = [
 
 _MODULE_OF = {
     "Alignment": "gold.align",
+    "CachedTeacher": "gold.teachers",
     "Config": "gold.config",
     "LocalTeacher": "gold.teachers",
     "Prompt": "gold.data",

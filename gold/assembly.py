@@ -26,6 +26,7 @@ from gold.recipe import Recipe, Term
 from gold.rollout import Sampling
 from gold.run import RunFolder
 from gold.tasks import load_task
+from gold.teachers.cached import CachedTeacher, UnaskedTeacher, record
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
@@ -195,22 +196,75 @@ def _pair(
 ) -> tuple[LanguageModel, Teacher]:
     """Student and teacher; ``judged``: the pair, and the server of a teacher that is served, are examined first."""
     consult = partial(_consult, config, data, progress) if judged else None
-    if config.teacher.served is None:
+    unasked = config.teacher.cache is not None and config.teacher.cache.missing == "stop"
+    if config.teacher.served is None and not unasked:
         mine, theirs = _load([student, config.teacher], progress, consult)
-        return mine, LocalTeacher(theirs)
+        return mine, _cached(config.teacher, LocalTeacher(theirs), progress)
     side = read_side("teacher", _source(config.teacher), roles_of(config.teacher))
-    teacher = _served(config.teacher, side)
-    if judged:
-        _judge(config, data, examine_server(teacher, data.train), progress)
+    served = None if unasked else _served(config.teacher, side)
+    teacher = _cached(config.teacher, served or _unasked(config.teacher, side), progress)
+    # What a cache holds came from a server that was examined; that may be gone, and all that the run needs be there.
+    later = isinstance(teacher, CachedTeacher) and len(teacher.cache) > 0
+    if judged and served is not None and not later:
+        _judge(config, data, examine_server(served, data.train), progress)
     of_files = file_side("student", student.path, roles_of(student))
     if consult is not None and of_files is not None:
         consult(of_files, side)
     (mine,) = _load([student], progress)
     if consult is not None and of_files is None:
         consult(side_of("student", mine.vocabulary.without_markers(), mine.tokenizer), side)
-    if judged:
-        _judge(config, data, [examine_noise(teacher, data.train, mine)], progress)
+    if judged and served is not None:
+        if isinstance(teacher, CachedTeacher) and later:
+            teacher.before_asking = partial(_examine, served, mine, config, data, progress)
+        else:
+            _judge(config, data, [examine_noise(served, data.train, mine)], progress)
     return mine, teacher
+
+
+def _examine(
+    served: ServedTeacher, student: LanguageModel, config: Config, data: RunData, progress: Progress | None
+) -> None:
+    """The examination of a server, as a whole."""
+    _judge(config, data, examine_server(served, data.train), progress)
+    _judge(config, data, [examine_noise(served, data.train, student)], progress)
+
+
+def build_cache(
+    config: Config, progress: Progress, told: Callable[[int, int, int], None] = lambda *_: None
+) -> CachedTeacher:
+    """The teacher of a configuration, its cache holding all completions that the run's training prompts have.
+
+    What it holds already is not asked for. ``told`` is given, time and again, how many prompts are done with, how many
+    there are, and how many of the teacher's tokens and ends were asked for. The student is not looked at.
+
+    Raises:
+        GoldError: as for ``train``.
+    """
+    if config.teacher.cache is None:
+        raise ConfigError("teacher.cache: it names no folder to build; set teacher.cache.path")
+    data = load_data(config)
+    given = [prompt for prompt in data.train if prompt.completion is not None]
+    if not given:
+        raise ConfigError(f"data: none of the {len(data.train):,} training prompts has a completion to score")
+    if lacking := len(data.train) - len(given):
+        progress.note(
+            f"{lacking:,} of {len(data.train):,} training prompts have no completion, and are left out"
+        )
+    if config.teacher.served is None:
+        (model,) = _load([config.teacher], progress)
+        teacher = _cached(config.teacher, LocalTeacher(model), progress)
+    else:
+        served = _served(
+            config.teacher, read_side("teacher", _source(config.teacher), roles_of(config.teacher))
+        )
+        _judge(
+            config, data, [*examine_server(served, data.train), examine_noise(served, data.train)], progress
+        )
+        teacher = _cached(config.teacher, served, progress)
+    assert isinstance(teacher, CachedTeacher)
+    record(teacher, given, lambda done, rows: told(done, len(given), rows))
+    teacher.cache.close()
+    return teacher
 
 
 def _served(config: TeacherConfig, side: Side) -> ServedTeacher:
@@ -221,6 +275,36 @@ def _served(config: TeacherConfig, side: Side) -> ServedTeacher:
     return ServedTeacher(
         _source(config), roles=roles_of(config), rows=rows, device=device, **config.served.model_dump()
     )
+
+
+def _unasked(config: TeacherConfig, side: Side) -> UnaskedTeacher:
+    """The teacher of a configuration that learns from a cache alone."""
+    rows = side.config.get("vocab_size")
+    return UnaskedTeacher(
+        _source(config), roles=roles_of(config), rows=rows, device=pick_device(config.device)
+    )
+
+
+def _cached(
+    config: TeacherConfig, teacher: LocalTeacher | ServedTeacher | UnaskedTeacher, progress: Progress | None
+) -> Teacher:
+    """A teacher behind its cache, where the configuration names one."""
+    cache = config.cache
+    if cache is None:
+        return teacher
+    cached = CachedTeacher(teacher, cache.path, top_k=cache.top_k, revision=cache.revision)
+    # All processes find the same; one of them tells.
+    if progress is not None and os.environ.get("RANK", "0") == "0":
+        if damage := cached.cache.damage:
+            progress.note(
+                f"cache {cache.path}: {len(damage)} of its parts are damaged or cut short; what they held counts as "
+                "missing; gold cache verify names them"
+            )
+        if not cached.asks:
+            progress.note(
+                f"cache {cache.path}: the teacher is not asked; evaluations leave out what it would say of the student"
+            )
+    return cached
 
 
 def _source(model: StudentConfig | TeacherConfig) -> str | Path:
@@ -244,7 +328,9 @@ def diagnose_run(
         return student, teacher
 
     student, teacher = _source(config.student), _source(config.teacher)
-    served = config.teacher.served is not None
+    cache = config.teacher.cache
+    unasked = cache is not None and cache.missing == "stop"
+    served = config.teacher.served is not None and not unasked
     report = diagnose(
         student,
         teacher,
@@ -254,7 +340,7 @@ def diagnose_run(
         prompt=max((prompt_text(p) for p in data.train), key=len),
         sequences=sequences or config.train.sequences_per_forward,
         tokens=tokens or config.rollout.max_new_tokens,
-        load=load if weights and not served else None,
+        load=load if weights and not served and not unasked else None,
     )
     if not served:
         return report

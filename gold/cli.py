@@ -26,6 +26,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+cache = typer.Typer(
+    help="Keep what a teacher says of texts in a folder, for students of any tokenizer to learn from.",
+    no_args_is_help=True,
+)
+app.add_typer(cache, name="cache")
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="changes, such as train.steps=30", show_default=False),
@@ -286,6 +292,62 @@ def plot(
 
         for path in plot_run(run):
             print(path)
+
+
+@cache.command("build")
+def cache_build(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file of a run; its student is not looked at")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Score the completions of a run's training prompts into teacher.cache.path; what is there is not asked again."""
+    with _told():
+        from gold.config import Config
+
+        settings = Config.load(config, overrides or [])
+        from gold.assembly import build_cache
+        from gold.cache.command import summary, teller
+        from gold.progress import Lines
+
+        print(summary(build_cache(settings, Lines(), teller()).cache))
+
+
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a cache")]
+
+
+@cache.command("info")
+def cache_info(
+    folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
+) -> None:
+    """Say whose scores a cache holds, of how much text, and what they take."""
+    with _told():
+        from gold.cache.command import run_info
+
+        run_info(folder, as_json)
+
+
+@cache.command("verify")
+def cache_verify(folder: Folder) -> None:
+    """Read every byte of a cache and name what is damaged or cut short; exit code 1 if anything is."""
+    with _told():
+        from gold.cache.command import run_verify
+
+        whole = run_verify(folder)
+    if not whole:
+        raise typer.Exit(1)
+
+
+@cache.command("merge")
+def cache_merge(
+    into: Annotated[Path, typer.Argument(metavar="INTO", help="folder of a cache, new or not")],
+    sources: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="caches of the same teacher")],
+) -> None:
+    """Add to a cache what it lacks of others; what is damaged is left out, and what is there twice taken once."""
+    with _told():
+        from gold.cache.command import run_merge
+
+        run_merge(into, sources)
 
 
 @app.command()

@@ -116,12 +116,26 @@ class ServedConfig(_Section):
         return name
 
 
+class CacheConfig(_Section):
+    """A folder that keeps what the teacher says, so that it is asked once; see docs/teacher-cache.md."""
+
+    path: Text
+    """the folder; it is made where there is none"""
+    top_k: CountInt | None = None
+    """likeliest tokens of each row that are kept of a teacher in this process; null: as in the folder, else 20"""
+    missing: Literal["ask", "stop"] = "ask"
+    """texts that are not in it: ask the teacher and keep its answer, or stop; with stop the teacher is not loaded"""
+    revision: Text | None = None
+    """what tells the teacher from others of its name, such as a commit; null: its weights, where they are here"""
+
+
 class TeacherConfig(_Section):
     """The model that is learned from; frozen."""
 
     path: Text
     """model folder, GGUF file, or Hub id"""
     served: ServedConfig | None = None
+    cache: CacheConfig | None = None
     gguf_file: Text | None = None
     """name of the GGUF file inside `path`, where the weights come from one"""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
@@ -394,6 +408,14 @@ def _impossible(config: Config) -> Iterator[str]:
             if (needs := find(name).needs) not in ("nothing", "tokens", gives):
                 less = "teacher.served.top_k above 0" if needs == "top_k" else "a teacher in this process"
                 yield f"teacher.served: gives {gives}, and objective {name} needs {needs}: it takes {less}"
+    elif (cache := config.teacher.cache) is not None:
+        gives = "tokens" if cache.top_k == 0 else "top_k"
+        for name in sorted(active):
+            if (needs := find(name).needs) not in ("nothing", "tokens", gives):
+                less = "teacher.cache.top_k above 0" if needs == "top_k" else "a teacher without a cache"
+                yield f"teacher.cache: gives {gives}, and objective {name} needs {needs}: it takes {less}"
+    if config.teacher.served and config.teacher.cache and config.teacher.cache.top_k is not None:
+        yield "teacher.cache.top_k: a server is asked for teacher.served.top_k: leave it out"
     weighed = {o.name for o in config.objectives if o.options.get("importance_cap") is not None}
     for name in sorted(name for name in active if find(name).on_policy):
         if rollout.on_policy == 0:

@@ -20,6 +20,7 @@ from gold.kernels.linear import Rows, token_logp
 from gold.models import LanguageModel, rows_of
 from gold.reading import microbatches, read, student_states, teacher_rows
 from gold.rollout import Rollout, Sampling, completed, sample
+from gold.teachers.cached import CachedTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 
@@ -96,6 +97,8 @@ def evaluate(
       that the teacher does not spell exactly).
     """
     prompts = list(prompts)
+    if isinstance(teacher, CachedTeacher) and not teacher.asks:
+        teacher = None  # what the student writes now is in no cache
     sampling = Sampling(max_new_tokens=plan.max_new_tokens)
     repeated = [p for p in prompts for _ in range(plan.per_prompt)]
     seeds = [(plan.seed, 2**31, n) for n in range(len(repeated))]

@@ -33,9 +33,10 @@ from gold.errors import CheckpointError, ConfigError, DataError
 FILE_OF_KIND = {"train": "metrics.jsonl", "eval": "metrics.jsonl", "sample": "samples.jsonl"}
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numba", "numpy")
 # Keys that may differ between a run and its resumption: where the folder lies decides no number, nor does the way to a
-# teacher's server.
+# teacher's server or cache.
 FREE_KEYS = (
     "output",
+    "teacher.cache.path",
     *(f"teacher.served.{key}" for key in ("url", "concurrency", "timeout_s", "retries", "key_env")),
 )
 # What a kill may leave of a folder that was not yet a run.

@@ -19,15 +19,17 @@ from accelerate.state import AcceleratorState
 
 from gold.aligned import VocabularyPair
 from gold.checkpoint import is_write_failure, save_checkpoint
-from gold.data import Prompt
+from gold.data import Prompt, PromptOrder
 from gold.errors import CheckpointError, ConfigError, DataError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier
 from gold.loop import Loop, terms_of
 from gold.models import LanguageModel, load_model, save_model
 from gold.progress import Progress, Quiet, Silent
+from gold.reading import read
 from gold.recipe import Recipe
-from gold.rollout import encode_prompt
+from gold.rollout import completed, encode_prompt
 from gold.run import RunFolder
+from gold.teachers.cached import CachedTeacher, UnaskedTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
@@ -109,6 +111,8 @@ def distill(
     check_prompts(
         [*prompts, *heldout], student, teacher, max(recipe.sampling.max_new_tokens, evaluation.max_new_tokens)
     )
+    if isinstance(teacher, CachedTeacher) and any(t.objective.needs != "nothing" for t in terms):
+        check_kept(teacher, student, pair, prompts, recipe)
     loop = Loop(student, teacher, pair, prompts, recipe, terms, verifier, accelerator)
     run = Run(student, saving.output, is_main_process=accelerator.is_main_process)
     with contextlib.ExitStack() as stack:
@@ -280,12 +284,36 @@ def check_prompts(
     Raises:
         DataError: one that does not; the message names its key.
     """
+    reader = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
     for prompt in prompts:
         encode_prompt(student, prompt, new_tokens)
-        if isinstance(teacher, LocalTeacher):
-            encode_prompt(teacher.model, prompt, 1)
-        elif isinstance(teacher, ServedTeacher):
-            teacher.prompt_ids(prompt)
+        if isinstance(reader, LocalTeacher):
+            encode_prompt(reader.model, prompt, 1)
+        elif isinstance(reader, ServedTeacher | UnaskedTeacher):
+            reader.prompt_ids(prompt)
+
+
+def check_kept(
+    teacher: CachedTeacher,
+    student: LanguageModel,
+    pair: VocabularyPair,
+    prompts: Sequence[Prompt],
+    recipe: Recipe,
+) -> None:
+    """Nothing, unless a run that reads completions alone will miss some in a cache behind which there is nobody.
+
+    Raises:
+        TeacherError: it will; the message says how many.
+    """
+    if teacher.asks or recipe.on_policy > 0:
+        return
+    order = PromptOrder(len(prompts), recipe.seed)
+    steps = (order.batch(step, recipe.prompts_per_step) for step in range(recipe.steps))
+    given = [
+        completed(student, prompts[i], recipe.sampling.max_new_tokens) for i in sorted(set().union(*steps))
+    ]
+    texts = [read(rollout, pair) for rollout in given]
+    teacher.check([r.prompt for r in given], [t.teacher for t in texts], [t.stopped for t in texts])
 
 
 def _name(teacher: Teacher | None) -> str | None:

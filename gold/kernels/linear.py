@@ -54,8 +54,7 @@ class Rows:
         def unpack(packed: Tensor) -> Tensor:
             ids, logp = packed.chunk(2, dim=-1)
             known = ids >= 0
-            left = -torch.expm1(row_logsumexp(logp.masked_fill(~known, -torch.inf)))
-            rest = torch.where(left > 0, torch.log(left.clamp(min=1e-300)), -torch.inf)
+            rest = log_rest(logp.masked_fill(~known, -torch.inf))
             dense = logp.new_full((logp.shape[0], size + 1), -torch.inf)
             column = torch.where(known, ids, float(size)).long()
             dense = dense.scatter(1, column, logp.masked_fill(~known, -torch.inf))
@@ -84,6 +83,43 @@ class Rows:
 
 def _same(logits: Tensor) -> Tensor:
     return logits
+
+
+def log_rest(logp_NK: Tensor) -> Tensor:
+    """What is left of 1 in each row, as a log-probability: −∞ where nothing is."""
+    left = -torch.expm1(row_logsumexp(logp_NK))
+    return torch.where(left > 0, torch.log(left.clamp(min=1e-300)), -torch.inf)
+
+
+@torch.no_grad()
+def likeliest(rows: Rows, top_k: int, also_NA: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Some tokens of each row: those of ``also_NA`` (−1: none), then those of its ``top_k`` likeliest below ``size``
+    that are not among them; of partial rows, all that are known.
+
+    Returns:
+        ids_NK (−1 pads), logp_NK, and the log-probability of all other tokens together [N], in nats, float64.
+    """
+    if rows.partial:
+        ids, logp = rows.hidden_ND.chunk(2, dim=-1)
+        return ids.long(), logp, log_rest(logp.masked_fill(ids < 0, -torch.inf))
+    repeated = (also_NA[:, :, None] == also_NA[:, None, :]).tril(-1).any(-1)
+    also_NA = also_NA.masked_fill(repeated, -1)
+    parts = []
+    for first in range(0, len(rows), rows.block_rows):
+        logp = torch.log_softmax(widened(rows.head(rows.hidden_ND[first : first + rows.block_rows])), dim=-1)
+        also = also_NA[first : first + logp.shape[0]]
+        value, ranked = logp[:, :size].topk(min(top_k, size, logp.shape[1]), dim=-1)
+        there = (ranked[:, :, None] == also[:, None, :]).any(-1) | torch.isneginf(value)
+        ids = torch.cat((also, ranked.masked_fill(there, -1)), dim=-1)
+        # One column more, for those that are none.
+        column = torch.where(ids >= 0, ids, logp.shape[1])
+        others = torch.nn.functional.pad(logp, (0, 1)).scatter(1, column, -torch.inf)[:, :-1]
+        parts.append((ids, logp.gather(1, ids.clamp(min=0)).double(), row_logsumexp(others).double()))
+    if not parts:
+        none = also_NA.new_empty((0, also_NA.shape[1]))
+        return none, none.double(), none[:, :0].sum(-1).double()
+    ids_NK, logp_NK, rest_N = (torch.cat(each) for each in zip(*parts, strict=True))
+    return ids_NK, logp_NK, rest_N
 
 
 def remade(function: Callable[..., tuple[Tensor, ...]], *hidden: Tensor) -> tuple[Tensor, ...]:

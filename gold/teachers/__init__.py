@@ -1,7 +1,8 @@
 """Teachers: whatever can say how likely it finds a completion, token by token of its own."""
 
+from gold.teachers.cached import CachedTeacher, UnaskedTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
 
-__all__ = ["LocalTeacher", "ServedTeacher", "Teacher"]
+__all__ = ["CachedTeacher", "LocalTeacher", "ServedTeacher", "Teacher", "UnaskedTeacher"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from hashlib import sha256
 
 import torch
 
@@ -44,6 +46,26 @@ class LocalTeacher:
         """Where the model's weights are."""
         return self.model.device
 
+    @cached_property
+    def revision(self) -> str:
+        """The SHA-256 of its weights, which no other state of it has."""
+        digest = sha256()
+        for name, tensor in sorted(self.model.lm.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The ids that the teacher reads before the completion.
+
+        Raises:
+            DataError: there are none, or its template refuses the messages.
+        """
+        ids = prompt_ids(self.model.tokenizer, prompt)
+        if not ids:
+            raise DataError(f"prompt {prompt.key}: it is empty for teacher {self.name}")
+        return ids
+
     @torch.no_grad()
     def score(
         self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
@@ -53,11 +75,9 @@ class LocalTeacher:
         Raises:
             DataError: prompt and completion together do not fit the teacher's context.
         """
-        encoded = [prompt_ids(self.model.tokenizer, prompt) for prompt in prompts]
+        encoded = [self.prompt_ids(prompt) for prompt in prompts]
         lengths = [len(p) + s.ids.size for p, s in zip(encoded, spellings, strict=True)]
-        for prompt, ids, length in zip(prompts, encoded, lengths, strict=True):
-            if not ids:
-                raise DataError(f"prompt {prompt.key}: it is empty for teacher {self.name}")
+        for prompt, length in zip(prompts, lengths, strict=True):
             if length > self.model.context:
                 raise DataError(
                     f"prompt {prompt.key}: with its completion it takes {length} tokens of teacher {self.name}, whose "

@@ -1,0 +1,95 @@
+"""What `gold cache` says of caches, in lines for people and as JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gold.cache.store import ScoreCache, merge
+
+_TELL_S = 5.0
+
+
+def facts(cache: ScoreCache) -> dict[str, Any]:
+    """What a cache holds, as JSON types."""
+    size, rows = cache.size_bytes, cache.rows
+    return {
+        "folder": str(cache.folder),
+        "teacher": cache.origin.teacher,
+        "revision": cache.origin.revision,
+        "vocabulary": cache.origin.vocabulary,
+        "top_k": cache.origin.top_k,
+        "texts": len(cache),
+        "tokens": rows,
+        "bytes": size,
+        "bytes_per_token": round(size / rows, 2) if rows else None,
+        "shards": len(cache.shards),
+        "repeated": cache.repeated,
+        "damaged": len(cache.damage),
+    }
+
+
+def run_info(folder: Path, as_json: bool = False) -> None:
+    """Prints what a cache holds.
+
+    Raises: TeacherError if there is none, or it cannot be read.
+    """
+    found = facts(ScoreCache.open(folder))
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        shown = f"{value:,}" if isinstance(value, int) else value
+        print(f"{name.replace('_', ' '):<16} {shown}")
+
+
+def run_verify(folder: Path) -> bool:
+    """Reads every byte of a cache, prints each damaged place in a line, and says whether there is none.
+
+    Raises: TeacherError if there is none, or it cannot be read.
+    """
+    cache = ScoreCache.open(folder)
+    damage = cache.verify()
+    for place in damage:
+        print(place)
+    advice = f"; gold cache merge NEW {folder} takes over all that is whole" if damage else ""
+    print(
+        f"{len(cache):,} texts in {len(cache.shards)} shards, {len(damage)} parts damaged or cut short{advice}"
+    )
+    return not damage
+
+
+def run_merge(into: Path, sources: Sequence[Path]) -> None:
+    """Merges caches and prints what is there then, and what of the sources was damaged.
+
+    Raises: GoldError as for ``merge``.
+    """
+    cache, damage = merge(into, sources)
+    for place in damage:
+        print(f"left out: {place}")
+    print(summary(cache))
+
+
+def summary(cache: ScoreCache) -> str:
+    """What a cache holds, in a line."""
+    found = facts(cache)
+    each = "" if found["bytes_per_token"] is None else f", {found['bytes_per_token']:.1f} bytes per token"
+    return f"{cache.folder}: {found['texts']:,} texts, {found['tokens']:,} tokens, {found['bytes']:,} bytes{each}"
+
+
+def teller() -> Callable[[int, int, int], None]:
+    """Prints how far a build is, every few seconds and at its end."""
+    started = told = time.perf_counter()
+
+    def tell(done: int, total: int, rows: int) -> None:
+        nonlocal told
+        now = time.perf_counter()
+        if done == total or now - told > _TELL_S:
+            told = now
+            speed = rows / (now - started)
+            print(f"{done:,} of {total:,} texts, {rows:,} tokens asked, {speed:,.0f} tokens/s", flush=True)
+
+    return tell

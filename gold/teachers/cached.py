@@ -1,0 +1,301 @@
+"""A teacher whose answers are kept in a folder: no text is asked for twice, and what is kept can be learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gold.align.vocabulary import Spelling, Vocabulary
+from gold.cache.codes import Scores, decode, encode
+from gold.cache.store import Origin, ScoreCache, find_origin
+from gold.chat import begins_anew, prompt_ids
+from gold.data import Prompt
+from gold.errors import ConfigError, DataError, TeacherError
+from gold.kernels.linear import Rows, likeliest
+from gold.losses import Need
+from gold.teachers.local import LocalTeacher, batches_by_length
+from gold.teachers.served import ServedTeacher
+from gold.templates import PromptTokenizer
+
+if TYPE_CHECKING:
+    from gold.align.roles import Roles
+
+TOP_K = 20
+"""Tokens that are kept of a row of a teacher in this process, where nothing else is said."""
+_BATCH_TOKENS = 16384
+_CHUNK = 4096
+_ADVICE = (
+    "gold cache build scores the completions of a configuration's data; a completion that rollout.max_new_tokens cuts "
+    "short, or that the student writes, is another text"
+)
+
+
+class UnaskedTeacher:
+    """The tokenizer of a teacher that is not there: neither its weights nor a server.
+
+    ``path`` is a folder or a Hub id that has tokenizer files; ``rows`` of the model's output matrix, if they are known.
+
+    Raises:
+        VocabularyError: a tokenizer that is not there, or that cannot be spelled in bytes.
+    """
+
+    gives: Need = "nothing"
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        roles: Roles | None = None,
+        rows: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.name = str(path)
+        self.vocabulary = Vocabulary.load(path, roles=roles).with_markers(rows)
+        self.tokenizer = PromptTokenizer.of(self.vocabulary)
+        self.device = torch.device(device)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The ids that the teacher reads before the completion.
+
+        Raises:
+            DataError: there are none, or its template refuses the messages; the message names the prompt's key.
+        """
+        try:
+            ids = prompt_ids(self.tokenizer, prompt)
+        except DataError as error:
+            raise DataError(f"prompt {prompt.key}: for teacher {self.name}: {error}") from error
+        if not ids:
+            raise DataError(f"prompt {prompt.key}: it is empty for teacher {self.name}")
+        return ids
+
+    def score(
+        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
+    ) -> list[Rows]:
+        """See ``Teacher.score``; there is nobody to ask.
+
+        Raises:
+            TeacherError: always.
+        """
+        raise TeacherError(f"teacher {self.name}: is not there to be asked")
+
+
+class CachedTeacher:
+    """A teacher in front of which a folder keeps what it says.
+
+    A text that is in the cache is not asked for; one that is not is asked for once, and kept. Either way its rows are
+    what the cache gives back: a run that finds everything computes what the run did that asked for everything. The
+    rows are partial, whatever the teacher gives: ``top_k`` tokens of each (of a served teacher, what it was told to
+    give; otherwise as many as the cache has, or 20 in a new one), the one in the text and the stop ids, and the mass of
+    all others. ``revision`` tells a served model from others of its name. ``before_asking``, where it is set, is called
+    once, before the first text that is asked for. Of an ``UnaskedTeacher`` a text that is missing is an error.
+
+    Raises:
+        ConfigError: the cache is another teacher's, or of another revision, vocabulary or top_k.
+        TeacherError: it cannot be read, or is not there and there is nobody to ask.
+    """
+
+    def __init__(
+        self,
+        teacher: LocalTeacher | ServedTeacher | UnaskedTeacher,
+        folder: str | Path,
+        *,
+        top_k: int | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.teacher = teacher
+        self.asks = not isinstance(teacher, UnaskedTeacher)
+        self.cache = _opened(teacher, Path(folder), top_k, revision)
+        self.found = self.asked = 0
+        self.before_asking: Callable[[], None] | None = None
+        self._width = max(1, self.cache.origin.top_k) + 1 + len(self.vocabulary.stop_ids)
+
+    @property
+    def name(self) -> str:
+        """The teacher's name, and the folder's."""
+        whose = self.teacher.name if self.asks else self.cache.origin.teacher
+        return f"{whose} in cache {self.cache.folder}"
+
+    @property
+    def gives(self) -> Need:
+        """The likeliest tokens of each row, or log-probabilities of given tokens alone."""
+        return "top_k" if self.cache.origin.top_k else "tokens"
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The teacher's vocabulary."""
+        return self.teacher.vocabulary
+
+    @property
+    def device(self) -> torch.device:
+        """Where its rows are."""
+        return self.teacher.device
+
+    @property
+    def retries(self) -> Any:
+        """How many requests a served teacher has sent again so far."""
+        return self.teacher.retries  # type: ignore[union-attr]
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The ids that the teacher reads before the completion.
+
+        Raises:
+            DataError: there are none, or its template refuses the messages.
+        """
+        return self.teacher.prompt_ids(prompt)
+
+    def score(
+        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
+    ) -> list[Rows]:
+        """See ``Teacher.score``.
+
+        Raises:
+            DataError: a prompt that the teacher cannot read.
+            TeacherError: the teacher does not answer, or is not there and texts are missing; the disk is full.
+        """
+        keys = self._keys(prompts, spellings, stopped)
+        kept = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
+        chosen = [i for i in _firsts(keys) if kept[keys[i]] is None]
+        if chosen:
+            if not self.asks:
+                self.check(prompts, spellings, stopped)
+            asked = self._ask(
+                [prompts[i] for i in chosen], [spellings[i] for i in chosen], [stopped[i] for i in chosen]
+            )
+            records = [(keys[i], *each) for i, each in zip(chosen, asked, strict=True)]
+            self.cache.add(records)
+            kept |= {key: data for key, _, data in records}
+        self.asked += len(chosen)
+        self.found += len(keys) - len(chosen)
+        return [self._rows(decode(kept[key] or b"")) for key in keys]
+
+    def missing(
+        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
+    ) -> list[int]:
+        """Which of these texts are not kept; of equal ones the first."""
+        keys = self._keys(prompts, spellings, stopped)
+        return [i for i in _firsts(keys) if keys[i] not in self.cache]
+
+    def check(
+        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
+    ) -> None:
+        """Nothing, where all these texts are kept.
+
+        Raises:
+            TeacherError: some are not; the message says how many.
+        """
+        if lacking := self.missing(prompts, spellings, stopped):
+            raise TeacherError(
+                f"cache {self.cache.folder}: lacks {len(lacking):,} of {len(prompts):,} texts, that of prompt "
+                f"{prompts[lacking[0]].key} for one, and there is nobody to ask; {_ADVICE}"
+            )
+
+    def _keys(
+        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
+    ) -> list[bytes]:
+        key = self.cache.origin.key
+        return [
+            key(self.prompt_ids(prompt), spelling.ids.tolist(), bool(stop))
+            for prompt, spelling, stop in zip(prompts, spellings, stopped, strict=True)
+        ]
+
+    def _ask(
+        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
+    ) -> list[tuple[int, bytes]]:
+        """The number of rows of each text, and its scores as they are kept."""
+        if self.before_asking is not None:
+            try:
+                self.before_asking()
+            except ConfigError as error:  # a run that has begun keeps a checkpoint
+                raise TeacherError(str(error)) from error
+            self.before_asking = None
+        stops = torch.tensor(self.vocabulary.stop_ids, device=self.device)
+        results = []
+        answers = self.teacher.score(prompts, spellings, stopped)
+        for prompt, rows, spelling, stop in zip(prompts, answers, spellings, stopped, strict=True):
+            target = torch.tensor([*spelling.ids.tolist(), *([-1] * bool(stop))], device=self.device)
+            also = torch.cat((target[:, None], stops.expand(len(target), -1)), dim=1).long()
+            also = also.masked_fill(also >= rows.width, -1)  # a stop id that the model has no row for
+            parts = likeliest(rows, self.cache.origin.top_k, also, self.vocabulary.size)
+            try:
+                results.append((len(rows), encode(Scores(*(part.cpu().numpy() for part in parts)))))
+            except ValueError as error:
+                raise TeacherError(f"prompt {prompt.key}: teacher {self.teacher.name}: {error}") from error
+        return results
+
+    def _rows(self, scores: Scores) -> Rows:
+        # Rows of several texts are joined, so all have the same width.
+        gap = ((0, 0), (0, self._width - scores.ids_NK.shape[1]))
+        ids = np.pad(scores.ids_NK, gap, constant_values=-1)
+        logp = np.pad(scores.logp_NK, gap)
+        known_ids, known_logp = (torch.from_numpy(a).to(self.device) for a in (ids, logp))
+        return Rows.of_top_k(known_ids, known_logp, self.vocabulary.size)
+
+
+def record(
+    teacher: CachedTeacher, prompts: Sequence[Prompt], told: Callable[[int, int], None] = lambda *_: None
+) -> None:
+    """Asks for the completions of prompts that are not kept, ends included, and keeps them; a kill loses a batch.
+
+    ``told`` is given the number of prompts that are done with and that of the rows that were asked for, time and again.
+
+    Raises:
+        DataError: a prompt without a completion, or that the teacher cannot read.
+        TeacherError: see ``CachedTeacher.score``.
+    """
+    done = rows = 0
+    for first in range(0, len(prompts), _CHUNK):
+        chunk = prompts[first : first + _CHUNK]
+        spelled = [_completion(teacher, prompt) for prompt in chunk]
+        lacking = teacher.missing(chunk, spelled, [True] * len(chunk))
+        done += len(chunk) - len(lacking)
+        told(done, rows)
+        lengths = [len(teacher.prompt_ids(chunk[i])) + spelled[i].ids.size for i in lacking]
+        for batch in batches_by_length(lengths, _BATCH_TOKENS):
+            chosen = [lacking[i] for i in batch]
+            teacher.score([chunk[i] for i in chosen], [spelled[i] for i in chosen], [True] * len(chosen))
+            done += len(chosen)
+            rows += sum(spelled[i].ids.size + 1 for i in chosen)
+            told(done, rows)
+
+
+def _completion(teacher: CachedTeacher, prompt: Prompt) -> Spelling:
+    if prompt.completion is None:
+        raise DataError(f"prompt {prompt.key}: it has no completion; give every prompt one")
+    return teacher.vocabulary.encode(prompt.completion, at_start=begins_anew(prompt))
+
+
+def _firsts(keys: Sequence[bytes]) -> list[int]:
+    """The index of each different key, ascending."""
+    return sorted({key: i for i, key in reversed(list(enumerate(keys)))}.values())
+
+
+def _opened(
+    teacher: LocalTeacher | ServedTeacher | UnaskedTeacher,
+    folder: Path,
+    top_k: int | None,
+    revision: str | None,
+) -> ScoreCache:
+    known = find_origin(folder)
+    if isinstance(teacher, ServedTeacher):
+        if top_k not in (None, teacher.top_k):
+            raise ConfigError(
+                f"cache {folder}: its top_k is to be {top_k}, and the server is asked for {teacher.top_k}; leave it out"
+            )
+        top_k = teacher.top_k
+        revision = f"served as {teacher.model}" + (f", {revision}" if revision else "")
+    elif isinstance(teacher, UnaskedTeacher):
+        if known is None:
+            return ScoreCache.open(folder)  # which says what is wrong
+        revision = known.revision
+    elif revision is None:
+        revision = f"weights {teacher.revision}"
+    if top_k is None:
+        top_k = known.top_k if known else TOP_K
+    vocabulary = teacher.vocabulary.without_markers()
+    content = sha256(f"{vocabulary.fingerprint} {sorted(vocabulary.stop_ids)}".encode()).hexdigest()
+    return ScoreCache.open(folder, Origin(teacher.name, revision, content, top_k))
