@@ -11,6 +11,8 @@ BENCHMARKS = {
     "assets": ("benchmarks.assets", "fetch the real models and tokenizers that the others need"),
     "align": ("benchmarks.align", "time from ids to chunks, beside plain Python and TRL"),
     "loss": ("benchmarks.loss", "time and memory of losses, beside plain torch, TRL and Liger"),
+    "step": ("benchmarks.step", "one whole on-policy step by phase, beside TRL's GOLD trainer"),
+    "gpu": ("benchmarks.gpu", "on a GPU: its tests, loss and step, in one call of nine minutes"),
     "fuzz": ("benchmarks.fuzz", "check alignments of random texts by every tokenizer"),
     "exactness": (
         "benchmarks.exactness",

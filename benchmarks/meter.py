@@ -26,6 +26,14 @@ class Sample:
     peak_bytes: int | None
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Where a measurement began: the clock, and the memory held."""
+
+    at_s: float
+    held_bytes: int | None
+
+
 class Meter:
     """Measures calls on one device.
 
@@ -43,15 +51,32 @@ class Meter:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            before = self._start()
-            now = time.process_time if self.clock == "processor" else time.perf_counter
-            started = now()
+            mark = self.start()
             work()
-            self._wait()
-            return Sample(now() - started, self._peak(before))
+            return self.stop(mark)
         finally:
             if collecting:
                 gc.enable()
+
+    def start(self) -> Mark:
+        """Where a measurement begins; there is one at a time."""
+        held = self._held()
+        return Mark(self.now(), held)
+
+    def stop(self, mark: Mark) -> Sample:
+        """What there was since ``mark``."""
+        seconds = self.now() - mark.at_s
+        if mark.held_bytes is None:
+            return Sample(seconds, None)
+        gpu = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if gpu else _status("VmHWM")
+        return Sample(seconds, peak - mark.held_bytes)
+
+    def now(self) -> float:
+        """Seconds on the clock, once all work is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.process_time() if self.clock == "processor" else time.perf_counter()
 
     def free_bytes(self) -> int | None:
         """Memory that is still to be had."""
@@ -63,11 +88,8 @@ class Meter:
             found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
         return int(found[1]) * 1024 if found else None
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _start(self) -> int | None:
+    def _held(self) -> int | None:
+        """Memory in use; the high-water mark falls to it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -77,16 +99,9 @@ class Meter:
         with suppress(OSError, AttributeError):
             # What was freed is handed back first, or a call could use it unseen.
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is in use
+            Path("/proc/self/clear_refs").write_text("5")
             return _status("VmRSS")
         return None
-
-    def _peak(self, before: int | None) -> int | None:
-        if before is None:
-            return None
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - before
-        return _status("VmHWM") - before
 
 
 def _status(name: str) -> int:

@@ -128,6 +128,7 @@ class Loop:
         self.student, self.teacher, self.pair, self.verifier = student, teacher, pair, verifier
         self.prompts, self.recipe, self.terms, self.accelerator = prompts, recipe, terms, accelerator
         self.order = PromptOrder(len(prompts), recipe.seed)
+        self.now: Callable[[], float] = partial(_wall_s, student.device)
         self.step = 0
         self.bad_steps = 0
         self._warned: set[str] = set()
@@ -173,7 +174,7 @@ class Loop:
         Raises:
             TeacherError: the teacher has not graded all of this step's texts; nothing has changed.
         """
-        clock = _Clock()
+        clock = _Clock(self.now)
         torch.manual_seed(int(np.random.SeedSequence([self.recipe.seed, self.step]).generate_state(1)[0]))
         with clock("rollout"):
             rollouts = self._rollouts()
@@ -416,16 +417,24 @@ def _writing(rollouts: Sequence[Rollout], batches: Sequence[AlignedBatch]) -> di
     }
 
 
+def _wall_s(device: torch.device) -> float:
+    """Seconds on the clock once the device has done its work, which else would count for a later phase."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class _Clock:
     """Seconds by phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started = self.now()
         try:
             yield
         finally:
-            self.seconds[phase] += time.perf_counter() - started
+            self.seconds[phase] += self.now() - started
