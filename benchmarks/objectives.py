@@ -31,8 +31,8 @@ from gold.teachers.local import LocalTeacher
 from gold.train import Saving, distill
 
 TUNING_SEED = 1000
-RATES = (1e-3, 2e-3)
-POLICY_RATES = (1e-4, 3e-4)
+RATES = (3e-4, 1e-3, 2e-3)
+LOW_RATES = (1e-4, 3e-4, 1e-3)
 TEXT_RATES = (5e-4, 1e-3)
 ENOUGH = 0.9
 """Share of the teacher's accuracy whose price in completions is told."""
@@ -64,28 +64,28 @@ WAYS: dict[str, Way] = {
     "entropy_aware_kl on bytes, from 0.1 nats": Way((Term("entropy_aware_kl", threshold=0.1),)),
     "reverse_kl on bytes + 0.1 forward_kl": Way((Term("reverse_kl"), Term("forward_kl", weight=0.1))),
     "reverse_kl on bytes, half-life 5 bytes": Way((Term("reverse_kl", half_life=5.0),)),
-    "reverse_kl on bytes, one-to-one chunks": Way((Term("reverse_kl", where="one_to_one"),)),
-    "forward_kl on bytes, one-to-one chunks": Way((Term("forward_kl", where="one_to_one"),)),
+    "reverse_kl on bytes, one-to-one chunks": Way((Term("reverse_kl", where="one_to_one"),), LOW_RATES),
+    "forward_kl on bytes, one-to-one chunks": Way((Term("forward_kl", where="one_to_one"),), LOW_RATES),
     "forward_kl on prefixes": Way((Term("forward_kl", **_on("prefix")),)),
     "forward_kl on prefixes, one-to-one chunks": Way(
-        (Term("forward_kl", **_on("prefix", where="one_to_one")),)
+        (Term("forward_kl", **_on("prefix", where="one_to_one")),), LOW_RATES
     ),
     "reverse_kl on prefixes": Way((Term("reverse_kl", **_on("prefix")),)),
-    "forward_kl on shared tokens": Way((Term("forward_kl", **_on("shared")),)),
-    "reverse_kl on shared tokens": Way((Term("reverse_kl", **_on("shared")),)),
-    "span_pg": Way((Term("span_pg"),), POLICY_RATES),
-    "span_pg, clip 3, baseline": Way((Term("span_pg", clip=3.0, baseline="others"),), POLICY_RATES),
-    "span_pg, penalty 2": Way((Term("span_pg", noncanonical_penalty=2.0),), POLICY_RATES),
-    "token_pg": Way((Term("token_pg"),), POLICY_RATES),
-    "token_pg, clip 3, baseline": Way((Term("token_pg", clip=3.0, baseline="others"),), POLICY_RATES),
-    "uld": Way((Term("uld"),)),
-    "gold": Way((Term("gold"),)),
-    "alm": Way((Term("alm"),)),
-    "x_token": Way((Term("x_token"),)),
+    "forward_kl on shared tokens": Way((Term("forward_kl", **_on("shared")),), LOW_RATES),
+    "reverse_kl on shared tokens": Way((Term("reverse_kl", **_on("shared")),), LOW_RATES),
+    "span_pg": Way((Term("span_pg"),), LOW_RATES),
+    "span_pg, clip 3, baseline": Way((Term("span_pg", clip=3.0, baseline="others"),), LOW_RATES),
+    "span_pg, penalty 2": Way((Term("span_pg", noncanonical_penalty=2.0),), LOW_RATES),
+    "token_pg": Way((Term("token_pg"),), LOW_RATES),
+    "token_pg, clip 3, baseline": Way((Term("token_pg", clip=3.0, baseline="others"),), LOW_RATES),
+    "uld": Way((Term("uld"),), LOW_RATES),
+    "gold": Way((Term("gold"),), LOW_RATES),
+    "alm": Way((Term("alm"),), LOW_RATES),
+    "x_token": Way((Term("x_token"),), LOW_RATES),
     "reverse_kl on bytes + reference_kl": Way((Term("reverse_kl"), Term("reference_kl", weight=0.1))),
     "sft on sampled teacher text": Way((Term("sft"),), TEXT_RATES, on_policy=0.0, text="sampled"),
     "sft on greedy teacher text": Way((Term("sft"),), TEXT_RATES, on_policy=0.0, text="greedy"),
-    "reward": Way((Term("reward"),), POLICY_RATES, per_prompt=8),
+    "reward": Way((Term("reward"),), LOW_RATES, per_prompt=8),
     "reverse_kl on bytes + reward": Way((Term("reverse_kl"), Term("reward", weight=0.1)), per_prompt=8),
 }
 
