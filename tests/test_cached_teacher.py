@@ -498,8 +498,6 @@ def test_a_build_that_was_stopped_goes_on_where_it_was(bench: Bench, monkeypatch
         assert done.code == 0, done
         assert server.scored == examined + 40 - kept
     assert len(ScoreCache.open(bench.cache)) == 40
-    # A build that was stopped by an error has closed nothing; what it wrote is whole.
-    assert all("cut short" in str(d) for d in ScoreCache.open(bench.cache).verify())
 
 
 def test_bad_input_is_one_line(bench: Bench) -> None:

@@ -58,6 +58,7 @@ FORBIDDEN_IN = {
         "gold.teachers",
     ),
     "gold.losses": ("gold.align", "gold.models", "transformers", "tokenizers"),
+    "gold.cache": ("torch", "transformers", "gold.align", "gold.kernels", "gold.models"),
     "gold.rollout": ("gold.kernels", "gold.losses", "gold.teachers"),
     "gold.data": ("torch", "transformers"),
     "gold.tasks": ("torch", "transformers"),

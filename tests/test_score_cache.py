@@ -294,6 +294,26 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     assert ScoreCache.open(tmp_path).verify() == []
 
 
+def test_the_end_of_a_process_closes_what_it_wrote(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            WRITER.replace("cache.close()", "raise KeyboardInterrupt"),
+            str(tmp_path),
+            "0",
+            "9",
+            "3",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(gold.__file__).parent.parent,
+    )
+    assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1]
+    cache = ScoreCache.open(tmp_path)
+    assert (len(cache), cache.verify()) == (3, [])
+
+
 def test_a_kill_at_any_moment_loses_nothing_that_was_added(tmp_path: Path) -> None:
     told: set[int] = set()
     size = 2**20

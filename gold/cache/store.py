@@ -8,6 +8,7 @@ import mmap
 import os
 import struct
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -73,7 +74,7 @@ class Damage:
         return f"{self.shard}: bytes {self.start:,} to {self.end:,}: {self.what}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
     """Where a record's scores are, and their checksum."""
 
@@ -163,6 +164,7 @@ class ScoreCache:
         self._spare: dict[bytes, list[_Place]] = {}
         self._file: int | None = None
         self._own: _Shard | None = None
+        self._end: weakref.finalize[[int], ScoreCache] | None = None
         origins: dict[bytes, Origin] = {}
         for shard in self.shards:
             for found in shard.walk():
@@ -272,31 +274,19 @@ class ScoreCache:
             self._take(key, place)
 
     def close(self) -> None:
-        """Ends the shard that is written and brings it to the disk.
+        """Ends the shard that is written and brings it to the disk, as the end of the process does.
 
-        Raises:
-            TeacherError: the disk is full or fails; the scores are there, and the shard counts as one cut short.
+        Where that cannot be done, the scores are there, and the shard counts as one that is cut short.
         """
-        if self._file is None:
-            return
-        file, self._file, self._own = self._file, None, None
-        try:
-            _write(file, _ENDING, os.fstat(file).st_size)
-            os.fsync(file)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        finally:
-            os.close(file)
+        if self._end is not None:
+            self._end()
+        self._file = self._own = self._end = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(TeacherError, AttributeError):
-            self.close()
 
     def verify(self) -> list[Damage]:
         """Every place that is not as it was written, each byte of the shards having been read; closes the cache."""
@@ -327,7 +317,7 @@ class ScoreCache:
                 os.close(file)
                 path.unlink(missing_ok=True)
                 raise
-            self._file, self._own = file, _Shard(path)
+            self._file, self._own, self._end = file, _Shard(path), weakref.finalize(self, _finish, file)
             self.shards.append(self._own)
         return self._own, self._file
 
@@ -428,6 +418,14 @@ def _read_origin(data: mmap.mmap | bytes) -> tuple[Origin | None, int]:
     if len(text) != length or crc32(text) != crc:
         return None, 0
     return Origin(**json.loads(text)), start + length
+
+
+def _finish(file: int) -> None:
+    """Writes a shard's end, and closes it."""
+    with contextlib.suppress(OSError):
+        _write(file, _ENDING, os.fstat(file).st_size)
+        os.fsync(file)
+    os.close(file)
 
 
 def _write(file: int, data: bytes, size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -296,6 +297,13 @@ def _opened(
         revision = f"weights {teacher.revision}"
     if top_k is None:
         top_k = known.top_k if known else TOP_K
-    vocabulary = teacher.vocabulary.without_markers()
-    content = sha256(f"{vocabulary.fingerprint} {sorted(vocabulary.stop_ids)}".encode()).hexdigest()
-    return ScoreCache.open(folder, Origin(teacher.name, revision, content, top_k))
+    return ScoreCache.open(folder, Origin(teacher.name, revision, _fingerprint(teacher.vocabulary), top_k))
+
+
+def _fingerprint(vocabulary: Vocabulary) -> str:
+    """The SHA-256 of all tokens as the tokenizer writes them, and of which ids are stops.
+
+    Not the vocabulary's own fingerprint: a loaded tokenizer and its file can differ in which tokens are special.
+    """
+    tokens = [vocabulary.label(index) for index in range(vocabulary.size)]
+    return sha256(json.dumps([tokens, sorted(vocabulary.stop_ids)]).encode()).hexdigest()
