@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gold.models import load_model
     from gold.recipe import Recipe, Term
     from gold.tasks import load_task
-    from gold.teachers import CachedTeacher, LocalTeacher, ServedTeacher
+    from gold.teachers import CachedTeacher, LocalTeacher, SelfTeacher, ServedTeacher, Teachers
     from gold.train import distill
 
 __version__ = "0.1.0"
@@ -43,9 +43,11 @@ __all__ = [
     "ModelError",
     "Prompt",
     "Recipe",
+    "SelfTeacher",
     "ServedTeacher",
     "Spelling",
     "TeacherError",
+    "Teachers",
     "Term",
     "TrainingError",
     "Vocabulary",
@@ -65,8 +67,10 @@ _MODULE_OF = {
     "LocalTeacher": "gold.teachers",
     "Prompt": "gold.data",
     "Recipe": "gold.recipe",
+    "SelfTeacher": "gold.teachers",
     "ServedTeacher": "gold.teachers",
     "Spelling": "gold.align",
+    "Teachers": "gold.teachers",
     "Term": "gold.recipe",
     "Vocabulary": "gold.align",
     "align_tokens": "gold.align",

@@ -108,6 +108,9 @@ class AlignedBatch:
 
     Rows are model states, all texts concatenated: a text of n tokens has rows 0 … n − 1, row k predicting token k, and
     one more for the stop event if it stopped.
+
+    ``beside``: the same texts as further teachers read them, where they are compared with all as one; a byte is
+    supervised where all of them say what comes next.
     """
 
     def __init__(
@@ -116,11 +119,13 @@ class AlignedBatch:
         vocabularies: VocabularyPair,
         device: torch.device,
         teacher_device: torch.device | None = None,
+        beside: Sequence[AlignedBatch] = (),
     ) -> None:
         self.texts = tuple(texts)
         self.vocabularies = vocabularies
         self.device = device
         self.teacher_device = teacher_device or device
+        self.beside = tuple(beside)
         self._alignments = [align_tokens(t.student, t.teacher) for t in self.texts]
 
     @property
@@ -284,8 +289,10 @@ class AlignedBatch:
     @cached_property
     def supervised_bytes(self) -> Tensor:
         """Byte positions where both sides say what comes next, ascending."""
-        both = self.layout_S.supervised & self.layout_T.supervised.to(self.device)
-        return torch.nonzero(both)[:, 0]
+        known = self.layout_S.supervised
+        for batch in (self, *self.beside):
+            known = known & batch.layout_T.supervised.to(self.device)
+        return torch.nonzero(known)[:, 0]
 
     # pieces
 

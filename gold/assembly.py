@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from gold.align.roles import Roles
 from gold.chat import prompt_text
-from gold.config import Config, check_data
+from gold.checkpoint import latest_checkpoint
+from gold.config import Config, TeacherConfig, check_data
 from gold.data import Prompt, load_prompts, split_by_hash
 from gold.doctor.checks import Check, Report, examine
 from gold.doctor.report import diagnose
@@ -19,6 +20,7 @@ from gold.doctor.server import examine_noise, examine_server
 from gold.doctor.side import Side, read_side, side_of
 from gold.errors import ConfigError, ModelError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
+from gold.loop import average_file
 from gold.models import LanguageModel, check_files, load_model, pick_device
 from gold.plots import plot_run
 from gold.progress import Progress
@@ -27,13 +29,15 @@ from gold.rollout import Sampling
 from gold.run import RunFolder
 from gold.tasks import load_task
 from gold.teachers.cached import CachedTeacher, UnaskedTeacher, record
+from gold.teachers.itself import SelfTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
+from gold.teachers.several import Teachers, averages_of, check_routes
 from gold.train import Run, Saving, check_output, distill
 
 if TYPE_CHECKING:
-    from gold.config import StudentConfig, TeacherConfig
+    from gold.config import StudentConfig
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,9 @@ def load_data(config: Config) -> RunData:
         train = task.prompts("train", data.task.train, data.task.seed)
         heldout = task.prompts("heldout", data.task.heldout, data.task.seed)
     elif data.prompts is not None:
-        train = load_prompts(data.prompts)
+        train = load_prompts(data.prompts, route=config.route)
         if data.heldout is not None:
-            heldout = load_prompts(data.heldout)
+            heldout = load_prompts(data.heldout, route=config.route)
         else:
             train, heldout = split_by_hash(train, data.heldout_share)
     else:
@@ -71,7 +75,14 @@ def load_data(config: Config) -> RunData:
         config,
         has_completions=all(p.completion is not None for p in train),
         has_verifier=verifier is not None,
+        has_context=any(p.teacher_context is not None for p in train),
     )
+    if config.route is not None:
+        check_routes([*train, *heldout], config.teachers)
+        if idle := sorted(config.teachers.keys() - {p.route for p in train}):
+            raise ConfigError(
+                f"teachers.{idle[0]}: no prompt to train on has it as its {config.route}: leave it out"
+            )
     return RunData(train, heldout[: config.evaluate.prompts], verifier)
 
 
@@ -124,10 +135,10 @@ def train(config: Config, *, resume: bool = False, progress: Progress | None = N
     output = Path(config.output)
     check_output(output, resume, config.to_dict())
     data = load_data(config)
-    student, teacher = _pair(config, config.student, data, progress)
+    student, teachers = _models(config, config.student, data, progress)
     run = distill(
         student,
-        teacher,
+        teachers,
         data.train,
         recipe_of(config),
         heldout=data.heldout,
@@ -181,90 +192,137 @@ def evaluate_source(
     student = config.student
     if trained is not None and not any(o.startswith("student.") for o in overrides):
         student = student.model_copy(update={"path": str(trained), "gguf_file": None})
-    trained_student, teacher = _pair(config, student, data, progress, judged=False)
+    trained_student, teachers = _models(config, student, data, progress, judged=False)
+    if trained is not None:
+        for name, teacher in averages_of(teachers).items():
+            checkpoint, _ = latest_checkpoint(folder / "checkpoints")
+            if checkpoint is None:
+                raise ConfigError(f"{folder}: no checkpoint holds the weights that teacher {name} came to")
+            teacher.load(checkpoint.path / average_file(name))
     return evaluate(
         trained_student,
-        teacher,
+        teachers,
         data.heldout,
         plan=evaluation_of(config),
         verifier=data.verifier,
     )
 
 
-def _pair(
+def _models(
     config: Config, student: StudentConfig, data: RunData, progress: Progress | None, judged: bool = True
-) -> tuple[LanguageModel, Teacher]:
-    """Student and teacher; ``judged``: the pair, and the server of a teacher that is served, are examined first."""
-    consult = partial(_consult, config, data, progress) if judged else None
-    unasked = config.teacher.cache is not None and config.teacher.cache.missing == "stop"
-    if config.teacher.served is None and not unasked:
-        mine, theirs = _load([student, config.teacher], progress, consult)
-        return mine, _cached(config.teacher, LocalTeacher(theirs), progress)
-    side = read_side("teacher", _source(config.teacher), roles_of(config.teacher))
-    served = None if unasked else _served(config.teacher, side)
-    teacher = _cached(config.teacher, served or _unasked(config.teacher, side), progress)
-    # What a cache holds came from a server that was examined; that may be gone, and all that the run needs be there.
-    later = isinstance(teacher, CachedTeacher) and len(teacher.cache) > 0
-    if judged and served is not None and not later:
-        _judge(config, data, examine_server(served, data.train), progress)
+) -> tuple[LanguageModel, Teachers]:
+    """Student and teachers; ``judged``: each pair, and the server of a teacher that is served, are examined first."""
+    named = config.named_teachers
+    graded = {name: _graded_by(data, config, name) for name in named}
+    consult = {name: partial(_consult, config, graded[name], progress, name) for name in named}
+    apart = {name: t for name, t in named.items() if t.served is not None or _is_unasked(t)}
+    local = {name: t for name, t in named.items() if t.self is None and name not in apart}
+    sides: dict[str, Side] = {}
+    served: dict[str, ServedTeacher] = {}
+    members: dict[str, Teacher] = {}
+    for name, teacher in apart.items():
+        sides[name] = side = read_side("teacher", _source(teacher), roles_of(teacher))
+        if _is_unasked(teacher):
+            members[name] = _cached(teacher, _unasked(teacher, side), progress)
+            continue
+        served[name] = _served(teacher, side)
+        members[name] = _cached(teacher, served[name], progress)
+        if judged and not _is_kept(members[name]):
+            _judge(config, graded[name], examine_server(served[name], graded[name]), progress, name)
     of_files = file_side("student", student.path, roles_of(student))
-    if consult is not None and of_files is not None:
-        consult(of_files, side)
-    (mine,) = _load([student], progress)
-    if consult is not None and of_files is None:
-        consult(side_of("student", mine.vocabulary.without_markers(), mine.tokenizer), side)
-    if judged and served is not None:
-        if isinstance(teacher, CachedTeacher) and later:
-            teacher.before_asking = partial(_examine, served, mine, config, data, progress)
+    for name, side in sides.items():
+        if judged and of_files is not None:
+            consult[name](of_files, side)
+    mine, loaded = _load(student, local, progress, consult if judged else {})
+    for name, side in sides.items():
+        if judged and of_files is None:
+            consult[name](side_of("student", mine.vocabulary.without_markers(), mine.tokenizer), side)
+    for name, server in served.items() if judged else ():
+        kept = members[name]
+        if isinstance(kept, CachedTeacher) and _is_kept(kept):
+            kept.before_asking = partial(_examine, config, graded[name], progress, name, server, mine)
         else:
-            _judge(config, data, [examine_noise(served, data.train, mine)], progress)
-    return mine, teacher
+            _judge(config, graded[name], [examine_noise(server, graded[name], mine)], progress, name)
+    members |= {name: _cached(named[name], LocalTeacher(model), progress) for name, model in loaded.items()}
+    for name, teacher in named.items():
+        if teacher.self is not None:
+            # The one that the run began with, whatever student is looked at.
+            origin = mine if student == config.student else _load(config.student, {}, None, {})[0]
+            members[name] = SelfTeacher(origin, teacher.decay if teacher.self == "ema" else 1.0)
+    weights = {name: t.weight for name, t in config.teachers.items()} if config.mix else None
+    return mine, Teachers({name: members[name] for name in named}, config.mix, weights)
+
+
+def _is_unasked(config: TeacherConfig) -> bool:
+    """Whether a teacher's cache is all that there is of it."""
+    return config.cache is not None and config.cache.missing == "stop"
+
+
+def _is_kept(teacher: Teacher) -> bool:
+    """Whether a teacher's cache holds something. That came from a server that was examined, which may be gone, and all
+    that the run needs be there."""
+    return isinstance(teacher, CachedTeacher) and len(teacher.cache) > 0
 
 
 def _examine(
-    served: ServedTeacher, student: LanguageModel, config: Config, data: RunData, progress: Progress | None
+    config: Config,
+    prompts: Sequence[Prompt],
+    progress: Progress | None,
+    name: str,
+    served: ServedTeacher,
+    student: LanguageModel,
 ) -> None:
     """The examination of a server, as a whole."""
-    _judge(config, data, examine_server(served, data.train), progress)
-    _judge(config, data, [examine_noise(served, data.train, student)], progress)
+    _judge(config, prompts, examine_server(served, prompts), progress, name)
+    _judge(config, prompts, [examine_noise(served, prompts, student)], progress, name)
 
 
 def build_cache(
     config: Config, progress: Progress, told: Callable[[int, int, int], None] = lambda *_: None
-) -> CachedTeacher:
-    """The teacher of a configuration, its cache holding all completions that the run's training prompts have.
+) -> list[CachedTeacher]:
+    """The teachers of a configuration that have a cache, which holds all completions of their training prompts now.
 
-    What it holds already is not asked for. ``told`` is given, time and again, how many prompts are done with, how many
-    there are, and how many of the teacher's tokens and ends were asked for. The student is not looked at.
+    What it holds already is not asked for. ``told`` is given, time and again, how many of a teacher's prompts are done
+    with, how many there are, and how many of its tokens and ends were asked for. The student is not looked at.
 
     Raises:
         GoldError: as for ``train``.
     """
-    if config.teacher.cache is None:
+    named = {name: t for name, t in config.named_teachers.items() if t.cache is not None}
+    if not named:
         raise ConfigError("teacher.cache: it names no folder to build; set teacher.cache.path")
     data = load_data(config)
-    given = [prompt for prompt in data.train if prompt.completion is not None]
-    if not given:
+    given = {name: [p for p in _graded_by(data, config, name) if p.completion is not None] for name in named}
+    if not any(given.values()):
         raise ConfigError(f"data: none of the {len(data.train):,} training prompts has a completion to score")
-    if lacking := len(data.train) - len(given):
+    if lacking := sum(p.completion is None for p in data.train):
         progress.note(
             f"{lacking:,} of {len(data.train):,} training prompts have no completion, and are left out"
         )
-    if config.teacher.served is None:
-        (model,) = _load([config.teacher], progress)
-        teacher = _cached(config.teacher, LocalTeacher(model), progress)
-    else:
-        served = _served(
-            config.teacher, read_side("teacher", _source(config.teacher), roles_of(config.teacher))
-        )
-        _judge(
-            config, data, [*examine_server(served, data.train), examine_noise(served, data.train)], progress
-        )
-        teacher = _cached(config.teacher, served, progress)
-    assert isinstance(teacher, CachedTeacher)
-    record(teacher, given, lambda done, rows: told(done, len(given), rows))
-    teacher.cache.close()
-    return teacher
+    built = []
+    for name, teacher in named.items():
+        if teacher.served is None:
+            cached = _cached(teacher, LocalTeacher(_load(teacher, {}, progress, {})[0]), progress)
+        else:
+            prompts = _graded_by(data, config, name)
+            served = _served(teacher, read_side("teacher", _source(teacher), roles_of(teacher)))
+            checks = [*examine_server(served, prompts), examine_noise(served, prompts)]
+            _judge(config, prompts, checks, progress, name)
+            cached = _cached(teacher, served, progress)
+        assert isinstance(cached, CachedTeacher)
+        record(cached, given[name], partial(_tell, told, len(given[name])))
+        cached.cache.close()
+        built.append(cached)
+    return built
+
+
+def _tell(told: Callable[[int, int, int], None], count: int, done: int, rows: int) -> None:
+    told(done, count, rows)
+
+
+def _graded_by(data: RunData, config: Config, name: str) -> list[Prompt]:
+    """The training prompts that a teacher grades, as it reads them."""
+    return [p.for_teacher for p in data.train if config.route is None or p.route == name]
 
 
 def _served(config: TeacherConfig, side: Side) -> ServedTeacher:
@@ -307,47 +365,74 @@ def _cached(
     return cached
 
 
+def _path(model: StudentConfig | TeacherConfig) -> str:
+    """Where a model is that has weights of its own."""
+    assert model.path is not None
+    return model.path
+
+
 def _source(model: StudentConfig | TeacherConfig) -> str | Path:
     """Where the files of a model are that tell of its tokenizer."""
-    return Path(model.path) / model.gguf_file if model.gguf_file else model.path
+    return Path(_path(model)) / model.gguf_file if model.gguf_file else _path(model)
 
 
 def diagnose_run(
     source: Path, *, weights: bool = False, sequences: int | None = None, tokens: int | None = None
 ) -> Report:
-    """What `gold doctor` finds of a configuration's pair, judged by its own prompts.
+    """What `gold doctor` finds of a configuration's pairs, judged by its own prompts; of several teachers each check
+    says whose it is.
 
     Raises:
         GoldError: as for ``train``.
     """
     config = Config.load(source)
     data = load_data(config)
+    sizes = sequences or config.train.sequences_per_forward, tokens or config.rollout.max_new_tokens
+    reports = {name: _diagnosed(config, data, name, weights, sizes) for name in config.named_teachers}
+    if len(reports) == 1:
+        return next(iter(reports.values()))
+    return Report(
+        [replace(c, check=f"{name}: {c.check}") for name, report in reports.items() for c in report.checks],
+        {
+            f"{name}: {kind}": found
+            for name, report in reports.items()
+            for kind, found in report.coverage.items()
+        },
+        [f"{name}: {line}" for name, report in reports.items() for line in report.unchecked],
+    )
+
+
+def _diagnosed(config: Config, data: RunData, name: str, weights: bool, sizes: tuple[int, int]) -> Report:
+    """What is found of the student and one teacher."""
+    model: StudentConfig | TeacherConfig = config.named_teachers[name]
+    unasked = _is_unasked(config.named_teachers[name])
+    served = None if unasked else config.named_teachers[name].served
+    if config.named_teachers[name].self is not None:
+        model = config.student
+    prompts = _graded_by(data, config, name)
 
     def load() -> tuple[LanguageModel, LanguageModel]:
-        student, teacher = _load([config.student, config.teacher], None)
-        return student, teacher
+        student, others = _load(config.student, {name: model}, None, {})
+        return student, others[name]
 
-    student, teacher = _source(config.student), _source(config.teacher)
-    cache = config.teacher.cache
-    unasked = cache is not None and cache.missing == "stop"
-    served = config.teacher.served is not None and not unasked
     report = diagnose(
-        student,
-        teacher,
-        roles=(roles_of(config.student), roles_of(config.teacher)),
-        dtypes=(config.student.dtype, config.teacher.dtype),
-        texts=run_texts(data.train),
-        prompt=max((prompt_text(p) for p in data.train), key=len),
-        sequences=sequences or config.train.sequences_per_forward,
-        tokens=tokens or config.rollout.max_new_tokens,
-        load=load if weights and not served and not unasked else None,
+        _source(config.student),
+        _source(model),
+        roles=(roles_of(config.student), roles_of(model)),
+        dtypes=(config.student.dtype, model.dtype),
+        texts=run_texts(prompts),
+        prompt=max((prompt_text(p) for p in prompts), key=len),
+        sequences=sizes[0],
+        tokens=sizes[1],
+        load=load if weights and served is None and not unasked else None,
     )
-    if not served:
+    if served is None:
         return report
-    made = _served(config.teacher, read_side("teacher", teacher, roles_of(config.teacher)))
-    checks = examine_server(made, data.train)
+    assert isinstance(model, TeacherConfig)
+    made = _served(model, read_side("teacher", _source(model), roles_of(model)))
+    checks = examine_server(made, prompts)
     if all(check.status != "fail" for check in checks):
-        checks.append(examine_noise(made, data.train))
+        checks.append(examine_noise(made, prompts))
     return replace(report, checks=[*report.checks, *checks])
 
 
@@ -364,73 +449,90 @@ def run_texts(prompts: Sequence[Prompt]) -> list[str]:
     return texts
 
 
-def _consult(config: Config, data: RunData, progress: Progress | None, student: Side, teacher: Side) -> None:
+def _consult(
+    config: Config,
+    prompts: Sequence[Prompt],
+    progress: Progress | None,
+    name: str,
+    student: Side,
+    teacher: Side,
+) -> None:
     """Notes what stands in the way of a pair, as far as the run minds it.
 
     Raises:
         ConfigError: the pair cannot be trained, and the run is to stop then.
     """
-    _judge(config, data, examine(student, teacher, run_texts(data.train)).checks, progress)
+    _judge(config, prompts, examine(student, teacher, run_texts(prompts)).checks, progress, name)
 
 
-def _judge(config: Config, data: RunData, checks: Sequence[Check], progress: Progress | None) -> None:
-    """Notes what was found, as far as the run minds it.
+def _judge(
+    config: Config, prompts: Sequence[Prompt], checks: Sequence[Check], progress: Progress | None, name: str
+) -> None:
+    """Notes what was found of a teacher, as far as the run minds it.
 
     Raises:
         ConfigError: something that the run cannot go on with, and it is to stop then.
     """
+    whose = f"teacher {name}: " if config.teachers else ""
     failures = [check for check in checks if check.status == "fail"]
     if config.train.doctor == "stop" and failures:
         lines = [f"{check.check}: {check.found}; {check.advice}" for check in failures]
         raise ConfigError(
-            "\n".join(f"this pair cannot be trained: {line} (train.doctor=report goes on)" for line in lines)
+            "\n".join(
+                f"{whose}this pair cannot be trained: {line} (train.doctor=report goes on)" for line in lines
+            )
         )
     minded = {term.name for term in config.objectives}
     minded |= {str(value) for term in config.objectives for value in term.options.values()}
-    if any(prompt.messages is not None for prompt in data.train):
+    if any(prompt.messages is not None for prompt in prompts):
         minded.add("messages")
     # All processes find the same; one of them tells.
     if progress is not None and os.environ.get("RANK", "0") == "0":
         for check in checks:
             if check.status != "pass" and (not check.concerns or minded.intersection(check.concerns)):
-                progress.note(f"{check.check}: {check.found}; {check.advice}")
+                progress.note(f"{whose}{check.check}: {check.found}; {check.advice}")
 
 
 def _load(
-    models: Sequence[StudentConfig | TeacherConfig],
+    student: StudentConfig | TeacherConfig,
+    teachers: Mapping[str, StudentConfig | TeacherConfig],
     progress: Progress | None,
-    consult: Callable[[Side, Side], None] | None = None,
-) -> list[LanguageModel]:
-    """Student and teacher, or the student alone, loaded once the files and the tokenizers of all are found good."""
-    sides: list[Side | None] = []
-    for role, model in zip(ROLES, models, strict=False):
-        check_files(model.path, gguf_file=model.gguf_file)
+    consult: Mapping[str, Callable[[Side, Side], None]],
+) -> tuple[LanguageModel, dict[str, LanguageModel]]:
+    """Student (or any one model) and teachers, loaded once the files and the tokenizers of all are found good: each pair that there is
+    somebody to consult about is examined, by the files where they tell enough."""
+    models = {"": student, **teachers}
+    sides: dict[str, Side | None] = {}
+    for name, model in models.items():
+        path = _path(model)
+        check_files(path, gguf_file=model.gguf_file)
         try:
             pick_device(model.device)
         except ModelError as error:
-            raise ModelError(f"model {model.path}: {error}") from error
-        sides.append(file_side(role, model.path, roles_of(model)))
-    of_files = [side for side in sides if side is not None]
-    if consult is not None and len(of_files) == len(sides):
-        consult(*of_files)
-    loaded = []
-    for model, of_file in zip(models, sides, strict=True):
-        made = load_model(
-            model.path,
+            raise ModelError(f"model {path}: {error}") from error
+        sides[name] = file_side("teacher" if name else "student", path, roles_of(model))
+    mine = sides[""]
+    for name, ask in consult.items():
+        if mine is not None and (theirs := sides.get(name)) is not None:
+            ask(mine, theirs)
+    loaded: dict[str, LanguageModel] = {}
+    for name, model in models.items():
+        loaded[name] = made = load_model(
+            _path(model),
             gguf_file=model.gguf_file,
             dtype=model.dtype,
             device=model.device,
             roles=roles_of(model),
         )
-        if of_file is not None and progress is not None:
+        if (of_file := sides[name]) is not None and progress is not None:
             own = made.vocabulary.without_markers()
             for difference in of_file.vocabulary.differences(own, texts=SAMPLE_TEXTS):
                 progress.note(f"model {made.name}: the loaded tokenizer and its file differ: {difference}")
-        loaded.append(made)
-    if consult is not None and len(of_files) < len(sides):
-        found = [(m.vocabulary.without_markers(), m.tokenizer) for m in loaded]
-        consult(*(side_of(role, *each) for role, each in zip(ROLES, found, strict=True)))
-    return loaded
+    for name, ask in consult.items():
+        if name in teachers and (mine is None or sides[name] is None):
+            found = [(m.vocabulary.without_markers(), m.tokenizer) for m in (loaded[""], loaded[name])]
+            ask(*(side_of(role, *each) for role, each in zip(("student", "teacher"), found, strict=True)))
+    return loaded.pop(""), loaded
 
 
 def file_side(role: str, path: str | Path, roles: Roles | None = None) -> Side | None:
@@ -447,7 +549,6 @@ def roles_of(model: StudentConfig | TeacherConfig) -> Roles:
     return Roles(model.roles.stop, model.roles.bos, model.roles.pad)
 
 
-ROLES = ("student", "teacher")
 SAMPLE_TEXTS = (
     "Hello, world!",
     " leading space",

@@ -310,7 +310,8 @@ def cache_build(
         from gold.cache.command import summary, teller
         from gold.progress import Lines
 
-        print(summary(build_cache(settings, Lines(), teller()).cache))
+        for teacher in build_cache(settings, Lines(), teller()):
+            print(summary(teacher.cache))
 
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a cache")]

@@ -23,9 +23,11 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from gold.errors import ConfigError
 
@@ -36,6 +38,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")]
 
 
@@ -130,9 +133,13 @@ class CacheConfig(_Section):
 
 
 class TeacherConfig(_Section):
-    """The model that is learned from; frozen."""
+    """The model that is learned from."""
 
-    path: Text
+    self: Literal["frozen", "ema"] | None = None
+    """the student itself in place of `path`: its weights at the start, or their moving average"""
+    decay: Share = 0.99
+    """of that average: what is kept of it at each step"""
+    path: Text | None = None
     """model folder, GGUF file, or Hub id"""
     served: ServedConfig | None = None
     cache: CacheConfig | None = None
@@ -143,6 +150,30 @@ class TeacherConfig(_Section):
     device: Device = "auto"
     """auto | cpu | cuda | cuda:1 | mps | xpu"""
     roles: RolesConfig = RolesConfig()
+
+    @field_validator("path")
+    @classmethod
+    def _is_there(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path is None and info.data.get("self", "invalid") is None:
+            raise PydanticCustomError("missing", "is missing")
+        return path
+
+    @model_validator(mode="after")
+    def _one_model(self) -> TeacherConfig:
+        if self.self is not None:
+            for name in ("path", "served", "cache", "gguf_file", "dtype", "device", "roles"):
+                if getattr(self, name) != TeacherConfig.model_fields[name].default:
+                    raise ValueError(
+                        f"{name} is of another model, and self is the student's own: leave one of them out"
+                    )
+        return self
+
+
+class WeighedTeacherConfig(TeacherConfig):
+    """One of several teachers; NAME is what a prompt's route says."""
+
+    weight: PositiveFloat = 1.0
+    """its share of a mix, against the others'"""
 
 
 class TaskConfig(_Section):
@@ -287,7 +318,12 @@ class Config(_Section):
     """One run."""
 
     student: StudentConfig
-    teacher: TeacherConfig
+    teachers: dict[TeacherName, WeighedTeacherConfig] = {}
+    teacher: TeacherConfig | None = None
+    route: Text | None = None
+    """field of a prompt's line that names its teacher, of several"""
+    mix: Literal["linear", "log_linear"] | None = None
+    """several teachers as one distribution for every prompt: Σ w q, or Π q^w normalised"""
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     objectives: Annotated[
@@ -299,6 +335,18 @@ class Config(_Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     output: Text
     """run folder; must not exist, unless a run is resumed"""
+
+    @field_validator("teacher")
+    @classmethod
+    def _has_teacher(cls, teacher: TeacherConfig | None, info: ValidationInfo) -> TeacherConfig | None:
+        if teacher is None and info.data.get("teachers", "invalid") == {}:
+            raise PydanticCustomError("missing", "is missing")
+        return teacher
+
+    @property
+    def named_teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers by name; a single one is called `teacher`."""
+        return {"teacher": self.teacher} if self.teacher is not None else dict(self.teachers)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -348,8 +396,10 @@ class Config(_Section):
         return self
 
 
-def check_data(config: Config, *, has_completions: bool, has_verifier: bool) -> None:
-    """Nothing, where the loaded data has what the objectives and λ ask for.
+def check_data(
+    config: Config, *, has_completions: bool, has_verifier: bool, has_context: bool = True
+) -> None:
+    """Nothing, where the loaded data has what the teacher, the objectives and λ ask for.
 
     Called with the data in hand and before a model is loaded.
 
@@ -362,6 +412,14 @@ def check_data(config: Config, *, has_completions: bool, has_verifier: bool) -> 
         )
     if "reward" in _active(config) and not has_verifier:
         raise ConfigError("objective reward needs a task with a verifier: set data.task, or leave reward out")
+    from gold.losses import find
+
+    graded = all(find(name).needs != "nothing" for name in _active(config))
+    if config.teacher is not None and config.teacher.self is not None and graded and not has_context:
+        raise ConfigError(
+            "teacher.self: the student would learn from itself what it knows already: give prompts a "
+            "teacher_context, or name another teacher"
+        )
 
 
 def describe() -> str:
@@ -400,22 +458,25 @@ def _impossible(config: Config) -> Iterator[str]:
         yield "objectives: reward needs a task with a verifier: set data.task, or leave reward out"
     if "reward" in active and rollout.per_prompt == 1:
         yield "rollout.per_prompt: reward compares completions of one prompt: it needs at least 2, got 1"
+    yield from _impossible_teachers(config)
     from gold.losses import find
 
-    if config.teacher.served is not None:
-        gives = "top_k" if config.teacher.served.top_k else "tokens"
+    for key, teacher in config.named_teachers.items():
+        own = "teacher" if config.teacher is not None else f"teachers.{key}"
+        top_k: int | None
+        if teacher.served is not None:
+            where, top_k, more = f"{own}.served", teacher.served.top_k, "a teacher in this process"
+        elif teacher.cache is not None:
+            where, top_k, more = f"{own}.cache", teacher.cache.top_k, "a teacher without a cache"
+        else:
+            continue
+        gives = "tokens" if top_k == 0 else "top_k"
         for name in sorted(active):
             if (needs := find(name).needs) not in ("nothing", "tokens", gives):
-                less = "teacher.served.top_k above 0" if needs == "top_k" else "a teacher in this process"
-                yield f"teacher.served: gives {gives}, and objective {name} needs {needs}: it takes {less}"
-    elif (cache := config.teacher.cache) is not None:
-        gives = "tokens" if cache.top_k == 0 else "top_k"
-        for name in sorted(active):
-            if (needs := find(name).needs) not in ("nothing", "tokens", gives):
-                less = "teacher.cache.top_k above 0" if needs == "top_k" else "a teacher without a cache"
-                yield f"teacher.cache: gives {gives}, and objective {name} needs {needs}: it takes {less}"
-    if config.teacher.served and config.teacher.cache and config.teacher.cache.top_k is not None:
-        yield "teacher.cache.top_k: a server is asked for teacher.served.top_k: leave it out"
+                less = f"{where}.top_k above 0" if needs == "top_k" else more
+                yield f"{where}: gives {gives}, and objective {name} needs {needs}: it takes {less}"
+        if teacher.served and teacher.cache and teacher.cache.top_k is not None:
+            yield f"{own}.cache.top_k: a server is asked for {own}.served.top_k: leave it out"
     weighed = {o.name for o in config.objectives if o.options.get("importance_cap") is not None}
     for name in sorted(name for name in active if find(name).on_policy):
         if rollout.on_policy == 0:
@@ -434,6 +495,37 @@ def _impossible(config: Config) -> Iterator[str]:
             )
     if "sft" in active and rollout.on_policy == 1:
         yield "rollout.on_policy: sft learns the data's completions, and at 1 none is used: set it below 1"
+
+
+def _impossible_teachers(config: Config) -> Iterator[str]:
+    from gold.data import LINE_KEYS  # loads numpy
+
+    names, plural = list(config.teachers), len(config.teachers) > 1
+    if config.teacher is not None and names:
+        yield "teachers: teacher is given too: keep one of the two"
+    for key, value in (("route", config.route), ("mix", config.mix)):
+        if value is not None and not names:
+            yield f"{key}: there is one teacher: name several in teachers, or leave it out"
+    if plural and (config.route is None) == (config.mix is None):
+        got = "neither is" if config.route is None else "both are"
+        yield f"teachers: a route says which of them has a prompt, a mix takes all: give one of the two, {got} given"
+    if config.route in LINE_KEYS:
+        yield f"route: {config.route} has a meaning of its own in a prompt's line: choose another field"
+    for name, teacher in config.teachers.items():
+        if config.mix is None and teacher.weight != 1:
+            yield f"teachers.{name}.weight: belongs to a mix: set mix, or leave it out"
+    from gold.losses import DivergenceRow, find
+
+    for objective in config.objectives if config.mix is not None else ():
+        row = find(objective.name)
+        by_bytes = isinstance(row, DivergenceRow) and objective.options["support"] == "bytes"
+        if objective.weight and row.needs != "nothing" and not by_bytes:
+            what = (
+                f"{row.name} on {objective.options['support']}"
+                if isinstance(row, DivergenceRow)
+                else row.name
+            )
+            yield f"mix: {what} cannot be taken of a mix of teachers: choose a divergence on bytes, or a route"
 
 
 # Reading
@@ -571,6 +663,9 @@ def _problems(error: dict[str, Any], where: Callable[[Key], str]) -> Iterator[st
             else:
                 yield f"{where(key)}{_dotted(key)}: {line}"
         return
+    if key and key[-1] == "[key]":
+        yield f"{where(key[:-1])}{_dotted(key[:-1])}: a name has letters, digits, - and _ alone"
+        return
     got = _shown(error["input"])
     limits = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
     if kind == "missing":
@@ -630,7 +725,9 @@ def _known_instead(key: Key) -> str:
     here, name = list(_annotation_at(key[:-1]).model_fields), str(key[-1])
     if close := _closest(name, here):
         return close
-    elsewhere = [known for known, *_ in _keys(Config) if known.split(".")[-1] == name]
+    elsewhere = [
+        known for known, *_ in _keys(Config) if known.split(".")[-1] == name and ".NAME." not in known
+    ]
     return f"; did you mean {elsewhere[0]}?" if elsewhere else f"; known here: {', '.join(here)}"
 
 
@@ -650,6 +747,8 @@ def _annotation_at(key: Key) -> Any:
     for part in key:
         if isinstance(part, int):
             found = _plain(typing.get_args(found)[0])
+        elif typing.get_origin(found) is dict:
+            found = _plain(typing.get_args(found)[1])
         else:
             found = _plain(found.model_fields[part].annotation)
     return found
@@ -660,11 +759,12 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str
     for name, field in section.model_fields.items():
         plain = _plain(field.annotation)
         listed = typing.get_origin(plain) is tuple and typing.get_args(plain)[-1] is ...
-        inner = _plain(typing.get_args(plain)[0]) if listed else plain
+        named = typing.get_origin(plain) is dict
+        inner = _plain(typing.get_args(plain)[1 if named else 0]) if listed or named else plain
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             doc = (inner.__doc__ or "").strip()
             yield f"{prefix}{name}", "section", "", doc
-            yield from _keys(inner, f"{prefix}{name}.{'0.' if listed else ''}")
+            yield from _keys(inner, f"{prefix}{name}.{'0.' if listed else 'NAME.' if named else ''}")
             continue
         if typing.get_origin(plain) is Literal:
             kind = " | ".join(map(str, typing.get_args(plain)))

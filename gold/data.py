@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from gold.errors import ConfigError, DataError
 
 Message = dict[str, str]
 
-LINE_KEYS = ("prompt", "messages", "completion", "id", "reference")
+LINE_KEYS = ("prompt", "messages", "completion", "id", "reference", "teacher_context")
 MESSAGE_KEYS = ("role", "content")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -26,11 +26,12 @@ class Prompt:
     """What a completion continues: a plain text, or the messages of a conversation; exactly one of the two.
 
     `key` is unique within its file and does not change when other lines come or go. `completion` is a given
-    answer, for training off-policy; `reference` is whatever the verifier needs.
+    answer, for training off-policy; `reference` is whatever the verifier needs. `teacher_context` is what teachers
+    alone are told: a text, or, before messages, messages. `route` names the prompt's teacher, where there are several.
 
     Raises:
         DataError: neither or both of `text` and `messages`, an empty one, an unknown role, text that UTF-8
-            cannot hold.
+            cannot hold, messages as the context of a plain text.
     """
 
     key: str
@@ -38,6 +39,8 @@ class Prompt:
     messages: tuple[Message, ...] | None = None
     completion: str | None = None
     reference: Any = None
+    teacher_context: str | tuple[Message, ...] | None = None
+    route: str | None = None
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.messages is None):
@@ -48,6 +51,40 @@ class Prompt:
             _check_messages(self.messages)
         if self.completion is not None:
             _check_text("completion", self.completion, blank_is_text=True)
+        if isinstance(self.teacher_context, tuple):
+            if self.messages is None:
+                raise DataError(
+                    '"teacher_context" is a list, and the prompt is a plain text; give it as a string'
+                )
+            _check_turns("teacher_context", self.teacher_context)
+        elif self.teacher_context is not None:
+            _check_text("teacher_context", self.teacher_context)
+
+    @property
+    def for_teacher(self) -> "Prompt":
+        """The prompt as teachers read it: behind its context, if it has one.
+
+        A context of a plain text stands directly before it. A text stands before what the last message of the user
+        says (without one, before the last message), a blank line between. Messages stand before all others; only a
+        system or developer message that the conversation begins with keeps its place, and takes one of the same role
+        that the context begins with into itself.
+        """
+        context = self.teacher_context
+        if context is None:
+            return self
+        if self.messages is None:
+            return replace(self, text=f"{context}{self.text}", teacher_context=None)
+        turns = list(self.messages)
+        if isinstance(context, str):
+            users = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+            at = users[-1] if users else len(turns) - 1
+            turns[at] = {**turns[at], "content": f"{context}\n\n{turns[at]['content']}"}
+            return replace(self, messages=tuple(turns), teacher_context=None)
+        extra, first = list(context), turns[0]
+        head = [turns.pop(0)] if first["role"] in ("system", "developer") and len(turns) > 1 else []
+        if head and extra[0]["role"] == first["role"]:
+            head = [{**first, "content": f"{first['content']}\n\n{extra.pop(0)['content']}"}]
+        return replace(self, messages=(*head, *extra, *turns), teacher_context=None)
 
 
 def did_you_mean(got: str, known: Iterable[str]) -> str:
@@ -65,12 +102,13 @@ def content_hash(prompt: Prompt) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode("ascii")).hexdigest()
 
 
-def load_prompts(path: str | Path) -> list[Prompt]:
+def load_prompts(path: str | Path, *, route: str | None = None) -> list[Prompt]:
     """The prompts of a JSON-lines file, in its order; blank lines are skipped.
 
     Each line is an object with exactly one of `prompt` (a text) and `messages` (a list of {role, content}),
-    and optionally `completion`, `id` and `reference`. Without an `id` the key is a hash of the content,
-    numbered where the same content comes again.
+    and optionally `completion`, `id`, `reference` and `teacher_context` (a text, or messages); with `route`, the
+    field of that name, a string, is each prompt's route. Without an `id` the key is a hash of the content, numbered
+    where the same content comes again.
 
     Raises:
         DataError: the file is missing, empty or not UTF-8, or a line is bad; such a message starts with
@@ -90,13 +128,13 @@ def load_prompts(path: str | Path) -> list[Prompt]:
         if not raw.strip():
             continue
         try:
-            prompt, has_id = _prompt_of_line(raw)
+            prompt, has_id = _prompt_of_line(raw, route)
             key = prompt.key
             if not has_id:
                 repeats[key] = repeats.get(key, 0) + 1
                 if repeats[key] > 1:
                     key = f"{key}-{repeats[key]}"
-                    prompt = Prompt(key, prompt.text, prompt.messages, prompt.completion, prompt.reference)
+                    prompt = replace(prompt, key=key)
             if key in line_of_key:
                 raise DataError(
                     f'id "{key}" was already given on line {line_of_key[key]}; every id must be unique'
@@ -184,7 +222,7 @@ def _shuffled(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return order
 
 
-def _prompt_of_line(raw: bytes) -> tuple[Prompt, bool]:
+def _prompt_of_line(raw: bytes, route: str | None) -> tuple[Prompt, bool]:
     """The prompt of one line, keyed by its content's hash if it gives no id, and whether it gives one."""
     try:
         line = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_repeated_keys)
@@ -199,8 +237,10 @@ def _prompt_of_line(raw: bytes) -> tuple[Prompt, bool]:
     if not isinstance(line, dict):
         raise DataError(f'got {_kind(line)}; expected an object such as {{"prompt": "…"}}')
     for name in line:
-        if name not in LINE_KEYS:
+        if name not in LINE_KEYS and name != route:
             raise DataError(f'unknown key "{name}"{did_you_mean(name, LINE_KEYS)}')
+    if route is not None and not (isinstance(line.get(route), str) and line[route]):
+        raise DataError(f'"{route}", which names the teacher, is {_kind(line.get(route))}; expected a string')
     given = [name for name in ("prompt", "messages") if line.get(name) is not None]
     if len(given) != 1:
         got = "both" if given else "neither"
@@ -220,12 +260,19 @@ def _prompt_of_line(raw: bytes) -> tuple[Prompt, bool]:
                 f'"messages" is {_kind(messages)}; expected a list of {{"role": …, "content": …}}'
             )
         messages = tuple(cast(list[Message], messages))
-    prompt = Prompt(key or "-", line.get("prompt"), messages, line.get("completion"), line.get("reference"))
-    if key is not None:
-        return prompt, True
-    return Prompt(
-        content_hash(prompt)[:16], prompt.text, messages, prompt.completion, prompt.reference
-    ), False
+    context = line.get("teacher_context")
+    if not isinstance(context, str | list | None):
+        raise DataError(f'"teacher_context" is {_kind(context)}; expected a string, or a list of messages')
+    prompt = Prompt(
+        key or "-",
+        line.get("prompt"),
+        messages,
+        line.get("completion"),
+        line.get("reference"),
+        tuple(cast(list[Message], context)) if isinstance(context, list) else context,
+        line[route] if route else None,
+    )
+    return (prompt, True) if key is not None else (replace(prompt, key=content_hash(prompt)[:16]), False)
 
 
 def _check_text(name: str, text: object, blank_is_text: bool = False) -> None:
@@ -246,11 +293,11 @@ def _check_encodable(name: str, text: str) -> None:
         ) from error
 
 
-def _check_messages(messages: Sequence[object]) -> None:
+def _check_turns(of: str, messages: Sequence[object]) -> None:
     if not messages:
-        raise DataError('"messages" is empty; expected at least one message')
+        raise DataError(f'"{of}" is empty; expected at least one message')
     for place, message in enumerate(messages):
-        name = f"messages[{place}]"
+        name = f"{of}[{place}]"
         if not isinstance(message, dict):
             raise DataError(f'{name} is {_kind(message)}; expected {{"role": …, "content": …}}')
         for key in message:
@@ -264,6 +311,10 @@ def _check_messages(messages: Sequence[object]) -> None:
                 f'unknown role "{message["role"]}" in {name}{did_you_mean(message["role"], ROLES)}'
             )
         _check_encodable(f"{name}.content", message["content"])
+
+
+def _check_messages(messages: Sequence[object]) -> None:
+    _check_turns("messages", messages)
     last = cast(Message, messages[-1])
     if last["role"] == "assistant":
         raise DataError(

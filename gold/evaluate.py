@@ -23,6 +23,7 @@ from gold.rollout import Rollout, Sampling, completed, sample
 from gold.teachers.cached import CachedTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
+from gold.teachers.several import Teachers
 
 
 class Verifier(Protocol):
@@ -55,13 +56,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Scored:
-    """Both models' log-probabilities of one text, per student row and per teacher row, stop event last."""
+    """Both models' log-probabilities of one text, per student row and per teacher row, stop event last; the number of
+    its prompt, and its teacher's name."""
 
     rollout: Rollout
     text: AlignedText
     logp_S: NDArray[np.float64]
     logp_T: NDArray[np.float64]
     chunks: NDArray[np.int32]
+    number: int = 0
+    teacher: str = ""
 
     @property
     def gap_nats(self) -> float:
@@ -75,7 +79,7 @@ class _Scored:
 
 def evaluate(
     student: LanguageModel,
-    teacher: Teacher | None,
+    teacher: Teacher | Teachers | None,
     prompts: Sequence[Prompt],
     *,
     plan: EvaluationPlan = EvaluationPlan(),
@@ -87,7 +91,9 @@ def evaluate(
 
     - ``reverse_kl_per_byte`` (nats; needs a teacher): Σ (log π − log q) over student samples and their stop events,
       over their bytes; ``_low`` and ``_high`` are a 95 % bootstrap interval over prompts.
-    - ``forward_kl_per_byte`` (nats; needs a local teacher): the same over teacher samples, signs swapped.
+    - ``forward_kl_per_byte`` (nats; needs local teachers): the same over teacher samples, signs swapped.
+    - Of several teachers these are over each prompt's own, and ``…[NAME]`` over the prompts of one; of a mix they are
+      the weighted mean over all, which the divergence to the mixture itself is not above.
     - ``bits_per_byte``: of the prompts' own completions under the student, else of the teacher's samples.
     - ``accuracy`` with a 95 % Wilson interval (needs a verifier): share of greedy completions that score 1; ``score``
       is the mean score of the samples at temperature 1.
@@ -97,8 +103,9 @@ def evaluate(
       that the teacher does not spell exactly).
     """
     prompts = list(prompts)
-    if isinstance(teacher, CachedTeacher) and not teacher.asks:
-        teacher = None  # what the student writes now is in no cache
+    teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
+    if teachers and any(isinstance(t, CachedTeacher) and not t.asks for t in teachers.members.values()):
+        teachers = None  # what the student writes now is in no cache
     sampling = Sampling(max_new_tokens=plan.max_new_tokens)
     repeated = [p for p in prompts for _ in range(plan.per_prompt)]
     seeds = [(plan.seed, 2**31, n) for n in range(len(repeated))]
@@ -108,21 +115,48 @@ def evaluate(
         {"prompt": prompt_text(r.prompt), "completion": r.text, "stopped": r.stopped}
         for r in rollouts[: plan.samples * plan.per_prompt : plan.per_prompt]
     ]
-    if teacher is not None:
-        pair = VocabularyPair(student.vocabulary, teacher.vocabulary.with_markers())
-        scored = _score(student, teacher, pair, rollouts, plan)
-        measures |= _divergence("reverse_kl_per_byte", scored, len(prompts), plan.seed, sign=1.0)
+    if teachers is not None:
+        pairs = {
+            name: VocabularyPair(student.vocabulary, t.vocabulary.with_markers())
+            for name, t in teachers.members.items()
+        }
+        logp_S = _student_logp(student, rollouts, plan)
+        scored: list[_Scored] = []
+        for name, member in teachers.members.items():
+            mine = [i for i, r in enumerate(rollouts) if name in teachers.of(r.prompt)]
+            found = _score(member, pairs[name], [rollouts[i] for i in mine], [logp_S[i] for i in mine], plan)
+            scored += [
+                replace(s, number=i // plan.per_prompt, teacher=name)
+                for i, s in zip(mine, found, strict=True)
+            ]
+        measures |= _divergences("reverse_kl_per_byte", scored, len(prompts), teachers, plan.seed, sign=1.0)
         measures |= _agreement(scored)
+        signals = {s.number: s for s in reversed(scored)}  # a prompt's first sample, by its first teacher
         samples = [
-            {**shown, "chunks": _signal(s)}
-            for shown, s in zip(samples, scored[:: plan.per_prompt], strict=False)
+            {
+                **shown,
+                **({"teacher": signals[n].teacher} if teachers.several else {}),
+                "chunks": _signal(signals[n]),
+            }
+            for n, shown in enumerate(samples)
         ]
-        if isinstance(teacher, LocalTeacher):
-            theirs = sample(teacher.model, prompts, sampling, seeds=seeds, batch=plan.rollout_batch)
-            taught = [_as_student(r, student, pair) for r in theirs]
-            scored = _score(student, teacher, pair, taught, plan, readings=[r.spelling for r in theirs])
-            measures |= _divergence("forward_kl_per_byte", scored, len(prompts), plan.seed, sign=-1.0)
-            measures |= _bits_per_byte([s.logp_S for s in scored], taught)
+        if all(isinstance(t, LocalTeacher) for t in teachers.members.values()):
+            scored = []
+            for name, member in teachers.members.items():
+                assert isinstance(member, LocalTeacher)
+                own = [n for n, p in enumerate(prompts) if name in teachers.of(p)]
+                asked, streams = [prompts[n].for_teacher for n in own], [seeds[n] for n in own]
+                theirs = sample(member.model, asked, sampling, seeds=streams, batch=plan.rollout_batch)
+                taught = [
+                    _as_student(r, prompts[n], student, pairs[name]) for n, r in zip(own, theirs, strict=True)
+                ]
+                known = _student_logp(student, taught, plan)
+                found = _score(member, pairs[name], taught, known, plan, [r.spelling for r in theirs])
+                scored += [replace(s, number=n, teacher=name) for n, s in zip(own, found, strict=True)]
+            measures |= _divergences(
+                "forward_kl_per_byte", scored, len(prompts), teachers, plan.seed, sign=-1.0
+            )
+            measures |= _bits_per_byte([s.logp_S for s in scored], [s.rollout for s in scored])
     given = [completed(student, p, plan.max_new_tokens) for p in prompts if p.completion is not None]
     if given:
         measures |= _bits_per_byte(_student_logp(student, given, plan), given)
@@ -131,9 +165,11 @@ def evaluate(
         measures["score"] = float(np.mean(scores))
         greedy = replace(sampling, temperature=0.0)
         best = sample(student, prompts, greedy, seeds=seeds[: len(prompts)], batch=plan.rollout_batch)
-        right = sum(verifier.score(r.prompt, r.text) >= 1.0 for r in best if r.stopped)
-        low, high = wilson(right, len(prompts))
-        measures |= {"accuracy": right / len(prompts), "accuracy_low": low, "accuracy_high": high}
+        right = [bool(r.stopped and verifier.score(r.prompt, r.text) >= 1.0) for r in best]
+        measures |= _accuracy("accuracy", right)
+        for name in teachers.routes if teachers else ():
+            if own_right := [ok for p, ok in zip(prompts, right, strict=True) if p.route == name]:
+                measures |= _accuracy(f"accuracy[{name}]", own_right)
     return Evaluation(measures, samples)
 
 
@@ -172,12 +208,31 @@ def _writing(student: LanguageModel, rollouts: Sequence[Rollout]) -> dict[str, f
     }
 
 
-def _divergence(
-    name: str, scored: Sequence[_Scored], prompts: int, seed: int, sign: float
+def _accuracy(name: str, right: Sequence[bool]) -> dict[str, float]:
+    low, high = wilson(sum(right), len(right))
+    return {name: sum(right) / len(right), f"{name}_low": low, f"{name}_high": high}
+
+
+def _divergences(
+    name: str, scored: Sequence[_Scored], prompts: int, teachers: Teachers, seed: int, sign: float
 ) -> dict[str, float]:
-    gaps = sign * np.array([s.gap_nats for s in scored]).reshape(prompts, -1).sum(1)
-    sizes = np.array([float(s.bytes) for s in scored]).reshape(prompts, -1).sum(1)
-    low, high = bootstrap_ratio(gaps, sizes, seed)
+    """The divergence over all prompts, and, of several teachers, over those of each."""
+    measures = _divergence(name, scored, prompts, [teachers.weight(s.teacher) for s in scored], seed, sign)
+    for teacher in teachers.members if teachers.several else ():
+        if own := [s for s in scored if s.teacher == teacher]:
+            measures |= _divergence(f"{name}[{teacher}]", own, prompts, [1.0] * len(own), seed, sign)
+    return measures
+
+
+def _divergence(
+    name: str, scored: Sequence[_Scored], prompts: int, weights: Sequence[float], seed: int, sign: float
+) -> dict[str, float]:
+    number = np.array([s.number for s in scored])
+    weight = np.array(weights)
+    gaps = sign * np.bincount(number, weight * [s.gap_nats for s in scored], prompts)
+    sizes = np.bincount(number, weight * [float(s.bytes) for s in scored], prompts)
+    there = np.unique(number)  # prompts of other teachers are not drawn
+    low, high = bootstrap_ratio(gaps[there], sizes[there], seed)
     return {name: float(gaps.sum() / max(1.0, sizes.sum())), f"{name}_low": low, f"{name}_high": high}
 
 
@@ -204,15 +259,15 @@ def _bits_per_byte(logp: Sequence[NDArray[np.float64]], rollouts: Sequence[Rollo
     return {"bits_per_byte": nats / max(1, size) / math.log(2)}
 
 
-def _as_student(rollout: Rollout, student: LanguageModel, pair: VocabularyPair) -> Rollout:
-    """The teacher's sample as a completion that the student reads in its own tokens; the same ids if it can."""
-    spelling = pair.read_back(rollout.spelling, at_start=begins_anew(rollout.prompt))
+def _as_student(rollout: Rollout, prompt: Prompt, student: LanguageModel, pair: VocabularyPair) -> Rollout:
+    """The teacher's sample as a completion of the student's prompt in its own tokens; the same ids if it can."""
+    spelling = pair.read_back(rollout.spelling, at_start=begins_anew(prompt))
     ids = spelling.ids
     if rollout.stopped:
         ids = np.concatenate((ids, np.array(student.vocabulary.stop_ids[:1], np.int32)))
     return Rollout(
-        rollout.prompt,
-        tuple(prompt_ids(student.tokenizer, rollout.prompt)),
+        prompt,
+        tuple(prompt_ids(student.tokenizer, prompt)),
         ids,
         np.zeros(ids.size, np.float32),
         spelling,
@@ -223,18 +278,18 @@ def _as_student(rollout: Rollout, student: LanguageModel, pair: VocabularyPair) 
 
 @torch.no_grad()
 def _score(
-    student: LanguageModel,
     teacher: Teacher,
     pair: VocabularyPair,
     rollouts: Sequence[Rollout],
+    logp_S: Sequence[NDArray[np.float64]],
     plan: EvaluationPlan,
     readings: Sequence[Spelling] | None = None,
 ) -> list[_Scored]:
-    """Both models' log-probabilities of each rollout; ``readings`` are the teacher's tokens where they are known."""
+    """Both models' log-probabilities of each rollout, given the student's; ``readings`` are the teacher's tokens where
+    they are known."""
     texts = [read(r, pair) for r in rollouts]
     if readings is not None:
         texts = [replace(t, teacher=r) for t, r in zip(texts, readings, strict=True)]
-    logp_S = _student_logp(student, rollouts, plan)
     logp_T: list[NDArray[np.float64]] = []
     for first in range(0, len(rollouts), plan.sequences_per_forward):
         here = slice(first, first + plan.sequences_per_forward)

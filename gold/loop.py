@@ -10,7 +10,7 @@ import time
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -30,6 +30,7 @@ from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.kernels import backend_for
 from gold.kernels.linear import Rows
 from gold.losses import DivergenceRow, Need, Objective, View, find
+from gold.losses.mixture import FurtherTeacher, mixed_rows
 from gold.models import (
     LanguageModel,
     PaddedStates,
@@ -44,7 +45,8 @@ from gold.reading import aligned_batch, microbatches, read, student_states, teac
 from gold.recipe import Recipe
 from gold.rollout import Rollout, advantages, completed, sample
 from gold.run import RunFolder
-from gold.teachers.protocol import Teacher
+from gold.teachers.itself import SelfTeacher
+from gold.teachers.several import Teachers, averages_of
 
 Answer = TypeVar("Answer")
 NEEDS: tuple[Need, ...] = typing.get_args(Need)
@@ -62,46 +64,67 @@ class BoundTerm:
     label: str
 
 
-def terms_of(recipe: Recipe, teacher: Teacher | None, pair: VocabularyPair) -> list[BoundTerm]:
-    """The recipe's terms for this pair; where both vocabularies are one, divergences go token by token.
+def pairs_of(student: LanguageModel, teachers: Teachers | None) -> dict[str, VocabularyPair]:
+    """The student's vocabulary beside each teacher's, by the teacher's name; beside itself where there is none."""
+    mine = student.vocabulary
+    if teachers is None:
+        return {"": VocabularyPair(mine, mine)}
+    return {name: VocabularyPair(mine, t.vocabulary.with_markers()) for name, t in teachers.members.items()}
+
+
+def terms_of(
+    recipe: Recipe, teachers: Teachers | None, pairs: Mapping[str, VocabularyPair]
+) -> list[BoundTerm]:
+    """The recipe's terms for these pairs; where all vocabularies are one, divergences go token by token.
 
     Raises:
         ConfigError: no term, an unknown one, or options that it cannot take.
-        TeacherError: a term that needs more than the teacher gives.
+        TeacherError: a term that needs more than a teacher gives.
     """
     terms = []
+    same = all(pair.same for pair in pairs.values())
+    mixed = False
+    if teachers is not None and teachers.mix is not None:
+        mixed = True
+        # What is known of a partial row differs from teacher to teacher.
+        same = same and all(t.gives == "rows" for t in teachers.members.values())
     for term in recipe.objectives:
         if not term.weight:
             continue
         row = find(term.name)
         options, label = dict(term.options), term.name
         if isinstance(row, DivergenceRow):
-            options = row.moved("tokens", options) if pair.same else row.resolve(options)
+            options = row.moved("tokens", options) if same else row.resolve(options)
             label = f"{term.name}_{options['support']}"
-        if row.own_vocabulary and not pair.same:
+        if mixed and row.needs != "nothing" and options.get("support") not in ("bytes", "tokens"):
+            raise ConfigError(
+                f"objective {label} cannot be taken of a mix of teachers; choose a divergence on bytes, or a route"
+            )
+        if row.own_vocabulary and not same:
             raise ConfigError(
                 f"objective {term.name} compares models that share one vocabulary, and these do not; "
                 "choose a divergence on bytes, which needs none in common"
             )
         if (top_k := options.get("top_k")) is not None:
-            known = pair.student.size if pair.same else pair.shared_ids[0].size + 1
+            known = min(p.student.size if same else p.shared_ids[0].size + 1 for p in pairs.values())
             if top_k > known:
                 raise ConfigError(
                     f"objective {term.name}: top_k is {top_k}, and there are only {known:,} events that both "
                     "vocabularies have; lower it"
                 )
         bound = row(**options)
-        gives = teacher.gives if teacher else "nothing"
-        if NEEDS.index(bound.needs) > NEEDS.index(gives):
-            what = {
-                "tokens": "log-probabilities of given tokens",
-                "top_k": "the likeliest tokens of each row",
-                "rows": "full rows",
-            }[bound.needs]
-            raise TeacherError(
-                f"objective {term.name} needs {what} of a teacher, and "
-                + (f"teacher {teacher.name} gives {gives}" if teacher else "there is no teacher")
-            )
+        for teacher in teachers.members.values() if teachers else (None,):
+            gives = teacher.gives if teacher else "nothing"
+            if NEEDS.index(bound.needs) > NEEDS.index(gives):
+                what = {
+                    "tokens": "log-probabilities of given tokens",
+                    "top_k": "the likeliest tokens of each row",
+                    "rows": "full rows",
+                }[bound.needs]
+                raise TeacherError(
+                    f"objective {term.name} needs {what} of a teacher, and "
+                    + (f"teacher {teacher.name} gives {gives}" if teacher else "there is no teacher")
+                )
         terms.append(BoundTerm(bound, term.weight, label))
     labels = [t.label for t in terms]
     if twice := [label for label in labels if labels.count(label) > 1]:
@@ -117,15 +140,15 @@ class Loop:
     def __init__(
         self,
         student: LanguageModel,
-        teacher: Teacher | None,
-        pair: VocabularyPair,
+        teachers: Teachers | None,
+        pairs: Mapping[str, VocabularyPair],
         prompts: Sequence[Prompt],
         recipe: Recipe,
         terms: Sequence[BoundTerm],
         verifier: Verifier | None,
         accelerator: Accelerator,
     ) -> None:
-        self.student, self.teacher, self.pair, self.verifier = student, teacher, pair, verifier
+        self.student, self.teachers, self.pairs, self.verifier = student, teachers, pairs, verifier
         self.prompts, self.recipe, self.terms, self.accelerator = prompts, recipe, terms, accelerator
         self.order = PromptOrder(len(prompts), recipe.seed)
         self.now: Callable[[], float] = partial(_wall_s, student.device)
@@ -137,7 +160,9 @@ class Loop:
             student.lm.to(accelerator.device)
         self.reference: Any = None
         if any(t.objective.name == "reference_kl" for t in terms):
-            self.reference = copy.deepcopy(student.lm).eval().requires_grad_(False)
+            # A teacher that is the student as it is now need not be held twice.
+            held = [t.model.lm for t in self._own if t.decay == 1.0 and t.equals(student.lm)]
+            self.reference = held[0] if held else copy.deepcopy(student.lm).eval().requires_grad_(False)
         if recipe.gradient_checkpointing:
             recompute_activations(student.lm)
         trained = [p for p in student.lm.parameters() if p.requires_grad]
@@ -149,24 +174,47 @@ class Loop:
             StatesModule(student.lm), optimizer, device_placement=[False, False]
         )
         self.backend = backend_for(student.device)
-        self.teacher_backend = backend_for(teacher.device) if teacher else self.backend
+        self.routes = teachers.routes if teachers else ()
+        self.teacher_backends = (
+            {name: backend_for(t.device) for name, t in teachers.members.items()} if teachers else {}
+        )
+
+    @property
+    def _own(self) -> list[SelfTeacher]:
+        """The teachers that are the student itself."""
+        return (
+            [t for t in self.teachers.members.values() if isinstance(t, SelfTeacher)] if self.teachers else []
+        )
 
     def header(self) -> dict[str, str]:
         """What the run will do, in a few lines for people."""
         recipe = self.recipe
         names = ", ".join(f"{t.weight:g} × {t.label}" if t.weight != 1 else t.label for t in self.terms)
+        by_token = self.teachers and any(t.label.endswith("_tokens") for t in self.terms)
         return {
             "student": f"{self.student.name} ({_told(self.student.vocabulary)}, {self.student.device})",
-            "teacher": f"{self.teacher.name} ({_told(self.teacher.vocabulary)}, {self.teacher.device})"
-            if self.teacher
-            else "none",
-            "objective": names
-            + (" (one vocabulary: token by token)" if self.teacher and self.pair.same else ""),
+            **self._header_of_teachers(),
+            "objective": names + (" (one vocabulary: token by token)" if by_token else ""),
             "step": f"{recipe.prompts_per_step} prompts × {recipe.per_prompt}, λ = {recipe.on_policy:g}, "
             f"up to {recipe.sampling.max_new_tokens} tokens, {self.accelerator.num_processes} process(es), "
             f"precision {self.accelerator.mixed_precision}",
             "kernels": self.backend.__name__.rpartition(".")[2],
         }
+
+    def _header_of_teachers(self) -> dict[str, str]:
+        if self.teachers is None:
+            return {"teacher": "none"}
+        lines = {}
+        for name, t in self.teachers.members.items():
+            share = f", weight {self.teachers.weight(name):.3g}" if self.teachers.mix else ""
+            line = f"{t.name} ({_told(t.vocabulary)}, {t.device}{share})"
+            lines[f"teacher {name}" if self.teachers.several else "teacher"] = line
+        if self.teachers.several:
+            mix = self.teachers.mix
+            lines["teachers"] = (
+                f"{mix.rule} mix of all".replace("_", "-") if mix else "each prompt has its own"
+            )
+        return lines
 
     def advance(self) -> dict[str, Any]:
         """One optimizer step; returns its metrics.
@@ -179,35 +227,26 @@ class Loop:
         with clock("rollout"):
             rollouts = self._rollouts()
         with clock("read"):
-            texts = [read(r, self.pair) for r in rollouts]
-            groups = microbatches(rollouts, self.recipe.sequences_per_forward)
-            batches = [
-                aligned_batch([texts[i] for i in g], self.pair, self.student.device, self.teacher)
-                for g in groups
-            ]
-            counts = self._total(
-                {t.label: float(sum(t.objective.count(b) for b in batches)) for t in self.terms}
-            )
-        needs_teacher = self.teacher is not None and any(t.objective.needs != "nothing" for t in self.terms)
+            groups = self._groups(rollouts)
+            counts = self._total(self._counts(groups))
         with clock("teacher"):
-            rows: list[Rows | None] = [None] * len(rollouts)
-            if needs_teacher and self.teacher:
-                rows = list(self._together(partial(teacher_rows, self.teacher, rollouts, texts)))
+            if any(t.objective.needs != "nothing" for t in self.terms):
+                self._together(partial(self._ask, groups))
         sums: dict[str, float] = defaultdict(float)
         self.module.train()
         self.optimizer.zero_grad(set_to_none=True)
-        for number, (group, batch) in enumerate(zip(groups, batches, strict=True)):
-            states = student_states(self.student, [rollouts[i] for i in group])
+        for number, group in enumerate(groups):
+            states = student_states(self.student, group.rollouts)
             last = number == len(groups) - 1
             with clock("student"), contextlib.ExitStack() as stack:
                 if not last:
                     stack.enter_context(self.accelerator.no_sync(self.module))
-                theirs = [r for i in group if (r := rows[i]) is not None]
-                loss, parts = self._loss(states, batch, Rows.joined(theirs) if theirs else None, counts)
+                loss, parts = self._loss(states, group, counts)
                 self.accelerator.backward(loss)
             for name, value in parts.items():
                 sums[name] += float(value)
         with clock("update"):
+            batches = [group.batch for group in groups]
             sums = defaultdict(float, self._total(dict(sums) | _writing(rollouts, batches)))
             norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.clip_norm))
             applied = math.isfinite(norm) and math.isfinite(sums["loss"])
@@ -216,6 +255,8 @@ class Loop:
                 for group_ in self.optimizer.param_groups:
                     group_["lr"] = lr
                 self.optimizer.step()
+                for average in averages_of(self.teachers).values():
+                    average.follow(self.student.lm)
             self.optimizer.zero_grad(set_to_none=True)
         self.bad_steps = 0 if applied else self.bad_steps + 1
         self.step += 1
@@ -263,8 +304,54 @@ class Loop:
             raise failure or TeacherError("the teacher has failed in another process")
         return cast(Answer, answer)
 
+    def _groups(self, rollouts: Sequence[Rollout]) -> list[_Group]:
+        """The rollouts in microbatches, each with one set of teachers."""
+        by_teachers: dict[tuple[str, ...], list[Rollout]] = {}
+        for rollout in rollouts:
+            names = self.teachers.of(rollout.prompt) if self.teachers else ("",)
+            by_teachers.setdefault(names, []).append(rollout)
+        groups = []
+        for names in sorted(by_teachers):
+            given = by_teachers[names]
+            for chosen in microbatches(given, self.recipe.sequences_per_forward):
+                mine = [given[i] for i in chosen]
+                batches: list[AlignedBatch] = []
+                for name in reversed(names):
+                    teacher = self.teachers.members[name] if self.teachers else None
+                    texts = [read(r, self.pairs[name]) for r in mine]
+                    beside = tuple(reversed(batches)) if name == names[0] else ()
+                    batches.append(
+                        aligned_batch(texts, self.pairs[name], self.student.device, teacher, beside)
+                    )
+                groups.append(_Group(names, mine, tuple(reversed(batches))))
+        return groups
+
+    def _counts(self, groups: Sequence[_Group]) -> dict[str, float]:
+        """How many units of each term there are, and, where prompts go to different teachers, of each teacher's."""
+        counts = {t.label: 0.0 for t in self.terms}
+        for name in self.routes:
+            counts |= {f"{t.label}[{name}]": 0.0 for t in self.terms}
+        for group in groups:
+            for term in self.terms:
+                count = float(term.objective.count(group.batch))
+                counts[term.label] += count
+                if self.routes:
+                    counts[f"{term.label}[{group.names[0]}]"] += count
+        return counts
+
+    def _ask(self, groups: Sequence[_Group]) -> None:
+        """Has every teacher grade what it is to grade, in one go."""
+        assert self.teachers is not None
+        for name, teacher in self.teachers.members.items():
+            mine = [(group, group.names.index(name)) for group in groups if name in group.names]
+            rollouts = [r for group, _ in mine for r in group.rollouts]
+            texts = [t for group, place in mine for t in group.batches[place].texts]
+            rows = iter(teacher_rows(teacher, rollouts, texts) if rollouts else [])
+            for group, _ in mine:
+                group.rows[name] = [next(rows) for _ in group.rollouts]
+
     def _loss(
-        self, states: PaddedStates, batch: AlignedBatch, teacher: Rows | None, counts: Mapping[str, float]
+        self, states: PaddedStates, group: _Group, counts: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The microbatch's share of the step's loss, times the number of processes, and detached sums by name."""
 
@@ -274,7 +361,7 @@ class Loop:
                 reference = rows_of(self.reference, states)
 
         def then(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-            view = View(batch, rows, teacher, self.backend, self.teacher_backend, reference)
+            view = self._view(group, rows, reference)
             total = rows.hidden_ND.new_zeros((), dtype=torch.float32)
             parts: dict[str, Tensor] = {}
             for term in self.terms:
@@ -288,6 +375,10 @@ class Loop:
                     parts.setdefault(name, part.detach() / counts[term.label])
                 for name, part in value.sequence_logp.items():
                     parts.setdefault(name, part)
+            # Sums over processes need the same names in all of them.
+            for name in self.routes:
+                for label in [t.label for t in self.terms if t.label in parts]:
+                    parts[f"{label}[{name}]"] = parts[label] if name in group.names else 0.0 * parts[label]
             parts["loss"] = total.detach()
             # A step whose terms count nothing still needs a graph, or the processes would wait for each other.
             if not total.requires_grad:
@@ -297,6 +388,24 @@ class Loop:
         result: tuple[Tensor, dict[str, Tensor]] = self.module(states, then)
         return result
 
+    def _view(self, group: _Group, rows: Rows, reference: Rows | None) -> View:
+        """A microbatch as its objectives see it."""
+        if not group.rows:
+            return View(group.batch, rows, None, self.backend, self.backend, reference)
+        names, backends = group.names, self.teacher_backends
+        theirs = [Rows.joined(group.rows[name]) for name in names]
+        mix = self.teachers.mix if self.teachers else None
+        if mix is not None and any(t.label.endswith("_bytes") for t in self.terms):
+            further = tuple(
+                FurtherTeacher(batch, own, backends[name])
+                for name, batch, own in zip(names[1:], group.batches[1:], theirs[1:], strict=True)
+            )
+            first = backends[names[0]]
+            return View(group.batch, rows, theirs[0], self.backend, first, reference, mix, further)
+        # Of one vocabulary, the mixture's rows are rows like any other teacher's.
+        mixed = theirs[0] if mix is None else mixed_rows(theirs, group.batch.vocabularies.student.size, mix)
+        return View(group.batch, rows, mixed, self.backend, backends[names[0]], reference)
+
     def _record(
         self, sums: Mapping[str, float], counts: Mapping[str, float], update: dict[str, Any], clock: _Clock
     ) -> dict[str, Any]:
@@ -305,9 +414,9 @@ class Loop:
         record |= {t.label: sums[t.label] / counts[t.label] for t in self.terms if counts[t.label]}
         record |= {name: sums[name] for name in MEANS if name in sums}
         if "student_logp" in sums and sums["sampled_bytes"]:
-            record["sampled_reverse_kl_per_byte"] = (sums["student_logp"] - sums["teacher_logp"]) / sums[
-                "sampled_bytes"
-            ]
+            gap = sums["student_logp"] - sums["teacher_logp"]
+            record["sampled_reverse_kl_per_byte"] = gap / sums["sampled_bytes"]
+        record |= self._record_of_teachers(sums, counts)
         sampled = sums["sampled"]
         if sampled:
             record |= {name: sums[name] / sampled for name in ("sampler_logp", "repetition")}
@@ -321,6 +430,21 @@ class Loop:
         total = sum(clock.seconds.values())
         record |= {f"{phase}_s": seconds for phase, seconds in clock.seconds.items()}
         record |= {"step_s": total, "tokens_per_s": sums["tokens"] / total}
+        return record
+
+    def _record_of_teachers(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, Any]:
+        """What a step's line says of each of several teachers."""
+        record: dict[str, Any] = {}
+        for name in self.routes:
+            record |= {
+                label: sums[label] / counts[label]
+                for label in (f"{t.label}[{name}]" for t in self.terms)
+                if counts[label]
+            }
+        mixed = self.teachers and self.teachers.mix and "student_logp" in sums and sums["sampled_bytes"]
+        for name in self.teachers.members if self.teachers and mixed else ():
+            gap = sums["student_logp"] - sums[f"teacher_logp[{name}]"]
+            record[f"sampled_reverse_kl_per_byte[{name}]"] = gap / sums["sampled_bytes"]
         return record
 
     def warnings(self, record: Mapping[str, Any]) -> list[str]:
@@ -345,7 +469,7 @@ class Loop:
 
     def evaluate(self, heldout: Sequence[Prompt], plan: EvaluationPlan) -> Evaluation:
         """The student as it is on the held-out prompts; every process does the same, so that all know the result."""
-        look = partial(evaluate, self.student, self.teacher, heldout, plan=plan, verifier=self.verifier)
+        look = partial(evaluate, self.student, self.teachers, heldout, plan=plan, verifier=self.verifier)
         with self.accelerator.autocast():
             return self._together(look)
 
@@ -353,6 +477,8 @@ class Loop:
         """Everything that the next step depends on; the random draws and the data's place follow from the step."""
         save_model(self.student, folder / "student")
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        for name, average in averages_of(self.teachers).items():
+            torch.save(average.model.lm.state_dict(), folder / average_file(name))
         (folder / "state.json").write_text(json.dumps({"step": self.step, "bad_steps": self.bad_steps}))
 
     def resume(self, checkpoints: Path, folder: RunFolder | None, progress: Progress) -> None:
@@ -368,6 +494,8 @@ class Loop:
                 found.path / "optimizer.pt", map_location=self.student.device, weights_only=True
             )
             self.optimizer.load_state_dict(state)
+            for name, average in averages_of(self.teachers).items():
+                average.load(found.path / average_file(name))
             saved = json.loads((found.path / "state.json").read_text())
             self.step, self.bad_steps = saved["step"], saved["bad_steps"]
             progress.note(f"resumed after step {self.step}")
@@ -386,6 +514,27 @@ class Loop:
         names = sorted(values)
         tensor = torch.tensor([values[n] for n in names], dtype=torch.float64, device=self.accelerator.device)
         return dict(zip(names, self.accelerator.reduce(tensor, "sum").tolist(), strict=True))
+
+
+def average_file(name: str) -> str:
+    """The file of a checkpoint that holds the weights of a teacher that follows the student."""
+    return f"teacher-{name}.pt"
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A microbatch: its teachers, its rollouts, the texts as each teacher reads them, and, once they were asked, each
+    teacher's rows of every text."""
+
+    names: tuple[str, ...]
+    rollouts: Sequence[Rollout]
+    batches: tuple[AlignedBatch, ...]
+    rows: dict[str, list[Rows]] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> AlignedBatch:
+        """The texts as the first teacher reads them."""
+        return self.batches[0]
 
 
 MEANS = ("wanted", "missed", "rest", "shared_mass", "residual", "observed", "white_space", "span_reverse_kl")

@@ -36,10 +36,14 @@ def microbatches(rollouts: Sequence[Rollout], size: int) -> list[list[int]]:
 
 
 def aligned_batch(
-    texts: Sequence[AlignedText], vocabularies: VocabularyPair, student: torch.device, teacher: Teacher | None
+    texts: Sequence[AlignedText],
+    vocabularies: VocabularyPair,
+    student: torch.device,
+    teacher: Teacher | None,
+    beside: Sequence[AlignedBatch] = (),
 ) -> AlignedBatch:
-    """A microbatch on the devices of both models."""
-    return AlignedBatch(texts, vocabularies, student, teacher.device if teacher else None)
+    """A microbatch on the devices of both models; ``beside``: as further teachers read it."""
+    return AlignedBatch(texts, vocabularies, student, teacher.device if teacher else None, beside)
 
 
 def student_states(model: LanguageModel, rollouts: Sequence[Rollout]) -> PaddedStates:
@@ -54,5 +58,6 @@ def student_states(model: LanguageModel, rollouts: Sequence[Rollout]) -> PaddedS
 
 
 def teacher_rows(teacher: Teacher, rollouts: Sequence[Rollout], texts: Sequence[AlignedText]) -> list[Rows]:
-    """The teacher's states over each text, in its own tokens and template."""
-    return teacher.score([r.prompt for r in rollouts], [t.teacher for t in texts], [t.stopped for t in texts])
+    """The teacher's states over each text, in its own tokens and template, behind what it alone is told."""
+    prompts = [r.prompt.for_teacher for r in rollouts]
+    return teacher.score(prompts, [t.teacher for t in texts], [t.stopped for t in texts])

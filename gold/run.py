@@ -21,6 +21,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -32,12 +33,18 @@ from gold.errors import CheckpointError, ConfigError, DataError
 
 FILE_OF_KIND = {"train": "metrics.jsonl", "eval": "metrics.jsonl", "sample": "samples.jsonl"}
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numba", "numpy")
-# Keys that may differ between a run and its resumption: where the folder lies decides no number, nor does the way to a
-# teacher's server or cache.
+# Keys, as patterns, that may differ between a run and its resumption: where the folder lies decides no number, nor does
+# the way to a teacher's server or cache.
 FREE_KEYS = (
     "output",
-    "teacher.cache.path",
-    *(f"teacher.served.{key}" for key in ("url", "concurrency", "timeout_s", "retries", "key_env")),
+    *(
+        f"{teacher}.{key}"
+        for teacher in ("teacher", "teachers.*")
+        for key in (
+            "cache.path",
+            *(f"served.{key}" for key in ("url", "concurrency", "timeout_s", "retries", "key_env")),
+        )
+    ),
 )
 # What a kill may leave of a folder that was not yet a run.
 _BEFORE_CONFIG = {".lock", "environment.json", ".tmp-environment.json", ".tmp-config.yaml"}
@@ -341,7 +348,7 @@ def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     changes = []
     for key in [*flat_old, *(key for key in flat_new if key not in flat_old)]:
         before, after = (_shown(flat[key]) if key in flat else "not set" for flat in (flat_old, flat_new))
-        if before != after and key not in FREE_KEYS:
+        if before != after and not any(fnmatchcase(key, free) for free in FREE_KEYS):
             changes.append(f"{key} was {before}, is {after}")
     return changes
 

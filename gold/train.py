@@ -22,7 +22,7 @@ from gold.checkpoint import is_write_failure, save_checkpoint
 from gold.data import Prompt, PromptOrder
 from gold.errors import CheckpointError, ConfigError, DataError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier
-from gold.loop import Loop, terms_of
+from gold.loop import Loop, pairs_of, terms_of
 from gold.models import LanguageModel, load_model, save_model
 from gold.progress import Progress, Quiet, Silent
 from gold.reading import read
@@ -33,6 +33,7 @@ from gold.teachers.cached import CachedTeacher, UnaskedTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
+from gold.teachers.several import Teachers
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Run:
 
 def distill(
     student: LanguageModel | str | Path,
-    teacher: Teacher | LanguageModel | str | Path | None,
+    teacher: Teacher | Teachers | LanguageModel | str | Path | None,
     prompts: Sequence[Prompt | str],
     recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
     *,
@@ -96,24 +97,25 @@ def distill(
     prompts, heldout = _prompts(prompts), _prompts(heldout)
     student = load_model(student) if isinstance(student, (str, Path)) else student
     teacher = load_model(teacher) if isinstance(teacher, (str, Path)) else teacher
-    teacher = LocalTeacher(teacher) if isinstance(teacher, LanguageModel) else teacher
+    teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
     accelerator = _accelerator(recipe.precision, student.device)
     # All processes do and find the same; one of them tells.
     progress = (progress or Quiet()) if accelerator.is_main_process else Silent()
     evaluation = evaluation or EvaluationPlan(
         max_new_tokens=recipe.sampling.max_new_tokens, rollout_batch=recipe.rollout_batch
     )
-    pair = VocabularyPair(
-        student.vocabulary, teacher.vocabulary.with_markers() if teacher else student.vocabulary
-    )
-    terms = terms_of(recipe, teacher, pair)
+    pairs = pairs_of(student, teachers)
+    terms = terms_of(recipe, teachers, pairs)
     _check(recipe, prompts, verifier, accelerator.num_processes)
     check_prompts(
-        [*prompts, *heldout], student, teacher, max(recipe.sampling.max_new_tokens, evaluation.max_new_tokens)
+        [*prompts, *heldout],
+        student,
+        teachers,
+        max(recipe.sampling.max_new_tokens, evaluation.max_new_tokens),
     )
-    if isinstance(teacher, CachedTeacher) and any(t.objective.needs != "nothing" for t in terms):
-        check_kept(teacher, student, pair, prompts, recipe)
-    loop = Loop(student, teacher, pair, prompts, recipe, terms, verifier, accelerator)
+    if any(t.objective.needs != "nothing" for t in terms):
+        check_kept(teachers, student, pairs, prompts, recipe)
+    loop = Loop(student, teachers, pairs, prompts, recipe, terms, verifier, accelerator)
     run = Run(student, saving.output, is_main_process=accelerator.is_main_process)
     with contextlib.ExitStack() as stack:
         stack.callback(student.lm.eval)
@@ -122,7 +124,7 @@ def distill(
             settings = settings or {
                 "recipe": asdict(recipe),
                 "student": student.name,
-                "teacher": _name(teacher),
+                "teacher": _names(teachers),
             }
             folder = stack.enter_context(_open_folder(saving, settings, progress))
         accelerator.wait_for_everyone()
@@ -277,26 +279,28 @@ def _check(recipe: Recipe, prompts: Sequence[Prompt], verifier: Verifier | None,
 
 
 def check_prompts(
-    prompts: Sequence[Prompt], student: LanguageModel, teacher: Teacher | None, new_tokens: int
+    prompts: Sequence[Prompt], student: LanguageModel, teachers: Teachers | None, new_tokens: int
 ) -> None:
-    """Nothing, where each prompt leaves the student room for a completion, and the teacher room at all.
+    """Nothing, where each prompt leaves the student room for a completion, and its teachers room at all.
 
     Raises:
         DataError: one that does not; the message names its key.
     """
-    reader = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
     for prompt in prompts:
         encode_prompt(student, prompt, new_tokens)
-        if isinstance(reader, LocalTeacher):
-            encode_prompt(reader.model, prompt, 1)
-        elif isinstance(reader, ServedTeacher | UnaskedTeacher):
-            reader.prompt_ids(prompt)
+        for name in teachers.of(prompt) if teachers else ():
+            teacher = teachers.members[name] if teachers else None
+            reader = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
+            if isinstance(reader, LocalTeacher):
+                encode_prompt(reader.model, prompt.for_teacher, 1)
+            elif isinstance(reader, ServedTeacher | UnaskedTeacher):
+                reader.prompt_ids(prompt.for_teacher)
 
 
 def check_kept(
-    teacher: CachedTeacher,
+    teachers: Teachers | None,
     student: LanguageModel,
-    pair: VocabularyPair,
+    pairs: Mapping[str, VocabularyPair],
     prompts: Sequence[Prompt],
     recipe: Recipe,
 ) -> None:
@@ -305,19 +309,28 @@ def check_kept(
     Raises:
         TeacherError: it will; the message says how many.
     """
-    if teacher.asks or recipe.on_policy > 0:
+    members = teachers.members if teachers else {}
+    unasked = {n: t for n, t in members.items() if isinstance(t, CachedTeacher) and not t.asks}
+    if teachers is None or not unasked or recipe.on_policy > 0:
         return
     order = PromptOrder(len(prompts), recipe.seed)
     steps = (order.batch(step, recipe.prompts_per_step) for step in range(recipe.steps))
-    given = [
-        completed(student, prompts[i], recipe.sampling.max_new_tokens) for i in sorted(set().union(*steps))
-    ]
-    texts = [read(rollout, pair) for rollout in given]
-    teacher.check([r.prompt for r in given], [t.teacher for t in texts], [t.stopped for t in texts])
+    needed = [prompts[i] for i in sorted(set().union(*steps))]
+    for name, teacher in unasked.items():
+        mine = [p for p in needed if name in teachers.of(p)]
+        given = [completed(student, p, recipe.sampling.max_new_tokens) for p in mine]
+        texts = [read(rollout, pairs[name]) for rollout in given]
+        teacher.check([p.for_teacher for p in mine], [t.teacher for t in texts], [t.stopped for t in texts])
 
 
-def _name(teacher: Teacher | None) -> str | None:
-    return teacher.name if teacher else None
+def _names(teachers: Teachers | None) -> Any:
+    """What a run folder says of the teachers that a run from Python had."""
+    if teachers is None:
+        return None
+    if not teachers.several:
+        return next(t.name for t in teachers.members.values())
+    names = {name: t.name for name, t in teachers.members.items()}
+    return {**names, **({"mix": asdict(teachers.mix)} if teachers.mix else {})}
 
 
 def _accelerator(precision: str, device: torch.device) -> Accelerator:

@@ -66,7 +66,7 @@ def test_objectives_that_do_not_suit_the_pair():
         (Term("reverse_kl", support="shared", top_k=99), "top_k is 99, and there are only 4 events"),
     ):
         with pytest.raises(ConfigError, match=message):
-            terms_of(Recipe((term,)), None, PAIR)
+            terms_of(Recipe((term,)), None, {"": PAIR})
 
 
 def test_the_command_lists_every_objective_and_option():

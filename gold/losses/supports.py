@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -12,6 +13,7 @@ from gold.aligned import AlignedBatch
 from gold.kernels.linear import SharedEvents, byte_tables, shared_divergence
 from gold.kernels.tables import common_events
 from gold.losses.divergences import Divergence, form_of, reverse_kl
+from gold.losses.mixture import FurtherTeacher
 from gold.losses.view import Loss, View, sequence_logp
 
 Where = Literal["everywhere", "one_to_one"]
@@ -27,19 +29,22 @@ def bytes_divergence(
     Each model's rows become one table of byte events on their own; a row is compared on the events that both sides
     resolve, all else being one more event. A teacher that knows only its likeliest tokens resolves the bytes that those
     begin with, and the mass of its other tokens is part of that one more event.
+
+    Several teachers are one distribution: the mixture of their tables, on the events that all of them resolve.
     """
     batch = view.batch
-    teacher = view.teacher_rows
     table, log_target, log_stop = byte_tables(view.student, batch.layout_S, view.backend)
-    with torch.no_grad():
-        table_T, log_target_T, log_stop_T = byte_tables(teacher, batch.layout_T, view.teacher_backend)
     at = byte_positions(batch, where)
-    logq = table_T.to(table)[at]
-    resolved, resolved_T = batch.layout_S.resolved[at], batch.layout_T.resolved.to(batch.device)[at]
-    if teacher.partial:
-        resolved_T = resolved_T & torch.isfinite(logq)
+    resolved = batch.layout_S.resolved[at]
+    first = FurtherTeacher(batch, view.teacher_rows, view.teacher_backend)
+    sides = [_teacher_side(teacher, at, table) for teacher in (first, *view.further)]
+    resolved_T = sides[0].resolved
+    for side in sides[1:]:
+        resolved_T = resolved_T & side.resolved
     logp = common_events(table[at], resolved, resolved_T)
-    logq = common_events(logq, resolved_T, resolved)
+    # Leaked before they are mixed, so that there is always an event that all of them allow.
+    tables = [common_events(side.logq, resolved_T, resolved) for side in sides]
+    logq = tables[0] if view.mix is None else view.mix.of(tables)
     value = divergence(logp, logq)
     with torch.no_grad():
         best = logq.argmax(-1, keepdim=True)
@@ -51,8 +56,40 @@ def bytes_divergence(
         }
     if half_life is not None:
         value = value * fading(batch.byte_offsets[at], half_life).to(value)
-    logp_of_texts = sequence_logp(batch, (log_target, log_stop), (log_target_T, log_stop_T))
+    mine = log_target, log_stop
+    if view.mix is None:
+        return Loss(value.sum(), parts, sequence_logp(batch, mine, sides[0].scores))
+    logp_of_texts: dict[str, Tensor] = {}
+    batches = (batch, *(teacher.batch for teacher in view.further))
+    for (name, weight), read, side in zip(view.mix.weights.items(), batches, sides, strict=True):
+        found = sequence_logp(read, mine, side.scores)
+        logp_of_texts["student_logp"] = found["student_logp"]
+        logp_of_texts[f"teacher_logp[{name}]"] = found["teacher_logp"]
+        logp_of_texts["teacher_logp"] = logp_of_texts.get("teacher_logp", 0.0) + weight * found[
+            "teacher_logp"
+        ].to(table)
     return Loss(value.sum(), parts, logp_of_texts)
+
+
+@dataclass(frozen=True)
+class _TeacherSide:
+    """A teacher's byte table at some positions, which events it resolves there, and its log-probabilities of its own
+    tokens and of the stop event, [N] each."""
+
+    logq: Tensor
+    resolved: Tensor
+    scores: tuple[Tensor, Tensor]
+
+
+@torch.no_grad()
+def _teacher_side(teacher: FurtherTeacher, at: Tensor, like: Tensor) -> _TeacherSide:
+    layout = teacher.batch.layout_T
+    table, log_target, log_stop = byte_tables(teacher.rows, layout, teacher.backend)
+    logq = table.to(like)[at]
+    resolved = layout.resolved.to(like.device)[at]
+    if teacher.rows.partial:
+        resolved = resolved & torch.isfinite(logq)
+    return _TeacherSide(logq, resolved, (log_target, log_stop))
 
 
 def states_divergence(

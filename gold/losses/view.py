@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gold.aligned import AlignedBatch
 from gold.kernels.linear import Rows, token_logp
+from gold.losses.mixture import FurtherTeacher, Mix
 
 Need = Literal["nothing", "tokens", "top_k", "rows"]
 """What an objective asks of a teacher, each including those before: nothing, log-probabilities of given tokens, those
@@ -23,7 +24,8 @@ class View:
     """One microbatch as a loss sees it: the texts with their index arrays, and the models' states over them.
 
     ``teacher`` is None for objectives that need no teacher; ``reference``, the student before training with one row for
-    each of the student's, for all but those that ask for it.
+    each of the student's, for all but those that ask for it. With a ``mix`` the teacher is the first of several, and
+    ``further`` are the others, in its order.
     """
 
     batch: AlignedBatch
@@ -32,6 +34,8 @@ class View:
     backend: ModuleType
     teacher_backend: ModuleType
     reference: Rows | None = None
+    mix: Mix | None = None
+    further: tuple[FurtherTeacher, ...] = ()
 
     @property
     def teacher_rows(self) -> Rows:

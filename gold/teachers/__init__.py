@@ -1,8 +1,18 @@
 """Teachers: whatever can say how likely it finds a completion, token by token of its own."""
 
 from gold.teachers.cached import CachedTeacher, UnaskedTeacher
+from gold.teachers.itself import SelfTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
+from gold.teachers.several import Teachers
 
-__all__ = ["CachedTeacher", "LocalTeacher", "ServedTeacher", "Teacher", "UnaskedTeacher"]
+__all__ = [
+    "CachedTeacher",
+    "LocalTeacher",
+    "SelfTeacher",
+    "ServedTeacher",
+    "Teacher",
+    "Teachers",
+    "UnaskedTeacher",
+]

@@ -1,0 +1,109 @@
+"""Several teachers at once, each with its own tokenizer and template: one for each prompt, or all for every prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from gold.data import Prompt, did_you_mean
+from gold.errors import ConfigError, DataError
+from gold.losses.mixture import Mix, Rule
+from gold.models import LanguageModel
+from gold.teachers.itself import SelfTeacher
+from gold.teachers.local import LocalTeacher
+from gold.teachers.protocol import Teacher
+
+
+class Teachers:
+    """Teachers by name.
+
+    Without ``mix`` each prompt is graded by the one that its ``route`` names (by the only one, where there is one).
+    With it every prompt is graded by all, as one distribution: ``linear`` is ``Σ w q``, ``log_linear`` ``Π q^w``,
+    normalised, on the events where they are compared with the student; see ``losses.mixture``. ``weights`` are equal
+    where they are not given; only their ratios count.
+
+    Raises:
+        ConfigError: no teacher; a weight of no teacher, none for one of them, or one that is not above 0; weights
+            without a mix.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, Teacher | LanguageModel],
+        mix: Rule | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        if not members:
+            raise ConfigError("teachers: there is none; name at least one")
+        self.members: dict[str, Teacher] = {
+            name: LocalTeacher(t) if isinstance(t, LanguageModel) else t for name, t in members.items()
+        }
+        self.mix = (
+            None if mix is None else Mix(mix, _shares(self.members, weights or dict.fromkeys(members, 1.0)))
+        )
+        if mix is None and weights is not None:
+            raise ConfigError(
+                "teachers: weights belong to a mix; say linear or log_linear, or leave them out"
+            )
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one."""
+        return len(self.members) > 1
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """The names, where different prompts have different teachers."""
+        return tuple(self.members) if self.several and self.mix is None else ()
+
+    def of(self, prompt: Prompt) -> tuple[str, ...]:
+        """The names of those who grade a prompt.
+
+        Raises:
+            DataError: its route names none of them; the message names its key.
+        """
+        if self.mix is not None or not self.several:
+            return tuple(self.members)
+        check_routes([prompt], self.members)
+        return (str(prompt.route),)
+
+    def weight(self, name: str) -> float:
+        """How much a teacher counts for the prompts that it grades; over those of one prompt this sums to one."""
+        return 1.0 if self.mix is None else self.mix.weights[name]
+
+
+def averages_of(teachers: Teachers | None) -> dict[str, SelfTeacher]:
+    """The teachers that follow the student, by name."""
+    members = teachers.members if teachers else {}
+    return {n: t for n, t in members.items() if isinstance(t, SelfTeacher) and t.decay < 1.0}
+
+
+def check_routes(prompts: Iterable[Prompt], names: Iterable[str]) -> None:
+    """Nothing, where each prompt is routed to one of the names.
+
+    Raises:
+        DataError: the first that is not; the message names its key.
+    """
+    known = set(names)
+    for prompt in prompts:
+        if prompt.route is None:
+            raise DataError(f"prompt {prompt.key}: nothing says which teacher it goes to; give it a route")
+        if prompt.route not in known:
+            raise DataError(
+                f'prompt {prompt.key}: it goes to teacher "{prompt.route}", and there is none of that name'
+                f"{did_you_mean(prompt.route, known)}"
+            )
+
+
+def _shares(members: Mapping[str, Teacher], weights: Mapping[str, float]) -> dict[str, float]:
+    if weights.keys() != members.keys():
+        odd = sorted(weights.keys() ^ members.keys())[0]
+        what = "no teacher has that name" if odd in weights else "it has no weight"
+        raise ConfigError(f"teachers: {odd}: {what}; give each teacher a weight, or none of them")
+    for name, weight in weights.items():
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ConfigError(
+                f"teachers: {name}: its weight is {weight}; give a number above 0, or leave it out"
+            )
+    total = math.fsum(weights.values())
+    return {name: weights[name] / total for name in members}
