@@ -499,8 +499,10 @@ def _load(
     progress: Progress | None,
     consult: Mapping[str, Callable[[Side, Side], None]],
 ) -> tuple[LanguageModel, dict[str, LanguageModel]]:
-    """Student (or any one model) and teachers, loaded once the files and the tokenizers of all are found good: each pair that there is
-    somebody to consult about is examined, by the files where they tell enough."""
+    """Student (or any one model) and teachers, loaded once the files and the tokenizers of all are found good.
+
+    Each pair that there is somebody to consult about is examined, by the files where they tell enough.
+    """
     models = {"": student, **teachers}
     sides: dict[str, Side | None] = {}
     for name, model in models.items():

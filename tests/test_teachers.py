@@ -24,10 +24,11 @@ from gold.assembly import train as train_as_configured
 from gold.chat import prompt_text
 from gold.config import Config
 from gold.data import Prompt, load_prompts
+from gold.demo.models import tiny_model, word_tokenizer
 from gold.errors import ConfigError, DataError, TeacherError
 from gold.kernels.linear import Rows
 from gold.losses.mixture import Mix, mixed_rows, mixture
-from gold.models import LanguageModel
+from gold.models import LanguageModel, save_model
 from gold.progress import Silent
 from gold.recipe import Recipe, Term
 from gold.rollout import Sampling
@@ -397,6 +398,53 @@ def test_a_run_with_an_average_that_broke_off_goes_on_as_if_it_had_not(tmp_path:
     one, other = (torch.load(f, weights_only=True) for f in files)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert any(not torch.equal(one[name], whole.student.lm.state_dict()[name]) for name in one)
+
+
+# The documentation
+
+PAGE = Path(__file__).parent.parent / "docs" / "teachers.md"
+
+
+def blocks(language: str) -> list[str]:
+    text = PAGE.read_text(encoding="utf-8")
+    return re.findall(rf"^<!-- tested -->\n```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_pages_configurations_are_some(tmp_path: Path) -> None:
+    found = []
+    for block in blocks("yaml"):
+        (tmp_path / "run.yaml").write_text(block)
+        found.append(Config.load(tmp_path / "run.yaml"))
+    assert [(c.route, c.mix, list(c.named_teachers)) for c in found] == [
+        ("subject", None, ["sums", "words"]),
+        (None, "linear", ["first", "second"]),
+        (None, None, ["teacher"]),
+    ]
+
+
+def test_the_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.save_pair(Path("models"))
+    other = tiny_model(word_tokenizer(tiny.texts(), 60), "other", layers=1, width=32, seed=4)
+    save_model(other, Path("models/other"))
+    for model in (Path("models") / name / "config.json" for name in ("student", "teacher", "other")):
+        config = json.loads(model.read_text())
+        model.write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    lines = [
+        {"prompt": p.text, "reference": p.reference, "subject": s}
+        for p, s in zip(tiny.prompts(8), ["sums", "words"] * 4, strict=True)
+    ]
+    write(Path("prompts.jsonl"), *lines)
+    namespace: dict[str, Any] = {}
+    labels = []
+    for block in blocks("python"):
+        exec(compile(block.replace("steps=200", "steps=1"), str(PAGE), "exec"), namespace)
+        (record,) = namespace["run"].steps
+        assert record["applied"]
+        labels.append(set(record))
+    assert {"reverse_kl_bytes[sums]", "reverse_kl_bytes[words]"} <= labels[0]
+    assert {"sampled_reverse_kl_per_byte[sums]", "sampled_reverse_kl_per_byte[words]"} <= labels[1]
+    assert "reverse_kl_tokens" in labels[2]
 
 
 # Configurations

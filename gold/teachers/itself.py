@@ -58,4 +58,4 @@ class SelfTeacher(LocalTeacher):
     def equals(self, student: Any) -> bool:
         """Whether it has, bit for bit, the weights of the student's transformers model."""
         pairs = zip(self.model.lm.parameters(), student.parameters(), strict=True)
-        return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+        return all((a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b) for a, b in pairs)
