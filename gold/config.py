@@ -74,7 +74,7 @@ class StudentConfig(_Section):
     gguf_file: Text | None = None
     """name of the GGUF file inside `path`, where the weights come from one"""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """dtype of the weights; auto: as saved"""
+    """dtype of the weights; auto: as saved, float32 on a CPU that cannot multiply bfloat16 itself"""
     device: Device = "auto"
     """auto | cpu | cuda | cuda:1 | mps | xpu"""
     roles: RolesConfig = RolesConfig()
@@ -146,7 +146,7 @@ class TeacherConfig(_Section):
     gguf_file: Text | None = None
     """name of the GGUF file inside `path`, where the weights come from one"""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
-    """dtype of the weights; auto: as saved"""
+    """dtype of the weights; auto: as saved, float32 on a CPU that cannot multiply bfloat16 itself"""
     device: Device = "auto"
     """auto | cpu | cuda | cuda:1 | mps | xpu"""
     roles: RolesConfig = RolesConfig()

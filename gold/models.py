@@ -79,7 +79,8 @@ def load_model(
 ) -> LanguageModel:
     """A causal model and its tokenizer from a folder in Hugging Face format, a Hub id, or a GGUF file.
 
-    ``dtype``: ``auto`` keeps the checkpoint's; a model from a GGUF file is dequantised to it and saves like any other.
+    ``dtype``: ``auto`` keeps the checkpoint's, but on a CPU that has no arithmetic of 16 bits, where it would be many
+    times slower, it is float32; a model from a GGUF file is dequantised to it and saves like any other.
     ``device``: ``auto`` is the GPU where there is one. ``roles``: special tokens in the place of those that the files
     name; see ``wrap_model``.
 
@@ -134,6 +135,8 @@ def load_model(
     if gguf_file:
         forget_quantizer(lm)
     lm.to(target)
+    if dtype == "auto" and target.type == "cpu" and not cpu_has_halves():
+        lm.float()
     lm.eval()
     return wrap_model(lm, tokenizer, name=str(path), roles=roles)
 
@@ -281,6 +284,13 @@ def _no_bars() -> Iterator[None]:
         reader.tqdm = bar
         if shown:
             hf_logging.enable_progress_bar()
+
+
+def cpu_has_halves() -> bool:
+    """Whether this processor multiplies bfloat16 itself; else torch takes every number apart first."""
+    return any(
+        getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
 
 
 def pick_device(name: str) -> torch.device:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import tiny_models as tiny
+import torch
 from tokenizer_files_for_tests import byte_level_gguf, description
 from tokenizers_for_tests import byte_level_bpe
 
+from gold import models
 from gold.align.roles import Roles
 from gold.assembly import roles_of
 from gold.chat import prompt_ids
@@ -94,3 +96,17 @@ def test_the_tokenizer_of_a_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"nothing")
     with pytest.raises(VocabularyError, match=r"m\.gguf is no GGUF file"):
         gguf_tokenizer(tmp_path, "m.gguf")
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_auto_is_the_dtype_of_the_file_where_the_processor_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    model = tiny.tiny_student()
+    model.lm.to(torch.bfloat16)
+    save_model(model, tmp_path)
+    monkeypatch.setattr(models, "cpu_has_halves", lambda: fast)
+    assert load_model(tmp_path, device="cpu", dtype="auto").lm.dtype == (
+        torch.bfloat16 if fast else torch.float32
+    )
+    assert load_model(tmp_path, device="cpu", dtype="bfloat16").lm.dtype == torch.bfloat16
