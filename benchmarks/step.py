@@ -42,14 +42,13 @@ from benchmarks.assets import model_path, tokenizer_path
 from benchmarks.clock import Spread, spread
 from benchmarks.meter import MIB, Meter, Sample
 from benchmarks.record import RESULTS, device_name, write_record
-from gold.aligned import VocabularyPair
 from gold.data import Prompt, load_prompts
 from gold.errors import GoldError
-from gold.loop import Loop, terms_of
+from gold.loop import Loop, pairs_of, terms_of
 from gold.models import LanguageModel, load_model, pick_device, wrap_model
 from gold.recipe import Recipe, Term
 from gold.rollout import Sampling
-from gold.teachers.local import LocalTeacher
+from gold.teachers.several import Teachers
 
 PROMPTS = Path(__file__).resolve().parents[1] / "data" / "openings.jsonl"
 PHASES = ("rollout", "read", "teacher", "student", "update")
@@ -311,12 +310,12 @@ class GoldSteps:
             sequences_per_forward=len(prompts),
             steps=size.steps + 1,
         )
-        local = LocalTeacher(teacher)
-        pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
-        terms = terms_of(recipe, local, pair)
+        teachers = Teachers({"teacher": teacher})
+        pairs = pairs_of(student, teachers)
+        terms = terms_of(recipe, teachers, pairs)
         cpu = meter.device.type == "cpu"
         accelerator = Accelerator(mixed_precision="no" if cpu else "bf16", cpu=cpu)
-        self.loop = Loop(student, local, pair, prompts, recipe, terms, None, accelerator)
+        self.loop = Loop(student, teachers, pairs, prompts, recipe, terms, None, accelerator)
         self.loop.now = meter.now
 
     def step(self) -> Step:
