@@ -269,6 +269,17 @@ def test_two_who_write_at_once_each_have_their_shard(tmp_path: Path) -> None:
     assert (cache.verify(), cache.repeated, len(cache.shards)) == ([], 2, 2)
 
 
+def test_of_two_who_begin_at_once_the_second_takes_the_next_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ScoreCache.open(written(tmp_path, [1]), ORIGIN)
+    with monkeypatch.context() as patch, cache:
+        patch.setattr(Path, "glob", lambda *_: iter(()))  # it has looked before the first one began
+        cache.add([(key(2), 3, payload(2))])
+    assert contents(tmp_path) == expected([1, 2])
+    assert sorted(p.name for p in tmp_path.glob("*")) == ["000000.scores", "000001.scores"]
+
+
 WRITER = """
 import os, sys, numpy
 from gold.cache.store import Origin, ScoreCache

@@ -106,15 +106,18 @@ def likeliest(rows: Rows, top_k: int, also_NA: Tensor, size: int) -> tuple[Tenso
     also_NA = also_NA.masked_fill(repeated, -1)
     parts = []
     for first in range(0, len(rows), rows.block_rows):
-        logp = torch.log_softmax(widened(rows.head(rows.hidden_ND[first : first + rows.block_rows])), dim=-1)
-        also = also_NA[first : first + logp.shape[0]]
-        value, ranked = logp[:, :size].topk(min(top_k, size, logp.shape[1]), dim=-1)
+        logits = widened(rows.head(rows.hidden_ND[first : first + rows.block_rows]))
+        also = also_NA[first : first + logits.shape[0]]
+        value, ranked = logits[:, :size].topk(min(top_k, size, logits.shape[1]), dim=-1)
         there = (ranked[:, :, None] == also[:, None, :]).any(-1) | torch.isneginf(value)
         ids = torch.cat((also, ranked.masked_fill(there, -1)), dim=-1)
-        # One column more, for those that are none.
-        column = torch.where(ids >= 0, ids, logp.shape[1])
-        others = torch.nn.functional.pad(logp, (0, 1)).scatter(1, column, -torch.inf)[:, :-1]
-        parts.append((ids, logp.gather(1, ids.clamp(min=0)).double(), row_logsumexp(others).double()))
+        norm = torch.logsumexp(logits, dim=-1, keepdim=True)
+        # Pads stand for another of the row's tokens; in a row without any, one logit is set to what it is.
+        some = ids.amax(-1, keepdim=True)
+        gone = torch.where(some >= 0, -torch.inf, logits[:, :1])
+        others = logits.scatter(1, torch.where(ids >= 0, ids, some.clamp(min=0)), gone.expand(ids.shape))
+        rest = torch.logsumexp(others, dim=-1) - norm[:, 0]
+        parts.append((ids, (logits.gather(1, ids.clamp(min=0)) - norm).double(), rest.double()))
     if not parts:
         none = also_NA.new_empty((0, also_NA.shape[1]))
         return none, none.double(), none[:, :0].sum(-1).double()
