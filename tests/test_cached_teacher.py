@@ -257,7 +257,10 @@ def test_a_run_that_lost_its_server_asks_only_for_what_is_missing(
 def test_one_cache_teaches_students_of_two_families_without_the_teacher(
     teacher: LocalTeacher, files: Path, tmp_path: Path
 ) -> None:
-    prompts = tiny.prompts(12)
+    # What the teacher alone is told is part of what it read.
+    prompts = [
+        replace(p, teacher_context="12 +3 = 15" if n % 2 else None) for n, p in enumerate(tiny.prompts(12))
+    ]
     record(builder := CachedTeacher(teacher, tmp_path / "c"), prompts)
     builder.cache.close()
     recipe = replace(OFF_POLICY, steps=8, prompts_per_step=6)

@@ -250,7 +250,7 @@ def record(
     """
     done = rows = 0
     for first in range(0, len(prompts), _CHUNK):
-        chunk = prompts[first : first + _CHUNK]
+        chunk = [prompt.for_teacher for prompt in prompts[first : first + _CHUNK]]
         spelled = [_completion(teacher, prompt) for prompt in chunk]
         lacking = teacher.missing(chunk, spelled, [True] * len(chunk))
         done += len(chunk) - len(lacking)
