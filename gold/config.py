@@ -365,7 +365,7 @@ class Config(_Section):
         for override in overrides:
             changed = _apply(tree, override)
             origin_of = {key: origin for key, origin in origin_of.items() if key[: len(changed)] != changed}
-            origin_of[changed] = f"override {override}: "
+            origin_of[changed] = f"{_named(override)}: "
 
         def where(key: Key) -> str:
             """The file and line, or the override, that the value or else the section comes from."""
@@ -606,8 +606,8 @@ def _apply(tree: dict[str, Any], override: str) -> Key:
     dotted, equals, text = override.partition("=")
     parts = dotted.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"override {override}: expected section.key=value")
-    value, _ = _parse(text, f"override {override}", numbered=False)
+        raise ConfigError(f"{_named(override)}: expected section.key=value")
+    value, _ = _parse(text, _named(override), numbered=False)
     if parts[0] == "objectives" and len(parts) > 1:
         tree.setdefault("objectives", [{"name": "reverse_kl"}])
     place: Any = tree
@@ -629,9 +629,17 @@ def _step(place: Any, part: str, key: Key, override: str) -> str | int:
     if isinstance(place, list):
         if not part.isdecimal() or int(part) >= len(place):
             last = f"the last is {len(place) - 1}" if place else "the list is empty"
-            raise ConfigError(f"override {override}: there is no {_dotted((*key, part))}: {last}")
+            raise ConfigError(f"{_named(override)}: there is no {_dotted((*key, part))}: {last}")
         return int(part)
-    raise ConfigError(f"override {override}: {_dotted(key)} is {_shown(place)}, which has no keys")
+    raise ConfigError(f"{_named(override)}: {_dotted(key)} is {_shown(place, key)}, which has no keys")
+
+
+def _named(override: str) -> str:
+    """What errors call an override; what is set for a teacher can be a key that was typed into the wrong place."""
+    dotted, equals, _ = override.partition("=")
+    if not dotted.strip().startswith("teacher"):
+        return f"override {override}"
+    return f"override {dotted}=…" if equals else "override teacher…"
 
 
 # Judging and saying what is wrong
@@ -666,7 +674,7 @@ def _problems(error: dict[str, Any], where: Callable[[Key], str]) -> Iterator[st
     if key and key[-1] == "[key]":
         yield f"{where(key[:-1])}{_dotted(key[:-1])}: a name has letters, digits, - and _ alone"
         return
-    got = _shown(error["input"])
+    got = _shown(error["input"], key)
     limits = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
     if kind == "missing":
         text = "is missing"
@@ -706,8 +714,14 @@ def _dotted(key: Key) -> str:
     return ".".join(map(str, key))
 
 
-def _shown(value: Any) -> str:
+_NEVER_SHOWN = {"served", "url", "key_env"}
+"""Where a server's key may have been written by mistake."""
+
+
+def _shown(value: Any, key: Key = ()) -> str:
     """A value as a person wrote it, shortened; quotes show that it is text."""
+    if "served" in key and key[-1] in _NEVER_SHOWN:
+        return "something else"
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):

@@ -864,6 +864,33 @@ def test_a_server_that_cannot_serve_the_run_is_refused_before_a_model_is_loaded(
     assert not (bench.folder / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "teacher.served.key_env=sk-secret",
+            "override teacher.served.key_env=…: teacher.served.key_env: expected",
+        ),
+        ("teacher.served.key_env={sk-secret: 1}", "expected text, got something else"),
+        ("teacher.served.key_env=[sk-secret", "override teacher.served.key_env=…: expected ',' or ']'"),
+        ("teacher.served.key_env.x=sk-secret", "teacher.served.key_env is something else, which has no keys"),
+        ("teacher.served.api_key=sk-secret", "teacher.served.api_key: unknown key"),
+        ("teacher.served.url=http://me:sk-secret@h/v1", "user, password, ? and # have no place in it"),
+        ("teacher.served=sk-secret", "teacher.served: expected keys and values, got something else"),
+        ("teacher={path: t, served: {url: http://h, model: m, key_env: sk-secret}}", "override teacher=…: "),
+        ("teacher.served.key_env:sk-secret", "override teacher…: expected section.key=value"),
+    ],
+)
+def test_a_key_typed_into_an_override_is_not_repeated(override: str, line: str, tmp_path: Path) -> None:
+    there = {"url": "http://h/v1", "model": "m", "key_env": "sk-secret2"}
+    settings = tiny.run_settings(tmp_path, tmp_path / "run", teacher={"path": "t", "served": there})
+    file = tiny.write_settings(tmp_path / "run.yaml", settings)
+    with pytest.raises(ConfigError) as error:
+        Config.load(file, [override])
+    assert line in str(error.value)
+    assert "secret" not in str(error.value)
+
+
 def test_the_keys_of_a_configuration() -> None:
     text = Config.model_validate(
         {
