@@ -23,6 +23,7 @@ BENCHMARKS = {
     "informed": ("benchmarks.informed", "teachers that see more, and teachers of two families, with seeds"),
     "contract": ("benchmarks.contract", "put every objective, and losses of peers, to the contract"),
     "run": ("benchmarks.run", "train as a configuration says, and record the evaluations"),
+    "served": ("benchmarks.served", "learn from a live server; what the client costs beside it"),
     "demo": ("benchmarks.demo", "the demonstration with three seeds"),
 }
 

@@ -16,7 +16,7 @@ from gold.config import Config, TeacherConfig, check_data
 from gold.data import Prompt, load_prompts, split_by_hash
 from gold.doctor.checks import Check, Report, examine
 from gold.doctor.report import diagnose
-from gold.doctor.server import examine_noise, examine_server
+from gold.doctor.server import examine_noise, examine_own, examine_server
 from gold.doctor.side import Side, read_side, side_of
 from gold.errors import ConfigError, ModelError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
@@ -242,7 +242,7 @@ def _models(
         if isinstance(kept, CachedTeacher) and _is_kept(kept):
             kept.before_asking = partial(_examine, config, graded[name], progress, name, server, mine)
         else:
-            _judge(config, graded[name], [examine_noise(server, graded[name], mine)], progress, name)
+            _judge(config, graded[name], _beside(config, graded[name], name, server, mine), progress, name)
     members |= {name: _cached(named[name], LocalTeacher(model), progress) for name, model in loaded.items()}
     for name, teacher in named.items():
         if teacher.self is not None:
@@ -274,7 +274,19 @@ def _examine(
 ) -> None:
     """The examination of a server, as a whole."""
     _judge(config, prompts, examine_server(served, prompts), progress, name)
-    _judge(config, prompts, [examine_noise(served, prompts, student)], progress, name)
+    _judge(config, prompts, _beside(config, prompts, name, served, student), progress, name)
+
+
+def _beside(
+    config: Config, prompts: Sequence[Prompt], name: str, served: ServedTeacher, student: LanguageModel
+) -> list[Check]:
+    """What a server says beside what the student says."""
+    checks = [examine_noise(served, prompts, student)]
+    # The same files on both sides: it is the student that is served.
+    sources = _source(config.student), _source(config.named_teachers[name])
+    if len(set(map(os.path.realpath, sources))) == 1:
+        checks.append(examine_own(served, prompts, student))
+    return checks
 
 
 def build_cache(
@@ -411,9 +423,13 @@ def _diagnosed(config: Config, data: RunData, name: str, weights: bool, sizes: t
         model = config.student
     prompts = _graded_by(data, config, name)
 
-    def load() -> tuple[LanguageModel, LanguageModel]:
-        student, others = _load(config.student, {name: model}, None, {})
-        return student, others[name]
+    here = served is None and not unasked
+    loaded: list[LanguageModel] = []
+
+    def load() -> tuple[LanguageModel, LanguageModel | None]:
+        student, others = _load(config.student, {name: model} if here else {}, None, {})
+        loaded.append(student)
+        return student, others.get(name)
 
     report = diagnose(
         _source(config.student),
@@ -424,7 +440,8 @@ def _diagnosed(config: Config, data: RunData, name: str, weights: bool, sizes: t
         prompt=max((prompt_text(p) for p in prompts), key=len),
         sequences=sizes[0],
         tokens=sizes[1],
-        load=load if weights and served is None and not unasked else None,
+        load=load if weights else None,
+        served=not here,
     )
     if served is None:
         return report
@@ -432,7 +449,9 @@ def _diagnosed(config: Config, data: RunData, name: str, weights: bool, sizes: t
     made = _served(model, read_side("teacher", _source(model), roles_of(model)))
     checks = examine_server(made, prompts)
     if all(check.status != "fail" for check in checks):
-        checks.append(examine_noise(made, prompts))
+        checks += (
+            _beside(config, prompts, name, made, loaded[0]) if loaded else [examine_noise(made, prompts)]
+        )
     return replace(report, checks=[*report.checks, *checks])
 
 

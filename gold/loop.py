@@ -186,6 +186,13 @@ class Loop:
             [t for t in self.teachers.members.values() if isinstance(t, SelfTeacher)] if self.teachers else []
         )
 
+    @property
+    def _retries(self) -> int | None:
+        """How often teachers have been asked again so far, None where no teacher counts that."""
+        members = self.teachers.members.values() if self.teachers else ()
+        counts = [getattr(teacher, "retries", None) for teacher in members]
+        return sum(n for n in counts if n is not None) if any(n is not None for n in counts) else None
+
     def header(self) -> dict[str, str]:
         """What the run will do, in a few lines for people."""
         recipe = self.recipe
@@ -229,10 +236,15 @@ class Loop:
         with clock("read"):
             groups = self._groups(rollouts)
             counts = self._total(self._counts(groups))
+        sums: dict[str, float] = defaultdict(float)
         with clock("teacher"):
             if any(t.objective.needs != "nothing" for t in self.terms):
+                before = self._retries
                 self._together(partial(self._ask, groups))
-        sums: dict[str, float] = defaultdict(float)
+                told = [rows for group in groups for each in group.rows.values() for rows in each]
+                sums["teacher_tokens"] = float(sum(map(len, told)))
+                if before is not None:
+                    sums["teacher_retries"] = float((self._retries or 0) - before)
         self.module.train()
         self.optimizer.zero_grad(set_to_none=True)
         for number, group in enumerate(groups):
@@ -430,6 +442,10 @@ class Loop:
         total = sum(clock.seconds.values())
         record |= {f"{phase}_s": seconds for phase, seconds in clock.seconds.items()}
         record |= {"step_s": total, "tokens_per_s": sums["tokens"] / total}
+        if "teacher_tokens" in sums:
+            record["teacher_tokens_per_s"] = sums["teacher_tokens"] / clock.seconds["teacher"]
+        if "teacher_retries" in sums:
+            record["teacher_retries"] = int(sums["teacher_retries"])
         return record
 
     def _record_of_teachers(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, Any]:

@@ -146,6 +146,10 @@ def step_summary(record: Mapping[str, Any]) -> str:
     if "reward_mean" in record:
         parts.append(f"reward {record['reward_mean']:.2f}")
     parts += [f"{record['tokens_per_s']:.0f} tokens/s", f"{record['step_s']:.2f} s"]
+    if "teacher_retries" in record:  # of a server; a teacher in this process never has any
+        parts.append(f"teacher {record['teacher_tokens_per_s']:.0f} tokens/s")
+    if record.get("teacher_retries"):
+        parts.append(f"{record['teacher_retries']} retries")
     return "  ".join(parts)
 
 

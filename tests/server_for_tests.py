@@ -136,6 +136,8 @@ class ModelServer:
             logp = logp + 12.0
         if fault == "NaN":
             logp = logp * float("nan")
+        if fault == "late":
+            logp = torch.cat((logp[:1], logp[:-1]))
         if fault == "mass":
             logp = logp.clamp(min=-0.1)
         return logp[:-1] if fault == "short" else logp

@@ -30,10 +30,11 @@ from gold import ConfigError, DataError, LocalTeacher, Prompt, Recipe, ServedTea
 from gold.aligned import VocabularyPair
 from gold.cli import main
 from gold.config import Config
-from gold.doctor.server import examine_noise, examine_server
+from gold.doctor.server import examine_noise, examine_own, examine_server
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.kernels.linear import Rows, token_logp
 from gold.models import LanguageModel, save_model
+from gold.progress import step_summary
 from gold.reading import read, teacher_rows
 from gold.rollout import Sampling, sample
 from gold.teachers.dialects import VLLM, Asked, OpenAI, SGLang
@@ -576,9 +577,14 @@ def test_a_run_survives_every_fault_that_passes_with_the_same_weights(
         kinds = [*PASSING, "other tokens"]
         # Every other request fails, each time in another way.
         server.scored, server.faults = 0, lambda n: kinds[n // 2 % len(kinds)] if n % 2 else None
-        faulty = trained(served(folder, server.url, timeout_s=0.4, retries=20))
+        there = served(folder, server.url, timeout_s=0.4, retries=20)
+        run = distill(tiny.tiny_student(), there, tiny.prompts(), RECIPE)
+        faulty = weights(run.student)
         assert server.scored > 30
     assert_equal(whole, faulty)
+    assert sum(step["teacher_retries"] for step in run.steps) == there.retries == server.scored - 18
+    assert all(step["teacher_tokens_per_s"] > 0 for step in run.steps)
+    assert " retries" in step_summary(run.steps[0])
     start = weights(tiny.tiny_student())
     assert any(not torch.equal(start[name], whole[name]) for name in start)
 
@@ -736,6 +742,25 @@ def test_noise_is_measured(teacher: LanguageModel, student: LanguageModel, folde
     assert "let one replica answer" in beside.advice
 
 
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_a_student_is_its_own_served_self(
+    api: str, top_k: int, student: LanguageModel, teacher: LanguageModel, folder: Path
+) -> None:
+    with ModelServer(teacher) as server:
+        there = served(folder, server.url, api=api, top_k=top_k)
+        own, talks = examine_own(there, tiny.prompts(5), teacher), [Prompt("a", text="1", completion=" 2")]
+        assert own.status == examine_own(there, talks, teacher).status == "pass", own
+        # Weights of another model behind the same tokenizer.
+        server.model = tiny.tiny_teacher(seed=7)
+        other = examine_own(there, tiny.prompts(5), teacher)
+        # One that reads every token one place late.
+        server.model, server.faults = teacher, always("late")
+        late = examine_own(there, tiny.prompts(5), teacher)
+    assert (other.status, late.status) == ("fail", "fail")
+    assert f"serve the weights of {folder}" in other.advice
+
+
 def test_a_key_without_encryption_is_warned_of(
     teacher: LanguageModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -804,6 +829,12 @@ def test_train_evaluate_and_doctor(bench: Bench, server: ModelServer) -> None:
     assert code == 0, out + err
     assert "tokenization" in out
     assert "noise" in out
+    assert "--weights loads the student" in out
+    out = bench.gold("doctor", "--weights")[1]
+    assert "teacher served elsewhere" in out
+    assert "student and teacher are" in out
+    assert "zero KL: each model from itself, nats per byte: student" in out
+    assert "served:" not in out  # another model than the student
     code, out, err = bench.gold("train")
     assert code == 0, err
     server.faults = always("500")
@@ -833,6 +864,26 @@ def test_a_run_stops_in_one_line_and_goes_on_at_another_address(
     assert code == 0, err
     one, other_one = (bench.folder / name / "student" / "model.safetensors" for name in ("run", "whole"))
     assert one.read_bytes() == other_one.read_bytes()
+
+
+def test_a_student_that_is_served_is_compared_with_itself(
+    server: ModelServer, bench: Bench, tmp_path: Path
+) -> None:
+    """Its folder is named on both sides: what is served must be what is trained."""
+    server.model = tiny.tiny_student()
+    server.tokenizer = server.model.vocabulary
+    bench.settings["teacher"]["path"] = bench.settings["student"]["path"]
+    code, out, err = bench.gold("doctor", "--weights")
+    assert "pass  zero KL, served: the student from itself as it is served: " in out, out + err
+    server.model = tiny.tiny_student(seed=9)
+    code, out, err = bench.gold("doctor", "--weights")
+    assert code == 1
+    assert "fail  zero KL, served: " in out
+    code, _, err = bench.gold("train")
+    assert code == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "zero KL, served: the student from itself" in line
+    assert not (bench.folder / "run").exists()
 
 
 def test_a_server_that_cannot_serve_the_run_is_refused_before_a_model_is_loaded(

@@ -38,9 +38,11 @@ def diagnose(
     tokens: int = 256,
     roles: tuple[Roles | None, Roles | None] = (None, None),
     dtypes: tuple[str, str] = ("float32", "auto"),
-    load: Callable[[], tuple[LanguageModel, LanguageModel]] | None = None,
+    load: Callable[[], tuple[LanguageModel, LanguageModel | None]] | None = None,
+    served: bool = False,
 ) -> Report:
-    """All checks of a pair of folders, tokenizer files or Hub ids; of their weights too with `load`, which gives both.
+    """All checks of a pair of folders, tokenizer files or Hub ids; of their weights too with `load`, which gives both,
+    or the student alone where the teacher is `served`.
 
     `texts` are a run's own, `roles` the special tokens that it names, `dtypes` those of the weights. A forward pass
     reads `sequences`, each of `tokens` student tokens behind those of `prompt`.
@@ -62,16 +64,17 @@ def diagnose(
     report = examine(mine, theirs, texts)
     checks, unchecked = list(report.checks), list(report.unchecked)
     tokens += len(mine.vocabulary.encode(prompt))
-    needed = step_memory(mine, theirs, sequences, tokens, dtypes)
+    needed = step_memory(mine, theirs, sequences, tokens, dtypes, served)
     if needed is None:
-        silent = " and ".join(side.role for side in sides if not side.config)
+        silent = " and ".join(side.role for side in sides[: 2 - served] if not side.config)
         unchecked.append(
             f"memory: no config.json of {silent}" if silent else "memory: an unusual config.json"
         )
     else:
         checks.append(_memory(needed, sequences, tokens))
     if load is None:
-        unchecked.append("zero KL, bits per byte, time: --weights loads both models")
+        loaded = "the student" if served else "both models"
+        unchecked.append(f"zero KL, bits per byte, time: --weights loads {loaded}")
     else:
         from gold.doctor.weights import examine_weights
 
@@ -170,8 +173,12 @@ def _memory(needed: StepMemory, sequences: int, tokens: int) -> Check:
         f"{_gib(needed.total)} for {sequences} × {tokens} tokens: student {_gib(needed.student)} "
         f"({needed.student_parameters / 1e6:,.0f} M × "
         f"{needed.student // needed.student_parameters} bytes: weights, gradients, AdamW), activations "
-        f"{_gib(needed.activations)}, logits {_gib(needed.logits)}, teacher {_gib(needed.teacher)} "
-        f"({needed.teacher_parameters / 1e6:,.0f} M)"
+        f"{_gib(needed.activations)}, logits {_gib(needed.logits)}, teacher "
+        + (
+            f"{_gib(needed.teacher)} ({needed.teacher_parameters / 1e6:,.0f} M)"
+            if needed.teacher
+            else "served elsewhere"
+        )
     )
     here = machine_memory()
     if here is not None and needed.total > here:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -13,6 +14,7 @@ from gold.chat import has_chat_template, prompt_text
 from gold.data import Prompt
 from gold.doctor.checks import Check
 from gold.doctor.sample import JUDGED, SAMPLE
+from gold.doctor.weights import divergence
 from gold.errors import DataError, TeacherError
 from gold.kernels.linear import token_logp
 from gold.models import LanguageModel, rows_of
@@ -25,6 +27,9 @@ from gold.teachers.served import ServedTeacher
 MOST_NOISE = 0.01
 """Warn above, in nats per byte: how far answers to the same request are apart. Near its end a run has some hundredths
 of reverse KL left to learn from; answers in 16 bits, batched as they come, stay well below."""
+MOST_OWN_KL = 5e-3
+"""Fail above, in nats per byte: a student from itself as it is served. A server in bfloat16 was 0.001 from the same
+weights in float32; other weights, templates or places are above 0.05."""
 MOST_NOISE_SHARE = 0.1
 """Warn above: the same as a share of the distance between student and teacher; at 1 and beyond nothing is learned."""
 _TIMES = 3
@@ -71,13 +76,47 @@ def examine_noise(
     found = f"{_TIMES} answers to the same request are {noise:.2g} nats per byte apart"
     loud = noise > MOST_NOISE
     if student is not None:
-        theirs = [_text_logp(student, probe) for probe in probes]
+        theirs = [_total_logp(student, probe) for probe in probes]
         signal = sum(abs(sum(each[0]) - p) for each, p in zip(same, theirs, strict=True)) / size
         found += f"; student and teacher are {signal:.2g} apart"
         loud = loud or noise > MOST_NOISE_SHARE * max(signal, MOST_NOISE)
         if noise > max(signal, MOST_NOISE):
             return Check("noise", "fail", found, _STEADY)
     return Check("noise", "warn", found, _STEADY) if loud else Check("noise", "pass", found)
+
+
+def examine_own(teacher: ServedTeacher, prompts: Sequence[Prompt], student: LanguageModel) -> Check:
+    """Whether a server that serves the student says what the student says itself.
+
+    Taken two ways, in nats per byte, and the larger counts: the reverse KL, token by token, on the tokens that the
+    server names and all others together; and half the squared difference of the log-probabilities of the texts' own
+    tokens, which is that KL to second order, and sees servers that name no others.
+
+    Raises:
+        TeacherError: the server does not answer.
+    """
+    name = "zero KL, served"
+    probes = _probes(teacher, prompts)
+    try:
+        value = divergence(student, teacher, probes, "shared")
+        mine = [_text_logp(student, probe) for probe in probes]
+    except DataError as error:
+        return Check(name, "warn", f"not tried: {error}", "shorten the longest prompts")
+    spelled = [teacher.vocabulary.encode(p.completion or "") for p in probes]
+    asked = [teacher.asked(p, s.ids.tolist(), False) for p, s in zip(probes, spelled, strict=True)]
+    squares = 0.0
+    for own, positions in zip(mine, teacher.known(asked), strict=True):
+        theirs = torch.tensor([next(iter(known.values())) for known in positions], dtype=torch.float64)
+        squares += float((own[:-1] - theirs).square().sum()) if len(own) == len(theirs) + 1 else math.inf
+    value = max(value, squares / 2 / max(1, sum(len(s.data) for s in spelled)))
+    found = f"the student from itself as it is served: {value:.1g} nats per byte"
+    if value <= MOST_OWN_KL:
+        return Check(name, "pass", found)
+    advice = (
+        f"it must be below {MOST_OWN_KL:g}: serve the weights of {teacher.path}, not quantised and in one dtype; "
+        "if another model is served, name its own folder in teacher.path"
+    )
+    return Check(name, "fail", found, advice)
 
 
 _STEADY = "let one replica answer, in one dtype, with kernels that do not depend on the batch"
@@ -184,16 +223,25 @@ def _probes(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> list[Prompt]:
     raise TeacherError(f"tokenizer {teacher.path}: reads no token in any text that was tried")
 
 
-@torch.no_grad()
-def _text_logp(student: LanguageModel, prompt: Prompt) -> float:
+def _total_logp(student: LanguageModel, prompt: Prompt) -> float:
     """The student's log-probability of a prompt's completion and its end, in nats."""
     try:
-        rollout = completed(student, prompt, 10**6)
+        return float(_text_logp(student, prompt).sum())
     except DataError:  # too long for it: as if it knew nothing
         return 0.0
+
+
+@torch.no_grad()
+def _text_logp(student: LanguageModel, prompt: Prompt) -> torch.Tensor:
+    """The student's log-probabilities of a prompt's completion, token by token, and of its stop id, in nats.
+
+    Raises:
+        DataError: it is too long for it.
+    """
+    rollout = completed(student, prompt, 10**6)
     was_training = student.lm.training
     student.lm.eval()
     rows = rows_of(student.lm, student_states(student, [rollout]))
     student.lm.train(was_training)
     target = torch.from_numpy(rollout.ids).long().to(student.device)
-    return float(token_logp(rows, target, target[-1:])[0].double().sum())
+    return token_logp(rows, target, target[-1:])[0].double().cpu()

@@ -45,18 +45,24 @@ class StepMemory:
 
 
 def step_memory(
-    student: Side, teacher: Side, sequences: int, tokens: int, dtypes: tuple[str, str] = ("float32", "auto")
+    student: Side,
+    teacher: Side,
+    sequences: int,
+    tokens: int,
+    dtypes: tuple[str, str] = ("float32", "auto"),
+    served: bool = False,
 ) -> StepMemory | None:
     """Memory of a step whose forward pass reads so many sequences of so many tokens; None where a config.json lacks
-    sizes that the formula needs. The dtype "auto" is the one that config.json names."""
+    sizes that the formula needs. The dtype "auto" is the one that config.json names; a teacher that is ``served`` has
+    its weights elsewhere."""
     mine, theirs = student.config, teacher.config
-    counts = parameters(student), parameters(teacher)
+    counts = parameters(student), 0 if served else parameters(teacher)
     shape = _shape(mine)
     if counts[0] is None or counts[1] is None or shape is None:
         return None
     hidden, inner, queries, keys, layers, _ = shape
     rows = sequences * tokens
-    widths = [int(side.get("vocab_size") or 0) for side in (mine, theirs)]
+    widths = [int(mine.get("vocab_size") or 0), int(theirs.get("vocab_size") or teacher.vocabulary.size)]
     block = min(_BLOCK_BYTES, rows * max(widths) * 4)
     return StepMemory(
         student=counts[0] * _TRAINED_COPIES * _bytes_of(dtypes[0], mine),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -21,6 +22,7 @@ from gold.models import LanguageModel, PaddedStates, rows_of
 from gold.reading import aligned_batch, read, student_states
 from gold.rollout import completed
 from gold.teachers.local import LocalTeacher
+from gold.teachers.protocol import Teacher
 
 LARGEST_SELF_KL = 1e-3
 """Fail above, in nats per byte. A divergence is of second order in rounding: 16-bit models stay below 1e-4, and two
@@ -31,11 +33,12 @@ _LONGEST_TRIAL_S = 2.0
 
 
 def examine_weights(
-    student: LanguageModel, teacher: LanguageModel, texts: Sequence[str], sequences: int, tokens: int
+    student: LanguageModel, teacher: LanguageModel | None, texts: Sequence[str], sequences: int, tokens: int
 ) -> list[Check]:
-    """Zero KL of each model with itself, bits per byte of both on the texts, seconds to read a batch."""
+    """Zero KL of each model with itself, bits per byte of each on the texts, seconds to read a batch; of the student
+    alone where the teacher is not in this process."""
     prompts = _split(texts) or _split(SAMPLE[JUDGED])
-    pair = (("student", student), ("teacher", teacher))
+    pair = [("student", student), *([("teacher", teacher)] if teacher else [])]
     return [_self_kl(pair, prompts), _bits(pair, prompts), _speed(pair, sequences, tokens)]
 
 
@@ -44,18 +47,27 @@ def self_divergence(model: LanguageModel, prompts: Sequence[Prompt]) -> float:
 
     The student reads all texts as one padded batch, the teacher each by itself.
     """
-    pair = VocabularyPair(model.vocabulary, model.vocabulary)
-    teacher = LocalTeacher(model, batch_tokens=1)
-    objective = OBJECTIVES["reverse_kl"](support="bytes")
-    rollouts = [completed(model, prompt, 10**6) for prompt in prompts]
+    return divergence(model, LocalTeacher(model, batch_tokens=1), prompts, "bytes")
+
+
+def divergence(
+    student: LanguageModel, teacher: Teacher, prompts: Sequence[Prompt], support: Literal["bytes", "shared"]
+) -> float:
+    """Reverse KL of a student from a teacher on the prompts' completions and their ends, in nats per byte."""
+    pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
+    objective = OBJECTIVES["reverse_kl"](support=support)
+    rollouts = [completed(student, prompt, 10**6) for prompt in prompts]
     texts = [read(rollout, pair) for rollout in rollouts]
-    batch = aligned_batch(texts, pair, model.device, teacher)
+    batch = aligned_batch(texts, pair, student.device, teacher)
     theirs = teacher.score(prompts, [t.teacher for t in texts], [t.stopped for t in texts])
+    was_training = student.lm.training
+    student.lm.eval()
     with torch.no_grad():
-        mine = rows_of(model.lm, student_states(model, rollouts))
-        backend = backend_for(model.device)
-        value = objective(View(batch, mine, Rows.joined(theirs), backend, backend))
-    return float(value.total) / max(1.0, objective.count(batch))
+        mine = rows_of(student.lm, student_states(student, rollouts))
+        backends = backend_for(student.device), backend_for(teacher.device)
+        value = objective(View(batch, mine, Rows.joined(theirs), *backends))
+    student.lm.train(was_training)
+    return float(value.total) / max(1, sum(len(r.spelling.data) for r in rollouts))
 
 
 @torch.no_grad()
@@ -108,7 +120,7 @@ def _bits(pair: Sequence[tuple[str, LanguageModel]], prompts: Sequence[Prompt]) 
             found,
             f"the {' and the '.join(lost)} hardly knows these texts: are the weights and the tokenizer of one model?",
         )
-    if bits["teacher"] > bits["student"]:
+    if bits.get("teacher", 0.0) > bits["student"]:
         return Check(
             name,
             "warn",
@@ -120,11 +132,11 @@ def _bits(pair: Sequence[tuple[str, LanguageModel]], prompts: Sequence[Prompt]) 
 
 def _speed(pair: Sequence[tuple[str, LanguageModel]], sequences: int, tokens: int) -> Check:
     seconds = {role: _reading_seconds(model, sequences, tokens) for role, model in pair}
-    step = 3 * seconds["student"] + seconds["teacher"]
+    step = 3 * seconds["student"] + seconds.get("teacher", 0.0)
     found = (
-        f"reading {sequences} × {tokens} tokens: student {seconds['student']:.1f} s, teacher "
-        f"{seconds['teacher']:.1f} s (measured, {pair[0][1].device.type}); forward and backward about {step:.1f} s, "
-        "writing not counted"
+        f"reading {sequences} × {tokens} tokens: "
+        + ", ".join(f"{role} {taken:.1f} s" for role, taken in seconds.items())
+        + f" (measured, {pair[0][1].device.type}); forward and backward about {step:.1f} s, writing not counted"
     )
     slow = [role for role, model in pair if model.device.type == "cpu" and model.lm.dtype.itemsize < 4]
     if slow:

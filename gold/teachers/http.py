@@ -53,6 +53,13 @@ class RefusedError(TeacherError):
         self.status = status
 
 
+@dataclass
+class Tally:
+    """What has happened to a server's requests so far."""
+
+    retries: int = 0
+
+
 class _FaultError(Exception):
     """An attempt that failed in a way that may pass; the message says how, as the end of a sentence."""
 
@@ -67,7 +74,7 @@ class Server:
 
     ``concurrency`` requests are under way at a time; each is given ``timeout_s`` in all, and after a fault asked again
     up to ``retries`` times, the first time after about ``first_wait_s``, then twice as long each time, or as long as
-    the server says. ``key`` is sent as a bearer token and shown nowhere.
+    the server says. ``key`` is sent as a bearer token and shown nowhere. ``tally`` counts.
 
     Raises:
         ConfigError: a URL that is none, or that holds a key.
@@ -79,6 +86,7 @@ class Server:
     retries: int = 5
     key: str | None = field(default=None, repr=False)
     first_wait_s: float = 0.5
+    tally: Tally = field(default_factory=Tally, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_url(self.url)
@@ -132,6 +140,7 @@ class Server:
                     if fault.wait_s > MOST_WAIT_S:
                         raise self._error(f"{fault}; it asks for a pause of {fault.wait_s:.0f} s") from fault
                     backoff = min(LONGEST_BACKOFF_S, self.first_wait_s * 2**attempt)
+                    self.tally.retries += 1
                     # Whoever was refused together must not come back together.
                     await asyncio.sleep(max(fault.wait_s, backoff * random.SystemRandom().uniform(0.5, 1.0)))
         raise AssertionError("unreachable")

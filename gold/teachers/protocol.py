@@ -12,7 +12,10 @@ from gold.losses import Need
 
 
 class Teacher(Protocol):
-    """Reads each prompt in its own template and grades completions in its own tokens."""
+    """Reads each prompt in its own template and grades completions in its own tokens.
+
+    One that asks again after failures counts them in ``retries``; the metrics of a run show them then.
+    """
 
     @property
     def name(self) -> str:

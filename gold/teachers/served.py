@@ -77,6 +77,11 @@ class ServedTeacher:
         """The model's name at its server."""
         return f"{self.model} at {self.server.url}"
 
+    @property
+    def retries(self) -> int:
+        """How many requests have been sent again so far."""
+        return self.server.tally.retries
+
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The ids that the teacher reads before the completion.
 
