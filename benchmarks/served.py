@@ -43,6 +43,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--top-k", type=int, default=20)
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--rounds", type=int, default=5, help="of the scoring that is timed")
+    parser.add_argument(
+        "--local", action="store_true", help="judge the student by the same weights in this process too"
+    )
     parser.add_argument("--record", action="store_true", help="keep the numbers in benchmarks/results")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes, such as train.steps=8")
     given = parser.parse_args(list(arguments))
@@ -51,12 +54,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = Config.load(given.config, overrides)
         started = time.perf_counter()
-        data = measure(config, given.rounds)
+        data = measure(config, given.rounds, given.local)
         seconds = time.perf_counter() - started
     except GoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps({name: data[name] for name in ("scoring", "evaluations", "judged_locally")}, indent=1))
+    print(json.dumps({name: data[name] for name in ("scoring", "evaluations")}, indent=1))
     if given.record:
         command = f"python -m benchmarks served {' '.join(arguments)}"
         device = device_name("cpu", torch.get_num_threads()) + ", the server on the same machine"
@@ -64,22 +67,23 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def measure(config: Config, rounds: int) -> dict[str, Any]:
-    """What the server is, how quick it scores, the run, and its student before and after, judged by the server and by
-    the same weights in this process."""
+def measure(config: Config, rounds: int, local: bool) -> dict[str, Any]:
+    """What the server is, how quick it scores, the run, whose held-out evaluations ask the server, and with ``local``
+    its student before and after as the same weights in this process judge it."""
     assert config.teacher.served is not None
     teacher = ServedTeacher(config.teacher.path, **config.teacher.served.model_dump())
     prompts = load_data(config)
     checks = [*examine_server(teacher, prompts.train), examine_noise(teacher, prompts.train)]
     scoring = time_scoring(teacher, prompts.heldout, rounds)
     run = train(config, progress=Lines(every=1))
+    before_and_after = (config.student.path, f"{config.output}/student") if local else ()
     judged = [
         _judged(
             config,
             prompts.heldout,
             load_model(path, dtype=config.student.dtype, device=config.student.device),
         )
-        for path in (config.student.path, f"{config.output}/student")
+        for path in before_and_after
     ]
     kept = (*KEPT, "teacher_tokens_per_s", "teacher_retries")
     return {

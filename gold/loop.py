@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from gold.alarms import Alarms, repetition
@@ -313,7 +314,8 @@ class Loop:
         except TeacherError as error:
             answer, failure = None, error
         if self.anywhere(failure is not None):
-            raise failure or TeacherError("the teacher has failed in another process")
+            told = gather_object([str(failure or "")])  # so that each process can say why
+            raise TeacherError(next(filter(None, told))) from failure
         return cast(Answer, answer)
 
     def _groups(self, rollouts: Sequence[Rollout]) -> list[_Group]:

@@ -19,6 +19,7 @@ import tiny_models as tiny
 import torch
 from processes_for_tests import Command, die_at, fail_at
 from safetensors.torch import load_file
+from server_for_tests import ModelServer
 
 TIMED = ("_s", "tokens_per_s")
 OBJECTIVES = [{"name": "reverse_kl"}, {"name": "sft", "weight": 0.3}, {"name": "reward", "weight": 0.1}]
@@ -50,8 +51,14 @@ def alone(pair: Path) -> Path:
     return run
 
 
-def launch(folder: Path, *arguments: object, count: int = 2, before: Sequence[Any] = ()) -> list[Command]:
-    """The processes that `accelerate launch --cpu --num_processes 2` would start."""
+def launch(
+    folder: Path,
+    *arguments: object,
+    count: int = 2,
+    before: Sequence[Any] = (),
+    each: Sequence[str] = ("", ""),
+) -> list[Command]:
+    """The processes that `accelerate launch --cpu --num_processes 2` would start; ``each`` has one argument more."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,6 +75,7 @@ def launch(folder: Path, *arguments: object, count: int = 2, before: Sequence[An
         Command(
             folder / str(rank),
             *arguments,
+            *filter(None, [each[rank]]),
             environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             before=before[rank] if before else None,
         )
@@ -146,6 +154,33 @@ def test_an_error_of_one_process_ends_both(pair: Path, tmp_path: Path) -> None:
     assert main.wait() == 1
     assert "No space left on device" in main.err
     assert other.wait() != 0
+
+
+def test_a_server_that_one_process_loses_stops_both(pair: Path, tmp_path: Path) -> None:
+    """Each says why, the steps so far are kept, and the run goes on when the server is back."""
+    run, model = tmp_path / "run", tiny.tiny_teacher()
+    with ModelServer(model) as steady, ModelServer(model) as failing:
+        there = {"url": steady.url, "model": "tiny", "top_k": 5, "retries": 0}
+        settings = tiny.run_settings(
+            pair, run, teacher={"path": str(pair / "teacher"), "served": there, "device": "cpu"},
+            train__steps=3, train__checkpoint_every=9, evaluate__every=9, evaluate__prompts=1,
+        )  # fmt: skip
+        file = tiny.write_settings(tmp_path / "run.yaml", settings)
+        # 13 requests of the probe, 1 of the evaluation, 4 of each step.
+        failing.faults = lambda n: "500" if n >= 13 + 1 + 4 else None
+        urls = [f"teacher.served.url={server.url}" for server in (steady, failing)]
+        processes = launch(tmp_path / "1", "train", file, each=urls)
+        line = f"error: after step 1: server {failing.url}: answers 500: CUDA error; no usable answer after 1 attempt; "
+        for process in processes:
+            assert process.wait() == 1
+            assert [said for said in process.err.splitlines() if said.startswith("error: ")] == [
+                f"{line}its checkpoint is kept, go on with --resume"
+            ]
+            assert "Traceback" not in process.err
+        assert (run / "checkpoints" / "step-000001").is_dir()
+        processes = launch(tmp_path / "2", "train", file, "--resume")
+        assert [process.wait() for process in processes] == [0, 0], processes[0].err
+    assert lines(run, "metrics.jsonl")[-1]["step"] == 3
 
 
 def test_fewer_prompts_than_processes_are_refused(pair: Path, tmp_path: Path) -> None:

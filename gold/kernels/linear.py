@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from gold.kernels import backend_for
 from gold.kernels.layout import ByteLayout, KeptEvents
 from gold.kernels.reference import LEAK, MixedKL, coarsened, leaked, row_logsumexp, widened
-from gold.kernels.tables import byte_table
+from gold.kernels.tables import byte_table, filled_table, joint_table
 
 BLOCK_BYTES = 64 * 2**20
 """Logits of one block take at most this many bytes in float32, and a block holds at least one row."""
@@ -139,23 +139,46 @@ def byte_tables(rows: Rows, layout: ByteLayout, backend: ModuleType) -> tuple[Te
     Returns:
         table [positions, 258] (``tables.byte_table``), log_target_N, log_stop_N (``reference.byte_masses``), nats.
     """
+    mass, target, stop, _ = _byte_masses(rows, layout, backend)
+    return byte_table(mass, target, layout), target, stop
+
+
+def filled_byte_tables(
+    rows: Rows, layout: ByteLayout, backend: ModuleType, table_other: Tensor, log_path: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``byte_tables``, of rows that are partial: see ``tables.filled_table``."""
+    mass, target, stop, untold = _byte_masses(rows, layout, backend)
+    joint = joint_table(mass, target, layout)
+    return filled_table(joint, untold, layout, table_other, log_path), target, stop
+
+
+def _byte_masses(rows: Rows, layout: ByteLayout, backend: ModuleType) -> tuple[Tensor, ...]:
+    """``reference.byte_masses`` of all rows, and the mass of the tokens that partial rows do not tell, which is no
+    part of the others; in nats."""
     if len(rows) != layout.rows:
         raise ValueError(f"{len(rows)} rows of states for a plan of {layout.rows}")
-    masses, targets, stops = [], [], []
+    parts: list[tuple[Tensor, ...]] = []
     for first in range(0, len(rows), rows.block_rows):
 
         def reduce(hidden: Tensor, first: int = first) -> tuple[Tensor, ...]:
-            result: tuple[Tensor, ...] = backend.byte_masses(rows.head(hidden), layout, first)
-            return result
+            logits = rows.head(hidden)
+            if not rows.partial:
+                return (*backend.byte_masses(logits, layout, first), logits.new_zeros(0))
+            untold = logits[:, -1] - row_logsumexp(logits)
+            told = torch.log1p(-untold.exp())
+            masked = torch.cat((logits[:, :-1], torch.full_like(logits[:, -1:], -torch.inf)), dim=-1)
+            mass, target, stop = backend.byte_masses(masked, layout, first)
+            low, high = layout.mass_range(first, logits.shape[0])
+            of_mass = told[layout.mass_row[low:high] - first].to(mass)
+            is_token = layout.target[first : first + logits.shape[0]] >= 0
+            of_target = torch.where(is_token, told, 0.0).to(target)
+            return mass + of_mass, target + of_target, stop + told.to(stop), untold
 
-        mass, target, stop = remade(reduce, rows.hidden_ND[first : first + rows.block_rows])
-        masses.append(mass)
-        targets.append(target)
-        stops.append(stop)
-    empty = rows.hidden_ND.new_zeros(0, dtype=torch.float32)
-    mass = torch.cat(masses) if masses else empty
-    target = torch.cat(targets) if targets else empty
-    return byte_table(mass, target, layout), target, torch.cat(stops) if stops else empty
+        parts.append(remade(reduce, rows.hidden_ND[first : first + rows.block_rows]))
+    if not parts:
+        empty = rows.hidden_ND.new_zeros(0, dtype=torch.float32)
+        return empty, empty, empty, empty
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def token_logp(

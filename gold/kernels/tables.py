@@ -22,15 +22,49 @@ def byte_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> Te
 
     Source: next-byte marginals of a token model, Hayase et al. 2506.14123; Phan et al. 2410.09303.
     """
+    return normalised(joint_table(log_mass, log_target_N, layout))
+
+
+def joint_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> Tensor:
+    """The sums of ``byte_table``, relative to ``W_k`` of each position's last state, before they are normalised."""
     # Weights relative to the position's own last state, summed in float64: their absolute values fall without bound.
     # A token of probability 0 on the path would make them all −inf: 1e-4000 keeps their order and stays finite.
     step_N = log_target_N.double().clamp(min=-1e4)
     before = torch.cumsum(step_N, 0) - step_N
     weight = before[layout.mass_row] - before[layout.position_row[layout.mass_cell // EVENTS]]
     value = log_mass + weight.to(log_mass.dtype)
-    joint = segment_logsumexp(value, layout.mass_cell, layout.positions * EVENTS).view(-1, EVENTS)
+    return segment_logsumexp(value, layout.mass_cell, layout.positions * EVENTS).view(-1, EVENTS)
+
+
+def normalised(joint: Tensor) -> Tensor:
+    """The rows, each divided by its sum; rows of nothing stay as they are."""
     norm = row_logsumexp(joint)[:, None]
     return joint - torch.where(torch.isfinite(norm), norm, 0.0)
+
+
+def filled_table(
+    joint: Tensor, log_untold_N: Tensor, layout: ByteLayout, table_other: Tensor, log_path: Tensor
+) -> Tensor:
+    """The byte table of a model whose rows tell some tokens only: the untold mass is where another model puts it.
+
+    A row that leaves ``exp(log_untold_N)`` untold stands for its told tokens and that much of what the other model,
+    whose table is ``table_other``, writes from the row's own state on::
+
+        table[e, y] ∝ joint[e, y] + untold_k · Π_{b_k ≤ e' < e} other[e', x_e'] · other[e, y]
+
+    with k the last state before e. So nothing is claimed of what was not told: neither that it lies outside the path,
+    nor that told tokens are all there is once the path has entered an unlikely one. A model that is filled with itself
+    stays near itself. ``log_path`` is ``log other[e, x_e]``, 0 where the text has no event.
+    """
+    row, place = layout.position_row, torch.arange(layout.positions, device=joint.device)
+    begins = torch.ones_like(row, dtype=torch.bool)
+    begins[1:] = (row[1:] != row[:-1]) | (layout.position_text[1:] != layout.position_text[:-1])
+    start = torch.cummax(torch.where(begins, place, 0), 0).values
+    step = log_path.double().clamp(min=-1e4)
+    before = torch.cumsum(step, 0) - step
+    written = (before - before[start])[:, None] + table_other.double()
+    untold = log_untold_N.double()[row.clamp(min=0)][:, None]
+    return normalised(torch.logaddexp(joint.double(), untold + written))
 
 
 def common_events(table_E: Tensor, resolved_E: Tensor, other_E: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gold.aligned import AlignedBatch
-from gold.kernels.linear import SharedEvents, byte_tables, shared_divergence
+from gold.kernels.linear import SharedEvents, byte_tables, filled_byte_tables, shared_divergence
 from gold.kernels.tables import common_events
 from gold.losses.divergences import Divergence, form_of, reverse_kl
 from gold.losses.mixture import FurtherTeacher
@@ -27,8 +27,8 @@ def bytes_divergence(
     """Divergence between next-byte distributions at every byte of the texts, and at the stop event.
 
     Each model's rows become one table of byte events on their own; a row is compared on the events that both sides
-    resolve, all else being one more event. A teacher that knows only its likeliest tokens resolves the bytes that those
-    begin with, and the mass of its other tokens is part of that one more event.
+    resolve, all else being one more event. What a teacher that gives its likeliest tokens alone leaves untold is taken
+    to be as the student has it, without gradient: there is nothing to learn from it.
 
     Several teachers are one distribution: the mixture of their tables, on the events that all of them resolve.
     """
@@ -82,14 +82,20 @@ class _TeacherSide:
 
 
 @torch.no_grad()
-def _teacher_side(teacher: FurtherTeacher, at: Tensor, like: Tensor) -> _TeacherSide:
+def _teacher_side(teacher: FurtherTeacher, at: Tensor, mine: Tensor) -> _TeacherSide:
     layout = teacher.batch.layout_T
-    table, log_target, log_stop = byte_tables(teacher.rows, layout, teacher.backend)
-    logq = table.to(like)[at]
-    resolved = layout.resolved.to(like.device)[at]
     if teacher.rows.partial:
-        resolved = resolved & torch.isfinite(logq)
-    return _TeacherSide(logq, resolved, (log_target, log_stop))
+        positions, _, events = teacher.batch.path
+        log_path = mine.new_zeros(len(mine)).index_put((positions,), mine[positions, events])
+        filling = (x.to(layout.device) for x in (mine, log_path))
+        table, *scores = filled_byte_tables(teacher.rows, layout, teacher.backend, *filling)
+    else:
+        table, *scores = byte_tables(teacher.rows, layout, teacher.backend)
+    logq = table.to(mine)[at]
+    resolved = layout.resolved.to(mine.device)[at]
+    if teacher.rows.partial:
+        resolved = resolved & torch.isfinite(logq)  # of what is all told, only what is told
+    return _TeacherSide(logq, resolved, (scores[0], scores[1]))
 
 
 def states_divergence(
