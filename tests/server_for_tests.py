@@ -31,6 +31,7 @@ class ModelServer:
         key: str | None = None,
         tokenizer: LanguageModel | None = None,
         tls: ssl.SSLContext | None = None,
+        port: int = 0,
     ) -> None:
         self.model, self.faults, self.max_logprobs, self.key = model, faults, max_logprobs, key
         self.tokenizer = (tokenizer or model).vocabulary
@@ -38,7 +39,7 @@ class ModelServer:
         self.keys: set[str | None] = set()
         self.scored = 0
         self._lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self._http.daemon_threads = True
         self._http.block_on_close = False
         if tls:
@@ -47,6 +48,10 @@ class ModelServer:
         self.template: list[int] | None = None
         """What ``/tokenize`` makes of messages."""
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
+
+    @property
+    def port(self) -> int:
+        return int(self._http.server_port)
 
     @property
     def url(self) -> str:

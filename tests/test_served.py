@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -507,6 +508,24 @@ def test_a_sound_answer_is_what_it_says(api: str) -> None:
 
 
 @pytest.mark.parametrize("api", APIS)
+def test_an_answer_without_the_token_that_was_sent_is_refused(api: str) -> None:
+    """It lies on the path: without it a text would have next to no probability."""
+    read, sound = READERS[api]
+    answer = json.loads(json.dumps(sound))
+    if api == "vllm":
+        del answer["choices"][0]["prompt_logprobs"][2]["6"]
+    elif api == "sglang":
+        answer["meta_info"]["input_token_logprobs"][2][0] = None
+    else:
+        answer["choices"][0]["logprobs"]["token_logprobs"][2] = None
+    with pytest.raises(
+        BadAnswerError, match=r"no log-probability of token 6|None as a log-probability"
+    ) as error:
+        read(answer)
+    assert "at position 2" in str(error.value)
+
+
+@pytest.mark.parametrize("api", APIS)
 @given(data=st.data())
 def test_an_answer_with_anything_in_it_is_refused_or_sound(api: str, data: st.DataObject) -> None:
     read, sound = READERS[api]
@@ -587,6 +606,39 @@ def test_a_run_survives_every_fault_that_passes_with_the_same_weights(
     assert " retries" in step_summary(run.steps[0])
     start = weights(tiny.tiny_student())
     assert any(not torch.equal(start[name], whole[name]) for name in start)
+
+
+def test_a_run_waits_for_a_server_that_refuses_connections(teacher: LanguageModel, folder: Path) -> None:
+    with ModelServer(teacher) as server:
+        whole = trained(served(folder, server.url))
+        url, port = server.url, server.port
+    there = served(folder, url, retries=20, first_wait_s=0.05)
+    opened: list[ModelServer] = []
+    late = threading.Timer(0.4, lambda: opened.append(ModelServer(teacher, port=port).__enter__()))
+    late.start()
+    try:
+        assert_equal(whole, trained(there))
+    finally:
+        late.join()
+        opened[0].__exit__(None, None, None)
+    assert there.retries > 0
+
+
+def test_a_fault_that_stays_ends_a_run_in_one_line_with_what_it_had_learned(
+    teacher: LanguageModel, folder: Path
+) -> None:
+    kept = []
+    for fault in LINES.keys() - {"slow"}:
+        student, recipe = tiny.tiny_student(), replace(RECIPE, steps=2)
+        with ModelServer(teacher, faults=lambda n, fault=fault: fault if n >= 6 else None) as server:
+            there = served(folder, server.url, retries=0)
+            with pytest.raises(TeacherError, match=r"^after step 1: server http") as error:
+                distill(student, there, tiny.prompts(), recipe)
+        assert LINES[fault].split(";")[0] in str(error.value).replace("at position 3", "at position 5")
+        assert "\n" not in str(error.value)
+        kept.append(weights(student))
+    for each in kept:
+        assert_equal(kept[0], each)
 
 
 def test_a_run_with_every_token_known_is_the_run_with_the_model_itself(
@@ -864,6 +916,20 @@ def test_a_run_stops_in_one_line_and_goes_on_at_another_address(
     assert code == 0, err
     one, other_one = (bench.folder / name / "student" / "model.safetensors" for name in ("run", "whole"))
     assert one.read_bytes() == other_one.read_bytes()
+
+
+def test_another_tokenizer_and_replica_noise_are_named_before_the_first_step(
+    server: ModelServer, bench: Bench, student: LanguageModel, teacher: LanguageModel
+) -> None:
+    server.tokenizer = student.vocabulary
+    code, _, err = bench.gold("train")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "tokenization: the server reads" in err
+    server.tokenizer, server.faults = teacher.vocabulary, always("noise")
+    code, out, err = bench.gold("train")
+    assert code == 0, err
+    (line,) = [line for line in (out + err).splitlines() if "noise: " in line]
+    assert "answers to the same request are" in line
 
 
 def test_a_student_that_is_served_is_compared_with_itself(

@@ -84,3 +84,25 @@ def test_equal_models_give_nothing_to_learn_from_the_likeliest_tokens(name):
     ]
     assert errors[0] > errors[1] > errors[2] - 1e-12
     assert abs(errors[2]) < 1e-4
+
+
+def test_what_is_not_told_is_left_to_the_student():
+    """A server tells the sent token and the likeliest. Were all else outside the path, then inside a token that is not
+    among the likeliest, the rest of it would seem certain: the loss is thrice the true one, the gradient half noise."""
+    texts = random_texts(PAIR, 8, 1)
+    logits = teacher_rows(ToyModel(TEACHER, 4), texts)
+    view = view_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
+    logp, sent = torch.log_softmax(logits, -1), view.batch.target_T.clamp(min=0)[:, None]
+    found, ids = logp.topk(2, dim=-1)
+    ids = torch.cat((sent, ids.masked_fill(ids == sent, -1)), dim=-1)
+    told = Rows.of_top_k(ids, torch.cat((logp.gather(1, sent), found), dim=-1), logits.shape[1])
+    values, grads = [], []
+    for seen in (view, replace(view, teacher=told)):
+        mine = view.student.hidden_ND.detach().clone().requires_grad_(True)
+        student = replace(view.student, hidden_ND=mine)
+        value = OBJECTIVES["reverse_kl"](support="bytes")(replace(seen, student=student)).total
+        (grad,) = torch.autograd.grad(value, mine)
+        values.append(value.item())
+        grads.append(grad.flatten())
+    assert 0 < values[1] < values[0]
+    assert torch.cosine_similarity(*grads, dim=0) > 0.75
