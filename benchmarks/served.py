@@ -8,7 +8,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +19,7 @@ from benchmarks.clock import spread
 from benchmarks.record import device_name, write_record
 from benchmarks.run import KEPT, SECONDS
 from gold.assembly import evaluation_of, load_data, train
+from gold.chat import prompt_text
 from gold.config import Config
 from gold.data import Prompt
 from gold.doctor.server import examine_noise, examine_server
@@ -70,19 +71,18 @@ def main(arguments: Sequence[str]) -> int:
 def measure(config: Config, rounds: int, local: bool) -> dict[str, Any]:
     """What the server is, how quick it scores, the run, whose held-out evaluations ask the server, and with ``local``
     its student before and after as the same weights in this process judge it."""
+    assert config.teacher is not None
     assert config.teacher.served is not None
+    assert config.teacher.path is not None
     teacher = ServedTeacher(config.teacher.path, **config.teacher.served.model_dump())
     prompts = load_data(config)
     checks = [*examine_server(teacher, prompts.train), examine_noise(teacher, prompts.train)]
     scoring = time_scoring(teacher, prompts.heldout, rounds)
     run = train(config, progress=Lines(every=1))
     before_and_after = (config.student.path, f"{config.output}/student") if local else ()
+    where = config.teacher.path, config.teacher.device, config, prompts.heldout
     judged = [
-        _judged(
-            config,
-            prompts.heldout,
-            load_model(path, dtype=config.student.dtype, device=config.student.device),
-        )
+        _judged(*where, load_model(path, dtype=config.student.dtype, device=config.student.device))
         for path in before_and_after
     ]
     kept = (*KEPT, "teacher_tokens_per_s", "teacher_retries")
@@ -102,7 +102,7 @@ def time_scoring(teacher: ServedTeacher, prompts: Sequence[Prompt], rounds: int)
     """Seconds in which the same texts are scored, by the client and by a bare loop that sends the same requests, as
     many at a time, and reads the answers without looking at them; in turn, each with the processor time of this
     process, and the client's share of the time that scoring takes."""
-    texts = [teacher.vocabulary.encode(prompt.text * 4) for prompt in prompts]
+    texts = [teacher.vocabulary.encode(prompt_text(prompt) * 4) for prompt in prompts]
     ended = [True] * len(texts)
     asked = [teacher.asked(p, t.ids.tolist(), True) for p, t in zip(prompts, texts, strict=True)]
     bodies = [
@@ -113,7 +113,7 @@ def time_scoring(teacher: ServedTeacher, prompts: Sequence[Prompt], rounds: int)
     before = teacher.retries
     seconds: dict[str, list[float]] = {"client": [], "bare": []}
     busy: dict[str, list[float]] = {"client": [], "bare": []}
-    works = {
+    works: dict[str, Callable[[], object]] = {
         "client": lambda: teacher.score(prompts, texts, ended),
         "bare": lambda: asyncio.run(_bare(teacher, path, bodies)),
     }
@@ -151,8 +151,10 @@ async def _bare(teacher: ServedTeacher, path: str, bodies: Sequence[bytes]) -> N
         await asyncio.gather(*map(post, bodies))
 
 
-def _judged(config: Config, prompts: Sequence[Prompt], student: LanguageModel) -> dict[str, float]:
-    teacher = LocalTeacher(load_model(config.teacher.path, dtype="float32", device=config.teacher.device))
+def _judged(
+    path: str, device: str, config: Config, prompts: Sequence[Prompt], student: LanguageModel
+) -> dict[str, float]:
+    teacher = LocalTeacher(load_model(path, dtype="float32", device=device))
     return evaluate(student, teacher, prompts, plan=evaluation_of(config)).measures
 
 
