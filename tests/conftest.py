@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import pytest
@@ -13,6 +14,11 @@ settings.load_profile("gold")
 
 # Before any test imports tokenizers: its threads and those of xdist would warn of each other.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Where there is no GPU, its kernels run under Triton's interpreter, which is asked for before triton is loaded.
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # No test meets a map that another state of the code has kept, or keeps one in the user's folder.
 os.environ["GOLD_CACHE"] = ""
 

@@ -15,6 +15,7 @@ from gold.kernels import BACKENDS, layout
 from gold.kernels.linear import Rows, byte_tables
 from gold.losses import OBJECTIVES, View
 from tests import oracle
+from tests.kernels.rows_for_kernels import FORCED
 
 CPU = torch.device("cpu")
 
@@ -83,7 +84,7 @@ def test_a_model_agrees_with_itself_whatever_the_tokenizer(name, text):
 
 
 @pytest.mark.parametrize("name", ["bpe", "fallback"])
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", FORCED)
 def test_tables_are_the_definition_on_a_whole_vocabulary(name, backend):
     vocabulary = VOCABULARIES[name]
     pair = VocabularyPair(vocabulary, vocabulary)

@@ -23,6 +23,7 @@ from gold.kernels.linear import Rows, byte_tables
 from gold.models import LanguageModel, save_model
 from gold.teachers import LocalTeacher
 from tests import oracle
+from tests.kernels.rows_for_kernels import FORCED
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -120,7 +121,7 @@ COLUMNS = {"a": ord("a"), "b": ord("b"), "stop": oracle.STOP, "rest": oracle.RES
 
 
 @pytest.mark.parametrize("tokens", list(BY_HAND))
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", FORCED)
 def test_next_bytes_by_hand(tokens, backend):
     tokenizer: Tokenizer = module_of("tiny_tokenizers").tokenizer_of("a+b")
     stop = tokenizer.token_to_id("<eos>")

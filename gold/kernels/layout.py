@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,43 @@ class Pieces:
 
 
 @dataclass(frozen=True)
+class DeviceTrie:
+    """A vocabulary's trie on a device, for rows of one width.
+
+    ``pool`` holds every column once: text tokens in byte order, from ``texts`` on all that is neither text nor stop,
+    from ``stop_low`` on the stop ids; ``position`` is its inverse. The others are the trie's own arrays.
+    """
+
+    pool: Tensor
+    position: Tensor
+    low: Tensor
+    high: Tensor
+    own: Tensor
+    first_child: Tensor
+    children: Tensor
+    texts: int
+    stop_low: int
+
+
+_DEVICE_TRIES: dict[tuple[int, int, torch.device], DeviceTrie] = {}
+"""By identity of the trie's order, width and device; an entry lives as long as that array."""
+
+
+@dataclass(frozen=True)
+class Visits:
+    """The visits of a plan on a device: row ``n`` has ``ptr[n] … ptr[n + 1]``, visit v the masses ``mass_ptr[v] …``;
+    ``of_mass`` is the visit of each mass."""
+
+    ptr: Tensor
+    row: Tensor
+    node: Tensor
+    starts: Tensor
+    skips: Tensor
+    mass_ptr: Tensor
+    of_mass: Tensor
+
+
+@dataclass(frozen=True)
 class ByteLayout:
     """Index arrays of one side of a batch: which sets of tokens each row's probabilities are summed over, and which
     event of which byte position each sum belongs to.
@@ -148,6 +186,44 @@ class ByteLayout:
         visit_ptr, mass_ptr = self.plan["visit_ptr"], self.plan["mass_ptr"]
         first, last = visit_ptr[first_row], visit_ptr[first_row + rows]
         return int(mass_ptr[first]), int(mass_ptr[last])
+
+    @cached_property
+    def visits(self) -> Visits:
+        """The plan's visits on the device: they travel there once a batch."""
+
+        def tensor(name: str, dtype: torch.dtype) -> Tensor:
+            return torch.from_numpy(self.plan[name]).to(self.device, dtype)
+
+        ptr, mass_ptr = tensor("visit_ptr", torch.int64), tensor("mass_ptr", torch.int64)
+        number = torch.arange(mass_ptr.numel() - 1, dtype=torch.int32, device=self.device)
+        row = torch.arange(self.rows, dtype=torch.int32, device=self.device)
+        return Visits(
+            ptr=ptr,
+            row=torch.repeat_interleave(row, ptr.diff(), output_size=number.numel()),
+            node=tensor("visit_node", torch.int32),
+            starts=tensor("visit_starts", torch.uint8),
+            skips=tensor("visit_skips_target", torch.uint8),
+            mass_ptr=mass_ptr,
+            of_mass=torch.repeat_interleave(number, mass_ptr.diff(), output_size=self.mass_row.numel()),
+        )
+
+    def trie_on_device(self, width: int) -> DeviceTrie:
+        """The trie on the device, for rows of ``width`` columns: it travels there once."""
+        trie = self.trie
+        key = (id(trie["order"]), width, self.device)
+        if key not in _DEVICE_TRIES:
+            outside = np.concatenate((self.outside(width), np.arange(self.size, width)))
+            pool = np.concatenate((trie["order"], outside, trie["stops"])).astype(np.int32)
+            position = np.empty_like(pool)
+            position[pool] = np.arange(width, dtype=np.int32)
+            arrays = {name: trie[name] for name in ("low", "high", "own", "first_child", "children")}
+            arrays |= {"pool": pool, "position": position}
+            tensors = {name: torch.from_numpy(a).to(self.device) for name, a in arrays.items()}
+            _DEVICE_TRIES[key] = DeviceTrie(
+                **tensors, texts=trie["order"].size, stop_low=width - trie["stops"].size
+            )
+            weakref.finalize(trie["order"], _DEVICE_TRIES.pop, key, None)
+        return _DEVICE_TRIES[key]
 
     def outside(self, width: int) -> NDArray[Any]:
         """Ids that are neither text nor stop, of those that the output matrix has a row for."""

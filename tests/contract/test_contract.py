@@ -37,6 +37,7 @@ from tests.contract.toys import (
     toy_vocabulary,
     view_of,
 )
+from tests.kernels.rows_for_kernels import FORCED
 
 VARIANTS = dict(variants())
 BY_NUMBER = {clause.number: clause for clause in CLAUSES}
@@ -110,7 +111,7 @@ def test_bytes_sum_up_to_the_token_level_divergence_where_no_token_begins_anothe
 
 
 @over(sorted(VARIANTS))
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", FORCED)
 def test_special_ids_without_a_row_are_inert(name, backend):
     """The last ids of a vocabulary are special, and the output matrix does not have them."""
     objective = VARIANTS[name]
@@ -156,7 +157,7 @@ def test_the_end_of_a_text_that_was_cut_off_is_not_supervised():
 # 6. Chunk sums conserve log-probability, tables are distributions, divergences are proper.
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", FORCED)
 def test_chunk_sums_conserve_log_probability(backend):
     generator = torch.Generator().manual_seed(0)
     logp = torch.randn(50, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -169,7 +170,7 @@ def test_chunk_sums_conserve_log_probability(backend):
     torch.testing.assert_close(grad, torch.where(chunk >= 0, chunk, 0).double())
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", FORCED)
 def test_byte_tables_are_the_definition(backend):
     for seed in range(5):
         texts = random_texts(PAIR, 5, seed)
