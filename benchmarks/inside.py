@@ -33,7 +33,6 @@ WAYS: dict[str, Term] = {
     "every byte": Term("reverse_kl"),
     "bytes of one-to-one chunks": Term("reverse_kl", where="one_to_one"),
     "prefixes, every state": Term("reverse_kl", support="prefix"),
-    "prefixes, states of both": Term("reverse_kl", support="prefix", interior=False),
     "chunk likelihoods": Term("alm"),
 }
 MEASURES = ("reverse_kl_per_byte", "forward_kl_per_byte", "bits_per_byte")
@@ -81,9 +80,9 @@ def main(arguments: Sequence[str]) -> int:
     """Exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks inside", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each way")
-    parser.add_argument("--steps", type=int, default=16, help="optimizer steps of 4 completions")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of 4 completions")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of a completion")
-    parser.add_argument("--heldout", type=int, default=24, help="held-out prompts")
+    parser.add_argument("--heldout", type=int, default=16, help="held-out prompts")
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/inside"), help="where finished runs are kept"
     )
