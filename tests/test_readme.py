@@ -174,6 +174,19 @@ def test_the_table_of_the_demonstration_is_its_record():
         assert seed["distilled"].low > seed["start"].high
 
 
+def test_the_table_of_objectives_is_its_record():
+    record = (RECORDS / "objectives.md").read_text(encoding="utf-8")
+    recorded = [[c.strip() for c in line.split("|")[1:-1]] for line in record.splitlines()[2:]]
+    section = README.split("## Which objective")[1].split("\n## ")[0]
+    rows = [
+        [c.strip() for c in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")
+    ]
+    for name, *shown in rows[1:]:
+        assert [shown] == [[r[1], r[2], r[3], r[5]] for r in recorded if r[1:4] == shown[:3]], name
+    assert f"All {len(recorded) - 2} ways" in section
+    assert len(json.loads((RECORDS / "objectives.json").read_text())["data"]["rows"]) == len(recorded) - 2
+
+
 def test_the_objective_of_the_extending_page_works(monkeypatch):
     from tests.contract.test_contract import PAIR, STUDENT, TEACHER
     from tests.contract.toys import ToyModel, random_texts, view_of
