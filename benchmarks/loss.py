@@ -46,9 +46,8 @@ from gold.align import Vocabulary
 from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
 from gold.errors import GoldError
 from gold.kernels import BACKENDS, backend_for
-from gold.kernels.linear import Rows
 from gold.losses import OBJECTIVES, Objective, View
-from gold.models import head, output_width, pick_device
+from gold.models import as_rows, pick_device
 
 WIDTHS = {"smollm2-135m-instruct": 49_152, "llama3_1": 128_256, "qwen3": 151_936, "gemma3": 262_144}
 """Rows of the output matrices of the models that the tokenizers belong to."""
@@ -131,7 +130,8 @@ class Inputs:
 
         def side(name: str, tokens: int) -> tuple[Tensor, Tensor]:
             matrix = tensor(WIDTHS[name], case.hidden).div_(math.sqrt(case.hidden))
-            return torch.zeros((tokens + 1, case.hidden), device=device, dtype=dtype), matrix
+            states = torch.zeros((tokens + 1, case.hidden), device=device, dtype=dtype)
+            return states, nn.Parameter(matrix, requires_grad=False)
 
         mine = side(case.student, text.student.ids.size)
         for given in mine:
@@ -161,7 +161,7 @@ class Inputs:
         """What an objective sees."""
         backend = BACKENDS["reference"] if self.exact else backend_for(self.hidden_S.device)
         mine, theirs = (
-            Rows(hidden, head(model), output_width(model))
+            as_rows(model, hidden)
             for hidden, model in (
                 (self.hidden_S, _Embeddings(self.matrix_S)),
                 (self.hidden_T, _Embeddings(self.matrix_T)),
@@ -173,7 +173,8 @@ class Inputs:
     def in_float64(self) -> Inputs:
         """The same numbers in float64, for the definitions in plain torch."""
         mine, matrix, theirs, matrix_T = (
-            t.detach().double() for t in (self.hidden_S, self.matrix_S, self.hidden_T, self.matrix_T)
+            nn.Parameter(t.detach().double(), requires_grad=False)
+            for t in (self.hidden_S, self.matrix_S, self.hidden_T, self.matrix_T)
         )
         for given in (mine, matrix):
             given.requires_grad_(True)

@@ -313,7 +313,7 @@ def _student_logp(
         mine = [rollouts[i] for i in chosen]
         whole = rows_of(student.lm, student_states(student, mine))
         for i, hidden in zip(chosen, whole.hidden_ND.split([r.ids.size for r in mine]), strict=True):
-            rows = Rows(hidden, whole.head, whole.width)
+            rows = replace(whole, hidden_ND=hidden)
             stops = student.vocabulary.stop_ids
             results[i] = _event_logp(rows, rollouts[i].spelling.ids, rollouts[i].stopped, stops)
     student.lm.train(was_training)

@@ -396,7 +396,7 @@ class Loop:
             parts["loss"] = total.detach()
             # A step whose terms count nothing still needs a graph, or the processes would wait for each other.
             if not total.requires_grad:
-                total = total + 0.0 * rows.head(rows.hidden_ND[:1]).sum()
+                total = total + 0.0 * rows.select(slice(1)).logits().sum()
             return total * self.accelerator.num_processes, parts
 
         result: tuple[Tensor, dict[str, Tensor]] = self.module(states, then)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,7 +29,7 @@ from gold.align.roles import Roles
 from gold.align.sources import open_source
 from gold.align.vocabulary import Vocabulary
 from gold.errors import GoldError, ModelError
-from gold.kernels.linear import Rows
+from gold.kernels.linear import Rows, projected
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -342,17 +343,24 @@ def backbone(lm: Any) -> nn.Module:
     return module
 
 
-def head(lm: Any) -> Callable[[Tensor], Tensor]:
-    """Hidden states to logits, exactly as the model itself makes them: output matrix, then its scale or soft cap."""
+def as_rows(lm: Any, hidden_ND: Tensor) -> Rows:
+    """Last hidden states as rows whose logits are exactly what the model itself makes of them: output matrix, then its
+    scale or soft cap."""
     plain = _plain(lm)
     matrix = plain.get_output_embeddings()
     config = plain.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     multiply = getattr(config, "logit_scale", None)
     divide = getattr(config, "logits_scaling", None)
+    trained = {name: p for name, p in matrix.named_parameters() if p.requires_grad}
 
-    def logits_of(hidden: Tensor) -> Tensor:
-        logits: Tensor = matrix(hidden)
+    def logits_of(hidden: Tensor, *weights: Tensor) -> Tensor:
+        given = dict(zip(trained, weights, strict=True)) if weights else {}
+        logits: Tensor
+        if "weight" in given and type(matrix) is nn.Linear:
+            logits = projected(hidden, given["weight"], given.get("bias", matrix.bias))
+        else:
+            logits = functional_call(matrix, given, (hidden,)) if given else matrix(hidden)
         if multiply:
             logits = logits * multiply
         if divide:
@@ -361,7 +369,7 @@ def head(lm: Any) -> Callable[[Tensor], Tensor]:
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    return logits_of
+    return Rows(hidden_ND, logits_of, output_width(lm), weights=tuple(trained.values()))
 
 
 class StatesModule(nn.Module):
@@ -412,7 +420,7 @@ class PaddedStates:
 def rows_of(lm: Any, states: PaddedStates) -> Rows:
     """The model's states at the chosen places, as rows whose logits are computed on demand."""
     output = backbone(lm)(input_ids=states.input_ids, attention_mask=states.attention_mask, use_cache=False)
-    return Rows(output.last_hidden_state[states.sequence, states.position], head(lm), output_width(lm))
+    return as_rows(lm, output.last_hidden_state[states.sequence, states.position])
 
 
 @contextlib.contextmanager
@@ -504,8 +512,7 @@ def _check_head(lm: Any, name: str) -> None:
     states = PaddedStates(
         ids, torch.ones_like(ids), torch.zeros_like(ids[0]), torch.arange(ids.shape[1]).to(ids)
     )
-    parts = rows_of(lm, states)
-    apart = (parts.head(parts.hidden_ND).float() - whole[0]).abs().max()
+    apart = (rows_of(lm, states).logits().float() - whole[0]).abs().max()
     lm.train(was_training)
     if not whole.isfinite().all():
         raise ModelError(f"model {name}: its logits are NaN or infinite; are its weights whole?")

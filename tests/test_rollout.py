@@ -9,7 +9,7 @@ from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.errors import DataError
-from gold.models import PaddedStates, head, rows_of
+from gold.models import PaddedStates, rows_of
 from gold.rollout import Sampling, advantages, completed, nucleus, sample
 from tests.contract.toys import CPU
 
@@ -121,7 +121,7 @@ def test_states_are_the_models_own_and_the_head_gives_its_logits(model):
     states = PaddedStates.of(prompts, completions, [2, 4], pad_id=0, device=CPU)
     with torch.no_grad():
         rows = rows_of(model.lm, states)
-        logits = head(model.lm)(rows.hidden_ND)
+        logits = rows.logits()
         expected = []
         for prompt, completion, count in zip(prompts, completions, [2, 4], strict=True):
             whole = model.lm(torch.tensor([[*prompt, *completion.tolist()]])).logits[0]

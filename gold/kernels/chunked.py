@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gold.kernels.linear import Rows, SharedEvents, remade, split
+from gold.kernels.linear import Rows, SharedEvents, remade, spans, split, summed
 from gold.kernels.reference import widened
 
 FLOOR = 1e-10
@@ -20,20 +20,15 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 def sorted_distance(student: Rows, teacher: Rows, backend: ModuleType) -> Tensor:
-    """``reference.sorted_l1`` of the probabilities of row n of both sides: [N]."""
-    values: list[Tensor] = []
-    block = min(student.block_rows, teacher.block_rows)
-    for first in range(0, len(student), block):
+    """Sum of ``reference.sorted_l1`` of the probabilities of row n of both sides."""
 
-        def reduce(hidden_S: Tensor, hidden_T: Tensor) -> tuple[Tensor, ...]:
-            p = torch.softmax(widened(student.head(hidden_S)), dim=-1)
-            with torch.no_grad():
-                q = torch.softmax(widened(teacher.head(hidden_T)), dim=-1).to(p)
-            return (backend.sorted_l1(p, q),)
+    def compare(block: Rows, span: slice) -> tuple[Tensor, ...]:
+        p = torch.softmax(widened(block.logits()), dim=-1)
+        with torch.no_grad():
+            q = torch.softmax(widened(teacher.select(span).logits()), dim=-1).to(p)
+        return (backend.sorted_l1(p, q).sum(),)
 
-        span = slice(first, first + block)
-        values += remade(reduce, student.hidden_ND[span], teacher.hidden_ND[span])
-    return torch.cat(values) if values else student.hidden_ND.new_zeros(0, dtype=torch.float32)
+    return summed(compare, student, _blocks(student, teacher))[0]
 
 
 def scaled_comparison(
@@ -43,28 +38,25 @@ def scaled_comparison(
     before_T: Tensor,
     events: SharedEvents,
     divergence: Divergence,
+    matched_share: float,
     backend: ModuleType,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Row n of both sides, times ``exp(before[n])``: the divergence on the shared events, and the sorted L1 distance of
-    all other columns: two [N]."""
+    all other columns. The sum of both, the first weighed by ``matched_share``, the second by the rest of 1, and without
+    gradient each: two [N]."""
     kept_S, kept_T = events.kept(student.width, teacher.width)
-    values: list[tuple[Tensor, ...]] = []
-    block = min(student.block_rows, teacher.block_rows)
-    for first in range(0, len(student), block):
 
-        def reduce(hidden_S: Tensor, hidden_T: Tensor, log_S: Tensor, log_T: Tensor) -> tuple[Tensor, ...]:
-            logp, other_p = (x + log_S[:, None] for x in split(student.head(hidden_S), kept_S))
-            with torch.no_grad():
-                parts = split(teacher.head(hidden_T), kept_T)
-                logq, other_q = ((x + log_T.to(x)[:, None]).to(logp) for x in parts)
-            return divergence(logp, logq), backend.sorted_l1(other_p.exp(), other_q.exp())
+    def compare(block: Rows, span: slice, log_S: Tensor) -> tuple[Tensor, ...]:
+        logp, other_p = (x + log_S[:, None] for x in split(block.logits(), kept_S))
+        with torch.no_grad():
+            parts = split(teacher.select(span).logits(), kept_T)
+            logq, other_q = ((x + before_T[span].to(x)[:, None]).to(logp) for x in parts)
+        matched, unmatched = divergence(logp, logq), backend.sorted_l1(other_p.exp(), other_q.exp())
+        total = matched_share * matched.sum() + (1.0 - matched_share) * unmatched.sum()
+        return total, matched, unmatched
 
-        span = slice(first, first + block)
-        values.append(
-            remade(reduce, student.hidden_ND[span], teacher.hidden_ND[span], before_S[span], before_T[span])
-        )
-    matched, unmatched = _joined(values, student)
-    return matched, unmatched
+    total, matched, unmatched = summed(compare, student, _blocks(student, teacher), before_S)
+    return total, matched, unmatched
 
 
 @dataclass(frozen=True)
@@ -91,8 +83,8 @@ class Projected:
 def projected_divergence(
     student: Rows, teacher: Rows, chunks: Chunks, projection: Projected, divergence: Divergence
 ) -> tuple[Tensor, Tensor]:
-    """Divergence per chunk between mean rows, the student's taken to the teacher's tokens, and the teacher's mass on
-    those that are reached, on which both sides are conditioned: two [C]."""
+    """Sum over chunks of the divergence between mean rows, the student's taken to the teacher's tokens, and the
+    teacher's mass on those that are reached, on which both sides are conditioned, [C], without gradient."""
     there = projection.ids_V < student.width
     there &= (projection.ids_W < teacher.width).to(there.device)
     ids_V, weight_E = projection.ids_V[there], projection.weight_E[there]
@@ -108,10 +100,10 @@ def projected_divergence(
         q = torch.cat((q_CW[:, reached_W], q_CW[:, projection.stops_W].sum(-1, keepdim=True)), dim=-1).to(p)
         mass = q.sum(-1)
         p, q = (x / x.sum(-1, keepdim=True).clamp(min=FLOOR) for x in (p, q))
-        return divergence(p.clamp(min=FLOOR).log(), q.log()), mass
+        return divergence(p.clamp(min=FLOOR).log(), q.log()).sum(), mass
 
-    value, mass = _over_chunks(student, teacher, chunks, compare)
-    return value, mass
+    total, mass = _over_chunks(student, teacher, chunks, compare)
+    return total, mass
 
 
 def mean_comparison(
@@ -121,9 +113,9 @@ def mean_comparison(
     events: SharedEvents,
     divergence: Divergence,
     backend: ModuleType,
-) -> tuple[Tensor, Tensor]:
-    """Mean rows of each chunk: the divergence on the shared events, and the sorted L1 distance of all other columns:
-    two [C]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean rows of each chunk: the divergence on the shared events plus the sorted L1 distance of all other columns,
+    summed over chunks, and without gradient each: two [C]."""
     kept_S, kept_T = events.kept(student.width, teacher.width)
 
     def compare(p_CV: Tensor, q_CW: Tensor) -> tuple[Tensor, ...]:
@@ -132,10 +124,17 @@ def mean_comparison(
             for x, kept in ((p_CV, kept_S), (q_CW, kept_T))
         )
         q, other_q = q.to(p), other_q.to(p)
-        return divergence(p.clamp(min=FLOOR).log(), q.log()), backend.sorted_l1(other_p, other_q)
+        matched = divergence(p.clamp(min=FLOOR).log(), q.log())
+        unmatched = backend.sorted_l1(other_p, other_q)
+        return matched.sum() + unmatched.sum(), matched, unmatched
 
-    matched, unmatched = _over_chunks(student, teacher, chunks, compare)
-    return matched, unmatched
+    total, matched, unmatched = _over_chunks(student, teacher, chunks, compare)
+    return total, matched, unmatched
+
+
+def _blocks(student: Rows, teacher: Rows) -> list[tuple[slice, slice]]:
+    """The rows of both sides, as many at a time as the wider one allows."""
+    return [(span, span) for span in spans(len(student), min(student.block_rows, teacher.block_rows))]
 
 
 def _over_chunks(
@@ -146,49 +145,34 @@ def _over_chunks(
     starts_S, starts_T = (
         torch.searchsorted(c, edges.to(c)).tolist() for c in (chunks.chunk_S, chunks.chunk_T)
     )
-    values: list[tuple[Tensor, ...]] = []
-    block = min(student.block_rows, teacher.block_rows)
-    for first in range(0, chunks.count, block):
-        last = min(first + block, chunks.count)
-        span_S, span_T = (slice(starts[first], starts[last]) for starts in (starts_S, starts_T))
-        here_S, here_T = chunks.chunk_S[span_S] - first, chunks.chunk_T[span_T] - first
+    blocks = []
+    for span in spans(chunks.count, min(student.block_rows, teacher.block_rows)):
+        mine, theirs = (slice(starts[span.start], starts[span.stop]) for starts in (starts_S, starts_T))
+        blocks.append((mine, (span, mine, theirs)))
 
-        def reduce(
-            hidden_S: Tensor,
-            hidden_T: Tensor,
-            here_S: Tensor = here_S,
-            here_T: Tensor = here_T,
-            count: int = last - first,
-        ) -> tuple[Tensor, ...]:
-            p = _means(student, hidden_S, here_S, count)
-            with torch.no_grad():
-                q = _means(teacher, hidden_T, here_T, count)
-            return compare(p, q)
+    def reduce(block: Rows, part: tuple[slice, slice, slice]) -> tuple[Tensor, ...]:
+        span, mine, theirs = part
+        count = span.stop - span.start
+        p = _means(block, chunks.chunk_S[mine] - span.start, count)
+        with torch.no_grad():
+            q = _means(teacher.select(theirs), chunks.chunk_T[theirs] - span.start, count)
+        return compare(p, q)
 
-        values.append(remade(reduce, student.hidden_ND[span_S], teacher.hidden_ND[span_T]))
-    return _joined(values, student)
+    return summed(reduce, student, blocks)
 
 
-def _means(rows: Rows, hidden: Tensor, chunk: Tensor, count: int) -> Tensor:
+def _means(rows: Rows, chunk: Tensor, count: int) -> Tensor:
     """Mean probabilities of the rows of each chunk: [count, width]."""
     share = 1.0 / torch.bincount(chunk, minlength=count).double()
     total: Tensor | float = 0.0
-    for first in range(0, hidden.shape[0], rows.block_rows):
-        here = chunk[first : first + rows.block_rows]
+    for span in spans(len(rows), rows.block_rows):
 
-        def part(hidden: Tensor, here: Tensor = here) -> tuple[Tensor, ...]:
-            prob = torch.softmax(widened(rows.head(hidden)), dim=-1)
+        def part(block: Rows, here: Tensor = chunk[span]) -> tuple[Tensor, ...]:
+            prob = torch.softmax(widened(block.logits()), dim=-1)
             weighted = prob * share[here].to(prob)[:, None]
             return (prob.new_zeros(count, rows.width).index_add(0, here, weighted),)
 
-        (added,) = remade(part, hidden[first : first + rows.block_rows])
+        (added,) = remade(part, rows.select(span))
         total = total + added
     assert isinstance(total, Tensor)
     return total
-
-
-def _joined(values: list[tuple[Tensor, ...]], student: Rows) -> tuple[Tensor, ...]:
-    if not values:
-        empty = student.hidden_ND.new_zeros(0, dtype=torch.float32)
-        return empty, empty
-    return tuple(torch.cat(column) for column in zip(*values, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ EVENTS = 258
 """Columns of a byte table: the 256 bytes, the stop event, and the rest."""
 STOP_EVENT = 256
 REST_EVENT = 257
+_OF_VISITS = "visit_node", "visit_starts", "visit_skips_target"
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,33 @@ class ByteLayout:
             position_text=tensor(plan["position_text"], torch.int64),
             supervised=tensor(plan["supervised"], torch.bool),
             resolved=tensor(resolved.reshape(positions, EVENTS), torch.bool),
+        )
+
+    def texts(self, first: int, last: int) -> ByteLayout:
+        """The layout of the texts ``first … last − 1`` alone: their rows, byte positions and masses, from 0 on."""
+        edges = np.array([first, last])
+        rows = np.searchsorted(self.plan["row_text"], edges)
+        places = np.searchsorted(self.plan["position_text"], edges)
+        visits = self.plan["visit_ptr"][rows]
+        masses = self.plan["mass_ptr"][visits]
+        (row, end), (place, stop), (mass, until) = rows.tolist(), places.tolist(), masses.tolist()
+        plan = {
+            "visit_ptr": self.plan["visit_ptr"][row : end + 1] - visits[0],
+            "mass_ptr": self.plan["mass_ptr"][visits[0] : visits[1] + 1] - mass,
+            "target": self.plan["target"][row:end],
+            **{name: self.plan[name][visits[0] : visits[1]] for name in _OF_VISITS},
+        }
+        return replace(
+            self,
+            plan=plan,
+            target=self.target[row:end],
+            mass_row=self.mass_row[mass:until] - row,
+            mass_cell=self.mass_cell[mass:until] - place * EVENTS,
+            row_text=self.row_text[row:end] - first,
+            position_row=self.position_row[place:stop] - row,
+            position_text=self.position_text[place:stop] - first,
+            supervised=self.supervised[place:stop],
+            resolved=self.resolved[place:stop],
         )
 
     def mass_range(self, first_row: int, rows: int) -> tuple[int, int]:

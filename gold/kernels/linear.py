@@ -1,8 +1,9 @@
 """From hidden states and an output matrix to log-probabilities and divergences, a block of rows at a time.
 
 A row of logits is as wide as a vocabulary; a batch of them is the largest tensor of a training step by far. Here logits
-exist for one block of rows only: the forward pass reduces a block to what the loss needs and drops it, the backward
-pass makes it again.
+exist for one block of rows only. Where a loss is a sum over blocks (``summed``), each block's gradient is made with its
+value, and the logits are dropped; where values of all rows are needed first (``remade``), the backward pass makes them
+again.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from gold.kernels import backend_for
@@ -22,20 +25,27 @@ from gold.kernels.tables import byte_table, filled_table, joint_table
 
 BLOCK_BYTES = 64 * 2**20
 """Logits of one block take at most this many bytes in float32, and a block holds at least one row."""
+ACCELERATED = 16
+"""Times as much on an accelerator, which is idle in small blocks."""
+
+Index = slice | Tensor
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Model states whose next-token logits can be computed on demand: ``head(hidden_ND[i:j])`` is [j − i, width].
+    """Model states whose next-token logits can be computed on demand: ``head(hidden_ND[i:j], *weights)`` is
+    [j − i, width].
 
+    ``weights``: all that the head has parameters of its own for that need a gradient; without them it uses its own.
     ``partial``: only some tokens of each row are known, the others are −inf, and the last column, which no token has,
     is the logit of all of them together.
     """
 
     hidden_ND: Tensor
-    head: Callable[[Tensor], Tensor]
+    head: Callable[..., Tensor]
     width: int
     partial: bool = False
+    weights: tuple[Tensor, ...] = ()
 
     @classmethod
     def of_logits(cls, logits_NV: Tensor) -> Rows:
@@ -71,14 +81,23 @@ class Rows:
     def __len__(self) -> int:
         return int(self.hidden_ND.shape[0])
 
-    def select(self, index: Tensor) -> Rows:
+    def select(self, index: Index) -> Rows:
         """The rows ``index``, in that order."""
         return replace(self, hidden_ND=self.hidden_ND[index])
+
+    def logits(self) -> Tensor:
+        """The logits of all rows: [N, width]."""
+        return self.head(self.hidden_ND, *self.weights)
 
     @property
     def block_rows(self) -> int:
         """Rows per block."""
-        return max(1, BLOCK_BYTES // (4 * self.width))
+        size = BLOCK_BYTES * (1 if self.hidden_ND.device.type == "cpu" else ACCELERATED)
+        return max(1, size // (4 * self.width))
+
+    def spares(self, logits: Tensor) -> bool:
+        """Whether nobody else reads these logits of all rows, so that a kernel may write over them."""
+        return logits.data_ptr() != self.hidden_ND.data_ptr()
 
 
 def _same(logits: Tensor) -> Tensor:
@@ -105,9 +124,8 @@ def likeliest(rows: Rows, top_k: int, also_NA: Tensor, size: int) -> tuple[Tenso
     repeated = (also_NA[:, :, None] == also_NA[:, None, :]).tril(-1).any(-1)
     also_NA = also_NA.masked_fill(repeated, -1)
     parts = []
-    for first in range(0, len(rows), rows.block_rows):
-        logits = widened(rows.head(rows.hidden_ND[first : first + rows.block_rows]))
-        also = also_NA[first : first + logits.shape[0]]
+    for span in spans(len(rows), rows.block_rows):
+        logits, also = widened(rows.select(span).logits()), also_NA[span]
         value, ranked = logits[:, :size].topk(min(top_k, size, logits.shape[1]), dim=-1)
         there = (ranked[:, :, None] == also[:, None, :]).any(-1) | torch.isneginf(value)
         ids = torch.cat((also, ranked.masked_fill(there, -1)), dim=-1)
@@ -125,59 +143,184 @@ def likeliest(rows: Rows, top_k: int, also_NA: Tensor, size: int) -> tuple[Tenso
     return ids_NK, logp_NK, rest_N
 
 
-def remade(function: Callable[..., tuple[Tensor, ...]], *hidden: Tensor) -> tuple[Tensor, ...]:
-    """``function(*hidden)``, whose inner tensors are dropped and made again in the backward pass."""
+def spans(rows: int, size: int) -> list[slice]:
+    """Slices of at most ``size`` of so many rows, in order; of no rows, one that is empty."""
+    return [slice(first, min(first + size, rows)) for first in range(0, max(rows, 1), size)]
+
+
+def remade(function: Callable[[Rows], tuple[Tensor, ...]], rows: Rows) -> tuple[Tensor, ...]:
+    """``function(rows)``, whose inner tensors are dropped and made again in the backward pass."""
     if not torch.is_grad_enabled():
-        return function(*hidden)
-    result: tuple[Tensor, ...] = checkpoint(function, *hidden, use_reentrant=False, preserve_rng_state=False)
+        return function(rows)
+    result: tuple[Tensor, ...] = checkpoint(
+        lambda hidden: function(replace(rows, hidden_ND=hidden)),
+        rows.hidden_ND,
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )
     return result
 
 
-def byte_tables(rows: Rows, layout: ByteLayout, backend: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
+Work = Callable[..., tuple[Tensor, ...]]
+
+
+def summed(
+    function: Work, rows: Rows, blocks: Sequence[tuple[Index, Any]], *beside_N: Tensor
+) -> tuple[Tensor, ...]:
+    """The sum over blocks of the first of what ``function`` returns, with gradient, and all else joined, without.
+
+    For each ``(index, part)`` of ``blocks`` it is called with ``(rows[index], part, *(x[index] for x in beside_N))``. A
+    block's gradients with respect to the states, the head's weights and ``beside_N`` are made together with its value,
+    so that its logits are made once and never kept.
+
+    Raises: ValueError if the head has parameters that need a gradient and are not among ``rows.weights``.
+    """
+    inputs = (rows.hidden_ND, *beside_N, *rows.weights)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        bare = replace(
+            rows, hidden_ND=rows.hidden_ND[:0].detach(), weights=tuple(w.detach() for w in rows.weights)
+        )
+        if bare.logits().requires_grad:
+            raise ValueError(
+                "the head has parameters that need a gradient and are not among the rows' weights"
+            )
+        result: tuple[Tensor, ...] = _Summed.apply(function, rows, blocks, *inputs)  # type: ignore[no-untyped-call]
+        return result
+    return _joined([function(rows.select(i), part, *(x[i] for x in beside_N)) for i, part in blocks])
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, function: Work, rows: Rows, blocks: Sequence[tuple[Index, Any]], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        by_row = inputs[: len(inputs) - len(rows.weights)]
+        leaves = tuple(_leaf(w) for w in rows.weights)
+        totals = [torch.zeros_like(x) for x in by_row] + [leaf.total for leaf in leaves]
+        values = []
+        for index, part in blocks:
+            block, *beside = (x[index].detach().requires_grad_(x.requires_grad) for x in by_row)
+            with torch.enable_grad():
+                value, *others = function(replace(rows, hidden_ND=block, weights=leaves), part, *beside)
+                if value.requires_grad:
+                    value.backward()
+            values.append(tuple(x.detach() for x in (value, *others)))
+            for total, x in zip(totals, (block, *beside), strict=False):
+                if x.grad is not None:
+                    total[index] += x.grad
+            for leaf in leaves:
+                if leaf.grad is not None:
+                    leaf.total += leaf.grad
+                    leaf.grad = None
+        ctx.totals, ctx.dtypes = totals, [x.dtype for x in inputs]
+        total, *rest = _joined(values)
+        ctx.mark_non_differentiable(*rest)
+        return total, *rest
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[3:]
+        grads = [
+            (total * grad.to(total)).to(dtype) if need else None
+            for total, dtype, need in zip(ctx.totals, ctx.dtypes, needed, strict=True)
+        ]
+        return None, None, None, *grads
+
+
+def _leaf(weight: Tensor) -> Any:
+    """The weight cut off from its graph, as matrix products take it, with a ``total`` that its gradients add up in."""
+    leaf: Any = weight.detach()
+    device = weight.device.type
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        leaf = leaf.to(torch.get_autocast_dtype(device))
+    leaf.requires_grad_(weight.requires_grad)
+    leaf.total = torch.zeros_like(weight, dtype=widened(weight[:0]).dtype)
+    return leaf
+
+
+def _joined(values: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    first, *rest = zip(*values, strict=True)
+    return torch.stack(first).sum(), *(torch.cat(column) for column in rest)
+
+
+def projected(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``hidden @ weight.T + bias``; within ``summed`` the gradient of ``weight`` is added up where it is kept, without
+    a matrix of its own for each block."""
+    if getattr(weight, "total", None) is None:
+        return functional.linear(hidden, weight, bias)
+    product: Tensor = _Projected.apply(hidden, weight)  # type: ignore[no-untyped-call]
+    return product if bias is None else product + bias.to(product)
+
+
+class _Projected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Any) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.weight = weight
+        return functional.linear(hidden, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (hidden,) = ctx.saved_tensors
+        (grad,) = grads
+        total, grad = ctx.weight.total, grad.to(ctx.weight.dtype)
+        across = grad.T
+        if total.dtype == grad.dtype:
+            total.addmm_(across, hidden.to(grad))
+        else:
+            total += across @ hidden.to(grad)
+        return (grad @ ctx.weight).to(hidden), None
+
+
+def byte_tables(
+    rows: Rows, layout: ByteLayout, backend: ModuleType, *, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Next-byte table of a batch, and what its rows say of the tokens themselves.
+
+    ``keep``: logits that are a single block are kept for the backward pass instead of made again.
 
     Returns:
         table [positions, 258] (``tables.byte_table``), log_target_N, log_stop_N (``reference.byte_masses``), nats.
     """
-    mass, target, stop, _ = _byte_masses(rows, layout, backend)
-    return byte_table(mass, target, layout), target, stop
+    mass, target, stop, _ = _byte_masses(rows, layout, backend, keep)
+    return byte_table(mass, target, layout, backend), target, stop
 
 
 def filled_byte_tables(
     rows: Rows, layout: ByteLayout, backend: ModuleType, table_other: Tensor, log_path: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``byte_tables``, of rows that are partial: see ``tables.filled_table``."""
-    mass, target, stop, untold = _byte_masses(rows, layout, backend)
-    joint = joint_table(mass, target, layout)
+    mass, target, stop, untold = _byte_masses(rows, layout, backend, False)
+    joint = joint_table(mass, target, layout, backend)
     return filled_table(joint, untold, layout, table_other, log_path), target, stop
 
 
-def _byte_masses(rows: Rows, layout: ByteLayout, backend: ModuleType) -> tuple[Tensor, ...]:
+def _byte_masses(rows: Rows, layout: ByteLayout, backend: ModuleType, keep: bool) -> tuple[Tensor, ...]:
     """``reference.byte_masses`` of all rows, and the mass of the tokens that partial rows do not tell, which is no
     part of the others; in nats."""
     if len(rows) != layout.rows:
         raise ValueError(f"{len(rows)} rows of states for a plan of {layout.rows}")
     parts: list[tuple[Tensor, ...]] = []
-    for first in range(0, len(rows), rows.block_rows):
+    blocks = spans(len(rows), rows.block_rows)
+    for span in blocks:
 
-        def reduce(hidden: Tensor, first: int = first) -> tuple[Tensor, ...]:
-            logits = rows.head(hidden)
-            if not rows.partial:
-                return (*backend.byte_masses(logits, layout, first), logits.new_zeros(0))
+        def reduce(block: Rows, span: slice = span) -> tuple[Tensor, ...]:
+            logits, first = block.logits(), span.start
+            if not block.partial:
+                found = backend.byte_masses(logits, layout, first, overwrite=block.spares(logits))
+                return (*found, logits.new_zeros(0))
             untold = logits[:, -1] - row_logsumexp(logits)
             told = torch.log1p(-untold.exp())
             masked = torch.cat((logits[:, :-1], torch.full_like(logits[:, -1:], -torch.inf)), dim=-1)
             mass, target, stop = backend.byte_masses(masked, layout, first)
             low, high = layout.mass_range(first, logits.shape[0])
             of_mass = told[layout.mass_row[low:high] - first].to(mass)
-            is_token = layout.target[first : first + logits.shape[0]] >= 0
+            is_token = layout.target[span] >= 0
             of_target = torch.where(is_token, told, 0.0).to(target)
             return mass + of_mass, target + of_target, stop + told.to(stop), untold
 
-        parts.append(remade(reduce, rows.hidden_ND[first : first + rows.block_rows]))
-    if not parts:
-        empty = rows.hidden_ND.new_zeros(0, dtype=torch.float32)
-        return empty, empty, empty, empty
+        block = rows.select(span)
+        parts.append(reduce(block) if keep and len(blocks) == 1 else remade(reduce, block))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
@@ -186,22 +329,31 @@ def token_logp(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each row's target token (0 where it is −1), and of the stop event, in nats: two [N]."""
     backend = backend or backend_for(rows.hidden_ND.device)
-    targets, stopped = [], []
-    for first in range(0, len(rows), rows.block_rows):
+    parts = []
+    for span in spans(len(rows), rows.block_rows):
 
-        def reduce(hidden: Tensor, first: int = first) -> tuple[Tensor, ...]:
-            logits = rows.head(hidden)
-            aim = target_N[first : first + logits.shape[0]]
-            _, target, stop = backend.row_statistics(logits, aim, stops)
+        def reduce(block: Rows, span: slice = span) -> tuple[Tensor, ...]:
+            logits = block.logits()
+            _, target, stop = backend.row_statistics(
+                logits, target_N[span], stops, overwrite=block.spares(logits)
+            )
             return target, stop
 
-        target, stop = remade(reduce, rows.hidden_ND[first : first + rows.block_rows])
-        targets.append(target)
-        stopped.append(stop)
-    if not targets:
-        empty = rows.hidden_ND.new_zeros(0, dtype=torch.float32)
-        return empty, empty
-    return torch.cat(targets), torch.cat(stopped)
+        parts.append(remade(reduce, rows.select(span)))
+    target, stop = (torch.cat(column) for column in zip(*parts, strict=True))
+    return target, stop
+
+
+def token_loss(rows: Rows, target_N: Tensor, weight_N: Tensor, stops: Tensor, backend: ModuleType) -> Tensor:
+    """``−Σ_n weight[n] log π(target[n])``, in nats."""
+
+    def loss(block: Rows, span: slice) -> tuple[Tensor, ...]:
+        logits = block.logits()
+        _, logp, _ = backend.row_statistics(logits, target_N[span], stops, overwrite=block.spares(logits))
+        return (-(weight_N[span] * logp).sum(),)
+
+    blocks = [(span, span) for span in spans(len(rows), rows.block_rows)]
+    return summed(loss, rows, blocks)[0]
 
 
 @dataclass(frozen=True)
@@ -234,13 +386,15 @@ def shared_divergence(
     renormalise: bool,
     top_k: int | None = None,
     top_k_of_teacher: bool = True,
+    weight_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Divergence per pair of states (row n of both sides) on shared events, and the student's mass on them: two [N].
+    """Sum of the divergences between row n of both sides on shared events, each times its weight (1 without one), and
+    the student's mass on these events, [N], without gradient.
 
     ``renormalise``: condition both sides on the shared events; else all unshared mass is one more event, the bucket.
-    A ``MixedKL`` is a kernel's; any other divergence is computed by torch.
     ``top_k``: only the likeliest shared events of one side in each row are events of their own, the others are
-    unshared; so are those that a teacher's row does not know.
+    unshared; so are those that a teacher's row does not know. A ``MixedKL`` is left to the kernel where it can do all
+    that; any other divergence is computed by torch.
 
     Raises: ValueError if ``top_k`` is more than there are shared events.
     """
@@ -249,53 +403,50 @@ def shared_divergence(
         raise ValueError(
             f"top_k is {top_k}, and the vocabularies share {kept.ids.numel()} tokens and the stop event"
         )
-    values, masses = [], []
     leak = 0.0 if events.everything else LEAK
     whole = top_k is None and not teacher.partial and kept.ids.device == kept_teacher.ids.device
-    block = min(student.block_rows, teacher.block_rows)
-    for first in range(0, len(student), block):
 
-        def reduce(hidden_S: Tensor, hidden_T: Tensor) -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                logits_T = teacher.head(hidden_T)
-            if whole and isinstance(divergence, MixedKL):
-                result: tuple[Tensor, ...] = backend.row_divergence(
-                    student.head(hidden_S),
-                    logits_T,
-                    kept,
-                    kept_teacher,
-                    divergence,
-                    rest="renormalise" if renormalise else "bucket",
-                    leak=leak,
-                )
-                return result
-            logp = coarsened(student.head(hidden_S), kept)
-            with torch.no_grad():
-                logq = coarsened(logits_T, kept_teacher).to(logp)
-                apart = torch.isfinite(logq[:, :-1]) if teacher.partial else None
-                if top_k is not None:
-                    ranked = (logq if top_k_of_teacher else logp)[:, :-1].topk(top_k, dim=-1).indices
-                    chosen = torch.zeros_like(logp[:, :-1], dtype=torch.bool).scatter(1, ranked, True)
-                    apart = chosen if apart is None else apart & chosen
-            if apart is not None:
-                logp, logq = bucketed(logp, apart), bucketed(logq, apart)
-            mass = row_logsumexp(logp[:, :-1].detach()).exp()
-            if renormalise:
-                logp, logq = (x[:, :-1] - row_logsumexp(x[:, :-1])[:, None] for x in (logp, logq))
-            elif apart is not None or leak:
-                # What one side has left, the other may give no probability at all.
-                logp, logq = leaked(logp, LEAK), leaked(logq, LEAK)
-            return divergence(logp, logq), mass
+    def compare(block: Rows, span: slice) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            logits_T = teacher.select(span).logits()
+        if whole and isinstance(divergence, MixedKL):
+            logits = block.logits()
+            value, mass = backend.row_divergence(
+                logits,
+                logits_T,
+                kept,
+                kept_teacher,
+                divergence,
+                rest="renormalise" if renormalise else "bucket",
+                leak=leak,
+                overwrite=block.spares(logits),
+            )
+        else:
+            value, mass = in_torch(block.logits(), logits_T)
+        return (value if weight_N is None else value * weight_N[span].to(value)).sum(), mass
 
-        value, mass = remade(
-            reduce, student.hidden_ND[first : first + block], teacher.hidden_ND[first : first + block]
-        )
-        values.append(value)
-        masses.append(mass)
-    if not values:
-        empty = student.hidden_ND.new_zeros(0, dtype=torch.float32)
-        return empty, empty
-    return torch.cat(values), torch.cat(masses)
+    def in_torch(logits_S: Tensor, logits_T: Tensor) -> tuple[Tensor, Tensor]:
+        logp = coarsened(logits_S, kept)
+        with torch.no_grad():
+            logq = coarsened(logits_T, kept_teacher).to(logp)
+            apart = torch.isfinite(logq[:, :-1]) if teacher.partial else None
+            if top_k is not None:
+                ranked = (logq if top_k_of_teacher else logp)[:, :-1].topk(top_k, dim=-1).indices
+                chosen = torch.zeros_like(logp[:, :-1], dtype=torch.bool).scatter(1, ranked, True)
+                apart = chosen if apart is None else apart & chosen
+        if apart is not None:
+            logp, logq = bucketed(logp, apart), bucketed(logq, apart)
+        mass = row_logsumexp(logp[:, :-1].detach()).exp()
+        if renormalise:
+            logp, logq = (x[:, :-1] - row_logsumexp(x[:, :-1])[:, None] for x in (logp, logq))
+        elif apart is not None or leak:
+            # What one side has left, the other may give no probability at all.
+            logp, logq = leaked(logp, LEAK), leaked(logq, LEAK)
+        return divergence(logp, logq), mass
+
+    blocks = [(span, span) for span in spans(len(student), min(student.block_rows, teacher.block_rows))]
+    total, mass = summed(compare, student, blocks)
+    return total, mass
 
 
 def bucketed(logp: Tensor, apart: Tensor) -> Tensor:

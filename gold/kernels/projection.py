@@ -1,12 +1,12 @@
 """Two models' next tokens pushed onto the pieces that both vocabularies can be cut back to, and compared there.
 
-Rows of logits exist for one block of positions at a time, on both sides, and are made again in the backward pass.
+Rows of logits exist for one block of positions at a time, on both sides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gold.kernels.layout import ByteLayout, Columns
-from gold.kernels.linear import Rows, bucketed, remade
-from gold.kernels.reference import LEAK, leaked, row_logsumexp, segment_logsumexp
+from gold.kernels.linear import Rows, bucketed, spans, summed
+from gold.kernels.reference import LEAK, leaked, row_logsumexp
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -121,53 +121,48 @@ def piece_divergence(
     divergence: Callable[[Tensor, Tensor], Tensor],
     backends: tuple[ModuleType, ModuleType],
     mask_white: bool,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Divergence per position on the events that both sides can reach there, and its parts: [positions] each.
+    """Sum of the divergences at each position on the events that both sides can reach there, each times its weight (1
+    without one), and parts, [positions] each, without gradient.
 
     Parts: ``rest``, the student's mass on all else; ``residual``, the teacher's on text that begins with no piece;
     ``observed``, what was moved to the sampled token; ``white``, 1 where the target is white space alone. With
     ``mask_white`` the divergence is 0 there.
     """
-    values: list[tuple[Tensor, ...]] = []
-    white = torch.nonzero(batch.white)[:, 0]
-    block = min(student.block_rows, teacher.block_rows)
-    for first in range(0, len(batch), block):
-        span = slice(first, min(first + block, len(batch)))
-        needed_S, needed_T = (needed_rows(side, span) for side in (batch.student, batch.teacher))
-
-        def reduce(
-            hidden_S: Tensor,
-            hidden_T: Tensor,
-            span: slice = span,
-            needed_S: Tensor = needed_S,
-            needed_T: Tensor = needed_T,
-        ) -> tuple[Tensor, ...]:
-            mine = piece_events(
-                replace(student, hidden_ND=hidden_S), needed_S, batch.student, batch.short, span, backends[0]
-            )
-            logp, _ = _normalised(mine.joint)
-            with torch.no_grad():
-                logq, moved = piece_target(
-                    replace(teacher, hidden_ND=hidden_T), needed_T, batch, span, backends[1]
-                )
-                logq, moved = logq.to(logp), moved.to(logp)
-                named = logq[:, batch.student.pieces :].exp()
-                only_white = logq[:, white].exp().sum(-1) + named[:, OBSERVED] * batch.observed_white[span]
-                only_white = only_white > WHITE_SHARE
-                apart = ((logq > NEVER / 2) & torch.isfinite(logp))[:, :-1]
-                apart[:, batch.student.pieces + RESIDUAL] = False
-            logp, logq = leaked(bucketed(logp, apart), LEAK), leaked(bucketed(logq, apart), LEAK)
-            value = divergence(logp, logq)
-            if mask_white:
-                value = value.masked_fill(only_white, 0.0)
-            return value, logp[:, -1].detach().exp(), named[:, RESIDUAL], moved, only_white.to(logp)
-
-        values.append(remade(reduce, student.hidden_ND[needed_S], teacher.hidden_ND[needed_T]))
-    if not values:
+    parts = "rest", "residual", "observed", "white"
+    if not len(batch):
         empty = student.hidden_ND.new_zeros(0, dtype=torch.float32)
-        values = [(empty,) * 5]
-    value, *parts = (torch.cat(column) for column in zip(*values, strict=True))
-    return value, dict(zip(("rest", "residual", "observed", "white"), parts, strict=True))
+        return empty.sum(), dict.fromkeys(parts, empty)
+    white = torch.nonzero(batch.white)[:, 0]
+    blocks = []
+    for span in spans(len(batch), min(student.block_rows, teacher.block_rows)):
+        needed = needed_rows(batch.student, span)
+        blocks.append((needed, (span, needed, needed_rows(batch.teacher, span))))
+
+    def compare(block: Rows, part: tuple[slice, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        span, needed_S, needed_T = part
+        logp, _ = _normalised(
+            piece_events(block, needed_S, batch.student, batch.short, span, backends[0]).joint
+        )
+        with torch.no_grad():
+            logq, moved = piece_target(teacher.select(needed_T), needed_T, batch, span, backends[1])
+            logq, moved = logq.to(logp), moved.to(logp)
+            named = logq[:, batch.student.pieces :].exp()
+            only_white = logq[:, white].exp().sum(-1) + named[:, OBSERVED] * batch.observed_white[span]
+            only_white = only_white > WHITE_SHARE
+            apart = ((logq > NEVER / 2) & torch.isfinite(logp))[:, :-1]
+            apart[:, batch.student.pieces + RESIDUAL] = False
+        logp, logq = leaked(bucketed(logp, apart), LEAK), leaked(bucketed(logq, apart), LEAK)
+        value = divergence(logp, logq)
+        if mask_white:
+            value = value.masked_fill(only_white, 0.0)
+        if weight is not None:
+            value = value * weight[span].to(value)
+        return value.sum(), logp[:, -1].exp(), named[:, RESIDUAL], moved, only_white.to(logp)
+
+    total, *found = summed(compare, student, blocks)
+    return total, dict(zip(parts, found, strict=True))
 
 
 def piece_target(
@@ -215,9 +210,9 @@ def piece_events(
     target = side.layout.target[needed]
     size, positions = rows.block_rows, whole.shape[0]
     values, order, full, full_at, steps = [], [], [], [], []
-    for first in range(0, len(rows), size):
-        logits = rows.head(rows.hidden_ND[first : first + size])
-        end = first + logits.shape[0]
+    for part in spans(len(rows), size):
+        first, end = part.start, part.stop
+        logits = rows.select(part).logits()
         norm, step, _ = backend.row_statistics(logits, target[first:end], side.layout.stops)
         if rows.partial:
             # Of a token that is not known it is known that the others hold it.
@@ -245,14 +240,14 @@ def piece_events(
     position, event = entry.position[index], entry.event[index]
 
     is_path = event == PATH
-    path = segment_logsumexp(value[is_path], position[is_path], positions)
+    path = backend.segment_logsumexp(value[is_path], position[is_path], positions)
     path = path.masked_fill(path < NEVER / 2, -torch.inf)
     cells, cell = torch.unique(position[~is_path] * side.events + event[~is_path], return_inverse=True)
     joint = value.new_full((positions, side.events), -torch.inf)
     joint = joint.index_copy(0, torch.cat(full_at), torch.cat(full)).flatten()
     both = torch.cat((value[~is_path], joint[cells]))
     cell = torch.cat((cell, torch.arange(cells.shape[0], device=device)))
-    joint = joint.scatter(0, cells, segment_logsumexp(both, cell, cells.shape[0]))
+    joint = joint.scatter(0, cells, backend.segment_logsumexp(both, cell, cells.shape[0]))
     return PieceEvents(joint.view(positions, side.events), path)
 
 

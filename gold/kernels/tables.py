@@ -1,13 +1,15 @@
 """From the masses of single rows to next-byte distributions along the text: the step that joins the cover terms."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from gold.kernels.layout import EVENTS, REST_EVENT, ByteLayout
-from gold.kernels.reference import LEAK, leaked, row_logsumexp, segment_logsumexp
+from gold.kernels.reference import LEAK, leaked, row_logsumexp
 
 
-def byte_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> Tensor:
+def byte_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout, backend: ModuleType) -> Tensor:
     """Log-probability of every byte event at every byte position of a batch: [positions, 258], in nats.
 
     With ``b_k`` the byte offset of state k, ``W_k = Π_{j<k} π(a_j)`` and r the text between ``b_k`` and e::
@@ -22,10 +24,10 @@ def byte_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> Te
 
     Source: next-byte marginals of a token model, Hayase et al. 2506.14123; Phan et al. 2410.09303.
     """
-    return normalised(joint_table(log_mass, log_target_N, layout))
+    return normalised(joint_table(log_mass, log_target_N, layout, backend))
 
 
-def joint_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> Tensor:
+def joint_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout, backend: ModuleType) -> Tensor:
     """The sums of ``byte_table``, relative to ``W_k`` of each position's last state, before they are normalised."""
     # Weights relative to the position's own last state, summed in float64: their absolute values fall without bound.
     # A token of probability 0 on the path would make them all −inf: 1e-4000 keeps their order and stays finite.
@@ -33,7 +35,8 @@ def joint_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> T
     before = torch.cumsum(step_N, 0) - step_N
     weight = before[layout.mass_row] - before[layout.position_row[layout.mass_cell // EVENTS]]
     value = log_mass + weight.to(log_mass.dtype)
-    return segment_logsumexp(value, layout.mass_cell, layout.positions * EVENTS).view(-1, EVENTS)
+    joint: Tensor = backend.segment_logsumexp(value, layout.mass_cell, layout.positions * EVENTS)
+    return joint.view(-1, EVENTS)
 
 
 def normalised(joint: Tensor) -> Tensor:

@@ -36,19 +36,18 @@ def prefix_divergence(
     """
     at = prefix_positions(view.batch, interior, where)
     pieces = view.batch.piece_batch(at)
-    value, parts = piece_divergence(
+    total, parts = piece_divergence(
         view.student,
         view.teacher_rows,
         pieces,
         divergence,
         (view.backend, view.teacher_backend),
         mask_white=white_space == "mask",
+        weight=None if half_life is None else fading(view.batch.byte_offsets[at], half_life),
     )
-    if half_life is not None:
-        value = value * fading(view.batch.byte_offsets[at], half_life).to(value)
     sums = {name: part.sum() for name, part in parts.items()}
     sums["white_space"] = sums.pop("white")
-    return Loss(value.sum(), sums)
+    return Loss(total, sums)
 
 
 def prefix_states(

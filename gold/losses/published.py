@@ -99,8 +99,8 @@ def uld(view: View) -> Loss:
     temperature 1. Their loss adds cross-entropy on the text; weigh ``sft`` for it.
     """
     rows_S, rows_T, in_step = _positions(view.batch)
-    value = sorted_distance(view.student.select(rows_S), view.teacher_rows.select(rows_T), view.backend)
-    return Loss(value.sum(), {"out_of_step": (~in_step).sum()})
+    total = sorted_distance(view.student.select(rows_S), view.teacher_rows.select(rows_T), view.backend)
+    return Loss(total, {"out_of_step": (~in_step).sum()})
 
 
 def gold_hybrid(view: View, *, beta: Share = 0.5, matched_share: Share | None = None) -> Loss:
@@ -136,17 +136,17 @@ def gold_hybrid(view: View, *, beta: Share = 0.5, matched_share: Share | None = 
             batch.stops_T,
             view.teacher_backend,
         )
-    matched, unmatched = scaled_comparison(
+    total, matched, unmatched = scaled_comparison(
         view.student.select(row_S),
         view.teacher_rows.select(row_T),
         before_S,
         before_T,
         events,
         partial(jsd, beta=beta),
+        matched_share,
         view.backend,
     )
-    total = matched_share * matched.sum() + (1.0 - matched_share) * unmatched.sum()
-    return Loss(total, {"matched": matched.detach().sum(), "unmatched": unmatched.detach().sum()})
+    return Loss(total, {"matched": matched.sum(), "unmatched": unmatched.sum()})
 
 
 def alm(view: View, *, temperature: Positive = 100.0) -> Loss:
@@ -195,15 +195,14 @@ def x_token(view: View, *, variant: Literal["p_kl", "h_kl"] = "p_kl") -> Loss:
     rows = Chunks(chunks.chunk_S[kept_S], chunks.chunk_T[kept_T], chunks.count)
     if variant == "h_kl":
         events = SharedEvents(*_tensors(batch, *pair.relaxed_ids), batch.stops_S, batch.stops_T)
-        matched, unmatched = mean_comparison(*sides, rows, events, forward_kl, view.backend)
-        parts = {"matched": matched.detach().sum(), "unmatched": unmatched.detach().sum()}
-        return Loss(matched.sum() + unmatched.sum(), parts)
+        total, matched, unmatched = mean_comparison(*sides, rows, events, forward_kl, view.backend)
+        return Loss(total, {"matched": matched.sum(), "unmatched": unmatched.sum()})
     weights = pair.token_weights
     ids_V, ids_W = _tensors(batch, weights.ids_V, weights.ids_W)
     weight_E = torch.from_numpy(weights.weight_E).to(batch.device)
     projection = Projected(ids_V, ids_W, weight_E, batch.stops_S, batch.stops_T)
-    value, mass = projected_divergence(*sides, rows, projection, forward_kl)
-    return Loss(value.sum(), {"reached": mass.detach().sum()})
+    total, mass = projected_divergence(*sides, rows, projection, forward_kl)
+    return Loss(total, {"reached": mass.sum()})
 
 
 _CERTAIN = 1e-6

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from gold.aligned import AlignedBatch
-from gold.kernels.linear import SharedEvents, byte_tables, filled_byte_tables, shared_divergence
+from gold.kernels.linear import Rows, SharedEvents, byte_tables, filled_byte_tables, shared_divergence, summed
 from gold.kernels.tables import common_events
 from gold.losses.divergences import Divergence, form_of, reverse_kl
 from gold.losses.mixture import FurtherTeacher
@@ -33,42 +35,60 @@ def bytes_divergence(
     Several teachers are one distribution: the mixture of their tables, on the events that all of them resolve.
     """
     batch = view.batch
-    table, log_target, log_stop = byte_tables(view.student, batch.layout_S, view.backend)
-    at = byte_positions(batch, where)
-    resolved = batch.layout_S.resolved[at]
-    first = FurtherTeacher(batch, view.teacher_rows, view.teacher_backend)
-    sides = [_teacher_side(teacher, at, table) for teacher in (first, *view.further)]
-    resolved_T = sides[0].resolved
-    for side in sides[1:]:
-        resolved_T = resolved_T & side.resolved
-    logp = common_events(table[at], resolved, resolved_T)
-    # Leaked before they are mixed, so that there is always an event that all of them allow.
-    tables = [common_events(side.logq, resolved_T, resolved) for side in sides]
-    logq = tables[0] if view.mix is None else view.mix.of(tables)
-    value = divergence(logp, logq)
-    with torch.no_grad():
-        best = logq.argmax(-1, keepdim=True)
-        wanted = logp.gather(1, best)[:, 0].exp()
-        parts = {
-            "wanted": wanted.sum(),
-            "missed": (wanted < 0.01).sum(),
-            "rest": logp[:, -1].exp().sum(),
-        }
-    if half_life is not None:
-        value = value * fading(batch.byte_offsets[at], half_life).to(value)
-    mine = log_target, log_stop
+    at, weight = byte_positions(batch, where), fading(batch.byte_offsets, half_life)
+    teachers = (FurtherTeacher(batch, view.teacher_rows, view.teacher_backend), *view.further)
+
+    def compare(block: Rows, texts: slice) -> tuple[Tensor, ...]:
+        layout, place = batch.layout_S.texts(texts.start, texts.stop), _span(batch.position_starts, texts)
+        table, log_target, log_stop = byte_tables(block, layout, view.backend, keep=True)
+        here = at[(at >= place.start) & (at < place.stop)] - place.start
+        resolved = layout.resolved[here]
+        positions, _, events = batch.path
+        inside = (positions >= place.start) & (positions < place.stop)
+        path = positions[inside] - place.start, events[inside]
+        sides = [_teacher_side(teacher, texts, path, here, table.detach()) for teacher in teachers]
+        resolved_T = sides[0].resolved
+        for side in sides[1:]:
+            resolved_T = resolved_T & side.resolved
+        logp = common_events(table[here], resolved, resolved_T)
+        # Leaked before they are mixed, so that there is always an event that all of them allow.
+        tables = [common_events(side.logq, resolved_T, resolved) for side in sides]
+        logq = tables[0] if view.mix is None else view.mix.of(tables)
+        value = divergence(logp, logq) * weight[place][here].to(logp)
+        wanted = logp.gather(1, logq.argmax(-1, keepdim=True))[:, 0].exp()
+        scores = (x for side in sides for x in side.scores)
+        return value.sum(), wanted, logp[:, -1].exp(), log_target, log_stop, *scores
+
+    blocks = [(_span(batch.row_starts, texts), texts) for texts in _text_blocks(batch, view.student)]
+    total, wanted, rest, *scores = summed(compare, view.student, blocks)
+    parts = {"wanted": wanted.sum(), "missed": (wanted < 0.01).sum(), "rest": rest.sum()}
+    mine, *theirs = zip(scores[::2], scores[1::2], strict=True)
     if view.mix is None:
-        return Loss(value.sum(), parts, sequence_logp(batch, mine, sides[0].scores))
+        return Loss(total, parts, sequence_logp(batch, mine, theirs[0]))
     logp_of_texts: dict[str, Tensor] = {}
-    batches = (batch, *(teacher.batch for teacher in view.further))
-    for (name, weight), read, side in zip(view.mix.weights.items(), batches, sides, strict=True):
-        found = sequence_logp(read, mine, side.scores)
+    for (name, share), teacher, side in zip(view.mix.weights.items(), teachers, theirs, strict=True):
+        found = sequence_logp(teacher.batch, mine, side)
         logp_of_texts["student_logp"] = found["student_logp"]
         logp_of_texts[f"teacher_logp[{name}]"] = found["teacher_logp"]
-        logp_of_texts["teacher_logp"] = logp_of_texts.get("teacher_logp", 0.0) + weight * found[
+        logp_of_texts["teacher_logp"] = logp_of_texts.get("teacher_logp", 0.0) + share * found[
             "teacher_logp"
-        ].to(table)
-    return Loss(value.sum(), parts, logp_of_texts)
+        ].to(rest)
+    return Loss(total, parts, logp_of_texts)
+
+
+def _text_blocks(batch: AlignedBatch, rows: Rows) -> list[slice]:
+    """As many whole texts at a time as a block of rows holds, or one that is longer."""
+    blocks, first = [], 0
+    for last in range(1, len(batch.texts) + 1):
+        if last == len(batch.texts) or batch.row_starts[last + 1] - batch.row_starts[first] > rows.block_rows:
+            blocks.append(slice(first, last))
+            first = last
+    return blocks or [slice(0, 0)]
+
+
+def _span(starts: NDArray[np.int64], texts: slice) -> slice:
+    """From where the first of some texts begins to where the last one ends."""
+    return slice(int(starts[texts.start]), int(starts[texts.stop]))
 
 
 @dataclass(frozen=True)
@@ -82,18 +102,20 @@ class _TeacherSide:
 
 
 @torch.no_grad()
-def _teacher_side(teacher: FurtherTeacher, at: Tensor, mine: Tensor) -> _TeacherSide:
-    layout = teacher.batch.layout_T
-    if teacher.rows.partial:
-        positions, _, events = teacher.batch.path
-        log_path = mine.new_zeros(len(mine)).index_put((positions,), mine[positions, events])
+def _teacher_side(
+    teacher: FurtherTeacher, texts: slice, path: tuple[Tensor, Tensor], here: Tensor, mine: Tensor
+) -> _TeacherSide:
+    layout = teacher.batch.layout_T.texts(texts.start, texts.stop)
+    rows = teacher.rows.select(_span(teacher.batch.teacher_row_starts, texts))
+    if rows.partial:
+        log_path = mine.new_zeros(len(mine)).index_put(path[:1], mine[path])
         filling = (x.to(layout.device) for x in (mine, log_path))
-        table, *scores = filled_byte_tables(teacher.rows, layout, teacher.backend, *filling)
+        table, *scores = filled_byte_tables(rows, layout, teacher.backend, *filling)
     else:
-        table, *scores = byte_tables(teacher.rows, layout, teacher.backend)
-    logq = table.to(mine)[at]
-    resolved = layout.resolved.to(mine.device)[at]
-    if teacher.rows.partial:
+        table, *scores = byte_tables(rows, layout, teacher.backend)
+    logq = table.to(mine)[here]
+    resolved = layout.resolved.to(mine.device)[here]
+    if rows.partial:
         resolved = resolved & torch.isfinite(logq)  # of what is all told, only what is told
     return _TeacherSide(logq, resolved, (scores[0], scores[1]))
 
@@ -116,7 +138,7 @@ def states_divergence(
     Source: Agarwal et al. 2306.13649, equation 2, for the plain form.
     """
     rows_S, rows_T, offsets = state_rows(view.batch, where)
-    value, mass = shared_divergence(
+    total, mass = shared_divergence(
         view.student.select(rows_S),
         view.teacher_rows.select(rows_T),
         view.batch.shared_events,
@@ -125,10 +147,9 @@ def states_divergence(
         renormalise=rest == "renormalise",
         top_k=top_k,
         top_k_of_teacher=top_k_of == "teacher",
+        weight_N=None if half_life is None else fading(offsets, half_life),
     )
-    if half_life is not None:
-        value = value * fading(offsets, half_life).to(value)
-    return Loss(value.sum(), {"shared_mass": mass.detach().sum()})
+    return Loss(total, {"shared_mass": mass.sum()})
 
 
 def reference_kl(view: View) -> Loss:
@@ -142,7 +163,7 @@ def reference_kl(view: View) -> Loss:
     rows = batch.sampled_rows
     every = torch.arange(view.student.width, device=batch.device)
     none = every[:0]
-    value, _ = shared_divergence(
+    total, _ = shared_divergence(
         view.student.select(rows),
         view.reference.select(rows),
         SharedEvents(every, every, none, none, everything=True),
@@ -150,7 +171,7 @@ def reference_kl(view: View) -> Loss:
         view.backend,
         renormalise=False,
     )
-    return Loss(value.sum())
+    return Loss(total)
 
 
 def byte_positions(batch: AlignedBatch, where: Where = "everywhere") -> Tensor:

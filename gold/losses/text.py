@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from gold.kernels.linear import token_logp
+from gold.kernels.linear import token_loss
 from gold.losses.view import Loss, View
 
 
@@ -14,5 +12,6 @@ def sft(view: View) -> Loss:
 
     Source: Kim and Rush 1606.07947, section 3.2, for the teacher's texts.
     """
-    logp, _ = token_logp(view.student, view.batch.target_S, view.batch.stops_S, view.backend)
-    return Loss(-torch.where(view.batch.sampled_row_mask, 0.0, logp).sum())
+    batch = view.batch
+    given = (~batch.sampled_row_mask).float()
+    return Loss(token_loss(view.student, batch.target_S, given, batch.stops_S, view.backend))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 
@@ -95,7 +96,7 @@ class LocalTeacher:
             )
             whole = rows_of(self.model.lm, states)
             for i, hidden in zip(chosen, whole.hidden_ND.split(rows), strict=True):
-                results[i] = Rows(hidden, whole.head, whole.width)
+                results[i] = replace(whole, hidden_ND=hidden)
         return [results[i] for i in range(len(prompts))]
 
 
