@@ -1,10 +1,10 @@
-"""numba back end: the functions of ``reference`` on CPU tensors, in one pass over each row, forward and backward.
+"""numba back end: the functions of ``reference`` on CPU tensors, a row at a time, forward and backward.
 
 Rows are split over plain threads that run ``nogil`` kernels: numba's own thread pools do not survive a fork, and abort
-when two threads enter them.
+when two threads enter them. Of bfloat16 a kernel unpacks one row at a time.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs
 
 import math
 import os
@@ -18,25 +18,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gold.kernels.layout import ByteLayout
-from gold.kernels.reference import (  # noqa: F401
-    column_logsumexp,
-    row_divergence,
-    row_statistics,
-    segment_logsumexp,
-    sorted_l1,
-    widened,
+from gold.kernels.lanes import (
+    as_is,
+    exact,
+    excess,
+    exp,
+    exp_into,
+    log,
+    log_sum,
+    put_row,
+    range_sum,
+    row_max,
+    row_of,
+    sums,
+    word_of,
 )
+from gold.kernels.layout import ByteLayout, Columns, KeptEvents
+from gold.kernels.reference import LEAK, MixedKL, Rest
 
 Array = NDArray[Any]
+TINY = 1e-25
+"""Sums of exponentials below this, relative to the row's largest, are made again against their own largest."""
 
 
 def byte_masses(
     logits_NV: Tensor, layout: ByteLayout, first_row: int, *, overwrite: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``reference.byte_masses``; arithmetic in float64, result in the widened dtype of the logits."""
-    log_mass, log_target_N, log_stop_N = _ByteMasses.apply(widened(logits_NV).contiguous(), layout, first_row)
-    return log_mass, log_target_N, log_stop_N
+    """See ``reference.byte_masses``."""
+    result: tuple[Tensor, Tensor, Tensor] = _ByteMasses.apply(_plain(logits_NV), layout, first_row, overwrite)
+    return result
 
 
 def chunk_sums(logp_N: Tensor, chunk_N: Tensor, chunks: int) -> Tensor:
@@ -45,43 +55,137 @@ def chunk_sums(logp_N: Tensor, chunk_N: Tensor, chunks: int) -> Tensor:
     return out
 
 
+def row_statistics(
+    logits_NV: Tensor, target_N: Tensor, stops: Tensor, *, overwrite: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.row_statistics``."""
+    result: tuple[Tensor, Tensor, Tensor] = _RowStatistics.apply(
+        _plain(logits_NV), target_N, stops, overwrite
+    )
+    return result
+
+
+def row_divergence(
+    logits_NV: Tensor,
+    logits_NW: Tensor,
+    kept_V: KeptEvents,
+    kept_W: KeptEvents,
+    divergence: MixedKL,
+    *,
+    rest: Rest = "bucket",
+    leak: float = LEAK,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See ``reference.row_divergence``. With ``overwrite`` the forward pass already leaves the gradient there."""
+    theirs = _plain(logits_NW.detach())
+    mine = _plain(logits_NV)
+    if _real(mine) != _real(theirs):
+        theirs = theirs.to(mine.dtype if _real(mine) == np.float64 else torch.float32)
+    shape = (
+        divergence.student,
+        divergence.student_mix,
+        divergence.teacher,
+        divergence.teacher_mix,
+        divergence.above_nats,
+        rest == "bucket",
+        leak if rest == "bucket" else 0.0,
+    )
+    value, mass = _RowDivergence.apply(mine, theirs, kept_V, kept_W, shape, overwrite)
+    return value, mass
+
+
+def sorted_l1(p_NV: Tensor, q_NW: Tensor, *, overwrite: bool = False) -> Tensor:
+    """See ``reference.sorted_l1``; no row is sorted whole.
+
+    Entries fall into narrow intervals. Where one side is ahead in rank by more than an interval of the other's holds,
+    all entries in it have the same sign; only what lies in other intervals is sorted.
+    """
+    p = p_NV.contiguous() if p_NV.dtype == torch.float64 else p_NV.float().contiguous()
+    out: Tensor = _SortedL1.apply(p, q_NW.detach().to(p).contiguous(), overwrite)
+    return out
+
+
+def column_logsumexp(logits_NV: Tensor, columns: Columns, *, overwrite: bool = False) -> Tensor:
+    """See ``reference.column_logsumexp``."""
+    out: Tensor = _ColumnLogSumExp.apply(_plain(logits_NV), columns, overwrite)
+    return out
+
+
+def segment_logsumexp(value: Tensor, segment: Tensor, segments: int) -> Tensor:
+    """See ``reference.segment_logsumexp``."""
+    out: Tensor = _SegmentLogSumExp.apply(value.contiguous(), segment.contiguous(), segments)
+    return out
+
+
+def _plain(logits: Tensor) -> Tensor:
+    """Contiguous, in a dtype that kernels read: float64, float32 or bfloat16."""
+    kept = logits.dtype in (torch.float64, torch.float32, torch.bfloat16)
+    return (logits if kept else logits.float()).contiguous()
+
+
+def _array(tensor: Tensor) -> Array:
+    """The tensor's memory; words of 16 bits where it holds bfloat16."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.numpy()
+
+
+def _real(tensor: Tensor) -> type[np.floating[Any]]:
+    """The type that a row is computed in."""
+    return np.float64 if tensor.dtype == torch.float64 else np.float32
+
+
+def _tensor(array: Array, like: Tensor) -> Tensor:
+    """A result in the widened dtype of the logits."""
+    return torch.from_numpy(array.astype(_real(like)))
+
+
+def _room(ctx: Any, logits: Tensor) -> Tensor:
+    """Where the gradient goes."""
+    return logits.detach() if ctx.overwrite else torch.empty_like(logits)
+
+
+def _doubles(*grads: Tensor) -> tuple[Array, ...]:
+    return tuple(g.double().contiguous().numpy() for g in grads)
+
+
 class _ByteMasses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, layout: ByteLayout, first_row: int
+        ctx: Any, logits_NV: Tensor, layout: ByteLayout, first_row: int, overwrite: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = logits_NV.shape[0]
+        rows, width = logits_NV.shape
         low, high = layout.mass_range(first_row, rows)
         log_mass = np.empty(high - low, np.float64)
         row_stats = np.empty((rows, 3), np.float64)
-        z = logits_NV.detach().numpy()
-        _on_rows(_masses_forward, rows, z, *_arrays(layout, z.shape[1]), first_row, log_mass, row_stats)
-        ctx.layout, ctx.first_row = layout, first_row
+        plan = _arrays(layout, width)
+        scratch = np.empty(0, _real(logits_NV))
+        _on_rows(_masses_forward, rows, _array(logits_NV), scratch, *plan, first_row, log_mass, row_stats)
+        ctx.plan, ctx.first_row, ctx.overwrite = plan, first_row, overwrite
         ctx.log_mass, ctx.row_stats = log_mass, row_stats
         ctx.save_for_backward(logits_NV)
-        results = (log_mass, row_stats[:, 1], row_stats[:, 2])
-        log_mass_t, log_target, log_stop = (torch.from_numpy(r.copy()).to(logits_NV.dtype) for r in results)
-        return log_mass_t, log_target, log_stop
+        mass, target, stop = (_tensor(r, logits_NV) for r in (log_mass, row_stats[:, 1], row_stats[:, 2]))
+        return mass, target, stop
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (logits_NV,) = ctx.saved_tensors
-        grad_mass, grad_target, grad_stop = (g.double().contiguous().numpy() for g in grads)
-        grad_logits = torch.empty_like(logits_NV)
+        out = _room(ctx, logits_NV)
+        scratch = np.empty(0, _real(logits_NV))
         _on_rows(
             _masses_backward,
             logits_NV.shape[0],
-            logits_NV.detach().numpy(),
-            *_arrays(ctx.layout, logits_NV.shape[1]),
+            _array(logits_NV),
+            scratch,
+            *ctx.plan,
             ctx.first_row,
             ctx.log_mass,
             ctx.row_stats,
-            grad_mass,
-            grad_target,
-            grad_stop,
-            grad_logits.numpy(),
+            *_doubles(*grads),
+            _array(out),
         )
-        return grad_logits, None, None
+        return out, None, None, None
 
 
 class _ChunkSums(torch.autograd.Function):
@@ -101,18 +205,157 @@ class _ChunkSums(torch.autograd.Function):
         return grad_N, None, None
 
 
+class _RowStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NV: Tensor, target_N: Tensor, stops: Tensor, overwrite: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = logits_NV.shape[0]
+        stats = np.empty((rows, 3), np.float64)
+        given = target_N.contiguous().numpy(), stops.contiguous().numpy()
+        _on_rows(_statistics_forward, rows, _array(logits_NV), np.empty(0, _real(logits_NV)), *given, stats)
+        ctx.save_for_backward(logits_NV)
+        ctx.given, ctx.stats, ctx.overwrite = given, stats, overwrite
+        norm, target, stop = (_tensor(stats[:, i], logits_NV) for i in range(3))
+        return norm, target, stop
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (logits_NV,) = ctx.saved_tensors
+        out = _room(ctx, logits_NV)
+        scratch = np.empty(0, _real(logits_NV))
+        _on_rows(
+            _statistics_backward,
+            logits_NV.shape[0],
+            _array(logits_NV),
+            scratch,
+            *ctx.given,
+            ctx.stats,
+            *_doubles(*grads),
+            _array(out),
+        )
+        return out, None, None, None
+
+
+class _RowDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_NV: Tensor,
+        logits_NW: Tensor,
+        kept_V: KeptEvents,
+        kept_W: KeptEvents,
+        shape: Any,
+        overwrite: bool,
+    ) -> tuple[Tensor, Tensor]:
+        rows = logits_NV.shape[0]
+        results = np.empty((rows, 2), np.float64)
+        wanted = ctx.needs_input_grad[0]
+        grad = (
+            (logits_NV.detach() if overwrite else torch.empty_like(logits_NV))
+            if wanted
+            else logits_NV[:0].detach()
+        )
+        columns = (x.numpy() for kept in (kept_V, kept_W) for x in (kept.ids, kept.stops, kept.left))
+        scratch = np.empty(0, _real(logits_NV))
+        _on_rows(
+            _divergence,
+            rows,
+            _array(logits_NV),
+            _array(logits_NW),
+            scratch,
+            *columns,
+            *shape,
+            results,
+            _array(grad),
+        )
+        ctx.grad = grad
+        value, mass = (_tensor(results[:, i], logits_NV) for i in range(2))
+        ctx.mark_non_differentiable(mass)
+        return value, mass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grads[0]
+        grad = ctx.grad if bool((scale == 1.0).all()) else ctx.grad * scale[:, None].to(ctx.grad.dtype)
+        return grad, None, None, None, None, None
+
+
+class _SortedL1(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p_NV: Tensor, q_NW: Tensor, overwrite: bool) -> Tensor:
+        rows = p_NV.shape[0]
+        value = np.empty(rows, np.float64)
+        wanted = ctx.needs_input_grad[0]
+        sign = (p_NV.detach() if overwrite else torch.empty_like(p_NV)) if wanted else p_NV[:0].detach()
+        _on_rows(_sorted_distance, rows, p_NV.detach().numpy(), q_NW.numpy(), value, sign.numpy())
+        ctx.sign = sign
+        return _tensor(value, p_NV)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.sign * grads[0][:, None], None, None
+
+
+class _ColumnLogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, columns: Columns, overwrite: bool) -> Tensor:
+        rows = logits_NV.shape[0]
+        event, starts = columns.event_V.numpy(), columns.starts.numpy()
+        out = np.empty((rows, columns.events), _real(logits_NV))
+        _on_rows(_columns_forward, rows, _array(logits_NV), out[0:0, 0], event, starts, out)
+        result = torch.from_numpy(out)
+        ctx.save_for_backward(logits_NV, result)
+        ctx.event, ctx.overwrite = event, overwrite
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits_NV, result = ctx.saved_tensors
+        grad = _room(ctx, logits_NV)
+        total = grads[0].contiguous().numpy()
+        _on_rows(
+            _columns_backward,
+            logits_NV.shape[0],
+            _array(logits_NV),
+            total[0:0, 0].copy(),
+            ctx.event,
+            result.detach().numpy(),
+            total,
+            _array(grad),
+        )
+        return grad, None, None
+
+
+class _SegmentLogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, segment: Tensor, segments: int) -> Tensor:
+        out = torch.empty(segments, dtype=value.dtype)
+        _segments_forward(value.detach().numpy(), segment.numpy(), out.numpy())
+        ctx.save_for_backward(value, segment, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        value, segment, out = ctx.saved_tensors
+        grad = torch.empty_like(value)
+        total = grads[0].contiguous().numpy()
+        _segments_backward(value.detach().numpy(), segment.numpy(), out.detach().numpy(), total, grad.numpy())
+        return grad, None, None
+
+
 def _arrays(layout: ByteLayout, width: int) -> tuple[Array, ...]:
     trie, plan = layout.trie, layout.plan
+    shared = layout.trie_on_device(width)
     return (
-        trie["order"],
+        shared.pool.numpy(),
+        shared.position.numpy(),
+        np.array([shared.texts, shared.stop_low]),
         trie["low"],
         trie["high"],
         trie["own"],
         trie["first_child"],
         trie["children"],
-        layout.outside(width),
-        trie["stops"],
-        np.array(layout.size),
         plan["visit_ptr"],
         plan["visit_node"],
         plan["visit_starts"],
@@ -139,130 +382,547 @@ def _on_rows(kernel: Any, rows: int, *arguments: Any) -> None:
         job.result()
 
 
-@numba.njit(cache=True, nogil=True)
-def _log_sum(z, ids, lo, hi, top, skip):
-    """log Σ exp(z[ids[i]] − top) over lo ≤ i < hi without id ``skip``; −inf when nothing is left."""
-    total = 0.0
-    for i in range(lo, hi):
-        if ids[i] != skip:
-            total += math.exp(z[ids[i]] - top)
-    return total
+# Bytes. A row is permuted once, so that every set of tokens that begin alike is a range.
 
 
-@numba.njit(cache=True, nogil=True)
-def _relog(z, ids, lo, hi, skip):
-    """Log-sum-exp of a set whose probabilities underflowed against the row's maximum: against its own maximum."""
-    top = -math.inf
-    for i in range(lo, hi):
-        if ids[i] != skip and z[ids[i]] > top:
-            top = float(z[ids[i]])
-    if top == -math.inf:
-        return -math.inf
-    return top + math.log(_log_sum(z, ids, lo, hi, top, skip))
+@sums
+def _gather(x, index, out):
+    for i in range(index.size):
+        out[i] = x[index[i]]
 
 
-@numba.njit(cache=True, nogil=True)
+@sums
+def _set_log_mass(z, e, g, pool, low, high, skip, top, total):
+    """Log-probability of the tokens at places low … high − 1 of the pool but ``skip``, of the row's ``total``."""
+    mass = range_sum(g, low, high)
+    if low <= skip < high:
+        # Sets that leave a token out are small: those that spell the same bytes.
+        mass = 0.0
+        for i in range(low, high):
+            if i != skip:
+                mass += g[i]
+    if mass > TINY:
+        return math.log(mass) - math.log(total)
+    return log_sum(z, pool, low, high, skip) - top - math.log(total)
+
+
+@sums
 def _masses_forward(
-    row_lo, row_hi, logits, order, low, high, own, first_child, children, outside, stops, size,
+    row_lo, row_hi, logits, like, pool, rank, edges, low, high, own, first_child, children,
     visit_ptr, visit_node, visit_starts, visit_skips, mass_ptr, target, first_row, log_mass, row_stats,
 ):  # fmt: skip
-    width, ids = logits.shape[1], size[()]
+    width = logits.shape[1]
+    texts, events = edges[0], edges[1]
     base = mass_ptr[visit_ptr[first_row]]
+    room = np.empty((3, width), like.dtype)
+    scratch, e, g = room[0], room[1], room[2]
     for n in range(row_lo, row_hi):
-        z = logits[n]
-        top = -math.inf
-        for v in range(width):
-            if z[v] > top:
-                top = float(z[v])
-        total = 0.0
-        for v in range(width):
-            total += math.exp(z[v] - top)
-        lse = top + math.log(total)
+        z = row_of(logits, n, scratch)
+        top = row_max(z)
+        total = exp_into(z, top, e)
+        _gather(e, pool, g)
+        row_stats[n, 0] = top + math.log(total)
         aim = target[first_row + n]
-        row_stats[n, 0] = lse
-        row_stats[n, 1] = z[aim] - lse if aim >= 0 else 0.0
-        row_stats[n, 2] = _relog(z, stops, 0, stops.size, -1) - lse
+        at = rank[aim] if aim >= 0 else -1
+        row_stats[n, 1] = float(z[aim] - top) - math.log(total) if aim >= 0 else 0.0
+        row_stats[n, 2] = _set_log_mass(z, e, g, pool, events, width, -1, top, total)
         for visit in range(visit_ptr[first_row + n], visit_ptr[first_row + n + 1]):
             node = visit_node[visit]
             m = mass_ptr[visit] - base
-            skip = aim if visit_skips[visit] else -1
+            skip = at if visit_skips[visit] else -1
+            log_mass[m] = _set_log_mass(z, e, g, pool, low[node], low[node] + own[node], skip, top, total)
             if visit_starts[visit]:
-                ended = _log_sum(z, order, low[node], low[node] + own[node], top, skip)
-                ended += _log_sum(z, outside, 0, outside.size, top, skip)
-                for v in range(ids, width):
-                    if v != skip:
-                        ended += math.exp(z[v] - top)
-                log_mass[m] = top + math.log(ended) - lse if ended > 0.0 else -math.inf
+                other = _set_log_mass(z, e, g, pool, texts, events, skip, top, total)
+                above, below = max(log_mass[m], other), min(log_mass[m], other)
+                if below > -math.inf:
+                    above += math.log1p(math.exp(below - above))
+                log_mass[m] = above
                 log_mass[m + 1 + children[node]] = row_stats[n, 2]
-            else:
-                log_mass[m] = _relog(z, order, low[node], low[node] + own[node], skip) - lse
             for c in range(children[node]):
                 child = first_child[node] + c
-                mass = _log_sum(z, order, low[child], high[child], top, -1)
-                if mass > 1e-280:
-                    log_mass[m + 1 + c] = top + math.log(mass) - lse
-                else:
-                    log_mass[m + 1 + c] = _relog(z, order, low[child], high[child], -1) - lse
+                log_mass[m + 1 + c] = _set_log_mass(z, e, g, pool, low[child], high[child], -1, top, total)
 
 
-@numba.njit(cache=True, nogil=True)
-def _add_set(grad, z, ids, lo, hi, scale, log_total, skip):
-    """Adds scale · exp(z − log_total) to the gradient of every id of a set: its softmax within the set."""
-    if scale == 0.0 or log_total == -math.inf:
-        return
-    for i in range(lo, hi):
-        v = ids[i]
-        if v != skip:
-            grad[v] += scale * math.exp(z[v] - log_total)
+@sums
+def _add_share(coefficient, low, high, skip, share):
+    single = coefficient.dtype.type(share)
+    kept = coefficient[skip] if low <= skip < high else single
+    for i in range(low, high):
+        coefficient[i] += single
+    if low <= skip < high:
+        coefficient[skip] = kept
 
 
-@numba.njit(cache=True, nogil=True)
+@sums
+def _add_set(grad, z, pool, low, high, skip, scale, log_total):
+    """Adds scale · exp(z − log_total) to the gradient of every token of a set: its softmax within the set."""
+    for i in range(low, high):
+        if i != skip:
+            grad[pool[i]] += scale * math.exp(z[pool[i]] - log_total)
+
+
+@sums
 def _masses_backward(
-    row_lo, row_hi, logits, order, low, high, own, first_child, children, outside, stops, size,
+    row_lo, row_hi, logits, like, pool, rank, edges, low, high, own, first_child, children,
     visit_ptr, visit_node, visit_starts, visit_skips, mass_ptr, target, first_row, log_mass, row_stats,
     grad_mass, grad_target, grad_stop, grad_logits,
 ):  # fmt: skip
-    width, ids = logits.shape[1], size[()]
+    width = logits.shape[1]
+    texts, events = edges[0], edges[1]
     base = mass_ptr[visit_ptr[first_row]]
-    grad = np.empty(width, np.float64)
+    log_tiny = math.log(TINY)
+    room = np.empty((3, width), like.dtype)
+    scratch, e, coefficient = room[0], room[1], room[2]
     for n in range(row_lo, row_hi):
-        z = logits[n]
+        z = row_of(logits, n, scratch)
         lse = row_stats[n, 0]
+        exp_into(z, z.dtype.type(lse), e)
         aim = target[first_row + n]
-        grad[:] = 0.0
-        total = 0.0
+        at = rank[aim] if aim >= 0 else -1
+        coefficient[:] = 0.0
+        total = grad_target[n] if aim >= 0 else 0.0
         stop_share = grad_stop[n]
-        if aim >= 0:
-            grad[aim] += grad_target[n]
-            total += grad_target[n]
+        small = False
         for visit in range(visit_ptr[first_row + n], visit_ptr[first_row + n + 1]):
             node = visit_node[visit]
             m = mass_ptr[visit] - base
-            skip = aim if visit_skips[visit] else -1
-            if log_mass[m] > -math.inf:
-                g = grad_mass[m]
-                total += g
-                ended = log_mass[m] + lse
-                _add_set(grad, z, order, low[node], low[node] + own[node], g, ended, skip)
-                if visit_starts[visit]:
-                    _add_set(grad, z, outside, 0, outside.size, g, ended, skip)
-                    if g != 0.0:
-                        for v in range(ids, width):
-                            if v != skip:
-                                grad[v] += g * math.exp(z[v] - ended)
+            skip = at if visit_skips[visit] else -1
+            if log_mass[m] > -math.inf and grad_mass[m] != 0.0:
+                total += grad_mass[m]
+                if log_mass[m] > log_tiny:
+                    share = grad_mass[m] * math.exp(-log_mass[m])
+                    _add_share(coefficient, low[node], low[node] + own[node], skip, share)
+                    if visit_starts[visit]:
+                        _add_share(coefficient, texts, events, skip, share)
+                else:
+                    small = True
             if visit_starts[visit]:
                 stop_share += grad_mass[m + 1 + children[node]]
             for c in range(children[node]):
-                if log_mass[m + 1 + c] > -math.inf:
+                g = grad_mass[m + 1 + c]
+                if log_mass[m + 1 + c] > -math.inf and g != 0.0:
                     child = first_child[node] + c
-                    g = grad_mass[m + 1 + c]
                     total += g
-                    _add_set(grad, z, order, low[child], high[child], g, log_mass[m + 1 + c] + lse, -1)
+                    if log_mass[m + 1 + c] > log_tiny:
+                        _add_share(
+                            coefficient, low[child], high[child], -1, g * math.exp(-log_mass[m + 1 + c])
+                        )
+                    else:
+                        small = True
         if row_stats[n, 2] > -math.inf:
             total += stop_share
-            _add_set(grad, z, stops, 0, stops.size, stop_share, row_stats[n, 2] + lse, -1)
+            if row_stats[n, 2] > log_tiny:
+                _add_share(coefficient, events, width, -1, stop_share * math.exp(-row_stats[n, 2]))
+            else:
+                small = True
+        mean = like.dtype.type(total)
         for v in range(width):
-            grad_logits[n, v] = grad[v] - total * math.exp(z[v] - lse)
+            e[v] *= coefficient[rank[v]] - mean
+        if aim >= 0:
+            e[aim] += grad_target[n]
+        if small:
+            for visit in range(visit_ptr[first_row + n], visit_ptr[first_row + n + 1]):
+                node = visit_node[visit]
+                m = mass_ptr[visit] - base
+                skip = at if visit_skips[visit] else -1
+                if -math.inf < log_mass[m] <= log_tiny:
+                    shift = log_mass[m] + lse
+                    _add_set(e, z, pool, low[node], low[node] + own[node], skip, grad_mass[m], shift)
+                    if visit_starts[visit]:
+                        _add_set(e, z, pool, texts, events, skip, grad_mass[m], shift)
+                for c in range(children[node]):
+                    if -math.inf < log_mass[m + 1 + c] <= log_tiny:
+                        child, shift = first_child[node] + c, log_mass[m + 1 + c] + lse
+                        _add_set(e, z, pool, low[child], high[child], -1, grad_mass[m + 1 + c], shift)
+            if -math.inf < row_stats[n, 2] <= log_tiny:
+                _add_set(e, z, pool, events, width, -1, stop_share, row_stats[n, 2] + lse)
+        put_row(grad_logits, n, e)
+
+
+# Single tokens.
+
+
+@sums
+def _statistics_forward(row_lo, row_hi, logits, like, target, stops, stats):
+    scratch, e = np.empty(logits.shape[1], like.dtype), np.empty(logits.shape[1], like.dtype)
+    for n in range(row_lo, row_hi):
+        z = row_of(logits, n, scratch)
+        top = row_max(z)
+        log_total = math.log(exp_into(z, top, e)) if top > -math.inf else -math.inf
+        stats[n, 0] = top + log_total
+        stats[n, 1] = float(z[target[n]] - top) - log_total if target[n] >= 0 else 0.0
+        stats[n, 2] = log_sum(z, stops, 0, stops.size, -1) - top - log_total
+
+
+@sums
+def _statistics_backward(
+    row_lo, row_hi, logits, like, target, stops, stats, grad_norm, grad_target, grad_stop, grad_logits
+):
+    scratch, e = np.empty(logits.shape[1], like.dtype), np.empty(logits.shape[1], like.dtype)
+    for n in range(row_lo, row_hi):
+        z = row_of(logits, n, scratch)
+        scale = grad_norm[n]
+        if target[n] >= 0:
+            scale -= grad_target[n]
+        if stats[n, 2] > -math.inf:
+            scale -= grad_stop[n]
+        if scale == 0.0 or stats[n, 0] == -math.inf:
+            e[:] = 0.0
+        else:
+            exp_into(z, like.dtype.type(stats[n, 0]), e)
+            single = like.dtype.type(scale)
+            for v in range(e.size):
+                e[v] *= single
+        if target[n] >= 0:
+            e[target[n]] += grad_target[n]
+        if stats[n, 2] > -math.inf:
+            _add_set(e, z, stops, 0, stops.size, -1, grad_stop[n], stats[n, 2] + stats[n, 0])
+        put_row(grad_logits, n, e)
+
+
+# Divergences on shared events.
+
+
+@exact
+def _mixed_term(lp, lq, p, q, share):
+    """``p log(p / m) − p + m`` with ``m = share · q + (1 − share) · p``, and ``log(m / p)``.
+
+    Summed over all events this is the divergence, since p and m both sum to 1, and each term is small where p and q are
+    close: nothing cancels in rows near probability 1.
+    """
+    one, nothing, near_by = as_is(1.0, p), as_is(0.0, p), as_is(0.0625, p)
+    d = lq - lp
+    d = d if d < as_is(80.0, p) else as_is(80.0, p)
+    d = d if lp > -math.inf else nothing
+    log_ratio = d if share == one else log((one - share) + share * exp(d))
+    near = p * excess(d if abs(d) < near_by else nothing, share)
+    far = share * (q - p) - p * log_ratio
+    value = near if abs(d) < near_by else far
+    return (value if lp > -math.inf else share * q), log_ratio
+
+
+@sums
+def _row_side(z, e, ids, stops, left, out):
+    """Log-probabilities of the kept events and the stop event into ``out``, all masses relative to the row's total."""
+    top = row_max(z)
+    total = exp_into(z, top, e)
+    shift = z.dtype.type(math.log(total))
+    for k in range(ids.size):
+        out[k] = (z[ids[k]] - top) - shift
+    out[ids.size] = log_sum(z, stops, 0, stops.size, -1) - top - math.log(total)
+    rest = 0.0
+    for i in range(left.size):
+        rest += e[left[i]]
+    return top, total, rest / total
+
+
+@sums
+def _exp_all(x, out):
+    return exp_into(x, x.dtype.type(0.0), out)
+
+
+@sums
+def _entropy(lq, q):
+    total = 0.0
+    for k in range(lq.size):
+        total -= q[k] * lq[k] if lq[k] > -math.inf else 0.0
+    return total
+
+
+@sums
+def _terms(lp, lq, p, q, student, student_mix, teacher, teacher_mix, out):
+    """The divergence of some events; ``out`` gets its derivative with respect to p, times p, up to a multiple of p."""
+    one, nothing = p.dtype.type(1.0), p.dtype.type(0.0)
+    total = 0.0
+    for first in range(0, lp.size, 1024):
+        last = min(first + 1024, lp.size)
+        part = nothing
+        if student != nothing:
+            kept = one - student_mix
+            for k in range(first, last):
+                value, log_ratio = _mixed_term(lp[k], lq[k], p[k], q[k], student_mix)
+                part += student * value
+                slope = -log_ratio if kept == nothing else -log_ratio - kept * (exp(-log_ratio) - one)
+                out[k] = student * p[k] * slope if p[k] > nothing else nothing
+        else:
+            out[first:last] = nothing
+        if teacher != nothing:
+            kept = one - teacher_mix
+            for k in range(first, last):
+                value, log_ratio = _mixed_term(lq[k], lp[k], q[k], p[k], kept)
+                part += teacher * value
+                # q · p / n, with n / q = exp(log_ratio).
+                across = q[k] if teacher_mix == nothing else p[k] * exp(-log_ratio)
+                out[k] += teacher * kept * (p[k] - (across if lq[k] > -math.inf else nothing))
+        total += part
+    return total
+
+
+@sums
+def _divergence(
+    row_lo, row_hi, logits, logits_T, like, ids_V, stops_V, left_V, ids_W, stops_W, left_W,
+    student, student_mix, teacher, teacher_mix, above, bucket, leak, results, grad,
+):  # fmt: skip
+    real = like.dtype.type
+    events = ids_V.size + 1
+    size = events + 1 if bucket else events
+    scratch, e = np.empty(logits.shape[1], like.dtype), np.empty(logits.shape[1], like.dtype)
+    scratch_T, e_T = np.empty(logits_T.shape[1], like.dtype), np.empty(logits_T.shape[1], like.dtype)
+    room = np.empty((5, size), like.dtype)
+    lp, lq, p, q, out = room[0], room[1], room[2], room[3], room[4]
+    for n in range(row_lo, row_hi):
+        z, z_T = row_of(logits, n, scratch), row_of(logits_T, n, scratch_T)
+        _, total, rest = _row_side(z, e, ids_V, stops_V, left_V, lp)
+        _, total_T, rest_T = _row_side(z_T, e_T, ids_W, stops_W, left_W, lq)
+        results[n, 1] = _exp_all(lp[:events], p[:events])
+        if math.isnan(total + total_T):
+            results[n] = math.nan
+            if grad.shape[0]:
+                e[:] = math.nan
+                put_row(grad, n, e)
+            continue
+        if bucket:
+            shift = real(math.log1p(-leak))
+            for k in range(events):
+                lp[k] += shift
+                lq[k] += shift
+            lp[events] = math.log((1.0 - leak) * rest + leak) if rest + leak > 0.0 else -math.inf
+            lq[events] = math.log((1.0 - leak) * rest_T + leak) if rest_T + leak > 0.0 else -math.inf
+        else:
+            # Against their own largest: all that is kept may be next to nothing of the row.
+            top, top_T = row_max(lp), row_max(lq)
+            shift = top + real(math.log(exp_into(lp, top, p)))
+            shift_T = top_T + real(math.log(exp_into(lq, top_T, q)))
+            for k in range(events):
+                lp[k] -= shift
+                lq[k] -= shift_T
+        _exp_all(lp, p)
+        _exp_all(lq, q)
+        weight = teacher if above == -math.inf or _entropy(lq, q) > above else 0.0
+        results[n, 0] = _terms(
+            lp, lq, p, q, real(student), real(student_mix), real(weight), real(teacher_mix), out
+        )
+        if grad.shape[0] == 0:
+            continue
+        if bucket:
+            slope = out[events] / p[events] * real(1.0 - leak) if p[events] > 0.0 else real(0.0)
+            mean = range_sum(out, 0, events) + rest * slope
+            over, rest_slope = real(1.0 / total), slope - real(mean)
+            scale = over * rest_slope
+            single = real(mean) / real(1.0 - leak)
+        else:
+            mean = range_sum(out, 0, events)
+            scale, single = real(0.0), real(mean)
+        stop_log = log_sum(z, stops_V, 0, stops_V.size, -1)
+        # Rows may share memory with their gradients: what is read of them is read before.
+        for i in range(stops_V.size):
+            if stop_log > -math.inf:
+                part = math.exp(z[stops_V[i]] - stop_log)
+                e[stops_V[i]] = part
+        for v in range(left_V.size):
+            e[left_V[v]] *= scale
+        for k in range(ids_V.size):
+            e[ids_V[k]] = out[k] - p[k] * single
+        for i in range(stops_V.size):
+            if stop_log > -math.inf:
+                e[stops_V[i]] *= out[events - 1] - p[events - 1] * single
+            else:
+                e[stops_V[i]] = 0.0
+        put_row(grad, n, e)
+
+
+# Sorted distances.
+
+SHIFT = 18
+INTERVALS = 0x80000000 >> SHIFT
+"""Intervals of numbers that are not negative: those with the same exponent and first five digits."""
+
+
+@exact
+def _interval(x):
+    return (word_of(np.float32(x)) & np.uint32(0x7FFFFFFF)) >> np.uint32(SHIFT)
+
+
+@exact
+def _counted(x, counts):
+    counts[:] = 0
+    for v in range(x.size):
+        counts[v & 3, _interval(x[v])] += 1
+    for b in range(counts.shape[1]):
+        counts[0, b] += counts[1, b] + counts[2, b] + counts[3, b]
+
+
+@exact
+def _inside(x, flags, values, places):
+    """The entries in flagged intervals, and where they are."""
+    found = 0
+    for v in range(x.size):
+        if flags[_interval(x[v])]:
+            values[found], places[found] = x[v], v
+            found += 1
+    return found
+
+
+@sums
+def _signed_sum(x, sign, out):
+    """``Σ sign[interval of x] · x`` and the signs themselves."""
+    total = 0.0
+    for first in range(0, x.size, 2048):
+        part = x.dtype.type(0.0)
+        for v in range(first, min(first + 2048, x.size)):
+            s = sign[_interval(x[v])]
+            part += s * x[v]
+            out[v] = s
+        total += part
+    return total
+
+
+@sums
+def _sorted_distance(row_lo, row_hi, p, q, value, grad):
+    counts_p, counts_q = np.empty((4, INTERVALS), np.int32), np.empty((4, INTERVALS), np.int32)
+    sign, flags = np.empty(INTERVALS, p.dtype), np.empty(INTERVALS, np.bool_)
+    above_p, above_q = np.empty(INTERVALS, np.int64), np.empty(INTERVALS, np.int64)
+    signs_p, signs_q = np.empty(p.shape[1], p.dtype), np.empty(q.shape[1], p.dtype)
+    some_p, some_q = np.empty(p.shape[1], p.dtype), np.empty(q.shape[1], p.dtype)
+    place_p, place_q = np.empty(p.shape[1], np.int64), np.empty(q.shape[1], np.int64)
+    for n in range(row_lo, row_hi):
+        _counted(p[n], counts_p)
+        _counted(q[n], counts_q)
+        ahead_p, ahead_q, unsure = 0, 0, 0
+        for b in range(INTERVALS - 1, -1, -1):
+            here_p, here_q = counts_p[0, b], counts_q[0, b]
+            above_p[b], above_q[b] = ahead_p, ahead_q
+            flags[b] = False
+            sign[b] = 0.0
+            if ahead_p - ahead_q >= here_q:
+                sign[b] = 1.0 if b > 0 else 0.0  # what is 0 on one side is met by zeros
+            elif ahead_q - ahead_p >= here_p:
+                sign[b] = -1.0
+            else:
+                flags[b] = True
+                unsure += 1
+            ahead_p += here_p
+            ahead_q += here_q
+        total = _signed_sum(p[n], sign, signs_p) - _signed_sum(q[n], sign, signs_q)
+        if unsure and not math.isnan(total):
+            found_p = _inside(p[n], flags, some_p, place_p)
+            found_q = _inside(q[n], flags, some_q, place_q)
+            order_p = np.argsort(-some_p[:found_p], kind="mergesort")
+            sorted_q = np.sort(some_q[:found_q])[::-1]
+            i, j = 0, 0
+            while i < found_p or j < found_q:
+                # One interval at a time, from the top; both sides' entries of it by rank.
+                first = some_p[order_p[i]] if i < found_p else p.dtype.type(-1.0)
+                if j < found_q and sorted_q[j] > first:
+                    first = sorted_q[j]
+                b = _interval(first)
+                here_p, here_q = counts_p[0, b], counts_q[0, b]
+                lead = above_p[b] - above_q[b]
+                for k in range(here_p):
+                    entry = order_p[i + k]
+                    rival = k + lead
+                    s = 1.0 if some_p[entry] > 0.0 else 0.0
+                    if rival < 0:
+                        s = -1.0
+                    elif rival < here_q:
+                        other = sorted_q[j + rival]
+                        s = 1.0 if some_p[entry] > other else (-1.0 if some_p[entry] < other else 0.0)
+                    signs_p[place_p[entry]] = s
+                    total += s * some_p[entry]
+                for k in range(here_q):
+                    rival = k - lead
+                    s = 1.0
+                    if rival < 0:
+                        s = -1.0
+                    elif rival < here_p:
+                        other = some_p[order_p[i + rival]]
+                        s = 1.0 if sorted_q[j + k] > other else (-1.0 if sorted_q[j + k] < other else 0.0)
+                    total += s * sorted_q[j + k]
+                i += here_p
+                j += here_q
+        value[n] = total
+        if grad.shape[0]:
+            for v in range(p.shape[1]):
+                grad[n, v] = signs_p[v]
+
+
+# Columns and segments.
+
+
+@sums
+def _columns_forward(row_lo, row_hi, logits, like, event, starts, out):
+    real = like.dtype.type
+    events = out.shape[1]
+    scratch, e = np.empty(logits.shape[1], like.dtype), np.empty(logits.shape[1], like.dtype)
+    total, tops = np.empty(events, np.float64), np.empty(events, np.float64)
+    for n in range(row_lo, row_hi):
+        z = row_of(logits, n, scratch)
+        top = row_max(z)
+        if top == -math.inf:
+            out[n] = -math.inf
+            continue
+        exp_into(z, top, e)
+        total[:] = 0.0
+        for v in range(e.size):
+            total[event[v]] += e[v]
+        small = False
+        for u in range(events):
+            out[n, u] = log(real(total[u])) + top
+            small |= total[u] < TINY and starts[u + 1] > starts[u]
+        if small:
+            tops[:] = -math.inf
+            for v in range(z.size):
+                if total[event[v]] < TINY and z[v] > tops[event[v]]:
+                    tops[event[v]] = z[v]
+            for u in range(events):
+                if total[u] < TINY:
+                    total[u] = 0.0
+                    out[n, u] = -math.inf
+            for v in range(z.size):
+                u = event[v]
+                if tops[u] > -math.inf:
+                    total[u] += math.exp(z[v] - tops[u])
+            for u in range(events):
+                if tops[u] > -math.inf:
+                    out[n, u] = tops[u] + math.log(total[u])
+
+
+@sums
+def _columns_backward(row_lo, row_hi, logits, like, event, result, grad_result, grad):
+    real = like.dtype.type
+    scratch, e = np.empty(logits.shape[1], like.dtype), np.empty(logits.shape[1], like.dtype)
+    for n in range(row_lo, row_hi):
+        z = row_of(logits, n, scratch)
+        for v in range(e.size):
+            whole = result[n, event[v]]
+            e[v] = z[v] - whole if whole > -math.inf else -math.inf
+        exp_into(e, real(0.0), e)
+        for v in range(e.size):
+            e[v] *= grad_result[n, event[v]]
+        put_row(grad, n, e)
+
+
+@sums
+def _segments_forward(value, segment, out):
+    total = np.zeros(out.size, np.float64)
+    out[:] = -math.inf
+    for i in range(value.size):
+        if value[i] > out[segment[i]]:
+            out[segment[i]] = value[i]
+    for i in range(value.size):
+        top = out[segment[i]]
+        if top > -math.inf:
+            total[segment[i]] += exp(value[i] - top)
+    for s in range(out.size):
+        if total[s] > 0.0:
+            out[s] += math.log(total[s])
+
+
+@sums
+def _segments_backward(value, segment, out, grad_out, grad):
+    for i in range(value.size):
+        whole = out[segment[i]]
+        grad[i] = grad_out[segment[i]] * exp(value[i] - whole) if whole > -math.inf else 0.0
 
 
 @numba.njit(cache=True, nogil=True)

@@ -104,7 +104,7 @@ def row_statistics(
     logits_NV = widened(logits_NV)
     norm = row_logsumexp(logits_NV)
     picked = logits_NV.gather(1, target_N.clamp(min=0)[:, None])[:, 0] - norm
-    stop = row_logsumexp(logits_NV[:, stops]) - norm
+    stop = row_logsumexp(logits_NV[:, stops] - norm[:, None])
     return norm, torch.where(target_N >= 0, picked, torch.zeros_like(picked)), stop
 
 
@@ -158,7 +158,7 @@ def column_logsumexp(logits_NV: Tensor, columns: Columns, *, overwrite: bool = F
     top = top.scatter_reduce(1, index, logits_NV.detach(), "amax")
     top = torch.where(torch.isfinite(top), top, 0.0)
     total = torch.zeros_like(top).scatter_add(1, index, torch.exp(logits_NV - top.gather(1, index)))
-    something = total > 0
+    something = total != 0
     return torch.where(something, torch.log(torch.where(something, total, 1.0)) + top, -torch.inf)
 
 
@@ -171,7 +171,7 @@ def segment_logsumexp(value: Tensor, segment: Tensor, segments: int) -> Tensor:
     top = top.scatter_reduce(0, segment, value.detach(), "amax", include_self=True)
     top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
     total = value.new_zeros(segments).index_add(0, segment, torch.exp(value - top[segment]))
-    something = total > 0
+    something = total != 0
     return torch.where(something, torch.log(torch.where(something, total, 1.0)) + top, -torch.inf)
 
 
@@ -183,7 +183,7 @@ def row_logsumexp(value: Tensor) -> Tensor:
     top = value.detach().amax(-1, keepdim=True)
     top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
     total = torch.exp(value - top).sum(-1)
-    something = total > 0
+    something = total != 0
     return torch.where(something, torch.log(torch.where(something, total, 1.0)) + top[..., 0], -torch.inf)
 
 
