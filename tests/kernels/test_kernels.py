@@ -15,6 +15,7 @@ from gold.kernels.layout import Columns, KeptEvents
 from gold.kernels.reference import MixedKL
 from gold.losses import DIVERGENCES
 from gold.losses.divergences import form_of
+from tests.kernels.rows_for_kernels import FORCED
 
 over = pytest.mark.parametrize(
     "backend", [pytest.param(BACKENDS[name], id=name) for name in sorted(BACKENDS)]
@@ -24,6 +25,11 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 FORMS = {name: form_of(divergence) for name, divergence in DIVERGENCES.items()}
 FORMS["jsd, a little"] = MixedKL(student=0.9, student_mix=0.1, teacher=0.1, teacher_mix=0.1)
 FORMS["entropy"] = MixedKL(student=1.0, teacher=0.5, above_nats=1.2)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> ModuleType:
+    return BACKENDS[request.param]
 
 
 def logits_of(rows: int, width: int, seed: int, scale: float = 3.0) -> Tensor:
