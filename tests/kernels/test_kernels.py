@@ -17,9 +17,7 @@ from gold.losses import DIVERGENCES
 from gold.losses.divergences import form_of
 from tests.kernels.rows_for_kernels import FORCED
 
-over = pytest.mark.parametrize(
-    "backend", [pytest.param(BACKENDS[name], id=name) for name in sorted(BACKENDS)]
-)
+over = pytest.mark.parametrize("backend", FORCED, indirect=True)
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 FORMS = {name: form_of(divergence) for name, divergence in DIVERGENCES.items()}
