@@ -229,7 +229,9 @@ def _models(
         members[name] = _cached(teacher, served[name], progress)
         if judged and not _is_kept(members[name]):
             _judge(config, graded[name], examine_server(served[name], graded[name]), progress, name)
-    of_files = file_side("student", student.path, roles_of(student))
+    if sides:
+        check_files(_path(student), gguf_file=student.gguf_file)
+    of_files = file_side("student", student.path, roles_of(student)) if sides else None
     for name, side in sides.items():
         if judged and of_files is not None:
             consult[name](of_files, side)

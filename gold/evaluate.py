@@ -187,7 +187,10 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
 def bootstrap_ratio(
     numerator: NDArray[np.float64], denominator: NDArray[np.float64], seed: int, draws: int = 1000
 ) -> tuple[float, float]:
-    """95 % percentile interval of ``Σ numerator / Σ denominator``, items resampled with replacement."""
+    """95 % percentile interval of ``Σ numerator / Σ denominator``, items resampled with replacement; not-a-number where
+    an item is infinite or none."""
+    if not np.isfinite(numerator).all():
+        return math.nan, math.nan
     chosen = np.random.default_rng(seed).integers(0, numerator.size, (draws, numerator.size))
     ratios = numerator[chosen].sum(1) / np.maximum(denominator[chosen].sum(1), 1.0)
     low, high = np.quantile(ratios, [0.025, 0.975])

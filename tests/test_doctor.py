@@ -778,7 +778,7 @@ def test_processes_tell_once(saved: Path, tmp_path: Path, call: Any, monkeypatch
     sides = [read_side(role, saved / role) for role in ("student", "teacher")]
     for rank, count in (("0", 1), ("1", 1)):
         monkeypatch.setenv("RANK", rank)
-        gold.assembly._consult(config, data, SimpleNamespace(note=told.append), *sides)  # type: ignore[arg-type]
+        gold.assembly._consult(config, data.train, SimpleNamespace(note=told.append), "teacher", *sides)  # type: ignore[arg-type]
         assert len(told) == count
 
 

@@ -65,6 +65,8 @@ class Rows:
             ids, logp = packed.chunk(2, dim=-1)
             known = ids >= 0
             rest = log_rest(logp.masked_fill(~known, -torch.inf))
+            # Of a row that is known as a whole nothing is left, whatever rounding says.
+            rest = rest.masked_fill(known.sum(-1) >= size, -torch.inf)
             dense = logp.new_full((logp.shape[0], size + 1), -torch.inf)
             column = torch.where(known, ids, float(size)).long()
             dense = dense.scatter(1, column, logp.masked_fill(~known, -torch.inf))
