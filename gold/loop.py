@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gold.alarms import Alarms, repetition
 from gold.align.vocabulary import Vocabulary
-from gold.aligned import AlignedBatch, VocabularyPair
+from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
 from gold.checkpoint import latest_checkpoint
 from gold.data import Prompt, PromptOrder
 from gold.errors import ConfigError, TeacherError
@@ -47,6 +47,7 @@ from gold.recipe import Recipe
 from gold.rollout import Rollout, advantages, completed, sample
 from gold.run import RunFolder
 from gold.teachers.itself import SelfTeacher
+from gold.teachers.local import LocalTeacher
 from gold.teachers.several import Teachers, averages_of
 
 Answer = TypeVar("Answer")
@@ -223,6 +224,39 @@ class Loop:
                 f"{mix.rule} mix of all".replace("_", "-") if mix else "each prompt has its own"
             )
         return lines
+
+    def prepare(self) -> float:
+        """Seconds until the kernels of all terms are ready, run once on a text of one letter: what a compiler has made
+        of them is kept for later runs."""
+        started = self.now()
+        mine = self.student.vocabulary
+        spelling = mine.encode("a")
+        ids = np.append(spelling.ids, mine.stop_ids[0]).astype(np.int32)
+        states = PaddedStates.of([[self.student.pad_id]], [spelling.ids], [ids.size], 0, self.student.device)
+        with torch.no_grad(), self.accelerator.autocast():
+            logits = rows_of(self.student.lm, states).logits()
+        for name, pair in self.pairs.items():
+            text = AlignedText(
+                ids, spelling, pair.read(spelling), True, drawn_logp=np.zeros(ids.size, np.float32)
+            )
+            teacher = self.teachers.members[name] if self.teachers else None
+            device = teacher.device if teacher else self.student.device
+            batch = AlignedBatch([text], pair, self.student.device, device)
+            size = int(batch.teacher_row_starts[-1]), pair.teacher.size
+            kind = teacher.model.lm.dtype if isinstance(teacher, LocalTeacher) else torch.float32
+            view = View(
+                batch,
+                Rows.of_logits(logits.clone().requires_grad_(True)),
+                Rows.of_logits(torch.zeros(size, dtype=kind, device=device)),
+                self.backend,
+                self.teacher_backends.get(name, self.backend),
+                Rows.of_logits(logits),
+            )
+            for term in self.terms:
+                total = term.objective(view).total
+                if total.requires_grad:
+                    total.backward()
+        return self.now() - started
 
     def advance(self) -> dict[str, Any]:
         """One optimizer step; returns its metrics.

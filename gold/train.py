@@ -133,6 +133,10 @@ def distill(
         if folder:
             run.steps, run.evaluations = folder.records("train"), folder.records("eval")
         stack.enter_context(progress.running(loop.header(), recipe.steps, loop.step))
+        if (seconds := loop.prepare()) > 1.0:
+            progress.note(
+                f"the kernels were made ready in {seconds:.0f} s; what was compiled is kept for later runs"
+            )
         interrupt = stack.enter_context(_Interrupt())
 
         def look() -> None:

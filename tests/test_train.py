@@ -206,10 +206,10 @@ def test_every_step_tells_its_phases_and_speed() -> None:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes the reverse KL of the calls that are named NaN or infinite."""
+    """Makes the reverse KL of the steps that are named NaN or infinite."""
 
     def poison(value: float, calls: range) -> None:
-        count = iter(range(10**6))
+        count = iter(range(-1, 10**6))  # it is called once before the first step
 
         def divergence(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
             return reverse_kl(logp, logq) * (value if next(count) in calls else 1.0)

@@ -23,7 +23,7 @@ from gold.doctor.side import Side
 
 _BYTES_OF = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 _TRAINED_COPIES = 4
-_BLOCK_BYTES = 64 * 2**20
+_BLOCK_BYTES = 128 * 2**20
 _BLOCKS = 6
 
 

@@ -23,7 +23,7 @@ from gold.kernels.layout import ByteLayout, KeptEvents
 from gold.kernels.reference import LEAK, MixedKL, coarsened, leaked, row_logsumexp, widened
 from gold.kernels.tables import byte_table, filled_table, joint_table
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 128 * 2**20
 """Logits of one block take at most this many bytes in float32, and a block holds at least one row."""
 ACCELERATED = 16
 """Times as much on an accelerator, which is idle in small blocks."""
