@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,14 @@ from gold.models import LanguageModel
 
 Faults = Callable[[int], str | None]
 """The fault of the n-th request for scores, from 0; None for none."""
+
+
+class _Http(ThreadingHTTPServer):
+    """A client may hang up while it is read or answered: a run that stops does, and its stderr is looked at."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class ModelServer:
@@ -39,7 +48,7 @@ class ModelServer:
         self.keys: set[str | None] = set()
         self.scored = 0
         self._lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
+        self._http = _Http(("127.0.0.1", port), self._handler())
         self._http.daemon_threads = True
         self._http.block_on_close = False
         if tls:
@@ -78,11 +87,7 @@ class ModelServer:
                 pass
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                try:
-                    outer.serve(self, self.path, body)
-                except (BrokenPipeError, ConnectionResetError):
-                    self.close_connection = True
+                outer.serve(self, self.path, json.loads(self.rfile.read(int(self.headers["content-length"]))))
 
         return Handler
 
