@@ -169,7 +169,7 @@ class Loop:
             recompute_activations(student.lm)
         trained = [p for p in student.lm.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            trained, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+            trained, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
         # The model is where it should be: a run of one process stays on the device that was asked for.
         self.module, self.optimizer = accelerator.prepare(

@@ -91,11 +91,13 @@ def projected_divergence(
     reached_W, column_E = torch.unique(
         projection.ids_W[there.to(projection.ids_W.device)], return_inverse=True
     )
-    column_E = column_E.to(ids_V.device)
+    column_E, order = torch.sort(column_E.to(ids_V.device), stable=True)
+    ids_V, weight_E = ids_V[order], weight_E[order]
+    entries_W = torch.bincount(column_E, minlength=reached_W.numel())
 
     def compare(p_CV: Tensor, q_CW: Tensor) -> tuple[Tensor, ...]:
-        taken = p_CV.new_zeros(p_CV.shape[0], reached_W.numel())
-        taken = taken.index_add(1, column_E, p_CV[:, ids_V] * weight_E.to(p_CV))
+        entries = p_CV[:, ids_V] * weight_E.to(p_CV)
+        taken = torch.segment_reduce(entries.T.contiguous(), "sum", lengths=entries_W).T
         p = torch.cat((taken, p_CV[:, projection.stops_V].sum(-1, keepdim=True)), dim=-1)
         q = torch.cat((q_CW[:, reached_W], q_CW[:, projection.stops_W].sum(-1, keepdim=True)), dim=-1).to(p)
         mass = q.sum(-1)
@@ -170,7 +172,8 @@ def _means(rows: Rows, chunk: Tensor, count: int) -> Tensor:
         def part(block: Rows, here: Tensor = chunk[span]) -> tuple[Tensor, ...]:
             prob = torch.softmax(widened(block.logits()), dim=-1)
             weighted = prob * share[here].to(prob)[:, None]
-            return (prob.new_zeros(count, rows.width).index_add(0, here, weighted),)
+            # In the order of the rows on every device.
+            return (torch.segment_reduce(weighted, "sum", lengths=torch.bincount(here, minlength=count)),)
 
         (added,) = remade(part, rows.select(span))
         total = total + added

@@ -91,6 +91,11 @@ def column_logsumexp(logits_NV: Tensor, columns: Columns, *, overwrite: bool = F
     return out_NE
 
 
+def segment_logsumexp(value: Tensor, segment: Tensor, segments: int) -> Tensor:
+    """See ``reference.segment_logsumexp``."""
+    return column_logsumexp(value[None], Columns(segment, segments))[0]
+
+
 class _ByteMasses(torch.autograd.Function):
     @staticmethod
     def forward(

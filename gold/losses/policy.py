@@ -8,7 +8,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gold.aligned import AlignedBatch
 from gold.kernels.linear import byte_tables
 from gold.losses.view import Loss, Scores, View, sequence_logp, student_scores, teacher_scores
 
@@ -44,7 +43,7 @@ def span_pg(
         advantage_C = total_T - total_S
         inside = span_S >= 0
         advantage = torch.where(inside, advantage_C[span_S.clamp(min=0)], 0.0) if spans else mine.event * 0.0
-    total = policy_loss(batch, mine, advantage, inside, clip, baseline, importance_cap, noncanonical_penalty)
+    total = policy_loss(view, mine, advantage, inside, clip, baseline, importance_cap, noncanonical_penalty)
     logp = sequence_logp(batch, (mine.target, mine.stop), (theirs.target, theirs.stop))
     return Loss(total, {"span_reverse_kl": -advantage_C.sum()}, logp)
 
@@ -76,13 +75,13 @@ def token_pg(
         table, log_target, log_stop = byte_tables(view.teacher_rows, batch.layout_T, view.teacher_backend)
         position, row, event = (x.to(table.device) for x in batch.path)
         rows = mine.event.shape[0]
-        gained = table.new_zeros(rows).index_add(0, row, table[position, event]).to(mine.event)
+        gained = view.teacher_backend.chunk_sums(table[position, event], row, rows).to(mine.event)
         reward = gained - mine.event.detach()
         inside = batch.sampled_row_mask
         group = batch.row_text if horizon == "text" else batch.spans[0]
         inside = inside & (group >= 0)
         advantage = _reward_to_go(torch.where(inside, reward, 0.0), group)
-    total = policy_loss(batch, mine, advantage, inside, clip, baseline, importance_cap, noncanonical_penalty)
+    total = policy_loss(view, mine, advantage, inside, clip, baseline, importance_cap, noncanonical_penalty)
     logp = sequence_logp(batch, (mine.target, mine.stop), (log_target, log_stop))
     return Loss(total, {"span_reverse_kl": -torch.where(inside, reward, 0.0).sum()}, logp)
 
@@ -99,13 +98,11 @@ def reward(view: View, *, importance_cap: Positive | None = None) -> Loss:
     # The sampled id itself, of several stop ids the one that was drawn.
     mine = Scores(mine.target, mine.target, mine.stop)
     advantage = given[batch.row_text]
-    return Loss(
-        policy_loss(batch, mine, advantage, batch.sampled_row_mask, None, "none", importance_cap, 0.0)
-    )
+    return Loss(policy_loss(view, mine, advantage, batch.sampled_row_mask, None, "none", importance_cap, 0.0))
 
 
 def policy_loss(
-    batch: AlignedBatch,
+    view: View,
     mine: Scores,
     advantage: Tensor,
     inside: Tensor,
@@ -121,9 +118,10 @@ def policy_loss(
     ``clip``: A is kept within ± that. ``importance_cap``: w is π(a) over the probability that a was drawn with, at most
     that; else 1. The order is this one.
     """
+    batch = view.batch
     with torch.no_grad():
         if baseline == "others":
-            advantage = advantage - _mean_of_others(advantage, inside, batch)
+            advantage = advantage - _mean_of_others(advantage, inside, view)
         if noncanonical_penalty:
             advantage = advantage - noncanonical_penalty * (~batch.canonical_rows).to(advantage)
         if clip is not None:
@@ -134,13 +132,14 @@ def policy_loss(
     return -(advantage[inside] * mine.event[inside]).sum()
 
 
-def _mean_of_others(advantage: Tensor, inside: Tensor, batch: AlignedBatch) -> Tensor:
+def _mean_of_others(advantage: Tensor, inside: Tensor, view: View) -> Tensor:
     """For each row the mean over rows of other texts with the same number in their text; 0 where there is none."""
-    number = batch.row_number
+    number = view.batch.row_number
     size = int(number.max()) + 1 if number.numel() else 0
     weight = inside.to(advantage)
-    count = advantage.new_zeros(size).index_add(0, number, weight)[number] - weight
-    total = advantage.new_zeros(size).index_add(0, number, weight * advantage)[number] - weight * advantage
+    count, total = (
+        view.backend.chunk_sums(x, number, size)[number] - x for x in (weight, weight * advantage)
+    )
     return torch.where(count > 0, total / count.clamp(min=1.0), 0.0)
 
 

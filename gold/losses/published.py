@@ -83,7 +83,7 @@ def opd(view: View, *, clip: Positive | None = None, importance_cap: Positive | 
     with torch.no_grad():
         advantage = theirs.event.to(mine.event) - mine.event
         inside = batch.sampled_row_mask
-    total = policy_loss(batch, mine, advantage, inside, clip, "none", importance_cap, 0.0)
+    total = policy_loss(view, mine, advantage, inside, clip, "none", importance_cap, 0.0)
     logp = sequence_logp(batch, (mine.target, mine.stop), (theirs.target, theirs.stop))
     return Loss(total, {"reverse_kl": -advantage[inside].sum()}, logp)
 
@@ -260,7 +260,7 @@ def _last_rows(
     last[:-1] &= chunk[1:] != chunk[:-1]
     others = torch.nonzero(inside & ~last)[:, 0]
     logp, _ = token_logp(rows.select(others), target[others], stops, backend)
-    before = logp.new_zeros(count).index_add(0, chunk[others], logp)
+    before = backend.chunk_sums(logp, chunk[others], count)
     return torch.nonzero(last)[:, 0], before
 
 

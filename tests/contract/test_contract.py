@@ -37,7 +37,7 @@ from tests.contract.toys import (
     toy_vocabulary,
     view_of,
 )
-from tests.kernels.rows_for_kernels import FORCED
+from tests.kernels.rows_for_kernels import BACKENDS_HERE, FORCED
 
 VARIANTS = dict(variants())
 BY_NUMBER = {clause.number: clause for clause in CLAUSES}
@@ -108,6 +108,24 @@ def test_bytes_sum_up_to_the_token_level_divergence_where_no_token_begins_anothe
 
 
 # 5. Padded positions, padding rows of the output matrix, and the order in a batch are inert.
+
+
+@over(sorted(OBJECTIVES))
+@pytest.mark.parametrize("backend", FORCED)
+def test_every_back_end_computes_the_same(name, backend):
+    objective = next(o for o in VARIANTS.values() if o.name == name)
+    pair = pair_for(objective)
+    texts = texts_for(objective, pair)[:2]
+    rows = student_rows(ToyModel(pair.student, 3), texts), teacher_rows(ToyModel(pair.teacher, 4), texts)
+    expected, grad = gradient(objective, view_of(pair, texts, *rows, "reference"))
+    value, found = gradient(objective, view_of(pair, texts, *rows, backend))
+    assert value == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS_HERE, reason="triton does not run here")
+def test_the_default_objective_is_the_same_under_triton():
+    test_every_back_end_computes_the_same("reverse_kl", "cuda")
 
 
 @over(sorted(VARIANTS))

@@ -29,11 +29,11 @@ def _interpreter_fails() -> str:
 
 INTERPRETER_FAILS = _interpreter_fails()
 
-FORCED = [
-    pytest.param(name, marks=pytest.mark.slow) if name == "cuda" else name
-    for name in BACKENDS
-    if not why_not(name, CPU) and not (name == "cuda" and INTERPRETER_FAILS)
+BACKENDS_HERE = [
+    name for name in BACKENDS if not why_not(name, CPU) and not (name == "cuda" and INTERPRETER_FAILS)
 ]
+"""Back ends that run on CPU tensors."""
+FORCED = [pytest.param(name, marks=pytest.mark.slow) if name == "cuda" else name for name in BACKENDS_HERE]
 """Back ends to force on CPU tensors, one after the other; Triton's interpreter takes long."""
 
 
