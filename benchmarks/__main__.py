@@ -21,6 +21,7 @@ BENCHMARKS = {
     "objectives": ("benchmarks.objectives", "every objective on the demonstration task, with seeds"),
     "inside": ("benchmarks.inside", "a real pair: every byte, or one-to-one chunks alone, with seeds"),
     "informed": ("benchmarks.informed", "teachers that see more, and teachers of two families, with seeds"),
+    "tails": ("benchmarks.tails", "a teacher that tells its likeliest tokens alone, beside all of its rows"),
     "contract": ("benchmarks.contract", "put every objective, and losses of peers, to the contract"),
     "run": ("benchmarks.run", "train as a configuration says, and record the evaluations"),
     "served": ("benchmarks.served", "learn from a live server; what the client costs beside it"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,10 @@ from gold.checkpoint import latest_checkpoint
 from gold.config import Config, TeacherConfig, check_data
 from gold.data import Prompt, load_prompts, split_by_hash
 from gold.doctor.checks import Check, Report, examine
-from gold.doctor.report import diagnose
+from gold.doctor.report import diagnose, memory_check
 from gold.doctor.server import examine_noise, examine_own, examine_server
 from gold.doctor.side import Side, read_side, side_of
+from gold.doctor.sizes import StepMemory
 from gold.errors import ConfigError, ModelError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.loop import average_file
@@ -405,8 +406,18 @@ def diagnose_run(
     reports = {name: _diagnosed(config, data, name, weights, sizes) for name in config.named_teachers}
     if len(reports) == 1:
         return next(iter(reports.values()))
+    checks = [
+        replace(check, check=f"{name}: {check.check}")
+        for name, report in reports.items()
+        for check in report.checks
+        if check.check != "memory"
+    ]
+    needed = [report.memory for report in reports.values() if report.memory]
+    if len(needed) == len(reports):
+        # They are all held at once.
+        checks.append(memory_check(reduce(StepMemory.beside, needed)))
     return Report(
-        [replace(c, check=f"{name}: {c.check}") for name, report in reports.items() for c in report.checks],
+        checks,
         {
             f"{name}: {kind}": found
             for name, report in reports.items()

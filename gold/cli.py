@@ -202,7 +202,7 @@ def doctor(
     teacher: parameters × bytes of its dtype
     activations: sequences × tokens × layers ×
     (9 hidden + 4 inner + 3 (queries + keys)) × 4
-    logits: 6 blocks of at most 64 MiB
+    logits: 6 blocks of at most 128 MiB
     """
     with _told():
         if teacher is None:

@@ -459,6 +459,9 @@ def test_memory_by_hand(make: Make) -> None:
     halved = step_memory(student, teacher, 2, 7, ("bfloat16", "float32"))
     assert halved is not None
     assert (halved.student, halved.teacher) == (8 * count, 4 * count)
+    both = needed.beside(halved)
+    assert (both.teachers, both.teacher, both.teacher_parameters) == (2, 6 * count, 2 * count)
+    assert both.total == needed.total + halved.teacher
     for gone in ("hidden_size", "vocab_size"):
         kept = {name: size for name, size in SIZES.items() if name != gone}
         assert step_memory(make(byte_level_bpe(), **kept), teacher, 2, 7) is None

@@ -554,7 +554,10 @@ def test_a_run_from_a_file_with_several_teachers(tmp_path: Path) -> None:
     }
     path = tiny.write_settings(tmp_path / "run.yaml", tree)
     report = diagnose_run(path)
-    assert {check.check.split(": ")[0] for check in report.checks} == {"sums", "own"}
+    *checks, memory = report.checks
+    assert {check.check.split(": ")[0] for check in checks} == {"sums", "own"}
+    assert memory.check == "memory"
+    assert "2 teachers" in memory.found
     assert report.verdict != "fail"
     header: dict[str, str] = {}
 

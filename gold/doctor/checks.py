@@ -15,6 +15,7 @@ from gold.align.spelling import BYTE_FALLBACK, BYTE_LEVEL
 from gold.align.vocabulary import Spelling, Vocabulary
 from gold.doctor.sample import JUDGED, SAMPLE
 from gold.doctor.side import Side
+from gold.doctor.sizes import StepMemory
 
 Status = Literal["pass", "warn", "fail"]
 
@@ -90,11 +91,13 @@ class ClassCoverage:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was found of a pair; `unchecked` says what could not be looked at, and what it would take."""
+    """Everything that was found of a pair; `unchecked` says what could not be looked at, and what it would take;
+    `memory` is what the check of that name was made of."""
 
     checks: list[Check]
     coverage: Mapping[str, ClassCoverage] = field(default_factory=dict)
     unchecked: list[str] = field(default_factory=list)
+    memory: StepMemory | None = None
 
     @property
     def failures(self) -> list[Check]:

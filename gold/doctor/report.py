@@ -71,7 +71,7 @@ def diagnose(
             f"memory: no config.json of {silent}" if silent else "memory: an unusual config.json"
         )
     else:
-        checks.append(_memory(needed, sequences, tokens))
+        checks.append(memory_check(needed))
     if load is None:
         loaded = "the student" if served else "both models"
         unchecked.append(f"zero KL, bits per byte, time: --weights loads {loaded}")
@@ -79,7 +79,7 @@ def diagnose(
         from gold.doctor.weights import examine_weights
 
         checks += examine_weights(*load(), texts or SAMPLE[JUDGED], sequences, tokens)
-    return Report(checks, report.coverage, unchecked)
+    return Report(checks, report.coverage, unchecked, needed)
 
 
 def load_pair(student: str, teacher: str) -> tuple[LanguageModel, LanguageModel]:
@@ -168,17 +168,19 @@ def _coverage_table(report: Report) -> Any:
     return table
 
 
-def _memory(needed: StepMemory, sequences: int, tokens: int) -> Check:
+def memory_check(needed: StepMemory) -> Check:
+    """Whether a step fits into this machine's memory."""
+    teachers = "teacher" if needed.teachers == 1 else f"{needed.teachers} teachers"
+    theirs = (
+        f"{_gib(needed.teacher)} ({needed.teacher_parameters / 1e6:,.0f} M)"
+        if needed.teacher
+        else "served elsewhere"
+    )
     found = (
-        f"{_gib(needed.total)} for {sequences} × {tokens} tokens: student {_gib(needed.student)} "
+        f"{_gib(needed.total)} for {needed.sequences} × {needed.tokens} tokens: student {_gib(needed.student)} "
         f"({needed.student_parameters / 1e6:,.0f} M × "
         f"{needed.student // needed.student_parameters} bytes: weights, gradients, AdamW), activations "
-        f"{_gib(needed.activations)}, logits {_gib(needed.logits)}, teacher "
-        + (
-            f"{_gib(needed.teacher)} ({needed.teacher_parameters / 1e6:,.0f} M)"
-            if needed.teacher
-            else "served elsewhere"
-        )
+        f"{_gib(needed.activations)}, logits {_gib(needed.logits)}, {teachers} {theirs}"
     )
     here = machine_memory()
     if here is not None and needed.total > here:

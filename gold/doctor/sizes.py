@@ -3,7 +3,7 @@
     student      parameters × 4 × bytes of its dtype: weights, gradients and AdamW's two moments
     teacher      parameters × bytes of its dtype
     activations  sequences × tokens × layers × (9·hidden + 4·inner + 3·(queries + keys)) × 4 bytes
-    logits       6 blocks of at most 64 MiB: both sides' rows of one block, and what their gradients need
+    logits       6 blocks of at most 128 MiB: both sides' rows of one block, and what their gradients need
 
 The factors of the activations were fitted to what two real models keep for the backward pass (the formula gives 1.22
 times that for a Llama, 0.89 times for a Gemma). The rollout's cache of keys and values is freed before, and not in it.
@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,29 @@ _BLOCKS = 6
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that one optimizer step needs, by part."""
+    """Bytes that one optimizer step needs, by part, if a forward pass reads so many sequences of so many tokens."""
 
+    sequences: int
+    tokens: int
     student: int
     teacher: int
     activations: int
     logits: int
     student_parameters: int
     teacher_parameters: int
+    teachers: int = 1
+
+    def beside(self, other: StepMemory) -> StepMemory:
+        """With the teachers of another pair of the same student held at the same time."""
+        return replace(
+            self,
+            tokens=max(self.tokens, other.tokens),
+            teacher=self.teacher + other.teacher,
+            activations=max(self.activations, other.activations),
+            logits=max(self.logits, other.logits),
+            teacher_parameters=self.teacher_parameters + other.teacher_parameters,
+            teachers=self.teachers + other.teachers,
+        )
 
     @property
     def total(self) -> int:
@@ -65,6 +80,8 @@ def step_memory(
     widths = [int(mine.get("vocab_size") or 0), int(theirs.get("vocab_size") or teacher.vocabulary.size)]
     block = min(_BLOCK_BYTES, rows * max(widths) * 4)
     return StepMemory(
+        sequences=sequences,
+        tokens=tokens,
         student=counts[0] * _TRAINED_COPIES * _bytes_of(dtypes[0], mine),
         teacher=counts[1] * _bytes_of(dtypes[1], theirs),
         activations=rows * layers * (9 * hidden + 4 * inner + 3 * (queries + keys)) * 4,
