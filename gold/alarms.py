@@ -1,4 +1,4 @@
-"""What goes wrong slowly: lengths that run away or collapse, repetition, spellings that no tokenizer gives."""
+"""What goes wrong slowly: lengths that run away or collapse, repetition, lost entropy, spellings of no tokenizer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ LENGTH_FACTOR = 3.0
 """Longer or shorter than at the start by this factor."""
 REPETITION_SHARE = 0.5
 """Share of repeated stretches above which a text says nothing new, if it was half as much at the start."""
+ENTROPY_FACTOR = 10.0
+"""Nats per sampled token lower than at the start by this factor. A student that learns well loses half of them."""
 CANONICAL_LOSS = 0.1
 """How much lower than at the start the share of canonical tokens may be."""
 STRETCH = 8
@@ -32,7 +34,7 @@ class Alarms:
 
     def check(self, record: Mapping[str, Any]) -> dict[str, str]:
         """What a person should know after this step, by kind; empty during the first ``WINDOW`` steps."""
-        for name in ("length_bytes", "repetition", "canonical_share"):
+        for name in ("length_bytes", "repetition", "sampled_entropy", "canonical_share"):
             if name not in record:
                 continue
             first, last = self._first.setdefault(name, []), self._last.setdefault(name, [])
@@ -59,6 +61,11 @@ class Alarms:
                 found["repetition"] = (
                     f"step {step}: {now:.0%} of what completions say repeats itself, at the start {before:.0%}; lower "
                     "the learning rate, or hold the student with reference_kl"
+                )
+            elif name == "sampled_entropy" and ENTROPY_FACTOR * now < before:
+                found["entropy"] = (
+                    f"step {step}: the student draws its tokens from {now:.2g} nats, at the start {before:.2g}: soon it "
+                    "writes one text only; add forward_kl or reference_kl, or take a jsd"
                 )
             elif name == "canonical_share" and now < before - CANONICAL_LOSS:
                 found["canonical"] = (

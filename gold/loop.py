@@ -467,7 +467,8 @@ class Loop:
         record |= self._record_of_teachers(sums, counts)
         sampled = sums["sampled"]
         if sampled:
-            record |= {name: sums[name] / sampled for name in ("sampler_logp", "repetition")}
+            record["sampled_entropy"] = -sums["drawn_logp"] / max(1.0, sums["drawn_tokens"])
+            record["repetition"] = sums["repetition"] / sampled
             record["stop_rate"] = sums["stopped"] / sampled
             record["canonical_share"] = sums["canonical"] / max(1.0, sums["sampled_tokens"])
             if self.verifier is not None:
@@ -610,7 +611,8 @@ def _writing(rollouts: Sequence[Rollout], batches: Sequence[AlignedBatch]) -> di
         "sampled": len(drawn),
         "sampled_bytes": sum(len(r.spelling.data) for r in drawn),
         "stopped": sum(r.stopped for r in drawn),
-        "sampler_logp": sum(float(r.logp.sum()) for r in drawn),
+        "drawn_tokens": sum(r.ids.size for r in drawn),
+        "drawn_logp": sum(float(r.logp.sum()) for r in drawn),
         "sampled_tokens": sum(o.numel() for o in own),
         "canonical": sum(float(o.sum()) for o in own),
         "repetition": sum(repetition(r.spelling.data) for r in drawn),

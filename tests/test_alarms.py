@@ -15,7 +15,7 @@ def told(**series: list[float]) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["length_bytes", "repetition", "canonical_share"])
+@pytest.mark.parametrize("name", ["length_bytes", "repetition", "sampled_entropy", "canonical_share"])
 def test_a_steady_run_is_not_disturbed(name):
     assert told(**{name: [0.9, 1.1] * 20}) == []
 
@@ -29,6 +29,12 @@ def test_lengths_that_run_away_or_collapse():
 def test_repetition_that_was_not_there_at_the_start():
     assert told(repetition=[0.1] * WINDOW + [0.9] * WINDOW)[0][1] == "repetition"
     assert told(repetition=[0.6] * WINDOW + [0.9] * WINDOW) == []
+
+
+def test_entropy_that_is_lost():
+    assert told(sampled_entropy=[1.2] * WINDOW + [0.05] * WINDOW)[0] == (2 * WINDOW - 1, "entropy")
+    assert told(sampled_entropy=[1.2] * WINDOW + [0.4] * 20) == []
+    assert told(sampled_entropy=[0.0] * 20) == []  # greedy
 
 
 def test_segmentations_that_drift():
