@@ -187,6 +187,35 @@ def test_the_table_of_objectives_is_its_record():
     assert len(json.loads((RECORDS / "objectives.json").read_text())["data"]["rows"]) == len(recorded) - 2
 
 
+def cells(text):
+    """The cells of all lines of Markdown tables, without dividers."""
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return [row for row in rows if set("".join(row)) - set("-:")]
+
+
+def test_the_tables_of_several_teachers_are_their_record():
+    recorded = {
+        (len(row) // 2, row[0]): row[1::2] for row in cells((RECORDS / "informed.md").read_text("utf-8"))
+    }
+    page = (ROOT / "docs" / "teachers.md").read_text("utf-8")
+    section = page.split("## What it brought, measured")[1].split("\n## ")[0]
+    shown = cells(section)
+    assert len(shown) == 14
+    for name, *values in shown:
+        assert recorded[len(values), name] == values, name
+
+
+def test_the_table_of_told_tails_is_its_record():
+    told = json.loads((RECORDS / "tails.json").read_text())["data"]["told"]
+    page = (ROOT / "docs" / "method.md").read_text("utf-8")
+    section = page.split("| tokens told of each row |")[1].split("\n\n")[0]
+    for row, found in zip(cells(section)[-len(told) :], told, strict=True):
+        top_k, untold, *others = (float(cell.rstrip(" %")) for cell in row)
+        names = "reverse_kl_per_byte", "cosine", "size"
+        assert (top_k, untold) == (found["top_k"], pytest.approx(100 * found["untold"], abs=0.5))
+        assert others == [pytest.approx(found[name], abs=0.0051) for name in names]
+
+
 def test_the_objective_of_the_extending_page_works(monkeypatch):
     from tests.contract.test_contract import PAIR, STUDENT, TEACHER
     from tests.contract.toys import ToyModel, random_texts, view_of
