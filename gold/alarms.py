@@ -64,7 +64,7 @@ class Alarms:
                 )
             elif name == "sampled_entropy" and ENTROPY_FACTOR * now < before:
                 found["entropy"] = (
-                    f"step {step}: the student draws its tokens from {now:.2g} nats, at the start {before:.2g}: soon it "
+                    f"step {step}: a sampled token carries {now:.2g} nats, at the start {before:.2g}: the student soon "
                     "writes one text only; add forward_kl or reference_kl, or take a jsd"
                 )
             elif name == "canonical_share" and now < before - CANONICAL_LOSS:

@@ -56,6 +56,21 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     return ids
 
 
+def teacher_prompt_ids(tokenizer: Any, prompt: Prompt, teacher: str) -> list[int]:
+    """The ids that a teacher of this name reads before the completion.
+
+    Raises:
+        DataError: there are none, or its template refuses the messages; the message names the prompt's key.
+    """
+    try:
+        ids = prompt_ids(tokenizer, prompt)
+    except DataError as error:
+        raise DataError(f"prompt {prompt.key}: for teacher {teacher}: {error}") from error
+    if not ids:
+        raise DataError(f"prompt {prompt.key}: it is empty for teacher {teacher}")
+    return ids
+
+
 def prompt_text(prompt: Prompt) -> str:
     """A prompt for people and logs, and for models without a chat template: its text, or a plain transcript."""
     if prompt.messages is None:

@@ -254,7 +254,8 @@ class Loop:
             )
             for term in self.terms:
                 total = term.objective(view).total
-                if total.requires_grad:
+                # A teacher that cannot write the letter makes it infinite.
+                if total.requires_grad and total.isfinite():
                     total.backward()
         return self.now() - started
 

@@ -183,6 +183,38 @@ def test_a_server_that_one_process_loses_stops_both(pair: Path, tmp_path: Path) 
     assert lines(run, "metrics.jsonl")[-1]["step"] == 3
 
 
+def test_two_processes_with_several_teachers_an_average_and_a_cache(pair: Path, tmp_path: Path) -> None:
+    """Five prompts to two teachers and two processes: in some steps a process has none for one of them."""
+    topics = ["sums", "own", "own"] * 8
+    lines_ = [
+        {"prompt": p.text, "id": p.key, "topic": name, "teacher_context": f"{p.reference} ="}
+        for p, name in zip(tiny.prompts(24), topics, strict=True)
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines_), encoding="utf-8")
+    settings = tiny.run_settings(
+        pair, tmp_path / "unused", train__steps=4, train__prompts_per_step=5, train__sequences_per_forward=3
+    )
+    del settings["teacher"]
+    kept = {"path": str(pair / "teacher"), "cache": {"path": str(tmp_path / "cache"), "top_k": 8}}
+    settings |= {
+        "data": {"prompts": str(file), "heldout": str(file)},
+        "teachers": {"sums": kept, "own": {"self": "ema", "decay": 0.9}},
+        "route": "topic",
+    }
+    path = tiny.write_settings(tmp_path / "run.yaml", settings)
+    runs = tmp_path / "alone", tmp_path / "run", tmp_path / "again"
+    command = Command(
+        tmp_path / "0", "train", path, f"output={runs[0]}", f"teachers.sums.cache.path={tmp_path / 'other'}"
+    )
+    assert command.wait() == 0, command.err
+    for run in runs[1:]:  # the second finds all texts of the first in the cache
+        main, other = launch(tmp_path / f"{run.name} printed", "train", path, f"output={run}")
+        assert (main.wait(), other.wait()) == (0, 0), main.err + other.err
+        assert_near(run, runs[0])
+    assert len(list((tmp_path / "cache").glob("*"))) > 1
+
+
 def test_fewer_prompts_than_processes_are_refused(pair: Path, tmp_path: Path) -> None:
     main, other = launch(
         tmp_path / "printed",

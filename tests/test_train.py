@@ -12,16 +12,19 @@ import pytest
 import tiny_models as tiny
 import torch
 
+from gold import loop
 from gold.assembly import evaluate_source
 from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model
 from gold.errors import ConfigError, DataError, TeacherError, TrainingError
+from gold.kernels import BACKENDS
 from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
 from gold.models import LanguageModel
 from gold.progress import Quiet
 from gold.recipe import Recipe, Term
 from gold.rollout import Sampling, rollout_seeds
 from gold.train import Run, Saving, distill
+from tests.kernels.rows_for_kernels import BACKENDS_HERE
 
 RECIPE = Recipe(
     steps=3,
@@ -93,6 +96,40 @@ def test_losses_are_divided_by_the_count_of_the_whole_step(objectives: tuple[Ter
         if isinstance(value, float) and not name.endswith("_s"):
             assert in_parts.steps[0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     torch.testing.assert_close(weights(in_parts.student), weights(at_once.student), rtol=1e-3, atol=2e-4)
+
+
+ON_ANY_DEVICE = [
+    Term("reverse_kl"),
+    Term("reverse_kl", support="prefix"),
+    Term("forward_kl", support="shared"),
+    *map(Term, ("span_pg", "token_pg", "alm", "uld", "gold", "x_token", "sft")),
+]
+ONE_STEP = changed(steps=1, prompts_per_step=2, per_prompt=1, precision="no")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("term", ON_ANY_DEVICE, ids=lambda term: "-".join([term.name, *term.options.values()]))
+def test_a_step_on_a_gpu_is_that_of_a_cpu(term: Term) -> None:
+    recipe = replace(ONE_STEP, objectives=(term,))
+    (expected,) = run(recipe).steps
+    student, teacher = tiny.tiny_student(), tiny.tiny_teacher()
+    for model in (student, teacher):
+        model.lm.to("cuda")
+    (found,) = run(recipe, student, teacher=teacher).steps
+    for name in ("loss", "grad_norm"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("cuda" not in BACKENDS_HERE, reason="triton does not run here")
+@pytest.mark.parametrize("term", ON_ANY_DEVICE, ids=lambda term: "-".join([term.name, *term.options.values()]))
+def test_a_step_with_triton_is_that_with_numba(term: Term, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(ONE_STEP, objectives=(term,))
+    (expected,) = run(recipe).steps
+    monkeypatch.setattr(loop, "backend_for", lambda device: BACKENDS["cuda"])
+    (found,) = run(recipe).steps
+    for name in ("loss", "grad_norm"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory() -> None:

@@ -14,7 +14,7 @@ import torch
 from gold.align.vocabulary import Spelling, Vocabulary
 from gold.cache.codes import Scores, decode, encode
 from gold.cache.store import Origin, ScoreCache, find_origin
-from gold.chat import begins_anew, prompt_ids
+from gold.chat import begins_anew, teacher_prompt_ids
 from gold.data import Prompt
 from gold.errors import ConfigError, DataError, TeacherError
 from gold.kernels.linear import Rows, likeliest
@@ -61,18 +61,8 @@ class UnaskedTeacher:
         self.device = torch.device(device)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The ids that the teacher reads before the completion.
-
-        Raises:
-            DataError: there are none, or its template refuses the messages; the message names the prompt's key.
-        """
-        try:
-            ids = prompt_ids(self.tokenizer, prompt)
-        except DataError as error:
-            raise DataError(f"prompt {prompt.key}: for teacher {self.name}: {error}") from error
-        if not ids:
-            raise DataError(f"prompt {prompt.key}: it is empty for teacher {self.name}")
-        return ids
+        """See ``chat.teacher_prompt_ids``."""
+        return teacher_prompt_ids(self.tokenizer, prompt, self.name)
 
     def score(
         self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]

@@ -10,7 +10,7 @@ from hashlib import sha256
 import torch
 
 from gold.align.vocabulary import Spelling, Vocabulary
-from gold.chat import prompt_ids
+from gold.chat import teacher_prompt_ids
 from gold.data import Prompt
 from gold.errors import DataError
 from gold.kernels.linear import Rows
@@ -57,15 +57,8 @@ class LocalTeacher:
         return digest.hexdigest()
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The ids that the teacher reads before the completion.
-
-        Raises:
-            DataError: there are none, or its template refuses the messages.
-        """
-        ids = prompt_ids(self.model.tokenizer, prompt)
-        if not ids:
-            raise DataError(f"prompt {prompt.key}: it is empty for teacher {self.name}")
-        return ids
+        """See ``chat.teacher_prompt_ids``."""
+        return teacher_prompt_ids(self.model.tokenizer, prompt, self.name)
 
     @torch.no_grad()
     def score(

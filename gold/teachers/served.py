@@ -13,9 +13,9 @@ import torch
 
 from gold.align.roles import Roles
 from gold.align.vocabulary import Spelling, Vocabulary
-from gold.chat import has_chat_template, prompt_ids
+from gold.chat import has_chat_template, teacher_prompt_ids
 from gold.data import Prompt
-from gold.errors import ConfigError, DataError, TeacherError
+from gold.errors import ConfigError, TeacherError
 from gold.kernels.linear import Rows
 from gold.losses import Need
 from gold.teachers.dialects import VLLM, Asked, Dialect, Known, OpenAI, SGLang
@@ -83,18 +83,8 @@ class ServedTeacher:
         return self.server.tally.retries
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The ids that the teacher reads before the completion.
-
-        Raises:
-            DataError: there are none, or its template refuses the messages; the message names the prompt's key.
-        """
-        try:
-            ids = prompt_ids(self.tokenizer, prompt)
-        except DataError as error:
-            raise DataError(f"prompt {prompt.key}: for teacher {self.name}: {error}") from error
-        if not ids:
-            raise DataError(f"prompt {prompt.key}: it is empty for teacher {self.name}")
-        return ids
+        """See ``chat.teacher_prompt_ids``."""
+        return teacher_prompt_ids(self.tokenizer, prompt, self.name)
 
     def asked(self, prompt: Prompt, ids: Sequence[int], stopped: bool) -> Asked:
         """What a completion's ids, and its end where it ``stopped``, are asked as."""
