@@ -205,6 +205,54 @@ def test_the_tables_of_several_teachers_are_their_record():
         assert recorded[len(values), name] == values, name
 
 
+def in_cells(evaluations):
+    """Before and after, as the tables show them."""
+    first, last = evaluations
+    key = "reverse_kl_per_byte"
+    shown = [f"{e[key]:.3f} ({e[f'{key}_low']:.3f} – {e[f'{key}_high']:.3f})" for e in evaluations]
+    return [*shown, *(f"{first[k]:.3f} → {last[k]:.3f}" for k in ("forward_kl_per_byte", "bits_per_byte"))]
+
+
+def test_the_run_through_a_server_is_its_record():
+    page = (ROOT / "docs" / "served-teacher.md").read_text("utf-8")
+    served, local = record("served"), record("smollm2-from-gemma3")["evaluations"]
+    shown = cells(page.split("## A run, measured")[1].split("\n## ")[0])
+    assert [row[1:] for row in shown[1:]] == [in_cells(e) for e in (served["judged_locally"], local[::2])]
+    seconds = served["scoring"]["seconds"]
+    told = f"the client {seconds['client']['median']:.1f} s and a bare loop over the same requests"
+    assert told in page
+    assert f"{seconds['bare']['median']:.1f} s; of its time" in page
+    assert served["scoring"]["client_share_by_process_time"] < 0.1
+
+
+LOSSES = {
+    "`gold`: reverse KL on bytes": "gold: reverse KL on bytes",
+    "`gold`: reverse KL on shared tokens": "gold: reverse KL on shared tokens",
+    "plain torch: reverse KL on shared tokens": "naive torch: reverse KL on shared tokens",
+    "TRL 1.16 GOLD, default merge": "TRL GOLD, default merge",
+    "the matrix products alone": "matrix products",
+}
+
+
+def test_the_tables_of_speed_are_their_records():
+    losses, steps = (
+        cells(part) for part in README.split("## Speed")[1].split("\n## ")[0].split("A whole on-policy")
+    )
+    cases = [c for c in record("loss-cpu")["cases"] if c["teacher"] == "gemma3"]
+    assert losses[0] == ["seconds", *(f"{c['rows_S']} tokens" for c in cases)]
+    for name, *shown in losses[1:]:
+        found = [next(r for r in c["rows"] if r["name"] == LOSSES[name])["seconds"] for c in cases]
+        assert shown == [f"{s['median']:.3g}" if s else "> 60" for s in found], name
+    assert {name for name, *_ in losses[1:]} == set(LOSSES)
+    trainers = [(p, t) for p in record("step-cpu")["pairs"] for t in p["trainers"]]
+    for (pair, trainer), (_, name, whole, *phases, times) in zip(trainers, steps[1:], strict=True):
+        assert (name == "`gold`") == (trainer["name"] == "gold")
+        order = "rollout", "teacher", "student", "update"
+        assert phases == [f"{trainer['seconds'][phase]['median']:.1f} s" for phase in order]
+        assert whole == f"{trainer['whole_s']['median']:.1f} s"
+        assert times == ("" if name == "`gold`" else f"{pair['times_gold']['median']:.2f} ×")
+
+
 def test_the_table_of_told_tails_is_its_record():
     told = json.loads((RECORDS / "tails.json").read_text())["data"]["told"]
     page = (ROOT / "docs" / "method.md").read_text("utf-8")

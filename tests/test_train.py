@@ -108,7 +108,9 @@ ONE_STEP = changed(steps=1, prompts_per_step=2, per_prompt=1, precision="no")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("term", ON_ANY_DEVICE, ids=lambda term: "-".join([term.name, *term.options.values()]))
+@pytest.mark.parametrize(
+    "term", ON_ANY_DEVICE, ids=lambda term: "-".join([term.name, *term.options.values()])
+)
 def test_a_step_on_a_gpu_is_that_of_a_cpu(term: Term) -> None:
     recipe = replace(ONE_STEP, objectives=(term,))
     (expected,) = run(recipe).steps
@@ -122,7 +124,9 @@ def test_a_step_on_a_gpu_is_that_of_a_cpu(term: Term) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif("cuda" not in BACKENDS_HERE, reason="triton does not run here")
-@pytest.mark.parametrize("term", ON_ANY_DEVICE, ids=lambda term: "-".join([term.name, *term.options.values()]))
+@pytest.mark.parametrize(
+    "term", ON_ANY_DEVICE, ids=lambda term: "-".join([term.name, *term.options.values()])
+)
 def test_a_step_with_triton_is_that_with_numba(term: Term, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = replace(ONE_STEP, objectives=(term,))
     (expected,) = run(recipe).steps
