@@ -48,7 +48,7 @@ def parts_of(dry: bool, into: Path) -> list[Part]:
     marked = [
         str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if MARK in path.read_text("utf-8")
     ]
-    tests = [Part("tests", ("-m", "pytest", "-q", "-m", "gpu", *marked), 90, told=False)] if marked else []
+    tests = [Part("tests", ("-m", "pytest", "-q", "-m", "gpu", *marked), 110, told=False)] if marked else []
     kept = ("--record", "--into", str(into))
     if not dry:
         return [

@@ -24,6 +24,7 @@ from gold.kernels.lanes import (
     excess,
     exp,
     exp_into,
+    inlined,
     log,
     log_sum,
     put_row,
@@ -583,22 +584,36 @@ def _statistics_backward(
 # Divergences on shared events.
 
 
-@exact
-def _mixed_term(lp, lq, p, q, share):
-    """``p log(p / m) − p + m`` with ``m = share · q + (1 − share) · p``, and ``log(m / p)``.
+@inlined
+def _kl_term(lp, lq, p, q):
+    """``p log(p / q) − p + q``, and ``log(q / p)``.
 
-    Summed over all events this is the divergence, since p and m both sum to 1, and each term is small where p and q are
+    Summed over all events this is the divergence, since p and q both sum to 1, and each term is small where p and q are
     close: nothing cancels in rows near probability 1.
     """
     one, nothing, near_by = as_is(1.0, p), as_is(0.0, p), as_is(0.0625, p)
     d = lq - lp
     d = d if d < as_is(80.0, p) else as_is(80.0, p)
     d = d if lp > -math.inf else nothing
-    log_ratio = d if share == one else log((one - share) + share * exp(d))
+    near = p * excess(d if abs(d) < near_by else nothing, one)
+    far = (q - p) - p * d
+    value = near if abs(d) < near_by else far
+    return (value if lp > -math.inf else q), d
+
+
+@inlined
+def _mixed_term(lp, lq, p, q, share):
+    """As ``_kl_term`` with ``m = share · q + (1 − share) · p`` in place of q, and ``m / p`` with its logarithm."""
+    one, nothing, near_by = as_is(1.0, p), as_is(0.0, p), as_is(0.0625, p)
+    d = lq - lp
+    d = d if d < as_is(80.0, p) else as_is(80.0, p)
+    d = d if lp > -math.inf else nothing
+    ratio = (one - share) + share * exp(d)
+    log_ratio = log(ratio)
     near = p * excess(d if abs(d) < near_by else nothing, share)
     far = share * (q - p) - p * log_ratio
     value = near if abs(d) < near_by else far
-    return (value if lp > -math.inf else share * q), log_ratio
+    return (value if lp > -math.inf else share * q), ratio, log_ratio
 
 
 @sums
@@ -629,32 +644,70 @@ def _entropy(lq, q):
     return total
 
 
+# One loop each, without a choice in it: what is left of a choice keeps a loop out of lanes.
+
+
+@sums
+def _student_kl(lp, lq, p, q, weight, out):
+    total, nothing = p.dtype.type(0.0), p.dtype.type(0.0)
+    for k in range(lp.size):
+        value, log_ratio = _kl_term(lp[k], lq[k], p[k], q[k])
+        total += value
+        out[k] = weight * (p[k] * -log_ratio) if p[k] > nothing else nothing
+    return weight * total
+
+
+@sums
+def _student_mixed(lp, lq, p, q, weight, share, out):
+    total, nothing, one = p.dtype.type(0.0), p.dtype.type(0.0), p.dtype.type(1.0)
+    for k in range(lp.size):
+        value, ratio, log_ratio = _mixed_term(lp[k], lq[k], p[k], q[k], share)
+        total += value
+        slope = -log_ratio - (one - share) * (one / ratio - one)
+        out[k] = weight * (p[k] * slope) if p[k] > nothing else nothing
+    return weight * total
+
+
+@sums
+def _teacher_kl(lp, lq, p, q, weight, out):
+    total = p.dtype.type(0.0)
+    for k in range(lp.size):
+        value, _ = _kl_term(lq[k], lp[k], q[k], p[k])
+        total += value
+        out[k] += weight * (p[k] - q[k])
+    return weight * total
+
+
+@sums
+def _teacher_mixed(lp, lq, p, q, weight, kept, out):
+    total, nothing = p.dtype.type(0.0), p.dtype.type(0.0)
+    for k in range(lp.size):
+        value, ratio, _ = _mixed_term(lq[k], lp[k], q[k], p[k], kept)
+        total += value
+        # q · p / n, with the ratio n / q.
+        across = p[k] / ratio if lq[k] > -math.inf else nothing
+        out[k] += weight * kept * (p[k] - across)
+    return weight * total
+
+
 @sums
 def _terms(lp, lq, p, q, student, student_mix, teacher, teacher_mix, out):
     """The divergence of some events; ``out`` gets its derivative with respect to p, times p, up to a multiple of p."""
     one, nothing = p.dtype.type(1.0), p.dtype.type(0.0)
     total = 0.0
     for first in range(0, lp.size, 1024):
-        last = min(first + 1024, lp.size)
-        part = nothing
-        if student != nothing:
-            kept = one - student_mix
-            for k in range(first, last):
-                value, log_ratio = _mixed_term(lp[k], lq[k], p[k], q[k], student_mix)
-                part += student * value
-                slope = -log_ratio if kept == nothing else -log_ratio - kept * (exp(-log_ratio) - one)
-                out[k] = student * p[k] * slope if p[k] > nothing else nothing
-        else:
-            out[first:last] = nothing
-        if teacher != nothing:
-            kept = one - teacher_mix
-            for k in range(first, last):
-                value, log_ratio = _mixed_term(lq[k], lp[k], q[k], p[k], kept)
-                part += teacher * value
-                # q · p / n, with n / q = exp(log_ratio).
-                across = q[k] if teacher_mix == nothing else p[k] * exp(-log_ratio)
-                out[k] += teacher * kept * (p[k] - (across if lq[k] > -math.inf else nothing))
-        total += part
+        some = slice(first, min(first + 1024, lp.size))
+        given = lp[some], lq[some], p[some], q[some]
+        slope = out[some]
+        slope[:] = nothing
+        if student != nothing and student_mix == one:
+            total += _student_kl(*given, student, slope)
+        elif student != nothing:
+            total += _student_mixed(*given, student, student_mix, slope)
+        if teacher != nothing and teacher_mix == nothing:
+            total += _teacher_kl(*given, teacher, slope)
+        elif teacher != nothing:
+            total += _teacher_mixed(*given, teacher, one - teacher_mix, slope)
     return total
 
 
@@ -738,7 +791,7 @@ INTERVALS = 0x80000000 >> SHIFT
 """Intervals of numbers that are not negative: those with the same exponent and first five digits."""
 
 
-@exact
+@inlined
 def _interval(x):
     return (word_of(np.float32(x)) & np.uint32(0x7FFFFFFF)) >> np.uint32(SHIFT)
 

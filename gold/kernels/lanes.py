@@ -23,6 +23,8 @@ BLOCK = 2048
 
 sums = numba.njit(cache=True, nogil=True, fastmath=SUMS, error_model="numpy")
 exact = numba.njit(cache=True, nogil=True, fastmath=EXACT, error_model="numpy")
+inlined = numba.njit(cache=True, nogil=True, fastmath=EXACT, error_model="numpy", forceinline=True)
+"""As ``exact``, for what loops call with single numbers: a call that is left in a loop keeps it out of lanes."""
 
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -106,7 +108,7 @@ def _narrowed_half(context: Any, x: Any) -> Any:
     return types.uint16(types.float32), generate
 
 
-@exact
+@inlined
 def _exp_single(x):
     y = LOWEST if x < LOWEST else x
     n = np.floor(y * LOG2_E + F(0.5))
@@ -122,7 +124,7 @@ def _exp_single(x):
     return F(0.0) if x < LOWEST else value
 
 
-@exact
+@inlined
 def _log_single(x):
     m, n = _mantissa(x), _exponent(x)
     low = m < HALF_ROOT
@@ -179,7 +181,7 @@ def _log_for(x):
     return lambda x: math.log(x)
 
 
-@exact
+@inlined
 def _excess_single(d, share):
     # e^d − 1 and log(1 + w) to the precision of d² / 2, for |d| ≤ 1/16.
     up = d * (F(1.0) + d * (F(0.5) + d * (F(1 / 6) + d * (F(1 / 24) + d * F(1 / 120)))))
