@@ -173,7 +173,7 @@ def summed(
 
     For each ``(index, part)`` of ``blocks`` it is called with ``(rows[index], part, *(x[index] for x in beside_N))``. A
     block's gradients with respect to the states, the head's weights and ``beside_N`` are made together with its value,
-    so that its logits are made once and never kept.
+    so that its logits are made once and never kept. There is one backward pass, which hands them on.
 
     Raises: ValueError if the head has parameters that need a gradient and are not among ``rows.weights``.
     """
@@ -198,7 +198,7 @@ class _Summed(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         by_row = inputs[: len(inputs) - len(rows.weights)]
         leaves = tuple(_leaf(w) for w in rows.weights)
-        totals = [torch.zeros_like(x) for x in by_row] + [leaf.total for leaf in leaves]
+        totals = [torch.zeros_like(x) for x in by_row]
         values = []
         for index, part in blocks:
             block, *beside = (x[index].detach().requires_grad_(x.requires_grad) for x in by_row)
@@ -212,9 +212,10 @@ class _Summed(torch.autograd.Function):
                     total[index] += x.grad
             for leaf in leaves:
                 if leaf.grad is not None:
-                    leaf.total += leaf.grad
+                    leaf.total = leaf.grad.to(leaf.wide) if leaf.total is None else leaf.total.add_(leaf.grad)
                     leaf.grad = None
-        ctx.totals, ctx.dtypes = totals, [x.dtype for x in inputs]
+        of_weights = [torch.zeros_like(x, dtype=x.wide) if x.total is None else x.total for x in leaves]
+        ctx.totals, ctx.dtypes = totals + of_weights, [x.dtype for x in inputs]
         total, *rest = _joined(values)
         ctx.mark_non_differentiable(*rest)
         return total, *rest
@@ -222,21 +223,25 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[3:]
+        if ctx.totals is None:
+            raise RuntimeError("the gradients of this loss were handed on by its first backward pass")
+        totals, ctx.totals = ctx.totals, None
         grads = [
-            (total * grad.to(total)).to(dtype) if need else None
-            for total, dtype, need in zip(ctx.totals, ctx.dtypes, needed, strict=True)
+            total.mul_(grad.to(total)).to(dtype) if need else None
+            for total, dtype, need in zip(totals, ctx.dtypes, needed, strict=True)
         ]
         return None, None, None, *grads
 
 
 def _leaf(weight: Tensor) -> Any:
-    """The weight cut off from its graph, as matrix products take it, with a ``total`` that its gradients add up in."""
+    """The weight cut off from its graph, as matrix products take it; its gradients add up in ``total``, of dtype
+    ``wide``, which is None before the first."""
     leaf: Any = weight.detach()
     device = weight.device.type
     if weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
         leaf = leaf.to(torch.get_autocast_dtype(device))
     leaf.requires_grad_(weight.requires_grad)
-    leaf.total = torch.zeros_like(weight, dtype=widened(weight[:0]).dtype)
+    leaf.total, leaf.wide = None, widened(weight[:0]).dtype
     return leaf
 
 
@@ -248,7 +253,7 @@ def _joined(values: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 def projected(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``hidden @ weight.T + bias``; within ``summed`` the gradient of ``weight`` is added up where it is kept, without
     a matrix of its own for each block."""
-    if getattr(weight, "total", None) is None:
+    if not hasattr(weight, "total"):
         return functional.linear(hidden, weight, bias)
     product: Tensor = _Projected.apply(hidden, weight)  # type: ignore[no-untyped-call]
     return product if bias is None else product + bias.to(product)
@@ -265,12 +270,14 @@ class _Projected(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (hidden,) = ctx.saved_tensors
         (grad,) = grads
-        total, grad = ctx.weight.total, grad.to(ctx.weight.dtype)
+        weight, grad = ctx.weight, grad.to(ctx.weight.dtype)
         across = grad.T
-        if total.dtype == grad.dtype:
-            total.addmm_(across, hidden.to(grad))
+        if weight.total is None:
+            weight.total = (across @ hidden.to(grad)).to(weight.wide)
+        elif weight.wide == grad.dtype:
+            weight.total.addmm_(across, hidden.to(grad))
         else:
-            total += across @ hidden.to(grad)
+            weight.total += across @ hidden.to(grad)
         return (grad @ ctx.weight).to(hidden), None
 
 
