@@ -118,6 +118,17 @@ def test_rows_that_are_made_again_give_the_same(name, monkeypatch):
         torch.testing.assert_close(mine, theirs)
 
 
+def test_a_second_backward_pass_is_refused_and_the_gradients_of_the_first_stay():
+    model, hidden = llama(), states()
+    value = token_loss(as_rows(model, hidden), TARGET, WEIGHT, STOPS, linear.backend_for(hidden.device))
+    value.backward(retain_graph=True)
+    kept = hidden.grad.clone(), model.lm_head.weight.grad.clone()
+    with pytest.raises(RuntimeError, match="handed on by its first backward pass"):
+        value.backward()
+    assert torch.equal(hidden.grad, kept[0])
+    assert torch.equal(model.lm_head.weight.grad, kept[1])
+
+
 def test_each_row_is_multiplied_once_forward(monkeypatch):
     few_rows(monkeypatch)
     seen: list[int] = []
