@@ -68,7 +68,7 @@ def save_checkpoint(folder: Path, step: int, writer: Callable[[Path], None], kee
                 f"earlier checkpoints are intact, {advice}"
             ) from error
         raise
-    _prune(folder, step, keep_last)
+    prune(folder, step, keep_last)
     return final
 
 
@@ -106,6 +106,25 @@ def find_fault(path: Path) -> str | None:
             except OSError as error:
                 return f"{name} cannot be read, {error.strerror or error}"
     return fault
+
+
+def prune(folder: Path, saved_step: int, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` whole checkpoints up to the one just saved.
+
+    Later steps than the one just saved are of a past that a resumed run went back behind, so they go too.
+    """
+    kept = 0
+    for step, path in _checkpoints(folder):
+        # Sizes alone: to read every byte again after each save would cost more than the save.
+        fault, files = _read_manifest(path)
+        if step <= saved_step and kept < keep_last and fault is None and _size_fault(path, files) is None:
+            kept += 1
+            continue
+        doomed = path.with_name(f".tmp-remove-{path.name}")
+        # Renamed first, so that a kill half-way leaves no checkpoint that looks truncated.
+        with contextlib.suppress(OSError):
+            path.rename(doomed)
+            shutil.rmtree(doomed)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
@@ -156,25 +175,6 @@ def _put_in_place(partial: Path, final: Path) -> None:
     _fsync(final.parent)
     if old.exists():
         shutil.rmtree(old)
-
-
-def _prune(folder: Path, saved_step: int, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` whole checkpoints up to the one just saved.
-
-    Later steps than the one just saved are of a past that a resumed run went back behind, so they go too.
-    """
-    kept = 0
-    for step, path in _checkpoints(folder):
-        # Sizes alone: to read every byte again after each save would cost more than the save.
-        fault, files = _read_manifest(path)
-        if step <= saved_step and kept < keep_last and fault is None and _size_fault(path, files) is None:
-            kept += 1
-            continue
-        doomed = path.with_name(f".tmp-remove-{path.name}")
-        # Renamed first, so that a kill half-way leaves no checkpoint that looks truncated.
-        with contextlib.suppress(OSError):
-            path.rename(doomed)
-            shutil.rmtree(doomed)
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from gold.aligned import VocabularyPair
-from gold.checkpoint import is_write_failure, save_checkpoint
+from gold.checkpoint import is_write_failure, prune, remove_leftovers, save_checkpoint
 from gold.data import Prompt, PromptOrder
 from gold.errors import CheckpointError, ConfigError, DataError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier
@@ -130,6 +130,10 @@ def distill(
         accelerator.wait_for_everyone()
         if saving.output and saving.resume:
             loop.resume(saving.output / "checkpoints", folder, progress)
+            if folder and loop.step == recipe.steps:
+                # What was killed between its last save and what that removes.
+                remove_leftovers(folder.checkpoints)
+                prune(folder.checkpoints, loop.step, saving.keep_last)
         if folder:
             run.steps, run.evaluations = folder.records("train"), folder.records("eval")
         stack.enter_context(progress.running(loop.header(), recipe.steps, loop.step))

@@ -120,7 +120,7 @@ def test_two_processes_take_the_steps_of_one(pair: Path, alone: Path, tmp_path: 
 
 def test_two_processes_resume(pair: Path, alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    dying = partial(die_at, "gold.checkpoint:_prune", 1)
+    dying = partial(die_at, "gold.checkpoint:prune", 1)
     main, other = launch(tmp_path / "1", "train", pair / "run.yaml", f"output={run}", before=[dying, None])
     assert main.wait() == -signal.SIGKILL
     other.kill()  # as the launcher does

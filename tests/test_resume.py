@@ -84,7 +84,7 @@ MOMENTS = {
     "in the evaluation of step 3": ("gold.loop:evaluate", 1),
     "in the second checkpoint, before its manifest": ("gold.checkpoint:_seal", 1),
     "in the second checkpoint, before it is in place": ("gold.checkpoint:_put_in_place", 1),
-    "in the third checkpoint, in place, before older ones go": ("gold.checkpoint:_prune", 2),
+    "in the third checkpoint, in place, before older ones go": ("gold.checkpoint:prune", 2),
     "in the lines of the last evaluation": ("gold.run:RunFolder.append", 4, True),
     "while the student is saved": ("gold.train:save_model", 1, True),
 }
@@ -104,6 +104,19 @@ def test_killed_at_every_moment_it_ends_the_same(pair: Path, whole: Path, tmp_pa
     assert last.wait() == 0, last.err
     assert_same(run, whole)
     assert not [path for path in run.rglob("*") if path.name.startswith((".tmp", ".old"))]
+
+
+def test_killed_after_its_last_checkpoint_it_removes_the_older_ones(
+    pair: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = "train", pair / "run.yaml", f"output={run}"
+    saves = 8 // 2
+    dying = partial(die_at, "gold.checkpoint:prune", saves - 1)
+    assert Command(tmp_path / "1", *arguments, before=dying).wait() == -signal.SIGKILL
+    assert checkpoints(run) != checkpoints(whole)
+    assert Command(tmp_path / "2", *arguments, "--resume").wait() == 0
+    assert_same(run, whole)
 
 
 def test_a_truncated_checkpoint_is_skipped_and_said_so(pair: Path, whole: Path, tmp_path: Path) -> None:
