@@ -244,6 +244,15 @@ def test_the_tables_of_speed_are_their_records():
         found = [next(r for r in c["rows"] if r["name"] == LOSSES[name])["seconds"] for c in cases]
         assert shown == [f"{s['median']:.3g}" if s else "> 60" for s in found], name
     assert {name for name, *_ in losses[1:]} == set(LOSSES)
+    ours, theirs = (
+        " / ".join(
+            f"{next(r for r in c['rows'] if r['name'] == name)['seconds']['median']:.3g}"
+            for c in record("loss-cpu")["cases"]
+            if c["teacher"] == "qwen3"
+        )
+        for name in ("gold: JSD", "TRL chunked JSD")
+    )
+    assert f"the JSD takes {ours} s, TRL's chunked one {theirs} s." in README
     trainers = [(p, t) for p in record("step-cpu")["pairs"] for t in p["trainers"]]
     for (pair, trainer), (_, name, whole, *phases, times) in zip(trainers, steps[1:], strict=True):
         assert (name == "`gold`") == (trainer["name"] == "gold")
