@@ -415,7 +415,7 @@ def prefix_errors(
     with torch.no_grad():
         nothing_apart = torch.full_like(pieces.short, -1)
         joint = piece_events(rows, needed, pieces.teacher, nothing_apart, span, backend).joint
-        whole, moved = piece_target(rows, needed, pieces, span, backend)
+        whole, _, moved = piece_target(rows, needed, pieces, span, backend)
     shares = torch.softmax(joint.double(), -1).numpy()
     target, size = shares[:, :-1] / shares[:, :-1].sum(-1, keepdims=True), pair.pieces.ids.size
     text = batch.texts[0]

@@ -324,8 +324,8 @@ class AlignedBatch:
         size = pieces.ids.size
         arrays = plan.observed, plan.short, plan.source, plan.observed_white, pieces.white
         return PieceBatch(
-            PieceSide.of(_columns(plan.student), self.layout_S, pieces.at_S, student.offsets, size),
-            PieceSide.of(_columns(plan.teacher), self.layout_T, pieces.at_T, teacher.offsets, size),
+            PieceSide(_columns(plan.student), self.layout_S, pieces.at_S, student.offsets, size),
+            PieceSide(_columns(plan.teacher), self.layout_T, pieces.at_T, teacher.offsets, size),
             *(torch.from_numpy(a).to(self.device) for a in arrays),
         )
 

@@ -9,8 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gold.kernels.linear import Rows, SharedEvents, remade, spans, split, summed
-from gold.kernels.reference import widened
+from gold.kernels.linear import Rows, SharedEvents, remade, spans, summed
+from gold.kernels.reference import MixedKL, hybrid_of, widened
 
 FLOOR = 1e-10
 """Mean probabilities of the student count as at least this much where their logarithm is taken: of a chunk's mean no
@@ -21,14 +21,16 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 def sorted_distance(student: Rows, teacher: Rows, backend: ModuleType) -> Tensor:
     """Sum of ``reference.sorted_l1`` of the probabilities of row n of both sides."""
-
-    def compare(block: Rows, span: slice) -> tuple[Tensor, ...]:
-        p = torch.softmax(widened(block.logits()), dim=-1)
-        with torch.no_grad():
-            q = torch.softmax(widened(teacher.select(span).logits()), dim=-1).to(p)
-        return (backend.sorted_l1(p, q).sum(),)
-
-    return summed(compare, student, _blocks(student, teacher))[0]
+    none = torch.empty(0, dtype=torch.int64)
+    nothing_S, nothing_T = (none.to(rows.hidden_ND.device) for rows in (student, teacher))
+    events = SharedEvents(nothing_S, nothing_T, nothing_S, nothing_T)
+    before_S, before_T = (
+        rows.hidden_ND.new_zeros(len(rows), dtype=torch.float32) for rows in (student, teacher)
+    )
+    total, _, _ = scaled_comparison(
+        student, teacher, before_S, before_T, events, MixedKL(student=1.0), 0.0, backend
+    )
+    return total
 
 
 def scaled_comparison(
@@ -41,19 +43,20 @@ def scaled_comparison(
     matched_share: float,
     backend: ModuleType,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row n of both sides, times ``exp(before[n])``: the divergence on the shared events, and the sorted L1 distance of
-    all other columns. The sum of both, the first weighed by ``matched_share``, the second by the rest of 1, and without
-    gradient each: two [N]."""
-    kept_S, kept_T = events.kept(student.width, teacher.width)
+    """``reference.hybrid_distance`` of row n of both sides: the sum over rows, and without gradient the divergence and
+    the distance of each: two [N]. A ``MixedKL`` is left to the kernel, any other divergence is computed by torch."""
+    kept = events.kept(student.width, teacher.width)
+    one_device = kept[0].ids.device == kept[1].ids.device
 
     def compare(block: Rows, span: slice, log_S: Tensor) -> tuple[Tensor, ...]:
-        logp, other_p = (x + log_S[:, None] for x in split(block.logits(), kept_S))
         with torch.no_grad():
-            parts = split(teacher.select(span).logits(), kept_T)
-            logq, other_q = ((x + before_T[span].to(x)[:, None]).to(logp) for x in parts)
-        matched, unmatched = divergence(logp, logq), backend.sorted_l1(other_p.exp(), other_q.exp())
-        total = matched_share * matched.sum() + (1.0 - matched_share) * unmatched.sum()
-        return total, matched, unmatched
+            logits_T = teacher.select(span).logits()
+        given = block.logits(), logits_T, log_S, before_T[span], *kept, divergence, matched_share
+        if isinstance(divergence, MixedKL) and one_device:
+            total, *parts = backend.hybrid_distance(*given, overwrite=block.spares(given[0]))
+        else:
+            total, *parts = hybrid_of(backend.sorted_l1, *given)
+        return total.sum(), *parts
 
     total, matched, unmatched = summed(compare, student, _blocks(student, teacher), before_S)
     return total, matched, unmatched

@@ -34,7 +34,7 @@ from gold.kernels.lanes import (
     sums,
     word_of,
 )
-from gold.kernels.layout import ByteLayout, Columns, KeptEvents
+from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
 from gold.kernels.reference import LEAK, MixedKL, Rest
 
 Array = NDArray[Any]
@@ -75,24 +75,37 @@ def row_divergence(
     *,
     rest: Rest = "bucket",
     leak: float = LEAK,
+    only_common: bool = False,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.row_divergence``. With ``overwrite`` the forward pass already leaves the gradient there."""
-    theirs = _plain(logits_NW.detach())
-    mine = _plain(logits_NV)
-    if _real(mine) != _real(theirs):
-        theirs = theirs.to(mine.dtype if _real(mine) == np.float64 else torch.float32)
-    shape = (
-        divergence.student,
-        divergence.student_mix,
-        divergence.teacher,
-        divergence.teacher_mix,
-        divergence.above_nats,
-        rest == "bucket",
-        leak if rest == "bucket" else 0.0,
-    )
+    mine, theirs = _both_plain(logits_NV, logits_NW)
+    bucket = rest == "bucket"
+    shape = (*_form(divergence), bucket, leak if bucket else 0.0, only_common)
     value, mass = _RowDivergence.apply(mine, theirs, kept_V, kept_W, shape, overwrite)
     return value, mass
+
+
+def hybrid_distance(
+    logits_NV: Tensor,
+    logits_NW: Tensor,
+    before_N: Tensor,
+    before_T_N: Tensor,
+    kept_V: KeptEvents,
+    kept_W: KeptEvents,
+    divergence: MixedKL,
+    matched_share: float,
+    *,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.hybrid_distance``; as ``sorted_l1``. With ``overwrite`` the forward pass already leaves the
+    gradient there."""
+    mine, theirs = _both_plain(logits_NV, logits_NW)
+    shape = (*_form(divergence), matched_share)
+    total, matched, unmatched = _HybridDistance.apply(
+        mine, theirs, before_N, before_T_N, kept_V, kept_W, shape, overwrite
+    )
+    return total, matched, unmatched
 
 
 def sorted_l1(p_NV: Tensor, q_NW: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -112,6 +125,20 @@ def column_logsumexp(logits_NV: Tensor, columns: Columns, *, overwrite: bool = F
     return out
 
 
+def piece_masses(
+    logits_NV: Tensor,
+    target_N: Tensor,
+    columns: Columns,
+    whole_P: Tensor,
+    tokens: Tokens,
+    *,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.piece_masses``."""
+    full, value, step = _PieceMasses.apply(_plain(logits_NV), target_N, columns, whole_P, tokens, overwrite)
+    return full, value, step
+
+
 def segment_logsumexp(value: Tensor, segment: Tensor, segments: int) -> Tensor:
     """See ``reference.segment_logsumexp``."""
     out: Tensor = _SegmentLogSumExp.apply(value.contiguous(), segment.contiguous(), segments)
@@ -122,6 +149,18 @@ def _plain(logits: Tensor) -> Tensor:
     """Contiguous, in a dtype that kernels read: float64, float32 or bfloat16."""
     kept = logits.dtype in (torch.float64, torch.float32, torch.bfloat16)
     return (logits if kept else logits.float()).contiguous()
+
+
+def _both_plain(logits_NV: Tensor, logits_NW: Tensor) -> tuple[Tensor, Tensor]:
+    mine, theirs = _plain(logits_NV), _plain(logits_NW.detach())
+    if _real(mine) != _real(theirs):
+        theirs = theirs.to(mine.dtype if _real(mine) == np.float64 else torch.float32)
+    return mine, theirs
+
+
+def _form(divergence: MixedKL) -> tuple[float, ...]:
+    form = divergence
+    return form.student, form.student_mix, form.teacher, form.teacher_mix, form.above_nats
 
 
 def _array(tensor: Tensor) -> Array:
@@ -326,6 +365,96 @@ class _ColumnLogSumExp(torch.autograd.Function):
             _array(grad),
         )
         return grad, None, None
+
+
+class _PieceMasses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_NV: Tensor,
+        target_N: Tensor,
+        columns: Columns,
+        whole_P: Tensor,
+        tokens: Tokens,
+        overwrite: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = logits_NV.shape[0]
+        logits, like = _array(logits_NV), np.empty(0, _real(logits_NV))
+        position_N = np.full(rows, -1, np.int64)
+        position_N[whole_P.numpy()] = np.arange(whole_P.numel())
+        row, id_, moved = (x.numpy() for x in (tokens.row, tokens.id, tokens.moved))
+        order = np.argsort(row, kind="stable")
+        ptr = np.searchsorted(row[order], np.arange(rows + 1))
+        by_row = ptr, order, id_[order], moved[order]
+        given = target_N.contiguous().numpy(), columns.small.numpy(), position_N, *by_row
+        full = np.empty((whole_P.numel(), columns.events), like.dtype)
+        value = np.empty(row.size, like.dtype)
+        stats = np.empty((rows, 2), np.float64)
+        _on_rows(_pieces_forward, rows, logits, like, *given, full, value, stats)
+        result = torch.from_numpy(full), torch.from_numpy(value), _tensor(stats[:, 1], logits_NV)
+        ctx.save_for_backward(logits_NV, result[0])
+        ctx.given, ctx.stats, ctx.overwrite = given, stats, overwrite
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits_NV, full = ctx.saved_tensors
+        out = _room(ctx, logits_NV)
+        _on_rows(
+            _pieces_backward,
+            logits_NV.shape[0],
+            _array(logits_NV),
+            np.empty(0, _real(logits_NV)),
+            *ctx.given,
+            full.detach().numpy(),
+            ctx.stats,
+            *(g.contiguous().numpy() for g in grads),
+            _array(out),
+        )
+        return out, None, None, None, None, None
+
+
+class _HybridDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_NV: Tensor,
+        logits_NW: Tensor,
+        before_N: Tensor,
+        before_T_N: Tensor,
+        kept_V: KeptEvents,
+        kept_W: KeptEvents,
+        shape: Any,
+        overwrite: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = logits_NV.shape[0]
+        results = np.empty((rows, 4), np.float64)
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+        none = logits_NV[:0].detach()
+        grad = (logits_NV.detach() if overwrite else torch.empty_like(logits_NV)) if wanted else none
+        columns = (x.numpy() for kept in (kept_V, kept_W) for x in (kept.ids, kept.stops, kept.left))
+        _on_rows(
+            _hybrid,
+            rows,
+            _array(logits_NV),
+            _array(logits_NW),
+            np.empty(0, _real(logits_NV)),
+            *_doubles(before_N.detach(), before_T_N.detach()),
+            *columns,
+            *shape,
+            results,
+            _array(grad),
+        )
+        ctx.grad, ctx.grad_before = grad, torch.from_numpy(results[:, 3].copy())
+        total, matched, unmatched = (_tensor(results[:, i], logits_NV) for i in range(3))
+        ctx.mark_non_differentiable(matched, unmatched)
+        return total, matched, unmatched
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grads[0]
+        grad = ctx.grad if bool((scale == 1.0).all()) else ctx.grad * scale[:, None].to(ctx.grad.dtype)
+        return grad, None, (ctx.grad_before * scale).to(scale), *(None,) * 5
 
 
 class _SegmentLogSumExp(torch.autograd.Function):
@@ -714,7 +843,7 @@ def _terms(lp, lq, p, q, student, student_mix, teacher, teacher_mix, out):
 @sums
 def _divergence(
     row_lo, row_hi, logits, logits_T, like, ids_V, stops_V, left_V, ids_W, stops_W, left_W,
-    student, student_mix, teacher, teacher_mix, above, bucket, leak, results, grad,
+    student, student_mix, teacher, teacher_mix, above, bucket, leak, only_common, results, grad,
 ):  # fmt: skip
     real = like.dtype.type
     events = ids_V.size + 1
@@ -725,8 +854,10 @@ def _divergence(
     lp, lq, p, q, out = room[0], room[1], room[2], room[3], room[4]
     for n in range(row_lo, row_hi):
         z, z_T = row_of(logits, n, scratch), row_of(logits_T, n, scratch_T)
-        _, total, rest = _row_side(z, e, ids_V, stops_V, left_V, lp)
+        top, total, rest = _row_side(z, e, ids_V, stops_V, left_V, lp)
         _, total_T, rest_T = _row_side(z_T, e_T, ids_W, stops_W, left_W, lq)
+        if only_common:
+            rest, rest_T = _join_rest(lp[:events], lq[:events], rest, rest_T)
         results[n, 1] = _exp_all(lp[:events], p[:events])
         if math.isnan(total + total_T):
             results[n] = math.nan
@@ -775,12 +906,100 @@ def _divergence(
         for v in range(left_V.size):
             e[left_V[v]] *= scale
         for k in range(ids_V.size):
-            e[ids_V[k]] = out[k] - p[k] * single
+            told = not only_common or lp[k] > -math.inf
+            e[ids_V[k]] = out[k] - p[k] * single if told else e[ids_V[k]] * scale
+        of_stops = out[events - 1] - p[events - 1] * single
+        if only_common and lp[events - 1] == -math.inf:
+            of_stops = real(math.exp(stop_log - top)) * scale
         for i in range(stops_V.size):
             if stop_log > -math.inf:
-                e[stops_V[i]] *= out[events - 1] - p[events - 1] * single
+                e[stops_V[i]] *= of_stops
             else:
                 e[stops_V[i]] = 0.0
+        put_row(grad, n, e)
+
+
+@sums
+def _join_rest(lp, lq, rest, rest_T):
+    """Events that one side gives nothing, joined to the rest of both."""
+    for k in range(lp.size):
+        if lp[k] == -math.inf or lq[k] == -math.inf:
+            rest += math.exp(lp[k])
+            rest_T += math.exp(lq[k])
+            lp[k] = lq[k] = -math.inf
+    return rest, rest_T
+
+
+@sums
+def _hybrid(
+    row_lo, row_hi, logits, logits_T, like, before, before_T, ids_V, stops_V, left_V, ids_W, stops_W, left_W,
+    student, student_mix, teacher, teacher_mix, above, share, results, grad,
+):  # fmt: skip
+    real = like.dtype.type
+    events = ids_V.size + 1
+    scratch, e = np.empty(logits.shape[1], like.dtype), np.empty(logits.shape[1], like.dtype)
+    scratch_T, e_T = np.empty(logits_T.shape[1], like.dtype), np.empty(logits_T.shape[1], like.dtype)
+    room = np.empty((5, events), like.dtype)
+    lp, lq, p, q, out = room[0], room[1], room[2], room[3], room[4]
+    others, signs = np.empty(left_V.size, like.dtype), np.empty(left_V.size, like.dtype)
+    others_T, of_stop = np.empty(left_W.size, like.dtype), np.empty(stops_V.size, like.dtype)
+    ranks = _ranks(others, others_T)
+    # Terms are as of distributions that sum to one; what these sums are less than one is taken back.
+    excess_share = real(student * student_mix - teacher * (1.0 - teacher_mix))
+    for n in range(row_lo, row_hi):
+        z, z_T = row_of(logits, n, scratch), row_of(logits_T, n, scratch_T)
+        _, total, _ = _row_side(z, e, ids_V, stops_V, left_V[:0], lp)
+        _, total_T, _ = _row_side(z_T, e_T, ids_W, stops_W, left_W[:0], lq)
+        if math.isnan(total + total_T):
+            results[n] = math.nan
+            if grad.shape[0]:
+                e[:] = math.nan
+                put_row(grad, n, e)
+            continue
+        shift, shift_T = real(before[n]), real(before_T[n])
+        for k in range(events):
+            lp[k] += shift
+            lq[k] += shift_T
+        kept, kept_T = _exp_all(lp, p), _exp_all(lq, q)
+        over, over_T = real(math.exp(before[n]) / total), real(math.exp(before_T[n]) / total_T)
+        _gather(e, left_V, others)
+        _gather(e_T, left_W, others_T)
+        for v in range(others.size):
+            others[v] *= over
+        for v in range(others_T.size):
+            others_T[v] *= over_T
+        weight = teacher if above == -math.inf or _entropy(lq, q) > above else 0.0
+        taken_back = excess_share if weight == teacher else real(student * student_mix)
+        matched = _terms(lp, lq, p, q, real(student), real(student_mix), real(weight), real(teacher_mix), out)
+        matched -= taken_back * (kept_T - kept)
+        unmatched = _sorted_row(others, others_T, ranks, signs)
+        results[n, 0] = share * matched + (1.0 - share) * unmatched
+        results[n, 1], results[n, 2] = matched, unmatched
+        if grad.shape[0] == 0:
+            continue
+        of_matched, of_other = real(share), real(1.0 - share)
+        mean = 0.0
+        for k in range(events):
+            out[k] = of_matched * (out[k] + taken_back * p[k])
+        mean += range_sum(out, 0, events)
+        for v in range(others.size):
+            signs[v] *= of_other * others[v]
+        mean += range_sum(signs, 0, signs.size)
+        results[n, 3] = mean
+        stop_log = log_sum(z, stops_V, 0, stops_V.size, -1)
+        for i in range(stops_V.size):
+            if stop_log > -math.inf:
+                of_stop[i] = math.exp(z[stops_V[i]] - stop_log)
+        scale = real(mean / total)
+        for v in range(e.size):
+            e[v] *= -scale
+        for k in range(ids_V.size):
+            e[ids_V[k]] += out[k]
+        for v in range(left_V.size):
+            e[left_V[v]] += signs[v]
+        for i in range(stops_V.size):
+            if stop_log > -math.inf:
+                e[stops_V[i]] += out[events - 1] * of_stop[i]
         put_row(grad, n, e)
 
 
@@ -830,76 +1049,201 @@ def _signed_sum(x, sign, out):
     return total
 
 
+@exact
+def _ranks(p, q):
+    """Room for ``_sorted_row``: counts, signs, flags and ranks of intervals, entries that are in doubt."""
+    return (
+        np.empty((2, 4, INTERVALS), np.int32),
+        np.empty(INTERVALS, p.dtype),
+        np.empty(INTERVALS, np.bool_),
+        np.empty((2, INTERVALS), np.int64),
+        np.empty(q.size, p.dtype),
+        np.empty(p.size, p.dtype),
+        np.empty(q.size, p.dtype),
+        np.empty(p.size, np.int64),
+        np.empty(q.size, np.int64),
+    )
+
+
+@sums
+def _sorted_row(p, q, ranks, signs_p):
+    """``Σ_r |p_(r) − q_(r)|``; ``signs_p`` gets its slope by each entry of p."""
+    counts, sign, flags, above, signs_q, some_p, some_q, place_p, place_q = ranks
+    counts_p, counts_q, above_p, above_q = counts[0], counts[1], above[0], above[1]
+    _counted(p, counts_p)
+    _counted(q, counts_q)
+    ahead_p, ahead_q, unsure = 0, 0, 0
+    for b in range(INTERVALS - 1, -1, -1):
+        here_p, here_q = counts_p[0, b], counts_q[0, b]
+        above_p[b], above_q[b] = ahead_p, ahead_q
+        flags[b] = False
+        sign[b] = 0.0
+        if ahead_p - ahead_q >= here_q:
+            sign[b] = 1.0 if b > 0 else 0.0  # what is 0 on one side is met by zeros
+        elif ahead_q - ahead_p >= here_p:
+            sign[b] = -1.0
+        else:
+            flags[b] = True
+            unsure += 1
+        ahead_p += here_p
+        ahead_q += here_q
+    total = _signed_sum(p, sign, signs_p) - _signed_sum(q, sign, signs_q)
+    if unsure and not math.isnan(total):
+        found_p = _inside(p, flags, some_p, place_p)
+        found_q = _inside(q, flags, some_q, place_q)
+        order_p = np.argsort(-some_p[:found_p], kind="mergesort")
+        sorted_q = np.sort(some_q[:found_q])[::-1]
+        i, j = 0, 0
+        while i < found_p or j < found_q:
+            # One interval at a time, from the top; both sides' entries of it by rank.
+            first = some_p[order_p[i]] if i < found_p else p.dtype.type(-1.0)
+            if j < found_q and sorted_q[j] > first:
+                first = sorted_q[j]
+            b = _interval(first)
+            here_p, here_q = counts_p[0, b], counts_q[0, b]
+            lead = above_p[b] - above_q[b]
+            for k in range(here_p):
+                entry = order_p[i + k]
+                rival = k + lead
+                s = 1.0 if some_p[entry] > 0.0 else 0.0
+                if rival < 0:
+                    s = -1.0
+                elif rival < here_q:
+                    other = sorted_q[j + rival]
+                    s = 1.0 if some_p[entry] > other else (-1.0 if some_p[entry] < other else 0.0)
+                signs_p[place_p[entry]] = s
+                total += s * some_p[entry]
+            for k in range(here_q):
+                rival = k - lead
+                s = 1.0
+                if rival < 0:
+                    s = -1.0
+                elif rival < here_p:
+                    other = some_p[order_p[i + rival]]
+                    s = 1.0 if sorted_q[j + k] > other else (-1.0 if sorted_q[j + k] < other else 0.0)
+                total += s * sorted_q[j + k]
+            i += here_p
+            j += here_q
+    return total
+
+
 @sums
 def _sorted_distance(row_lo, row_hi, p, q, value, grad):
-    counts_p, counts_q = np.empty((4, INTERVALS), np.int32), np.empty((4, INTERVALS), np.int32)
-    sign, flags = np.empty(INTERVALS, p.dtype), np.empty(INTERVALS, np.bool_)
-    above_p, above_q = np.empty(INTERVALS, np.int64), np.empty(INTERVALS, np.int64)
-    signs_p, signs_q = np.empty(p.shape[1], p.dtype), np.empty(q.shape[1], p.dtype)
-    some_p, some_q = np.empty(p.shape[1], p.dtype), np.empty(q.shape[1], p.dtype)
-    place_p, place_q = np.empty(p.shape[1], np.int64), np.empty(q.shape[1], np.int64)
+    ranks, signs = _ranks(p[0], q[0]), np.empty(p.shape[1], p.dtype)
     for n in range(row_lo, row_hi):
-        _counted(p[n], counts_p)
-        _counted(q[n], counts_q)
-        ahead_p, ahead_q, unsure = 0, 0, 0
-        for b in range(INTERVALS - 1, -1, -1):
-            here_p, here_q = counts_p[0, b], counts_q[0, b]
-            above_p[b], above_q[b] = ahead_p, ahead_q
-            flags[b] = False
-            sign[b] = 0.0
-            if ahead_p - ahead_q >= here_q:
-                sign[b] = 1.0 if b > 0 else 0.0  # what is 0 on one side is met by zeros
-            elif ahead_q - ahead_p >= here_p:
-                sign[b] = -1.0
-            else:
-                flags[b] = True
-                unsure += 1
-            ahead_p += here_p
-            ahead_q += here_q
-        total = _signed_sum(p[n], sign, signs_p) - _signed_sum(q[n], sign, signs_q)
-        if unsure and not math.isnan(total):
-            found_p = _inside(p[n], flags, some_p, place_p)
-            found_q = _inside(q[n], flags, some_q, place_q)
-            order_p = np.argsort(-some_p[:found_p], kind="mergesort")
-            sorted_q = np.sort(some_q[:found_q])[::-1]
-            i, j = 0, 0
-            while i < found_p or j < found_q:
-                # One interval at a time, from the top; both sides' entries of it by rank.
-                first = some_p[order_p[i]] if i < found_p else p.dtype.type(-1.0)
-                if j < found_q and sorted_q[j] > first:
-                    first = sorted_q[j]
-                b = _interval(first)
-                here_p, here_q = counts_p[0, b], counts_q[0, b]
-                lead = above_p[b] - above_q[b]
-                for k in range(here_p):
-                    entry = order_p[i + k]
-                    rival = k + lead
-                    s = 1.0 if some_p[entry] > 0.0 else 0.0
-                    if rival < 0:
-                        s = -1.0
-                    elif rival < here_q:
-                        other = sorted_q[j + rival]
-                        s = 1.0 if some_p[entry] > other else (-1.0 if some_p[entry] < other else 0.0)
-                    signs_p[place_p[entry]] = s
-                    total += s * some_p[entry]
-                for k in range(here_q):
-                    rival = k - lead
-                    s = 1.0
-                    if rival < 0:
-                        s = -1.0
-                    elif rival < here_p:
-                        other = some_p[order_p[i + rival]]
-                        s = 1.0 if sorted_q[j + k] > other else (-1.0 if sorted_q[j + k] < other else 0.0)
-                    total += s * sorted_q[j + k]
-                i += here_p
-                j += here_q
-        value[n] = total
+        value[n] = _sorted_row(p[n], q[n], ranks, signs)
         if grad.shape[0]:
             for v in range(p.shape[1]):
-                grad[n, v] = signs_p[v]
+                grad[n, v] = signs[v]
 
 
 # Columns and segments.
+
+
+@sums
+def _event_sums(z, e, top, log_total, event, without, out):
+    """``out[u] = log Σ exp(z[v] − top) − log_total`` over the columns of event u but those of ``without``, whose e, the
+    exponential, is 0."""
+    total = np.zeros(out.size, np.float64)
+    for v in range(e.size):
+        total[event[v]] += e[v]
+    real = out.dtype.type
+    shift = real(log_total)
+    small = False
+    for u in range(out.size):
+        out[u] = log(real(total[u])) - shift
+        small |= total[u] < TINY
+    if not small:
+        return
+    # Sums that are next to nothing, and events that have no column at all.
+    tops = np.full(out.size, -math.inf)
+    for v in range(z.size):
+        u = event[v]
+        if total[u] < TINY and z[v] > tops[u] and v not in without:
+            tops[u] = z[v]
+    for u in range(out.size):
+        if total[u] < TINY:
+            total[u] = 0.0
+            out[u] = -math.inf
+    for v in range(z.size):
+        u = event[v]
+        if tops[u] > -math.inf and v not in without:
+            total[u] += math.exp(z[v] - tops[u])
+    for u in range(out.size):
+        if tops[u] > -math.inf:
+            out[u] = tops[u] - top - log_total + math.log(total[u])
+
+
+@sums
+def _pieces_forward(
+    row_lo, row_hi, logits, like, target, event, position, ptr, order, id_, moved, full, value, stats
+):
+    scratch, e = np.empty(logits.shape[1], like.dtype), np.empty(logits.shape[1], like.dtype)
+    for n in range(row_lo, row_hi):
+        z = row_of(logits, n, scratch)
+        top = row_max(z)
+        log_total = math.log(exp_into(z, top, e))
+        stats[n, 0] = top + log_total
+        stats[n, 1] = float(z[target[n]] - top) - log_total if target[n] >= 0 else 0.0
+        for t in range(ptr[n], ptr[n + 1]):
+            value[order[t]] = float(z[id_[t]] - top) - log_total
+        if position[n] >= 0:
+            mine = slice(ptr[n], ptr[n + 1])
+            without = id_[mine][moved[mine]]
+            for v in without:
+                e[v] = 0.0
+            _event_sums(z, e, top, log_total, event, without, full[position[n]])
+
+
+@sums
+def _pieces_backward(
+    row_lo, row_hi, logits, like, target, event, position, ptr, order, id_, moved, full, stats,
+    grad_full, grad_value, grad_step, grad,
+):  # fmt: skip
+    real = like.dtype.type
+    log_tiny = math.log(TINY)
+    scratch, e = np.empty(logits.shape[1], like.dtype), np.empty(logits.shape[1], like.dtype)
+    slope = np.empty(full.shape[1], like.dtype)
+    for n in range(row_lo, row_hi):
+        z = row_of(logits, n, scratch)
+        aim, p = target[n], position[n]
+        mine = slice(ptr[n], ptr[n + 1])
+        mean = float(grad_step[n]) if aim >= 0 else 0.0
+        for t in range(ptr[n], ptr[n + 1]):
+            mean += grad_value[order[t]]
+        if p < 0 and mean == 0.0 and mine.start == mine.stop:
+            e[:] = 0.0
+            put_row(grad, n, e)
+            continue
+        exp_into(z, real(stats[n, 0]), e)
+        without = id_[mine][moved[mine]]
+        small = False
+        if p >= 0:
+            for u in range(slope.size):
+                g = grad_full[p, u] if full[p, u] > -math.inf else real(0.0)
+                mean += g
+                slope[u] = g * exp(-full[p, u]) if full[p, u] > log_tiny else real(0.0)
+                small |= full[p, u] <= log_tiny and g != 0.0
+            apart = e[without]
+            single = real(mean)
+            for v in range(e.size):
+                e[v] *= slope[event[v]] - single
+            for k in range(without.size):
+                e[without[k]] = -apart[k] * single
+        else:
+            single = real(mean)
+            for v in range(e.size):
+                e[v] *= -single
+        if small:
+            for v in range(e.size):
+                u = event[v]
+                if -math.inf < full[p, u] <= log_tiny and v not in without:
+                    e[v] += grad_full[p, u] * math.exp(z[v] - stats[n, 0] - full[p, u])
+        for t in range(ptr[n], ptr[n + 1]):
+            e[id_[t]] += grad_value[order[t]]
+        if aim >= 0:
+            e[aim] += grad_step[n]
+        put_row(grad, n, e)
 
 
 @sums

@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gold.kernels.layout import ByteLayout, Columns, KeptEvents
-from gold.kernels.reference import LEAK, MixedKL, Rest, sorted_l1  # noqa: F401
+from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
+from gold.kernels.reference import LEAK, MixedKL, Rest, hybrid_of, sorted_l1
 
 # Sizes are powers of two. They were chosen by arithmetic and the compiler's register counts, not yet measured: 2,048
 # float32 values are 16 a thread with 4 warps, and 64 registers leave room for 8 programs on a multiprocessor.
@@ -40,7 +40,9 @@ JOIN = 1024
 """Pairs that a program joins at a time."""
 WARPS = 4
 """Warps per program."""
-VARYING = ("first_row", "first_mass", "end_mass", "rows", "segments", "stop_count", "texts", "stop_low")
+VARYING = (
+    "first_row", "first_mass", "end_mass", "rows", "segments", "stop_count", "other_stop_count", "texts", "stop_low"
+)  # fmt: skip
 """Arguments whose divisors are nobody's business: kernels are not compiled again for them."""
 
 
@@ -75,14 +77,51 @@ def row_divergence(
     *,
     rest: Rest = "bucket",
     leak: float = LEAK,
+    only_common: bool = False,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.row_divergence``. Columns are gone through in the order of ``logits_NV``; the teacher's are read
     beside them, side by side where its events stand in the same order."""
     value_N, mass_N = _RowDivergence.apply(
-        logits_NV, logits_NW.detach(), kept_V, kept_W, divergence, rest, leak, overwrite
+        logits_NV, logits_NW.detach(), kept_V, kept_W, divergence, rest, leak, only_common, overwrite
     )
     return value_N, mass_N
+
+
+def hybrid_distance(
+    logits_NV: Tensor,
+    logits_NW: Tensor,
+    before_N: Tensor,
+    before_T_N: Tensor,
+    kept_V: KeptEvents,
+    kept_W: KeptEvents,
+    divergence: MixedKL,
+    matched_share: float,
+    *,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.hybrid_distance``."""
+    return hybrid_of(
+        sorted_l1, logits_NV, logits_NW, before_N, before_T_N, kept_V, kept_W, divergence, matched_share
+    )
+
+
+def piece_masses(
+    logits_NV: Tensor,
+    target_N: Tensor,
+    columns: Columns,
+    whole_P: Tensor,
+    tokens: Tokens,
+    *,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.piece_masses``."""
+    norm_N, step_N, _ = row_statistics(logits_NV, target_N, target_N[:0])
+    value = logits_NV[tokens.row, tokens.id].to(norm_N) - norm_N[tokens.row]
+    moved = tokens.row[tokens.moved], tokens.id[tokens.moved]
+    without = logits_NV.index_put(moved, logits_NV.new_tensor(-torch.inf))
+    full = column_logsumexp(without[whole_P], columns) - norm_N[whole_P, None]
+    return full, value, step_N
 
 
 def column_logsumexp(logits_NV: Tensor, columns: Columns, *, overwrite: bool = False) -> Tensor:
@@ -219,6 +258,7 @@ class _RowDivergence(torch.autograd.Function):
         divergence: MixedKL,
         rest: Rest,
         leak: float,
+        only_common: bool,
         overwrite: bool,
     ) -> tuple[Tensor, Tensor]:
         rows, width = logits_NV.shape
@@ -229,21 +269,26 @@ class _RowDivergence(torch.autograd.Function):
             "TEACHER": divergence.teacher != 0,
             "STUDENT_MIX": divergence.student_mix,
             "TEACHER_MIX": divergence.teacher_mix,
+            "COMMON": only_common,
         }
         partner_V, partner_W = _partners(kept_V, kept_W.ids), _partners(kept_W, kept_V.ids)
+        mine, theirs = (logits_NV, kept_V, partner_V), (logits_NW, kept_W, partner_W)
         sides = []
-        for logits, kept, partner in ((logits_NV, kept_V, partner_V), (logits_NW, kept_W, partner_W)):
+        for (logits, kept, partner), (others, kept_there, _) in ((mine, theirs), (theirs, mine)):
             tiles = triton.cdiv(logits.shape[1], TILE)
             leaves = logits.new_empty((rows, tiles, 4), dtype=dtype)
             side = logits.new_empty((6, rows), dtype=dtype)
             _run(
                 _event_leaves, rows * tiles,
-                logits, partner, leaves, *logits.stride(), logits.shape[1], TILE=TILE,
+                logits, others, partner, leaves, *logits.stride(), *others.stride(), logits.shape[1],
+                COMMON=only_common, TILE=TILE,
             )  # fmt: skip
             _run(
                 _side_of_rows, rows,
-                logits, kept.stops, leaves, side, rows, *logits.stride(), kept.stops.numel(), tiles,
-                BUCKET=rest == "bucket", LEAK=leak, LOG_KEPT=math.log1p(-leak), JOIN=JOIN,
+                logits, kept.stops, others, kept_there.stops, leaves, side, rows, *logits.stride(),
+                *others.stride(), kept.stops.numel(), kept_there.stops.numel(), tiles,
+                COMMON=only_common, BUCKET=rest == "bucket", LEAK=leak, LOG_KEPT=math.log1p(-leak),
+                JOIN=JOIN,
             )  # fmt: skip
             sides.append(side)
         tiles = triton.cdiv(width, TILE)
@@ -256,7 +301,7 @@ class _RowDivergence(torch.autograd.Function):
         )  # fmt: skip
         _run(
             _divergence_of_rows, rows,
-            *sides, sums, value, slopes, rows, tiles, **form, STUDENT_WEIGHT=divergence.student,
+            *sides, sums, value, slopes, rows, tiles, **_but_common(form), STUDENT_WEIGHT=divergence.student,
             TEACHER_WEIGHT=divergence.teacher, ABOVE=divergence.above_nats, BUCKET=rest == "bucket",
             JOIN=JOIN,
         )  # fmt: skip
@@ -280,7 +325,7 @@ class _RowDivergence(torch.autograd.Function):
             **ctx.form, STUDENT_WEIGHT=ctx.weight, BUCKET=ctx.rest == "bucket",
             LOG_KEPT=math.log1p(-ctx.leak), TILE=BACK_TILE,
         )  # fmt: skip
-        return grad_logits, *(None,) * 7
+        return grad_logits, *(None,) * 8
 
 
 class _ColumnLogsumexp(torch.autograd.Function):
@@ -322,6 +367,10 @@ def _run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
 
 def _arithmetic(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _but_common(form: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in form.items() if name != "COMMON"}
 
 
 def _partners(kept: KeptEvents, others: Tensor) -> Tensor:
@@ -696,7 +745,10 @@ def _columns_backward(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _event_leaves(logits, partner, leaves, stride_n, stride_v, width, TILE: tl.constexpr):
+def _event_leaves(
+    logits, other_logits, partner, leaves, stride_n, stride_v, other_stride_n, other_stride_v, width,
+    COMMON: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Of each tile, the pair of the kept tokens and that of what is left."""
     tiles = tl.cdiv(width, TILE)
     n = (tl.program_id(0) // tiles).to(tl.int64)
@@ -704,6 +756,10 @@ def _event_leaves(logits, partner, leaves, stride_n, stride_v, width, TILE: tl.c
     z = tl.load(logits + n * stride_n + at * stride_v, mask=at < width, other=float("-inf"))
     z = z.to(leaves.dtype.element_ty)
     other = tl.load(partner + at, mask=at < width, other=-1)
+    if COMMON:
+        y = other_logits + n * other_stride_n + other.to(tl.int64) * other_stride_v
+        y = tl.load(y, mask=other >= 0, other=float("-inf"))
+        other = _if_common(z, y, other)
     to = leaves + tl.program_id(0).to(tl.int64) * 4
     for part in tl.static_range(2):
         mine = tl.where(other >= 0 if part == 0 else other == -2, z, float("-inf"))
@@ -712,10 +768,17 @@ def _event_leaves(logits, partner, leaves, stride_n, stride_v, width, TILE: tl.c
         tl.store(to + 2 * part + 1, tl.sum(tl.exp(mine - _finite(top)), 0))
 
 
+@triton.jit
+def _if_common(z, y, other):
+    """The partners of a row's columns, those to whom one side gives nothing among what is left."""
+    return tl.where((other >= 0) & ((z == float("-inf")) | (y == float("-inf"))), -2, other)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _side_of_rows(
-    logits, stops, leaves, side, rows, stride_n, stride_v, stop_count, tiles,
-    BUCKET: tl.constexpr, LEAK: tl.constexpr, LOG_KEPT: tl.constexpr, JOIN: tl.constexpr,
+    logits, stops, other_logits, other_stops, leaves, side, rows, stride_n, stride_v, other_stride_n,
+    other_stride_v, stop_count, other_stop_count, tiles,
+    COMMON: tl.constexpr, BUCKET: tl.constexpr, LEAK: tl.constexpr, LOG_KEPT: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
     """Of each row: what is subtracted from a logit, first and second, for its event's log-probability (0, 1); that of
     the stop event and of the rest, if that is one (2, 3); of what is left, before the leak (4); and the probability of
@@ -728,6 +791,14 @@ def _side_of_rows(
     stop_top, stop_total = _sum_columns(
         logits + n * stride_n, stops, 0, stop_count, -1, stride_v, dtype, JOIN
     )
+    if COMMON:
+        other_row = other_logits + n * other_stride_n
+        there, _ = _sum_columns(other_row, other_stops, 0, other_stop_count, -1, other_stride_v, dtype, JOIN)
+        joined_top, joined_total = _join(left_top, left_total, stop_top, stop_total)
+        alone = there == float("-inf")
+        left_top = tl.where(alone, joined_top, left_top)
+        left_total = tl.where(alone, joined_total, left_total)
+        stop_top, stop_total = tl.where(alone, float("-inf"), stop_top), tl.where(alone, 0.0, stop_total)
     top, total = _join(top, total, stop_top, stop_total)
     every_top, every_total = _join(top, total, left_top, left_total)
     mass = tl.where(total == 0.0, 0.0, total * tl.exp(top - _finite(every_top)) / every_total)
@@ -804,7 +875,7 @@ def _terms(
 @triton.jit
 def _event_logps(
     logits, other_logits, partner, side, other_side, n, at, rows, stride_n, stride_v, other_stride_n,
-    other_stride_v, width, dtype: tl.constexpr,
+    other_stride_v, width, COMMON: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Of some columns of a row: their partners, and the log-probabilities of both."""
     inside = at < width
@@ -812,6 +883,9 @@ def _event_logps(
     other = tl.load(partner + at, mask=inside, other=-1)
     y = other_logits + n * other_stride_n + other.to(tl.int64) * other_stride_v
     y = tl.load(y, mask=other >= 0, other=float("-inf")).to(dtype)
+    if COMMON:
+        other = _if_common(z, y, other)
+        y = tl.where(other >= 0, y, float("-inf"))
     logp = z - tl.load(side + n).to(dtype) - tl.load(side + rows + n).to(dtype)
     logq = y - tl.load(other_side + n).to(dtype) - tl.load(other_side + rows + n).to(dtype)
     return other, logp, logq
@@ -822,7 +896,7 @@ def _divergence_of_tiles(
     logits, other_logits, partner, side, other_side, sums, rows, stride_n, stride_v, other_stride_n,
     other_stride_v, width,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, STUDENT_MIX: tl.constexpr, TEACHER_MIX: tl.constexpr,
-    TILE: tl.constexpr,
+    COMMON: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Of each tile, sums over its kept tokens: both terms and their slopes, and the teacher's entropy."""
     dtype: tl.constexpr = sums.dtype.element_ty
@@ -831,7 +905,7 @@ def _divergence_of_tiles(
     at = ((tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)).to(tl.int64)
     other, logp, logq = _event_logps(
         logits, other_logits, partner, side, other_side, n, at, rows, stride_n, stride_v, other_stride_n,
-        other_stride_v, width, dtype,
+        other_stride_v, width, COMMON, dtype,
     )  # fmt: skip
     logp = tl.where(other >= 0, logp, float("-inf"))
     first, first_slope, second, second_slope = _terms(logp, logq, STUDENT, TEACHER, STUDENT_MIX, TEACHER_MIX)
@@ -897,7 +971,8 @@ def _divergence_backward(
     logits, other_logits, grad_logits, partner, side, other_side, slopes, grad_value, rows, stride_n,
     stride_v, other_stride_n, other_stride_v, grad_stride_n, grad_stride_v, width,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, STUDENT_MIX: tl.constexpr, TEACHER_MIX: tl.constexpr,
-    STUDENT_WEIGHT: tl.constexpr, BUCKET: tl.constexpr, LOG_KEPT: tl.constexpr, TILE: tl.constexpr,
+    COMMON: tl.constexpr, STUDENT_WEIGHT: tl.constexpr, BUCKET: tl.constexpr, LOG_KEPT: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = slopes.dtype.element_ty
     tiles = tl.cdiv(width, TILE)
@@ -905,12 +980,14 @@ def _divergence_backward(
     at = ((tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)).to(tl.int64)
     other, logp, logq = _event_logps(
         logits, other_logits, partner, side, other_side, n, at, rows, stride_n, stride_v, other_stride_n,
-        other_stride_v, width, dtype,
+        other_stride_v, width, COMMON, dtype,
     )  # fmt: skip
     known = tl.where(other >= 0, logp, float("-inf"))
     _, first_slope, _, second_slope = _terms(known, logq, STUDENT, TEACHER, STUDENT_MIX, TEACHER_MIX)
     slope = STUDENT_WEIGHT * first_slope + tl.load(slopes + n) * second_slope
     log_stop = tl.load(side + 2 * rows + n)
+    if COMMON:
+        other = tl.where(other == -1, tl.where(log_stop == float("-inf"), -2, -1), other)
     of_stops = tl.exp(tl.where(other == -1, logp - _finite(log_stop), float("-inf")))
     slope += tl.load(slopes + 2 * rows + n) * of_stops
     if BUCKET:

@@ -54,6 +54,11 @@ class Columns:
     events: int
 
     @cached_property
+    def small(self) -> Tensor:
+        """``event_V`` in 32 bits."""
+        return self.event_V.int()
+
+    @cached_property
     def order(self) -> Tensor:
         """The columns event by event, ascending within each."""
         return torch.argsort(self.event_V, stable=True)
@@ -63,6 +68,15 @@ class Columns:
         """Where in ``order`` each event begins, and the number of columns last."""
         counts = torch.bincount(self.event_V, minlength=self.events)
         return torch.cat((counts.new_zeros(1), torch.cumsum(counts, 0)))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Single tokens of some rows, and whether each counts by itself alone, not in the sums of its row."""
+
+    row: Tensor
+    id: Tensor
+    moved: Tensor
 
 
 @dataclass(frozen=True)

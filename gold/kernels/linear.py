@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gold.kernels import backend_for
 from gold.kernels.layout import ByteLayout, KeptEvents
-from gold.kernels.reference import LEAK, MixedKL, coarsened, leaked, row_logsumexp, widened
+from gold.kernels.reference import LEAK, MixedKL, bucketed, coarsened, leaked, row_logsumexp, widened
 from gold.kernels.tables import byte_table, filled_table, joint_table
 
 BLOCK_BYTES = 128 * 2**20
@@ -456,18 +456,3 @@ def shared_divergence(
     blocks = [(span, span) for span in spans(len(student), min(student.block_rows, teacher.block_rows))]
     total, mass = summed(compare, student, blocks)
     return total, mass
-
-
-def bucketed(logp: Tensor, apart: Tensor) -> Tensor:
-    """The events that are not told apart join the bucket, which is the last column."""
-    events = logp[:, :-1]
-    bucket = row_logsumexp(torch.cat((events.masked_fill(apart, -torch.inf), logp[:, -1:]), dim=-1))
-    return torch.cat((events.masked_fill(~apart, -torch.inf), bucket[:, None]), dim=-1)
-
-
-def split(logits: Tensor, kept: KeptEvents) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the kept events, the stop event last, and of every column that is left."""
-    logits = widened(logits)
-    norm = torch.logsumexp(logits, dim=-1, keepdim=True)
-    events = torch.cat((logits[:, kept.ids], row_logsumexp(logits[:, kept.stops])[:, None]), dim=-1)
-    return events - norm, logits[:, kept.left] - norm

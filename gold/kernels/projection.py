@@ -5,18 +5,19 @@ Rows of logits exist for one block of positions at a time, on both sides.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gold.kernels.layout import ByteLayout, Columns
-from gold.kernels.linear import Rows, bucketed, spans, summed
-from gold.kernels.reference import LEAK, leaked, row_logsumexp
+from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
+from gold.kernels.linear import Rows, spans, summed
+from gold.kernels.reference import LEAK, MixedKL, divergence_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,10 +38,20 @@ WHITE_SHARE = 0.99
 
 class PieceEvents(NamedTuple):
     """Per position the log-mass of every event, [positions, events], and that of the sampled token along this side's
-    own tokens, [positions]: −inf where it is not asked for, else a part of one of the events. Not normalised."""
+    own tokens, [positions]: −inf where it is not asked for, else a part of one of the events. Not normalised; where
+    nothing is reached, all is rest."""
 
     joint: Tensor
     path: Tensor
+
+
+class PieceTarget(NamedTuple):
+    """A teacher's events per position: log-probabilities, [positions, events], −inf for what is not reached, the
+    probabilities of the last ``EXTRA_EVENTS``, and the share that was moved to the sampled token, [positions]."""
+
+    logq: Tensor
+    named: Tensor
+    moved: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,22 +65,9 @@ class PieceSide:
 
     runs: Mapping[str, NDArray[Any]]
     layout: ByteLayout
-    piece_at: Tensor
-    offsets: Tensor
+    piece_at: NDArray[Any]
+    offsets: NDArray[Any]
     pieces: int
-
-    @classmethod
-    def of(
-        cls,
-        runs: Mapping[str, NDArray[Any]],
-        layout: ByteLayout,
-        piece_at: NDArray[Any],
-        offsets: NDArray[Any],
-        pieces: int,
-    ) -> PieceSide:
-        """The side on its layout's device."""
-        at, first = (torch.from_numpy(a.astype(np.int64)).to(layout.device) for a in (piece_at, offsets))
-        return cls(runs, layout, at, first, pieces)
 
     @property
     def events(self) -> int:
@@ -79,21 +77,48 @@ class PieceSide:
     def pool(self, width: int) -> Tensor:
         """Ids: text in byte order, the stop ids, and every other column of rows that are ``width`` wide."""
         trie, layout = self.layout.trie, self.layout
-        parts = trie["order"], trie["stops"], layout.outside(width), np.arange(layout.size, width)
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(layout.device)
+
+        def make() -> Tensor:
+            parts = trie["order"], trie["stops"], layout.outside(width), np.arange(layout.size, width)
+            return self._tensor(np.concatenate(parts))
+
+        return self._once("pool", width, make)
 
     def piece_of(self, ids: Tensor, depth: Tensor | int) -> Tensor:
         """The event that text tokens are behind their first ``depth`` bytes."""
-        piece = self.piece_at[self.offsets[ids] + depth]
+        at = self._once("piece_at", 0, lambda: self._tensor(self.piece_at))
+        first = self._once("offsets", 0, lambda: self._tensor(self.offsets))
+        piece = at[first[ids] + depth]
         return torch.where(piece >= 0, piece, self.pieces + RESIDUAL)
 
     def columns(self, width: int) -> Columns:
         """The event of every column of a row that begins at its position."""
-        event = torch.full((width,), self.pieces + REST, device=self.layout.device)
-        text = torch.from_numpy(self.layout.trie["order"].astype(np.int64)).to(self.layout.device)
-        event[text] = self.piece_of(text, 0)
-        event[self.layout.stops] = self.pieces + STOP
-        return Columns(event, self.events)
+
+        def make() -> Columns:
+            event = torch.full((width,), self.pieces + REST, device=self.layout.device)
+            text = self._tensor(self.layout.trie["order"])
+            event[text] = self.piece_of(text, 0)
+            event[self.layout.stops] = self.pieces + STOP
+            return Columns(event, self.events)
+
+        return self._once("columns", width, make)
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(self.layout.device)
+
+    def _once(self, name: str, width: int, make: Callable[[], T]) -> T:
+        """What is made once for a pair of vocabularies, a width and a device."""
+        key = (id(self.piece_at), name, width, self.layout.device)
+        if key not in _MADE:
+            _MADE[key] = make()
+            weakref.finalize(self.piece_at, _MADE.pop, key, None)
+        made: T = _MADE[key]
+        return made
+
+
+T = TypeVar("T")
+_MADE: dict[tuple[int, str, int, torch.device], Any] = {}
+"""By identity of the pieces' array; an entry lives as long as that."""
 
 
 @dataclass(frozen=True)
@@ -140,26 +165,30 @@ def piece_divergence(
         needed = needed_rows(batch.student, span)
         blocks.append((needed, (span, needed, needed_rows(batch.teacher, span))))
 
+    kept = _told_apart(batch.student)
+    one_device = student.hidden_ND.device == teacher.hidden_ND.device
+
     def compare(block: Rows, part: tuple[slice, Tensor, Tensor]) -> tuple[Tensor, ...]:
         span, needed_S, needed_T = part
-        logp, _ = _normalised(
-            piece_events(block, needed_S, batch.student, batch.short, span, backends[0]).joint
-        )
+        joint, _ = piece_events(block, needed_S, batch.student, batch.short, span, backends[0])
         with torch.no_grad():
-            logq, moved = piece_target(teacher.select(needed_T), needed_T, batch, span, backends[1])
-            logq, moved = logq.to(logp), moved.to(logp)
-            named = logq[:, batch.student.pieces :].exp()
-            only_white = logq[:, white].exp().sum(-1) + named[:, OBSERVED] * batch.observed_white[span]
+            target = piece_target(teacher.select(needed_T), needed_T, batch, span, backends[1])
+            joint_T, named, moved = (x.to(joint) for x in target)
+            only_white = joint_T[:, white].exp().sum(-1) + named[:, OBSERVED] * batch.observed_white[span]
             only_white = only_white > WHITE_SHARE
-            apart = ((logq > NEVER / 2) & torch.isfinite(logp))[:, :-1]
-            apart[:, batch.student.pieces + RESIDUAL] = False
-        logp, logq = leaked(bucketed(logp, apart), LEAK), leaked(bucketed(logq, apart), LEAK)
-        value = divergence(logp, logq)
+        given = joint, joint_T, kept, kept
+        if isinstance(divergence, MixedKL) and one_device:
+            value, mass = backends[0].row_divergence(
+                *given, divergence, leak=LEAK, only_common=True, overwrite=True
+            )
+        else:
+            value, mass = divergence_of(divergence, *given, "bucket", LEAK, True)
         if mask_white:
             value = value.masked_fill(only_white, 0.0)
         if weight is not None:
             value = value * weight[span].to(value)
-        return value.sum(), logp[:, -1].exp(), named[:, RESIDUAL], moved, only_white.to(logp)
+        rest = (1.0 - LEAK) * (1.0 - mass) + LEAK
+        return value.sum(), rest, named[:, RESIDUAL], moved, only_white.to(mass)
 
     total, *found = summed(compare, student, blocks)
     return total, dict(zip(parts, found, strict=True))
@@ -167,20 +196,22 @@ def piece_divergence(
 
 def piece_target(
     teacher: Rows, needed: Tensor, batch: PieceBatch, span: slice, backend: ModuleType
-) -> tuple[Tensor, Tensor]:
-    """The teacher's log-probabilities of the events of some positions, the sampled token's own included, and the share
-    that was moved to it; for ``teacher``, ``needed`` see ``piece_events``."""
+) -> PieceTarget:
+    """The teacher's events at some positions, the sampled token's own included; for ``teacher``, ``needed`` see
+    ``piece_events``."""
     joint, path = piece_events(teacher, needed, batch.teacher, batch.short, span, backend)
-    logq, norm = _normalised(joint)
-    path = path - norm
+    none = torch.full((len(joint),), -1, device=joint.device)
+    norm, _, _ = backend.row_statistics(joint, none, none[:0])
+    joint, path = joint - norm[:, None], path - norm
+    joint = joint.masked_fill(joint < NEVER / 2, -torch.inf)
     observed, source = (x[span].to(joint.device) for x in (batch.observed, batch.source))
     at = torch.nonzero(torch.isfinite(path))[:, 0]
     to, fro = observed[at], source[at]
     # Rounding, and tokens that a row does not know, may make the part larger than the whole.
-    path[at] = torch.minimum(path[at], logq[at, fro])
-    logq[at, fro] += torch.log1p(-torch.exp(path[at] - logq[at, fro]).nan_to_num(0.0))
-    logq[at, to] = torch.logaddexp(logq[at, to], path[at])
-    return logq, path.exp()
+    path[at] = torch.minimum(path[at], joint[at, fro])
+    joint[at, fro] += torch.log1p(-torch.exp(path[at] - joint[at, fro]).nan_to_num(0.0))
+    joint[at, to] = torch.logaddexp(joint[at, to], path[at])
+    return PieceTarget(joint, joint[:, -EXTRA_EVENTS:].exp(), path.exp())
 
 
 def piece_events(
@@ -213,21 +244,19 @@ def piece_events(
     for part in spans(len(rows), size):
         first, end = part.start, part.stop
         logits = rows.select(part).logits()
-        norm, step, _ = backend.row_statistics(logits, target[first:end], side.layout.stops)
-        if rows.partial:
-            # Of a token that is not known it is known that the others hold it.
-            step = torch.where(torch.isneginf(step), logits[:, -1] - norm, step)
-        steps.append(step)
         mine = torch.nonzero((entry.row >= first) & (entry.row < end))[:, 0]
-        row = entry.row[mine] - first
-        values.append(logits[row, entry.id[mine]] - norm[row])
-        order.append(mine)
         at = torch.nonzero((whole >= first) & (whole < end))[:, 0]
-        chosen = whole[at] - first
-        moved = entry.moved[mine]
-        if moved.any():
-            logits = logits.index_put((row[moved], entry.id[mine][moved]), logits.new_tensor(-torch.inf))
-        full.append(backend.column_logsumexp(logits[chosen], columns) - norm[chosen, None])
+        tokens = Tokens(entry.row[mine] - first, entry.id[mine], entry.moved[mine])
+        masses, value, step = backend.piece_masses(
+            logits, target[first:end], columns, whole[at] - first, tokens, overwrite=rows.spares(logits)
+        )
+        if rows.partial:
+            # Of a token that is not known it is known that the others hold it; such rows sum to one.
+            step = torch.where(torch.isneginf(step), logits[:, -1], step)
+        steps.append(step)
+        values.append(value)
+        order.append(mine)
+        full.append(masses)
         full_at.append(at)
 
     # Weights in float64: their absolute values fall without bound.
@@ -242,23 +271,48 @@ def piece_events(
     is_path = event == PATH
     path = backend.segment_logsumexp(value[is_path], position[is_path], positions)
     path = path.masked_fill(path < NEVER / 2, -torch.inf)
-    cells, cell = torch.unique(position[~is_path] * side.events + event[~is_path], return_inverse=True)
-    joint = value.new_full((positions, side.events), -torch.inf)
-    joint = joint.index_copy(0, torch.cat(full_at), torch.cat(full)).flatten()
-    both = torch.cat((value[~is_path], joint[cells]))
-    cell = torch.cat((cell, torch.arange(cells.shape[0], device=device)))
-    joint = joint.scatter(0, cells, backend.segment_logsumexp(both, cell, cells.shape[0]))
-    return PieceEvents(joint.view(positions, side.events), path)
+    cell = position[~is_path] * side.events + event[~is_path]
+    whole_rows = full[0] if len(full) == 1 else torch.cat(full)
+    given = whole_rows, torch.cat(full_at), value[~is_path], cell, positions, backend
+    joint: Tensor = _Joint.apply(*given)  # type: ignore[no-untyped-call]
+    return PieceEvents(joint, path)
 
 
-def _normalised(joint: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that sum to one, and the logarithm of what they were divided by, 0 where that is −inf: all is rest there."""
-    norm = row_logsumexp(joint)
-    nothing = torch.isneginf(norm)
-    norm = norm.masked_fill(nothing, 0.0)
-    logp = joint - norm[:, None]
-    rest = torch.where(nothing, 0.0, logp[:, -1])
-    return torch.cat((logp[:, :-1], rest[:, None]), dim=-1), norm
+class _Joint(torch.autograd.Function):
+    """Rows of events, and single values that are added to some of them: [positions, events]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, full: Tensor, at: Tensor, value: Tensor, cell: Tensor, positions: int, backend: ModuleType
+    ) -> Tensor:
+        every = full.shape[0] == positions
+        joint = full.clone() if every else full.new_full((positions, full.shape[1]), -torch.inf)
+        if not every:
+            joint.index_copy_(0, at, full)
+        cells, to = torch.unique(cell, return_inverse=True)
+        parts = torch.cat((value, joint.view(-1)[cells]))
+        to = torch.cat((to, torch.arange(cells.shape[0], device=cells.device)))
+        whole = backend.segment_logsumexp(parts, to, cells.shape[0])
+        joint.view(-1)[cells] = whole
+        joint[:, -1] = torch.where(torch.isneginf(joint.amax(-1)), 0.0, joint[:, -1])
+        share = torch.exp(parts - whole[to]).masked_fill(torch.isneginf(whole[to]), 0.0)
+        ctx.save_for_backward(at, cells, to, share)
+        ctx.values, ctx.every = value.shape[0], every
+        return joint
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        at, cells, to, share = ctx.saved_tensors
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        parts = grad.view(-1)[cells][to] * share
+        grad.view(-1)[cells] = parts[ctx.values :]
+        return grad if ctx.every else grad[at], None, parts[: ctx.values], None, None, None
+
+
+def _told_apart(side: PieceSide) -> KeptEvents:
+    """Of the columns of a side, all but text that begins with no piece and what is left."""
+    ids = torch.arange(side.events - 2, device=side.layout.device)
+    return KeptEvents(ids, ids[:0], side.events)
 
 
 class _Entries(NamedTuple):

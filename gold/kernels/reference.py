@@ -6,6 +6,7 @@ backward pass.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gold.kernels.layout import ByteLayout, Columns, KeptEvents
+from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
 
 Rest = Literal["bucket", "renormalise"]
 """What becomes of probability that is on none of the events compared: one more event, or conditioned away."""
@@ -117,23 +118,87 @@ def row_divergence(
     *,
     rest: Rest = "bucket",
     leak: float = LEAK,
+    only_common: bool = False,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Divergence between row n of both sides on the events that both have, and the student's mass on them: two [N].
 
     The events are the kept tokens, the stop event, and with ``rest`` "bucket" all other columns together, after a share
     ``leak`` of every event has moved there (see ``leaked``); with "renormalise" both sides are conditioned on the first
-    two. Gradient with respect to ``logits_NV`` alone, through the divergence alone.
+    two. ``only_common``: in each row, an event to which one side gives nothing joins all other columns on both sides.
+    Gradient with respect to ``logits_NV`` alone, through the divergence alone.
     """
+    return divergence_of(divergence, logits_NV, logits_NW, kept_V, kept_W, rest, leak, only_common)
+
+
+def divergence_of(
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    logits_NV: Tensor,
+    logits_NW: Tensor,
+    kept_V: KeptEvents,
+    kept_W: KeptEvents,
+    rest: Rest,
+    leak: float,
+    only_common: bool,
+) -> tuple[Tensor, Tensor]:
+    """``row_divergence`` with any divergence."""
     logp = coarsened(logits_NV, kept_V)
     with torch.no_grad():
         logq = coarsened(logits_NW, kept_W).to(logp)
-        mass = row_logsumexp(logp[:, :-1]).exp()
+        common = torch.isfinite(logp[:, :-1]) & torch.isfinite(logq[:, :-1])
+    if only_common:
+        logp, logq = bucketed(logp, common), bucketed(logq, common)
+    mass = row_logsumexp(logp[:, :-1].detach()).exp()
     if rest == "renormalise":
         logp, logq = (x[:, :-1] - row_logsumexp(x[:, :-1])[:, None] for x in (logp, logq))
     elif leak:
         logp, logq = leaked(logp, leak), leaked(logq, leak)
     return divergence(logp, logq), mass
+
+
+def hybrid_distance(
+    logits_NV: Tensor,
+    logits_NW: Tensor,
+    before_N: Tensor,
+    before_T_N: Tensor,
+    kept_V: KeptEvents,
+    kept_W: KeptEvents,
+    divergence: MixedKL,
+    matched_share: float,
+    *,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row n of both sides, times ``exp(before[n])``: the divergence on the kept tokens and the stop event, as they are
+    and not normalised, and ``sorted_l1`` of all other columns.
+
+    Returns:
+        the sum of both, the first weighed by ``matched_share``, the second by the rest of 1, and without gradient each:
+        three [N]. Gradient with respect to ``logits_NV`` and ``before_N``.
+    """
+    return hybrid_of(
+        sorted_l1, logits_NV, logits_NW, before_N, before_T_N, kept_V, kept_W, divergence, matched_share
+    )
+
+
+def hybrid_of(
+    distance: Callable[[Tensor, Tensor], Tensor],
+    logits_NV: Tensor,
+    logits_NW: Tensor,
+    before_N: Tensor,
+    before_T_N: Tensor,
+    kept_V: KeptEvents,
+    kept_W: KeptEvents,
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    matched_share: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``hybrid_distance`` with any divergence, and a back end's own ``sorted_l1``."""
+    logp, other_p = (x + before_N.to(x)[:, None] for x in split(logits_NV, kept_V))
+    with torch.no_grad():
+        parts = split(logits_NW, kept_W)
+        logq, other_q = ((x + before_T_N.to(x)[:, None]).to(logp) for x in parts)
+    matched, unmatched = divergence(logp, logq), distance(other_p.exp(), other_q.exp())
+    total = matched_share * matched + (1.0 - matched_share) * unmatched
+    return total, matched.detach(), unmatched.detach()
 
 
 def sorted_l1(p_NV: Tensor, q_NW: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -160,6 +225,34 @@ def column_logsumexp(logits_NV: Tensor, columns: Columns, *, overwrite: bool = F
     total = torch.zeros_like(top).scatter_add(1, index, torch.exp(logits_NV - top.gather(1, index)))
     something = total != 0
     return torch.where(something, torch.log(torch.where(something, total, 1.0)) + top, -torch.inf)
+
+
+def piece_masses(
+    logits_NV: Tensor,
+    target_N: Tensor,
+    columns: Columns,
+    whole_P: Tensor,
+    tokens: Tokens,
+    *,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the events of a block of positions need of its rows, in nats.
+
+    With π the softmax of a row, and without the tokens that are ``moved`` from the sums of theirs::
+
+        full[p, u] = log Σ_{v: columns.event_V[v] = u} π[whole[p]][v]
+        value[t] = log π[row[t]][id[t]]
+        step[n] = log π[n][target[n]]        (0 where it is −1)
+
+    No row is whole for two positions.
+    """
+    logits_NV = widened(logits_NV)
+    logp_NV = logits_NV - row_logsumexp(logits_NV)[:, None]
+    picked = logp_NV.gather(1, target_N.clamp(min=0)[:, None])[:, 0]
+    step_N = torch.where(target_N >= 0, picked, torch.zeros_like(picked))
+    moved = tokens.row[tokens.moved], tokens.id[tokens.moved]
+    without = logp_NV.index_put(moved, logp_NV.new_tensor(-torch.inf))
+    return column_logsumexp(without[whole_P], columns), logp_NV[tokens.row, tokens.id], step_N
 
 
 def segment_logsumexp(value: Tensor, segment: Tensor, segments: int) -> Tensor:
@@ -192,6 +285,21 @@ def coarsened(logits_NV: Tensor, kept: KeptEvents) -> Tensor:
     logits_NV = widened(logits_NV)
     joined = [row_logsumexp(logits_NV[:, columns])[:, None] for columns in (kept.stops, kept.left)]
     return torch.cat([logits_NV[:, kept.ids], *joined], dim=-1) - row_logsumexp(logits_NV)[:, None]
+
+
+def split(logits: Tensor, kept: KeptEvents) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the kept events, the stop event last, and of every column that is left."""
+    logits = widened(logits)
+    norm = torch.logsumexp(logits, dim=-1, keepdim=True)
+    events = torch.cat((logits[:, kept.ids], row_logsumexp(logits[:, kept.stops])[:, None]), dim=-1)
+    return events - norm, logits[:, kept.left] - norm
+
+
+def bucketed(logp: Tensor, apart: Tensor) -> Tensor:
+    """The events that are not told apart join the bucket, which is the last column."""
+    events = logp[:, :-1]
+    bucket = row_logsumexp(torch.cat((events.masked_fill(apart, -torch.inf), logp[:, -1:]), dim=-1))
+    return torch.cat((events.masked_fill(~apart, -torch.inf), bucket[:, None]), dim=-1)
 
 
 def leaked(logp_NE: Tensor, leak: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gold.aligned import AlignedBatch
 from gold.kernels.projection import piece_divergence
-from gold.losses.divergences import Divergence
+from gold.losses.divergences import Divergence, form_of
 from gold.losses.supports import HalfLife, Where, fading
 from gold.losses.view import Loss, View
 
@@ -40,7 +40,7 @@ def prefix_divergence(
         view.student,
         view.teacher_rows,
         pieces,
-        divergence,
+        form_of(divergence) or divergence,
         (view.backend, view.teacher_backend),
         mask_white=white_space == "mask",
         weight=None if half_life is None else fading(view.batch.byte_offsets[at], half_life),

@@ -26,7 +26,7 @@ from gold.kernels.chunked import (
     sorted_distance,
 )
 from gold.kernels.linear import Rows, SharedEvents, token_logp
-from gold.losses.divergences import Share, forward_kl, jsd
+from gold.losses.divergences import Share, form_of, forward_kl, jsd
 from gold.losses.policy import Positive, policy_loss
 from gold.losses.supports import states_divergence
 from gold.losses.view import Loss, View, sequence_logp, student_scores, teacher_scores
@@ -114,9 +114,9 @@ def gold_hybrid(view: View, *, beta: Share = 0.5, matched_share: Share | None = 
     Source: Patiño et al., "Unlocking On-Policy Distillation for Any Model Family", Hugging Face 2025, with the rows
     that predict the chunk's tokens. Tokens are matched by their bytes, there by their strings.
     """
-    batch, pair = view.batch, view.batch.vocabularies
+    batch, pair, divergence = view.batch, view.batch.vocabularies, partial(jsd, beta=beta)
     if pair.same:
-        loss = states_divergence(view, partial(jsd, beta=beta))
+        loss = states_divergence(view, divergence)
         share = 1.0 if matched_share is None else matched_share
         return Loss(
             share * loss.total, {"matched": loss.total.detach(), "unmatched": loss.total.detach() * 0.0}
@@ -142,7 +142,7 @@ def gold_hybrid(view: View, *, beta: Share = 0.5, matched_share: Share | None = 
         before_S,
         before_T,
         events,
-        partial(jsd, beta=beta),
+        form_of(divergence) or divergence,
         matched_share,
         view.backend,
     )

@@ -149,7 +149,7 @@ def computed_events(view: View, positions: Tensor) -> tuple[Tensor, Tensor, Tens
     joint, _ = projection.piece_events(
         view.student.select(needed), needed, batch.student, batch.short, everything, view.backend
     )
-    logq, moved = projection.piece_target(
+    logq, _, moved = projection.piece_target(
         view.teacher_rows.select(needed_T), needed_T, batch, everything, view.teacher_backend
     )
     return joint - torch.logsumexp(joint, -1, keepdim=True), logq, moved

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gold.align.paths import BytePlan, ByteTrie
 from gold.kernels import BACKENDS, why_not
-from gold.kernels.layout import ByteLayout, Columns, KeptEvents
+from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
 from gold.kernels.reference import MixedKL
 
 CPU = torch.device("cpu")
@@ -151,12 +151,21 @@ def every_function(
     """Those that take rows, as functions of a back end, logits of three rows, and options."""
     layout = layout_of([b"", b"a", b"ab", b"b", b"ba", b"abab"], [[2, 4, 1]], False, (0,), device)
     kept_V, kept_W = kept_events(width, width, device)
-    teacher = rows_like(3, width, 9).clamp(min=-30.0)
+    teacher = rows_like(3, width, 9).clamp(min=-30.0).to(device)
     columns = Columns((torch.arange(width) % 7).to(device), 7)
     target = torch.tensor([0, -1, width - 1], device=device)
+    tokens = Tokens(target[:1], target[:1] + 1, target[:1] == 0)
+    before = -torch.arange(3.0, device=device)
     return {
         "masses": lambda b, z, **o: b.byte_masses(z, layout, 0, **o),
         "statistics": lambda b, z, **o: b.row_statistics(z, target, target[:1], **o),
         "columns": lambda b, z, **o: b.column_logsumexp(z, columns, **o),
         "divergence": lambda b, z, **o: b.row_divergence(z, teacher.to(z), kept_V, kept_W, FORMS[2], **o),
+        "common": lambda b, z, **o: b.row_divergence(
+            z, teacher.to(z), kept_V, kept_W, FORMS[2], only_common=True, **o
+        ),
+        "pieces": lambda b, z, **o: b.piece_masses(z, target, columns, target[:1], tokens, **o),
+        "hybrid": lambda b, z, **o: b.hybrid_distance(
+            z, teacher.to(z), before, before, kept_V, kept_W, FORMS[2], 0.5, **o
+        ),
     }

@@ -212,6 +212,29 @@ def test_events_that_one_side_rules_out() -> None:
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("rest", ["bucket", "renormalise"])
+def test_events_that_only_one_side_has_join_the_rest(rest: Rest) -> None:
+    kept_V, kept_W = kept_events(131, 70, DEVICE)
+    teacher = rows_like(3, 70, 5)
+    teacher[0, kept_W.stops.cpu()] = -torch.inf
+    teacher[2, kept_W.ids[:9].cpu()] = -torch.inf
+    teacher = teacher.to(DEVICE)
+    assert_same(
+        lambda backend, z: backend.row_divergence(
+            z, teacher, kept_V, kept_W, FORMS[2], rest=rest, only_common=True
+        ),
+        rows_like(3, 131, 4),
+    )
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("name", ["pieces", "hybrid"])
+def test_what_is_made_of_other_kernels(name: str) -> None:
+    function = every_function(131, DEVICE)[name]
+    assert_same(lambda backend, z: function(backend, z), rows_like(3, 131, 4).clamp(min=-30.0))
+
+
+@pytest.mark.usefixtures("tiny")
 def test_row_divergence_of_one_vocabulary_without_a_rest() -> None:
     every = torch.arange(50, device=DEVICE)
     kept = KeptEvents(every, every[:0], 50)
@@ -228,7 +251,7 @@ def test_row_divergence_of_one_vocabulary_without_a_rest() -> None:
 # Memory
 
 
-FUNCTIONS = ["masses", "statistics", "columns", "divergence"]
+FUNCTIONS = ["masses", "statistics", "columns", "divergence", "common"]
 
 
 @pytest.mark.usefixtures("tiny")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gold.kernels import BACKENDS, reference
-from gold.kernels.layout import Columns, KeptEvents
+from gold.kernels.layout import Columns, KeptEvents, Tokens
 from gold.kernels.reference import MixedKL
 from gold.losses import DIVERGENCES
 from gold.losses.divergences import form_of
@@ -138,6 +138,35 @@ def test_column_logsumexp(backend: ModuleType, shape: tuple[int, int]) -> None:
 
 
 @over
+@pytest.mark.parametrize("shape", SHAPES)
+def test_piece_masses(backend: ModuleType, shape: tuple[int, int]) -> None:
+    """Not all rows are whole for a position, some tokens are moved from their row's sums, some are asked for twice."""
+    rows, width = shape
+    draw = torch.Generator().manual_seed(7)
+    event = torch.randint(0, max(1, width // 3), (width,), generator=draw)
+    columns = Columns(event, width // 3 + 2)
+    target = torch.arange(rows) * 7 % width
+    target[-1] = -1 if rows > 1 else 0
+    whole = torch.randperm(rows, generator=draw)[: max(1, rows - 1)]
+    count = 20
+    row, id_ = (
+        torch.randint(0, rows, (count,), generator=draw),
+        torch.randint(0, width, (count,), generator=draw),
+    )
+    moved = torch.zeros(count, dtype=torch.bool)
+    if width > 5:
+        moved[:3] = True
+        id_[3:6] = id_[0]
+    tokens = Tokens(row, id_, moved)
+    agree(
+        lambda x: backend.piece_masses(x, target, columns, whole, tokens),
+        lambda x: reference.piece_masses(x, target, columns, whole, tokens),
+        odd(logits_of(rows, width, 3)),
+        single=8 * 60,
+    )
+
+
+@over
 def test_sums_far_below_the_largest_are_not_lost(backend: ModuleType) -> None:
     """In single precision e^−200 is 0; its logarithm is not."""
     logits = torch.zeros(1, 6)
@@ -196,6 +225,51 @@ def test_row_divergence(backend: ModuleType, name: str, rest: reference.Rest) ->
 
     def of(b: ModuleType) -> Function:
         return lambda x: b.row_divergence(x, logits_T.to(x.dtype), mine, theirs, FORMS[name], rest=rest)
+
+    agree(of(backend), of(reference), logits, single=8 * 60, also=1e-9)
+
+
+@over
+@pytest.mark.parametrize("rest", ["bucket", "renormalise"])
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "reverse_kl"])
+def test_events_that_only_one_side_has_join_the_rest(
+    backend: ModuleType, name: str, rest: reference.Rest
+) -> None:
+    mine, theirs = kept_of(1037, 600, [3, 9], 1), kept_of(2011, 600, [5], 2)
+    logits, logits_T = (odd(logits_of(5, w, s)) for w, s in ((1037, 6), (2011, 7)))
+    logits_T[3, theirs.ids[:300]] = -torch.inf
+    logits[0, mine.stops] = logits_T[2, theirs.stops] = -torch.inf
+    logits = torch.cat((logits[:1], logits[2:]))
+    logits_T = torch.cat((logits_T[:1], logits_T[2:]))
+
+    def of(b: ModuleType) -> Function:
+        return lambda x: b.row_divergence(
+            x, logits_T.to(x.dtype), mine, theirs, FORMS[name], rest=rest, only_common=True
+        )
+
+    agree(of(backend), of(reference), logits, single=8 * 60, also=1e-9)
+
+
+@over
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "reverse_kl", "skew_kl"])
+@pytest.mark.parametrize("columns", [(1037, 2011, 600), (2011, 1037, 0), (7, 5, 4)])
+def test_hybrid_distance(backend: ModuleType, name: str, columns: tuple[int, int, int]) -> None:
+    width, width_T, shared = columns
+    mine, theirs = kept_of(width, shared, [0], 1), kept_of(width_T, shared, [1] if shared else [], 2)
+    if not shared:
+        mine = KeptEvents(mine.ids, mine.stops[:0], width)
+    logits, logits_T = (finite_at_both(odd(logits_of(5, w, s))) for w, s in ((width, 6), (width_T, 7)))
+    before, before_T = -torch.rand(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def of(b: ModuleType) -> Function:
+        def distance(x: Tensor) -> tuple[Tensor, ...]:
+            # Its gradient by what came before is that of a state with the same sum of logits.
+            log_before = before + 0.01 * x.double().clamp(min=-60.0).mean(-1)
+            return b.hybrid_distance(
+                x, logits_T.to(x.dtype), log_before, before_T, mine, theirs, FORMS[name], 0.3
+            )
+
+        return distance
 
     agree(of(backend), of(reference), logits, single=8 * 60, also=1e-9)
 
@@ -384,3 +458,14 @@ def test_the_other_definitions_agree_with_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: reference.column_logsumexp(x, columns)[:, :4], (logits,))
     assert torch.autograd.gradcheck(lambda x: reference.segment_logsumexp(x[0], segment, 3), (logits,))
     assert torch.autograd.gradcheck(lambda x: reference.sorted_l1(torch.softmax(x, -1), q), (logits,))
+    tokens = Tokens(torch.tensor([0, 1, 1]), torch.tensor([3, 0, 8]), torch.tensor([True, False, False]))
+    whole, some = torch.tensor([1, 0]), Columns(torch.tensor([0, 1, 1, 2, 2, 2, 0, 1, 1]), 3)
+    assert torch.autograd.gradcheck(
+        lambda x: reference.piece_masses(x, target, some, whole, tokens), (logits,)
+    )
+    mine, theirs = kept_of(9, 4, [3], 1), kept_of(8, 4, [5], 2)
+    logits_T, before = logits_of(2, 8, 2, 1.0), torch.tensor([-0.5, -0.1], dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x, b: reference.hybrid_distance(x, logits_T, b, before, mine, theirs, FORMS["jsd"], 0.3)[0],
+        (logits, before.clone().requires_grad_(True)),
+    )
