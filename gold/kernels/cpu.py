@@ -1141,10 +1141,10 @@ def _sorted_distance(row_lo, row_hi, p, q, value, grad):
 
 
 @sums
-def _event_sums(z, e, top, log_total, event, without, out):
+def _event_sums(z, e, top, log_total, event, without, total, out):
     """``out[u] = log Σ exp(z[v] − top) − log_total`` over the columns of event u but those of ``without``, whose e, the
-    exponential, is 0."""
-    total = np.zeros(out.size, np.float64)
+    exponential, is 0; ``total`` is room."""
+    total[:] = 0.0
     for v in range(e.size):
         total[event[v]] += e[v]
     real = out.dtype.type
@@ -1179,6 +1179,7 @@ def _pieces_forward(
     row_lo, row_hi, logits, like, target, event, position, ptr, order, id_, moved, full, value, stats
 ):
     scratch, e = np.empty(logits.shape[1], like.dtype), np.empty(logits.shape[1], like.dtype)
+    total = np.empty(full.shape[1], np.float64)
     for n in range(row_lo, row_hi):
         z = row_of(logits, n, scratch)
         top = row_max(z)
@@ -1192,7 +1193,7 @@ def _pieces_forward(
             without = id_[mine][moved[mine]]
             for v in without:
                 e[v] = 0.0
-            _event_sums(z, e, top, log_total, event, without, full[position[n]])
+            _event_sums(z, e, top, log_total, event, without, total, full[position[n]])
 
 
 @sums
