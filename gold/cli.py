@@ -52,7 +52,7 @@ The JSON, one object per text
   Student tokens s0 up to s1 (exclusive) and teacher tokens t0 up to t1 spell the same bytes. "ends" are the byte
   offsets of the text at which the tokens end: a chunk ends at ends[s1 - 1] of the student, ends[t1 - 1] of the teacher.
   A side has "bos_id" and "stop_ids" for events beside the text, "prompt_ids" with --chat, and with --score "logp"
-  (nats; null for a token that has none) and "stop_logp"; the text has "score" then.
+  and "entropy" (nats; null for a token that has none) and "stop_logp"; the text has "score" then.
 """
 
 

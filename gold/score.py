@@ -13,7 +13,7 @@ from gold.align.view import Side, View
 from gold.align.vocabulary import Vocabulary
 from gold.chat import adds_bos
 from gold.errors import DataError
-from gold.kernels.linear import token_logp
+from gold.kernels.linear import token_statistics
 from gold.models import LanguageModel, PaddedStates, load_model, output_width, rows_of
 
 
@@ -43,7 +43,8 @@ class PairScorer:
         return self.student.tokenizer, self.teacher.tokenizer
 
     def score(self, view: View) -> View:
-        """The text with the log-probability of each token, and of the stop event where there is one.
+        """The text with the log-probability of each token, the entropy before it, and the stop event's log-probability
+        where there is one.
 
         Before the text stands the prompt, else a BOS where the student's own ids began with one or the tokenizer puts
         one in front; where there is neither, the first token has no log-probability. Nor has a token of probability 0.
@@ -75,18 +76,20 @@ def _scored(model: LanguageModel, side: Side) -> Side:
         raise DataError(
             f"{side.name}: id {ids.max()} has no row in its output matrix of {output_width(model.lm)}"
         )
-    logp = np.full(len(ids), np.nan)
+    logp, entropy = np.full((2, len(ids)), np.nan)
     unscored = 0 if before else 1
     target = np.append(ids[unscored:], [-1] if side.stop_ids else []).astype(np.int64)
     if len(ids) < unscored or not len(target):
-        return replace(side, logp_N=logp)
+        return replace(side, logp_N=logp, entropy_N=entropy)
     states = PaddedStates.of(
         [before or ids[:1].tolist()], [ids[unscored:]], [len(target)], model.pad_id, model.device
     )
     stops = torch.tensor(side.stop_ids, dtype=torch.int64, device=model.device)
-    log_target, log_stop = token_logp(
+    log_target, log_stop, unsure = token_statistics(
         rows_of(model.lm, states), torch.from_numpy(target).to(model.device), stops
     )
     found = log_target[: len(ids) - unscored].double().cpu().numpy()
     logp[unscored:] = np.where(np.isfinite(found), found, np.nan)
-    return replace(side, logp_N=logp, stop_logp=float(log_stop[-1]) if side.stop_ids else None)
+    entropy[unscored:] = unsure[: len(ids) - unscored].double().cpu().numpy()
+    stop_logp = float(log_stop[-1]) if side.stop_ids else None
+    return replace(side, logp_N=logp, stop_logp=stop_logp, entropy_N=entropy)

@@ -58,6 +58,9 @@ def test_every_token_is_scored_given_what_is_before_it(scorer: PairScorer) -> No
         expected = plain_logp(model, [side.bos_id, *side.spelling.ids.tolist()])[0]
         assert side.logp_N == pytest.approx(expected, abs=1e-4)
         assert side.stop_logp is None
+        ids = [side.bos_id, *side.spelling.ids.tolist()]
+        prob = torch.softmax(model.lm(input_ids=torch.tensor([ids])).logits[0, :-1].double(), -1)
+        assert side.entropy_N == pytest.approx((-(prob * prob.log()).sum(-1)).tolist(), abs=1e-4)
 
 
 def test_a_prompt_is_before_the_text_and_the_stop_event_after_it(scorer: PairScorer) -> None:
@@ -82,7 +85,7 @@ def test_with_nothing_before_it_the_first_token_has_no_probability(
     view = scorer.score(view_of(scorer))
     for model, side in zip((scorer.student, scorer.teacher), view.sides, strict=True):
         assert side.logp_N is not None
-        assert np.isnan(side.logp_N[0])
+        assert np.isnan([side.logp_N[0], side.entropy_N[0]]).all()  # type: ignore[index]
         expected = plain_logp(model, side.spelling.ids.tolist())[0]
         assert side.logp_N[1:] == pytest.approx(expected, abs=1e-4)
     for text in ("", "7"):

@@ -97,8 +97,9 @@ def _side_data(side: Side, count: int) -> dict[str, Any]:
         # The bytes of tokens that are not the text's.
         "own": {k: _own_bytes(side, k).hex(" ") for k in range(count) if not side.spelling.exact[k]},
     }
-    if side.logp_N is not None:
-        found["logp"] = [None if math.isnan(x) else round(x, 4) for x in side.logp_N[:count].tolist()]
+    for name, value_N in (("logp", side.logp_N), ("entropy", side.entropy_N)):
+        if value_N is not None:
+            found[name] = [None if math.isnan(x) else round(x, 4) for x in value_N[:count].tolist()]
     return found
 
 

@@ -43,6 +43,7 @@ function fill(body, side, shown, name, letter, first, last) {
   const head = body.insertRow();
   head.append(title);
   if (side.logp) head.append(make("td", logp(sum(side, first, last)), "number"));
+  if (side.entropy) head.append(make("td"));
   for (let k = first; k < last; k++) {
     const row = body.insertRow();
     const from = k ? side.ends[k - 1] : 0;
@@ -52,6 +53,7 @@ function fill(body, side, shown, name, letter, first, last) {
     if (k in side.own) cell.append(make("em", " its own: " + (side.own[k] || "none")));
     row.append(cell, make("td", from + "\u2013" + side.ends[k], "number"));
     if (side.logp) row.append(make("td", logp(side.logp[k]), "number"));
+    if (side.entropy) row.append(make("td", logp(side.entropy[k]), "number"));
   }
 }
 
@@ -68,8 +70,10 @@ function show(chunk) {
   const size = found.ends[c] - from;
   const table = make("table");
   const head = table.createTHead().insertRow();
-  for (const [title, kind] of [["token"], ["id", "number"], ["bytes"], ["at", "number"], ["log p", "number"]]) {
-    if (title === "log p" && !student.logp) continue;
+  const titles = [["token"], ["id", "number"], ["bytes"], ["at", "number"]];
+  if (student.logp) titles.push(["log p", "number"]);
+  if (student.entropy) titles.push(["entropy", "number"]);
+  for (const [title, kind] of titles) {
     head.append(make("th", title, kind));
     head.lastChild.scope = "col";
   }

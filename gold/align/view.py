@@ -30,7 +30,8 @@ class Side:
     `name` is what the user calls it. `shared` is the share of its tokens whose bytes are one token of the other
     vocabulary too. `bos_id` and `stop_ids` are the events beside the text, None and empty where there are none;
     `prompt_ids` is what the model reads before it, None where nobody asked. `logp_N` holds the log-probability of each
-    token given all before it, in nats, NaN where it has none; `stop_logp` is that of the stop event.
+    token given all before it, in nats, NaN where it has none; `stop_logp` is that of the stop event. `entropy_N` is how
+    unsure the model was before each token: the entropy of its next one, in nats, NaN where it has none.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Side:
     prompt_ids: tuple[int, ...] | None = None
     logp_N: Float64 | None = None
     stop_logp: float | None = None
+    entropy_N: Float64 | None = None
 
     def __len__(self) -> int:
         return len(self.spelling)
@@ -123,8 +125,8 @@ def describe(view: View) -> dict[str, Any]:
     """A text as JSON: ids and byte ends of both sides, and chunks as half-open ranges of their tokens.
 
     A side has the keys `bos_id` and `stop_ids` where these events are beside the text, `prompt_ids` where there is a
-    prompt, `logp` (nats, null where a token has none) and `stop_logp` where the text was scored; the text has
-    `score` then.
+    prompt, `logp` and `entropy` (nats, null where a token has none) and `stop_logp` where the text was scored; the
+    text has `score` then.
     """
     found = {
         "bytes": len(view.data),
@@ -245,8 +247,9 @@ def _describe_side(side: Side) -> dict[str, Any]:
         found["stop_ids"] = list(side.stop_ids)
     if side.prompt_ids is not None:
         found["prompt_ids"] = list(side.prompt_ids)
-    if side.logp_N is not None:
-        found["logp"] = [None if math.isnan(x) else round(x, 6) for x in side.logp_N.tolist()]
+    for name, value_N in (("logp", side.logp_N), ("entropy", side.entropy_N)):
+        if value_N is not None:
+            found[name] = [None if math.isnan(x) else round(x, 6) for x in value_N.tolist()]
     if side.stop_logp is not None:
         found["stop_logp"] = round(side.stop_logp, 6)
     return found

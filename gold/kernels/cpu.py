@@ -24,6 +24,7 @@ from gold.kernels.lanes import (
     excess,
     exp,
     exp_into,
+    exp_moment,
     inlined,
     log,
     log_sum,
@@ -58,9 +59,9 @@ def chunk_sums(logp_N: Tensor, chunk_N: Tensor, chunks: int) -> Tensor:
 
 def row_statistics(
     logits_NV: Tensor, target_N: Tensor, stops: Tensor, *, overwrite: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``reference.row_statistics``."""
-    result: tuple[Tensor, Tensor, Tensor] = _RowStatistics.apply(
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _RowStatistics.apply(
         _plain(logits_NV), target_N, stops, overwrite
     )
     return result
@@ -249,15 +250,16 @@ class _RowStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits_NV: Tensor, target_N: Tensor, stops: Tensor, overwrite: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = logits_NV.shape[0]
-        stats = np.empty((rows, 3), np.float64)
+        stats = np.empty((rows, 4), np.float64)
         given = target_N.contiguous().numpy(), stops.contiguous().numpy()
         _on_rows(_statistics_forward, rows, _array(logits_NV), np.empty(0, _real(logits_NV)), *given, stats)
         ctx.save_for_backward(logits_NV)
         ctx.given, ctx.stats, ctx.overwrite = given, stats, overwrite
-        norm, target, stop = (_tensor(stats[:, i], logits_NV) for i in range(3))
-        return norm, target, stop
+        norm, target, stop, entropy = (_tensor(stats[:, i], logits_NV) for i in range(4))
+        ctx.mark_non_differentiable(entropy)
+        return norm, target, stop, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -271,7 +273,7 @@ class _RowStatistics(torch.autograd.Function):
             scratch,
             *ctx.given,
             ctx.stats,
-            *_doubles(*grads),
+            *_doubles(*grads[:3]),
             _array(out),
         )
         return out, None, None, None
@@ -678,8 +680,10 @@ def _statistics_forward(row_lo, row_hi, logits, like, target, stops, stats):
     for n in range(row_lo, row_hi):
         z = row_of(logits, n, scratch)
         top = row_max(z)
-        log_total = math.log(exp_into(z, top, e)) if top > -math.inf else -math.inf
+        total, moment = exp_moment(z, top, e) if top > -math.inf else (0.0, 0.0)
+        log_total = math.log(total)
         stats[n, 0] = top + log_total
+        stats[n, 3] = log_total - moment / total if top > -math.inf else 0.0
         stats[n, 1] = float(z[target[n]] - top) - log_total if target[n] >= 0 else 0.0
         stats[n, 2] = log_sum(z, stops, 0, stops.size, -1) - top - log_total
 

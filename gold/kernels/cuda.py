@@ -62,10 +62,10 @@ def chunk_sums(logp_N: Tensor, chunk_N: Tensor, chunks: int) -> Tensor:
 
 def row_statistics(
     logits_NV: Tensor, target_N: Tensor, stops: Tensor, *, overwrite: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``reference.row_statistics``."""
-    norm_N, log_target_N, log_stop_N = _RowStatistics.apply(logits_NV, target_N, stops, overwrite)
-    return norm_N, log_target_N, log_stop_N
+    norm_N, log_target_N, log_stop_N, entropy_N = _RowStatistics.apply(logits_NV, target_N, stops, overwrite)
+    return norm_N, log_target_N, log_stop_N, entropy_N
 
 
 def row_divergence(
@@ -116,7 +116,7 @@ def piece_masses(
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``reference.piece_masses``."""
-    norm_N, step_N, _ = row_statistics(logits_NV, target_N, target_N[:0])
+    norm_N, step_N, _, _ = row_statistics(logits_NV, target_N, target_N[:0])
     value = logits_NV[tokens.row, tokens.id].to(norm_N) - norm_N[tokens.row]
     moved = tokens.row[tokens.moved], tokens.id[tokens.moved]
     without = logits_NV.index_put(moved, logits_NV.new_tensor(-torch.inf))
@@ -220,18 +220,21 @@ class _RowStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits_NV: Tensor, target_N: Tensor, stops: Tensor, overwrite: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = logits_NV.shape[0]
-        stats = logits_NV.new_empty((4, rows), dtype=_arithmetic(logits_NV))
-        leaf_top, leaf_total = _leaves(logits_NV, None, TILE)
+        stats = logits_NV.new_empty((5, rows), dtype=_arithmetic(logits_NV))
+        leaf_moment = logits_NV.new_empty((rows, triton.cdiv(logits_NV.shape[1], TILE)), dtype=stats.dtype)
+        leaf_top, leaf_total = _leaves(logits_NV, None, TILE, leaf_moment)
         _run(
             _statistics_of_rows, rows,
-            logits_NV, target_N, stops, leaf_top, leaf_total, stats, rows, *logits_NV.stride(),
+            logits_NV, target_N, stops, leaf_top, leaf_total, leaf_moment, stats, rows, *logits_NV.stride(),
             stops.numel(), leaf_top.shape[1], JOIN=JOIN,
         )  # fmt: skip
         ctx.overwrite = overwrite
         ctx.save_for_backward(logits_NV, target_N, stops, stats)
-        return stats[0] + stats[1], stats[2].clone(), stats[3].clone()
+        entropy = stats[4].clone()
+        ctx.mark_non_differentiable(entropy)
+        return stats[0] + stats[1], stats[2].clone(), stats[3].clone(), entropy
 
     @staticmethod
     @once_differentiable
@@ -241,7 +244,7 @@ class _RowStatistics(torch.autograd.Function):
         grad_logits = logits_NV.detach() if ctx.overwrite else torch.empty_like(logits_NV)
         _run(
             _statistics_backward, rows * triton.cdiv(width, BACK_TILE),
-            logits_NV, grad_logits, target_N, stops, stats, *(g.contiguous() for g in grads), rows,
+            logits_NV, grad_logits, target_N, stops, stats, *(g.contiguous() for g in grads[:3]), rows,
             *logits_NV.stride(), *grad_logits.stride(), stops.numel(), width, TILE=BACK_TILE,
         )  # fmt: skip
         return grad_logits, None, None, None
@@ -379,15 +382,18 @@ def _partners(kept: KeptEvents, others: Tensor) -> Tensor:
     return codes[kept.place]
 
 
-def _leaves(logits_NV: Tensor, order: Tensor | None, leaf: int) -> tuple[Tensor, Tensor]:
-    """Maximum, and sum of the exponentials above it, of every ``leaf`` columns of an order: two [N, leaves]."""
+def _leaves(
+    logits_NV: Tensor, order: Tensor | None, leaf: int, moment: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Maximum, and sum of the exponentials above it, of every ``leaf`` columns of an order: two [N, leaves].
+    ``moment`` gets the same sum, each exponential times its exponent."""
     rows, width = logits_NV.shape
     shape = (rows, triton.cdiv(width, leaf))
     top, total = (logits_NV.new_empty(shape, dtype=_arithmetic(logits_NV)) for _ in range(2))
     leaves = max(1, TILE // leaf)
     _run(
         _sum_leaves, rows * triton.cdiv(shape[1], leaves),
-        logits_NV, order, top, total, *logits_NV.stride(), width, shape[1],
+        logits_NV, order, top, total, moment, *logits_NV.stride(), width, shape[1],
         LEAF=leaf, LEAVES=leaves,
     )  # fmt: skip
     return top, total
@@ -415,7 +421,7 @@ def _log(total):
 
 @triton.jit(do_not_specialize=VARYING)
 def _sum_leaves(
-    logits, order, leaf_top, leaf_total, stride_n, stride_v, width, leaves,
+    logits, order, leaf_top, leaf_total, leaf_moment, stride_n, stride_v, width, leaves,
     LEAF: tl.constexpr, LEAVES: tl.constexpr,
 ):  # fmt: skip
     groups = tl.cdiv(leaves, LEAVES)
@@ -429,9 +435,13 @@ def _sum_leaves(
     z = tl.load(logits + row * stride_n + column * stride_v, mask=inside, other=float("-inf"))
     z = z.to(leaf_top.dtype.element_ty)
     top = tl.max(z, 1)
-    total = tl.sum(tl.exp(z - _finite(top)[:, None]), 1)
+    d = z - _finite(top)[:, None]
+    total = tl.sum(tl.exp(d), 1)
     tl.store(leaf_top + row * leaves + leaf, top, mask=leaf < leaves)
     tl.store(leaf_total + row * leaves + leaf, total, mask=leaf < leaves)
+    if leaf_moment is not None:
+        moment = tl.sum(tl.exp(d) * tl.where(d > float("-inf"), d, 0.0), 1)
+        tl.store(leaf_moment + row * leaves + leaf, moment, mask=leaf < leaves)
 
 
 @triton.jit
@@ -663,10 +673,10 @@ def _sums(values, order, starts, out, segments, stride, RANGES: tl.constexpr, ST
 
 @triton.jit(do_not_specialize=VARYING)
 def _statistics_of_rows(
-    logits, target, stops, leaf_top, leaf_total, stats, rows, stride_n, stride_v, stop_count, leaves,
+    logits, target, stops, leaf_top, leaf_total, leaf_moment, stats, rows, stride_n, stride_v, stop_count, leaves,
     JOIN: tl.constexpr,
 ):  # fmt: skip
-    """Of each row: maximum, log of the sum above it, log-probability of target and stops."""
+    """Of each row: maximum, log of the sum above it, log-probability of target and stops, entropy."""
     dtype: tl.constexpr = stats.dtype.element_ty
     n = tl.program_id(0).to(tl.int64)
     row = logits + n * stride_n
@@ -680,6 +690,16 @@ def _statistics_of_rows(
     tl.store(stats + rows + n, log_total)
     tl.store(stats + 2 * rows + n, tl.where(aim >= 0, picked - _finite(top) - _finite(log_total), 0.0))
     tl.store(stats + 3 * rows + n, stop_top + _log(stop_total) - base)
+    moment = tl.full((), 0.0, dtype)
+    for start in range(0, leaves, JOIN):
+        at = n * leaves + start + tl.arange(0, JOIN)
+        there = start + tl.arange(0, JOIN) < leaves
+        d = tl.load(leaf_top + at, mask=there, other=float("-inf")) - _finite(top)
+        totals = tl.load(leaf_total + at, mask=there, other=0.0)
+        part = tl.load(leaf_moment + at, mask=there, other=0.0) + totals * tl.where(d > float("-inf"), d, 0.0)
+        moment += tl.sum(tl.exp(d) * part, 0)
+    entropy = tl.where(total == 0.0, 0.0, _finite(log_total) - moment / tl.where(total == 0.0, 1.0, total))
+    tl.store(stats + 4 * rows + n, entropy)
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -291,6 +291,24 @@ def exp_into(z, shift, out):
 
 
 @sums
+def exp_moment(z, shift, out):
+    """As ``exp_into``, with ``Σ exp(d) · d`` of the differences d beside the sum."""
+    total, moment = 0.0, 0.0
+    lowest = as_is(-1000.0, z[0])
+    for first in range(0, z.size, BLOCK):
+        part, other = z.dtype.type(0.0), z.dtype.type(0.0)
+        for v in range(first, min(first + BLOCK, z.size)):
+            d = z[v] - shift
+            x = exp(d)
+            out[v] = x
+            part += x
+            other += x * (d if d > lowest else lowest)
+        total += part
+        moment += other
+    return total, moment
+
+
+@sums
 def log_sum(z, ids, low, high, skip):
     """``log Σ exp(z[ids[i]])`` over low ≤ i < high without i = ``skip``, against its own maximum; −∞ of nothing."""
     top = -math.inf

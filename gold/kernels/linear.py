@@ -337,20 +337,26 @@ def token_logp(
     rows: Rows, target_N: Tensor, stops: Tensor, backend: ModuleType | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each row's target token (0 where it is −1), and of the stop event, in nats: two [N]."""
+    target, stop, _ = token_statistics(rows, target_N, stops, backend)
+    return target, stop
+
+
+def token_statistics(
+    rows: Rows, target_N: Tensor, stops: Tensor, backend: ModuleType | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``token_logp``, and without gradient the entropy of each row, in nats: three [N]."""
     backend = backend or backend_for(rows.hidden_ND.device)
     parts = []
     for span in spans(len(rows), rows.block_rows):
 
         def reduce(block: Rows, span: slice = span) -> tuple[Tensor, ...]:
             logits = block.logits()
-            _, target, stop = backend.row_statistics(
-                logits, target_N[span], stops, overwrite=block.spares(logits)
-            )
-            return target, stop
+            overwrite = block.spares(logits)
+            return tuple(backend.row_statistics(logits, target_N[span], stops, overwrite=overwrite)[1:])
 
         parts.append(remade(reduce, rows.select(span)))
-    target, stop = (torch.cat(column) for column in zip(*parts, strict=True))
-    return target, stop
+    target, stop, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return target, stop, entropy
 
 
 def token_loss(rows: Rows, target_N: Tensor, weight_N: Tensor, stops: Tensor, backend: ModuleType) -> Tensor:
@@ -358,7 +364,7 @@ def token_loss(rows: Rows, target_N: Tensor, weight_N: Tensor, stops: Tensor, ba
 
     def loss(block: Rows, span: slice) -> tuple[Tensor, ...]:
         logits = block.logits()
-        _, logp, _ = backend.row_statistics(logits, target_N[span], stops, overwrite=block.spares(logits))
+        _, logp, *_ = backend.row_statistics(logits, target_N[span], stops, overwrite=block.spares(logits))
         return (-(weight_N[span] * logp).sum(),)
 
     blocks = [(span, span) for span in spans(len(rows), rows.block_rows)]

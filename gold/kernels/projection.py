@@ -201,7 +201,7 @@ def piece_target(
     ``piece_events``."""
     joint, path = piece_events(teacher, needed, batch.teacher, batch.short, span, backend)
     none = torch.full((len(joint),), -1, device=joint.device)
-    norm, _, _ = backend.row_statistics(joint, none, none[:0])
+    norm, _, _, _ = backend.row_statistics(joint, none, none[:0])
     joint, path = joint - norm[:, None], path - norm
     joint = joint.masked_fill(joint < NEVER / 2, -torch.inf)
     observed, source = (x[span].to(joint.device) for x in (batch.observed, batch.source))

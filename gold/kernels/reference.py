@@ -96,9 +96,9 @@ def chunk_sums(logp_N: Tensor, chunk_N: Tensor, chunks: int) -> Tensor:
 
 def row_statistics(
     logits_NV: Tensor, target_N: Tensor, stops: Tensor, *, overwrite: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What single tokens need of a row, in nats: ``log Σ_v exp(logits[n, v])``, the log-probability of the row's target
-    (0 where it is −1), and that of the stop event (−inf where there are no stop ids).
+    (0 where it is −1), that of the stop event (−inf where there are no stop ids), and without gradient the entropy.
 
     All [N], in the dtype of the logits widened to at least float32.
     """
@@ -106,7 +106,10 @@ def row_statistics(
     norm = row_logsumexp(logits_NV)
     picked = logits_NV.gather(1, target_N.clamp(min=0)[:, None])[:, 0] - norm
     stop = row_logsumexp(logits_NV[:, stops] - norm[:, None])
-    return norm, torch.where(target_N >= 0, picked, torch.zeros_like(picked)), stop
+    with torch.no_grad():
+        logp = logits_NV - norm[:, None]
+        entropy = torch.where(torch.isneginf(norm), 0.0, expected(logp, -logp))
+    return norm, torch.where(target_N >= 0, picked, torch.zeros_like(picked)), stop, entropy
 
 
 def row_divergence(

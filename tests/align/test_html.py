@@ -61,7 +61,9 @@ class Reader(HTMLParser):
 def scored(view: View) -> View:
     logp = [-np.linspace(0.25, 12.0, len(side)) for side in view.sides]
     logp[0][:1] = np.nan
-    return View(*(replace(side, logp_N=x) for side, x in zip(view.sides, logp, strict=True)))
+    return View(
+        *(replace(side, logp_N=x, entropy_N=-x / 2) for side, x in zip(view.sides, logp, strict=True))
+    )
 
 
 TAGS = {
@@ -230,6 +232,8 @@ def expected_details(view: View, c: int) -> list[str]:
             ]
             if side.logp_N is not None and not np.isnan(side.logp_N[k]):
                 found.append(f"{round(side.logp_N[k], 4):.3f}".replace("-", "\u2212"))
+            if side.entropy_N is not None and not np.isnan(side.entropy_N[k]):
+                found.append(f"{round(side.entropy_N[k], 4):.3f}")
     return found
 
 

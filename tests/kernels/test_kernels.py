@@ -430,7 +430,7 @@ def test_more_than_two_to_the_31_numbers(backend: ModuleType) -> None:
     logits[-1, -1] = 20.0
     target = torch.full((rows,), -1)
     target[-1] = width - 1
-    _, logp, _ = backend.row_statistics(logits, target, torch.tensor([0]))
+    _, logp, *_ = backend.row_statistics(logits, target, torch.tensor([0]))
     assert float(logp[-1]) == pytest.approx(-math.log1p((width - 1) * math.exp(-20.0)), rel=1e-4)
 
 
@@ -453,7 +453,7 @@ def test_the_other_definitions_agree_with_finite_differences() -> None:
     segment = torch.tensor([0, 2, 2, 1, 1, 1, 0, 0, 2])
     q = torch.softmax(logits_of(2, 12, 2, 1.0), -1)
     assert torch.autograd.gradcheck(
-        lambda x: reference.row_statistics(x, target, torch.tensor([1, 2])), (logits,)
+        lambda x: reference.row_statistics(x, target, torch.tensor([1, 2]))[:3], (logits,)
     )
     assert torch.autograd.gradcheck(lambda x: reference.column_logsumexp(x, columns)[:, :4], (logits,))
     assert torch.autograd.gradcheck(lambda x: reference.segment_logsumexp(x[0], segment, 3), (logits,))
