@@ -6,6 +6,7 @@ the text are made anew in every call. States are made so that some rows are sure
 
 - `naive torch` stores both [T, V] tensors of logits and lets autograd do the rest.
 - `TRL GOLD` is the loss of TRL's GOLD trainer with its defaults, on the logits of the same states.
+- `from logits`: both sides' logits are given, and the gradient is asked for with respect to the student's.
 - Where both vocabularies are one: the chunked losses of TRL and Liger, from states as ours.
 
 Everything runs in turn in one process, on inputs drawn anew in each round. Memory is the peak over inputs and
@@ -26,7 +27,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +47,7 @@ from gold.align import Vocabulary
 from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
 from gold.errors import GoldError
 from gold.kernels import BACKENDS, backend_for
+from gold.kernels.linear import Rows
 from gold.losses import OBJECTIVES, Objective, View
 from gold.models import as_rows, pick_device
 
@@ -75,7 +77,7 @@ class Case:
 class Row:
     """What was found for one loss in one case; without ``seconds``, ``note`` says why.
 
-    ``times_gold`` is how many times the seconds of the first loss of the same round it took.
+    ``times_gold`` is how many times the seconds of the loss that it is compared with, in the same round, it took.
     """
 
     name: str
@@ -117,6 +119,8 @@ class Inputs:
     hidden_T: Tensor
     matrix_T: Tensor
     exact: bool = False
+    logits_S: Tensor | None = None
+    logits_T: Tensor | None = None
 
     @classmethod
     def of(cls, case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
@@ -152,6 +156,24 @@ class Inputs:
             noise = torch.randn(hidden.shape, generator=generator, device=hidden.device)
             sure = 24.0 * torch.rand((len(target), 1), generator=generator, device=hidden.device)
             hidden.copy_(2.0 * noise + sure * matrix[target.clamp(min=0)])
+        self.logits_S = self.logits_T = None
+
+    @torch.no_grad()
+    def make_logits(self) -> None:
+        """The logits of the states as they are now."""
+        self.logits_S = (self.hidden_S @ self.matrix_S.T).requires_grad_(True)
+        self.logits_T = self.hidden_T @ self.matrix_T.T
+
+    @property
+    def logits_bytes(self) -> int:
+        """What both sides' logits take in float32."""
+        mine = self.hidden_S.shape[0] * self.matrix_S.shape[0]
+        return 4 * (mine + self.hidden_T.shape[0] * self.matrix_T.shape[0])
+
+    @property
+    def asked_for(self) -> tuple[Tensor, ...]:
+        """What the gradient is asked for: of logits where there are any."""
+        return (self.hidden_S, self.matrix_S) if self.logits_S is None else (self.logits_S,)
 
     def batch(self) -> AlignedBatch:
         """The text with no index array made yet."""
@@ -160,6 +182,9 @@ class Inputs:
     def view(self) -> View:
         """What an objective sees."""
         backend = BACKENDS["reference"] if self.exact else backend_for(self.hidden_S.device)
+        if self.logits_S is not None and self.logits_T is not None:
+            mine, theirs = Rows.of_logits(self.logits_S), Rows.of_logits(self.logits_T)
+            return View(self.batch(), mine, theirs, backend, backend)
         mine, theirs = (
             as_rows(model, hidden)
             for hidden, model in (
@@ -180,12 +205,19 @@ class Inputs:
             given.requires_grad_(True)
         return Inputs(self.pair, self.text, mine, matrix, theirs, matrix_T, exact=True)
 
+    def with_logits(self) -> Inputs:
+        """The same inputs, the logits of the states being given."""
+        made = replace(self)
+        made.make_logits()
+        return made
+
 
 @dataclass(frozen=True)
 class Loss:
     """A loss by name: its value, to be differentiated, and how many rows of either side it cannot do without.
 
-    ``exact`` gives the same value from inputs in float64.
+    ``exact`` gives the same value from inputs in float64. ``from_logits``: of given logits instead of states. ``base``
+    is the loss that its seconds are compared with, the first of all where it is empty.
     """
 
     name: str
@@ -193,6 +225,8 @@ class Loss:
     rows: Callable[[AlignedBatch], tuple[int, int]]
     exact: Callable[[Inputs], Tensor]
     note: str = ""
+    from_logits: bool = False
+    base: str = ""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -346,18 +380,23 @@ class Bench:
         notes = {loss.name: loss.note or self._refused(case, loss, inputs) for loss in losses}
         errors = {loss.name: self._errors(loss, inputs) for loss in losses if not notes[loss.name]}
         inputs.__dict__.pop("in_float64", None)
+        called = [loss for loss in losses if not notes[loss.name]]
+        of_logits = replace(inputs)
         works: dict[str, Callable[[], object]] = {
-            loss.name: _gradients(loss.value, inputs) for loss in losses if not notes[loss.name]
+            loss.name: _gradients(loss.value, of_logits if loss.from_logits else inputs) for loss in called
         }
         square, square_flop = square_product(self.device, self.dtype)
         works |= {PRODUCTS: matrix_products(inputs), SQUARE: square}
-        samples, failed = self._in_turn(works, inputs)
+        samples, failed = self._in_turn(
+            works, inputs, of_logits if any(loss.from_logits for loss in called) else None
+        )
         notes |= failed
         batch, first = inputs.batch(), losses[0].name
         rows_S, rows_T = inputs.hidden_S.shape[0], inputs.hidden_T.shape[0]
         everything = Loss(PRODUCTS, losses[0].value, all_rows, losses[0].value)
         rate = square_flop / spread([s.seconds for s in samples[SQUARE].values()]).median
-        gradients = sum(t.numel() * t.element_size() for t in (inputs.hidden_S, inputs.matrix_S))
+        sizes = [t.numel() * t.element_size() for t in (inputs.hidden_S, inputs.matrix_S)]
+        of_student = inputs.hidden_S.shape[0] * inputs.matrix_S.shape[0] * inputs.hidden_S.element_size()
         rows = []
         for loss in (*losses, everything):
             calls = samples.get(loss.name)
@@ -366,6 +405,7 @@ class Bench:
                 continue
             seconds = [s.seconds for n, s in calls.items() if n >= 0] or [s.seconds for s in calls.values()]
             peaks = [s.peak_bytes for s in calls.values() if s.peak_bytes is not None]
+            gradients = of_student if loss.from_logits else sum(sizes)
             peak = max(0, max(peaks) - gradients) if peaks else None
             self._before[case.student, case.teacher, case.hidden, loss.name] = (
                 case.tokens,
@@ -375,7 +415,7 @@ class Bench:
             both = [
                 s.seconds / base.seconds
                 for n, s in calls.items()
-                if (base := samples.get(first, {}).get(n)) is not None
+                if (base := samples.get(loss.base or first, {}).get(n)) is not None
             ]
             done = operations(inputs, loss.rows(batch)) / spread(seconds).median
             value_error, gradient_error = errors.get(loss.name, (None, None))
@@ -386,8 +426,8 @@ class Bench:
                     spread(seconds),
                     min(seconds),
                     spread(both) if both else None,
-                    done / 1e9,
-                    done / rate,
+                    None if loss.from_logits else done / 1e9,
+                    None if loss.from_logits else done / rate,
                     None if peak is None else round(peak / MIB, 1),
                     value_error,
                     gradient_error,
@@ -412,11 +452,13 @@ class Bench:
         few.draw(0)
         for loss in losses_of(few.pair, self.device):
             if not loss.note:
-                _gradients(loss.value, few)()
+                _gradients(loss.value, few.with_logits() if loss.from_logits else few)()
         self._compiled.add((case.student, case.teacher))
 
     def _refused(self, case: Case, loss: Loss, inputs: Inputs) -> str:
         """Why a loss is not called in this case, from what it took with fewer tokens; empty if it is."""
+        if loss.from_logits and inputs.logits_bytes > MOST_LOGITS:
+            return f"not called: logits of {inputs.logits_bytes / 2**30:.1f} GiB"
         free = self.meter.free_bytes()
         if not loss.name.startswith("gold") and free is not None and loss.name not in CHUNKED:
             # Logits, their gradients, and as much again for what is made of them.
@@ -438,9 +480,16 @@ class Bench:
         """Relative errors of value and gradients; None where they are not looked for."""
         if inputs.hidden_S.shape[0] > self.limits.exact_tokens:
             return None, None
+        given, exactly = inputs, inputs.in_float64
+        if loss.from_logits:
+            # The logits of the states, rounded as they are, are the same on both sides.
+            given = inputs.with_logits()
+            exactly = replace(
+                inputs.in_float64, logits_S=_leaf(given.logits_S), logits_T=_leaf(given.logits_T)
+            )
         try:
-            exact = _value_and_gradients(loss.exact, inputs.in_float64)
-            found = _value_and_gradients(loss.value, inputs)
+            exact = _value_and_gradients(loss.exact, exactly)
+            found = _value_and_gradients(loss.value, given)
         except torch.OutOfMemoryError:
             return None, None
         apart = [
@@ -450,7 +499,7 @@ class Bench:
         return apart[0], max(apart[1:])
 
     def _in_turn(
-        self, works: Mapping[str, Callable[[], object]], inputs: Inputs
+        self, works: Mapping[str, Callable[[], object]], inputs: Inputs, of_logits: Inputs | None
     ) -> tuple[dict[str, dict[int, Sample]], dict[str, str]]:
         """Samples of each work by round, and why there are none of some; round −1 counts only where no other does."""
         samples: dict[str, dict[int, Sample]] = {name: {} for name in works}
@@ -459,6 +508,8 @@ class Bench:
             if round_ > 0 and time.perf_counter() > self.limits.deadline:
                 break
             inputs.draw(round_ + 2)
+            if of_logits is not None:
+                of_logits.make_logits()
             gc.collect()
             first = max(round_, 0) % len(works)
             for name in [*works][first:] + [*works][:first]:
@@ -471,7 +522,9 @@ class Bench:
                     failed[name], samples[name] = "does not fit", {}
                     torch.cuda.empty_cache()
                     continue
-                inputs.hidden_S.grad = inputs.matrix_S.grad = None
+                for given in (inputs, of_logits or inputs):
+                    for tensor in given.asked_for:
+                        tensor.grad = None
                 samples[name][round_] = sample
                 if sample.seconds > self.limits.call_s and name not in (PRODUCTS, SQUARE):
                     failed[name], samples[name] = f"over {self.limits.call_s:g} s", {}
@@ -503,18 +556,30 @@ def losses_of(pair: VocabularyPair, device: torch.device) -> Iterator[Loss]:
         ("gold: span policy gradient", OBJECTIVES["span_pg"](), all_rows),
     ):
         yield Loss(name, _objective(objective), rows, _objective(objective))
+    hybrid = f"gold: the hybrid of GOLD{FROM_LOGITS}"
+    for name, objective in (
+        (hybrid, OBJECTIVES["gold"]()),
+        (f"gold: reverse KL on bytes{FROM_LOGITS}", reverse(support="bytes")),
+    ):
+        value = _objective(objective)
+        yield Loss(name, value, all_rows, value, from_logits=True, base=hybrid)
     shared = _objective(reverse(support="shared"))
     yield Loss("naive torch: reverse KL on shared tokens", naive_shared, synced_rows, shared)
     published = _trl()
     if published is None:
-        yield Loss(TRL_GOLD, naive_shared, all_rows, naive_shared, note="TRL is not installed")
+        for name in (TRL_GOLD, TRL_GOLD + FROM_LOGITS):
+            yield Loss(name, naive_shared, all_rows, naive_shared, note="TRL is not installed")
     else:
         value = _objective(published)
         yield Loss(TRL_GOLD, value, all_rows, value)
+        yield Loss(TRL_GOLD + FROM_LOGITS, value, all_rows, value, from_logits=True, base=hybrid)
 
 
 LEAK = 1e-5
 PRODUCTS, SQUARE, TRL_GOLD = "matrix products", "square product", "TRL GOLD, default merge"
+FROM_LOGITS = ", from logits"
+MOST_LOGITS = 2 * 2**30
+"""Of more bytes of logits, none are given."""
 CHUNKED = ("TRL chunked JSD", "Liger chunked JSD")
 
 
@@ -587,8 +652,13 @@ def _gradients(value: Callable[[Inputs], Tensor], inputs: Inputs) -> Callable[[]
 
 def _value_and_gradients(value: Callable[[Inputs], Tensor], inputs: Inputs) -> list[Tensor]:
     total = value(inputs)
-    gradients = torch.autograd.grad(total, (inputs.hidden_S, inputs.matrix_S))
+    gradients = torch.autograd.grad(total, inputs.asked_for)
     return [total.detach(), *gradients]
+
+
+def _leaf(logits: Tensor | None) -> Tensor | None:
+    """The same numbers in float64, for gradients."""
+    return None if logits is None else logits.detach().double().requires_grad_(True)
 
 
 def operations(inputs: Inputs, rows: tuple[int, int]) -> float:
@@ -674,7 +744,7 @@ def table(found: Found) -> str:
         f"{found.rows_S:,} and {found.rows_T:,} rows of {found.hidden:,}, {found.dtype}; "
         f"square product {found.square_gflop_per_s:,.0f} GFLOP/s, logits {found.logits_mib:,.0f} MiB",
         "",
-        "| loss | seconds (quartiles) | × first | GFLOP/s | share | peak MiB | of logits "
+        "| loss | seconds (quartiles) | × gold | GFLOP/s | share | peak MiB | of logits "
         "| error: value | gradients |",
         "|---" * 9 + "|",
     ]
@@ -687,7 +757,9 @@ def table(found: Found) -> str:
         of_logits = "–" if row.peak_mib is None else f"{row.peak_mib / found.logits_mib:.0%}"
         peak = "–" if row.peak_mib is None else f"{row.peak_mib:,.0f}"
         errors = ["–" if e is None else f"{e:.1e}" for e in (row.value_error, row.gradient_error)]
-        cells = [row.name, time_, ratio, f"{row.gflop_per_s:,.0f}", f"{row.share:.0%}", peak, of_logits]
+        rate = "–" if row.gflop_per_s is None else f"{row.gflop_per_s:,.0f}"
+        share = "–" if row.share is None else f"{row.share:.0%}"
+        cells = [row.name, time_, ratio, rate, share, peak, of_logits]
         lines.append(f"| {' | '.join([*cells, *errors])} |")
     return "\n".join(lines)
 
