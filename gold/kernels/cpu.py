@@ -388,7 +388,8 @@ class _PieceMasses(torch.autograd.Function):
         order = np.argsort(row, kind="stable")
         ptr = np.searchsorted(row[order], np.arange(rows + 1))
         by_row = ptr, order, id_[order], moved[order]
-        given = target_N.contiguous().numpy(), columns.small.numpy(), position_N, *by_row
+        shape = columns.small.numpy(), columns.starts.numpy()
+        given = target_N.contiguous().numpy(), *shape, position_N, *by_row
         full = np.empty((whole_P.numel(), columns.events), like.dtype)
         value = np.empty(row.size, like.dtype)
         stats = np.empty((rows, 2), np.float64)
@@ -1145,7 +1146,7 @@ def _sorted_distance(row_lo, row_hi, p, q, value, grad):
 
 
 @sums
-def _event_sums(z, e, top, log_total, event, without, total, out):
+def _event_sums(z, e, top, log_total, event, starts, without, total, out):
     """``out[u] = log Σ exp(z[v] − top) − log_total`` over the columns of event u but those of ``without``, whose e, the
     exponential, is 0; ``total`` is room."""
     total[:] = 0.0
@@ -1156,10 +1157,9 @@ def _event_sums(z, e, top, log_total, event, without, total, out):
     small = False
     for u in range(out.size):
         out[u] = log(real(total[u])) - shift
-        small |= total[u] < TINY
+        small |= total[u] < TINY and starts[u + 1] > starts[u]
     if not small:
         return
-    # Sums that are next to nothing, and events that have no column at all.
     tops = np.full(out.size, -math.inf)
     for v in range(z.size):
         u = event[v]
@@ -1180,7 +1180,7 @@ def _event_sums(z, e, top, log_total, event, without, total, out):
 
 @sums
 def _pieces_forward(
-    row_lo, row_hi, logits, like, target, event, position, ptr, order, id_, moved, full, value, stats
+    row_lo, row_hi, logits, like, target, event, starts, position, ptr, order, id_, moved, full, value, stats
 ):
     scratch, e = np.empty(logits.shape[1], like.dtype), np.empty(logits.shape[1], like.dtype)
     total = np.empty(full.shape[1], np.float64)
@@ -1197,12 +1197,12 @@ def _pieces_forward(
             without = id_[mine][moved[mine]]
             for v in without:
                 e[v] = 0.0
-            _event_sums(z, e, top, log_total, event, without, total, full[position[n]])
+            _event_sums(z, e, top, log_total, event, starts, without, total, full[position[n]])
 
 
 @sums
 def _pieces_backward(
-    row_lo, row_hi, logits, like, target, event, position, ptr, order, id_, moved, full, stats,
+    row_lo, row_hi, logits, like, target, event, starts, position, ptr, order, id_, moved, full, stats,
     grad_full, grad_value, grad_step, grad,
 ):  # fmt: skip
     real = like.dtype.type
