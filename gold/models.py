@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -346,9 +347,9 @@ def backbone(lm: Any) -> nn.Module:
 def as_rows(lm: Any, hidden_ND: Tensor) -> Rows:
     """Last hidden states as rows whose logits are exactly what the model itself makes of them: output matrix, then its
     scale or soft cap."""
-    plain = _plain(lm)
-    matrix = plain.get_output_embeddings()
-    config = plain.config.get_text_config()
+    model = _plain(lm)
+    matrix = model.get_output_embeddings()
+    config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     multiply = getattr(config, "logit_scale", None)
     divide = getattr(config, "logits_scaling", None)
@@ -356,11 +357,11 @@ def as_rows(lm: Any, hidden_ND: Tensor) -> Rows:
 
     def logits_of(hidden: Tensor, *weights: Tensor) -> Tensor:
         given = dict(zip(trained, weights, strict=True)) if weights else {}
-        logits: Tensor
         if "weight" in given and type(matrix) is nn.Linear:
-            logits = projected(hidden, given["weight"], given.get("bias", matrix.bias))
-        else:
-            logits = functional_call(matrix, given, (hidden,)) if given else matrix(hidden)
+            return finished(projected(hidden, given["weight"], given.get("bias", matrix.bias)))
+        return finished(functional_call(matrix, given, (hidden,)) if given else matrix(hidden))
+
+    def finished(logits: Tensor) -> Tensor:
         if multiply:
             logits = logits * multiply
         if divide:
@@ -369,7 +370,15 @@ def as_rows(lm: Any, hidden_ND: Tensor) -> Rows:
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    return Rows(hidden_ND, logits_of, output_width(lm), weights=tuple(trained.values()))
+    def reordered(columns: Tensor) -> Callable[[Tensor], Tensor]:
+        weight, bias = matrix.weight[columns], None if matrix.bias is None else matrix.bias[columns]
+        return lambda hidden: finished(functional.linear(hidden, weight, bias))
+
+    # A weight that is spread over processes is whole only while its module runs.
+    plain = type(matrix) is nn.Linear and not trained and not hasattr(matrix, "_hf_hook")
+    here = plain and type(matrix.weight.data) is Tensor and matrix.weight.device == hidden_ND.device
+    width = output_width(lm)
+    return Rows(hidden_ND, logits_of, width, False, tuple(trained.values()), reordered if here else None)
 
 
 class StatesModule(nn.Module):

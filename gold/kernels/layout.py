@@ -115,6 +115,10 @@ _DEVICE_TRIES: dict[tuple[int, int, torch.device], DeviceTrie] = {}
 """By identity of the trie's order, width and device; an entry lives as long as that array."""
 
 
+_TRIES_IN_ORDER: dict[tuple[int, int], Mapping[str, NDArray[Any]]] = {}
+"""Likewise, of rows whose columns stand in the order of the pool."""
+
+
 @dataclass(frozen=True)
 class Visits:
     """The visits of a plan on a device: row ``n`` has ``ptr[n] … ptr[n + 1]``, visit v the masses ``mass_ptr[v] …``;
@@ -266,6 +270,30 @@ class ByteLayout:
             )
             weakref.finalize(trie["order"], _DEVICE_TRIES.pop, key, None)
         return _DEVICE_TRIES[key]
+
+    def in_order(self, width: int) -> tuple[Tensor, ByteLayout]:
+        """The columns of rows ``width`` wide as they stand in the pool of the trie, and the layout of rows whose
+        columns stand so: every set of tokens that begin alike is a range of them."""
+        shared = self.trie_on_device(width)
+        key = (id(self.trie["order"]), width)
+        if key not in _TRIES_IN_ORDER:
+            ids, (texts, stop_low) = np.arange(width, dtype=np.int32), (shared.texts, shared.stop_low)
+            parts = {"order": ids[:texts], "outside": ids[texts:stop_low], "stops": ids[stop_low:]}
+            _TRIES_IN_ORDER[key] = {**self.trie, **parts, "position": shared.position.cpu().numpy()}
+            weakref.finalize(self.trie["order"], _TRIES_IN_ORDER.pop, key, None)
+        trie, target = _TRIES_IN_ORDER[key], self.plan["target"]
+        known = (target >= 0) & (target < width)
+        target = np.where(known, trie["position"][np.where(known, target, 0)], -1).astype(np.int32)
+        layout = replace(
+            self,
+            trie=trie,
+            plan={**self.plan, "target": target},
+            target=torch.from_numpy(target).to(self.device, torch.int64),
+            stops=torch.from_numpy(trie["stops"]).to(self.device, torch.int64),
+            size=width,
+        )
+        vars(layout)["visits"] = self.visits  # the same, and on the device already
+        return shared.pool.long(), layout
 
     def outside(self, width: int) -> NDArray[Any]:
         """Ids that are neither text nor stop, of those that the output matrix has a row for."""

@@ -27,6 +27,9 @@ BLOCK_BYTES = 128 * 2**20
 """Logits of one block take at most this many bytes in float32, and a block holds at least one row."""
 ACCELERATED = 16
 """Times as much on an accelerator, which is idle in small blocks."""
+SCATTERED = {"cuda"}
+"""Where a number that is read alone costs as much as a whole sector of memory: there the rows of an output matrix that
+is not trained are put in the order in which a loss reads the columns. On a CPU it would save a hundredth."""
 
 Index = slice | Tensor
 
@@ -37,6 +40,7 @@ class Rows:
     [j − i, width].
 
     ``weights``: all that the head has parameters of its own for that need a gradient; without them it uses its own.
+    ``reordered``: from columns, a head that gives these alone; only where that takes no more than a copy of the matrix.
     ``partial``: only some tokens of each row are known, the others are −inf, and the last column, which no token has,
     is the logit of all of them together.
     """
@@ -46,6 +50,7 @@ class Rows:
     width: int
     partial: bool = False
     weights: tuple[Tensor, ...] = ()
+    reordered: Callable[[Tensor], Callable[..., Tensor]] | None = None
 
     @classmethod
     def of_logits(cls, logits_NV: Tensor) -> Rows:
@@ -309,6 +314,9 @@ def _byte_masses(rows: Rows, layout: ByteLayout, backend: ModuleType, keep: bool
     part of the others; in nats."""
     if len(rows) != layout.rows:
         raise ValueError(f"{len(rows)} rows of states for a plan of {layout.rows}")
+    if rows.reordered is not None and rows.hidden_ND.device.type in SCATTERED:
+        columns, layout = layout.in_order(rows.width)
+        rows = replace(rows, head=rows.reordered(columns), reordered=None)
     parts: list[tuple[Tensor, ...]] = []
     blocks = spans(len(rows), rows.block_rows)
     for span in blocks:

@@ -16,9 +16,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from gold.kernels import linear
-from gold.kernels.linear import Rows, spans, summed, token_logp, token_loss
+from gold.kernels import BACKENDS, linear
+from gold.kernels.linear import Rows, byte_tables, spans, summed, token_logp, token_loss
 from gold.models import as_rows
+from tests.kernels.rows_for_kernels import FORCED, random_layout
 
 STOPS = torch.tensor([3])
 WIDTH, HIDDEN, COUNT = 41, 8, 11
@@ -173,6 +174,35 @@ def test_mixed_precision_multiplies_in_bfloat16_and_adds_up_in_single(name, monk
     for x, y, truth in zip(mine, theirs, exact, strict=True):
         assert x.dtype == y.dtype == torch.float32
         assert (x - truth).abs().max() <= 1.2 * (y - truth).abs().max() + 1e-2
+
+
+@pytest.mark.parametrize("backend", FORCED)
+@pytest.mark.parametrize("stopped", [True, False])
+@pytest.mark.parametrize("name", ["frozen", "soft cap", "bias"])
+def test_a_matrix_in_the_order_in_which_it_is_read_gives_the_same(name, stopped, backend, monkeypatch):
+    layout = random_layout(3, stopped=stopped)
+    monkeypatch.setattr(sys.modules[__name__], "WIDTH", layout.size + 3)
+    few_rows(monkeypatch)
+    model = MODELS[name]().requires_grad_(False)
+    rows = as_rows(model, torch.randn(layout.rows, HIDDEN, requires_grad=True))
+    results = []
+    for scattered in ({"cpu"}, set()):
+        monkeypatch.setattr(linear, "SCATTERED", scattered)
+        found = byte_tables(rows, layout, BACKENDS[backend])
+        value = sum(torch.where(x.isfinite(), x, 0.0).sum() for x in found)
+        results.append((*found, *torch.autograd.grad(value, rows.hidden_ND)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_matrix_that_is_trained_or_wrapped_stays_where_it_is():
+    hidden = states()
+    assert as_rows(MODELS["frozen"](), hidden).reordered is not None
+    for name in ("untied", "adapter", "bias"):
+        assert as_rows(MODELS[name](), hidden).reordered is None
+    frozen = MODELS["frozen"]()
+    frozen.lm_head._hf_hook = object()
+    assert as_rows(frozen, hidden).reordered is None
 
 
 def test_parameters_that_nobody_lists_are_an_error():
