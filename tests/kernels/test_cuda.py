@@ -228,6 +228,17 @@ def test_events_that_only_one_side_has_join_the_rest(rest: Rest) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sorted_distances_of_rows_that_cross(dtype: torch.dtype) -> None:
+    """Entries that both sides have, in another order and off by a hundredth, zeros, and ties."""
+    p = torch.softmax(rows_like(3, 200, 1), -1)
+    q = torch.cat((p[:, torch.randperm(200, generator=generator(2))], torch.zeros(3, 9)), -1)
+    q[:, 50:] *= 1.0 + 0.01 * (torch.rand(3, 159, dtype=q.dtype, generator=generator(3)) - 0.5)
+    q = q.to(DEVICE)
+    assert_same(lambda backend, z: backend.sorted_l1(z, q.to(z)), p, dtype)
+
+
+@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("name", ["pieces", "hybrid"])
 def test_what_is_made_of_other_kernels(name: str) -> None:
     function = every_function(131, DEVICE)[name]

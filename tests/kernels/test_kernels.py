@@ -422,8 +422,10 @@ def test_rows_of_a_real_vocabulary(backend: ModuleType) -> None:
 def test_more_than_two_to_the_31_numbers(backend: ModuleType) -> None:
     """In the last of these rows an offset of 32 bits has come round."""
     width, rows = 2**18, 2**13 + 3
-    if backend is reference:
-        pytest.skip("its offsets are torch's own, and its copy in float32 takes 17 GB")
+    if backend is not BACKENDS["cpu"]:
+        pytest.skip(
+            "torch's offsets are its own; Triton's interpreter would take hours, and has a test of strides"
+        )
     if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 6 * 2**30:
         pytest.skip("it takes 4.3 GB of memory")
     logits = torch.zeros(rows, width, dtype=torch.bfloat16)
