@@ -124,10 +124,13 @@ def piece_masses(
     """See ``reference.piece_masses``."""
     norm_N, step_N, _, _ = row_statistics(logits_NV, target_N, target_N[:0])
     value = logits_NV[tokens.row, tokens.id].to(norm_N) - norm_N[tokens.row]
-    moved = tokens.row[tokens.moved], tokens.id[tokens.moved]
-    without = logits_NV.index_put(moved, logits_NV.new_tensor(-torch.inf))
-    full = column_logsumexp(without[whole_P], columns) - norm_N[whole_P, None]
-    return full, value, step_N
+    moved = torch.nonzero(tokens.moved)[:, 0]
+    rows = logits_NV
+    if moved.numel():
+        rows = rows.index_put((tokens.row[moved], tokens.id[moved]), rows.new_tensor(-torch.inf))
+    if whole_P.numel() < rows.shape[0]:
+        rows, norm_N = (x.index_select(0, whole_P) for x in (rows, norm_N))
+    return column_logsumexp(rows, columns) - norm_N[:, None], value, step_N
 
 
 def sorted_l1(p_NV: Tensor, q_NW: Tensor, *, overwrite: bool = False) -> Tensor:

@@ -247,7 +247,7 @@ def piece_masses(
         value[t] = log π[row[t]][id[t]]
         step[n] = log π[n][target[n]]        (0 where it is −1)
 
-    No row is whole for two positions.
+    ``whole`` are rows in ascending order, none of them twice.
     """
     logits_NV = widened(logits_NV)
     logp_NV = logits_NV - row_logsumexp(logits_NV)[:, None]
