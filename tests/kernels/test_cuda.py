@@ -339,6 +339,20 @@ def test_divergences_of_two_whole_vocabularies(form: MixedKL) -> None:
 
 
 @pytest.mark.gpu
+def test_sorted_distances_of_two_whole_vocabularies() -> None:
+    q = torch.softmax(rows_like(16, 151_936, 13), -1).to(DEVICE)
+    p = torch.softmax(rows_like(16, WIDTH, 14), -1)
+    assert_same(lambda backend, z: backend.sorted_l1(z, q.to(z)), p, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["common", "pieces", "hybrid"])
+def test_other_functions_of_a_whole_vocabulary(name: str) -> None:
+    function = every_function(WIDTH, DEVICE)[name]
+    assert_same(lambda backend, z: function(backend, z), rows_like(3, WIDTH, 4).clamp(min=-30.0))
+
+
+@pytest.mark.gpu
 def test_two_runs_give_the_same_bits() -> None:
     layout = random_layout(11, count=50_000, device=DEVICE, letters=26, longest=8, rows=60)
     logits = rows_like(layout.rows, layout.size, 15).to(DEVICE, torch.float32)
@@ -347,6 +361,7 @@ def test_two_runs_give_the_same_bits() -> None:
     for function, values in (
         (lambda z: cuda.byte_masses(z, layout, 0), logits),
         (lambda z: cuda.chunk_sums(z, chunk, 100), logp),
+        (lambda z: cuda.sorted_l1(torch.softmax(z, -1), torch.softmax(z[:, ::2].detach(), -1)), logits),
     ):
         for one, other in zip(results(function, values), results(function, values), strict=True):
             assert torch.equal(one, other)
