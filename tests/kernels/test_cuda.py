@@ -234,7 +234,7 @@ def test_sorted_distances_of_rows_that_cross(dtype: torch.dtype) -> None:
     p = torch.softmax(rows_like(3, 200, 1), -1)
     q = torch.cat((p[:, torch.randperm(200, generator=generator(2))], torch.zeros(3, 9)), -1)
     q[:, 50:] *= 1.0 + 0.01 * (torch.rand(3, 159, dtype=q.dtype, generator=generator(3)) - 0.5)
-    q = q.to(DEVICE)
+    q = q.to(DEVICE, dtype)
     assert_same(lambda backend, z: backend.sorted_l1(z, q.to(z)), p, dtype)
 
 
@@ -340,7 +340,7 @@ def test_divergences_of_two_whole_vocabularies(form: MixedKL) -> None:
 
 @pytest.mark.gpu
 def test_sorted_distances_of_two_whole_vocabularies() -> None:
-    q = torch.softmax(rows_like(16, 151_936, 13), -1).to(DEVICE)
+    q = torch.softmax(rows_like(16, 151_936, 13), -1).to(DEVICE, torch.float32)
     p = torch.softmax(rows_like(16, WIDTH, 14), -1)
     assert_same(lambda backend, z: backend.sorted_l1(z, q.to(z)), p, torch.float32)
 
