@@ -168,7 +168,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--layers", type=int, help="layers of random models, fewer than published")
     parser.add_argument("--budget", type=float, help="seconds after which no step is begun")
     parser.add_argument(
-        "--record", action="store_true", help="keep the result in benchmarks/results/step-cpu.json"
+        "--record",
+        action="store_true",
+        help="keep the result in benchmarks/results/step-cpu.json, or -gpu, with the new tokens that were asked for",
     )
     parser.add_argument("--into", type=Path, default=RESULTS, help="another folder for the record")
     given = parser.parse_args(list(arguments))
@@ -200,7 +202,7 @@ def main(arguments: Sequence[str]) -> int:
             found.append(one)
             if given.record:
                 write_record(
-                    "step-gpu" if gpu else "step-cpu",
+                    "-".join(["step", "gpu" if gpu else "cpu", *map(str, filter(None, [given.new_tokens]))]),
                     {
                         "peers": peers.installed(),
                         "clock": Meter(device).clock,
