@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import itertools
 import math
 import os
 import tempfile
@@ -161,9 +160,7 @@ def main(arguments: Sequence[str]) -> int:
         "--pairs", type=int, nargs="+", metavar="N", help=f"of {numbered} (0 1; on a GPU 0 2)"
     )
     parser.add_argument("--prompts", type=int, help="prompts a step (4; on a GPU 16)")
-    parser.add_argument(
-        "--new-tokens", type=int, nargs="+", metavar="N", help="new tokens at most (48; on a GPU 128)"
-    )
+    parser.add_argument("--new-tokens", type=int, help="new tokens at most (48; on a GPU 128)")
     parser.add_argument("--steps", type=int, default=3, help="counted steps (%(default)s)")
     parser.add_argument("--layers", type=int, help="layers of random models, fewer than published")
     parser.add_argument("--budget", type=float, help="seconds after which no step is begun")
@@ -183,20 +180,17 @@ def main(arguments: Sequence[str]) -> int:
             raise GoldError(f"--pairs: choose of {numbered}")
         torch.set_num_threads(given.threads)
         numba.set_num_threads(min(given.threads, numba.get_num_threads()))
-        sizes = [
-            Size(
-                given.prompts or (16 if gpu else 4),
-                new_tokens,
-                given.steps,
-                given.layers,
-                started + given.budget if given.budget else math.inf,
-            )
-            for new_tokens in given.new_tokens or [128 if gpu else 48]
-        ]
+        size = Size(
+            given.prompts or (16 if gpu else 4),
+            given.new_tokens or (128 if gpu else 48),
+            given.steps,
+            given.layers,
+            started + given.budget if given.budget else math.inf,
+        )
         where = device_name(device.type, None if gpu else given.threads)
         print(f"{where}\n\n{HEAD}", flush=True)
         found = []
-        for size, n in itertools.product(sizes, wanted):
+        for n in wanted:
             one = measure(*PAIRS[n], device, size)
             print("\n".join(table_rows(one)), flush=True)
             found.append(one)
