@@ -133,7 +133,8 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found for one pair. ``times_gold``: seconds of the other trainer's step over ours of the same turn."""
+    """What was found for one pair. ``times_gold``: seconds a token of the other trainer's step over ours of the same turn: where
+    samples end by themselves, one trainer's are shorter."""
 
     student: str
     teacher: str
@@ -253,7 +254,11 @@ def measure(student: str, teacher: str, device: torch.device, size: Size) -> Fou
     trainers = [summary("gold", [own for own, _ in counted])]
     if others:
         trainers.append(summary("TRL GOLD", others))
-    times = [other.whole_s / own.whole_s for own, other in counted if other is not None]
+    times = [
+        (other.whole_s / max(1, other.tokens)) / (own.whole_s / max(1, own.tokens))
+        for own, other in counted
+        if other is not None
+    ]
     real = [_has_weights(name, device, size.layers) for name in (student, teacher)]
     return Found(
         student,
