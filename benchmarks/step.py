@@ -133,8 +133,8 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found for one pair. ``times_gold``: seconds a token of the other trainer's step over ours of the same turn: where
-    samples end by themselves, one trainer's are shorter."""
+    """What was found for one pair. ``times_gold``: seconds a token of the other trainer's step over ours of the same
+    turn; where samples end by themselves, one trainer's may be shorter."""
 
     student: str
     teacher: str
