@@ -52,6 +52,7 @@ FORBIDDEN_IN = {
         "gold.align.paths",
         "gold.kernels.cpu",
         "gold.kernels.cuda",
+        "gold.kernels.loops",
         "gold.kernels.reference",
         "gold.losses",
         "gold.rollout",
