@@ -330,9 +330,11 @@ def sweep(gpu: bool) -> list[tuple[int, int, int]]:
     """Pair, width of the states, tokens."""
     if not gpu:
         return [
-            *((0, 576, tokens) for tokens in (128, 256, 512, 1024, 2048)),
-            *((pair, 576, tokens) for pair in (1, 2, 3) for tokens in (256, 1024)),
+            *((0, 576, tokens) for tokens in (128, 256, 512, 1024)),
+            *((pair, 576, 256) for pair in (3, 1, 2)),
+            (0, 576, 2048),
             (0, 2048, 128),
+            *((pair, 576, 1024) for pair in (3, 1, 2)),
         ]
     return [
         *((pair, 2048, tokens) for tokens in (1024, 8192) for pair in range(4)),
