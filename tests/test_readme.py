@@ -225,34 +225,73 @@ def test_the_run_through_a_server_is_its_record():
     assert served["scoring"]["client_share_by_process_time"] < 0.1
 
 
-LOSSES = {
+FROM_STATES = {
     "`gold`: reverse KL on bytes": "gold: reverse KL on bytes",
+    "`gold`: forward KL on prefixes": "gold: forward KL on prefixes",
     "`gold`: reverse KL on shared tokens": "gold: reverse KL on shared tokens",
     "plain torch: reverse KL on shared tokens": "naive torch: reverse KL on shared tokens",
     "TRL 1.16 GOLD, default merge": "TRL GOLD, default merge",
     "the matrix products alone": "matrix products",
 }
+FROM_LOGITS = {
+    "`gold`: reverse KL on bytes": "gold: reverse KL on bytes, from logits",
+    "`gold`: the hybrid of GOLD": "gold: the hybrid of GOLD, from logits",
+    "TRL 1.16 GOLD, default merge": "TRL GOLD, default merge, from logits",
+}
+
+
+def told_seconds(case, name):
+    row = next(r for r in case["rows"] if r["name"] == name)
+    assert row["seconds"] or row["note"].startswith(("over 60 s", "not called: "))
+    return f"{row['seconds']['median']:.3g}" if row["seconds"] else "> 60"
 
 
 def test_the_tables_of_speed_are_their_records():
-    losses, steps = (
-        cells(part) for part in README.split("## Speed")[1].split("\n## ")[0].split("A whole on-policy")
-    )
-    cases = [c for c in record("loss-cpu")["cases"] if c["teacher"] == "gemma3"]
-    assert losses[0] == ["seconds", *(f"{c['rows_S']} tokens" for c in cases)]
-    for name, *shown in losses[1:]:
-        found = [next(r for r in c["rows"] if r["name"] == LOSSES[name])["seconds"] for c in cases]
-        assert shown == [f"{s['median']:.3g}" if s else "> 60" for s in found], name
-    assert {name for name, *_ in losses[1:]} == set(LOSSES)
-    ours, theirs = (
-        " / ".join(
-            f"{next(r for r in c['rows'] if r['name'] == name)['seconds']['median']:.3g}"
-            for c in record("loss-cpu")["cases"]
-            if c["teacher"] == "qwen3"
+    speed = README.split("## Speed")[1].split("\n## ")[0]
+    losses, rest = speed.split("The same, the logits of both sides")
+    of_logits, rest = rest.split("Of other pairs")
+    told, steps = rest.split("A whole on-policy")
+    cases = [c for c in record("loss-cpu")["cases"] if c["hidden"] == 576]
+    mine = sorted((c for c in cases if c["student"].startswith("smollm2")), key=lambda c: c["rows_S"])
+    for section, names, shown in (
+        (losses, FROM_STATES, mine),
+        (of_logits, FROM_LOGITS, [c for c in mine if c["rows_S"] <= 512]),
+    ):
+        head, *rows = cells(section)
+        assert head == ["seconds", *(f"{c['rows_S']:,} tokens" for c in shown)]
+        assert rows == [[name, *(told_seconds(c, names[name]) for c in shown)] for name in names]
+    for case in cases:
+        if case["rows_S"] != 256:
+            continue
+        if case["student"] == case["teacher"]:
+            ours, theirs = (told_seconds(case, name) for name in ("gold: JSD", "TRL chunked JSD"))
+            assert f"the JSD takes {ours} s, TRL's chunked one {theirs} s." in told
+        elif case not in mine:
+            ours, products, theirs = (
+                told_seconds(case, FROM_STATES[name])
+                for name in (
+                    "`gold`: reverse KL on bytes",
+                    "the matrix products alone",
+                    "TRL 1.16 GOLD, default merge",
+                )
+            )
+            assert f"{ours} s (products {products}, TRL {theirs})" in told
+    (few,), many = [c for c in mine if c["rows_S"] == 256], mine[-1]
+    peaks = [
+        next(r for r in c["rows"] if r["name"] == name)["peak_mib"]
+        for c, name in (
+            (few, "gold: reverse KL on bytes"),
+            (few, "TRL GOLD, default merge"),
+            (many, "gold: reverse KL on bytes"),
         )
-        for name in ("gold: JSD", "TRL chunked JSD")
+    ]
+    assert f"{peaks[0]:,.0f} MiB for reverse KL on bytes, {peaks[1]:,.0f} for TRL" in told
+    logits = many["logits_mib"]
+    assert (
+        f"at {many['rows_S']:,} tokens {peaks[2]:,.0f} MiB, where both sides' logits are {logits:,.0f}"
+        in told
     )
-    assert f"the JSD takes {ours} s, TRL's chunked one {theirs} s." in README
+    steps = cells(steps)
     trainers = [(p, t) for p in record("step-cpu")["pairs"] for t in p["trainers"]]
     for (pair, trainer), (_, name, whole, *phases, times) in zip(trainers, steps[1:], strict=True):
         assert (name == "`gold`") == (trainer["name"] == "gold")

@@ -54,6 +54,11 @@ class PieceTarget(NamedTuple):
     moved: Tensor
 
 
+T = TypeVar("T")
+_MADE: dict[tuple[int, str, int, torch.device], Any] = {}
+"""What is made once for a pair of vocabularies, by identity of the pieces' array; it lives as long as that."""
+
+
 @dataclass(frozen=True)
 class PieceSide:
     """One side of a batch as it is pushed onto pieces.
@@ -114,11 +119,6 @@ class PieceSide:
             weakref.finalize(self.piece_at, _MADE.pop, key, None)
         made: T = _MADE[key]
         return made
-
-
-T = TypeVar("T")
-_MADE: dict[tuple[int, str, int, torch.device], Any] = {}
-"""By identity of the pieces' array; an entry lives as long as that."""
 
 
 @dataclass(frozen=True)
