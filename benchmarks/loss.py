@@ -41,7 +41,7 @@ from benchmarks import peers
 from benchmarks.assets import tokenizer_path
 from benchmarks.clock import Spread, spread
 from benchmarks.meter import MIB, Meter, Sample
-from benchmarks.record import RESULTS, device_name, write_record
+from benchmarks.record import RESULTS, command_line, device_name, write_record
 from benchmarks.texts import plain_texts
 from gold.align import Vocabulary
 from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str]) -> int:
         given.exact if given.exact is not None else (1024 if gpu else 256),
         started + given.budget if given.budget else math.inf,
     )
-    command = " ".join(["python -m benchmarks loss", *map(str, arguments)])
+    command = command_line("loss", arguments)
     print(f"{device_name(device.type, None if gpu else given.threads)}, {_peers()}", flush=True)
     found: list[Found] = []
     bench = Bench(device, limits)

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,15 @@ import gold
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "tokenizers", "numba")
+
+
+def command_line(name: str, arguments: Sequence[str]) -> str:
+    """The command of a benchmark, but for the folder that its record went to."""
+    kept = list(arguments)
+    if "--into" in kept:
+        at = kept.index("--into")
+        del kept[at : at + 2]
+    return " ".join(["python -m benchmarks", name, *kept])
 
 
 def write_record(

@@ -41,7 +41,7 @@ from benchmarks import peers
 from benchmarks.assets import model_path, tokenizer_path
 from benchmarks.clock import Spread, spread
 from benchmarks.meter import MIB, Meter, Sample
-from benchmarks.record import RESULTS, device_name, write_record
+from benchmarks.record import RESULTS, command_line, device_name, write_record
 from gold.data import Prompt, load_prompts
 from gold.errors import GoldError
 from gold.loop import Loop, pairs_of, terms_of
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str]) -> int:
                         "clock": Meter(device).clock,
                         "pairs": [asdict(each) for each in found],
                     },
-                    command=" ".join(["python -m benchmarks step", *map(str, arguments)]),
+                    command=command_line("step", arguments),
                     seconds=time.perf_counter() - started,
                     device=where,
                     folder=given.into,

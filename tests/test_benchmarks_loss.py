@@ -170,7 +170,8 @@ def test_cases_that_come_too_late_are_named_and_the_record_holds_what_was_found(
     arguments = ["--device", "cpu", "--tokens", "16", "--hidden", "8", "--rounds", "1", "--record"]
     assert loss.main([*arguments, "--into", str(tmp_path), "--pairs", "1"]) == 0
     record = json.loads((tmp_path / "loss-cpu.json").read_text())
-    assert record["command"].startswith("python -m benchmarks loss --device cpu --tokens 16")
+    told = "python -m benchmarks loss --device cpu --tokens 16 --hidden 8 --rounds 1 --record --pairs 1"
+    assert record["command"] == told
     (case,) = record["data"]["cases"]
     assert (case["student"], case["teacher"], case["rows_S"]) == ("a", "a", 16)
     assert "| gold: JSD |" in capsys.readouterr().out
