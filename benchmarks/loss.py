@@ -266,11 +266,10 @@ def main(arguments: Sequence[str]) -> int:
     bench = Bench(device, limits)
     for case in cases:
         one = bench.measure(case)
-        if one is None:
-            continue
-        print(f"\n{table(one)}", flush=True)
-        found.append(one)
-        if given.record:
+        if one is not None:
+            print(f"\n{table(one)}", flush=True)
+            found.append(one)
+        if given.record and found:
             data = {
                 "peers": peers.installed(),
                 "clock": bench.meter.clock,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,24 @@ def test_cases_that_come_too_late_are_named_and_the_record_holds_what_was_found(
     assert loss.main([*arguments, "--into", str(tmp_path / "none"), "--budget", "1e-9"]) == 0
     assert "left out, no time: a ← b, 16 tokens, hidden 8" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
+
+
+def test_a_case_for_which_there_was_no_time_is_in_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Bench.measure
+
+    def once(bench: Bench, case: Case) -> loss.Found | None:
+        found = measure(bench, case)
+        bench.limits = replace(bench.limits, deadline=0.0)
+        return found
+
+    monkeypatch.setattr(Bench, "measure", once)
+    arguments = ["--device", "cpu", "--tokens", "16", "20", "--hidden", "8", "--rounds", "1", "--pairs", "1"]
+    assert loss.main([*arguments, "--record", "--into", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "loss-cpu.json").read_text())
+    assert len(record["data"]["cases"]) == 1
+    assert record["data"]["left_out"] == ["a ← a, 20 tokens, hidden 8"]
 
 
 def test_numbers_that_make_no_case_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
