@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
-from gold.kernels.reference import LEAK, MixedKL, Rest, hybrid_of
+from gold.kernels.reference import LEAK, MixedKL, Rest, hybrid_of, widened
 
 # Sizes are powers of two. They were chosen by arithmetic and the compiler's register counts, not yet measured: 2,048
 # float32 values are 16 a thread with 4 warps, and 64 registers leave room for 8 programs on a multiprocessor.
@@ -122,6 +122,7 @@ def piece_masses(
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``reference.piece_masses``."""
+    logits_NV = widened(logits_NV)  # gradients of several kernels add up here, and are rounded once
     norm_N, step_N, _, _ = row_statistics(logits_NV, target_N, target_N[:0])
     value = logits_NV[tokens.row, tokens.id].to(norm_N) - norm_N[tokens.row]
     moved = torch.nonzero(tokens.moved)[:, 0]
@@ -292,7 +293,6 @@ class _RowDivergence(torch.autograd.Function):
             "TEACHER": divergence.teacher != 0,
             "STUDENT_MIX": divergence.student_mix,
             "TEACHER_MIX": divergence.teacher_mix,
-            "COMMON": only_common,
         }
         partner_V, partner_W = _partners(kept_V, kept_W.ids), _partners(kept_W, kept_V.ids)
         mine, theirs = (logits_NV, kept_V, partner_V), (logits_NW, kept_W, partner_W)
@@ -320,16 +320,16 @@ class _RowDivergence(torch.autograd.Function):
         _run(
             _divergence_of_tiles, rows * tiles,
             logits_NV, logits_NW, partner_V, *sides, sums, rows, *logits_NV.stride(),
-            *logits_NW.stride(), width, **form, TILE=TILE,
+            *logits_NW.stride(), width, **form, COMMON=only_common, TILE=TILE,
         )  # fmt: skip
         _run(
             _divergence_of_rows, rows,
-            *sides, sums, value, slopes, rows, tiles, **_but_common(form), STUDENT_WEIGHT=divergence.student,
+            *sides, sums, value, slopes, rows, tiles, **form, STUDENT_WEIGHT=divergence.student,
             TEACHER_WEIGHT=divergence.teacher, ABOVE=divergence.above_nats, BUCKET=rest == "bucket",
             JOIN=JOIN,
         )  # fmt: skip
         ctx.form, ctx.weight, ctx.rest, ctx.leak = form, divergence.student, rest, leak
-        ctx.overwrite = overwrite
+        ctx.only_common, ctx.overwrite = only_common, overwrite
         mass = sides[0][5].clone()
         ctx.mark_non_differentiable(mass)
         ctx.save_for_backward(logits_NV, logits_NW, partner_V, *sides, slopes)
@@ -345,7 +345,7 @@ class _RowDivergence(torch.autograd.Function):
             _divergence_backward, rows * triton.cdiv(width, BACK_TILE),
             logits_NV, logits_NW, grad_logits, partner_V, *sides, slopes, grads[0].contiguous(),
             rows, *logits_NV.stride(), *logits_NW.stride(), *grad_logits.stride(), width,
-            **ctx.form, STUDENT_WEIGHT=ctx.weight, BUCKET=ctx.rest == "bucket",
+            **ctx.form, COMMON=ctx.only_common, STUDENT_WEIGHT=ctx.weight, BUCKET=ctx.rest == "bucket",
             LOG_KEPT=math.log1p(-ctx.leak), TILE=BACK_TILE,
         )  # fmt: skip
         return grad_logits, *(None,) * 8
@@ -488,10 +488,6 @@ def _run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
 
 def _arithmetic(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _but_common(form: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in form.items() if name != "COMMON"}
 
 
 def _partners(kept: KeptEvents, others: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gold.kernels import BACKENDS, reference, why_not
-from gold.kernels.layout import Columns, KeptEvents
+from gold.kernels.layout import Columns, KeptEvents, Tokens
 from gold.kernels.reference import MixedKL, Rest
 from tests.kernels.rows_for_kernels import (
     FORMS,
@@ -243,6 +243,17 @@ def test_sorted_distances_of_rows_that_cross(dtype: torch.dtype) -> None:
 def test_what_is_made_of_other_kernels(name: str) -> None:
     function = every_function(131, DEVICE)[name]
     assert_same(lambda backend, z: function(backend, z), rows_like(3, 131, 4).clamp(min=-30.0))
+
+
+def test_gradients_of_a_token_that_counts_often_are_rounded_once() -> None:
+    """A column of one token, asked for twenty times, in bfloat16: all that its row gives and takes is 0."""
+    once = torch.zeros(20, dtype=torch.int64, device=DEVICE)
+    tokens, columns = Tokens(once, once, once > 0), Columns(once[:1], 2)
+    assert_same(
+        lambda backend, z: backend.piece_masses(z, once[:1], columns, once[:1], tokens),
+        rows_like(1, 1, 3),
+        torch.bfloat16,
+    )
 
 
 @pytest.mark.usefixtures("tiny")
