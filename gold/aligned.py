@@ -238,6 +238,23 @@ class AlignedBatch:
         return _starts([len(t.student.data) + 1 for t in self.texts])
 
     @cached_property
+    def begins_S(self) -> NDArray[np.int64]:
+        """The byte position at which each student row begins."""
+        return self._begins([t.student for t in self.texts])
+
+    @cached_property
+    def begins_T(self) -> NDArray[np.int64]:
+        """The byte position at which each teacher row begins."""
+        return self._begins([t.teacher for t in self.texts])
+
+    def _begins(self, spellings: Sequence[Spelling]) -> NDArray[np.int64]:
+        parts = []
+        for first, spelling, text in zip(self.position_starts, spellings, self.texts, strict=False):
+            starts = np.append(spelling.starts, len(spelling.data)) if text.stopped else spelling.starts
+            parts.append(starts + first)
+        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
+    @cached_property
     def byte_offsets(self) -> Tensor:
         """The offset of each byte position in its own text."""
         return _ids([np.arange(n) for n in np.diff(self.position_starts)], self.device)

@@ -11,9 +11,10 @@ from tokenizers_for_tests import byte_level_bpe, character_level, sentencepiece_
 
 from gold.align import Vocabulary, paths
 from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
-from gold.kernels import BACKENDS, layout
+from gold.kernels import BACKENDS, layout, linear
 from gold.kernels.linear import Rows, byte_tables
-from gold.losses import OBJECTIVES, View
+from gold.losses import OBJECTIVES, Loss, View
+from gold.losses.mixture import FurtherTeacher, Mix
 from tests import oracle
 from tests.kernels.rows_for_kernels import FORCED
 
@@ -71,6 +72,54 @@ def test_any_ids_of_any_pair_give_finite_losses_and_gradients(mine, theirs, data
         assert torch.isfinite(grad).all()
 
 
+@settings(max_examples=80)
+@given(st.data(), st.sampled_from([None, 3]), st.booleans(), st.integers(1, 5))
+def test_a_text_in_stretches_has_the_same_loss(data, top_k, several, block_rows):
+    """Wherever it is cut: special ids, stretches that a side does not spell, tokens that run across, told or not."""
+    mine, *theirs = (VOCABULARIES[data.draw(st.sampled_from(NAMES))] for _ in range(3))
+    pair, other = (VocabularyPair(mine, teacher) for teacher in theirs)
+    token = st.integers(0, pair.student.size - 1).filter(lambda i: i != 1).map(lambda i: [i])
+    words = st.sampled_from(["the dog", " then", "s 123", "é"]).map(lambda w: mine.encode(w).ids.tolist())
+    ids = st.lists(token | words, max_size=8).map(lambda parts: [i for part in parts for i in part])
+    drawn = data.draw(st.lists(st.tuples(ids, st.booleans()), max_size=3))
+    batch, beside = (
+        AlignedBatch([aligned_text(each, ids, stopped) for ids, stopped in drawn], each, CPU)
+        for each in (pair, other)
+    )
+    logits = states(int(batch.row_starts[-1]), pair.student.size, 1).requires_grad_(True)
+    backend = BACKENDS["cpu"]
+
+    def teacher(read: AlignedBatch, seed: int) -> Rows:
+        found = states(int(read.teacher_row_starts[-1]), read.vocabularies.teacher.size, seed)
+        # What was written is mostly told, so that inside a token both what is told and what is not counts.
+        found += 4 * torch.nn.functional.one_hot(read.target_T.clamp(min=0), found.shape[1])
+        if top_k is None or not len(found):
+            return Rows.of_logits(found)
+        logp, ids = torch.log_softmax(found, dim=-1).topk(top_k, dim=-1)
+        return Rows.of_top_k(ids, logp, found.shape[1])
+
+    mix = {
+        "mix": Mix("linear", {"a": 0.5, "b": 0.5}),
+        "further": (FurtherTeacher(beside, teacher(beside, 3), backend),),
+    }
+    view = View(
+        batch, Rows.of_logits(logits), teacher(batch, 2), backend, backend, **(mix if several else {})
+    )
+
+    def found() -> tuple[Loss, list[torch.Tensor]]:
+        loss = OBJECTIVES["reverse_kl"]()(view)
+        wanted = loss.total.requires_grad and logits.numel()
+        return loss, list(torch.autograd.grad(loss.total, logits)) if wanted else []
+
+    whole, gradient = found()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "BLOCK_BYTES", 4 * pair.student.size * block_rows)
+        parts, gradient_of_parts = found()
+    for one, all_of_it in ((parts.parts, whole.parts), (parts.sequence_logp, whole.sequence_logp)):
+        torch.testing.assert_close(dict(one), dict(all_of_it))
+    torch.testing.assert_close([parts.total, *gradient_of_parts], [whole.total, *gradient])
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("text", ["The dog, 123!", "déjà 日本 🙂", " two  spaces", ""])
 def test_a_model_agrees_with_itself_whatever_the_tokenizer(name, text):
@@ -124,3 +173,19 @@ def test_a_stretch_that_the_teacher_does_not_spell_is_left_out_and_what_follows_
     batch = AlignedBatch([one], pair, CPU)
     # Position 4 predicts the first invalid byte; 5 lies inside the stretch; 6 follows it.
     assert batch.supervised_bytes.tolist() == [0, 1, 2, 3, 4, 6, 7, 8]
+
+
+def test_a_text_of_no_bytes_and_no_end_asks_nothing_of_a_teacher_that_tells_some_tokens_only():
+    pair = VocabularyPair(VOCABULARIES["bpe"], VOCABULARIES["characters"])
+    texts = [aligned_text(pair, pair.student.encode("a").ids.tolist(), True), aligned_text(pair, [0], False)]
+    batch = AlignedBatch(texts, pair, CPU)
+    assert batch.teacher_row_starts.tolist() == [0, 2, 2]
+    logits = states(3, pair.student.size, 1).requires_grad_(True)
+    ids = batch.target_T.clamp(min=0)[:, None]
+    teacher = Rows.of_top_k(ids, torch.full((2, 1), -0.5), pair.teacher.size)
+    loss = OBJECTIVES["reverse_kl"]()(
+        View(batch, Rows.of_logits(logits), teacher, BACKENDS["cpu"], BACKENDS["cpu"])
+    )
+    (grad,) = torch.autograd.grad(loss.total, logits)
+    assert torch.isfinite(grad).all()
+    assert not grad[2].any()

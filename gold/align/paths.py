@@ -195,7 +195,6 @@ class BytePlan:
     mass_position: Int64
     mass_event: Int32
     target: Int32
-    row_text: Int32
     position_row: Int32
     position_text: Int32
     supervised: Bool
@@ -302,7 +301,6 @@ def _join(parts: list[tuple[NDArray[np.generic], ...]]) -> BytePlan:
         mass_position=shifted(position, position_shift, np.int64),  # type: ignore[arg-type]
         mass_event=joined(event, np.int32),  # type: ignore[arg-type]
         target=joined(target, np.int32),  # type: ignore[arg-type]
-        row_text=np.repeat(np.arange(len(parts), dtype=np.int32), rows),
         position_row=shifted(position_row, row_shift, np.int32),  # type: ignore[arg-type]
         position_text=np.repeat(np.arange(len(parts), dtype=np.int32), positions),
         supervised=joined(supervised, np.bool_),  # type: ignore[arg-type]

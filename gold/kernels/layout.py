@@ -140,7 +140,7 @@ class ByteLayout:
 
     Built from the arrays of a vocabulary's byte trie (``order low high own first_child children outside stops size``)
     and of a plan (``visit_ptr visit_node visit_starts visit_skips_target mass_ptr mass_row mass_position mass_event
-    target row_text position_row position_text supervised``), each documented where it is made.
+    target position_row position_text supervised``), each documented where it is made.
     """
 
     trie: Mapping[str, NDArray[Any]]
@@ -151,7 +151,6 @@ class ByteLayout:
     stops: Tensor
     mass_row: Tensor
     mass_cell: Tensor
-    row_text: Tensor
     position_row: Tensor
     position_text: Tensor
     supervised: Tensor
@@ -193,39 +192,69 @@ class ByteLayout:
             stops=tensor(trie["stops"], torch.int64),
             mass_row=tensor(plan["mass_row"], torch.int64),
             mass_cell=tensor(cell, torch.int64),
-            row_text=tensor(plan["row_text"], torch.int64),
             position_row=tensor(plan["position_row"], torch.int64),
             position_text=tensor(plan["position_text"], torch.int64),
             supervised=tensor(plan["supervised"], torch.bool),
             resolved=tensor(resolved.reshape(positions, EVENTS), torch.bool),
         )
 
-    def texts(self, first: int, last: int) -> ByteLayout:
-        """The layout of the texts ``first … last − 1`` alone: their rows, byte positions and masses, from 0 on."""
-        edges = np.array([first, last])
-        rows = np.searchsorted(self.plan["row_text"], edges)
-        places = np.searchsorted(self.plan["position_text"], edges)
-        visits = self.plan["visit_ptr"][rows]
-        masses = self.plan["mass_ptr"][visits]
-        (row, end), (place, stop), (mass, until) = rows.tolist(), places.tolist(), masses.tolist()
-        plan = {
-            "visit_ptr": self.plan["visit_ptr"][row : end + 1] - visits[0],
-            "mass_ptr": self.plan["mass_ptr"][visits[0] : visits[1] + 1] - mass,
-            "target": self.plan["target"][row:end],
-            **{name: self.plan[name][visits[0] : visits[1]] for name in _OF_VISITS},
-        }
-        return replace(
-            self,
-            plan=plan,
-            target=self.target[row:end],
-            mass_row=self.mass_row[mass:until] - row,
-            mass_cell=self.mass_cell[mass:until] - place * EVENTS,
-            row_text=self.row_text[row:end] - first,
-            position_row=self.position_row[place:stop] - row,
-            position_text=self.position_text[place:stop] - first,
-            supervised=self.supervised[place:stop],
-            resolved=self.resolved[place:stop],
+    def reaching(self, place: int, row: int) -> int:
+        """How many rows before ``row``, which is the first that begins at ``place`` or later, are read for what comes
+        there."""
+        earlier = np.flatnonzero(self._reach[:row] >= place)
+        return row - int(earlier[0]) if earlier.size else 0
+
+    def window(self, places: slice, rows: slice) -> tuple[ByteLayout, slice]:
+        """The layout of the byte positions ``places`` alone, numbered from 0 on, and the rows that it reads: ``rows``,
+        which begin there, and earlier ones whose tokens can reach so far."""
+        plan, rows = self.plan, slice(rows.start - self.reaching(places.start, rows.start), rows.stop)
+        first, last = plan["visit_ptr"][[rows.start, rows.stop]].tolist()
+        ptr, position = plan["visit_ptr"][rows.start : rows.stop + 1] - first, self._position[first:last]
+        mass, until = plan["mass_ptr"][[first, last]].tolist()
+        masses = np.diff(plan["mass_ptr"][first : last + 1])
+        inside = (position >= places.start) & (position < places.stop)
+        visits, columns = (
+            slice(first, last),
+            {"row": self.mass_row[mass:until], "cell": self.mass_cell[mass:until]},
         )
+        if not inside.all():
+            ptr = np.concatenate(([0], np.cumsum(inside)))[ptr]
+            kept = torch.from_numpy(np.flatnonzero(np.repeat(inside, masses))).to(self.device)
+            columns = {name: column[kept] for name, column in columns.items()}
+            visits, masses = first + np.flatnonzero(inside), masses[inside]
+        cut = replace(
+            self,
+            plan={
+                "visit_ptr": ptr,
+                "mass_ptr": np.concatenate(([0], np.cumsum(masses))),
+                "target": plan["target"][rows],
+                **{name: plan[name][visits] for name in _OF_VISITS},
+            },
+            target=self.target[rows],
+            mass_row=columns["row"] - rows.start,
+            mass_cell=columns["cell"] - places.start * EVENTS,
+            # A position behind which nothing begins, and which carries no meaning, may name a row before the first.
+            position_row=(self.position_row[places] - rows.start).clamp(min=0),
+            position_text=self.position_text[places],
+            supervised=self.supervised[places],
+            resolved=self.resolved[places],
+        )
+        return cut, rows
+
+    @cached_property
+    def _position(self) -> NDArray[np.int64]:
+        """The byte position of each visit."""
+        found: NDArray[np.int64] = self.plan["mass_position"][self.plan["mass_ptr"][:-1]]
+        return found
+
+    @cached_property
+    def _reach(self) -> NDArray[np.int64]:
+        """The last byte position that each row visits; −1 for a row that visits none."""
+        ptr = self.plan["visit_ptr"]
+        reach = np.full(self.rows, -1)
+        some = np.diff(ptr) > 0
+        reach[some] = self._position[ptr[1:][some] - 1]
+        return reach
 
     def mass_range(self, first_row: int, rows: int) -> tuple[int, int]:
         """First and one past the last mass of a block of rows."""

@@ -66,7 +66,8 @@ def filled_table(
     step = log_path.double().clamp(min=-1e4)
     before = torch.cumsum(step, 0) - step
     written = (before - before[start])[:, None] + table_other.double()
-    untold = log_untold_N.double()[row.clamp(min=0)][:, None]
+    # The positions of a text that has no row name the row after the last one; they carry no meaning.
+    untold = torch.cat((log_untold_N, log_untold_N.new_zeros(1))).double()[row][:, None]
     return normalised(torch.logaddexp(joint.double(), untold + written))
 
 

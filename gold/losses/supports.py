@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Annotated, Literal
 
 import numpy as np
@@ -12,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gold.aligned import AlignedBatch
+from gold.kernels.layout import ByteLayout
 from gold.kernels.linear import Rows, SharedEvents, byte_tables, filled_byte_tables, shared_divergence, summed
 from gold.kernels.tables import common_events
 from gold.losses.divergences import Divergence, form_of, reverse_kl
@@ -37,29 +41,32 @@ def bytes_divergence(
     batch = view.batch
     at, weight = byte_positions(batch, where), fading(batch.byte_offsets, half_life)
     teachers = (FurtherTeacher(batch, view.teacher_rows, view.teacher_backend), *view.further)
+    partial = any(teacher.rows.partial for teacher in teachers)
 
-    def compare(block: Rows, texts: slice) -> tuple[Tensor, ...]:
-        layout, place = batch.layout_S.texts(texts.start, texts.stop), _span(batch.position_starts, texts)
-        table, log_target, log_stop = byte_tables(block, layout, view.backend, keep=True)
+    def compare(block: Rows, window: _Window) -> tuple[Tensor, ...]:
+        place = window.places
         here = at[(at >= place.start) & (at < place.stop)] - place.start
-        resolved = layout.resolved[here]
         positions, _, events = batch.path
         inside = (positions >= place.start) & (positions < place.stop)
         path = positions[inside] - place.start, events[inside]
-        sides = [_teacher_side(teacher, texts, path, here, table.detach()) for teacher in teachers]
-        resolved_T = sides[0].resolved
+        # The student's logits are kept until their gradient is made: a teacher that does not need them goes first.
+        sides = [] if partial else [_teacher_side(teacher, place, path, here) for teacher in teachers]
+        table, *mine = byte_tables(block, window.layout, view.backend, keep=True)
+        if partial:
+            sides = [_teacher_side(teacher, place, path, here, table.detach()) for teacher in teachers]
+        resolved, resolved_T = window.layout.resolved[here], sides[0].resolved
         for side in sides[1:]:
             resolved_T = resolved_T & side.resolved
         logp = common_events(table[here], resolved, resolved_T)
         # Leaked before they are mixed, so that there is always an event that all of them allow.
-        tables = [common_events(side.logq, resolved_T, resolved) for side in sides]
+        tables = [common_events(side.logq.to(logp), resolved_T, resolved) for side in sides]
         logq = tables[0] if view.mix is None else view.mix.of(tables)
         value = divergence(logp, logq) * weight[place][here].to(logp)
         wanted = logp.gather(1, logq.argmax(-1, keepdim=True))[:, 0].exp()
         scores = (x for side in sides for x in side.scores)
-        return value.sum(), wanted, logp[:, -1].exp(), log_target, log_stop, *scores
+        return value.sum(), wanted, logp[:, -1].exp(), *(x[window.own] for x in mine), *scores
 
-    blocks = [(_span(batch.row_starts, texts), texts) for texts in _text_blocks(batch, view.student)]
+    blocks = [(window.rows, window) for window in _windows(batch, view.student, teachers)]
     total, wanted, rest, *scores = summed(compare, view.student, blocks)
     parts = {"wanted": wanted.sum(), "missed": (wanted < 0.01).sum(), "rest": rest.sum()}
     mine, *theirs = zip(scores[::2], scores[1::2], strict=True)
@@ -76,19 +83,42 @@ def bytes_divergence(
     return Loss(total, parts, logp_of_texts)
 
 
-def _text_blocks(batch: AlignedBatch, rows: Rows) -> list[slice]:
-    """As many whole texts at a time as a block of rows holds, or one that is longer."""
-    blocks, first = [], 0
-    for last in range(1, len(batch.texts) + 1):
-        if last == len(batch.texts) or batch.row_starts[last + 1] - batch.row_starts[first] > rows.block_rows:
-            blocks.append(slice(first, last))
-            first = last
-    return blocks or [slice(0, 0)]
+@dataclass(frozen=True)
+class _Window:
+    """Byte positions that are compared together: the student's layout of them, the ``rows`` that it reads, and which of
+    these begin there."""
+
+    places: slice
+    layout: ByteLayout
+    rows: slice
+    own: slice
 
 
-def _span(starts: NDArray[np.int64], texts: slice) -> slice:
-    """From where the first of some texts begins to where the last one ends."""
-    return slice(int(starts[texts.start]), int(starts[texts.stop]))
+def _windows(batch: AlignedBatch, student: Rows, teachers: Sequence[FurtherTeacher]) -> list[_Window]:
+    """All byte positions, in stretches that read about as many rows of the student as a block holds.
+
+    A stretch begins where a text does or where a token of every side does, so that what a side says of it follows from
+    the rows that begin there and the few before whose tokens could have run across."""
+    begins = [batch.begins_S, *(teacher.batch.begins_T for teacher in teachers)]
+    together = reduce(np.intersect1d, begins)
+    cuts = np.union1d(batch.position_starts, together)
+    before = np.searchsorted(batch.begins_S, cuts)
+    windows, at, last = [], 0, max(cuts.size - 1, 1)
+    while at < last:
+        room = max(1, student.block_rows - batch.layout_S.reaching(int(cuts[at]), int(before[at])))
+        left = int(before[-1] - before[at])
+        even = math.ceil(left / max(1, math.ceil(left / room)))
+        end = max(at + 1, int(np.searchsorted(before, before[at] + even, "right")) - 1)
+        places = slice(int(cuts[at]), int(cuts[min(end, cuts.size - 1)]))
+        windows.append(_window(batch.layout_S, batch.begins_S, places))
+        at = end
+    return windows
+
+
+def _window(layout: ByteLayout, begins: NDArray[np.int64], places: slice) -> _Window:
+    first, last = np.searchsorted(begins, [places.start, places.stop]).tolist()
+    cut, rows = layout.window(places, slice(first, last))
+    return _Window(places, cut, rows, slice(first - rows.start, last - rows.start))
 
 
 @dataclass(frozen=True)
@@ -103,21 +133,28 @@ class _TeacherSide:
 
 @torch.no_grad()
 def _teacher_side(
-    teacher: FurtherTeacher, texts: slice, path: tuple[Tensor, Tensor], here: Tensor, mine: Tensor
+    teacher: FurtherTeacher,
+    places: slice,
+    path: tuple[Tensor, Tensor],
+    here: Tensor,
+    table_S: Tensor | None = None,
 ) -> _TeacherSide:
-    layout = teacher.batch.layout_T.texts(texts.start, texts.stop)
-    rows = teacher.rows.select(_span(teacher.batch.teacher_row_starts, texts))
+    """At ``here`` of ``places``; a teacher that tells some tokens only needs ``table_S``, the student's table."""
+    window = _window(teacher.batch.layout_T, teacher.batch.begins_T, places)
+    layout, rows = window.layout, teacher.rows.select(window.rows)
     if rows.partial:
-        log_path = mine.new_zeros(len(mine)).index_put(path[:1], mine[path])
-        filling = (x.to(layout.device) for x in (mine, log_path))
+        if table_S is None:
+            raise ValueError("a teacher that tells some tokens only, and no table to fill it from")
+        log_path = table_S.new_zeros(len(table_S)).index_put(path[:1], table_S[path])
+        filling = (x.to(layout.device) for x in (table_S, log_path))
         table, *scores = filled_byte_tables(rows, layout, teacher.backend, *filling)
     else:
         table, *scores = byte_tables(rows, layout, teacher.backend)
-    logq = table.to(mine)[here]
-    resolved = layout.resolved.to(mine.device)[here]
+    logq, resolved = table.to(here.device)[here], layout.resolved.to(here.device)[here]
     if rows.partial:
         resolved = resolved & torch.isfinite(logq)  # of what is all told, only what is told
-    return _TeacherSide(logq, resolved, (scores[0], scores[1]))
+    target, stop = (x[window.own] for x in scores)
+    return _TeacherSide(logq, resolved, (target, stop))
 
 
 def states_divergence(
