@@ -362,13 +362,21 @@ def as_rows(lm: Any, hidden_ND: Tensor) -> Rows:
         return finished(functional_call(matrix, given, (hidden,)) if given else matrix(hidden))
 
     def finished(logits: Tensor) -> Tensor:
+        alone = None if torch.is_grad_enabled() else logits  # nobody else has it: no memory for another
         if multiply:
-            logits = logits * multiply
+            logits = torch.mul(logits, multiply, out=alone)
         if divide:
-            logits = logits / divide
+            logits = torch.div(logits, divide, out=alone)
         if cap:
-            logits = torch.tanh(logits / cap) * cap
+            logits = torch.div(logits, cap, out=alone)
+            logits = torch.mul(torch.tanh(logits, out=alone), cap, out=alone)
         return logits
+
+    def into(hidden: Tensor, room: Tensor) -> Tensor:
+        across = matrix.weight.T
+        if matrix.bias is None:
+            return finished(torch.mm(hidden, across, out=room))
+        return finished(torch.addmm(matrix.bias, hidden, across, out=room))
 
     def reordered(columns: Tensor) -> Callable[[Tensor], Tensor]:
         weight, bias = matrix.weight[columns], None if matrix.bias is None else matrix.bias[columns]
@@ -377,8 +385,15 @@ def as_rows(lm: Any, hidden_ND: Tensor) -> Rows:
     # A weight that is spread over processes is whole only while its module runs.
     plain = type(matrix) is nn.Linear and not trained and not hasattr(matrix, "_hf_hook")
     here = plain and type(matrix.weight.data) is Tensor and matrix.weight.device == hidden_ND.device
-    width = output_width(lm)
-    return Rows(hidden_ND, logits_of, width, False, tuple(trained.values()), reordered if here else None)
+    reusing = here and matrix.weight.dtype == hidden_ND.dtype and not torch.is_autocast_enabled("cpu")
+    return Rows(
+        hidden_ND,
+        logits_of,
+        output_width(lm),
+        weights=tuple(trained.values()),
+        reordered=reordered if here else None,
+        into=into if reusing and hidden_ND.device.type == "cpu" else None,
+    )
 
 
 class StatesModule(nn.Module):

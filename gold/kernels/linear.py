@@ -41,6 +41,8 @@ class Rows:
 
     ``weights``: all that the head has parameters of its own for that need a gradient; without them it uses its own.
     ``reordered``: from columns, a head that gives these alone; only where that takes no more than a copy of the matrix.
+    ``into``: ``head`` without gradient, the logits being written into given memory of that shape; only where memory
+    that was never used is dear.
     ``partial``: only some tokens of each row are known, the others are −inf, and the last column, which no token has,
     is the logit of all of them together.
     """
@@ -51,6 +53,7 @@ class Rows:
     partial: bool = False
     weights: tuple[Tensor, ...] = ()
     reordered: Callable[[Tensor], Callable[..., Tensor]] | None = None
+    into: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @classmethod
     def of_logits(cls, logits_NV: Tensor) -> Rows:
@@ -95,6 +98,23 @@ class Rows:
     def logits(self) -> Tensor:
         """The logits of all rows: [N, width]."""
         return self.head(self.hidden_ND, *self.weights)
+
+    def in_turn(self) -> Rows:
+        """The same rows for one block after the other: where gradients are off, logits may be written over those of the
+        block before, which nobody reads any more."""
+        into, before = self.into, list[Tensor]()
+        if into is None:
+            return self
+
+        def head(hidden: Tensor, *weights: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                return self.head(hidden, *weights)
+            if before and len(before[0]) >= len(hidden):
+                return into(hidden, before[0][: len(hidden)])
+            before[:] = [self.head(hidden, *weights)]
+            return before[0]
+
+        return replace(self, head=head, into=None)
 
     @property
     def block_rows(self) -> int:
@@ -317,6 +337,7 @@ def _byte_masses(rows: Rows, layout: ByteLayout, backend: ModuleType, keep: bool
     if rows.reordered is not None and rows.hidden_ND.device.type in SCATTERED:
         columns, layout = layout.in_order(rows.width)
         rows = replace(rows, head=rows.reordered(columns), reordered=None)
+    rows = rows.in_turn()
     parts: list[tuple[Tensor, ...]] = []
     blocks = spans(len(rows), rows.block_rows)
     for span in blocks:
@@ -426,7 +447,7 @@ def shared_divergence(
         raise ValueError(
             f"top_k is {top_k}, and the vocabularies share {kept.ids.numel()} tokens and the stop event"
         )
-    leak = 0.0 if events.everything else LEAK
+    leak, teacher = 0.0 if events.everything else LEAK, teacher.in_turn()
     whole = top_k is None and not teacher.partial and kept.ids.device == kept_teacher.ids.device
 
     def compare(block: Rows, span: slice) -> tuple[Tensor, ...]:

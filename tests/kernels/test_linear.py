@@ -107,6 +107,27 @@ def test_gradients_made_with_the_value_are_those_of_autograd(name, monkeypatch):
     assert (name == "frozen") == (not rows.weights)
 
 
+@pytest.mark.parametrize("name", ["frozen", "frozen, bias", "frozen, soft cap"])
+def test_blocks_in_turn_share_their_memory_where_nothing_is_learned(name):
+    kind = name.removeprefix("frozen, ")
+    model, hidden = MODELS[kind]().requires_grad_(False), states()
+    rows = as_rows(model, hidden)
+    whole = rows.logits()
+    in_turn = rows.in_turn()
+    parts = [slice(0, 4), slice(4, 8), slice(8, COUNT)]
+    with torch.no_grad():
+        first, *others = (in_turn.select(part).logits() for part in parts)
+        assert {logits.data_ptr() for logits in others} == {first.data_ptr()}
+        torch.testing.assert_close(others[-1], whole[parts[-1]])
+        torch.testing.assert_close(in_turn.select(parts[0]).logits(), whole[parts[0]])
+        assert in_turn.logits().data_ptr() != first.data_ptr()  # there is no room for all of them
+    # With gradients every block keeps its own.
+    kept = [in_turn.select(part).logits() for part in parts]
+    torch.testing.assert_close(torch.cat(kept), whole)
+    (grad,) = torch.autograd.grad(torch.cat(kept).square().sum(), hidden)
+    torch.testing.assert_close(grad, torch.autograd.grad(whole.square().sum(), hidden)[0])
+
+
 @pytest.mark.parametrize("name", ["untied", "adapter"])
 def test_rows_that_are_made_again_give_the_same(name, monkeypatch):
     few_rows(monkeypatch)
