@@ -331,7 +331,7 @@ def sweep(gpu: bool) -> list[tuple[int, int, int]]:
         return [
             *((0, 576, tokens) for tokens in (128, 256, 512, 1024)),
             *((pair, 576, 256) for pair in (3, 1, 2)),
-            (0, 576, 2048),
+            *((0, 576, tokens) for tokens in (2048, 4096)),
             (0, 2048, 128),
             *((pair, 576, 1024) for pair in (3, 1, 2)),
         ]
