@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +120,31 @@ def test_a_text_in_stretches_has_the_same_loss(data, top_k, several, block_rows)
     for one, all_of_it in ((parts.parts, whole.parts), (parts.sequence_logp, whole.sequence_logp)):
         torch.testing.assert_close(dict(one), dict(all_of_it))
     torch.testing.assert_close([parts.total, *gradient_of_parts], [whole.total, *gradient])
+
+
+def test_a_frozen_matrix_is_put_in_order_once_for_all_stretches_of_a_text(monkeypatch):
+    pair = VocabularyPair(VOCABULARIES["digits"], VOCABULARIES["bpe"])
+    ids = pair.student.encode("the dog, the 123 dogs and the dog's 45 " * 2).ids.tolist()
+    batch = AlignedBatch([aligned_text(pair, ids, True)], pair, CPU)
+    logits = states(int(batch.row_starts[-1]), pair.student.size, 1).float().requires_grad_(True)
+    matrix = states(pair.teacher.size, 8, 2).float()
+    hidden = states(int(batch.teacher_row_starts[-1]), 8, 3).float()
+    copies = []
+
+    def reordered(columns: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        copies.append(matrix[columns])
+        return lambda states: states @ copies[-1].T
+
+    teacher = Rows(hidden, lambda states: states @ matrix.T, pair.teacher.size, reordered=reordered)
+    view = View(batch, Rows.of_logits(logits), teacher, BACKENDS["cpu"], BACKENDS["cpu"])
+    monkeypatch.setattr(linear, "BLOCK_BYTES", 4 * pair.student.size * 5)
+    plain = OBJECTIVES["reverse_kl"]()(view)
+    assert not copies
+    monkeypatch.setattr(linear, "SCATTERED", {"cpu"})
+    in_order = OBJECTIVES["reverse_kl"]()(view)
+    assert len(copies) == 1
+    torch.testing.assert_close(in_order.total, plain.total)
+    torch.testing.assert_close(dict(in_order.sequence_logp), dict(plain.sequence_logp))
 
 
 @pytest.mark.parametrize("name", NAMES)

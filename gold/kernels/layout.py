@@ -321,7 +321,8 @@ class ByteLayout:
             stops=torch.from_numpy(trie["stops"]).to(self.device, torch.int64),
             size=width,
         )
-        vars(layout)["visits"] = self.visits  # the same, and on the device already
+        same = "visits", "_position", "_reach"
+        vars(layout).update({name: vars(self)[name] for name in same if name in vars(self)})
         return shared.pool.long(), layout
 
     def outside(self, width: int) -> NDArray[Any]:

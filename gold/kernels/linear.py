@@ -329,14 +329,21 @@ def filled_byte_tables(
     return filled_table(joint, untold, layout, table_other, log_path), target, stop
 
 
+def in_byte_order(rows: Rows, layout: ByteLayout) -> tuple[Rows, ByteLayout]:
+    """Rows whose columns stand in the order in which byte masses read them, where that pays, and their layout. The copy
+    of the output matrix lives as long as these rows do."""
+    if rows.reordered is None or rows.hidden_ND.device.type not in SCATTERED:
+        return rows, layout
+    columns, layout = layout.in_order(rows.width)
+    return replace(rows, head=rows.reordered(columns), reordered=None), layout
+
+
 def _byte_masses(rows: Rows, layout: ByteLayout, backend: ModuleType, keep: bool) -> tuple[Tensor, ...]:
     """``reference.byte_masses`` of all rows, and the mass of the tokens that partial rows do not tell, which is no
     part of the others; in nats."""
     if len(rows) != layout.rows:
         raise ValueError(f"{len(rows)} rows of states for a plan of {layout.rows}")
-    if rows.reordered is not None and rows.hidden_ND.device.type in SCATTERED:
-        columns, layout = layout.in_order(rows.width)
-        rows = replace(rows, head=rows.reordered(columns), reordered=None)
+    rows, layout = in_byte_order(rows, layout)
     rows = rows.in_turn()
     parts: list[tuple[Tensor, ...]] = []
     blocks = spans(len(rows), rows.block_rows)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from types import ModuleType
 from typing import Annotated, Literal
 
 import numpy as np
@@ -16,7 +17,15 @@ from torch import Tensor
 
 from gold.aligned import AlignedBatch
 from gold.kernels.layout import ByteLayout
-from gold.kernels.linear import Rows, SharedEvents, byte_tables, filled_byte_tables, shared_divergence, summed
+from gold.kernels.linear import (
+    Rows,
+    SharedEvents,
+    byte_tables,
+    filled_byte_tables,
+    in_byte_order,
+    shared_divergence,
+    summed,
+)
 from gold.kernels.tables import common_events
 from gold.losses.divergences import Divergence, form_of, reverse_kl
 from gold.losses.mixture import FurtherTeacher
@@ -40,7 +49,8 @@ def bytes_divergence(
     """
     batch = view.batch
     at, weight = byte_positions(batch, where), fading(batch.byte_offsets, half_life)
-    teachers = (FurtherTeacher(batch, view.teacher_rows, view.teacher_backend), *view.further)
+    first = FurtherTeacher(batch, view.teacher_rows, view.teacher_backend)
+    teachers = [_Teacher.of(teacher) for teacher in (first, *view.further)]
     partial = any(teacher.rows.partial for teacher in teachers)
 
     def compare(block: Rows, window: _Window) -> tuple[Tensor, ...]:
@@ -94,12 +104,12 @@ class _Window:
     own: slice
 
 
-def _windows(batch: AlignedBatch, student: Rows, teachers: Sequence[FurtherTeacher]) -> list[_Window]:
+def _windows(batch: AlignedBatch, student: Rows, teachers: Sequence[_Teacher]) -> list[_Window]:
     """All byte positions, in stretches that read about as many rows of the student as a block holds.
 
     A stretch begins where a text does or where a token of every side does, so that what a side says of it follows from
     the rows that begin there and the few before whose tokens could have run across."""
-    begins = [batch.begins_S, *(teacher.batch.begins_T for teacher in teachers)]
+    begins = [batch.begins_S, *(teacher.begins for teacher in teachers)]
     together = reduce(np.intersect1d, begins)
     cuts = np.union1d(batch.position_starts, together)
     before = np.searchsorted(batch.begins_S, cuts)
@@ -122,6 +132,22 @@ def _window(layout: ByteLayout, begins: NDArray[np.int64], places: slice) -> _Wi
 
 
 @dataclass(frozen=True)
+class _Teacher:
+    """A teacher of the texts of a batch: its rows, the byte position at which each begins, and its layout of them."""
+
+    batch: AlignedBatch
+    rows: Rows
+    backend: ModuleType
+    begins: NDArray[np.int64]
+    layout: ByteLayout
+
+    @classmethod
+    def of(cls, teacher: FurtherTeacher) -> _Teacher:
+        rows, layout = in_byte_order(teacher.rows, teacher.batch.layout_T)
+        return cls(teacher.batch, rows, teacher.backend, teacher.batch.begins_T, layout)
+
+
+@dataclass(frozen=True)
 class _TeacherSide:
     """A teacher's byte table at some positions, which events it resolves there, and its log-probabilities of its own
     tokens and of the stop event, [N] each."""
@@ -133,14 +159,14 @@ class _TeacherSide:
 
 @torch.no_grad()
 def _teacher_side(
-    teacher: FurtherTeacher,
+    teacher: _Teacher,
     places: slice,
     path: tuple[Tensor, Tensor],
     here: Tensor,
     table_S: Tensor | None = None,
 ) -> _TeacherSide:
     """At ``here`` of ``places``; a teacher that tells some tokens only needs ``table_S``, the student's table."""
-    window = _window(teacher.batch.layout_T, teacher.batch.begins_T, places)
+    window = _window(teacher.layout, teacher.begins, places)
     layout, rows = window.layout, teacher.rows.select(window.rows)
     if rows.partial:
         if table_S is None:
