@@ -46,7 +46,7 @@ def scaled_comparison(
     """``reference.hybrid_distance`` of row n of both sides: the sum over rows, and without gradient the divergence and
     the distance of each: two [N]. A ``MixedKL`` is left to the kernel, any other divergence is computed by torch."""
     kept = events.kept(student.width, teacher.width)
-    one_device, teacher = kept[0].ids.device == kept[1].ids.device, teacher.in_turn()
+    one_device = kept[0].ids.device == kept[1].ids.device
 
     def compare(block: Rows, span: slice, log_S: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():

@@ -454,7 +454,7 @@ def shared_divergence(
         raise ValueError(
             f"top_k is {top_k}, and the vocabularies share {kept.ids.numel()} tokens and the stop event"
         )
-    leak, teacher = 0.0 if events.everything else LEAK, teacher.in_turn()
+    leak = 0.0 if events.everything else LEAK
     whole = top_k is None and not teacher.partial and kept.ids.device == kept_teacher.ids.device
 
     def compare(block: Rows, span: slice) -> tuple[Tensor, ...]:

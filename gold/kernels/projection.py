@@ -166,7 +166,7 @@ def piece_divergence(
         blocks.append((needed, (span, needed, needed_rows(batch.teacher, span))))
 
     kept = _told_apart(batch.student)
-    one_device, teacher = student.hidden_ND.device == teacher.hidden_ND.device, teacher.in_turn()
+    one_device = student.hidden_ND.device == teacher.hidden_ND.device
 
     def compare(block: Rows, part: tuple[slice, Tensor, Tensor]) -> tuple[Tensor, ...]:
         span, needed_S, needed_T = part
