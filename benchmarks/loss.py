@@ -409,13 +409,16 @@ class Bench:
                 continue
             seconds = [s.seconds for n, s in calls.items() if n >= 0] or [s.seconds for s in calls.values()]
             peaks = [s.peak_bytes for s in calls.values() if s.peak_bytes is not None]
-            gradients = of_student if loss.from_logits else sum(sizes)
-            peak = max(0, max(peaks) - gradients) if peaks else None
             self._before[case.student, case.teacher, case.hidden, loss.name] = (
                 case.tokens,
                 max(seconds),
                 float(max(peaks, default=0)),
             )
+            if loss.name in failed:
+                rows.append(Row(loss.name, note=failed[loss.name]))
+                continue
+            gradients = of_student if loss.from_logits else sum(sizes)
+            peak = max(0, max(peaks) - gradients) if peaks else None
             both = [
                 s.seconds / base.seconds
                 for n, s in calls.items()
@@ -505,7 +508,7 @@ class Bench:
     def _in_turn(
         self, works: Mapping[str, Callable[[], object]], inputs: Inputs, of_logits: Inputs | None
     ) -> tuple[dict[str, dict[int, Sample]], dict[str, str]]:
-        """Samples of each work by round, and why there are none of some; round −1 counts only where no other does."""
+        """Samples of each work by round, and why some do not count; round −1 counts only where no other does."""
         samples: dict[str, dict[int, Sample]] = {name: {} for name in works}
         failed: dict[str, str] = {}
         for round_ in range(-1, self.limits.rounds):
@@ -531,7 +534,7 @@ class Bench:
                         tensor.grad = None
                 samples[name][round_] = sample
                 if sample.seconds > self.limits.call_s and not _ours(name):
-                    failed[name], samples[name] = f"over {self.limits.call_s:g} s", {}
+                    failed[name] = f"over {self.limits.call_s:g} s"
         return samples, failed
 
 

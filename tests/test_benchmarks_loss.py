@@ -153,6 +153,9 @@ def test_a_baseline_that_takes_too_long_is_marked_and_not_called_with_more_token
     assert found is not None
     assert {row.note for row in found.rows} >= {"over 1e-09 s"}
     assert {row.name for row in found.rows if row.seconds} == {"gold: JSD", "matrix products"}
+    more = bench.measure(Case("a", "a", 48, 16))
+    assert more is not None
+    assert "not called: 0 s at 24 tokens" in {row.note for row in more.rows}
     made = inputs(("a", "a"), 48)
     ours, naive, *_ = loss.losses_of(made.pair, CPU)
     bench = Bench(CPU, LIMITS)
