@@ -22,7 +22,8 @@ from gold.doctor.sizes import StepMemory
 from gold.errors import ConfigError, ModelError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.loop import average_file
-from gold.models import LanguageModel, check_files, load_model, pick_device
+from gold.model_files import check_files
+from gold.models import LanguageModel, load_model, pick_device
 from gold.plots import plot_run
 from gold.progress import Progress
 from gold.recipe import Recipe, Term

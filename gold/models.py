@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from gold.align.sources import open_source
 from gold.align.vocabulary import Vocabulary
 from gold.errors import GoldError, ModelError
 from gold.kernels.linear import Rows, projected
+from gold.model_files import check_files, first_line, folder_and_file
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -92,7 +92,7 @@ def load_model(
         VocabularyError: a tokenizer that cannot be spelled in bytes, or has no token of a name in ``roles``.
     """
     check_files(path, gguf_file=gguf_file)
-    path, gguf_file = _folder_and_file(path, gguf_file)
+    path, gguf_file = folder_and_file(path, gguf_file)
     where = f"model {path}" + (f" (file {gguf_file})" if gguf_file else "")
     target = pick_device(device)
     if dtype not in DTYPES and dtype != "auto":
@@ -104,7 +104,7 @@ def load_model(
     except GoldError:
         raise
     except Exception as error:
-        raise ModelError(f"{where}: its tokenizer could not be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{where}: its tokenizer could not be loaded: {first_line(error)}") from error
     if roles is not None:
         open_source(tokenizer, roles=roles)  # before the weights: a token that they name may not be there
     try:
@@ -118,7 +118,7 @@ def load_model(
                 **extra,
             )
     except Exception as error:
-        raise ModelError(f"{where}: could not be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{where}: could not be loaded: {first_line(error)}") from error
     lm, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
@@ -215,49 +215,7 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
             saved = AutoModelForCausalLM.from_pretrained(folder, dtype=own.dtype)
         model.lm.load_state_dict(saved.state_dict())
     except Exception as error:
-        raise ModelError(f"model {folder}: its weights could not be loaded: {_first_line(error)}") from error
-
-
-def check_files(path: str | Path, *, gguf_file: str | None = None) -> None:
-    """Nothing, where the files of a model are there and as long as they should be; a Hub id is looked up.
-
-    A path that ends in ``.gguf`` is the file itself.
-
-    Raises:
-        ModelError: a folder that is missing, or lacks its configuration or weights, or holds truncated ones; a name
-            that is neither a folder nor known to the Hub.
-    """
-    path, gguf_file = _folder_and_file(path, gguf_file)
-    folder = Path(path)
-    if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
-        _check_folder(folder, gguf_file)
-    else:
-        _check_hub(str(path))
-
-
-def _folder_and_file(path: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
-    name = os.path.expanduser(path)
-    if gguf_file is None and name.endswith(".gguf"):
-        return os.path.dirname(name) or ".", os.path.basename(name)
-    return name, gguf_file
-
-
-def _check_hub(name: str) -> None:
-    """A name that is no folder is asked for once: where there is no network, asking for files takes a minute."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            HfApi().model_info(name, timeout=10)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelError(
-            f"model {name}: no such folder, and no such model on the Hub (or none that your token may read)"
-        ) from error
-    except Exception as error:
-        raise ModelError(
-            f"model {name}: no such folder, and the Hub cannot be asked for it: {_first_line(error)}"
-        ) from error
+        raise ModelError(f"model {folder}: its weights could not be loaded: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -483,47 +441,6 @@ def _stop_ids(lm: Any) -> tuple[int, ...]:
     return ()
 
 
-def _check_folder(folder: Path, gguf_file: str | None) -> None:
-    if not folder.is_dir():
-        raise ModelError(f"model {folder}: no such folder; give a folder in Hugging Face format or a Hub id")
-    if gguf_file:
-        if not (folder / gguf_file).is_file():
-            raise ModelError(f"model {folder}: no file {gguf_file} in it")
-        return
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ModelError(f"model {folder}: no config.json in it; is it a folder in Hugging Face format?")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"model {folder}: config.json is not valid JSON: {error}") from error
-    patterns = ("*.safetensors", "pytorch_model*.bin")
-    weights = sorted(file for pattern in patterns for file in folder.glob(pattern))
-    if not weights:
-        raise ModelError(f"model {folder}: no weights in it, neither {' nor '.join(patterns)}")
-    for file in weights:
-        if file.suffix == ".safetensors":
-            _check_safetensors(folder, file)
-
-
-def _check_safetensors(folder: Path, file: Path) -> None:
-    """The header says how long the file must be: a copy or download that broke off is found without reading it."""
-    size = file.stat().st_size
-    try:
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or 8 + length > size:
-                raise ValueError("it ends within its header")
-            entries = json.loads(stream.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-        if 8 + length + max(ends, default=0) != size:
-            raise ValueError(f"it has {size} bytes, its header lists {8 + length + max(ends, default=0)}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"model {folder}: {file.name} is broken, {_first_line(error)}; fetch the model again"
-        ) from error
-
-
 @torch.no_grad()
 def _check_head(lm: Any, name: str) -> None:
     """One pass over a few ids must give the same logits both ways; else the loss would train another model."""
@@ -545,8 +462,3 @@ def _check_head(lm: Any, name: str) -> None:
             f"model {name}: its logits are not its output matrix applied to its last hidden states (they differ by "
             f"{apart.item():.3g}); this architecture ({type(lm).__name__}) does something more after the matrix"
         )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]

@@ -36,7 +36,12 @@ HOME_OF = {
         "gold.demo",
     ),
     "tiktoken": ("gold.align.tiktoken",),
-    "transformers": ("gold.models", "gold.rollout", "gold.demo"),  # models, generation, tiny models
+    "transformers": (
+        "gold.models",
+        "gold.model_files",
+        "gold.rollout",
+        "gold.demo",
+    ),  # models, generation, tiny models
     "triton": ("gold.kernels.cuda",),
     "typer": ("gold.cli",),
 }
@@ -61,6 +66,7 @@ FORBIDDEN_IN = {
     "gold.losses": ("gold.align", "gold.models", "transformers", "tokenizers"),
     "gold.cache": ("torch", "transformers", "gold.align", "gold.kernels", "gold.models"),
     "gold.rollout": ("gold.kernels", "gold.losses", "gold.teachers"),
+    "gold.model_files": ("torch", "accelerate", "tokenizers", "gold.align", "gold.kernels", "gold.models"),
     "gold.data": ("torch", "transformers"),
     "gold.tasks": ("torch", "transformers"),
     "gold.run": ("gold.config",),

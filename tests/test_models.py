@@ -19,7 +19,8 @@ from gold.chat import prompt_ids
 from gold.config import Config
 from gold.data import Prompt
 from gold.errors import ModelError, VocabularyError
-from gold.models import check_files, gguf_tokenizer, load_model, save_model
+from gold.model_files import check_files
+from gold.models import gguf_tokenizer, load_model, save_model
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,190 @@
+"""What a model's files tell before any weight is read: whether they are there and whole, and of what kind it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gold.errors import ModelError
+
+_HEADS = re.compile(
+    r"For(Sequence|Token|Text|Image|Audio)?(Classification|Scoring|Reward\w*)$|Reward|"
+    r"For(QuestionAnswering|MultipleChoice|NextSentencePrediction)$|Value(Head|Model)|DoubleHeads"
+)
+_ENCODER_ONLY = re.compile(
+    r"^(albert|bert|camembert|convbert|deberta(-v2)?|distilbert|electra|ernie|esm|eurobert|funnel|ibert|layoutlm\w*|"
+    r"megatron-bert|modernbert|mpnet|nomic_bert|nystromformer|rembert|roberta(-prelayernorm)?|roformer|squeezebert|"
+    r"xlm-roberta(-xl)?|xmod|yoso)$"
+)
+_CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+_LONGEST_HEADER = 2**30
+"""Bytes; the longest headers of real files have a few million."""
+
+
+def check_files(path: str | Path, *, gguf_file: str | None = None) -> None:
+    """Nothing, where the files of a causal language model are there and as long as they should be; a Hub id is looked
+    up.
+
+    A path that ends in ``.gguf`` is the file itself.
+
+    Raises:
+        ModelError: a folder that is missing, or lacks its configuration or weights, or holds truncated ones, or a model
+            of another kind; a name that is neither a folder nor known to the Hub.
+    """
+    path, gguf_file = folder_and_file(path, gguf_file)
+    folder = Path(path)
+    if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+        _check_folder(folder, gguf_file)
+    else:
+        _check_hub(str(path))
+
+
+def check_kind(path: str | Path) -> None:
+    """Nothing, where a folder holds a causal language model as far as its adapter_config.json and config.json tell, and
+    where ``path`` is no folder or one of a tokenizer alone. No weights are read.
+
+    Raises:
+        ModelError: adapters without their model, an encoder-decoder, an encoder, a classifier or reward model, a model
+            of pictures or sound; the message says what to give instead. A configuration that cannot be read.
+    """
+    folder = Path(os.path.expanduser(path))
+    if (folder / "adapter_config.json").is_file():
+        adapter = _read_json(folder, "adapter_config.json")
+        base = adapter.get("base_model_name_or_path") or "its base model"
+        raise ModelError(
+            f"model {folder}: it holds adapters for {base}, not a model; merge them once: PeftModel.from_pretrained("
+            f"AutoModelForCausalLM.from_pretrained({str(base)!r}), {str(folder)!r}).merge_and_unload()"
+            ".save_pretrained(NEW_FOLDER), copy the tokenizer's files there, and give that folder"
+        )
+    if not (folder / "config.json").is_file():
+        return
+    config = read_config(folder)
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    kind = config.get("model_type")
+    kind = kind if isinstance(kind, str) else ""
+    is_causal = _CAUSAL.search(architecture) is not None
+    many_modes = any(part in config for part in ("vision_config", "audio_config"))
+    conditional = architecture.endswith("ForConditionalGeneration")
+    if _HEADS.search(architecture):
+        what = "a classifier or reward model, which has no output matrix over tokens"
+        remedy = "give the language model that it was made from"
+    elif many_modes and not _reads_text(kind):
+        what = "a model of pictures or sound, which transformers does not load as a causal language model"
+        remedy = "give a model of text alone, such as the one that it was made from"
+    elif not many_modes and not is_causal and (config.get("is_encoder_decoder") is True or conditional):
+        what = "an encoder-decoder, which reads prompt and completion in two places"
+        remedy = "give a decoder-only (causal) language model"
+    elif (_ENCODER_ONLY.search(kind) and not is_causal) or architecture.endswith("ForMaskedLM"):
+        what = "an encoder, which reads the tokens that it would have to predict"
+        remedy = "give a decoder-only (causal) language model"
+    else:
+        return
+    raise ModelError(f"model {folder}: it is {what} ({architecture or kind}); {remedy}")
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The object in a folder's config.json.
+
+    Raises:
+        ModelError: it cannot be read, or holds no JSON object.
+    """
+    return _read_json(folder, "config.json")
+
+
+def folder_and_file(path: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
+    """A model's folder or Hub id, and the name of its GGUF file, where a path may be that of the file itself."""
+    name = os.path.expanduser(path)
+    if gguf_file is None and name.endswith(".gguf"):
+        return os.path.dirname(name) or ".", os.path.basename(name)
+    return name, gguf_file
+
+
+def _read_json(folder: Path, name: str) -> Mapping[str, Any]:
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"model {folder}: {name} cannot be read: {error.strerror}") from error
+    except RecursionError:
+        raise ModelError(f"model {folder}: {name} is nested too deeply to be one of a model") from None
+    except ValueError as error:
+        raise ModelError(f"model {folder}: {name} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"model {folder}: {name} holds no JSON object; fetch the model again")
+    return content
+
+
+def _reads_text(kind: str) -> bool:
+    """Whether transformers has a causal language model of a kind that reads other things too."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _check_folder(folder: Path, gguf_file: str | None) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"model {folder}: no such folder; give a folder in Hugging Face format or a Hub id")
+    if gguf_file:
+        if not (folder / gguf_file).is_file():
+            raise ModelError(f"model {folder}: no file {gguf_file} in it")
+        return
+    check_kind(folder)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model {folder}: no config.json in it; is it a folder in Hugging Face format?")
+    patterns = ("*.safetensors", "pytorch_model*.bin")
+    weights = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    if not weights:
+        raise ModelError(f"model {folder}: no weights in it, neither {' nor '.join(patterns)}")
+    for file in weights:
+        if file.suffix == ".safetensors":
+            _check_safetensors(folder, file)
+
+
+def _check_safetensors(folder: Path, file: Path) -> None:
+    """The header says how long the file must be: a copy or download that broke off is found without reading it."""
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or 8 + length > size or length > _LONGEST_HEADER:
+                raise ValueError("it ends within its header")
+            entries = json.loads(stream.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        if not all(type(end) is int for end in ends):
+            raise ValueError("an offset in its header is no whole number")
+        if 8 + length + max(ends, default=0) != size:
+            raise ValueError(f"it has {size} bytes, its header lists {8 + length + max(ends, default=0)}")
+    except (
+        OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, MemoryError,
+    ) as error:  # fmt: skip
+        raise ModelError(
+            f"model {folder}: {file.name} is broken, {first_line(error)}; fetch the model again"
+        ) from error
+
+
+def _check_hub(name: str) -> None:
+    """A name that is no folder is asked for once: where there is no network, asking for files takes a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=10)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"model {name}: no such folder, and no such model on the Hub (or none that your token may read)"
+        ) from error
+    except Exception as error:
+        raise ModelError(
+            f"model {name}: no such folder, and the Hub cannot be asked for it: {first_line(error)}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line of bounded length."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
