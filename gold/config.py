@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -30,8 +29,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from gold.errors import ConfigError
+from gold.yaml_file import Key, parse_yaml, read_yaml
 
-Key = tuple[str | int, ...]
 PositiveInt = Annotated[int, Field(ge=1)]
 CountInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -356,7 +355,7 @@ class Config(_Section):
 
         Raises ConfigError: one line per problem, with file and line number, or the override, that caused it.
         """
-        tree, line_of = _parse(_read(Path(path)), str(path))
+        tree, line_of = read_yaml(Path(path), ConfigError)
         if tree is None:
             raise ConfigError(f"{path}: is empty; a run needs at least student, teacher, data and output")
         if not isinstance(tree, dict):
@@ -531,83 +530,13 @@ def _impossible_teachers(config: Config) -> Iterator[str]:
 # Reading
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with the scalars of the 1.2 core schema, where a key given twice is refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node, its keys text and each of them once."""
-        line_of: dict[str, int] = {}
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                problem = f"a key must be text, got {_shown(key)}"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            if key in line_of:
-                problem = f"key {key!r} is given twice, first on line {line_of[key]}"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            line_of[key] = key_node.start_mark.line + 1
-        return super().construct_mapping(node, deep)
-
-
-# In YAML 1.1, PyYAML's default, `precision: no` is false and `lr: 1e-5` is text.
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
-    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?", list("-+.0123456789")),
-    ("float", r"[-+]?[0-9]+[eE][-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", list("-+.")),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-
-
-def _read(path: Path) -> str:
-    """Text of the file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _parse(text: str, source: str, numbered: bool = True) -> tuple[Any, dict[Key, int]]:
-    """The values in a YAML text, and the line, from 1, that each key stands on; so do errors, if numbered."""
-    try:
-        loader = _Loader(text)
-        root = loader.get_single_node()
-        return (None, {}) if root is None else (loader.construct_document(root), dict(_lines(root, (), ())))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark and numbered else ""
-        raise ConfigError(f"{source}{line}: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: is not YAML: {' '.join(str(error).split())}") from error
-
-
-def _lines(node: yaml.Node, key: Key, above: tuple[yaml.Node, ...]) -> Iterator[tuple[Key, int]]:
-    """Every key below a node with its line, from 1."""
-    if any(node is ancestor for ancestor in above):  # an alias of something that contains it
-        return
-    if isinstance(node, yaml.MappingNode):
-        children = [(name.value, name, value) for name, value in node.value]
-    elif isinstance(node, yaml.SequenceNode):
-        children = [(index, value, value) for index, value in enumerate(node.value)]
-    else:
-        return
-    for part, at, value in children:
-        yield (*key, part), at.start_mark.line + 1
-        yield from _lines(value, (*key, part), (*above, node))
-
-
 def _apply(tree: dict[str, Any], override: str) -> Key:
     """The key that a `section.key=value` override has set in the tree."""
     dotted, equals, text = override.partition("=")
     parts = dotted.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"{_named(override)}: expected section.key=value")
-    value, _ = _parse(text, _named(override), numbered=False)
+    value, _ = parse_yaml(text, _named(override), ConfigError, numbered=False)
     if parts[0] == "objectives" and len(parts) > 1:
         tree.setdefault("objectives", [{"name": "reverse_kl"}])
     place: Any = tree
