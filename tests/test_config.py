@@ -374,7 +374,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     assert load_problem(tmp_path / "no.yaml").endswith("no.yaml cannot be read: No such file or directory")
     assert load_problem(tmp_path).endswith("cannot be read: Is a directory")
     (tmp_path / "latin.yaml").write_bytes(b"a: \xff")
-    assert load_problem(tmp_path / "latin.yaml").endswith("latin.yaml: is not UTF-8 text (byte 3)")
+    assert load_problem(tmp_path / "latin.yaml").endswith("latin.yaml is not UTF-8 text (byte 3)")
 
 
 def test_a_problem_names_the_line_of_its_key(saved: Path) -> None:
