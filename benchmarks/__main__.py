@@ -26,6 +26,7 @@ BENCHMARKS = {
     "run": ("benchmarks.run", "train as a configuration says, and record the evaluations"),
     "served": ("benchmarks.served", "learn from a live server; what the client costs beside it"),
     "demo": ("benchmarks.demo", "the demonstration with three seeds"),
+    "bits": ("benchmarks.bits", "whether the code computes what it computed before, bit for bit"),
 }
 
 

@@ -264,8 +264,10 @@ class AlignedBatch:
         """Which byte positions lie in chunks of one token on both sides, or at the end of a text."""
         parts = []
         for text, alignment in zip(self.texts, self._alignments, strict=True):
-            inside = np.ones(len(text.student.data) + 1, np.bool_)
-            inside[:-1] = np.repeat(alignment.one_to_one_C, alignment.ends_C - alignment.starts_C)
+            inside = np.zeros(len(text.student.data) + 1, np.bool_)
+            chunks = np.repeat(alignment.one_to_one_C, alignment.ends_C - alignment.starts_C)
+            inside[: chunks.size] = chunks  # a text that neither side has a token for has no chunk
+            inside[-1] = True
             parts.append(inside)
         joined = np.concatenate(parts) if parts else np.empty(0, np.bool_)
         return torch.from_numpy(joined).to(self.device)
@@ -278,6 +280,7 @@ class AlignedBatch:
             data, first = np.frombuffer(text.student.data, np.uint8), int(self.position_starts[b])
             widths = text.student.ends - text.student.starts
             row = np.repeat(np.arange(len(widths)), widths)
+            data = data[: row.size]  # of a text that the student has no token for, nothing was written
             if text.stopped:
                 data, row = np.append(data.astype(np.int64), STOP_EVENT), np.append(row, len(widths))
             positions.append(first + np.arange(data.size))

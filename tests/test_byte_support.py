@@ -13,6 +13,7 @@ from tokenizers_for_tests import byte_level_bpe, character_level, sentencepiece_
 
 from gold.align import Vocabulary, paths
 from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
+from gold.demo.models import character_tokenizer
 from gold.kernels import BACKENDS, layout, linear
 from gold.kernels.linear import Rows, byte_tables
 from gold.losses import OBJECTIVES, Loss, View
@@ -216,3 +217,16 @@ def test_a_text_of_no_bytes_and_no_end_asks_nothing_of_a_teacher_that_tells_some
     (grad,) = torch.autograd.grad(loss.total, logits)
     assert torch.isfinite(grad).all()
     assert not grad[2].any()
+
+
+def test_a_text_that_neither_side_has_a_token_for_is_no_row_and_no_chunk():
+    """The letter that kernels are compiled with is one, for models whose vocabulary is only digits."""
+    digits = Vocabulary.load(character_tokenizer(), stop_ids=[2])
+    pair = VocabularyPair(digits, digits)
+    spelling = digits.encode("a")
+    batch = AlignedBatch(
+        [AlignedText(np.array([2], np.int32), spelling, pair.read(spelling), True)], pair, CPU
+    )
+    assert batch.one_to_one_bytes.tolist() == [False, True]
+    _, row, event = batch.path
+    assert (row.tolist(), event.tolist()) == ([0], [layout.STOP_EVENT])
