@@ -511,9 +511,7 @@ def _judge(
     if config.train.doctor == "stop" and failures:
         lines = [f"{check.check}: {check.found}; {check.advice}" for check in failures]
         raise ConfigError(
-            "\n".join(
-                f"{whose}this pair cannot be trained: {line} (train.doctor=report goes on)" for line in lines
-            )
+            *(f"{whose}this pair cannot be trained: {line} (train.doctor=report goes on)" for line in lines)
         )
     minded = {term.name for term in config.objectives}
     minded |= {str(value) for term in config.objectives for value in term.options.values()}

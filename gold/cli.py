@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 import gold
+from gold import terminal
 from gold.errors import GoldError
 
 app = typer.Typer(
@@ -64,7 +66,7 @@ class _WithKeys(TyperCommand):
         super().format_help(ctx, formatter)
         from gold.config import describe
 
-        print(f"Keys of a configuration\n\n{describe()}")
+        terminal.show_lines(f"Keys of a configuration\n\n{describe()}")
 
 
 class _WithFormats(TyperCommand):
@@ -73,26 +75,60 @@ class _WithFormats(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help, then the formats."""
         super().format_help(ctx, formatter)
-        print(_FORMATS)
+        terminal.show_lines(_FORMATS)
+
+
+# What the system says where gold can do nothing about it: no room, no right to write, no more open files.
+_OF_THE_SYSTEM = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE),
+    errno.ENOMEM,
+}
 
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Errors of gold become lines on stderr and exit code 1, Ctrl-C exit code 130."""
+    """Errors that are no bugs become lines on stderr and exit code 1, Ctrl-C exit code 130."""
     try:
         yield
-    except GoldError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        terminal.show("interrupted", stream=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # whoever read has enough
+        terminal.silence()
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except BaseException as error:
+        line = _line_of(error)
+        if line is None:
+            raise
+        terminal.show_error(line)
+        if isinstance(error, OSError) and error.filename is None:
+            terminal.silence()
+        raise SystemExit(1) from None
+
+
+def _line_of(error: BaseException) -> object | None:
+    """What is said of an error that is no bug of gold's; None for one that may be."""
+    if isinstance(error, GoldError):
+        return error
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, str) else None
+    if isinstance(error, OSError):
+        if error.errno not in _OF_THE_SYSTEM:
+            return None
+        return f"cannot write or read {error.filename or 'standard output'}: {error.strerror}"
+    kind = type(error).__name__
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        reason = " ".join(str(error).split())[:200]
+        knobs = "train.sequences_per_forward, evaluate.sequences_per_forward and rollout.batch"
+        return f"out of memory{f': {reason}' if reason else ''}; {knobs} say how much is held at a time"
+    if kind == "PanicException":  # of a library in Rust, and no Exception
+        return f"a tokenizer failed in the library that runs it: {' '.join(str(error).split())[:300]}"
+    return None
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"gold {gold.__version__}")
+        terminal.show(f"gold {gold.__version__}")
         raise typer.Exit
 
 
@@ -253,9 +289,9 @@ def evaluate(
 
         found = evaluate_source(source, overrides or [], Quiet())
         if as_json:
-            print(json.dumps({"measures": found.measures, "samples": found.samples}))
+            terminal.show_json({"measures": found.measures, "samples": found.samples})
         else:
-            print("\n".join(_measure_lines(found.measures)))
+            terminal.show(*_measure_lines(found.measures))
 
 
 def _measure_lines(measures: Mapping[str, float]) -> Iterator[str]:
@@ -279,7 +315,7 @@ def objectives(
     with _told():
         from gold.losses.describe import describe_objectives
 
-        print("\n".join(describe_objectives(name)))
+        terminal.show(*describe_objectives(name))
 
 
 @app.command()
@@ -290,8 +326,7 @@ def plot(
     with _told():
         from gold.plots import plot_run
 
-        for path in plot_run(run):
-            print(path)
+        terminal.show(*plot_run(run))
 
 
 @cache.command("build")
@@ -311,7 +346,7 @@ def cache_build(
         from gold.progress import Lines
 
         for teacher in build_cache(settings, Lines(), teller()):
-            print(summary(teacher.cache))
+            terminal.show(summary(teacher.cache))
 
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a cache")]
@@ -366,4 +401,17 @@ def demo(
 
 def main() -> None:
     """The `gold` command."""
-    app()
+    terminal.prepare()
+    with _told():
+        try:
+            code = app(standalone_mode=False)
+            sys.stdout.flush()
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # of the reader of the command line: wrong usage
+                sys.excepthook = terminal.show_traceback
+                raise
+            context = getattr(error, "ctx", None)
+            asked = f"; try {context.command_path} --help" if context is not None else ""
+            terminal.show_error(f"{error.format_message().rstrip('.')}{asked}")
+            code = 2
+    raise SystemExit(code if isinstance(code, int) else 0)

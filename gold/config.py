@@ -391,7 +391,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _possible(self) -> Config:
         if problems := list(_impossible(self)):
-            raise ValueError("\n".join(problems))
+            raise ValueError(*problems)
         return self
 
 
@@ -580,7 +580,7 @@ def _validated(cls: type[Config], tree: Any, where: Callable[[Key], str]) -> Con
         config: Config = cls.__pydantic_validator__.validate_python(tree)
     except ValidationError as error:
         problems = [line for each in error.errors(include_url=False) for line in _problems(dict(each), where)]
-        raise ConfigError("\n".join(problems)) from error
+        raise ConfigError(*problems) from error
     return config
 
 
@@ -590,7 +590,7 @@ def _problems(error: dict[str, Any], where: Callable[[Key], str]) -> Iterator[st
     context = error.get("ctx", {})
     kind = error["type"]
     if kind == "value_error":
-        for line in str(context["error"]).splitlines():
+        for line in map(str, context["error"].args):
             # At the root and in an objective, a line starts with the key that it is about.
             own_key = (*key, *line.split(":")[0].split("."))
             if not key:

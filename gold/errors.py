@@ -1,12 +1,16 @@
 """Every error that gold raises on purpose.
 
 A message states the fact, what was got, where, and what to do. Inner code states the fact; the outermost function that
-knows the item adds "prompt 17, rollout 3:". The command line prints the message as one line and exits 1.
+knows the item adds "prompt 17, rollout 3:". The command line prints the message as one line and exits 1; an error of
+several problems has one argument, and one line, for each.
 """
 
 
 class GoldError(Exception):
     """Base of every error that gold raises on purpose."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class ConfigError(GoldError, ValueError):

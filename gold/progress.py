@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TextIO
 
+from gold import terminal
+
 SHOWN = (
     ("reverse_kl_per_byte", "reverse KL/byte", "{:.4f}"),
     ("forward_kl_per_byte", "forward KL/byte", "{:.4f}"),
@@ -55,7 +57,7 @@ class Quiet:
 
     def note(self, text: str) -> None:
         """See ``Progress.note``."""
-        print(f"gold: {text}", file=sys.stderr)
+        terminal.show_note(text)
 
 
 class Silent(Quiet):
@@ -93,17 +95,15 @@ class Lines(Quiet):
         self._print(f"note: {text}")
 
     def _print(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        terminal.show(text, stream=self.stream)
 
 
 class Live(Lines):
     """A bar that moves on a terminal, evaluations above it."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
         super().__init__()
-        self.console = Console(highlight=False)
+        self.console = terminal.new_console()
         self._bar: Any = None
         self._task: Any = None
 
@@ -111,15 +111,16 @@ class Live(Lines):
     def running(self, header: Mapping[str, str], steps: int, done: int) -> Iterator[None]:
         """See ``Progress.running``."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.text import Text
 
         self.steps = steps
         for name, value in header.items():
-            self.console.print(f"[bold]{name:>10}[/]  {value}", markup=True)
+            self.console.print(Text.assemble((f"{name:>10}", "bold"), f"  {terminal.line(value)}"))
         columns = (
             BarColumn(24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
         )
         with Progress(*columns, console=self.console, transient=True) as self._bar:
             self._task = self._bar.add_task("", total=steps, completed=done)
@@ -132,7 +133,7 @@ class Live(Lines):
             self._bar.update(self._task, completed=record["step"], description=step_summary(record))
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(terminal.line(text))
 
 
 def for_terminal() -> Progress:

@@ -190,7 +190,7 @@ def test_a_missing_file_is_one_line(call: Call, tmp_path: Path) -> None:
     done = call("train", tmp_path / "no.yaml")
     assert (done.code, done.err) == (
         1,
-        f"error: {tmp_path / 'no.yaml'}: cannot be read: No such file or directory\n",
+        f"error: {tmp_path / 'no.yaml'} cannot be read: No such file or directory\n",
     )
 
 
@@ -265,7 +265,7 @@ def test_it_runs_as_a_module() -> None:
     )
     assert (done.returncode, done.stderr) == (
         1,
-        "error: no.yaml: cannot be read: No such file or directory\n",
+        "error: no.yaml cannot be read: No such file or directory\n",
     )
 
 

@@ -27,14 +27,7 @@ HOME_OF = {
     "pydantic": ("gold.config", "gold.losses"),
     "rapidfuzz": ("gold.align.repair",),
     "reasoning_gym": ("gold.tasks",),
-    "rich": (
-        "gold.cli",
-        "gold.align.command",
-        "gold.align.show",
-        "gold.doctor.report",
-        "gold.progress",
-        "gold.demo",
-    ),
+    "rich": ("gold.terminal", "gold.align.show", "gold.doctor.report", "gold.progress"),
     "tiktoken": ("gold.align.tiktoken",),
     "transformers": (
         "gold.models",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TextIO
 
 import numpy as np
 
+from gold import terminal
 from gold.align.markers import read_as, shared_markers
 from gold.align.view import Side, View, describe, summary
 from gold.align.vocabulary import Spelling, Vocabulary
@@ -83,7 +84,7 @@ def run_align(
     pair = _Pair((student, teacher), load_scorer)
     if jsonl is not None:
         for one in given:
-            print(json.dumps(describe(pair.view(one))), file=out, flush=True)
+            terminal.show_json(describe(pair.view(one)), out)
         return
     view = pair.view(next(given))
     if html is not None:
@@ -94,16 +95,14 @@ def run_align(
         except OSError as error:
             raise DataError(f"{html}: cannot be written: {error.strerror}") from None
     if as_json:
-        print(json.dumps(describe(view)), file=out)
+        terminal.show_json(describe(view), out)
     elif html is not None:
-        print("\n".join([*summary(view), f"written: {html}"]), file=out)
+        terminal.show(*summary(view), f"written: {html}", stream=out)
     else:
         _draw(view, out, color)
 
 
 def _draw(view: View, out: TextIO, color: bool) -> None:
-    from rich.console import Console
-
     from gold.align.show import show_alignment
 
     if isinstance(out, io.TextIOWrapper):
@@ -111,10 +110,7 @@ def _draw(view: View, out: TextIO, color: bool) -> None:
             errors="backslashreplace"
         )  # an encoding without these characters is no reason to fail
     plain = not color or bool(os.environ.get("NO_COLOR"))
-    console = Console(
-        file=out, color_system=None if plain else "auto", highlight=False, emoji=False, markup=False
-    )
-    show_alignment(view, console)
+    show_alignment(view, terminal.new_console(out, color=not plain))
 
 
 class _Pair:

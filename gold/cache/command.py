@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gold import terminal
 from gold.cache.store import ScoreCache, merge
 
 _TELL_S = 5.0
@@ -39,11 +39,11 @@ def run_info(folder: Path, as_json: bool = False) -> None:
     """
     found = facts(ScoreCache.open(folder))
     if as_json:
-        print(json.dumps(found))
+        terminal.show_json(found)
         return
     for name, value in found.items():
         shown = f"{value:,}" if isinstance(value, int) else value
-        print(f"{name.replace('_', ' '):<16} {shown}")
+        terminal.show(f"{name.replace('_', ' '):<16} {shown}")
 
 
 def run_verify(folder: Path) -> bool:
@@ -54,9 +54,9 @@ def run_verify(folder: Path) -> bool:
     cache = ScoreCache.open(folder)
     damage = cache.verify()
     for place in damage:
-        print(place)
+        terminal.show(place)
     advice = f"; gold cache merge NEW {folder} takes over all that is whole" if damage else ""
-    print(
+    terminal.show(
         f"{len(cache):,} texts in {len(cache.shards)} shards, {len(damage)} parts damaged or cut short{advice}"
     )
     return not damage
@@ -69,8 +69,8 @@ def run_merge(into: Path, sources: Sequence[Path]) -> None:
     """
     cache, damage = merge(into, sources)
     for place in damage:
-        print(f"left out: {place}")
-    print(summary(cache))
+        terminal.show(f"left out: {place}")
+    terminal.show(summary(cache))
 
 
 def summary(cache: ScoreCache) -> str:
@@ -90,6 +90,6 @@ def teller() -> Callable[[int, int, int], None]:
         if done == total or now - told > _TELL_S:
             told = now
             speed = rows / (now - started)
-            print(f"{done:,} of {total:,} texts, {rows:,} tokens asked, {speed:,.0f} tokens/s", flush=True)
+            terminal.show(f"{done:,} of {total:,} texts, {rows:,} tokens asked, {speed:,.0f} tokens/s")
 
     return tell

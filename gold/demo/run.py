@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from gold import terminal
 from gold.data import Prompt
 from gold.demo.models import character_tokenizer, learn_answers, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
@@ -102,9 +103,9 @@ def main(out: Path) -> None:
     """
     begun = time.perf_counter()
     entries = run_demo(out, DemoPlan(), say)
-    print(f"\n{table(entries)}\n")
-    print(f"learning curves  {out / 'learning.png'}\nrun folder       {out / 'distilled'}")
-    print(f"{time.perf_counter() - begun:.0f} s in all")
+    terminal.show_lines(f"\n{table(entries)}\n")
+    terminal.show(f"learning curves  {out / 'learning.png'}", f"run folder       {out / 'distilled'}")
+    terminal.show(f"{time.perf_counter() - begun:.0f} s in all")
     start, distilled = entries["start"], entries["distilled"]
     if distilled.low <= start.high:
         raise TrainingError(
@@ -115,7 +116,7 @@ def main(out: Path) -> None:
 
 def say(text: str) -> None:
     """A line for whoever watches, at once."""
-    print(text, flush=True)
+    terminal.show(text)
 
 
 def run_demo(out: Path, plan: DemoPlan, say: Callable[[str], None]) -> dict[str, Entry]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from gold import terminal
 from gold.align.roles import Roles
 from gold.align.sources import open_source
 from gold.doctor.checks import RUN_TEXTS, Check, Report, examine
@@ -103,17 +103,17 @@ def print_report(report: Report, *, as_json: bool = False, stream: TextIO | None
             "coverage": {name: asdict(found) for name, found in report.coverage.items()},
             "unchecked": report.unchecked,
         }
-        print(json.dumps(content, ensure_ascii=False), file=out)
+        terminal.show_json(content, out)
     elif out.isatty():
         _print_table(report, out)
     else:
         for check in report.checks:
-            print(f"{check.status}  {check.check}: {check.found}", file=out)
+            terminal.show(f"{check.status}  {check.check}: {check.found}", stream=out)
             if check.advice:
-                print(f"      -> {check.advice}", file=out)
+                terminal.show(f"      -> {check.advice}", stream=out)
         for line in report.unchecked:
-            print(f"not checked: {line}", file=out)
-        print(verdict_line(report), file=out)
+            terminal.show(f"not checked: {line}", stream=out)
+        terminal.show(verdict_line(report), stream=out)
 
 
 def verdict_line(report: Report) -> str:
@@ -123,18 +123,17 @@ def verdict_line(report: Report) -> str:
 
 
 def _print_table(report: Report, out: TextIO) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(file=out, highlight=False, emoji=False, markup=False)
+    console = terminal.new_console(out)
     table = Table.grid(padding=(0, 2, 0, 0))
     for style in (None, "bold", None):
         table.add_column(style=style or "", no_wrap=style is not None)
     for check in report.checks:
-        found = Text(check.found)
+        found = Text(terminal.line(check.found))
         if check.advice:
-            found.append(f"\n→ {check.advice}", "italic")
+            found.append(f"\n→ {terminal.line(check.advice)}", "italic")
         table.add_row(Text(check.status, _STYLES[check.status]), check.check, found)
     console.print(table)
     if report.coverage:
@@ -142,8 +141,8 @@ def _print_table(report: Report, out: TextIO) -> None:
         console.print(_coverage_table(report))
     console.print()
     for line in report.unchecked:
-        console.print(f"not checked: {line}", style="dim")
-    console.print(verdict_line(report), style=_STYLES[report.verdict])
+        console.print(terminal.line(f"not checked: {line}"), style="dim")
+    console.print(terminal.line(verdict_line(report)), style=_STYLES[report.verdict])
 
 
 def _coverage_table(report: Report) -> Any:
