@@ -1,14 +1,14 @@
 """A tokenizer with its chat template, rendered as transformers renders it but without importing that."""
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken
 
 from gold.errors import DataError
+from gold.files import read_json
+from gold.sandbox import compiled_template
 
 if TYPE_CHECKING:
     from gold.align.vocabulary import Vocabulary
@@ -99,61 +99,6 @@ class PromptTokenizer:
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
 
-def compiled_template(template: str) -> Any:
-    """A Jinja template as transformers sets it up, in a sandbox: whoever made the folder wrote the program.
-
-    Raises: jinja2.TemplateError for one that cannot be read; so does its `render` for messages that it refuses.
-    """
-    from jinja2 import TemplateError, nodes
-    from jinja2.exceptions import SecurityError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-
-    class Generation(Extension):
-        """`{% generation %}` marks what the assistant wrote; what stands in it is rendered as it is."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            return nodes.Scope(
-                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-            )
-
-    class PlainNamespace(Namespace):
-        """A namespace without names that mean something to Python."""
-
-        def __init__(self, **values: Any) -> None:
-            super().__init__()
-            for name, value in values.items():
-                self[name] = value
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            if name.startswith("_"):
-                raise SecurityError(f"a namespace has no names that begin with _, such as {name}")
-            super().__setitem__(name, value)
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = as_json
-    environment.globals |= {
-        "raise_exception": refuse,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "namespace": PlainNamespace,
-        "dict": lambda *values, **named: dict(*values, **named),
-    }
-    return environment.from_string(template)
-
-
 def _content(token: Any) -> str | None:
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
@@ -162,8 +107,5 @@ def _content(token: Any) -> str | None:
 def _object(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from None
+    content = read_json(file, DataError)
     return content if isinstance(content, dict) else {}

@@ -15,7 +15,8 @@ from gold.align import Vocabulary
 from gold.chat import prompt_ids
 from gold.data import Prompt
 from gold.errors import DataError
-from gold.templates import PromptTokenizer, compiled_template
+from gold.sandbox import compiled_template
+from gold.templates import PromptTokenizer
 
 CONVERSATIONS = [
     [("user", "the dog")],
@@ -129,7 +130,7 @@ def test_a_broken_settings_file_is_named(tmp_path: Path) -> None:
     vocabulary = Vocabulary.load(folder_of(tmp_path))
     for content in (b"{", b"\xff"):
         (tmp_path / "tokenizer_config.json").write_bytes(content)
-        with pytest.raises(DataError, match=r"tokenizer_config\.json: cannot be read"):
+        with pytest.raises(DataError, match=r"tokenizer_config\.json is no"):
             PromptTokenizer.of(vocabulary)
 
 

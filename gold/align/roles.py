@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from gold.errors import VocabularyError
-from gold.templates import compiled_template
+from gold.sandbox import compiled_template
 
 # How turns end in the families that we know, for templates that cannot be rendered here.
 _TURN_ENDS = (
