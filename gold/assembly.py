@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gold.align.roles import Roles
+from gold.changes import Inputs
 from gold.chat import prompt_text
 from gold.checkpoint import latest_checkpoint
 from gold.config import Config, TeacherConfig, check_data
@@ -21,6 +22,7 @@ from gold.doctor.side import Side, read_side, side_of
 from gold.doctor.sizes import StepMemory
 from gold.errors import ConfigError, ModelError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
+from gold.inputs import of_files, of_prompts
 from gold.loop import average_file
 from gold.model_files import check_files
 from gold.models import LanguageModel, load_model, pick_device
@@ -36,7 +38,7 @@ from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
 from gold.teachers.several import Teachers, averages_of, check_routes
-from gold.train import Run, Saving, check_output, distill
+from gold.train import Run, Saving, check_end, check_output, distill
 
 if TYPE_CHECKING:
     from gold.config import StudentConfig
@@ -44,15 +46,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunData:
-    """Prompts to train on, prompts held out, and what scores completions, where something does."""
+    """Prompts to train on, prompts held out, of which evaluations use the first, and what scores completions, where
+    something does."""
 
     train: list[Prompt]
-    heldout: list[Prompt]
+    all_heldout: list[Prompt]
+    evaluated: int
     verifier: Verifier | None
+
+    @property
+    def heldout(self) -> list[Prompt]:
+        """The prompts of evaluations."""
+        return self.all_heldout[: self.evaluated]
 
 
 def load_data(config: Config) -> RunData:
-    """The prompts of a configuration; as many held out as evaluations use.
+    """The prompts of a configuration.
 
     Raises:
         DataError: a file that is missing or has a bad line.
@@ -85,7 +94,7 @@ def load_data(config: Config) -> RunData:
             raise ConfigError(
                 f"teachers.{idle[0]}: no prompt to train on has it as its {config.route}: leave it out"
             )
-    return RunData(train, heldout[: config.evaluate.prompts], verifier)
+    return RunData(train, heldout, config.evaluate.prompts, verifier)
 
 
 def recipe_of(config: Config) -> Recipe:
@@ -126,8 +135,15 @@ def evaluation_of(config: Config) -> EvaluationPlan:
     )
 
 
-def train(config: Config, *, resume: bool = False, progress: Progress | None = None) -> Run:
-    """The run that a configuration describes: loads prompts and models, trains, evaluates, saves.
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_changed: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """The run that a configuration describes: loads prompts and models, trains, evaluates, saves; see ``Saving``.
 
     Whatever can be refused without a model is refused before one is loaded.
 
@@ -135,9 +151,22 @@ def train(config: Config, *, resume: bool = False, progress: Progress | None = N
         GoldError: anything in the configuration, the data or the models that cannot work; see ``distill``.
     """
     output = Path(config.output)
-    check_output(output, resume, config.to_dict())
+    saving = Saving(
+        output,
+        resume,
+        overwrite,
+        allow_changed,
+        config.evaluate.every,
+        config.train.checkpoint_every,
+        config.train.keep_last,
+    )
+    check_output(saving, config.to_dict(), {})  # before anything is read
     data = load_data(config)
+    inputs = inputs_of(config, data)
+    check_output(saving, config.to_dict(), inputs)
     student, teachers = _models(config, config.student, data, progress)
+    # What came from the Hub just now was not here before.
+    known = inputs_of(config, data, inputs)
     run = distill(
         student,
         teachers,
@@ -146,15 +175,48 @@ def train(config: Config, *, resume: bool = False, progress: Progress | None = N
         heldout=data.heldout,
         verifier=data.verifier,
         evaluation=evaluation_of(config),
-        saving=Saving(
-            output, resume, config.evaluate.every, config.train.checkpoint_every, config.train.keep_last
-        ),
+        saving=saving,
         settings=config.to_dict(),
+        inputs=known,
         progress=progress,
     )
     if run.is_main_process:
         _draw(output, progress)
     return run
+
+
+def inputs_of(config: Config, data: RunData, known: Inputs | None = None) -> dict[str, Mapping[str, Any]]:
+    """The digests of a configuration's prompts and of those models' files that are here; those that are known already
+    are not read again."""
+    found: dict[str, Mapping[str, Any]] = dict(known or {})
+    source = config.data
+    if not found:
+        made = f"task {source.task.name}" if source.task is not None else str(source.prompts)
+        found["training prompts"] = of_prompts(data.train, made)
+        found["held-out prompts"] = of_prompts(data.all_heldout, source.heldout or made)
+    models: dict[str, StudentConfig | TeacherConfig] = {"student": config.student}
+    for name, teacher in config.named_teachers.items():
+        if teacher.self is None:
+            models[f"teachers.{name}" if config.teachers else "teacher"] = teacher
+    for name, model in models.items():
+        apart = isinstance(model, TeacherConfig) and (model.served is not None or _is_unasked(model))
+        if name not in found and (digests := of_files(_path(model), model.gguf_file, weights=not apart)):
+            found[name] = digests
+    return found
+
+
+def ended(config: Config) -> str | None:
+    """What there is to say of a run that has ended, and that to resume would not change; None of any other.
+
+    Raises:
+        CheckpointError: no run is there, or its files cannot be read.
+        TrainingError: its last steps were not applied.
+    """
+    last = RunFolder.end(config.output, config.to_dict(), config.train.steps)
+    if last is None:
+        return None
+    check_end(last)
+    return f"the run in {config.output} ended after step {last['step']}: there is nothing to resume"
 
 
 def _draw(output: Path, progress: Progress | None) -> None:

@@ -13,12 +13,14 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gold.errors import CheckpointError, ConfigError, GoldError
+from gold.files import read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -51,7 +53,7 @@ def save_checkpoint(folder: Path, step: int, writer: Callable[[Path], None], kee
     final = folder / f"step-{step:06d}"
     partial = folder / f".tmp-{final.name}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # not those above: a run folder that was moved away is not made again
         remove_leftovers(folder)
         partial.mkdir()
         writer(partial)
@@ -91,6 +93,15 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             f"no whole checkpoint in {folder}: {'; '.join(notes)}; start anew in another folder"
         )
     return None, notes
+
+
+def newest_step(folder: Path, whole: bool = True) -> int | None:
+    """The step of the newest checkpoint, None where there is none; if it is to be whole, its files are there and as
+    long as its manifest says, and so are taken for whole without being read."""
+    for step, path in _checkpoints(folder):
+        fault, files = _read_manifest(path)
+        return step if not whole or (fault is None and _size_fault(path, files) is None) else None
+    return None
 
 
 def find_fault(path: Path) -> str | None:
@@ -180,40 +191,57 @@ def _put_in_place(partial: Path, final: Path) -> None:
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Every checkpoint folder, whole or not, the newest step first; of one step, the replacement first."""
     found = []
-    with contextlib.suppress(FileNotFoundError):
+    try:
         for path in folder.iterdir():
             match = _NAME.fullmatch(path.name)
-            if match and path.is_dir():
+            # Of thousands of digits it is nobody's step.
+            if match and path.is_dir() and len(match["step"]) < 16:
                 found.append((int(match["step"]), match["old"] is None, path))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
 def _read_manifest(path: Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
     """What is wrong with the manifest, if anything, and the files that it lists."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
-    except FileNotFoundError:
+    if not (path / MANIFEST).exists():
         return f"it has no {MANIFEST}", {}
-    except (OSError, ValueError) as error:
-        return f"its {MANIFEST} cannot be read, {_one_line(error)}", {}
+    try:
+        manifest = read_json(path / MANIFEST, CheckpointError)
+    except CheckpointError as error:
+        return str(error), {}
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return f"its {MANIFEST} is not of format {FORMAT}", {}
+    name = _NAME.fullmatch(path.name)
+    if name and manifest.get("step") != int(name["step"]):
+        return f"its {MANIFEST} is of another step", {}
     files: Any = manifest.get("files")
     if not isinstance(files, dict) or not all(
         isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"} for entry in files.values()
     ):
         return f"its {MANIFEST} does not list sizes and hashes", {}
+    if not files:
+        return f"its {MANIFEST} lists no files", {}
     return None, files
 
 
 def _size_fault(path: Path, files: dict[str, dict[str, Any]]) -> str | None:
     for name, entry in files.items():
         try:
-            size = (path / name).stat().st_size
-        except OSError:
+            found = (path / name).stat()
+        except (OSError, ValueError):
             return f"{name} is missing"
-        if size != entry["bytes"]:
-            return f"{name} has {size} bytes, the manifest lists {entry['bytes']}"
+        if not stat.S_ISREG(found.st_mode):
+            return f"{name} is no file"
+        if found.st_size != entry["bytes"]:
+            return f"{name} has {found.st_size} bytes, the manifest lists {entry['bytes']}"
+    # What is read of a checkpoint is what is there: a named pipe beside the files would keep a reader waiting.
+    with contextlib.suppress(OSError):
+        for other in path.rglob("*"):
+            if not (other.is_file() or other.is_dir()):
+                return f"{other.relative_to(path)} is no file"
     return None
 
 

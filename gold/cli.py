@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -264,16 +265,37 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from the last checkpoint of the run folder")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="remove the run that is in the run folder first")
+    ] = False,
+    allow_changed: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changed",
+            help="resume although keys, prompts or models have changed, and keep in environment.json which",
+        ),
+    ] = False,
 ) -> None:
     """Train a student from a teacher as a configuration says, into a run folder."""
     with _told():
         from gold.config import Config
 
         settings = Config.load(config, overrides or [])
+        from gold.assembly import ended
         from gold.assembly import train as run
         from gold.progress import for_terminal
 
-        run(settings, resume=resume, progress=for_terminal())
+        if resume and (said := ended(settings)):
+            if os.environ.get("RANK", "0") == "0":  # one of several processes tells
+                terminal.show(said)
+            return
+        run(
+            settings,
+            resume=resume,
+            overwrite=overwrite,
+            allow_changed=allow_changed,
+            progress=for_terminal(),
+        )
 
 
 @app.command("eval")

@@ -24,10 +24,12 @@ from torch import Tensor
 from gold.alarms import Alarms, repetition
 from gold.align.vocabulary import Vocabulary
 from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
-from gold.checkpoint import latest_checkpoint
+from gold.checkpoint import Checkpoint, latest_checkpoint
 from gold.data import Prompt, PromptOrder
-from gold.errors import ConfigError, TeacherError
+from gold.errors import CheckpointError, ConfigError, TeacherError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
+from gold.files import read_json
+from gold.interrupt import NAMES
 from gold.kernels import backend_for
 from gold.kernels.linear import Rows
 from gold.losses import DivergenceRow, Need, Objective, View, find
@@ -536,26 +538,41 @@ class Loop:
         (folder / "state.json").write_text(json.dumps({"step": self.step, "bad_steps": self.bad_steps}))
 
     def resume(self, checkpoints: Path, folder: RunFolder | None, progress: Progress) -> None:
-        """The state of the newest whole checkpoint; the first step where there is none."""
+        """The state of the newest whole checkpoint; the first step where there is none.
+
+        Raises:
+            CheckpointError: none is whole, or what it holds is not of this run; metrics that cannot be read.
+            ConfigError: it is of a later step than the run is to have.
+        """
         found, notes = latest_checkpoint(checkpoints)
         for note in notes:
             progress.note(note)
         if found is None:
             progress.note("no checkpoint yet: the run starts at its first step")
         else:
+            if found.step > self.recipe.steps:
+                raise ConfigError(
+                    f"{found.path} is of step {found.step}, and train.steps is {self.recipe.steps}; give it at least "
+                    f"{found.step} to resume"
+                )
+            self.step, self.bad_steps = _read_state(found)
             load_weights(self.student, found.path / "student")
-            state = torch.load(
-                found.path / "optimizer.pt", map_location=self.student.device, weights_only=True
-            )
-            self.optimizer.load_state_dict(state)
+            with _read_of(found.path / "optimizer.pt"):
+                load_optimizer(self.optimizer, found.path / "optimizer.pt", self.student.device)
             for name, average in averages_of(self.teachers).items():
-                average.load(found.path / average_file(name))
-            saved = json.loads((found.path / "state.json").read_text())
-            self.step, self.bad_steps = saved["step"], saved["bad_steps"]
+                with _read_of(found.path / average_file(name)):
+                    average.load(found.path / average_file(name))
             progress.note(f"resumed after step {self.step}")
         if folder:
-            folder.rewind(self.step if found else -1)
+            for note in folder.rewind(self.step if found else -1):
+                progress.note(note)
         self.accelerator.wait_for_everyone()
+
+    def signal_anywhere(self, number: int) -> int:
+        """The number of a signal that has reached any process, the same in all of them; 0 where none has."""
+        counts = {str(each): float(number == each) for each in (*NAMES, 0)}
+        reached = self._total(counts)
+        return next((int(each) for each in NAMES if reached[str(each)]), 0)
 
     def anywhere(self, flag: bool) -> bool:
         """Whether the flag is up in any process: a signal may reach them in different steps, or only one of them."""
@@ -573,6 +590,45 @@ class Loop:
 def average_file(name: str) -> str:
     """The file of a checkpoint that holds the weights of a teacher that follows the student."""
     return f"teacher-{name}.pt"
+
+
+def load_optimizer(optimizer: Any, file: Path, device: torch.device) -> None:
+    """Takes the moments of a checkpoint; learning rates and decays stay the optimizer's own.
+
+    Raises:
+        ValueError: they are of other weights; whatever torch raises for a file that it cannot read.
+    """
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(torch.load(file, map_location=device, weights_only=True))
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
+        for weight in group["params"]:
+            for name, value in optimizer.state.get(weight, {}).items():
+                if name != "step" and isinstance(value, Tensor) and value.shape != weight.shape:
+                    raise ValueError(f"it has {name} of shape {tuple(value.shape)} for {tuple(weight.shape)}")
+
+
+@contextlib.contextmanager
+def _read_of(file: Path) -> Iterator[None]:
+    """Whatever is raised of a file that torch reads is one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise CheckpointError(f"{file} does not belong to this run, or is broken: {reason}") from error
+
+
+def _read_state(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Steps taken, and how many of the last were not applied."""
+    file = checkpoint.path / "state.json"
+    saved = read_json(file, CheckpointError)
+    counts = [saved.get(name) if isinstance(saved, dict) else None for name in ("step", "bad_steps")]
+    step, bad_steps = counts
+    if not (
+        type(step) is int and type(bad_steps) is int and step == checkpoint.step and 0 <= bad_steps <= step
+    ):
+        raise CheckpointError(f"{file} is broken: it holds no state of step {checkpoint.step}")
+    return step, bad_steps
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TextIO
@@ -65,6 +66,57 @@ class Silent(Quiet):
 
     def note(self, text: str) -> None:
         """See ``Progress.note``."""
+
+
+class Lasting:
+    """Another progress, and nothing at all once nobody can see it any more: its terminal was closed, or what it was
+    piped into has ended. A run goes on, or keeps what it has, all the same."""
+
+    def __init__(self, inner: Progress) -> None:
+        self.inner, self.ended = inner, False
+
+    @contextlib.contextmanager
+    def _seen(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            self.ended = True
+            terminal.silence()  # what is left to be written would be an error again when the program ends
+
+    @contextlib.contextmanager
+    def running(self, header: Mapping[str, str], steps: int, done: int) -> Iterator[None]:
+        """See ``Progress.running``."""
+        stack = contextlib.ExitStack()
+        with self._seen():
+            stack.enter_context(self.inner.running(header, steps, done))
+        try:
+            yield
+        except BaseException:
+            with self._seen():
+                stack.__exit__(*sys.exc_info())
+            raise
+        with self._seen():
+            stack.close()
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """See ``Progress.step``."""
+        if not self.ended:
+            with self._seen():
+                self.inner.step(record)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """See ``Progress.evaluation``."""
+        if not self.ended:
+            with self._seen():
+                self.inner.evaluation(record)
+
+    def note(self, text: str) -> None:
+        """See ``Progress.note``."""
+        if not self.ended:
+            with self._seen():
+                self.inner.note(text)
 
 
 class Lines(Quiet):

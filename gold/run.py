@@ -1,7 +1,9 @@
 """One run as one folder: its configuration, where it ran, what it measured, and its checkpoints.
 
-config.yaml        the resolved configuration
-environment.json   versions, devices, command line, start time; a further entry for every resume
+config.yaml        the resolved configuration, as of the last resumption
+environment.json   versions, devices, command line, start time; a further entry for every resumption, with what was
+                   changed for it
+inputs.json        digests of what the run was given: prompts, tokenizers, chat templates, weights; see gold.inputs
 metrics.jsonl      {"kind": "train" | "eval", "step": n, …} a line
 samples.jsonl      {"kind": "sample", "step": n, …} a line
 checkpoints/       see gold.checkpoint
@@ -13,44 +15,45 @@ import contextlib
 import errno
 import fcntl
 import json
-import math
 import os
 import platform
 import re
 import shutil
-import sys
+import stat
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from fnmatch import fnmatchcase
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import yaml
 
+from gold.changes import (
+    Change,
+    Inputs,
+    config_changes,
+    environment,
+    environment_changes,
+    input_changes,
+    is_environment,
+    is_inputs,
+    plain,
+    refused,
+    told,
+)
+from gold.checkpoint import newest_step
 from gold.errors import CheckpointError, ConfigError, DataError
+from gold.files import json_value, read_bytes, read_json, read_text
 
 FILE_OF_KIND = {"train": "metrics.jsonl", "eval": "metrics.jsonl", "sample": "samples.jsonl"}
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numba", "numpy")
-# Keys, as patterns, that may differ between a run and its resumption: where the folder lies decides no number, nor does
-# the way to a teacher's server or cache.
-FREE_KEYS = (
-    "output",
-    *(
-        f"{teacher}.{key}"
-        for teacher in ("teacher", "teachers.*")
-        for key in (
-            "cache.path",
-            *(f"served.{key}" for key in ("url", "concurrency", "timeout_s", "retries", "key_env")),
-        )
-    ),
-)
 # What a kill may leave of a folder that was not yet a run.
-_BEFORE_CONFIG = {".lock", "environment.json", ".tmp-environment.json", ".tmp-config.yaml"}
+_BEFORE_CONFIG = {
+    *(".lock", "environment.json", "inputs.json"),
+    *(".tmp-environment.json", ".tmp-inputs.json", ".tmp-config.yaml"),
+}
 _OWN_NAMES = (
     "config.yaml",
     "environment.json",
+    "inputs.json",
     "metrics.jsonl",
     "samples.jsonl",
     "checkpoints",
@@ -82,6 +85,7 @@ class RunFolder:
         self.config = config
         self.notes: list[str] = []  # what a resumption finds changed, for people to read
         self._lock: int | None = None
+        self._identity: tuple[int, int] | None = None
         self._streams: dict[str, int] = {}
 
     @property
@@ -94,58 +98,90 @@ class RunFolder:
         """The folder of the pictures; it exists once one was drawn."""
         return self.path / "plots"
 
-    @staticmethod
-    def check_new(path: str | Path, overwrite: bool = False) -> None:
+    @classmethod
+    def check_new(cls, path: str | Path, overwrite: bool = False) -> None:
         """Nothing, where `create` may make a run of the folder; nothing is written.
 
         Raises:
-            ConfigError: a run is there already, or other files, or the folder lies inside a model folder.
+            ConfigError: a run that has begun is there already, or other files, or the folder lies inside a model's.
         """
         path = Path(path)
         refuse_model_folder(path)
         if path.exists() and not path.is_dir():
             raise ConfigError(f"output {path} is a file; give a folder")
-        if path.exists() and not overwrite:
-            if (path / "config.yaml").exists():
+        if not path.is_dir():
+            return
+        if _holds_run(path):
+            if not overwrite and cls._has_begun(path):
                 raise ConfigError(
-                    f"output {path} already holds a run; resume it (--resume) or give another folder"
+                    f"output {path} already holds a run; resume it (--resume) or give another folder, or have it "
+                    "removed (--overwrite)"
                 )
-            others = sorted({entry.name for entry in path.iterdir()} - _BEFORE_CONFIG)
-            if others:
-                held = ", ".join(others[:3])
-                raise ConfigError(f"output {path} is not empty, it holds {held}; give a new or empty folder")
+            return
+        others = sorted({entry.name for entry in path.iterdir()} - _BEFORE_CONFIG)
+        if others:
+            held = ", ".join(others[:3])
+            raise ConfigError(f"output {path} is not empty, it holds {held}; give a new or empty folder")
 
     @classmethod
-    def check_resume(cls, path: str | Path, config: Mapping[str, Any]) -> None:
+    def check_resume(
+        cls,
+        path: str | Path,
+        config: Mapping[str, Any],
+        inputs: Inputs | None = None,
+        allow_changed: bool = False,
+    ) -> None:
         """Nothing, where `resume` may go on with the run in the folder; nothing is written.
 
         Raises:
-            ConfigError: the configuration differs in more than `output`; each key is named with both values.
-            CheckpointError: no run is there, or its configuration cannot be read.
+            ConfigError: the configuration differs in a key that would make it another run, or an input has another
+                content; each is named. With `allow_changed` it is not raised.
+            CheckpointError: no run is there, or its files cannot be read.
         """
-        changes = config_changes(cls.open(path).config, config)
-        if changes:
-            raise ConfigError(
-                f"{path} was started with another configuration: {'; '.join(changes)}; "
-                "resume with the old values, or give a new output"
-            )
+        cls.open(path)._changes(config, inputs or {}, allow_changed)
 
     @classmethod
-    def create(cls, path: str | Path, config: Mapping[str, Any], overwrite: bool = False) -> Self:
-        """A new run folder, locked, with its configuration and environment written.
-
-        With `overwrite`, what an earlier run wrote there is removed first, and nothing else.
+    def end(cls, path: str | Path, config: Mapping[str, Any], steps: int) -> dict[str, Any] | None:
+        """The record of the last step, where the run in the folder has ended after as many steps and its student is
+        saved, and to resume it with this configuration would change nothing; else None.
 
         Raises:
-            ConfigError: a run is there already, or other files, or the folder lies inside a model folder.
+            CheckpointError: no run is there, or its files cannot be read.
+        """
+        run = cls.open(path)
+        if refused(config_changes(run.config, config, run._inputs())):
+            return None
+        if not (run.path / "student" / "config.json").is_file() or newest_step(run.checkpoints) != steps:
+            return None
+        last = run.records("train")[-1:]
+        return last[0] if last and last[0]["step"] == steps else None
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        config: Mapping[str, Any],
+        overwrite: bool = False,
+        inputs: Inputs | None = None,
+    ) -> Self:
+        """A new run folder, locked, with its configuration, environment and inputs written.
+
+        What an earlier run wrote there is removed first, and nothing else: with `overwrite`, or where that run had not
+        taken a step.
+
+        Raises:
+            ConfigError: a run that has begun is there already, or other files, or the folder lies inside a model's.
             CheckpointError: the folder cannot be written, or another process is writing it.
         """
         path = Path(path)
         cls.check_new(path, overwrite)
-        run = cls(path, _plain(config))
+        run = cls(path, plain(config))
         try:
             path.mkdir(parents=True, exist_ok=True)
             run._acquire()
+            if _holds_run(path):
+                what = "a run" if cls._has_begun(path) else "a run that ended before its first step"
+                run.notes.append(f"output {path} held {what}: it is begun anew")
             for name in _OWN_NAMES:
                 entry = path / name
                 if entry.is_dir() and not entry.is_symlink():
@@ -153,11 +189,9 @@ class RunFolder:
                 else:
                     entry.unlink(missing_ok=True)
             # The configuration comes last: with it the folder is a run.
-            _replace(path / "environment.json", json.dumps(environment(), indent=1) + "\n")
-            _replace(
-                path / "config.yaml",
-                yaml.dump(run.config, Dumper=_Dumper, sort_keys=False, allow_unicode=True),
-            )
+            _write_json(path / "environment.json", environment())
+            _write_json(path / "inputs.json", inputs or {})
+            run._write_config()
         except OSError as error:
             run.close()
             raise CheckpointError(f"cannot write the run folder {path}: {error.strerror or error}") from error
@@ -171,44 +205,127 @@ class RunFolder:
             CheckpointError: no run is there, or its configuration cannot be read.
         """
         path = Path(path)
+        file = path / "config.yaml"
+        if not file.exists():
+            raise CheckpointError(f"{path} holds no run, there is no config.yaml; give a run folder")
         try:
-            config = yaml.safe_load((path / "config.yaml").read_text("utf-8"))
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{path} holds no run, there is no config.yaml; give a run folder"
-            ) from error
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{path / 'config.yaml'} cannot be read: {_one_line(error)}") from error
+            config = yaml.safe_load(read_text(file, CheckpointError))
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{file} cannot be read: {_one_line(error)}") from error
         if not isinstance(config, dict):
-            raise CheckpointError(f"{path / 'config.yaml'} cannot be read: expected keys and values")
+            raise CheckpointError(f"{file} cannot be read: expected keys and values")
         return cls(path, config)
 
     @classmethod
-    def resume(cls, path: str | Path, config: Mapping[str, Any]) -> Self:
-        """An existing run folder to go on with, locked, the resumption noted in its environment.
+    def resume(
+        cls,
+        path: str | Path,
+        config: Mapping[str, Any],
+        inputs: Inputs | None = None,
+        allow_changed: bool = False,
+    ) -> Self:
+        """An existing run folder to go on with, locked; the resumption, and what is changed for it, is kept in its
+        environment, and the configuration and the inputs are now those that are given.
 
         Call `rewind` with the step of the checkpoint before anything is appended.
 
         Raises:
-            ConfigError: the configuration differs in more than `output`; each key is named with both values.
+            ConfigError: as `check_resume`.
             CheckpointError: no run is there, it cannot be read or written, or another process is writing it.
         """
-        cls.check_resume(path, config)
         run = cls.open(path)
+        changes = run._changes(config, inputs or {}, allow_changed)
         try:
             run._acquire()
             file = run.path / "environment.json"
-            before: dict[str, Any] = {}
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                before = json.loads(file.read_text("utf-8"))
+            before = read_json(file, CheckpointError) if file.exists() else {}
+            if not is_environment(before):
+                raise CheckpointError(
+                    f"{file} is broken: it is no environment of a run; move it away and resume"
+                )
             now = environment()
-            run.notes = _environment_changes(before, now)
-            before.setdefault("resumed", []).append(now)
-            _replace(file, json.dumps(before, indent=1) + "\n")
+            lines = list(told(changes))
+            run.notes = [change.note for change in environment_changes(before, now)] + lines
+            if not (run.path / "inputs.json").exists():
+                run.notes.append(
+                    f"{run.path} has no inputs.json: prompts and models are not compared with its own"
+                )
+            before.setdefault("resumed", []).append({**now, **({"changed": lines} if lines else {})})
+            _write_json(file, before)
+            _write_json(run.path / "inputs.json", {**run._inputs(allow_changed), **(inputs or {})})
+            run.config = plain(config)
+            run._write_config()
         except OSError as error:
             run.close()
             raise CheckpointError(f"cannot write the run folder {path}: {error.strerror or error}") from error
+        except BaseException:
+            run.close()
+            raise
         return run
+
+    def _changes(self, config: Mapping[str, Any], inputs: Inputs, allow_changed: bool) -> list[Change]:
+        """What differs from the run so far.
+
+        Raises:
+            ConfigError: something of it makes another run, and that is not allowed.
+        """
+        own = self._inputs(allow_changed)
+        changes = [*config_changes(self.config, config, own), *input_changes(own, inputs)]
+        if (lines := refused(changes)) and not allow_changed:
+            raise ConfigError(
+                f"{self.path} was started with another configuration or other inputs: {'; '.join(lines)}; resume with "
+                "the old ones, give a new output, or go on all the same (--allow-changed)"
+            )
+        return changes
+
+    def _inputs(self, allow_broken: bool = False) -> dict[str, Any]:
+        """The run's inputs; none where it kept none."""
+        file = self.path / "inputs.json"
+        if not file.exists():
+            return {}
+        try:
+            inputs = read_json(file, CheckpointError)
+            if not is_inputs(inputs):
+                raise CheckpointError(f"{file} is broken: it holds no digests")
+        except CheckpointError as error:
+            if allow_broken:
+                return {}
+            raise CheckpointError(f"{error}; --allow-changed goes on without comparing") from error
+        return dict(inputs)
+
+    @classmethod
+    def _has_begun(cls, path: Path) -> bool:
+        """Whether the run in a folder has a checkpoint, a step or a student; one that cannot be read may have."""
+        run = cls(path, {})
+        if (path / "student").exists() or newest_step(run.checkpoints, whole=False) is not None:
+            return True
+        try:
+            return bool(run.records("train"))
+        except CheckpointError:
+            return True
+
+    def _write_config(self) -> None:
+        _replace(
+            self.path / "config.yaml",
+            yaml.dump(self.config, Dumper=_Dumper, sort_keys=False, allow_unicode=True),
+        )
+
+    def check_place(self) -> None:
+        """Nothing, where the folder is still where it was when it was locked.
+
+        Raises:
+            CheckpointError: it was moved or removed under way.
+        """
+        try:
+            found = os.stat(self.path)
+            here = (found.st_dev, found.st_ino) == self._identity
+        except OSError:
+            here = False
+        if self._identity is not None and not here:
+            raise CheckpointError(
+                f"the run folder {self.path} was moved or removed while the run went on; put it back, or give its new "
+                "place as output, and resume (--resume)"
+            )
 
     def append(self, kind: str, record: Mapping[str, Any]) -> None:
         """Write one line: `train` and `eval` to metrics.jsonl, `sample` to samples.jsonl.
@@ -225,9 +342,10 @@ class RunFolder:
         step = record.get("step")
         if not isinstance(step, int) or isinstance(step, bool):
             raise DataError(f"a record needs an integer step, got {step!r}")
-        line = json.dumps(_plain({"kind": kind, **record}), ensure_ascii=False, allow_nan=False) + "\n"
+        line = json.dumps(plain({"kind": kind, **record}), ensure_ascii=False, allow_nan=False) + "\n"
         data = line.encode("utf-8", "surrogatepass").decode("utf-8", "replace").encode("utf-8")
         stream = self._stream(FILE_OF_KIND[kind])
+        self.check_place()
         size = os.fstat(stream).st_size
         try:
             written = 0
@@ -247,6 +365,7 @@ class RunFolder:
         Raises:
             CheckpointError: the disk is full or fails; some file systems say so only now.
         """
+        self.check_place()
         try:
             for stream in self._streams.values():
                 os.fsync(stream)
@@ -255,32 +374,38 @@ class RunFolder:
                 f"cannot write the run folder {self.path}: {error.strerror or error}; free some space and resume"
             ) from error
 
-    def rewind(self, step: int) -> None:
-        """Drop every line of a later step than `step`, and a last line that a kill cut short.
+    def rewind(self, step: int) -> list[str]:
+        """Drop every line of a later step than `step`, and broken lines at the end, as a kill or a power cut leaves
+        them; a note for people on each file that had some.
 
         Raises:
             CheckpointError: a line in the middle is broken, or the files cannot be written.
         """
         self._close_streams()
+        notes = []
         try:
             self._acquire()
             for name in sorted(set(FILE_OF_KIND.values())):
                 file = self.path / name
                 if file.exists():
-                    _replace(file, "".join(line for line, record in _lines(file) if record["step"] <= step))
+                    lines, broken = _lines(file)
+                    _replace(file, "".join(line for line, record in lines if record["step"] <= step))
+                    if broken:
+                        notes.append(f"{file}: its last {broken:,} bytes are no whole line, and are dropped")
         except OSError as error:
             raise CheckpointError(
                 f"cannot rewind the run in {self.path}: {error.strerror or error}"
             ) from error
+        return notes
 
     def records(self, kind: str) -> list[dict[str, Any]]:
-        """The records of a kind, in the order written; a half-written last line is left out.
+        """The records of a kind, in the order written; broken lines at the end are left out.
 
         Raises:
             CheckpointError: a line in the middle is broken.
         """
         file = self.path / FILE_OF_KIND[kind]
-        return [record for _, record in _lines(file) if record["kind"] == kind] if file.exists() else []
+        return [record for _, record in _lines(file)[0] if record["kind"] == kind] if file.exists() else []
 
     def close(self) -> None:
         """Let go of the files and of the lock; the folder can be opened again."""
@@ -319,20 +444,30 @@ class RunFolder:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 os.close(lock)
                 raise
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {platform.node()}\n".encode("ascii", "replace"), 0)
         self._lock = lock
+        with contextlib.suppress(OSError):  # a full disk: the name is for people
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {platform.node()}\n".encode("ascii", "replace"), 0)
+        folder = os.stat(self.path)
+        self._identity = folder.st_dev, folder.st_ino
 
     def _stream(self, name: str) -> int:
         if name not in self._streams:
-            self._acquire()
-            stream = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            size = os.fstat(stream).st_size
-            if size and os.pread(stream, 1, size - 1) != b"\n":
+            file = self.path / name
+            try:
+                self._acquire()
+                stream = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                raise CheckpointError(f"cannot write {file}: {error.strerror or error}") from error
+            found = os.fstat(stream)
+            fault = None
+            if not stat.S_ISREG(found.st_mode):
+                fault = f"cannot write {file}: it is no file"
+            elif found.st_size and os.pread(stream, 1, found.st_size - 1) != b"\n":
+                fault = f"{file} ends in a half-written line; resume the run (--resume)"
+            if fault is not None:
                 os.close(stream)
-                raise CheckpointError(
-                    f"{self.path / name} ends in a half-written line; resume the run (--resume)"
-                )
+                raise CheckpointError(fault)
             self._streams[name] = stream
         return self._streams[name]
 
@@ -340,17 +475,6 @@ class RunFolder:
         for stream in self._streams.values():
             os.close(stream)
         self._streams.clear()
-
-
-def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One `optimizer.lr was 1e-05, is 2e-05` per dotted key that differs, save those that may differ."""
-    flat_old, flat_new = _flat(_plain(old)), _flat(_plain(new))
-    changes = []
-    for key in [*flat_old, *(key for key in flat_new if key not in flat_old)]:
-        before, after = (_shown(flat[key]) if key in flat else "not set" for flat in (flat_old, flat_new))
-        if before != after and not any(fnmatchcase(key, free) for free in FREE_KEYS):
-            changes.append(f"{key} was {before}, is {after}")
-    return changes
 
 
 def refuse_model_folder(path: str | Path) -> None:
@@ -374,68 +498,38 @@ def refuse_model_folder(path: str | Path) -> None:
             )
 
 
-def environment() -> dict[str, Any]:
-    """Versions, devices, command line and start time of this process, as JSON holds them."""
-    import torch
+def _holds_run(path: Path) -> bool:
+    """Whether a folder holds what `RunFolder.create` writes."""
+    return (path / "config.yaml").exists() and (path / "environment.json").exists()
 
-    from gold import __version__
 
-    versions: dict[str, str | None] = {"python": platform.python_version(), "gold": __version__}
-    for package in PACKAGES:
+def _lines(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], int]:
+    """Every line with its record, and the number of bytes at the end that are no whole lines: those are left out."""
+    data = read_bytes(file, CheckpointError, None)
+    found: list[tuple[str, dict[str, Any]]] = []
+    *whole, rest = data.split(b"\n")
+    broken, first = len(rest), ""
+    for number, raw in enumerate(whole, start=1):
         try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    devices = [f"cpu: {_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
-    devices += [f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": list(sys.argv),
-        "platform": platform.platform(),
-        "versions": versions,
-        "devices": devices,
-    }
-
-
-def _environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    versions = before.get("versions", {})
-    notes = [
-        f"started with {package} {versions[package]}, resumed with {version}"
-        for package, version in now["versions"].items()
-        if versions.get(package, version) != version
-    ]
-    if before.get("devices", now["devices"]) != now["devices"]:
-        notes.append(f"started on {'; '.join(before['devices'])}, resumed on {'; '.join(now['devices'])}")
-    return [f"{note}: results may differ in their last digits" for note in notes]
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Every line with its record; a last line that was cut short is left out."""
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
-    # What follows the last newline, nothing or a half line, is dropped.
-    found = []
-    for number, raw in enumerate(data.split(b"\n")[:-1], start=1):
-        try:
-            record = json.loads(raw)
-            if not (isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record):
+            record = json_value(raw)
+            if not (isinstance(record, dict) and _is_step(record.get("step")) and "kind" in record):
                 raise ValueError("expected an object with kind and step")
         except ValueError as error:
-            raise CheckpointError(
-                f"{file}:{number}: a broken line, {_one_line(error)}; remove it by hand"
-            ) from error
+            first = first or f"{file}:{number}: a broken line, {_one_line(error)}; remove it by hand"
+            broken += len(raw) + 1
+            continue
+        if first:
+            raise CheckpointError(first)
         found.append((raw.decode("utf-8") + "\n", record))
-    return found
+    return found, broken
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _write_json(file: Path, value: object) -> None:
+    _replace(file, json.dumps(value, indent=1) + "\n")
 
 
 def _replace(file: Path, text: str) -> None:
@@ -450,45 +544,6 @@ def _replace(file: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON and YAML hold it: lists, string keys, plain numbers; NaN and infinities as None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, bool | int | str | None):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Path):
-        return str(value)
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        return _plain(value.item())
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    raise DataError(
-        f"a record cannot hold a {type(value).__name__}; give numbers, strings, lists or mappings"
-    )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves by dotted key: {"a": {"b": 1}, "c": [{"d": 2}]} → {"a.b": 1, "c[0].d": 2}."""
-    leaves: dict[str, Any] = {}
-    if isinstance(value, dict) and value:
-        for key, entry in value.items():
-            leaves |= _flat(entry, f"{prefix}.{key}" if prefix else key)
-        return leaves
-    if isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
-        for place, entry in enumerate(value):
-            leaves |= _flat(entry, f"{prefix}[{place}]")
-        return leaves
-    return {prefix: value}
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _one_line(error: BaseException) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -18,13 +16,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from gold.aligned import VocabularyPair
+from gold.changes import Inputs
 from gold.checkpoint import is_write_failure, prune, remove_leftovers, save_checkpoint
 from gold.data import Prompt, PromptOrder
 from gold.errors import CheckpointError, ConfigError, DataError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier
+from gold.inputs import of_run
+from gold.interrupt import Interrupt, ended_by
 from gold.loop import Loop, pairs_of, terms_of
 from gold.models import LanguageModel, load_model, save_model
-from gold.progress import Progress, Quiet, Silent
+from gold.progress import Lasting, Progress, Quiet, Silent
 from gold.reading import read
 from gold.recipe import Recipe
 from gold.rollout import completed, encode_prompt
@@ -38,10 +39,16 @@ from gold.teachers.several import Teachers
 
 @dataclass(frozen=True)
 class Saving:
-    """Where a run keeps what it makes, and how often it looks up from training."""
+    """Where a run keeps what it makes, and how often it looks up from training.
+
+    ``overwrite`` removes the run that is in ``output``. ``allow_changed`` resumes it although a key or an input differs
+    that makes it another run; what differs is kept in its environment.json.
+    """
 
     output: Path | None = None
     resume: bool = False
+    overwrite: bool = False
+    allow_changed: bool = False
     evaluate_every: int = 50
     checkpoint_every: int = 50
     keep_last: int = 2
@@ -70,6 +77,7 @@ def distill(
     evaluation: EvaluationPlan | None = None,
     saving: Saving = Saving(),
     settings: Mapping[str, Any] | None = None,
+    inputs: Inputs | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """Trains ``student``, in place, on its own completions of ``prompts``, graded by ``teacher``; returns the run.
@@ -85,14 +93,18 @@ def distill(
         heldout: prompts of the evaluations before, during and after; none, no evaluation.
         verifier: scores completions, for the ``reward`` objective and for accuracy.
         settings: what ``config.yaml`` of the run folder holds; the recipe, where it is left out.
+        inputs: what ``inputs.json`` of the run folder holds, see ``gold.inputs``; digests of what is given, where it is
+            left out.
 
     Raises:
         ConfigError: objectives that the teacher, the data or the number of processes cannot serve.
         DataError: no prompts, or one that does not fit.
-        TrainingError: too many steps in a row without a finite loss and gradient; a checkpoint is kept.
+        TrainingError: too many steps in a row without a finite loss and gradient, a checkpoint is kept; or the last
+            ones, however few, everything is kept.
         TeacherError: the teacher cannot be had any more; a checkpoint is kept.
         CheckpointError: a run folder that cannot be written or resumed.
-        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; SystemExit with 143 or 129 after SIGTERM or
+            SIGHUP.
     """
     prompts, heldout = _prompts(prompts), _prompts(heldout)
     student = load_model(student) if isinstance(student, (str, Path)) else student
@@ -100,7 +112,7 @@ def distill(
     teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
     accelerator = _accelerator(recipe.precision, student.device)
     # All processes do and find the same; one of them tells.
-    progress = (progress or Quiet()) if accelerator.is_main_process else Silent()
+    progress = Lasting(progress or Quiet()) if accelerator.is_main_process else Silent()
     evaluation = evaluation or EvaluationPlan(
         max_new_tokens=recipe.sampling.max_new_tokens, rollout_batch=recipe.rollout_batch
     )
@@ -126,7 +138,8 @@ def distill(
                 "student": student.name,
                 "teacher": _names(teachers),
             }
-            folder = stack.enter_context(_open_folder(saving, settings, progress))
+            inputs = of_run(student, teachers, prompts, heldout) if inputs is None else inputs
+            folder = stack.enter_context(_open_folder(saving, settings, inputs, progress))
         accelerator.wait_for_everyone()
         if saving.output and saving.resume:
             loop.resume(saving.output / "checkpoints", folder, progress)
@@ -141,7 +154,7 @@ def distill(
             progress.note(
                 f"the kernels were made ready in {seconds:.0f} s; what was compiled is kept for later runs"
             )
-        interrupt = stack.enter_context(_Interrupt())
+        interrupt = stack.enter_context(Interrupt())
 
         def look() -> None:
             """An evaluation after the current step."""
@@ -184,11 +197,11 @@ def distill(
                 look()
             except TeacherError as error:
                 stop(error)
-            if loop.anywhere(interrupt.caught):
+            if number := loop.signal_anywhere(interrupt.caught):
                 progress.note(
                     f"interrupted {f'after step {loop.step}' if loop.step else 'before the first step'}"
                 )
-                raise KeyboardInterrupt
+                raise ended_by(number)
         while loop.step < recipe.steps:
             try:
                 record = loop.advance()
@@ -206,62 +219,63 @@ def distill(
                     look()
                 except TeacherError as error:
                     stop(error)
-            interrupted = loop.anywhere(interrupt.caught)
+            interrupted = loop.signal_anywhere(interrupt.caught)
             hopeless = loop.bad_steps > recipe.bad_steps_allowed
             if loop.step % saving.checkpoint_every == 0 or last or interrupted or hopeless:
                 keep()
             if interrupted:
                 kept = "; its checkpoint is kept, resume the run with --resume" if saving.output else ""
                 progress.note(f"interrupted after step {loop.step}{kept}")
-                raise KeyboardInterrupt
+                raise ended_by(interrupted)
             if hopeless:
                 raise TrainingError(
                     f"step {loop.step}: {loop.bad_steps} steps in a row had a NaN or infinite loss or gradient and "
                     "were not applied; lower optimizer.lr, or look at the last lines of metrics.jsonl"
-                    + (f"; the checkpoint of step {loop.step} is kept" if saving.output else "")
+                    + (
+                        f"; the checkpoint of step {loop.step} is kept, and goes on from there with --resume "
+                        "--allow-changed"
+                        if saving.output
+                        else ""
+                    )
                 )
         if folder:
+            folder.check_place()
             _save_student(student, folder.path)
         accelerator.wait_for_everyone()
+        check_end({"step": loop.step, "bad_steps": loop.bad_steps})
     return run
 
 
-class _Interrupt:
-    """Notes the first Ctrl-C, so that a step is finished and kept; a second one interrupts at once."""
-
-    def __init__(self) -> None:
-        self.caught = False
-        self._before: Any = None
-
-    def __enter__(self) -> _Interrupt:
-        # Only the main thread may set handlers; elsewhere Ctrl-C stays with whoever runs the thread.
-        with contextlib.suppress(ValueError):
-            self._before = signal.signal(signal.SIGINT, self._catch)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self.caught:
-            raise KeyboardInterrupt
-        self.caught = True
-        # Streams may be in use where the signal arrives; the descriptor always takes a line.
-        os.write(2, b"gold: Ctrl-C: this step is finished and kept first; again, and nothing is\n")
-
-
-def check_output(output: Path, resume: bool, settings: Mapping[str, Any]) -> None:
-    """Nothing, where a run can begin in this folder, or the run in it can go on with these settings.
+def check_end(record: Mapping[str, Any]) -> None:
+    """Nothing, where the last step of a run that has ended, of which this is the record, was applied.
 
     Raises:
-        ConfigError: the folder lies in a model's, holds another run or other files, or was begun with other settings.
+        TrainingError: it was not, nor were those before it that are counted with it.
+    """
+    if bad := record.get("bad_steps"):
+        raise TrainingError(
+            f"step {record['step']}: the run has ended, but its last {bad} step(s) had a NaN or infinite loss or "
+            "gradient and were not applied; the student is that of the steps before: train it anew with a lower "
+            "optimizer.lr, or use it as it is"
+        )
+
+
+def check_output(saving: Saving, settings: Mapping[str, Any], inputs: Inputs) -> None:
+    """Nothing, where a run can begin in this folder, or the run in it can go on with these settings and inputs.
+
+    Raises:
+        ConfigError: the folder lies in a model's, holds another run or other files, or was begun with others.
         CheckpointError: ``resume`` without a run.
     """
-    if resume:
-        RunFolder.check_resume(output, settings)
+    assert saving.output is not None
+    if saving.resume and saving.overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite removes it; give one of them")
+    if saving.resume:
+        RunFolder.check_resume(saving.output, settings, inputs, saving.allow_changed)
+    elif saving.allow_changed:
+        raise ConfigError("--allow-changed is for a run that goes on; give --resume too, or leave it out")
     else:
-        RunFolder.check_new(output)
+        RunFolder.check_new(saving.output, saving.overwrite)
 
 
 def _prompts(given: Sequence[Prompt | str]) -> list[Prompt]:
@@ -353,11 +367,14 @@ def _precision(wanted: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
 
 
-def _open_folder(saving: Saving, settings: Mapping[str, Any], progress: Progress) -> RunFolder:
+def _open_folder(
+    saving: Saving, settings: Mapping[str, Any], inputs: Inputs, progress: Progress
+) -> RunFolder:
     assert saving.output is not None
-    if not saving.resume:
-        return RunFolder.create(saving.output, settings)
-    folder = RunFolder.resume(saving.output, settings)
+    if saving.resume:
+        folder = RunFolder.resume(saving.output, settings, inputs, saving.allow_changed)
+    else:
+        folder = RunFolder.create(saving.output, settings, saving.overwrite, inputs)
     for note in folder.notes:
         progress.note(note)
     return folder

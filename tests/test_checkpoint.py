@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import signal
 import subprocess
@@ -13,7 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gold.checkpoint import MANIFEST, find_fault, latest_checkpoint, remove_leftovers, save_checkpoint
+from gold.checkpoint import (
+    MANIFEST,
+    find_fault,
+    latest_checkpoint,
+    newest_step,
+    remove_leftovers,
+    save_checkpoint,
+)
 from gold.errors import CheckpointError, ConfigError, ModelError
 
 
@@ -39,7 +47,7 @@ def content_step(path: Path) -> int:
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 3))
 def test_the_newest_is_found_and_only_the_last_are_kept(tmp_path_factory, gaps, keep_last):
-    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    folder = tmp_path_factory.mktemp("run")
     steps = [sum(gaps[: i + 1]) for i in range(len(gaps))]
     for step in steps:
         assert save_checkpoint(folder, step, write_step(step), keep_last) == folder / f"step-{step:06d}"
@@ -82,6 +90,54 @@ def test_no_checkpoint_and_no_whole_checkpoint_are_two_things(tmp_path):
     (path / "state.json").write_text("")
     with pytest.raises(CheckpointError, match=r"no whole checkpoint in .*step 3, .*state\.json has 0 bytes"):
         latest_checkpoint(tmp_path)
+
+
+def spoil_manifest(**changes):
+    def spoil(folder: Path) -> None:
+        file = folder / MANIFEST
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return spoil
+
+
+def as_pipe(name: str):
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoil_manifest(files={}),
+        spoil_manifest(files=[]),
+        spoil_manifest(files={"state.json": {"bytes": "many", "sha256": 3}}),
+        spoil_manifest(files={"nul\0name": {"bytes": 0, "sha256": ""}}),
+        spoil_manifest(step=7),
+        spoil_manifest(format=2),
+        lambda folder: (folder / MANIFEST).write_text("[" * 100_000),
+        as_pipe(MANIFEST),
+        as_pipe("state.json"),
+        as_pipe("beside.json"),
+    ],
+)
+def test_a_checkpoint_that_is_not_what_it_says_is_skipped(tmp_path, spoil):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, write_step(step), 2)
+    spoil(tmp_path / "step-000002")
+    found, notes = latest_checkpoint(tmp_path)
+    assert (found.step, len(notes)) == (1, 1)
+    assert "\n" not in notes[0]
+    assert newest_step(tmp_path) is None
+    assert newest_step(tmp_path, whole=False) == 2
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_one_line(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match="checkpoints cannot be read"):
+        latest_checkpoint(tmp_path / "checkpoints")
 
 
 def test_a_truncated_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):

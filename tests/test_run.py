@@ -1,8 +1,10 @@
 """The run folder: written line by line, taken back exactly, guarded against being overwritten."""
 
+import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gold import run as run_module
-from gold.errors import CheckpointError, ConfigError, DataError
-from gold.run import RunFolder, config_changes, refuse_model_folder
+from gold.changes import config_changes
+from gold.checkpoint import save_checkpoint
+from gold.errors import CheckpointError, ConfigError, DataError, GoldError
+from gold.run import RunFolder, refuse_model_folder
 
 CONFIG = {
     "student": {"path": "a", "dtype": "float32"},
@@ -94,6 +98,34 @@ def test_a_broken_line_in_the_middle_is_named_not_dropped(run):
     ):
         again.rewind(1)
     assert len((run.path / "metrics.jsonl").read_bytes().splitlines()) == 3
+
+
+TAILS = st.lists(
+    st.binary(max_size=30).map(lambda junk: b"\x00" + junk)
+    | st.sampled_from([b"", b"{", b"null", b"[1]", b'{"kind": "train"}', b'{"kind": "train", "step": true}'])
+    | st.sampled_from([b'{"kind": "train", "step": -1}', b"[" * 10_000, b"9" * 5000, b"\xff"]),
+    max_size=4,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 3), TAILS, st.booleans())
+def test_a_broken_end_is_left_out_by_readers_and_dropped_by_a_resumption(tmp_path_factory, count, tail, cut):
+    with RunFolder.create(tmp_path_factory.mktemp("a") / "run", CONFIG) as run:
+        for step in range(count):
+            run.append("train", {"step": step})
+    file = run.path / "metrics.jsonl"
+    whole = file.read_bytes() if count else b""
+    junk = b"\n".join(tail) + (b"" if cut else b"\n") if tail else b""
+    file.write_bytes(whole + junk)
+    assert [r["step"] for r in run.records("train")] == list(range(count))
+    assert file.read_bytes() == whole + junk
+    with RunFolder.open(run.path) as again:
+        notes = again.rewind(8)
+        assert [f"{len(junk):,} bytes" in note for note in notes] == ([True] if junk else [])
+        assert file.read_bytes() == whole
+        again.append("train", {"step": 9})
+        assert [r["step"] for r in again.records("train")] == [*range(count), 9]
 
 
 # -- lines --
@@ -196,9 +228,7 @@ def test_an_existing_run_is_not_overwritten_unless_asked(run):
     run.append("train", {"step": 1})
     (run.path / "notes.txt").write_text("mine")
     run.close()
-    with pytest.raises(
-        ConfigError, match=r"already holds a run; resume it \(--resume\) or give another folder"
-    ):
+    with pytest.raises(ConfigError, match=r"already holds a run; resume it \(--resume\)"):
         RunFolder.create(run.path, CONFIG)
     with RunFolder.create(run.path, {"train": {"steps": 1}}, overwrite=True) as again:
         assert again.records("train") == []
@@ -222,10 +252,9 @@ def test_the_checks_alone_write_nothing(tmp_path):
     RunFolder.create(tmp_path / "new", CONFIG).close()
     before = {path: path.read_bytes() for path in (tmp_path / "new").iterdir()}
     RunFolder.check_resume(tmp_path / "new", CONFIG)
-    with pytest.raises(ConfigError, match=r"another configuration: train\.steps was 10, is not set"):
+    with pytest.raises(ConfigError, match=r'train\.precision was "no", is not set'):
         RunFolder.check_resume(tmp_path / "new", CONFIG | {"train": 3})
-    with pytest.raises(ConfigError, match="already holds a run"):
-        RunFolder.check_new(tmp_path / "new")
+    RunFolder.check_new(tmp_path / "new")  # it has not taken a step
     assert {path: path.read_bytes() for path in (tmp_path / "new").iterdir()} == before
 
 
@@ -266,6 +295,101 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         RunFolder.create(tmp_path / "file" / "run", CONFIG)
 
 
+def test_a_run_that_never_took_a_step_is_begun_anew_and_says_so(run):
+    run.append("eval", {"step": 0})
+    run.close()
+    with RunFolder.create(run.path, CONFIG) as again:
+        (note,) = again.notes
+        assert "before its first step" in note
+        assert again.records("eval") == []
+        again.append("train", {"step": 1})
+    for mark in ("metrics.jsonl", "checkpoints/step-000001/x", "student/x"):
+        with pytest.raises(ConfigError, match=r"already holds a run.*--overwrite"):
+            RunFolder.check_new(run.path)
+        (run.path / "metrics.jsonl").unlink(missing_ok=True)
+        for folder in ("checkpoints", "student"):
+            shutil.rmtree(run.path / folder, ignore_errors=True)
+        RunFolder.check_new(run.path)
+        (run.path / mark).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / mark).write_text('{"kind": "train", "step": 1}\n')
+
+
+@pytest.mark.parametrize(
+    "held", [("config.yaml", "student/x"), ("environment.json", "plots/x"), ("thesis.tex",)]
+)
+def test_what_is_no_run_is_not_overwritten(tmp_path, held):
+    for name in held:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty, it holds"):
+        RunFolder.create(tmp_path, CONFIG, overwrite=True)
+    assert all((tmp_path / name).read_text() == "mine" for name in held)
+
+
+def test_a_run_under_way_elsewhere_is_not_overwritten(run):
+    run.append("train", {"step": 1})
+    with pytest.raises(CheckpointError, match="another process"):
+        RunFolder.create(run.path, CONFIG, overwrite=True)
+    assert run.records("train")
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+def test_a_folder_that_is_gone_is_one_line_and_nothing_is_written_elsewhere(run, tmp_path, how):
+    run.append("train", {"step": 1})
+    if how == "removed":
+        shutil.rmtree(run.path)
+    else:
+        run.path.rename(tmp_path / "moved")
+    if how == "replaced":
+        run.path.mkdir()
+    for act in (lambda: run.append("train", {"step": 2}), run.sync, run.check_place):
+        with pytest.raises(CheckpointError, match="was moved or removed"):
+            act()
+    with pytest.raises(CheckpointError) if how != "replaced" else contextlib.nullcontext():
+        save_checkpoint(run.checkpoints, 2, lambda folder: (folder / "x").write_text("x") and None, 1)
+    assert run.path.exists() == (how == "replaced")
+    if how != "removed":
+        assert (tmp_path / "moved" / "metrics.jsonl").read_bytes().count(b"\n") == 1
+
+
+SPOILED = {
+    "a list": lambda file: file.write_text("[]"),
+    "a number": lambda file: file.write_text("7"),
+    "nothing": lambda file: file.write_text(""),
+    "no JSON": lambda file: file.write_text("{"),
+    "deep": lambda file: file.write_text("[" * 100_000),
+    "wrong inside": lambda file: file.write_text(
+        '{"versions": [], "resumed": {}, "student": 3, "devices": 1, "kind": 1}'
+    ),
+    "bytes": lambda file: file.write_bytes(b"\xff\x00"),
+    "a folder": lambda file: file.mkdir(),
+    "a pipe": lambda file: os.mkfifo(file),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "inputs.json", "metrics.jsonl", ".lock"])
+def test_a_broken_file_is_one_line(run, name, how):
+    run.append("train", {"step": 1})
+    run.close()
+    (run.path / name).unlink()
+    SPOILED[how](run.path / name)
+    before = sorted(path.name for path in run.path.iterdir())
+    told = name
+    try:
+        with RunFolder.resume(run.path, CONFIG, INPUTS) as again:
+            again.rewind(1)
+            again.append("train", {"step": 2})
+            assert again.records("train")
+    except GoldError as error:
+        told = str(error)
+    else:
+        assert name in (".lock", "metrics.jsonl")
+    assert "\n" not in told
+    assert name in told or name in ("config.yaml", ".lock")
+    assert sorted(path.name for path in run.path.iterdir() if path.name[:4] != ".tmp") == before
+
+
 # -- resuming --
 
 
@@ -292,12 +416,121 @@ def test_a_changed_configuration_names_every_key_with_both_values(run):
     changed["student"].pop("dtype")
     with pytest.raises(ConfigError) as caught:
         RunFolder.resume(run.path, changed)
-    assert str(caught.value) == (
-        f"{run.path} was started with another configuration: "
-        'student.dtype was "float32", is not set; objectives[0].support was "bytes", is "shared"; '
-        'optimizer.lr was 1e-05, is 2e-05; objectives[1].name was not set, is "sft"; '
-        "resume with the old values, or give a new output"
-    )
+    for line in (
+        'student.dtype was "float32", is not set',
+        'objectives[0].support was "bytes", is "shared"',
+        "optimizer.lr was 1e-05, is 2e-05",
+        'objectives[1].name was not set, is "sft"',
+    ):
+        assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert RunFolder.open(run.path).config == json.loads(json.dumps(CONFIG))
+    with RunFolder.resume(run.path, changed, allow_changed=True) as again:
+        assert "optimizer.lr was 1e-05, is 2e-05" in again.notes
+    assert RunFolder.open(run.path).config == json.loads(json.dumps(changed))
+    (resumed,) = json.loads((run.path / "environment.json").read_text())["resumed"]
+    assert "optimizer.lr was 1e-05, is 2e-05" in resumed["changed"]
+
+
+FULL = {
+    "student": {"path": "s", "device": "cpu"},
+    "teacher": {"path": "t", "device": "auto", "served": {"url": "u", "top_k": 5}, "cache": {"path": "c"}},
+    "data": {"prompts": "p.jsonl"},
+    "rollout": {"batch": 8, "max_new_tokens": 10, "temperature": 1.0},
+    "optimizer": {"lr": 1e-5},
+    "train": {"steps": 10, "seed": 0, "checkpoint_every": 5, "sequences_per_forward": 8, "precision": "no"},
+    "evaluate": {"every": 50, "prompts": 8},
+    "output": "o",
+}
+INPUTS = {
+    "student": {"from": "s", "digests": {"model.safetensors": "1"}},
+    "teacher": {"from": "t", "digests": {"model.safetensors": "2"}},
+    "training prompts": {"from": "p.jsonl", "digests": {"prompts": "3"}},
+}
+
+
+def changed_at(tree: dict, key: str, value: object) -> dict:
+    copy = json.loads(json.dumps(tree))
+    *above, last = key.split(".")
+    place = copy
+    for part in above:
+        place = place[part]
+    place[last] = value
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("output", "elsewhere", "free"),
+        ("teacher.served.url", "v", "free"),
+        ("teacher.cache.path", "d", "free"),
+        ("train.steps", 20, "noted"),
+        ("train.checkpoint_every", 9, "noted"),
+        ("train.sequences_per_forward", 4, "noted"),
+        ("rollout.batch", 4, "noted"),
+        ("evaluate.every", 5, "noted"),
+        ("evaluate.prompts", 4, "noted"),
+        ("student.device", "cuda", "noted"),
+        ("teacher.device", "cpu", "noted"),
+        ("student.path", "moved", "noted"),  # its files are compared
+        ("teacher.path", "moved", "noted"),
+        ("data.prompts", "moved.jsonl", "noted"),
+        ("teacher.served.top_k", 3, "refused"),
+        ("rollout.max_new_tokens", 5, "refused"),
+        ("rollout.temperature", 0.5, "refused"),
+        ("optimizer.lr", 1e-4, "refused"),
+        ("train.seed", 1, "refused"),
+        ("train.precision", "bf16", "refused"),
+    ],
+)
+def test_what_may_change_at_a_resumption_is_noted_and_kept(tmp_path, key, value, kind):
+    RunFolder.create(tmp_path / "run", FULL, inputs=INPUTS).close()
+    new = changed_at(FULL, key, value)
+    if kind == "refused":
+        with pytest.raises(ConfigError, match=f"{key} was .*--allow-changed"):
+            RunFolder.check_resume(tmp_path / "run", new, INPUTS)
+    RunFolder.check_resume(tmp_path / "run", new, INPUTS, allow_changed=True)
+    with RunFolder.resume(tmp_path / "run", new, INPUTS, allow_changed=kind == "refused") as run:
+        assert [note.split(" ")[0] for note in run.notes] == ([] if kind == "free" else [key])
+    (resumed,) = json.loads((run.path / "environment.json").read_text())["resumed"]
+    assert ("changed" in resumed) == (kind != "free")
+    RunFolder.check_resume(tmp_path / "run", new, INPUTS)  # which is now the run's own
+    assert RunFolder.open(tmp_path / "run").config == new
+
+
+def test_another_place_of_an_input_that_nobody_knows_is_another_input(tmp_path):
+    RunFolder.create(tmp_path / "run", FULL, inputs={}).close()
+    with pytest.raises(ConfigError, match=r"student\.path was"):
+        RunFolder.check_resume(tmp_path / "run", changed_at(FULL, "student.path", "moved"), INPUTS)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_an_input_of_other_content_is_refused_by_name_or_kept(tmp_path, name):
+    RunFolder.create(tmp_path / "run", FULL, inputs=INPUTS).close()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    other = json.loads(json.dumps(INPUTS))
+    (part,) = other[name]["digests"]
+    other[name]["digests"] = {part: "x", "new.json": "y"}
+    with pytest.raises(ConfigError) as caught:
+        RunFolder.resume(tmp_path / "run", FULL, other)
+    where = f"{name} {INPUTS[name]['from']}: "
+    assert f"{where}{part} has changed" in str(caught.value)
+    assert f"{where}new.json is new" in str(caught.value)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    with RunFolder.resume(tmp_path / "run", FULL, other, allow_changed=True) as run:
+        assert f"{where}{part} has changed" in run.notes
+    assert json.loads((run.path / "inputs.json").read_text()) == other
+    RunFolder.check_resume(tmp_path / "run", FULL, other)
+
+
+def test_a_run_of_before_inputs_were_kept_says_that_they_are_not_compared(run):
+    run.close()
+    (run.path / "inputs.json").unlink()
+    with RunFolder.resume(run.path, CONFIG, INPUTS) as again:
+        (note,) = again.notes
+    assert "no inputs.json" in note
+    assert json.loads((run.path / "inputs.json").read_text()) == INPUTS
 
 
 JSON = st.recursive(
@@ -314,9 +547,9 @@ JSON = st.recursive(
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from("abc"), JSON), st.dictionaries(st.sampled_from("abc"), JSON))
 def test_two_configurations_have_no_changes_exactly_where_they_are_equal(old, new):
-    assert (config_changes(old, new) == []) == (
-        json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
-    )
+    changes = config_changes(old, new)
+    assert (changes == []) == (json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True))
+    assert all(change.follows is None and not change.free for change in changes)  # none of these keys may
 
 
 # -- two processes --

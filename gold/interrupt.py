@@ -1,0 +1,53 @@
+"""Signals that end a run: the step under way is finished and kept first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+
+
+class Interrupt:
+    """Notes the first Ctrl-C, SIGTERM or SIGHUP in `caught`, so that a step is finished and kept; a second one ends
+    the program at once, and a third is the system's.
+
+    A signal that the process was started to ignore, as under `nohup`, stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.caught = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in NAMES:
+            before = signal.getsignal(number)
+            # Only the main thread may set handlers; elsewhere signals stay with whoever runs the thread.
+            with contextlib.suppress(ValueError):
+                if before is not signal.SIG_IGN and before is not None:
+                    signal.signal(number, self._catch)
+                    self._before[number] = before
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if self.caught:
+            for each in self._before:
+                signal.signal(each, signal.SIG_DFL)
+            raise ended_by(number)
+        self.caught = number
+        # Streams may be in use where the signal arrives; the descriptor takes a line, if somebody still reads it.
+        line = f"gold: {NAMES[signal.Signals(number)]}: this step is finished and kept first; again, and nothing is\n"
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode())
+
+
+def ended_by(number: int) -> BaseException:
+    """What ends a program as a signal would: KeyboardInterrupt, or an exit code of 128 and the signal's number."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
