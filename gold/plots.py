@@ -147,7 +147,12 @@ def _points(records: Sequence[dict[str, Any]], name: str) -> list[tuple[int, flo
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _words(name: str) -> tuple[str, str]:

@@ -52,7 +52,7 @@ class Command:
         self.process.kill()
         self.wait()
 
-    def wait(self, seconds: float = 120.0) -> int:
+    def wait(self, seconds: float = 900.0) -> int:
         """The exit code; minus the signal's number where a signal ended it."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -73,8 +73,10 @@ def _main(
     import torch
 
     torch.set_num_threads(1)
+    import gold.assembly
     from gold.cli import main
 
+    gold.assembly.plot_run = lambda _: []  # takes longer than the run
     sys.argv = ["gold", *words]
     if before is not None:
         before()
@@ -88,7 +90,7 @@ def _read(file: Path) -> str:
 def die_at(target: str, call: int = 1, after: bool = False) -> None:
     """From now on this process kills itself when ``module:name.of.function`` is called for the ``call``-th time, before
     or after the function has done its work."""
-    owner, name = _find(target)
+    owner, name = find(target)
     real = getattr(owner, name)
     calls = 0
 
@@ -105,9 +107,25 @@ def die_at(target: str, call: int = 1, after: bool = False) -> None:
     setattr(owner, name, dying)
 
 
+def signal_at(target: str, call: int, number: int) -> None:
+    """From now on a signal reaches this process when ``module:name.of.function`` is called for the ``call``-th time."""
+    owner, name = find(target)
+    real = getattr(owner, name)
+    calls = 0
+
+    def signalled(*arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
+        return real(*arguments, **options)
+
+    setattr(owner, name, signalled)
+
+
 def fail_at(target: str, call: int = 1) -> None:
     """From now on the ``call``-th and later calls of ``module:name.of.function`` find the disk full."""
-    owner, name = _find(target)
+    owner, name = find(target)
     real = getattr(owner, name)
     calls = 0
 
@@ -121,7 +139,8 @@ def fail_at(target: str, call: int = 1) -> None:
     setattr(owner, name, failing)
 
 
-def _find(target: str) -> tuple[object, str]:
+def find(target: str) -> tuple[object, str]:
+    """The owner and the name of ``module:name.of.function``."""
     module, _, path = target.partition(":")
     owner: object = importlib.import_module(module)
     *above, name = path.split(".")

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and resumed ends as if nothing had happened."""
+"""A run that is ended at any moment and resumed ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_models as tiny
-from processes_for_tests import Command, die_at
+import torch
+from processes_for_tests import Command, die_at, find
+
+import gold.assembly
+from gold.cli import main
+from gold.config import Config
+from gold.models import load_model, save_model
 
 TIMED = ("_s", "tokens_per_s")
+STEPS = 4
 
 
 def records(run: Path, name: str) -> list[dict[str, Any]]:
@@ -36,6 +43,7 @@ def assert_same(run: Path, whole: Path) -> None:
     assert records(run, "samples.jsonl") == records(whole, "samples.jsonl")
     assert weights(run) == weights(whole)
     assert checkpoints(run) == checkpoints(whole)
+    assert not [path for path in run.rglob("*") if path.name.startswith((".tmp", ".old"))]
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -51,145 +59,139 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "unused",
         objectives=[{"name": "reverse_kl"}, {"name": "sft", "weight": 0.3}],
         rollout__on_policy=0.8,
+        train__steps=STEPS,
+        train__keep_last=1,
+        evaluate__prompts=2,
     )
     tiny.write_settings(folder / "run.yaml", settings)
     return folder
 
 
+Gold = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def train(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Gold:
+    """Runs `gold train` in this process into `tmp_path/run`; gives exit code, stdout and stderr."""
+    monkeypatch.setattr(gold.assembly, "plot_run", lambda _: [])  # takes longer than the run
+    return partial(_train, pair / "run.yaml", tmp_path / "run", monkeypatch, capsys)
+
+
+def _train(
+    file: Path,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *arguments: str,
+) -> SimpleNamespace:
+    monkeypatch.setattr("sys.argv", ["gold", "train", str(file), f"output={run}", *arguments])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    return SimpleNamespace(code=ended.value.code or 0, out=printed.out, err=printed.err)
+
+
+# Kills
+
+
+MOMENTS: dict[str, tuple[str, int, bool]] = {
+    "in the middle of the first evaluation's lines": ("gold.run:RunFolder.append", 2, False),
+    "in the second step's rollouts, before any checkpoint": ("gold.loop:sample", 2, False),
+    "in the first checkpoint, half-written": ("gold.loop:save_model", 1, True),
+    "in the update of step 3": ("torch.optim:AdamW.step", 3, False),
+    "in the evaluation of step 3": ("gold.loop:evaluate", 2, False),
+    "in the second checkpoint, before its manifest": ("gold.checkpoint:_seal", 2, False),
+    "in the second checkpoint, before it is in place": ("gold.checkpoint:_put_in_place", 2, False),
+    "in the second checkpoint, in place, before the older one goes": ("gold.checkpoint:prune", 2, False),
+    "in the lines of the last evaluation": ("gold.run:RunFolder.append", 11, True),
+    "while the student is saved": ("gold.train:save_model", 1, True),
+}
+QUICK = {
+    "in the first checkpoint, half-written",
+    "in the evaluation of step 3",
+    "in the second checkpoint, in place, before the older one goes",
+    "while the student is saved",
+}
+
+
 @pytest.fixture(scope="module")
-def whole(pair: Path) -> Path:
-    """A run that nobody interrupted."""
+def whole(pair: Path) -> Iterator[Path]:
+    """A run that nobody interrupted; beside it `moments`, copies of its folder as a kill at each would leave it."""
     run = pair / "whole"
-    command = Command(pair / "printed", "train", pair / "run.yaml", f"output={run}")
-    assert command.wait() == 0, command.err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gold.assembly, "plot_run", lambda _: [])
+        for moment, (target, call, after) in MOMENTS.items():
+            owner, name = find(target)
+            copy = partial(shutil.copytree, run, pair / "moments" / moment)
+            patch.setattr(owner, name, _copying(getattr(owner, name), copy, call, after))
+        gold.assembly.train(Config.load(pair / "run.yaml", [f"output={run}"]))
+    assert sorted(path.name for path in (pair / "moments").iterdir()) == sorted(MOMENTS)
     return run
+
+
+def _copying(real: Any, copy: Callable[[], Any], call: int, after: bool) -> Any:
+    calls = 0
+
+    def copying(*arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        mine = calls == call
+        if mine and not after:
+            copy()
+        result = real(*arguments, **options)
+        if mine and after:
+            copy()
+        return result
+
+    return copying
 
 
 def test_an_uninterrupted_run_holds_what_it_should(whole: Path) -> None:
     lines = records(whole, "metrics.jsonl")
-    assert [line["step"] for line in lines if line["kind"] == "train"] == [*range(1, 9)]
-    assert [line["step"] for line in lines if line["kind"] == "eval"] == [0, 3, 6, 8]
-    assert [line["step"] for line in records(whole, "samples.jsonl")] == [0, 0, 3, 3, 6, 6, 8, 8]
-    assert checkpoints(whole) == ["step-000006", "step-000008"]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [*range(1, STEPS + 1)]
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [0, 3, 4]
+    assert [line["step"] for line in records(whole, "samples.jsonl")] == [0, 0, 3, 3, 4, 4]
+    assert checkpoints(whole) == ["step-000004"]
     # Both kinds of sequences are in it, so that both must come again.
     assert any("sft" in line for line in lines)
     assert any("stop_rate" in line for line in lines if line["kind"] == "train")
 
 
-MOMENTS = {
-    "in the middle of the first evaluation's lines": ("gold.run:RunFolder.append", 2),
-    "in the second step's rollouts, before any checkpoint": ("gold.loop:sample", 2),
-    "in the first checkpoint, half-written": ("gold.loop:save_model", 1, True),
-    "in the update of step 3": ("torch.optim:AdamW.step", 1),
-    "in the evaluation of step 3": ("gold.loop:evaluate", 1),
-    "in the second checkpoint, before its manifest": ("gold.checkpoint:_seal", 1),
-    "in the second checkpoint, before it is in place": ("gold.checkpoint:_put_in_place", 1),
-    "in the third checkpoint, in place, before older ones go": ("gold.checkpoint:prune", 2),
-    "in the lines of the last evaluation": ("gold.run:RunFolder.append", 4, True),
-    "while the student is saved": ("gold.train:save_model", 1, True),
-}
+@pytest.mark.parametrize(
+    "moment",
+    [moment if moment in QUICK else pytest.param(moment, marks=pytest.mark.slow) for moment in MOMENTS],
+)
+def test_killed_at_any_moment_it_ends_the_same(
+    pair: Path, whole: Path, tmp_path: Path, train: Gold, moment: str
+) -> None:
+    shutil.copytree(pair / "moments" / moment, tmp_path / "run")
+    done = train("--resume")
+    assert done.code == 0, done.err
+    assert_same(tmp_path / "run", whole)
 
 
-def test_killed_at_every_moment_it_ends_the_same(pair: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_the_same(pair: Path, whole: Path, tmp_path: Path) -> None:
+    """Real processes, each of which dies further on."""
     run, resume = tmp_path / "run", []
-    for moment, point in MOMENTS.items():
+    chain = [
+        *list(MOMENTS.values())[:3],
+        ("torch.optim:AdamW.step", 1, False),
+        ("gold.checkpoint:prune", 1, False),
+    ]
+    for number, point in enumerate(chain):
         command = Command(
-            tmp_path / "printed" / moment,
+            tmp_path / f"printed {number}",
             "train", pair / "run.yaml", f"output={run}", *resume,
             before=partial(die_at, *point),
         )  # fmt: skip
-        assert command.wait() == -signal.SIGKILL, f"{moment}: {command.out}{command.err}"
+        assert command.wait() == -signal.SIGKILL, f"{point}: {command.out}{command.err}"
         resume = ["--resume"]
-    last = Command(tmp_path / "printed" / "last", "train", pair / "run.yaml", f"output={run}", "--resume")
+    last = Command(tmp_path / "printed", "train", pair / "run.yaml", f"output={run}", "--resume")
     assert last.wait() == 0, last.err
-    assert_same(run, whole)
-    assert not [path for path in run.rglob("*") if path.name.startswith((".tmp", ".old"))]
-
-
-def test_killed_after_its_last_checkpoint_it_removes_the_older_ones(
-    pair: Path, whole: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    arguments = "train", pair / "run.yaml", f"output={run}"
-    saves = 8 // 2
-    dying = partial(die_at, "gold.checkpoint:prune", saves - 1)
-    assert Command(tmp_path / "1", *arguments, before=dying).wait() == -signal.SIGKILL
-    assert checkpoints(run) != checkpoints(whole)
-    assert Command(tmp_path / "2", *arguments, "--resume").wait() == 0
-    assert_same(run, whole)
-
-
-def test_a_truncated_checkpoint_is_skipped_and_said_so(pair: Path, whole: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    broken = run / "checkpoints" / "step-000008" / "student" / "model.safetensors"
-    broken.write_bytes(broken.read_bytes()[:-100])
-    command = Command(tmp_path / "printed", "train", pair / "run.yaml", f"output={run}", "--resume")
-    assert command.wait() == 0, command.err
-    (skipped,) = [line for line in command.out.splitlines() if "skipped" in line]
-    assert "step 8" in skipped
-    assert "model.safetensors has" in skipped
-    assert "resumed after step 6" in command.out
-    assert_same(run, whole)
-
-
-def test_to_resume_a_finished_run_changes_nothing(pair: Path, whole: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    command = Command(tmp_path / "printed", "train", pair / "run.yaml", f"output={run}", "--resume")
-    assert command.wait() == 0, command.err
-    assert "resumed after step 8" in command.out
-    assert_same(run, whole)
-
-
-def test_a_changed_configuration_is_refused_key_by_key(pair: Path, whole: Path, tmp_path: Path) -> None:
-    before = (whole / "metrics.jsonl").read_bytes()
-    changes = ["train.steps=9", "objectives.1.weight=0.5"]
-    command = Command(
-        tmp_path, "train", pair / "run.yaml", f"output={whole}", *changes, "--resume"
-    )  # fmt: skip
-    assert command.wait() == 1
-    (line,) = command.err.splitlines()
-    assert "train.steps was 8, is 9" in line
-    assert "objectives[1].weight was 0.3, is 0.5" in line
-    assert (whole / "metrics.jsonl").read_bytes() == before
-
-
-def test_an_existing_run_is_not_begun_again(pair: Path, whole: Path, tmp_path: Path) -> None:
-    before = weights(whole)
-    command = Command(tmp_path, "train", pair / "run.yaml", f"output={whole}")
-    assert command.wait() == 1
-    (line,) = command.err.splitlines()
-    assert "already holds a run; resume it (--resume)" in line
-    assert weights(whole) == before
-
-
-def test_ctrl_c_keeps_a_checkpoint_and_exits_130(pair: Path, whole: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    # A process group of its own, as a terminal's Ctrl-C reaches one.
-    with subprocess.Popen(
-        [sys.executable, "-m", "gold", "train", str(pair / "run.yaml"), f"output={run}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1"},  # as the other runs: sums in another order have other last bits
-    ) as process:
-        metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
-        while not metrics.exists() or b'"train"' not in metrics.read_bytes():
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert [line.partition(":")[0] for line in err.splitlines()] == ["gold", "interrupted"]
-    step = max(line["step"] for line in records(run, "metrics.jsonl"))
-    assert f"interrupted after step {step}; its checkpoint is kept, resume the run with --resume" in out
-    assert checkpoints(run)[-1] == f"step-{step:06d}"
-    command = Command(tmp_path / "printed", "train", pair / "run.yaml", f"output={run}", "--resume")
-    assert command.wait() == 0, command.err
     assert_same(run, whole)
 
 
@@ -218,10 +220,169 @@ def test_killed_at_random_moments_it_ends_the_same(
             "train", pair / "run.yaml", "train.steps=30", f"output={run}", *resume,
         )  # fmt: skip
         # Longer and longer, so that it ends.
-        time.sleep(moments.uniform(0.3, 1.2 + 0.1 * tries))
+        time.sleep(moments.uniform(0.3, 1.2 + 0.3 * tries))
         command.process.kill()
         code = command.wait()
         assert code in (0, -signal.SIGKILL), command.err
         tries += 1
-    assert tries > 3
     assert_same(run, longer)
+
+
+# Signals
+
+
+@pytest.fixture
+def _own_signals() -> Iterator[None]:
+    """Whoever started the tests may have had them ignore signals."""
+    given = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in given.items()}
+    yield
+    assert {number: signal.getsignal(number) for number in given} == given
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, target: str, call: int, *numbers: int) -> None:
+    """Has signals reach this process when a function is called for the ``call``-th time."""
+    owner, name = find(target)
+    send = partial(_send, numbers)
+    monkeypatch.setattr(owner, name, _copying(getattr(owner, name), send, call, False))
+
+
+def _send(numbers: tuple[int, ...]) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.usefixtures("_own_signals")
+@pytest.mark.parametrize(
+    ("number", "code", "target", "call", "step"),
+    [
+        (signal.SIGTERM, 143, "gold.loop:sample", 3, 3),
+        (signal.SIGHUP, 129, "gold.loop:evaluate", 2, 3),
+        (signal.SIGINT, 130, "gold.checkpoint:_seal", 1, 3),  # of step 2: noted once it is saved
+    ],
+)
+def test_a_signal_keeps_a_checkpoint_and_the_run_goes_on_the_same(
+    whole: Path, tmp_path: Path, train: Gold, number: int, code: int, target: str, call: int, step: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        signalled(patch, target, call, number)
+        done = train()
+    assert done.code == code, done.err
+    assert "Traceback" not in done.err
+    assert f"interrupted after step {step}; its checkpoint is kept" in done.out
+    assert checkpoints(tmp_path / "run") == [f"step-{step:06d}"]
+    assert train("--resume").code == 0
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.usefixtures("_own_signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(tmp_path: Path, train: Gold, number: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        signalled(patch, "gold.loop:sample", 1, number, number)
+        assert train().code == 128 + number
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert [line["step"] for line in records(tmp_path / "run", "metrics.jsonl")] == [0]
+
+
+# What there is to resume
+
+
+def test_a_truncated_checkpoint_is_skipped_and_said_so(
+    pair: Path, whole: Path, tmp_path: Path, train: Gold
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(pair / "moments" / "in the second checkpoint, in place, before the older one goes", run)
+    broken = run / "checkpoints" / "step-000004" / "student" / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    done = train("--resume")
+    assert done.code == 0, done.err
+    (skipped,) = [line for line in done.out.splitlines() if "skipped" in line]
+    assert "step 4" in skipped
+    assert "model.safetensors has" in skipped
+    assert "resumed after step 2" in done.out
+    assert_same(run, whole)
+
+
+def test_to_resume_a_finished_run_is_one_line_and_loads_nothing(
+    whole: Path, tmp_path: Path, train: Gold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    monkeypatch.setattr(gold.assembly, "load_model", None)
+    monkeypatch.setattr(gold.assembly, "load_data", None)
+    done = train("--resume")
+    assert (done.code, done.err, len(done.out.splitlines())) == (0, "", 1)
+    assert "ended after step 4" in done.out
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_goes_on_to_more_steps_and_says_so(whole: Path, tmp_path: Path, train: Gold) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    done = train("--resume", "train.steps=5", "train.keep_last=2", "evaluate.every=100")
+    assert done.code == 0, done.err
+    assert "note: train.steps was 4, is 5" in done.out
+    assert checkpoints(run) == ["step-000004", "step-000005"]
+    assert weights(run) != weights(whole)
+    assert "steps: 5" in (run / "config.yaml").read_text()
+    assert "train.steps was 4, is 5" in (run / "environment.json").read_text()
+    done = train("--resume", "train.steps=3")
+    assert (done.code, len(done.err.splitlines())) == (1, 1)
+    assert "is of step 5, and train.steps is 3" in done.err
+
+
+def spoil_teacher(pair: Path) -> None:
+    model = load_model(pair / "teacher")
+    with torch.no_grad():
+        model.lm.model.norm.weight[3] += 1.0
+    save_model(model, pair / "teacher")
+
+
+def spoil_template(pair: Path) -> None:
+    (pair / "student" / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def spoil_prompts(pair: Path) -> None:
+    tiny.write_prompts(pair / "prompts.jsonl", tiny.prompts(30, seed=6))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (spoil_teacher, "model.safetensors (weights) has changed"),
+        (spoil_template, "chat_template.jinja (chat template) is new"),
+        (spoil_prompts, "prompts.jsonl: prompts has changed"),
+    ],
+)
+def test_what_was_replaced_between_stop_and_resumption_is_named_and_refused(
+    pair: Path, tmp_path: Path, train: Gold, monkeypatch: pytest.MonkeyPatch, spoil: Any, told: str
+) -> None:
+    for name in ("student", "teacher"):
+        shutil.copytree(pair / name, tmp_path / name)
+    file = tiny.write_prompts(tmp_path / "prompts.jsonl", tiny.prompts(30))
+    settings = tiny.run_settings(
+        tmp_path, tmp_path / "run", data={"prompts": str(file), "heldout_share": 0.3}, train__steps=1,
+        evaluate__every=100, evaluate__prompts=1,
+    )  # fmt: skip
+    path = tiny.write_settings(tmp_path / "run.yaml", settings)
+    train = partial(_train, path, tmp_path / "run", monkeypatch, train.args[3])  # type: ignore[attr-defined]
+    assert train().code == 0
+    spoil(tmp_path)
+    loaded: list[object] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(gold.assembly, "load_model", loaded.append)
+        done = train("--resume", "train.steps=2")
+    assert (done.code, len(done.err.splitlines()), loaded) == (1, 1, [])
+    assert told in done.err
+    done = train("--resume", "train.steps=2", "--allow-changed")
+    assert done.code == 0, done.err
+    assert told in done.out
+    assert told in json.loads((tmp_path / "run" / "environment.json").read_text())["resumed"][0]["changed"][1]
+    assert train("--resume", "train.steps=2").code == 0
