@@ -38,7 +38,7 @@ from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
 from gold.teachers.several import Teachers, averages_of, check_routes
-from gold.train import Run, Saving, check_end, check_output, distill
+from gold.train import Run, Saving, check_output, distill
 
 if TYPE_CHECKING:
     from gold.config import StudentConfig
@@ -203,20 +203,6 @@ def inputs_of(config: Config, data: RunData, known: Inputs | None = None) -> dic
         if name not in found and (digests := of_files(_path(model), model.gguf_file, weights=not apart)):
             found[name] = digests
     return found
-
-
-def ended(config: Config) -> str | None:
-    """What there is to say of a run that has ended, and that to resume would not change; None of any other.
-
-    Raises:
-        CheckpointError: no run is there, or its files cannot be read.
-        TrainingError: its last steps were not applied.
-    """
-    last = RunFolder.end(config.output, config.to_dict(), config.train.steps)
-    if last is None:
-        return None
-    check_end(last)
-    return f"the run in {config.output} ended after step {last['step']}: there is nothing to resume"
 
 
 def _draw(output: Path, progress: Progress | None) -> None:

@@ -281,14 +281,16 @@ def train(
         from gold.config import Config
 
         settings = Config.load(config, overrides or [])
-        from gold.assembly import ended
+        if resume:
+            from gold.run import ended
+
+            if said := ended(settings.output, settings.to_dict(), settings.train.steps):
+                if os.environ.get("RANK", "0") == "0":  # one of several processes tells
+                    terminal.show(said)
+                return
         from gold.assembly import train as run
         from gold.progress import for_terminal
 
-        if resume and (said := ended(settings)):
-            if os.environ.get("RANK", "0") == "0":  # one of several processes tells
-                terminal.show(said)
-            return
         run(
             settings,
             resume=resume,

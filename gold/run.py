@@ -41,7 +41,7 @@ from gold.changes import (
     told,
 )
 from gold.checkpoint import newest_step
-from gold.errors import CheckpointError, ConfigError, DataError
+from gold.errors import CheckpointError, ConfigError, DataError, TrainingError
 from gold.files import json_value, read_bytes, read_json, read_text
 
 FILE_OF_KIND = {"train": "metrics.jsonl", "eval": "metrics.jsonl", "sample": "samples.jsonl"}
@@ -139,22 +139,6 @@ class RunFolder:
             CheckpointError: no run is there, or its files cannot be read.
         """
         cls.open(path)._changes(config, inputs or {}, allow_changed)
-
-    @classmethod
-    def end(cls, path: str | Path, config: Mapping[str, Any], steps: int) -> dict[str, Any] | None:
-        """The record of the last step, where the run in the folder has ended after as many steps and its student is
-        saved, and to resume it with this configuration would change nothing; else None.
-
-        Raises:
-            CheckpointError: no run is there, or its files cannot be read.
-        """
-        run = cls.open(path)
-        if refused(config_changes(run.config, config, run._inputs())):
-            return None
-        if not (run.path / "student" / "config.json").is_file() or newest_step(run.checkpoints) != steps:
-            return None
-        last = run.records("train")[-1:]
-        return last[0] if last and last[0]["step"] == steps else None
 
     @classmethod
     def create(
@@ -475,6 +459,40 @@ class RunFolder:
         for stream in self._streams.values():
             os.close(stream)
         self._streams.clear()
+
+
+def ended(path: str | Path, config: Mapping[str, Any], steps: int) -> str | None:
+    """What there is to say of a run that has ended after as many steps, its student saved, and that to resume with this
+    configuration would not change; None of any other.
+
+    Raises:
+        CheckpointError: the run's files cannot be read.
+        TrainingError: its last steps were not applied.
+    """
+    if not (Path(path) / "student" / "config.json").is_file() or not _holds_run(Path(path)):
+        return None
+    run = RunFolder.open(path)
+    if refused(config_changes(run.config, config, run._inputs())) or newest_step(run.checkpoints) != steps:
+        return None
+    last = run.records("train")[-1:]
+    if not last or last[0]["step"] != steps:
+        return None
+    check_end(last[0])
+    return f"the run in {path} ended after step {steps}: there is nothing to resume"
+
+
+def check_end(record: Mapping[str, Any]) -> None:
+    """Nothing, where the last step of a run that has ended, of which this is the record, was applied.
+
+    Raises:
+        TrainingError: it was not, nor were those before it that are counted with it.
+    """
+    if bad := record.get("bad_steps"):
+        raise TrainingError(
+            f"step {record['step']}: the run has ended, but its last {bad} step(s) had a NaN or infinite loss or "
+            "gradient and were not applied; the student is that of the steps before: train it anew with a lower "
+            "optimizer.lr, or use it as it is"
+        )
 
 
 def refuse_model_folder(path: str | Path) -> None:

@@ -29,7 +29,7 @@ from gold.progress import Lasting, Progress, Quiet, Silent
 from gold.reading import read
 from gold.recipe import Recipe
 from gold.rollout import completed, encode_prompt
-from gold.run import RunFolder
+from gold.run import RunFolder, check_end
 from gold.teachers.cached import CachedTeacher, UnaskedTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
@@ -244,20 +244,6 @@ def distill(
         accelerator.wait_for_everyone()
         check_end({"step": loop.step, "bad_steps": loop.bad_steps})
     return run
-
-
-def check_end(record: Mapping[str, Any]) -> None:
-    """Nothing, where the last step of a run that has ended, of which this is the record, was applied.
-
-    Raises:
-        TrainingError: it was not, nor were those before it that are counted with it.
-    """
-    if bad := record.get("bad_steps"):
-        raise TrainingError(
-            f"step {record['step']}: the run has ended, but its last {bad} step(s) had a NaN or infinite loss or "
-            "gradient and were not applied; the student is that of the steps before: train it anew with a lower "
-            "optimizer.lr, or use it as it is"
-        )
 
 
 def check_output(saving: Saving, settings: Mapping[str, Any], inputs: Inputs) -> None:
