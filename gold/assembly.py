@@ -154,11 +154,11 @@ def train(
     saving = Saving(
         output,
         resume,
-        overwrite,
-        allow_changed,
         config.evaluate.every,
         config.train.checkpoint_every,
         config.train.keep_last,
+        overwrite,
+        allow_changed,
     )
     check_output(saving, config.to_dict(), {})  # before anything is read
     data = load_data(config)

@@ -281,7 +281,7 @@ def train(
         from gold.config import Config
 
         settings = Config.load(config, overrides or [])
-        if resume:
+        if resume and not overwrite:
             from gold.run import ended
 
             if said := ended(settings.output, settings.to_dict(), settings.train.steps):

@@ -47,11 +47,11 @@ class Saving:
 
     output: Path | None = None
     resume: bool = False
-    overwrite: bool = False
-    allow_changed: bool = False
     evaluate_every: int = 50
     checkpoint_every: int = 50
     keep_last: int = 2
+    overwrite: bool = False
+    allow_changed: bool = False
 
 
 @dataclass

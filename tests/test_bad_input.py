@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -24,9 +25,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import gold.assembly
+import gold.checkpoint
 import gold.loop
+import gold.progress
 import gold.train
+from gold.checkpoint import Checkpoint
 from gold.cli import main
+from gold.errors import CheckpointError
 from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
 
 Files = dict[str, bytes]
@@ -277,12 +282,23 @@ def test_an_output_inside_a_model_folder(bench: Bench, where: str) -> None:
 def test_a_run_folder_that_is_in_use(bench: Bench) -> None:
     assert bench.gold("train").code == 0
     before = contents(bench.run)
-    assert "already holds a run; resume it (--resume) or give another folder" in bench.refused()
+    assert "already holds a run; resume it (--resume)" in bench.refused()
     line = bench.refused("--resume", "optimizer.lr=0.5", "rollout.per_prompt=3")
     assert "optimizer.lr was 0.003, is 0.5" in line
     assert "rollout.per_prompt was 2, is 3" in line
     assert not bench.loaded
     assert contents(bench.run) == before
+
+
+def test_a_run_that_is_overwritten(bench: Bench) -> None:
+    assert bench.gold("train").code == 0
+    (bench.run / "notes.txt").write_text("mine")
+    assert "give one of them" in bench.refused("--overwrite", "--resume")
+    assert "give --resume too" in bench.refused("--allow-changed", "--overwrite")
+    done = bench.gold("train", "--overwrite", "train.steps=1")
+    assert (done.code, "it is begun anew" in done.out) == (0, True)
+    assert [path.name for path in (bench.run / "checkpoints").iterdir()] == ["step-000001"]
+    assert (bench.run / "notes.txt").read_text() == "mine"
 
 
 def test_nothing_to_resume(bench: Bench) -> None:
@@ -342,6 +358,67 @@ def test_a_truncated_checkpoint(bench: Bench) -> None:
     for step in ("step-000001", "step-000002"):
         os.truncate(bench.run / "checkpoints" / step / "student" / "model.safetensors", 100)
     assert "no whole checkpoint in" in bench.refused("--resume")
+
+
+def reseal(checkpoint: Path) -> None:
+    """The manifest as the files are, whatever they hold."""
+    (checkpoint / "manifest.json").unlink()
+    gold.checkpoint._seal(checkpoint, int(checkpoint.name.removeprefix("step-")))
+
+
+def test_a_checkpoint_that_holds_something_else(bench: Bench) -> None:
+    bench.settings["train"].update(steps=1)
+    assert bench.gold("train").code == 0
+    shutil.rmtree(bench.run / "student")
+    (checkpoint,) = (bench.run / "checkpoints").iterdir()
+    whole = contents(checkpoint)
+    moments = torch.load(checkpoint / "optimizer.pt")
+    for entry in moments["state"].values():
+        entry["exp_avg"] = torch.zeros(3)
+    spoiled: list[tuple[str, Callable[[Path], object]]] = [
+        ("state.json", lambda file: file.write_text("[]")),
+        ("optimizer.pt", lambda file: torch.save(moments, file)),  # of another model
+        ("optimizer.pt", lambda file: torch.save(print, file)),  # which is not run
+    ]
+    for name, spoil in spoiled:
+        spoil(checkpoint / name)
+        reseal(checkpoint)
+        assert f"{checkpoint / name} " in bench.refused("--resume")
+        (checkpoint / name).write_bytes(whole[name])
+    reseal(checkpoint)
+    assert bench.gold("train", "--resume").code == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", "{}", '{"step": 1}', '{"step": "1", "bad_steps": 0}', '{"step": 1.0, "bad_steps": 0}', "",
+        '{"step": 2, "bad_steps": 0}', '{"step": 1, "bad_steps": -1}', '{"step": 1, "bad_steps": 9}',
+        '{"step": 1, "bad_steps": null}', f'{{"step": {"9" * 5000}, "bad_steps": 0}}', "[" * 100_000, None,
+    ],
+)  # fmt: skip
+def test_a_state_that_is_none(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "state.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"state\.json ") as caught:
+        gold.loop._read_state(Checkpoint(1, tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_folder_that_is_moved_under_way(bench: Bench) -> None:
+    real, calls = gold.loop.sample, iter(range(100))
+
+    def sample(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 1:
+            bench.run.rename(bench.folder / "moved")
+        return real(*arguments, **options)
+
+    with bench.monkeypatch.context() as patch:
+        patch.setattr(gold.loop, "sample", sample)
+        assert "was moved or removed while the run went on" in bench.refused()
+    assert not bench.run.exists()
+    done = bench.gold("train", "--resume", f"output={bench.folder / 'moved'}")
+    assert (done.code, "resumed after step 1" in done.out) == (0, True)
 
 
 def full(*_: Any, **__: Any) -> Any:
@@ -410,6 +487,26 @@ def test_a_loss_that_is_not_finite(bench: Bench, value: float) -> None:
     assert "the checkpoint of step 4 is kept" in line
     after = load_file(bench.run / "checkpoints" / "step-000004" / "student" / "model.safetensors")
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_loss_that_is_not_finite_at_the_end(bench: Bench) -> None:
+    poisoned = DivergenceRow("reverse_kl", lambda logp, logq: reverse_kl(logp, logq) * math.nan)
+    bench.monkeypatch.setitem(OBJECTIVES, "reverse_kl", poisoned)
+    line = bench.refused()
+    assert "step 2: the run has ended, but its last 2 step(s)" in line
+    assert (bench.run / "student" / "model.safetensors").is_file()
+    assert bench.refused("--resume") == line
+    assert not bench.loaded
+
+
+def test_a_terminal_that_is_closed_under_way(bench: Bench) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    bench.monkeypatch.setattr(gold.progress.terminal, "show", gone)
+    bench.monkeypatch.setattr(gold.progress.terminal, "silence", lambda: None)
+    assert bench.gold("train").code == 0
+    assert (bench.run / "student" / "model.safetensors").is_file()
 
 
 def test_ctrl_c_while_a_step_is_taken(bench: Bench) -> None:
