@@ -15,7 +15,7 @@ from gold.align.chunks import align_tokens
 from gold.align.decomposition import TokenWeights, likeliest_pairs, token_weights
 from gold.align.markers import read_as, shared_markers
 from gold.align.overlap import byte_equal_pairs
-from gold.align.paths import BytePlan, ByteTrie
+from gold.align.paths import BytePlan, ByteTrie, behind_space
 from gold.align.pieces import PiecePlan, PieceReading, Pieces
 from gold.kernels.layout import STOP_EVENT, ByteLayout
 from gold.kernels.linear import SharedEvents
@@ -289,6 +289,23 @@ class AlignedBatch:
         return _ids(positions, self.device), _ids(rows, self.device), _ids(events, self.device)
 
     @cached_property
+    def told_path(self) -> Tensor:
+        """For each event of ``path`` whether the teacher says how likely it is: not inside a stretch that its tokens do
+        not spell exactly, nor a byte that none of them has, nor the stop event of a teacher without stop ids."""
+        position, _, event = (x.to(self.teacher_device) for x in self.path)
+        told = self.layout_T.resolved[position, event]
+        if not self.vocabularies.teacher.stop_ids:
+            told = told & (event != STOP_EVENT)
+        return told.to(self.device)
+
+    @cached_property
+    def told_rows(self) -> Tensor:
+        """The student rows of sampled texts of whose every event the teacher says how likely it is."""
+        untold = torch.zeros_like(self.sampled_row_mask)
+        untold[self.path[1][~self.told_path]] = True
+        return self.sampled_row_mask & ~untold
+
+    @cached_property
     def layout_S(self) -> ByteLayout:
         """The student's byte layout."""
         pair = self.vocabularies
@@ -453,8 +470,8 @@ class AlignedBatch:
 
         A span is a run of chunks up to the next edge where the teacher cuts whatever text comes next, so that its end
         is known when the student reaches it; the stop event ends the last one. What follows the last such edge of a
-        text that did not stop is in no span, nor is a text of a data set: nobody sampled it. Where both vocabularies
-        are one, every row is a span.
+        text that did not stop is in no span, nor is one of which the teacher's tokens do not spell every byte, nor a
+        text of a data set: nobody sampled it. Where both vocabularies are one, every row is a span.
         """
         mine: list[NDArray[np.int64]] = []
         theirs: list[NDArray[np.int64]] = []
@@ -481,10 +498,22 @@ class AlignedBatch:
                 final = int(span_C[-1]) if span_C.size and not ends[-1] else closed
                 span_S, span_T = np.append(span_S, final), np.append(span_T, final)
                 closed = final + 1
-            mine.append(np.where(span_S >= 0, span_S + spans, -1))
-            theirs.append(np.where(span_T >= 0, span_T + spans, -1))
+            untold = np.zeros(closed + 1, np.bool_)  # the last is that of −1
+            untold[span_T[: text.teacher.ids.size][~self._spelled(text.teacher)]] = True
+            untold[-1] = True
+            mine.append(np.where(untold[span_S], -1, span_S + spans))
+            theirs.append(np.where(untold[span_T], -1, span_T + spans))
             spans += closed
         return _ids(mine, self.device), _ids(theirs, self.teacher_device), spans
+
+    def _spelled(self, reading: Spelling) -> NDArray[np.bool_]:
+        """Which tokens of the teacher's reading are the bytes that they stand on; those without width are nothing by
+        themselves, and a space that its tokenizer puts around a text is no fault."""
+        if not reading.repaired_bytes:
+            return np.ones(len(reading), np.bool_)
+        exact, _ = behind_space(self.vocabularies.teacher, reading)
+        spelled: NDArray[np.bool_] = exact | (reading.starts == reading.ends)
+        return spelled
 
 
 def _columns(arrays: object) -> dict[str, NDArray[np.generic]]:

@@ -224,7 +224,7 @@ class BytePlan:
         parts = []
         for text, stop in zip(texts, stopped, strict=True):
             data = np.frombuffer(text.data, dtype=np.uint8)
-            exact, behind_space = _behind_space(vocabulary, text)
+            exact, states = behind_space(vocabulary, text)
             parts.append(
                 _plan_one(
                     trie.low,
@@ -237,13 +237,13 @@ class BytePlan:
                     data,
                     exact,
                     bool(stop),
-                    behind_space,
+                    states,
                 )
             )
         return _join(parts)
 
 
-def _behind_space(vocabulary: SpelledVocabulary, text: SpelledText) -> tuple[Bool, int]:
+def behind_space(vocabulary: SpelledVocabulary, text: SpelledText) -> tuple[Bool, int]:
     """Which tokens spell their stretch of the text, and how many states stand behind the space put before a text.
 
     The first token that is text has that space in surplus, or has none; events may stand before it.

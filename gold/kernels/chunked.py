@@ -56,10 +56,18 @@ def scaled_comparison(
             total, *parts = backend.hybrid_distance(*given, overwrite=block.spares(given[0]))
         else:
             total, *parts = hybrid_of(backend.sorted_l1, *given)
+        if torch.isinf(total.detach()).any():
+            # One side rules out what the other does not: that counts as having probability e^-10000.
+            given = block.logits(), *given[1:-2], _of_possible(divergence), matched_share
+            total, *parts = hybrid_of(backend.sorted_l1, *given)
         return total.sum(), *parts
 
     total, matched, unmatched = summed(compare, student, _blocks(student, teacher), before_S)
     return total, matched, unmatched
+
+
+def _of_possible(divergence: Divergence) -> Divergence:
+    return lambda logp, logq: divergence(logp.clamp(min=-1e4), logq.clamp(min=-1e4))
 
 
 @dataclass(frozen=True)

@@ -445,7 +445,9 @@ def shared_divergence(
     ``renormalise``: condition both sides on the shared events; else all unshared mass is one more event, the bucket.
     ``top_k``: only the likeliest shared events of one side in each row are events of their own, the others are
     unshared; so are those that a teacher's row does not know. A ``MixedKL`` is left to the kernel where it can do all
-    that; any other divergence is computed by torch.
+    that; any other divergence is computed by torch. Where only one side's matrix has rows beyond its vocabulary, both
+    leak to what is left although ``everything`` is shared; in a row whose divergence is infinite all the same, an event
+    that one side rules out is unshared.
 
     Raises: ValueError if ``top_k`` is more than there are shared events.
     """
@@ -454,7 +456,8 @@ def shared_divergence(
         raise ValueError(
             f"top_k is {top_k}, and the vocabularies share {kept.ids.numel()} tokens and the stop event"
         )
-    leak = 0.0 if events.everything else LEAK
+    padded, padded_teacher = (bool(k.left.numel()) for k in (kept, kept_teacher))
+    leak = 0.0 if events.everything and padded == padded_teacher else LEAK
     whole = top_k is None and not teacher.partial and kept.ids.device == kept_teacher.ids.device
 
     def compare(block: Rows, span: slice) -> tuple[Tensor, ...]:
@@ -474,13 +477,26 @@ def shared_divergence(
             )
         else:
             value, mass = in_torch(block.logits(), logits_T)
+        infinite = torch.isinf(value.detach())
+        if infinite.any():
+            # One side rules out what the other does not: in these rows that joins what is left, on both sides.
+            parts = [torch.nonzero(x)[:, 0] for x in (~infinite, infinite)]
+            found = [
+                in_torch(block.select(n).logits(), logits_T[n.to(logits_T.device)], only_common)
+                for n, only_common in zip(parts, (False, True), strict=True)
+            ]
+            at = torch.argsort(torch.cat(parts))
+            value, mass = (torch.cat(x)[at] for x in zip(*found, strict=True))
         return (value if weight_N is None else value * weight_N[span].to(value)).sum(), mass
 
-    def in_torch(logits_S: Tensor, logits_T: Tensor) -> tuple[Tensor, Tensor]:
+    def in_torch(logits_S: Tensor, logits_T: Tensor, only_common: bool = False) -> tuple[Tensor, Tensor]:
         logp = coarsened(logits_S, kept)
         with torch.no_grad():
             logq = coarsened(logits_T, kept_teacher).to(logp)
             apart = torch.isfinite(logq[:, :-1]) if teacher.partial else None
+            if only_common:
+                both = ~(torch.isneginf(logp) | torch.isneginf(logq))[:, :-1]
+                apart = both if apart is None else apart & both
             if top_k is not None:
                 ranked = (logq if top_k_of_teacher else logp)[:, :-1].topk(top_k, dim=-1).indices
                 chosen = torch.zeros_like(logp[:, :-1], dtype=torch.bool).scatter(1, ranked, True)
@@ -489,11 +505,15 @@ def shared_divergence(
             logp, logq = bucketed(logp, apart), bucketed(logq, apart)
         mass = row_logsumexp(logp[:, :-1].detach()).exp()
         if renormalise:
-            logp, logq = (x[:, :-1] - row_logsumexp(x[:, :-1])[:, None] for x in (logp, logq))
+            logp, logq = (conditional(x[:, :-1]) for x in (logp, logq))
         elif apart is not None or leak:
             # What one side has left, the other may give no probability at all.
             logp, logq = leaked(logp, LEAK), leaked(logq, LEAK)
         return divergence(logp, logq), mass
+
+    def conditional(logp: Tensor) -> Tensor:
+        norm = row_logsumexp(logp)[:, None]
+        return logp - torch.where(torch.isneginf(norm), 0.0, norm)
 
     blocks = [(span, span) for span in spans(len(student), min(student.block_rows, teacher.block_rows))]
     total, mass = summed(compare, student, blocks)

@@ -9,7 +9,15 @@ from pydantic import Field
 from torch import Tensor
 
 from gold.kernels.linear import byte_tables
-from gold.losses.view import Loss, Scores, View, sequence_logp, student_scores, teacher_scores
+from gold.losses.view import (
+    Loss,
+    Scores,
+    View,
+    possible,
+    sequence_logp,
+    student_scores,
+    teacher_scores,
+)
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -75,9 +83,11 @@ def token_pg(
         table, log_target, log_stop = byte_tables(view.teacher_rows, batch.layout_T, view.teacher_backend)
         position, row, event = (x.to(table.device) for x in batch.path)
         rows = mine.event.shape[0]
-        gained = view.teacher_backend.chunk_sums(table[position, event], row, rows).to(mine.event)
+        told = batch.told_path.to(table.device)
+        step = torch.where(told, possible(table[position, event]), 0.0)
+        gained = view.teacher_backend.chunk_sums(step, row, rows).to(mine.event)
         reward = gained - mine.event.detach()
-        inside = batch.sampled_row_mask
+        inside = batch.told_rows
         group = batch.row_text if horizon == "text" else batch.spans[0]
         inside = inside & (group >= 0)
         advantage = _reward_to_go(torch.where(inside, reward, 0.0), group)

@@ -164,8 +164,7 @@ def alm(view: View, *, temperature: Positive = 100.0) -> Loss:
     total_S = view.backend.chunk_sums(mine.event, chunks.chunk_S, chunks.count)
     with torch.no_grad():
         total_T = view.teacher_backend.chunk_sums(theirs.event, chunks.chunk_T, chunks.count).to(total_S)
-        # A chunk of probability 0 is one of e^-10000: its coin is 0 all the same, and its logarithm no NaN.
-        log_a = total_T.double().clamp(min=-1e4) / temperature - _CERTAIN
+        log_a = total_T.double() / temperature - _CERTAIN
         a, log_not_a = log_a.exp(), torch.log(-torch.expm1(log_a))
     log_b = total_S.double() / temperature - _CERTAIN
     value = a * (log_a - log_b) + (1.0 - a) * (log_not_a - torch.log(-torch.expm1(log_b)))

@@ -26,6 +26,7 @@ from gold.kernels.linear import (
     shared_divergence,
     summed,
 )
+from gold.kernels.reference import bucketed
 from gold.kernels.tables import common_events
 from gold.losses.divergences import Divergence, form_of, reverse_kl
 from gold.losses.mixture import FurtherTeacher
@@ -71,6 +72,9 @@ def bytes_divergence(
         # Leaked before they are mixed, so that there is always an event that all of them allow.
         tables = [common_events(side.logq.to(logp), resolved_T, resolved) for side in sides]
         logq = tables[0] if view.mix is None else view.mix.of(tables)
+        # What one side rules out altogether is no event that both tell apart.
+        apart = ~(torch.isneginf(logp) | torch.isneginf(logq))[:, :-1]
+        logp, logq = bucketed(logp, apart), bucketed(logq, apart)
         value = divergence(logp, logq) * weight[place][here].to(logp)
         wanted = logp.gather(1, logq.argmax(-1, keepdim=True))[:, 0].exp()
         scores = (x for side in sides for x in side.scores)
@@ -178,7 +182,7 @@ def _teacher_side(
         table, *scores = byte_tables(rows, layout, teacher.backend)
     logq, resolved = table.to(here.device)[here], layout.resolved.to(here.device)[here]
     if rows.partial:
-        resolved = resolved & torch.isfinite(logq)  # of what is all told, only what is told
+        resolved = resolved & ~torch.isneginf(logq)  # of what is all told, only what is told
     target, stop = (x[window.own] for x in scores)
     return _TeacherSide(logq, resolved, (target, stop))
 

@@ -273,6 +273,11 @@ def data_tokens(batch: AlignedBatch) -> float:
     return float(sum(len(t.ids) for t in batch.texts if not t.sampled))
 
 
+def told_tokens(batch: AlignedBatch) -> float:
+    """Student tokens of sampled completions, stop ids included, of which the teacher says how likely their bytes are."""
+    return float(batch.told_rows.sum())
+
+
 def sampled_tokens(batch: AlignedBatch) -> float:
     """Student tokens of sampled completions, stop ids included."""
     return float(sum(len(t.ids) for t in batch.texts if t.sampled))
@@ -302,7 +307,7 @@ _ROWS: tuple[Row | DivergenceRow, ...] = (
         token_pg,
         "rows",
         "token",
-        sampled_tokens,
+        told_tokens,
         on_policy=True,
         exceptions={
             "1": "an advantage holds all reward to come, which is 0 on average only; its expected gradient is 0",

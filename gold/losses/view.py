@@ -61,6 +61,12 @@ class Loss:
     sequence_logp: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def possible(logp: Tensor) -> Tensor:
+    """Log-probabilities of what has happened, in nats: an event of probability 0 counts as one of e^-10000, so that a
+    single one does not make all sums infinite."""
+    return logp.clamp(min=-1e4)
+
+
 @dataclass(frozen=True)
 class Scores:
     """One side's log-probability of each row's own event, its token or the stop, and of both apart, in nats: [N]."""
@@ -71,17 +77,23 @@ class Scores:
 
 
 def student_scores(view: View) -> Scores:
-    """The student's log-probability of what it wrote, with gradient."""
+    """The student's log-probability of what it wrote, with gradient; ``possible`` too, for texts of a data set."""
     batch = view.batch
-    target, stop = token_logp(view.student, batch.target_S, batch.stops_S, view.backend)
+    target, stop = (
+        possible(x) for x in token_logp(view.student, batch.target_S, batch.stops_S, view.backend)
+    )
     return Scores(torch.where(batch.stop_rows, stop, target), target, stop)
 
 
 @torch.no_grad()
 def teacher_scores(view: View) -> Scores:
-    """The teacher's log-probability of the same texts in its own tokens, without gradient."""
+    """The teacher's log-probability of the same texts in its own tokens, without gradient; what it rules out is
+    ``possible`` here."""
     batch = view.batch
-    target, stop = token_logp(view.teacher_rows, batch.target_T, batch.stops_T, view.teacher_backend)
+    target, stop = (
+        possible(x)
+        for x in token_logp(view.teacher_rows, batch.target_T, batch.stops_T, view.teacher_backend)
+    )
     return Scores(torch.where(batch.target_T < 0, stop, target), target, stop)
 
 

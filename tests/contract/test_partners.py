@@ -1,0 +1,192 @@
+"""Texts and rows of which one side has nothing to say: bytes that a teacher does not spell, texts cut inside a
+character, tokens that are ruled out, rows of an output matrix that only one side has."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.contract.clauses import needs_one_vocabulary, variants
+from tests.contract.toys import CPU, ToyModel, aligned, toy_vocabulary, view_of
+from tests.kernels.rows_for_kernels import BACKENDS_HERE
+from texts_for_tests import data as any_bytes
+from tokenizers_for_tests import EOS_ID, families
+
+from gold.align import Vocabulary
+from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
+from gold.kernels import BACKENDS
+from gold.kernels.linear import Rows
+from gold.losses import OBJECTIVES, View
+
+STUDENTS = ("byte-level", "characters", "byte-fallback, prepend")
+TEACHERS = (
+    "byte-level, NFC",
+    "byte-level, bytes missing",
+    "byte-level",
+    "byte-fallback",
+    "byte-fallback, unknown characters",
+    "wordpiece, uncased",
+    "unigram, NFKC",
+    "words",
+    "word ends",
+)
+VARIANTS = dict(variants())
+
+
+@cache
+def vocabulary(name: str) -> Vocabulary:
+    return Vocabulary.load(families()[name], stop_ids=[EOS_ID])
+
+
+@cache
+def pair_of(student: str, teacher: str) -> VocabularyPair:
+    return VocabularyPair(vocabulary(student), vocabulary(teacher))
+
+
+def cut_text(pair: VocabularyPair, text: bytes, cut: int, stopped: bool, sampled: bool) -> AlignedText:
+    """The student's tokens of a text but the last ``cut``, as the teacher reads what they spell."""
+    ids = pair.student.encode(text).ids
+    spelling = pair.student.spell(ids[: max(0, len(ids) - cut)])
+    whole = np.append(spelling.ids, pair.student.stop_ids[0]) if stopped else spelling.ids
+    drawn = np.full(len(whole), -1.5, np.float32)
+    return AlignedText(whole.astype(np.int32), spelling, pair.read(spelling), stopped, sampled, 0.5, drawn)
+
+
+def logits_of(rows: int, width: int, seed: int, ruled_out: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, width, generator=generator)
+    gone = torch.rand(rows, width, generator=generator) < ruled_out
+    gone[:, EOS_ID] = False
+    return logits.masked_fill(gone, -torch.inf)
+
+
+@settings(max_examples=25)
+@given(
+    st.sampled_from(STUDENTS),
+    st.sampled_from(TEACHERS),
+    st.lists(st.tuples(any_bytes, st.integers(0, 3), st.booleans(), st.booleans()), min_size=1, max_size=3),
+    st.sampled_from([0.0, 0.3]),
+    st.sampled_from([0.0, 0.3]),
+)
+def test_no_text_makes_an_objective_infinite(student, teacher, given_texts, out_S, out_T):
+    pair = pair_of(student, teacher)
+    texts = [cut_text(pair, *each) for each in given_texts]
+    batch = AlignedBatch(texts, pair, CPU)
+    rows, rows_T = int(batch.row_starts[-1]), int(batch.teacher_row_starts[-1])
+    logits = logits_of(rows, pair.student.size, 1, out_S)
+    logits[torch.arange(rows), batch.target_S] = 0.0  # what was written can be
+    logits_T = logits_of(rows_T, pair.teacher.size, 2, out_T)
+    before = logits_of(rows, pair.student.size, 3, 0.0)
+    for name, objective in VARIANTS.items():
+        if needs_one_vocabulary(objective) and not pair.same:
+            continue
+        leaf = logits.clone().requires_grad_(True)
+        backend = BACKENDS["cpu"]
+        view = View(
+            batch, Rows.of_logits(leaf), Rows.of_logits(logits_T), backend, backend, Rows.of_logits(before)
+        )
+        loss = objective(view)
+        count = objective.count(batch)
+        assert math.isfinite(count), name
+        found = {"total": loss.total, **loss.parts, **loss.sequence_logp}
+        assert all(torch.isfinite(torch.as_tensor(x)).all() for x in found.values()), (name, found)
+        if not loss.total.requires_grad or not leaf.numel():
+            continue
+        (grad,) = torch.autograd.grad(loss.total, leaf, allow_unused=True)
+        assert grad is None or torch.isfinite(grad).all(), name
+        if count == 0.0:
+            assert float(loss.total) == 0.0, name
+
+
+def test_a_cut_inside_a_character_leaves_the_rest_of_the_text_to_token_pg():
+    """What the teacher cannot say is left out, token by token, and all before it is as it was."""
+    pair = pair_of("byte-level", "byte-fallback")
+    whole, cut = (
+        cut_text(pair, text, drop, False, True) for text, drop in ((b"say it ", 0), ("say it 🙂".encode(), 1))
+    )
+    assert cut.teacher.repaired_bytes
+    assert cut.student.data.startswith(whole.student.data)
+    batch = AlignedBatch([cut], pair, CPU)
+    told = batch.told_rows.tolist()
+    assert not told[-1]
+    assert any(told)
+    assert OBJECTIVES["token_pg"]().count(batch) == sum(told)
+    assert OBJECTIVES["span_pg"]().count(AlignedBatch([whole, cut], pair, CPU)) == OBJECTIVES[
+        "span_pg"
+    ]().count(AlignedBatch([whole], pair, CPU))
+
+
+def test_a_span_that_the_teacher_does_not_spell_is_left_out():
+    """What it says of other bytes is no probability of these."""
+    pair = pair_of("byte-level", "byte-level, NFC")
+    text = cut_text(pair, "a cafe\u0301 is here".encode(), 0, True, True)
+    batch = AlignedBatch([text], pair, CPU)
+    span_S, span_T, _ = batch.spans
+    starts, ends = text.student.starts, text.student.ends
+    outside = {int(i) for i in torch.nonzero(span_S < 0)[:, 0]}
+    accent = text.student.data.index("e\u0301".encode())
+    assert any(starts[i] <= accent < ends[i] for i in outside)
+    assert 0 < len(outside) < len(text.ids)
+    assert all(text.teacher.exact[i] for i in range(len(text.teacher)) if span_T[i] >= 0)
+
+
+SAME = toy_vocabulary(["a+b", "b+ ", "ab+b"], cut=None)
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl", "skew_reverse_kl", "entropy_aware_kl")
+
+
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_rows_that_only_one_output_matrix_has_cost_what_they_weigh(name, backend):
+    """One vocabulary, matrices of different width: what lies on further rows is as good as nothing if it is small."""
+    pair = VocabularyPair(SAME, SAME)
+    texts = [aligned(pair, [*SAME.encode("ab a").ids.tolist(), SAME.stop_ids[0]])]
+    models = ToyModel(SAME, 3), ToyModel(SAME, 4)
+    rows, rows_T = (m.states(texts[0].student.ids, len(texts[0].ids)) for m in models)
+    objective = OBJECTIVES[name](support="tokens")
+    plain = float(objective(view_of(pair, texts, rows, rows_T, backend)).total)
+    for more in ((3, 0), (0, 3), (2, 3)):
+        for weight, most in ((-40.0, 1e-2), (0.0, 50.0)):
+            sides = (
+                torch.nn.functional.pad(x, (0, n), value=weight) for x, n in zip((rows, rows_T), more, strict=True)
+            )
+            mine, theirs = sides
+            mine = mine.clone().requires_grad_(True)
+            value = objective(view_of(pair, texts, mine, theirs, backend)).total
+            assert float(value) == pytest.approx(plain, abs=most)
+            assert torch.isfinite(torch.autograd.grad(value, mine)[0]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+@pytest.mark.parametrize("support", ["bytes", "prefix", "shared", "tokens"])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_what_one_side_rules_out_has_a_price(name, support, backend):
+    """Logits of −∞ and far below the rest, on either side, in single precision; the more likely, the dearer."""
+    pair = VocabularyPair(SAME, SAME if support == "tokens" else toy_vocabulary(["a+a", "b+a", "ba+a"]))
+    texts = [aligned(pair, [*SAME.encode("ab a").ids.tolist(), SAME.stop_ids[0]])]
+    models = ToyModel(pair.student, 3), ToyModel(pair.teacher, 4)
+    b, b_T = (v._tokenizer.token_to_id("b") for v in (pair.student, pair.teacher))
+    objective = OBJECTIVES[name](support=support)
+
+    def value(gap: float, gap_T: float) -> float:
+        rows = models[0].states(texts[0].student.ids, len(texts[0].ids)).float()
+        rows_T = models[1].states(texts[0].teacher.ids, len(texts[0].teacher) + 1).float()
+        rows[:, b] -= gap
+        rows_T[:, b_T] -= gap_T
+        rows.requires_grad_(True)
+        total = objective(view_of(pair, texts, rows, rows_T, backend)).total
+        assert torch.isfinite(torch.autograd.grad(total, rows)[0]).all()
+        return float(total.detach())
+
+    near = value(0.0, 0.0)
+    for gaps in ((200.0, 0.0), (0.0, 200.0), (math.inf, 0.0), (0.0, math.inf)):
+        assert math.isfinite(value(*gaps))
+    assert value(math.inf, math.inf) == pytest.approx(value(200.0, 200.0), rel=1e-3, abs=1e-3)
+    if name == "reverse_kl":
+        assert value(0.0, math.inf) > near
+    if name == "forward_kl":
+        assert value(math.inf, 0.0) > near
