@@ -193,6 +193,12 @@ class AlignedBatch:
         return _ids(parts, self.device)
 
     @cached_property
+    def row_bytes(self) -> Tensor:
+        """The bytes of the token of each student row; 0 for stop events."""
+        widths = [np.append(t.student.ends - t.student.starts, [0] * t.stopped) for t in self.texts]
+        return _ids(widths, self.device)
+
+    @cached_property
     def sampled_row_mask(self) -> Tensor:
         """Which student rows belong to texts that the student wrote."""
         chosen = torch.tensor([t.sampled for t in self.texts], dtype=torch.bool, device=self.device)

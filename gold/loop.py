@@ -464,9 +464,9 @@ class Loop:
         record: dict[str, Any] = {"step": self.step, "loss": sums["loss"], **update}
         record |= {t.label: sums[t.label] / counts[t.label] for t in self.terms if counts[t.label]}
         record |= {name: sums[name] for name in MEANS if name in sums}
-        if "student_logp" in sums and sums["sampled_bytes"]:
+        if sums["logp_bytes"]:
             gap = sums["student_logp"] - sums["teacher_logp"]
-            record["sampled_reverse_kl_per_byte"] = gap / sums["sampled_bytes"]
+            record["sampled_reverse_kl_per_byte"] = gap / sums["logp_bytes"]
         record |= self._record_of_teachers(sums, counts)
         sampled = sums["sampled"]
         if sampled:
@@ -476,6 +476,8 @@ class Loop:
             record["canonical_share"] = sums["canonical"] / max(1.0, sums["sampled_tokens"])
             if self.verifier is not None:
                 record["reward_mean"] = sums["reward"] / sampled
+        if self.teachers:
+            record["repaired_share"] = sums["repaired"] / max(1.0, sums["bytes"])
         record["length_tokens"] = sums["tokens"] / max(1.0, sums["sequences"])
         record["length_bytes"] = sums["bytes"] / max(1.0, sums["sequences"])
         record["bad_steps"] = self.bad_steps
@@ -497,10 +499,11 @@ class Loop:
                 for label in (f"{t.label}[{name}]" for t in self.terms)
                 if counts[label]
             }
-        mixed = self.teachers and self.teachers.mix and "student_logp" in sums and sums["sampled_bytes"]
+        mixed = self.teachers and self.teachers.mix and sums["logp_bytes"]
         for name in self.teachers.members if self.teachers and mixed else ():
-            gap = sums["student_logp"] - sums[f"teacher_logp[{name}]"]
-            record[f"sampled_reverse_kl_per_byte[{name}]"] = gap / sums["sampled_bytes"]
+            if (logp := sums.get(f"teacher_logp[{name}]")) is not None:
+                gap = sums["student_logp"] - logp
+                record[f"sampled_reverse_kl_per_byte[{name}]"] = gap / sums["logp_bytes"]
         return record
 
     def warnings(self, record: Mapping[str, Any]) -> list[str]:
@@ -666,7 +669,7 @@ def _writing(rollouts: Sequence[Rollout], batches: Sequence[AlignedBatch]) -> di
         "tokens": sum(r.ids.size for r in rollouts),
         "bytes": sum(len(r.spelling.data) for r in rollouts),
         "sampled": len(drawn),
-        "sampled_bytes": sum(len(r.spelling.data) for r in drawn),
+        "repaired": sum(t.teacher.repaired_bytes for b in batches for t in b.texts),
         "stopped": sum(r.stopped for r in drawn),
         "drawn_tokens": sum(r.ids.size for r in drawn),
         "drawn_logp": sum(float(r.logp.sum()) for r in drawn),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gold.kernels.linear import Rows, SharedEvents, remade, spans, summed
-from gold.kernels.reference import MixedKL, hybrid_of, widened
+from gold.kernels.reference import MixedKL, finite_where_either_is, hybrid_of, widened
 
 FLOOR = 1e-10
 """Mean probabilities of the student count as at least this much where their logarithm is taken: of a chunk's mean no
@@ -57,7 +57,6 @@ def scaled_comparison(
         else:
             total, *parts = hybrid_of(backend.sorted_l1, *given)
         if torch.isinf(total.detach()).any():
-            # One side rules out what the other does not: that counts as having probability e^-10000.
             given = block.logits(), *given[1:-2], _of_possible(divergence), matched_share
             total, *parts = hybrid_of(backend.sorted_l1, *given)
         return total.sum(), *parts
@@ -67,7 +66,7 @@ def scaled_comparison(
 
 
 def _of_possible(divergence: Divergence) -> Divergence:
-    return lambda logp, logq: divergence(logp.clamp(min=-1e4), logq.clamp(min=-1e4))
+    return lambda logp, logq: divergence(*finite_where_either_is(logp, logq))
 
 
 @dataclass(frozen=True)
@@ -154,6 +153,9 @@ def _over_chunks(
     student: Rows, teacher: Rows, chunks: Chunks, compare: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     """``compare`` of the mean probabilities of each chunk's rows, [C, V] and [C, W], a block of chunks at a time."""
+    if not chunks.count:
+        p, q = (rows.hidden_ND.new_zeros((0, rows.width), dtype=torch.float32) for rows in (student, teacher))
+        return compare(p, q)
     edges = torch.arange(chunks.count + 1)
     starts_S, starts_T = (
         torch.searchsorted(c, edges.to(c)).tolist() for c in (chunks.chunk_S, chunks.chunk_T)

@@ -20,7 +20,16 @@ from torch.utils.checkpoint import checkpoint
 
 from gold.kernels import backend_for
 from gold.kernels.layout import ByteLayout, KeptEvents
-from gold.kernels.reference import LEAK, MixedKL, bucketed, coarsened, leaked, row_logsumexp, widened
+from gold.kernels.reference import (
+    LEAK,
+    MixedKL,
+    bucketed,
+    coarsened,
+    finite_where_either_is,
+    leaked,
+    row_logsumexp,
+    widened,
+)
 from gold.kernels.tables import byte_table, filled_table, joint_table
 
 BLOCK_BYTES = 128 * 2**20
@@ -446,8 +455,8 @@ def shared_divergence(
     ``top_k``: only the likeliest shared events of one side in each row are events of their own, the others are
     unshared; so are those that a teacher's row does not know. A ``MixedKL`` is left to the kernel where it can do all
     that; any other divergence is computed by torch. Where only one side's matrix has rows beyond its vocabulary, both
-    leak to what is left although ``everything`` is shared; in a row whose divergence is infinite all the same, an event
-    that one side rules out is unshared.
+    leak to what is left although ``everything`` is shared; where a divergence is infinite all the same, what is ruled
+    out counts as ``reference.finite_where_either_is`` says.
 
     Raises: ValueError if ``top_k`` is more than there are shared events.
     """
@@ -479,24 +488,14 @@ def shared_divergence(
             value, mass = in_torch(block.logits(), logits_T)
         infinite = torch.isinf(value.detach())
         if infinite.any():
-            # One side rules out what the other does not: in these rows that joins what is left, on both sides.
-            parts = [torch.nonzero(x)[:, 0] for x in (~infinite, infinite)]
-            found = [
-                in_torch(block.select(n).logits(), logits_T[n.to(logits_T.device)], only_common)
-                for n, only_common in zip(parts, (False, True), strict=True)
-            ]
-            at = torch.argsort(torch.cat(parts))
-            value, mass = (torch.cat(x)[at] for x in zip(*found, strict=True))
+            value, mass = in_torch(block.logits(), logits_T, finite=True)
         return (value if weight_N is None else value * weight_N[span].to(value)).sum(), mass
 
-    def in_torch(logits_S: Tensor, logits_T: Tensor, only_common: bool = False) -> tuple[Tensor, Tensor]:
+    def in_torch(logits_S: Tensor, logits_T: Tensor, finite: bool = False) -> tuple[Tensor, Tensor]:
         logp = coarsened(logits_S, kept)
         with torch.no_grad():
             logq = coarsened(logits_T, kept_teacher).to(logp)
             apart = torch.isfinite(logq[:, :-1]) if teacher.partial else None
-            if only_common:
-                both = ~(torch.isneginf(logp) | torch.isneginf(logq))[:, :-1]
-                apart = both if apart is None else apart & both
             if top_k is not None:
                 ranked = (logq if top_k_of_teacher else logp)[:, :-1].topk(top_k, dim=-1).indices
                 chosen = torch.zeros_like(logp[:, :-1], dtype=torch.bool).scatter(1, ranked, True)
@@ -509,6 +508,8 @@ def shared_divergence(
         elif apart is not None or leak:
             # What one side has left, the other may give no probability at all.
             logp, logq = leaked(logp, LEAK), leaked(logq, LEAK)
+        if finite:
+            logp, logq = finite_where_either_is(logp, logq)
         return divergence(logp, logq), mass
 
     def conditional(logp: Tensor) -> Tensor:

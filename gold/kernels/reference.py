@@ -311,6 +311,17 @@ def leaked(logp_NE: Tensor, leak: float) -> Tensor:
     return torch.cat((logp_NE[:, :-1] + math.log1p(-leak), rest), dim=-1)
 
 
+RULED_OUT = -104.0
+"""What an event of probability 0 counts as where that would be infinitely much, in nats: no positive number of single
+precision has a smaller logarithm."""
+
+
+def finite_where_either_is(logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
+    """The distributions with ``RULED_OUT`` in place of −inf where the other has a probability."""
+    out_p, out_q = torch.isneginf(logp), torch.isneginf(logq)
+    return logp.masked_fill(out_p & ~out_q, RULED_OUT), logq.masked_fill(out_q & ~out_p, RULED_OUT)
+
+
 def mixture(logp: Tensor, logq: Tensor, share: float) -> Tensor:
     """``log(share · q + (1 − share) · p)``, −inf where both are 0."""
     if share in (0.0, 1.0):

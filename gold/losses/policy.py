@@ -52,7 +52,7 @@ def span_pg(
         inside = span_S >= 0
         advantage = torch.where(inside, advantage_C[span_S.clamp(min=0)], 0.0) if spans else mine.event * 0.0
     total = policy_loss(view, mine, advantage, inside, clip, baseline, importance_cap, noncanonical_penalty)
-    logp = sequence_logp(batch, (mine.target, mine.stop), (theirs.target, theirs.stop))
+    logp = sequence_logp(batch, mine, theirs)
     return Loss(total, {"span_reverse_kl": -advantage_C.sum()}, logp)
 
 
@@ -92,7 +92,8 @@ def token_pg(
         inside = inside & (group >= 0)
         advantage = _reward_to_go(torch.where(inside, reward, 0.0), group)
     total = policy_loss(view, mine, advantage, inside, clip, baseline, importance_cap, noncanonical_penalty)
-    logp = sequence_logp(batch, (mine.target, mine.stop), (log_target, log_stop))
+    theirs = Scores.of(log_target, log_stop, batch.target_T < 0)
+    logp = sequence_logp(batch, mine, theirs)
     return Loss(total, {"span_reverse_kl": -torch.where(inside, reward, 0.0).sum()}, logp)
 
 
@@ -106,7 +107,7 @@ def reward(view: View, *, importance_cap: Positive | None = None) -> Loss:
     mine = student_scores(view)
     given = torch.tensor([t.advantage for t in batch.texts], dtype=mine.event.dtype, device=mine.event.device)
     # The sampled id itself, of several stop ids the one that was drawn.
-    mine = Scores(mine.target, mine.target, mine.stop)
+    mine = Scores(mine.target, mine.target)
     advantage = given[batch.row_text]
     return Loss(policy_loss(view, mine, advantage, batch.sampled_row_mask, None, "none", importance_cap, 0.0))
 

@@ -84,7 +84,7 @@ def opd(view: View, *, clip: Positive | None = None, importance_cap: Positive | 
         advantage = theirs.event.to(mine.event) - mine.event
         inside = batch.sampled_row_mask
     total = policy_loss(view, mine, advantage, inside, clip, "none", importance_cap, 0.0)
-    logp = sequence_logp(batch, (mine.target, mine.stop), (theirs.target, theirs.stop))
+    logp = sequence_logp(batch, mine, theirs)
     return Loss(total, {"reverse_kl": -advantage[inside].sum()}, logp)
 
 
@@ -168,7 +168,7 @@ def alm(view: View, *, temperature: Positive = 100.0) -> Loss:
         a, log_not_a = log_a.exp(), torch.log(-torch.expm1(log_a))
     log_b = total_S.double() / temperature - _CERTAIN
     value = a * (log_a - log_b) + (1.0 - a) * (log_not_a - torch.log(-torch.expm1(log_b)))
-    logp = sequence_logp(batch, (mine.target, mine.stop), (theirs.target, theirs.stop))
+    logp = sequence_logp(batch, mine, theirs)
     parts = {"log_ratio": (total_S.detach() - total_T).sum()}
     return Loss(value.sum().to(mine.event.dtype), parts, logp)
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gold.aligned import AlignedBatch
-from gold.kernels.layout import ByteLayout
+from gold.kernels.layout import STOP_EVENT, ByteLayout
 from gold.kernels.linear import (
     Rows,
     SharedEvents,
@@ -26,11 +26,11 @@ from gold.kernels.linear import (
     shared_divergence,
     summed,
 )
-from gold.kernels.reference import bucketed
+from gold.kernels.reference import finite_where_either_is
 from gold.kernels.tables import common_events
 from gold.losses.divergences import Divergence, form_of, reverse_kl
 from gold.losses.mixture import FurtherTeacher
-from gold.losses.view import Loss, View, sequence_logp
+from gold.losses.view import Loss, Scores, View, possible, sequence_logp
 
 Where = Literal["everywhere", "one_to_one"]
 HalfLife = Annotated[float, Field(gt=0)]
@@ -72,29 +72,42 @@ def bytes_divergence(
         # Leaked before they are mixed, so that there is always an event that all of them allow.
         tables = [common_events(side.logq.to(logp), resolved_T, resolved) for side in sides]
         logq = tables[0] if view.mix is None else view.mix.of(tables)
-        # What one side rules out altogether is no event that both tell apart.
-        apart = ~(torch.isneginf(logp) | torch.isneginf(logq))[:, :-1]
-        logp, logq = bucketed(logp, apart), bucketed(logq, apart)
+        logp, logq = finite_where_either_is(logp, logq)
         value = divergence(logp, logq) * weight[place][here].to(logp)
         wanted = logp.gather(1, logq.argmax(-1, keepdim=True))[:, 0].exp()
-        scores = (x for side in sides for x in side.scores)
-        return value.sum(), wanted, logp[:, -1].exp(), *(x[window.own] for x in mine), *scores
+        own = (mine[0][window.own], mine[1][window.own], table[path])
+        return value.sum(), wanted, logp[:, -1].exp(), *own, *(x for side in sides for x in side.scores)
 
     blocks = [(window.rows, window) for window in _windows(batch, view.student, teachers)]
     total, wanted, rest, *scores = summed(compare, view.student, blocks)
     parts = {"wanted": wanted.sum(), "missed": (wanted < 0.01).sum(), "rest": rest.sum()}
-    mine, *theirs = zip(scores[::2], scores[1::2], strict=True)
+    mine, *theirs = zip(scores[::3], scores[1::3], scores[2::3], strict=True)
+    if partial and view.mix is None:
+        scored = (
+            Scores.of(*side[:2], at)
+            for side, at in ((mine, batch.stop_rows), (theirs[0], batch.target_T < 0))
+        )
+        return Loss(total, parts, sequence_logp(batch, *scored))
+    return Loss(total, parts, _path_logp(view, mine[2], [side[2] for side in theirs]))
+
+
+def _path_logp(view: View, mine: Tensor, theirs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """As ``sequence_logp``, from the byte tables' log-probabilities of what did happen: [events of ``batch.path``] of
+    the student and of each teacher. So both say how likely their text is to begin with the bytes of one that was cut
+    off, whatever token runs across its end."""
+    batch = view.batch
+    _, row, event = batch.path
+    told = batch.sampled_row_mask[row]
+    for side in (batch, *(teacher.batch for teacher in view.further)):
+        told = told & side.told_path
+    mine, *theirs = (possible(x.to(mine))[told].sum() for x in (mine, *theirs))
+    found = {"student_logp": mine, "logp_bytes": (event[told] != STOP_EVENT).sum()}
     if view.mix is None:
-        return Loss(total, parts, sequence_logp(batch, mine, theirs[0]))
-    logp_of_texts: dict[str, Tensor] = {}
-    for (name, share), teacher, side in zip(view.mix.weights.items(), teachers, theirs, strict=True):
-        found = sequence_logp(teacher.batch, mine, side)
-        logp_of_texts["student_logp"] = found["student_logp"]
-        logp_of_texts[f"teacher_logp[{name}]"] = found["teacher_logp"]
-        logp_of_texts["teacher_logp"] = logp_of_texts.get("teacher_logp", 0.0) + share * found[
-            "teacher_logp"
-        ].to(rest)
-    return Loss(total, parts, logp_of_texts)
+        return {**found, "teacher_logp": theirs[0]}
+    shares = view.mix.weights
+    found |= {f"teacher_logp[{name}]": logp for name, logp in zip(shares, theirs, strict=True)}
+    found["teacher_logp"] = torch.stack([w * x for w, x in zip(shares.values(), theirs, strict=True)]).sum()
+    return found
 
 
 @dataclass(frozen=True)
@@ -154,11 +167,11 @@ class _Teacher:
 @dataclass(frozen=True)
 class _TeacherSide:
     """A teacher's byte table at some positions, which events it resolves there, and its log-probabilities of its own
-    tokens and of the stop event, [N] each."""
+    tokens and of the stop event, [N] each, and of the events that did happen."""
 
     logq: Tensor
     resolved: Tensor
-    scores: tuple[Tensor, Tensor]
+    scores: tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -184,7 +197,8 @@ def _teacher_side(
     if rows.partial:
         resolved = resolved & ~torch.isneginf(logq)  # of what is all told, only what is told
     target, stop = (x[window.own] for x in scores)
-    return _TeacherSide(logq, resolved, (target, stop))
+    here_path = table[tuple(x.to(table.device) for x in path)]
+    return _TeacherSide(logq, resolved, (target, stop, here_path))
 
 
 def states_divergence(

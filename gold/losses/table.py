@@ -274,7 +274,7 @@ def data_tokens(batch: AlignedBatch) -> float:
 
 
 def told_tokens(batch: AlignedBatch) -> float:
-    """Student tokens of sampled completions, stop ids included, of which the teacher says how likely their bytes are."""
+    """Sampled student tokens, stop ids included, of which the teacher says how likely their bytes are."""
     return float(batch.told_rows.sum())
 
 

@@ -53,7 +53,8 @@ class Loss:
     """Sum of an objective over a microbatch in nats, with gradient.
 
     ``parts`` are sums over the same unit, without gradient, by name; ``sequence_logp`` both sides' summed
-    log-probability of the sampled texts, stop events included, where the objective comes across it.
+    log-probability of the sampled texts, stop events included, as far as both say it, and the bytes of these, where the
+    objective comes across it.
     """
 
     total: Tensor
@@ -69,48 +70,42 @@ def possible(logp: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """One side's log-probability of each row's own event, its token or the stop, and of both apart, in nats: [N]."""
+    """One side's log-probability of each row's own event, its token or the stop, and of its id alone, in nats: [N]."""
 
     event: Tensor
     target: Tensor
-    stop: Tensor
+
+    @classmethod
+    def of(cls, target: Tensor, stop: Tensor, is_stop: Tensor) -> Scores:
+        """From the log-probabilities of tokens and of the stop event; what is ruled out is ``possible`` here."""
+        return cls(possible(torch.where(is_stop, stop, target)), target)
 
 
 def student_scores(view: View) -> Scores:
-    """The student's log-probability of what it wrote, with gradient; ``possible`` too, for texts of a data set."""
+    """The student's log-probability of what it wrote, with gradient."""
     batch = view.batch
-    target, stop = (
-        possible(x) for x in token_logp(view.student, batch.target_S, batch.stops_S, view.backend)
-    )
-    return Scores(torch.where(batch.stop_rows, stop, target), target, stop)
+    target, stop = token_logp(view.student, batch.target_S, batch.stops_S, view.backend)
+    return Scores.of(target, stop, batch.stop_rows)
 
 
 @torch.no_grad()
 def teacher_scores(view: View) -> Scores:
-    """The teacher's log-probability of the same texts in its own tokens, without gradient; what it rules out is
-    ``possible`` here."""
+    """The teacher's log-probability of the same texts in its own tokens, without gradient."""
     batch = view.batch
-    target, stop = (
-        possible(x)
-        for x in token_logp(view.teacher_rows, batch.target_T, batch.stops_T, view.teacher_backend)
-    )
-    return Scores(torch.where(batch.target_T < 0, stop, target), target, stop)
+    target, stop = token_logp(view.teacher_rows, batch.target_T, batch.stops_T, view.teacher_backend)
+    return Scores.of(target, stop, batch.target_T < 0)
 
 
-def sequence_logp(
-    batch: AlignedBatch, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]
-) -> dict[str, Tensor]:
-    """Sums over sampled texts of both sides' log-probability, from (target, stop) of each row; stop events included."""
-    parts = {}
-    for name, (target, stop), is_stop, starts in (
-        ("student_logp", student, batch.stop_rows, batch.row_starts),
-        ("teacher_logp", teacher, batch.target_T < 0, batch.teacher_row_starts),
-    ):
-        logp = torch.where(is_stop, stop.detach(), target.detach())
-        sums = [
-            logp[int(lo) : int(hi)].sum()
-            for lo, hi, text in zip(starts[:-1], starts[1:], batch.texts, strict=True)
-            if text.sampled
-        ]
-        parts[name] = torch.stack(sums).sum() if sums else logp.new_zeros(())
-    return parts
+def sequence_logp(batch: AlignedBatch, student: Scores, teacher: Scores) -> dict[str, Tensor]:
+    """Sums over the spans of sampled texts of both sides' log-probability, stop events included, and their bytes.
+
+    What follows the last span of a text that was cut off is left out: of single tokens nobody can tell how likely the
+    teacher's text is to go on so, only how likely it is to go on with a token that ends there.
+    """
+    span_S, span_T, _ = batch.spans
+    inside = span_S >= 0
+    return {
+        "student_logp": student.event.detach()[inside].sum(),
+        "teacher_logp": teacher.event[span_T >= 0].sum(),
+        "logp_bytes": batch.row_bytes[inside].sum(),
+    }

@@ -312,7 +312,7 @@ def test_an_objective_returns_what_it_says():
         view_of(PAIR, random_texts(PAIR, 3, 1), ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
     )
     assert isinstance(loss, Loss)
-    assert set(loss.sequence_logp) == {"student_logp", "teacher_logp"}
+    assert set(loss.sequence_logp) == {"student_logp", "teacher_logp", "logp_bytes"}
     assert all(not part.requires_grad for part in (*loss.parts.values(), *loss.sequence_logp.values()))
 
 
