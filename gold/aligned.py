@@ -33,7 +33,8 @@ class AlignedText:
 
     ``ids`` holds the stop id last where the text ``stopped``; the spellings never do. ``advantage`` is the task reward
     relative to its group. ``sampled`` is False for a completion that came from a data set. ``drawn_logp`` is the
-    log-probability that each id was drawn with, where that is known.
+    log-probability that each id was drawn with, where that is known. ``at_start``: it begins a sequence, as in
+    ``Vocabulary.encode``.
     """
 
     ids: NDArray[np.int32]
@@ -43,6 +44,7 @@ class AlignedText:
     sampled: bool = True
     advantage: float = 0.0
     drawn_logp: NDArray[np.float32] | None = None
+    at_start: bool = True
 
 
 @dataclass(frozen=True)
@@ -226,15 +228,13 @@ class AlignedBatch:
     @cached_property
     def canonical_rows(self) -> Tensor:
         """Whether the token of each student row is one that the student's tokenizer itself puts there; stops are."""
-        parts = []
-        for text in self.texts:
-            own = self.vocabularies.student.encode(text.student.data)
-            tokens = set(zip(own.starts.tolist(), own.ends.tolist(), own.ids.tolist(), strict=True))
-            mine = text.student
-            rows = zip(mine.starts.tolist(), mine.ends.tolist(), mine.ids.tolist(), strict=True)
-            parts.append(np.array([row in tokens for row in rows] + [True] * text.stopped, np.bool_))
-        joined = np.concatenate(parts) if parts else np.empty(0, np.bool_)
-        return torch.from_numpy(joined).to(self.device)
+        student = self.vocabularies.student
+        parts = [
+            np.append(canonical_tokens(student, t.student, t.at_start), [True] * t.stopped)
+            for t in self.texts
+        ]
+        joined = np.concatenate(parts) if parts else np.empty(0)
+        return torch.from_numpy(joined.astype(np.bool_)).to(self.device)
 
     # bytes
 
@@ -520,6 +520,27 @@ class AlignedBatch:
         exact, _ = behind_space(self.vocabularies.teacher, reading)
         spelled: NDArray[np.bool_] = exact | (reading.starts == reading.ends)
         return spelled
+
+
+def canonical_tokens(vocabulary: Vocabulary, spelling: Spelling, at_start: bool) -> NDArray[np.bool_]:
+    """Which tokens of a text are those that its own tokenizer puts there; the last ones, where the text ends inside a
+    character, count as such, since nobody knows the rest."""
+    own = vocabulary.encode(spelling.data, at_start=at_start)
+    tokens = set(zip(own.starts.tolist(), own.ends.tolist(), own.ids.tolist(), strict=True))
+    unfinished = _unfinished(spelling.data)
+    rows = zip(spelling.starts.tolist(), spelling.ends.tolist(), spelling.ids.tolist(), strict=True)
+    return np.array([row in tokens or row[1] > unfinished for row in rows], np.bool_)
+
+
+def _unfinished(data: bytes) -> int:
+    """Where the character begins that the end of the data cuts off; the data's length if it cuts none."""
+    for back, byte in enumerate(reversed(data[-3:]), 1):
+        if byte >= 0xC0:
+            width = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return len(data) - back if width > back else len(data)
+        if byte < 0x80:
+            break
+    return len(data)
 
 
 def _columns(arrays: object) -> dict[str, NDArray[np.generic]]:

@@ -215,7 +215,7 @@ class RolloutConfig(_Section):
     per_prompt: PositiveInt = 4
     """completions per prompt"""
     on_policy: Share = 1.0
-    """λ: share of sequences that the student writes; the rest are the data's completions"""
+    """λ: expected share of sequences that the student writes; the rest are the data's completions, one a prompt"""
     batch: PositiveInt = 32
     """sequences generated together"""
 
@@ -455,8 +455,6 @@ def _impossible(config: Config) -> Iterator[str]:
         yield "objectives: every weight is 0: nothing would be learned"
     if "reward" in active and data.task is None:
         yield "objectives: reward needs a task with a verifier: set data.task, or leave reward out"
-    if "reward" in active and rollout.per_prompt == 1:
-        yield "rollout.per_prompt: reward compares completions of one prompt: it needs at least 2, got 1"
     yield from _impossible_teachers(config)
     from gold.losses import find
 
@@ -476,24 +474,15 @@ def _impossible(config: Config) -> Iterator[str]:
                 yield f"{where}: gives {gives}, and objective {name} needs {needs}: it takes {less}"
         if teacher.served and teacher.cache and teacher.cache.top_k is not None:
             yield f"{own}.cache.top_k: a server is asked for {own}.served.top_k: leave it out"
-    weighed = {o.name for o in config.objectives if o.options.get("importance_cap") is not None}
-    for name in sorted(name for name in active if find(name).on_policy):
-        if rollout.on_policy == 0:
-            yield f"rollout.on_policy: {name} needs completions that the student writes, got 0"
-        if rollout.temperature != 1 and name not in weighed:
-            yield (
-                f"rollout.temperature: {name} is a policy gradient of the distribution that is sampled, "
-                f"and the policy is the one at temperature 1: set it to 1, or give the objective an importance_cap, "
-                f"got {rollout.temperature:g}"
-            )
-        if rollout.top_p != 1 and name not in weighed:
-            yield (
-                f"rollout.top_p: {name} is a policy gradient of the distribution that is sampled, "
-                f"and the policy is the whole one: set it to 1, or give the objective an importance_cap, "
-                f"got {rollout.top_p:g}"
-            )
-    if "sft" in active and rollout.on_policy == 1:
-        yield "rollout.on_policy: sft learns the data's completions, and at 1 none is used: set it below 1"
+    from gold.losses.sampling import unfit_sampling
+
+    yield from unfit_sampling(
+        {o.name: o.options for o in config.objectives if o.weight > 0},
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        per_prompt=rollout.per_prompt,
+        on_policy=rollout.on_policy,
+    )
 
 
 def _impossible_teachers(config: Config) -> Iterator[str]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gold.align.chunks import align_tokens
 from gold.align.vocabulary import Spelling
-from gold.aligned import AlignedText, VocabularyPair
+from gold.aligned import AlignedText, VocabularyPair, canonical_tokens
 from gold.chat import begins_anew, prompt_ids, prompt_text
 from gold.data import Prompt
 from gold.kernels.linear import Rows, token_logp
@@ -198,10 +198,8 @@ def bootstrap_ratio(
 
 
 def _writing(student: LanguageModel, rollouts: Sequence[Rollout]) -> dict[str, float]:
-    encode = student.vocabulary.encode
     canonical = [
-        np.array_equal(encode(r.spelling.data, at_start=begins_anew(r.prompt)).ids, r.spelling.ids)
-        for r in rollouts
+        canonical_tokens(student.vocabulary, r.spelling, begins_anew(r.prompt)).all() for r in rollouts
     ]
     return {
         "stop_rate": float(np.mean([r.stopped for r in rollouts])),

@@ -34,6 +34,7 @@ from gold.kernels import backend_for
 from gold.kernels.linear import Rows
 from gold.losses import DivergenceRow, Need, Objective, View, find
 from gold.losses.mixture import FurtherTeacher, mixed_rows
+from gold.losses.policy import drawn_credit, means_of_others
 from gold.models import (
     LanguageModel,
     PaddedStates,
@@ -53,6 +54,8 @@ from gold.teachers.local import LocalTeacher
 from gold.teachers.several import Teachers, averages_of
 
 Answer = TypeVar("Answer")
+NO_ROWS = Rows.of_logits(torch.zeros(0, 1))
+"""The student's states where they are not read."""
 NEEDS: tuple[Need, ...] = typing.get_args(Need)
 """What objectives ask of a teacher, least first."""
 MISSED_SHARE = 0.1
@@ -283,6 +286,7 @@ class Loop:
                 sums["teacher_tokens"] = float(sum(map(len, told)))
                 if before is not None:
                     sums["teacher_retries"] = float((self._retries or 0) - before)
+            self._set_baselines(groups)
         self.module.train()
         self.optimizer.zero_grad(set_to_none=True)
         for number, group in enumerate(groups):
@@ -321,8 +325,7 @@ class Loop:
         given: list[Rollout] = []
         for place, index in mine:
             prompt = self.prompts[index]
-            coin = np.random.default_rng((recipe.seed, self.step, place, 1)).random()
-            if coin < recipe.on_policy:
+            if recipe.student_writes(self.step, place):
                 draws += [(prompt, (recipe.seed, self.step, place, 0, n)) for n in range(recipe.per_prompt)]
             else:
                 given.append(completed(self.student, prompt, recipe.sampling.max_new_tokens))
@@ -401,6 +404,26 @@ class Loop:
             for group, _ in mine:
                 group.rows[name] = [next(rows) for _ in group.rollouts]
 
+    def _set_baselines(self, groups: Sequence[_Group]) -> None:
+        """What terms take off the advantages of each microbatch: a mean over the whole step, all processes' texts."""
+        size = self.recipe.sampling.max_new_tokens
+        for term in self.terms:
+            name, options = term.objective.name, term.objective.options
+            if options.get("baseline") != "others":
+                continue
+            credits = [drawn_credit(self._view(g, NO_ROWS, None), name, options) for g in groups]
+            numbers = [g.batch.row_number for g in groups]
+            for group, mean in zip(
+                groups, means_of_others(credits, numbers, size, self._added_up), strict=True
+            ):
+                group.baselines[name] = mean
+
+    def _added_up(self, sums: Tensor) -> Tensor:
+        """Sums over all processes, on the CPU."""
+        if self.accelerator.num_processes == 1:
+            return sums
+        return self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
+
     def _loss(
         self, states: PaddedStates, group: _Group, counts: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -455,7 +478,8 @@ class Loop:
             return View(group.batch, rows, theirs[0], self.backend, first, reference, mix, further)
         # Of one vocabulary, the mixture's rows are rows like any other teacher's.
         mixed = theirs[0] if mix is None else mixed_rows(theirs, group.batch.vocabularies.student.size, mix)
-        return View(group.batch, rows, mixed, self.backend, backends[names[0]], reference)
+        first, given = backends[names[0]], group.baselines
+        return View(group.batch, rows, mixed, self.backend, first, reference, baselines=given)
 
     def _record(
         self, sums: Mapping[str, float], counts: Mapping[str, float], update: dict[str, Any], clock: _Clock
@@ -637,12 +661,13 @@ def _read_state(checkpoint: Checkpoint) -> tuple[int, int]:
 @dataclass(frozen=True)
 class _Group:
     """A microbatch: its teachers, its rollouts, the texts as each teacher reads them, and, once they were asked, each
-    teacher's rows of every text."""
+    teacher's rows of every text and what policy gradients take off their advantages."""
 
     names: tuple[str, ...]
     rollouts: Sequence[Rollout]
     batches: tuple[AlignedBatch, ...]
     rows: dict[str, list[Rows]] = field(default_factory=dict)
+    baselines: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def batch(self) -> AlignedBatch:

@@ -16,14 +16,16 @@ from gold.teachers.protocol import Teacher
 
 def read(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
     """The rollout with the teacher's own reading of the same bytes."""
+    anew = begins_anew(rollout.prompt)
     return AlignedText(
         rollout.ids,
         rollout.spelling,
-        vocabularies.read(rollout.spelling, at_start=begins_anew(rollout.prompt)),
+        vocabularies.read(rollout.spelling, at_start=anew),
         rollout.stopped,
         rollout.sampled,
         rollout.advantage,
         rollout.logp if rollout.sampled else None,
+        anew,
     )
 
 

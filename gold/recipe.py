@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from gold.rollout import Sampling
 
 
@@ -26,7 +28,8 @@ class Term:
 class Recipe:
     """Everything that decides what a run computes, given the models and the prompts.
 
-    ``on_policy`` is λ: the share of sequences that the student writes; the others are the data's completions.
+    ``on_policy`` is λ: the share of sequences that the student writes, in expectation; the others are the data's
+    completions. A prompt has ``per_prompt`` sequences of the student or one of the data (``student_writes``).
     ``precision``: ``auto`` is bf16 on a GPU that has it, else none.
     """
 
@@ -49,6 +52,15 @@ class Recipe:
     precision: Literal["auto", "no", "bf16"] = "auto"
     gradient_checkpointing: bool = False
     bad_steps_allowed: int = 3
+
+    def student_writes(self, step: int, place: int) -> bool:
+        """Whether the student completes the prompt at a place of a step; else its own completion is read.
+
+        True with probability ``λ / (λ + per_prompt (1 − λ))``, so that λ of the sequences are the student's: such a
+        prompt has ``per_prompt``, any other has one. A function of the seed, the step and the place.
+        """
+        share = self.on_policy / (self.on_policy + self.per_prompt * (1.0 - self.on_policy))
+        return bool(np.random.default_rng((self.seed, step, place, 1)).random() < share)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0: linear warm-up, then the schedule down to ``final_lr_share`` of

@@ -24,6 +24,7 @@ from gold.evaluate import EvaluationPlan, Verifier
 from gold.inputs import of_run
 from gold.interrupt import Interrupt, ended_by
 from gold.loop import Loop, pairs_of, terms_of
+from gold.losses.sampling import unfit_sampling
 from gold.models import LanguageModel, load_model, save_model
 from gold.progress import Lasting, Progress, Quiet, Silent
 from gold.reading import read
@@ -282,6 +283,16 @@ def _check(recipe: Recipe, prompts: Sequence[Prompt], verifier: Verifier | None,
             f"prompt {lacking[0]} (one of {len(lacking)}) has no completion, and rollout.on_policy is "
             f"{recipe.on_policy:g}; give every prompt one, or set it to 1"
         )
+    options = {t.name: t.options for t in recipe.objectives if t.weight}
+    drawing = recipe.sampling
+    for problem in unfit_sampling(
+        options,
+        temperature=drawing.temperature,
+        top_p=drawing.top_p,
+        per_prompt=recipe.per_prompt,
+        on_policy=recipe.on_policy,
+    ):
+        raise ConfigError(problem)
     if verifier is None and any(t.name == "reward" and t.weight for t in recipe.objectives):
         raise ConfigError("objective reward needs a verifier; train on a task, or leave the objective out")
 

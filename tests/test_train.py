@@ -98,6 +98,28 @@ def test_losses_are_divided_by_the_count_of_the_whole_step(objectives: tuple[Ter
     torch.testing.assert_close(weights(in_parts.student), weights(at_once.student), rtol=1e-3, atol=2e-4)
 
 
+def test_a_baseline_is_of_the_whole_step() -> None:
+    """Whatever microbatches the step is cut into."""
+    recipe = changed(
+        objectives=(Term("token_pg", baseline="others"),), steps=1, prompts_per_step=6, per_prompt=1
+    )
+    losses = [
+        run(replace(recipe, sequences_per_forward=n), verifier=None).steps[0]["loss"] for n in (6, 2, 1)
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+    plain = run(replace(recipe, objectives=(Term("token_pg"),)), verifier=None).steps[0]["loss"]
+    assert abs(plain - losses[0]) > 0.1 * abs(plain)
+
+
+@pytest.mark.parametrize(("share", "per_prompt"), [(0.5, 4), (0.25, 2), (0.9, 8), (0.0, 4), (1.0, 4)])
+def test_lambda_is_the_share_of_sequences(share: float, per_prompt: int) -> None:
+    recipe = changed(on_policy=share, per_prompt=per_prompt)
+    written = sum(recipe.student_writes(step, place) for step in range(500) for place in range(8))
+    sequences = written * per_prompt + (4000 - written)
+    assert written * per_prompt / sequences == pytest.approx(share, abs=0.03)
+    assert [recipe.student_writes(7, n) for n in range(8)] == [recipe.student_writes(7, n) for n in range(8)]
+
+
 ON_ANY_DEVICE = [
     Term("reverse_kl"),
     Term("reverse_kl", support="prefix"),
@@ -321,6 +343,15 @@ def test_what_the_teacher_or_the_data_lack_is_refused_at_once() -> None:
         run(changed(objectives=(Term("reward"),)), untouched, verifier=None)
     with pytest.raises(TeacherError, match="there is no teacher"):
         run(student=untouched, teacher=None)
+    for sampling, said in (
+        (Sampling(temperature=0.7, max_new_tokens=10), "temperature 1: set it to 1"),
+        (Sampling(temperature=0.0, max_new_tokens=10), "got 0"),
+        (Sampling(top_p=0.5, max_new_tokens=10), r"rollout.top_p: .* set it to 1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            run(changed(objectives=(Term("span_pg"),), sampling=sampling), untouched)
+    with pytest.raises(ConfigError, match="sft learns the data's completions"):
+        run(changed(objectives=(Term("sft"),)), untouched)
     with pytest.raises(ConfigError, match="nothing would be learned"):
         run(changed(objectives=(Term("reverse_kl", weight=0.0),)), untouched)
     assert torch.equal(weights(untouched), before)

@@ -454,9 +454,9 @@ def shared_divergence(
     ``renormalise``: condition both sides on the shared events; else all unshared mass is one more event, the bucket.
     ``top_k``: only the likeliest shared events of one side in each row are events of their own, the others are
     unshared; so are those that a teacher's row does not know. A ``MixedKL`` is left to the kernel where it can do all
-    that; any other divergence is computed by torch. Where only one side's matrix has rows beyond its vocabulary, both
-    leak to what is left although ``everything`` is shared; where a divergence is infinite all the same, what is ruled
-    out counts as ``reference.finite_where_either_is`` says.
+    that; any other divergence is computed by torch. Where only one side's matrix has rows beyond its vocabulary
+    and that would cost infinitely much, both leak to what is left although ``everything`` is shared; where a divergence
+    is infinite all the same, what is ruled out counts as ``reference.finite_where_either_is`` says.
 
     Raises: ValueError if ``top_k`` is more than there are shared events.
     """
@@ -465,8 +465,12 @@ def shared_divergence(
         raise ValueError(
             f"top_k is {top_k}, and the vocabularies share {kept.ids.numel()} tokens and the stop event"
         )
-    padded, padded_teacher = (bool(k.left.numel()) for k in (kept, kept_teacher))
-    leak = 0.0 if events.everything and padded == padded_teacher else LEAK
+    leak = LEAK
+    if events.everything:
+        padded, padded_teacher = (bool(k.left.numel()) for k in (kept, kept_teacher))
+        alone = padded and not padded_teacher, padded_teacher and not padded
+        if not isinstance(divergence, MixedKL) or divergence.finite(*alone):
+            leak = 0.0
     whole = top_k is None and not teacher.partial and kept.ids.device == kept_teacher.ids.device
 
     def compare(block: Rows, span: slice) -> tuple[Tensor, ...]:

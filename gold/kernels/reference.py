@@ -36,6 +36,13 @@ class MixedKL:
     teacher_mix: float = 0.0
     above_nats: float = -math.inf
 
+    def finite(self, student_alone: bool, teacher_alone: bool) -> bool:
+        """Whether it stays finite where the student alone, or the teacher alone, gives an event a probability."""
+        return not (
+            (student_alone and self.student and self.student_mix == 1.0)
+            or (teacher_alone and self.teacher and self.teacher_mix == 0.0)
+        )
+
     def __call__(self, logp: Tensor, logq: Tensor) -> Tensor:
         """The divergence per row, [N, events] → [N], in nats; an event counts 0 where its probability is 0."""
         total = logp.new_zeros(logp.shape[:-1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -22,6 +24,7 @@ from gold.losses.view import (
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Baseline = Literal["none", "others"]
+Horizon = Literal["text", "span"]
 
 
 def span_pg(
@@ -42,24 +45,16 @@ def span_pg(
 
     Source: Lu, "On-Policy Distillation", Thinking Machines 2025, for one token per span; Gu et al. 2306.08543.
     """
-    batch = view.batch
-    span_S, span_T, spans = batch.spans
     mine, theirs = student_scores(view), teacher_scores(view)
-    with torch.no_grad():
-        total_S = view.backend.chunk_sums(mine.event.detach(), span_S, spans)
-        total_T = view.teacher_backend.chunk_sums(theirs.event, span_T, spans).to(total_S)
-        advantage_C = total_T - total_S
-        inside = span_S >= 0
-        advantage = torch.where(inside, advantage_C[span_S.clamp(min=0)], 0.0) if spans else mine.event * 0.0
-    total = policy_loss(view, mine, advantage, inside, clip, baseline, importance_cap, noncanonical_penalty)
-    logp = sequence_logp(batch, mine, theirs)
-    return Loss(total, {"span_reverse_kl": -advantage_C.sum()}, logp)
+    credit = span_credit(view, mine.event.detach(), theirs)
+    total = policy_loss(view, mine, credit, "span_pg", clip, baseline, importance_cap, noncanonical_penalty)
+    return Loss(total, {"span_reverse_kl": -credit.reward.sum()}, sequence_logp(view.batch, mine, theirs))
 
 
 def token_pg(
     view: View,
     *,
-    horizon: Literal["text", "span"] = "text",
+    horizon: Horizon = "text",
     clip: Positive | None = None,
     baseline: Baseline = "none",
     importance_cap: Positive | None = None,
@@ -77,24 +72,10 @@ def token_pg(
 
     Source: as for ``span_pg``; the probability of a prefix is that of Phan et al. 2410.09303.
     """
-    batch = view.batch
     mine = student_scores(view)
-    with torch.no_grad():
-        table, log_target, log_stop = byte_tables(view.teacher_rows, batch.layout_T, view.teacher_backend)
-        position, row, event = (x.to(table.device) for x in batch.path)
-        rows = mine.event.shape[0]
-        told = batch.told_path.to(table.device)
-        step = torch.where(told, possible(table[position, event]), 0.0)
-        gained = view.teacher_backend.chunk_sums(step, row, rows).to(mine.event)
-        reward = gained - mine.event.detach()
-        inside = batch.told_rows
-        group = batch.row_text if horizon == "text" else batch.spans[0]
-        inside = inside & (group >= 0)
-        advantage = _reward_to_go(torch.where(inside, reward, 0.0), group)
-    total = policy_loss(view, mine, advantage, inside, clip, baseline, importance_cap, noncanonical_penalty)
-    theirs = Scores.of(log_target, log_stop, batch.target_T < 0)
-    logp = sequence_logp(batch, mine, theirs)
-    return Loss(total, {"span_reverse_kl": -torch.where(inside, reward, 0.0).sum()}, logp)
+    credit, theirs = token_credit(view, mine.event.detach(), horizon)
+    total = policy_loss(view, mine, credit, "token_pg", clip, baseline, importance_cap, noncanonical_penalty)
+    return Loss(total, {"span_reverse_kl": -credit.reward.sum()}, sequence_logp(view.batch, mine, theirs))
 
 
 def reward(view: View, *, importance_cap: Positive | None = None) -> Loss:
@@ -108,50 +89,129 @@ def reward(view: View, *, importance_cap: Positive | None = None) -> Loss:
     given = torch.tensor([t.advantage for t in batch.texts], dtype=mine.event.dtype, device=mine.event.device)
     # The sampled id itself, of several stop ids the one that was drawn.
     mine = Scores(mine.target, mine.target)
-    advantage = given[batch.row_text]
-    return Loss(policy_loss(view, mine, advantage, batch.sampled_row_mask, None, "none", importance_cap, 0.0))
+    inside = batch.sampled_row_mask
+    advantage = torch.where(inside, given[batch.row_text], 0.0)
+    credit = Credit(advantage, advantage, torch.where(inside, batch.row_text, -1))
+    return Loss(policy_loss(view, mine, credit, "reward", None, "none", importance_cap, 0.0))
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What each row of the student is credited with, [N] each: its ``advantage`` in nats, the ``reward`` that was given
+    at the row itself, and the ``stretch`` of a text, numbered from 0, that its advantage is about; −1: the row counts
+    nowhere."""
+
+    advantage: Tensor
+    reward: Tensor
+    stretch: Tensor
+
+    @property
+    def inside(self) -> Tensor:
+        """Which rows count."""
+        return self.stretch >= 0
+
+
+@torch.no_grad()
+def span_credit(view: View, event: Tensor, theirs: Scores) -> Credit:
+    """The credit of ``span_pg``, given the student's log-probability of each row's event; a span's reward is given at
+    its last row."""
+    span_S, span_T, spans = view.batch.spans
+    if not spans:
+        return Credit(event * 0.0, event * 0.0, span_S)
+    total_S = view.backend.chunk_sums(event, span_S, spans)
+    total_T = view.teacher_backend.chunk_sums(theirs.event, span_T, spans).to(total_S)
+    inside = span_S >= 0
+    advantage = torch.where(inside, (total_T - total_S)[span_S.clamp(min=0)], 0.0)
+    last = inside.clone()
+    last[:-1] &= span_S[1:] != span_S[:-1]
+    return Credit(advantage, torch.where(last, advantage, 0.0), span_S)
+
+
+@torch.no_grad()
+def token_credit(view: View, event: Tensor, horizon: Horizon) -> tuple[Credit, Scores]:
+    """The credit of ``token_pg``, given the student's log-probability of each row's event, and the teacher's scores.
+    What the teacher says nothing of has no reward, and is credited with those that follow."""
+    batch = view.batch
+    table, target, stop = byte_tables(view.teacher_rows, batch.layout_T, view.teacher_backend)
+    position, row, happened = (x.to(table.device) for x in batch.path)
+    step = torch.where(batch.told_path.to(table.device), possible(table[position, happened]), 0.0)
+    gained = view.teacher_backend.chunk_sums(step, row, event.shape[0]).to(event)
+    stretch = batch.row_text if horizon == "text" else batch.spans[0]
+    stretch = torch.where(batch.sampled_row_mask, stretch, -1)
+    reward = torch.where(batch.told_rows & (stretch >= 0), gained - event, 0.0)
+    credit = Credit(_reward_to_go(reward, stretch), reward, stretch)
+    return credit, Scores.of(target, stop, batch.target_T < 0)
+
+
+def drawn_credit(view: View, name: str, options: Mapping[str, Any]) -> Credit:
+    """The credit of ``span_pg`` or ``token_pg`` as it was when the texts were drawn: what a baseline is made of before
+    the student's states are there. The view's student is not read."""
+    event = view.batch.drawn_logp
+    if name == "span_pg":
+        return span_credit(view, event, teacher_scores(view))
+    return token_credit(view, event, options["horizon"])[0]
+
+
+def means_of_others(
+    credits: Sequence[Credit], numbers: Sequence[Tensor], size: int, add_up: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """For each row of each microbatch the mean advantage of the step's other texts at the same token of theirs, of at
+    most ``size``; 0 where there is none.
+
+    ``numbers`` are the rows' numbers in their texts; ``add_up`` sums over processes. What a text is compared with is
+    independent of it, so its expected gradient stays what it is.
+    """
+    sums = torch.zeros(2, size, dtype=torch.float64)
+    given = [torch.stack((c.inside.double(), c.advantage.double() * c.inside)).cpu() for c in credits]
+    places = [number.cpu() for number in numbers]
+    for values, place in zip(given, places, strict=True):
+        sums.index_add_(1, place, values)
+    sums = add_up(sums)
+    means = []
+    for credit, values, place in zip(credits, given, places, strict=True):
+        count, total = sums[:, place] - values
+        means.append(torch.where(count > 0, total / count.clamp(min=1.0), 0.0).to(credit.advantage))
+    return means
 
 
 def policy_loss(
     view: View,
     mine: Scores,
-    advantage: Tensor,
-    inside: Tensor,
+    credit: Credit,
+    name: str,
     clip: float | None,
     baseline: Baseline,
     importance_cap: float | None,
     noncanonical_penalty: float,
 ) -> Tensor:
-    """``−Σ w A log π(a)`` over the rows ``inside``, without gradient through w and A.
+    """``−Σ w A log π(a)`` over the rows that count, without gradient through w and A.
 
-    ``baseline`` "others": A less its mean over the other texts of the microbatch at the same token of theirs.
-    ``noncanonical_penalty``: nats taken off A at tokens that the student's tokenizer would not have put there.
-    ``clip``: A is kept within ± that. ``importance_cap``: w is π(a) over the probability that a was drawn with, at most
-    that; else 1. The order is this one.
+    ``baseline`` "others": A less its mean over the step's other texts at the same token of theirs, ``view.baselines``
+    of this objective; without these the microbatch counts as the step. ``noncanonical_penalty``: nats taken off A at
+    tokens that the student's tokenizer would not have put there. ``clip``: A is kept within ± that.
+    ``importance_cap``: w is the product, over the stretch that A is about, of π(a) over the probability that a was
+    drawn with, at most that; else 1. The order is this one.
     """
-    batch = view.batch
+    batch, inside, advantage = view.batch, credit.inside, credit.advantage
     with torch.no_grad():
         if baseline == "others":
-            advantage = advantage - _mean_of_others(advantage, inside, view)
+            others = view.baselines.get(name)
+            if others is None:
+                number = batch.row_number
+                size = int(number.max()) + 1 if number.numel() else 0
+                (others,) = means_of_others([credit], [number], size, lambda sums: sums)
+            advantage = advantage - others
         if noncanonical_penalty:
             advantage = advantage - noncanonical_penalty * (~batch.canonical_rows).to(advantage)
         if clip is not None:
             advantage = advantage.clamp(-clip, clip)
         if importance_cap is not None:
-            ratio = torch.exp(mine.target.detach() - batch.drawn_logp.to(advantage))
-            advantage = advantage * ratio.clamp(max=importance_cap)
+            stretches = int(credit.stretch.max()) + 1 if credit.stretch.numel() else 0
+            log_ratio = mine.target.detach().double() - batch.drawn_logp
+            ratio = view.backend.chunk_sums(log_ratio, credit.stretch, stretches).exp()
+            ratio = torch.cat((ratio.clamp(max=importance_cap), ratio.new_zeros(1)))  # the last is that of −1
+            advantage = advantage * ratio[credit.stretch].to(advantage)
     return -(advantage[inside] * mine.event[inside]).sum()
-
-
-def _mean_of_others(advantage: Tensor, inside: Tensor, view: View) -> Tensor:
-    """For each row the mean over rows of other texts with the same number in their text; 0 where there is none."""
-    number = view.batch.row_number
-    size = int(number.max()) + 1 if number.numel() else 0
-    weight = inside.to(advantage)
-    count, total = (
-        view.backend.chunk_sums(x, number, size)[number] - x for x in (weight, weight * advantage)
-    )
-    return torch.where(count > 0, total / count.clamp(min=1.0), 0.0)
 
 
 def _reward_to_go(reward: Tensor, group: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from gold.kernels.chunked import (
 )
 from gold.kernels.linear import Rows, SharedEvents, token_logp
 from gold.losses.divergences import Share, form_of, forward_kl, jsd
-from gold.losses.policy import Positive, policy_loss
+from gold.losses.policy import Credit, Positive, policy_loss
 from gold.losses.supports import states_divergence
 from gold.losses.view import Loss, View, sequence_logp, student_scores, teacher_scores
 
@@ -81,11 +81,13 @@ def opd(view: View, *, clip: Positive | None = None, importance_cap: Positive | 
     batch = view.batch
     mine, theirs = student_scores(view), teacher_scores(view)
     with torch.no_grad():
-        advantage = theirs.event.to(mine.event) - mine.event
         inside = batch.sampled_row_mask
-    total = policy_loss(view, mine, advantage, inside, clip, "none", importance_cap, 0.0)
+        advantage = torch.where(inside, theirs.event.to(mine.event) - mine.event, 0.0)
+        row = torch.arange(inside.numel(), device=inside.device)
+        credit = Credit(advantage, advantage, torch.where(inside, row, -1))
+    total = policy_loss(view, mine, credit, "opd", clip, "none", importance_cap, 0.0)
     logp = sequence_logp(batch, mine, theirs)
-    return Loss(total, {"reverse_kl": -advantage[inside].sum()}, logp)
+    return Loss(total, {"reverse_kl": -advantage.sum()}, logp)
 
 
 def uld(view: View) -> Loss:

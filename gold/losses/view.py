@@ -25,7 +25,8 @@ class View:
 
     ``teacher`` is None for objectives that need no teacher; ``reference``, the student before training with one row for
     each of the student's, for all but those that ask for it. With a ``mix`` the teacher is the first of several, and
-    ``further`` are the others, in its order.
+    ``further`` are the others, in its order. ``baselines``: of a policy gradient, by name, what is taken off the
+    advantage of each row of the student, in nats.
     """
 
     batch: AlignedBatch
@@ -35,6 +36,7 @@ class View:
     teacher_backend: ModuleType
     reference: Rows | None = None
     mix: Mix | None = None
+    baselines: Mapping[str, Tensor] = field(default_factory=dict)
     further: tuple[FurtherTeacher, ...] = ()
 
     @property

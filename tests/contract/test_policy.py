@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers_for_tests import byte_level_bpe, sentencepiece_bpe
 from torch import Tensor
 
-from gold.aligned import VocabularyPair
+from gold.align import Vocabulary
+from gold.aligned import AlignedText, VocabularyPair, canonical_tokens
 from gold.losses import OBJECTIVES
+from gold.losses.policy import drawn_credit, means_of_others
 from tests import oracle
 from tests.contract.toys import (
     ToyModel,
@@ -131,6 +135,105 @@ def test_importance_weights_are_ratios_up_to_the_cap():
     lost = replace(text, drawn_logp=None)
     with pytest.raises(ValueError, match="log-probabilities that the ids were drawn with"):
         OBJECTIVES["span_pg"](importance_cap=1.5)(view_of(SAME, [lost], rows, teacher))
+
+
+def test_a_weight_is_the_product_over_the_span():
+    """One weight for all tokens of a span, and none for what lies before it."""
+    text = aligned(PAIR, [*STUDENT.encode("ab a b").ids.tolist(), STUDENT.stop_ids[0]])
+    student, teacher = ToyModel(STUDENT, 3), ToyModel(TEACHER, 4)
+    rows = student_rows(student, [text]).requires_grad_(True)
+    logp = torch.log_softmax(rows, -1).gather(1, torch.tensor(text.ids.tolist())[:, None])[:, 0]
+    drawn = logp.detach() + torch.linspace(-0.3, 0.5, len(logp), dtype=torch.float64)
+    text = replace(text, drawn_logp=drawn.numpy())
+    span = batch_of(PAIR, [text]).spans[0]
+    assert 1 < len(set(span.tolist())) < len(span)
+    view = view_of(PAIR, [text], rows, teacher)
+    plain, weighed = (
+        torch.autograd.grad(OBJECTIVES["span_pg"](importance_cap=cap)(view).total, rows)[0]
+        for cap in (None, 9.0)
+    )
+    for c in set(span.tolist()):
+        ratio = torch.exp((logp.detach() - drawn)[span == c].sum())
+        torch.testing.assert_close(weighed[span == c], ratio * plain[span == c])
+
+
+def tempered(student: ToyModel, temperature: float, ids: tuple[int, ...]) -> np.ndarray:
+    """The log-probability that each id is drawn with."""
+    rows = (torch.log_softmax(student.row(ids[:k]).detach() / temperature, -1)[v] for k, v in enumerate(ids))
+    return np.array([float(x) for x in rows])
+
+
+@pytest.mark.parametrize(("name", "options"), [("span_pg", {}), ("token_pg", {}), ("reward", {})])
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_the_expected_gradient_at_another_temperature_is_that_at_temperature_1(name, options, temperature):
+    """By enumeration, with a cap that is never reached; the teacher cuts nowhere, so that a text is one span."""
+    pair = VocabularyPair(STUDENT, toy_vocabulary(["b+a"], letters="ab ", cut=None))
+    student = ToyModel(STUDENT, 1, longest=2, requires_grad=True, never=("<junk>",))
+    teacher = ToyModel(pair.teacher, 2)
+    totals = []
+    for drawn_at, cap in ((1.0, None), (temperature, 1e9)):
+        total = torch.zeros((), dtype=torch.float64)
+        for number, (ids, _) in enumerate(oracle.sequences(student.logp, STUDENT.stop_ids, 3)):
+            drawn = tempered(student, drawn_at, ids)
+            text = aligned(pair, list(ids), drawn_logp=drawn, advantage=float(number % 3) - 1.0)
+            objective = OBJECTIVES[name](importance_cap=cap, **options)
+            total = total + np.exp(drawn.sum()) * objective(view_of(pair, [text], student, teacher)).total
+        grads = torch.autograd.grad(total, list(student.rows.values()), allow_unused=True)
+        totals.append(torch.cat([g for g in grads if g is not None]))
+    assert totals[0].norm() > 0.1
+    torch.testing.assert_close(totals[1], totals[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["span_pg", "token_pg"])
+def test_the_baseline_of_a_step_changes_no_expected_gradient(name):
+    """By enumeration of all steps of three texts, whatever microbatches they are in."""
+    pair = VocabularyPair(STUDENT, toy_vocabulary(["b+a"], letters="ab ", cut=None))
+    student = ToyModel(STUDENT, 1, longest=1, requires_grad=True, never=("<junk>",))
+    teacher = ToyModel(pair.teacher, 2)
+    drawn = list(oracle.sequences(student.logp, STUDENT.stop_ids, 2))
+    texts = [aligned(pair, list(ids), drawn_logp=tempered(student, 1.0, ids)) for ids, _ in drawn]
+    probability = [float(logp.detach().exp()) for _, logp in drawn]
+    views = [view_of(pair, [text], student, teacher) for text in texts]
+    leaves = list(student.rows.values())
+
+    def gradient(total: Tensor) -> Tensor:
+        grads = torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=True)
+        return torch.cat(
+            [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
+        )
+
+    plain = sum(
+        p * gradient(OBJECTIVES[name]()(view).total) for p, view in zip(probability, views, strict=True)
+    )
+    objective = OBJECTIVES[name](baseline="others")
+    credits = [drawn_credit(view, name, objective.options) for view in views]
+    expected = torch.zeros_like(plain)
+    for step in itertools.product(range(len(texts)), repeat=3):
+        # The loss is linear in the advantages: of a step the first text's share is enough, the three are alike.
+        numbers = [views[i].batch.row_number for i in step]
+        mean, *_ = means_of_others([credits[i] for i in step], numbers, 4, lambda sums: sums)
+        weight = np.prod([probability[i] for i in step])
+        view = replace(views[step[0]], baselines={name: mean})
+        expected = expected + weight * gradient(objective(view).total)
+    torch.testing.assert_close(expected, plain, rtol=1e-9, atol=1e-9)
+    assert float(mean.abs().max()) > 0.01
+
+
+def test_a_canonical_text_is_one_wherever_it_begins_and_ends():
+    """Behind a prompt no space is put before a text; a character that the length limit has cut off is not judged."""
+    spaced = Vocabulary.load(sentencepiece_bpe(prefix="prepend"), stop_ids=[1])
+    for text, at_start in (("lo world", False), (" is it", False), ("Yes, it", True)):
+        spelling = spaced.spell(spaced.encode(text, at_start=at_start).ids, at_start=at_start)
+        assert canonical_tokens(spaced, spelling, at_start).all()
+        row = AlignedText(spelling.ids, spelling, spelling, False, at_start=at_start)
+        assert batch_of(VocabularyPair(spaced, spaced), [row]).canonical_rows.all()
+    assert not canonical_tokens(
+        spaced, spaced.spell(spaced.encode("lo world", at_start=False).ids), True
+    ).all()
+    bytewise = Vocabulary.load(byte_level_bpe(), stop_ids=[1])
+    ids = bytewise.encode("ok \U00050000").ids
+    for kept in range(1, len(ids) + 1):
+        assert canonical_tokens(bytewise, bytewise.spell(ids[:kept]), True).all()
 
 
 def test_only_tokens_that_the_tokenizer_would_not_give_pay_the_penalty():
