@@ -2,6 +2,11 @@
 
 In single precision exponentials and logarithms are polynomials (the compiler calls the scalar library otherwise); in
 double precision they are those of the library. Sums are single within a block and double across.
+
+One row has one result, wherever its memory lies: nothing is compiled with `fastmath`, so the compiler may change no
+rounding, and whether it takes a loop in vectors or in single steps (it asks at run time whether arrays overlap) is not
+seen in any bit. What `fastmath` would give for speed is in the source: sums in fixed lanes (``lane_sum``,
+``lane_dot``), and products added without rounding between (``fused``).
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs
@@ -13,18 +18,17 @@ import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-SUMS = {"reassoc", "contract", "arcp", "nsz", "afn"}
-"""Flags that let a sum be split into lanes; none that takes NaN or infinity for impossible."""
-EXACT = {"contract", "nsz"}
-"""Flags under which the steps of a polynomial keep their order."""
 BLOCK = 2048
+"""Numbers of a sum within one precision; a multiple of the lanes."""
+LANE_BYTES = 256
+"""Of a sum's lanes together: eight registers of 32 bytes, or four of 64."""
 
-sums = numba.njit(cache=True, nogil=True, fastmath=SUMS, error_model="numpy")
-exact = numba.njit(cache=True, nogil=True, fastmath=EXACT, error_model="numpy")
-inlined = numba.njit(cache=True, nogil=True, fastmath=EXACT, error_model="numpy", forceinline=True)
-"""As ``exact``, for what loops call with single numbers: a call that is left in a loop keeps it out of lanes."""
+compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
+inlined = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+"""As ``compiled``, for what loops call with single numbers: a call that is left in a loop keeps it out of lanes."""
 
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -108,18 +112,122 @@ def _narrowed_half(context: Any, x: Any) -> Any:
     return types.uint16(types.float32), generate
 
 
+def _fused(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    """IR of ``x · y + z`` of numbers or vectors: rounded once where the processor can, twice on every other."""
+    wide = isinstance(x.type, ir.VectorType)
+    single = x.type.element if wide else x.type
+    name = f"v{x.type.count}" if wide else ""
+    name += "f32" if single == ir.FloatType() else "f64"
+    kind = ir.FunctionType(x.type, [x.type] * 3)
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.{name}"), [x, y, z]
+    )
+
+
+@intrinsic
+def fused(context: Any, x: Any, y: Any, z: Any) -> Any:
+    """``x · y + z`` without rounding between, if the processor can: in vectors and in single steps alike."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _fused(builder, *arguments)
+
+    if x not in (types.float32, types.float64) or not x == y == z:
+        return None
+    return x(x, x, x), generate
+
+
+def _in_lanes(builder: Any, datas: Any, low: Any, high: Any) -> Any:
+    """IR of the sum over low ≤ i < high of ``x[i]``, or of ``x[i] · y[i]`` where two arrays are given.
+
+    Number i goes to lane ``(i − low) mod lanes``; the lanes are added in halves. What is left of the last round goes to
+    eight lanes likewise, and of these to one.
+    """
+    real = datas[0].type.pointee
+    index = low.type
+    bytes_ = 4 if real == ir.FloatType() else 8
+    total, begin = ir.Constant(real, 0.0), low
+    for lanes in (LANE_BYTES // bytes_, 8, 1):
+        kind = ir.VectorType(real, lanes) if lanes > 1 else real
+        at, sums = cgutils.alloca_once(builder, index), cgutils.alloca_once(builder, kind)
+        builder.store(begin, at)
+        builder.store(ir.Constant(kind, None if lanes > 1 else 0.0), sums)
+        count = builder.sub(high, begin)
+        whole = builder.sub(count, builder.srem(count, index(lanes)))
+        end = builder.add(begin, whole)
+        head, body, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        builder.cbranch(builder.icmp_signed("<", builder.load(at), end), body, after)
+        builder.position_at_end(body)
+        here = builder.load(at)
+        found = [
+            builder.load(builder.bitcast(builder.gep(d, [here]), kind.as_pointer()), align=bytes_)
+            for d in datas
+        ]
+        before = builder.load(sums)
+        builder.store(
+            _fused(builder, *found, before) if len(found) > 1 else builder.fadd(before, *found), sums
+        )
+        builder.store(builder.add(here, index(lanes)), at)
+        builder.branch(head)
+        builder.position_at_end(after)
+        value = builder.load(sums)
+        while lanes > 1:
+            lanes //= 2
+            nothing = ir.Constant(value.type, ir.Undefined)
+            halves = [
+                builder.shuffle_vector(
+                    value, nothing, ir.Constant(ir.VectorType(ir.IntType(32), lanes), part)
+                )
+                for part in ([*range(lanes)], [*range(lanes, 2 * lanes)])
+            ]
+            value = builder.fadd(*halves)
+        if isinstance(value.type, ir.VectorType):
+            value = builder.extract_element(value, ir.IntType(32)(0))
+        total, begin = builder.fadd(total, value), end
+    return total
+
+
+def _lane_function(arrays: Any, low: Any, high: Any) -> Any:
+    first = arrays[0]
+    for array in arrays:
+        if not isinstance(array, types.Array) or array.ndim != 1 or array.layout != "C":
+            return None
+        if array.dtype != first.dtype or array.dtype not in (types.float32, types.float64):
+            return None
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        *given, low, high = arguments
+        datas = [context.make_array(a)(context, builder, x).data for a, x in zip(arrays, given, strict=True)]
+        return _in_lanes(builder, datas, low, high)
+
+    return first.dtype(*arrays, types.intp, types.intp), generate
+
+
+@intrinsic
+def lane_sum(context: Any, x: Any, low: Any, high: Any) -> Any:
+    """``Σ x[i]`` over low ≤ i < high, in lanes, in the precision of x."""
+    return _lane_function((x,), low, high)
+
+
+@intrinsic
+def lane_dot(context: Any, x: Any, y: Any, low: Any, high: Any) -> Any:
+    """``Σ x[i] · y[i]`` over low ≤ i < high, in lanes, in the precision of x."""
+    return _lane_function((x, y), low, high)
+
+
 @inlined
 def _exp_single(x):
     y = LOWEST if x < LOWEST else x
-    n = np.floor(y * LOG2_E + F(0.5))
-    r = (y - n * LN2_HIGH) - n * LN2_LOW
+    n = np.floor(fused(y, LOG2_E, F(0.5)))
+    r = fused(-n, LN2_LOW, fused(-n, LN2_HIGH, y))
     z = F(1.9875691500e-4)
-    z = z * r + F(1.3981999507e-3)
-    z = z * r + F(8.3334519073e-3)
-    z = z * r + F(4.1665795894e-2)
-    z = z * r + F(1.6666665459e-1)
-    z = z * r + F(5.0000001201e-1)
-    z = (z * r) * r + r + F(1.0)
+    z = fused(z, r, F(1.3981999507e-3))
+    z = fused(z, r, F(8.3334519073e-3))
+    z = fused(z, r, F(4.1665795894e-2))
+    z = fused(z, r, F(1.6666665459e-1))
+    z = fused(z, r, F(5.0000001201e-1))
+    z = fused(z * r, r, r) + F(1.0)
     value = _times_power_of_two(z, n)
     return F(0.0) if x < LOWEST else value
 
@@ -131,16 +239,17 @@ def _log_single(x):
     n = n - F(1.0) if low else n
     m = (m + m if low else m) - F(1.0)
     z = F(7.0376836292e-2)
-    z = z * m + F(-1.1514610310e-1)
-    z = z * m + F(1.1676998740e-1)
-    z = z * m + F(-1.2420140846e-1)
-    z = z * m + F(1.4249322787e-1)
-    z = z * m + F(-1.6668057665e-1)
-    z = z * m + F(2.0000714765e-1)
-    z = z * m + F(-2.4999993993e-1)
-    z = z * m + F(3.3333331174e-1)
+    z = fused(z, m, F(-1.1514610310e-1))
+    z = fused(z, m, F(1.1676998740e-1))
+    z = fused(z, m, F(-1.2420140846e-1))
+    z = fused(z, m, F(1.4249322787e-1))
+    z = fused(z, m, F(-1.6668057665e-1))
+    z = fused(z, m, F(2.0000714765e-1))
+    z = fused(z, m, F(-2.4999993993e-1))
+    z = fused(z, m, F(3.3333331174e-1))
     square = m * m
-    value = z * m * square + n * LN2_LOW - F(0.5) * square + m + n * LN2_HIGH
+    value = fused(F(-0.5), square, fused(z * m, square, n * LN2_LOW)) + m
+    value = fused(n, LN2_HIGH, value)
     value = value if x < F(math.inf) else x
     return F(-math.inf) if x <= F(0.0) else value
 
@@ -184,10 +293,10 @@ def _log_for(x):
 @inlined
 def _excess_single(d, share):
     # e^d − 1 and log(1 + w) to the precision of d² / 2, for |d| ≤ 1/16.
-    up = d * (F(1.0) + d * (F(0.5) + d * (F(1 / 6) + d * (F(1 / 24) + d * F(1 / 120)))))
-    w = share * up
-    tail = F(1 / 5) - w * (F(1 / 6) - w * F(1 / 7))
-    return w * w * (F(0.5) - w * (F(1 / 3) - w * (F(1 / 4) - w * tail)))
+    up = fused(d, fused(d, fused(d, fused(d, F(1 / 120), F(1 / 24)), F(1 / 6)), F(0.5)), F(1.0))
+    w = share * (d * up)
+    tail = fused(-w, fused(-w, F(1 / 7), F(1 / 6)), F(1 / 5))
+    return w * w * fused(-w, fused(-w, fused(-w, tail, F(1 / 4)), F(1 / 3)), F(0.5))
 
 
 def excess(d, share):
@@ -247,7 +356,7 @@ def _put_for(matrix, n, row):
     return copied
 
 
-@exact
+@compiled
 def row_max(z):
     """The largest entry; NaN does not count."""
     lanes = np.full(64, -math.inf, z.dtype)
@@ -264,51 +373,52 @@ def row_max(z):
     return top
 
 
-@sums
+@compiled
 def range_sum(x, low, high):
     """Sum of ``x[low:high]``, double across blocks."""
     total = 0.0
     for first in range(low, high, BLOCK):
-        part = x.dtype.type(0.0)
-        for v in range(first, min(first + BLOCK, high)):
-            part += x[v]
-        total += part
+        total += lane_sum(x, first, min(first + BLOCK, high))
     return total
 
 
-@sums
+@compiled
+def exps(z, shift, out):
+    """``out[v] = exp(z[v] − shift)``."""
+    for v in range(z.size):
+        out[v] = exp(z[v] - shift)
+
+
+@compiled
 def exp_into(z, shift, out):
-    """``out[v] = exp(z[v] − shift)``, and the sum."""
+    """As ``exps``, and the sum."""
     total = 0.0
     for first in range(0, z.size, BLOCK):
-        part = z.dtype.type(0.0)
-        for v in range(first, min(first + BLOCK, z.size)):
-            x = exp(z[v] - shift)
-            out[v] = x
-            part += x
-        total += part
+        last = min(first + BLOCK, z.size)
+        exps(z[first:last], shift, out[first:last])
+        total += lane_sum(out, first, last)
     return total
 
 
-@sums
+@compiled
 def exp_moment(z, shift, out):
     """As ``exp_into``, with ``Σ exp(d) · d`` of the differences d beside the sum."""
     total, moment = 0.0, 0.0
     lowest = as_is(-1000.0, z[0])
+    room = np.empty(min(BLOCK, z.size), z.dtype)
     for first in range(0, z.size, BLOCK):
-        part, other = z.dtype.type(0.0), z.dtype.type(0.0)
-        for v in range(first, min(first + BLOCK, z.size)):
-            d = z[v] - shift
-            x = exp(d)
-            out[v] = x
-            part += x
-            other += x * (d if d > lowest else lowest)
-        total += part
-        moment += other
+        last = min(first + BLOCK, z.size)
+        some, made, differences = z[first:last], out[first:last], room[: last - first]
+        for v in range(some.size):
+            d = some[v] - shift
+            differences[v] = lowest if d < lowest else d
+        exps(differences, z.dtype.type(0.0), made)
+        total += lane_sum(made, 0, made.size)
+        moment += lane_dot(made, differences, 0, made.size)
     return total, moment
 
 
-@sums
+@compiled
 def log_sum(z, ids, low, high, skip):
     """``log Σ exp(z[ids[i]])`` over low ≤ i < high without i = ``skip``, against its own maximum; −∞ of nothing."""
     top = -math.inf

@@ -1,31 +1,35 @@
 """numba loops over rows: ``kernel(lo, hi, …)`` does the rows lo … hi − 1, without Python's lock.
 
-A loop without a call and without a choice in it becomes vector instructions; sums are single within a block and double
-across (``lanes``). Where logits are bfloat16, words of 16 bits stand for them, and a row is unpacked at a time.
+A loop without a call and without a choice in it becomes vector instructions, but not one that adds up: a sum of more
+than a few numbers is made by ``lanes``, single within a block and double across. Where logits are bfloat16, words of 16
+bits stand for them, and a row is unpacked at a time.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs
 
 import math
 
-import numba
 import numpy as np
 
 from gold.kernels.lanes import (
+    BLOCK,
     as_is,
-    exact,
+    compiled,
     excess,
     exp,
     exp_into,
     exp_moment,
+    exps,
+    fused,
     inlined,
+    lane_dot,
+    lane_sum,
     log,
     log_sum,
     put_row,
     range_sum,
     row_max,
     row_of,
-    sums,
     word_of,
 )
 
@@ -36,28 +40,25 @@ TINY = 1e-25
 # Bytes. A row is permuted once, so that every set of tokens that begin alike is a range.
 
 
-@sums
+@compiled
 def _gather(x, index, out):
     for i in range(index.size):
         out[i] = x[index[i]]
 
 
-@sums
+@compiled
 def _set_log_mass(z, e, g, pool, low, high, skip, top, total):
     """Log-probability of the tokens at places low … high − 1 of the pool but ``skip``, of the row's ``total``."""
     mass = range_sum(g, low, high)
     if low <= skip < high:
-        # Sets that leave a token out are small: those that spell the same bytes.
-        mass = 0.0
-        for i in range(low, high):
-            if i != skip:
-                mass += g[i]
+        # Not the difference, which could be nothing but rounding.
+        mass = range_sum(g, low, skip) + range_sum(g, skip + 1, high)
     if mass > TINY:
         return math.log(mass) - math.log(total)
     return log_sum(z, pool, low, high, skip) - top - math.log(total)
 
 
-@sums
+@compiled
 def masses_forward(
     row_lo, row_hi, logits, like, pool, rank, edges, low, high, own, first_child, children,
     visit_ptr, visit_node, visit_starts, visit_skips, mass_ptr, target, first_row, log_mass, row_stats,
@@ -95,7 +96,7 @@ def masses_forward(
                 log_mass[m + 1 + c] = _set_log_mass(z, e, g, pool, low[child], high[child], -1, top, total)
 
 
-@sums
+@compiled
 def _add_share(coefficient, low, high, skip, share):
     single = coefficient.dtype.type(share)
     kept = coefficient[skip] if low <= skip < high else single
@@ -105,7 +106,7 @@ def _add_share(coefficient, low, high, skip, share):
         coefficient[skip] = kept
 
 
-@sums
+@compiled
 def _add_set(grad, z, pool, low, high, skip, scale, log_total):
     """Adds scale · exp(z − log_total) to the gradient of every token of a set: its softmax within the set."""
     for i in range(low, high):
@@ -113,7 +114,7 @@ def _add_set(grad, z, pool, low, high, skip, scale, log_total):
             grad[pool[i]] += scale * math.exp(z[pool[i]] - log_total)
 
 
-@sums
+@compiled
 def masses_backward(
     row_lo, row_hi, logits, like, pool, rank, edges, low, high, own, first_child, children,
     visit_ptr, visit_node, visit_starts, visit_skips, mass_ptr, target, first_row, log_mass, row_stats,
@@ -129,7 +130,7 @@ def masses_backward(
     for n in range(row_lo, row_hi):
         z = row_of(logits, n, scratch)
         lse = row_stats[n, 0]
-        exp_into(z, z.dtype.type(lse), e)
+        exps(z, z.dtype.type(lse), e)
         aim = target[first_row + n]
         at = rank[aim] if aim >= 0 else -1
         coefficient[:] = 0.0
@@ -195,7 +196,7 @@ def masses_backward(
 # Single tokens.
 
 
-@sums
+@compiled
 def statistics_forward(row_lo, row_hi, logits, like, target, stops, stats):
     """``reference.row_statistics`` into the four columns of ``stats``."""
     scratch, e = np.empty(logits.shape[1], like.dtype), np.empty(logits.shape[1], like.dtype)
@@ -210,7 +211,7 @@ def statistics_forward(row_lo, row_hi, logits, like, target, stops, stats):
         stats[n, 2] = log_sum(z, stops, 0, stops.size, -1) - top - log_total
 
 
-@sums
+@compiled
 def statistics_backward(
     row_lo, row_hi, logits, like, target, stops, stats, grad_norm, grad_target, grad_stop, grad_logits
 ):
@@ -226,7 +227,7 @@ def statistics_backward(
         if scale == 0.0 or stats[n, 0] == -math.inf:
             e[:] = 0.0
         else:
-            exp_into(z, like.dtype.type(stats[n, 0]), e)
+            exps(z, like.dtype.type(stats[n, 0]), e)
             single = like.dtype.type(scale)
             for v in range(e.size):
                 e[v] *= single
@@ -252,7 +253,7 @@ def _kl_term(lp, lq, p, q):
     d = d if d < as_is(80.0, p) else as_is(80.0, p)
     d = d if lp > -math.inf else nothing
     near = p * excess(d if abs(d) < near_by else nothing, one)
-    far = (q - p) - p * d
+    far = fused(-p, d, q - p)
     value = near if abs(d) < near_by else far
     return (value if lp > -math.inf else q), d
 
@@ -264,15 +265,15 @@ def _mixed_term(lp, lq, p, q, share):
     d = lq - lp
     d = d if d < as_is(80.0, p) else as_is(80.0, p)
     d = d if lp > -math.inf else nothing
-    ratio = (one - share) + share * exp(d)
+    ratio = fused(share, exp(d), one - share)
     log_ratio = log(ratio)
     near = p * excess(d if abs(d) < near_by else nothing, share)
-    far = share * (q - p) - p * log_ratio
+    far = fused(-p, log_ratio, share * (q - p))
     value = near if abs(d) < near_by else far
     return (value if lp > -math.inf else share * q), ratio, log_ratio
 
 
-@sums
+@compiled
 def _row_side(z, e, ids, stops, left, out):
     """Log-probabilities of the kept events and the stop event into ``out``, all masses relative to the row's total."""
     top = row_max(z)
@@ -281,93 +282,112 @@ def _row_side(z, e, ids, stops, left, out):
     for k in range(ids.size):
         out[k] = (z[ids[k]] - top) - shift
     out[ids.size] = log_sum(z, stops, 0, stops.size, -1) - top - math.log(total)
-    rest = 0.0
-    for i in range(left.size):
-        rest += e[left[i]]
-    return top, total, rest / total
+    return top, total, _sum_at(e, left) / total
 
 
-@sums
+@compiled
+def _sum_at(x, index):
+    """``Σ x[index[i]]``, in four lanes."""
+    whole = index.size - index.size % 4
+    a, b, c, d = 0.0, 0.0, 0.0, 0.0
+    for i in range(0, whole, 4):
+        a += x[index[i]]
+        b += x[index[i + 1]]
+        c += x[index[i + 2]]
+        d += x[index[i + 3]]
+    for i in range(whole, index.size):
+        a += x[index[i]]
+    return (a + b) + (c + d)
+
+
+@compiled
 def _exp_all(x, out):
     return exp_into(x, x.dtype.type(0.0), out)
 
 
-@sums
-def _entropy(lq, q):
-    total = 0.0
+@compiled
+def _entropy(lq, q, room):
+    nothing = q.dtype.type(0.0)
     for k in range(lq.size):
-        total -= q[k] * lq[k] if lq[k] > -math.inf else 0.0
-    return total
+        room[k] = q[k] * lq[k] if lq[k] > -math.inf else nothing
+    return -range_sum(room, 0, lq.size)
 
 
-# One loop each, without a choice in it: what is left of a choice keeps a loop out of lanes.
+# One loop each, without a choice in it: what is left of a choice keeps a loop out of lanes. ``out`` has the terms
+# behind the slopes, in one array: the compiler asks at run time whether two arrays overlap, but not of more than eight
+# pairs.
+
+TERMS = 1024
 
 
-@sums
+@compiled
 def _student_kl(lp, lq, p, q, weight, out):
-    total, nothing = p.dtype.type(0.0), p.dtype.type(0.0)
+    nothing = p.dtype.type(0.0)
     for k in range(lp.size):
         value, log_ratio = _kl_term(lp[k], lq[k], p[k], q[k])
-        total += value
+        out[TERMS + k] = value
         out[k] = weight * (p[k] * -log_ratio) if p[k] > nothing else nothing
-    return weight * total
+    return weight * lane_sum(out, TERMS, TERMS + lp.size)
 
 
-@sums
+@compiled
 def _student_mixed(lp, lq, p, q, weight, share, out):
-    total, nothing, one = p.dtype.type(0.0), p.dtype.type(0.0), p.dtype.type(1.0)
+    nothing, one = p.dtype.type(0.0), p.dtype.type(1.0)
     for k in range(lp.size):
         value, ratio, log_ratio = _mixed_term(lp[k], lq[k], p[k], q[k], share)
-        total += value
+        out[TERMS + k] = value
         slope = -log_ratio - (one - share) * (one / ratio - one)
         out[k] = weight * (p[k] * slope) if p[k] > nothing else nothing
-    return weight * total
+    return weight * lane_sum(out, TERMS, TERMS + lp.size)
 
 
-@sums
+@compiled
 def _teacher_kl(lp, lq, p, q, weight, out):
-    total = p.dtype.type(0.0)
     for k in range(lp.size):
         value, _ = _kl_term(lq[k], lp[k], q[k], p[k])
-        total += value
+        out[TERMS + k] = value
         out[k] += weight * (p[k] - q[k])
-    return weight * total
+    return weight * lane_sum(out, TERMS, TERMS + lp.size)
 
 
-@sums
+@compiled
 def _teacher_mixed(lp, lq, p, q, weight, kept, out):
-    total, nothing = p.dtype.type(0.0), p.dtype.type(0.0)
+    nothing = p.dtype.type(0.0)
     for k in range(lp.size):
         value, ratio, _ = _mixed_term(lq[k], lp[k], q[k], p[k], kept)
-        total += value
+        out[TERMS + k] = value
         # q · p / n, with the ratio n / q.
-        across = p[k] / ratio if lq[k] > -math.inf else nothing
+        across = p[k] / ratio
+        across = across if lq[k] > -math.inf else nothing
         out[k] += weight * kept * (p[k] - across)
-    return weight * total
+    return weight * lane_sum(out, TERMS, TERMS + lp.size)
 
 
-@sums
+@compiled
 def _terms(lp, lq, p, q, student, student_mix, teacher, teacher_mix, out):
     """The divergence of some events; ``out`` gets its derivative with respect to p, times p, up to a multiple of p."""
     one, nothing = p.dtype.type(1.0), p.dtype.type(0.0)
     total = 0.0
-    for first in range(0, lp.size, 1024):
-        some = slice(first, min(first + 1024, lp.size))
+    room = np.empty(2 * TERMS, p.dtype)
+    for first in range(0, lp.size, TERMS):
+        some = slice(first, min(first + TERMS, lp.size))
         given = lp[some], lq[some], p[some], q[some]
-        slope = out[some]
-        slope[:] = nothing
+        room[:] = nothing
         if student != nothing and student_mix == one:
-            total += _student_kl(*given, student, slope)
+            total += _student_kl(*given, student, room)
         elif student != nothing:
-            total += _student_mixed(*given, student, student_mix, slope)
+            total += _student_mixed(*given, student, student_mix, room)
         if teacher != nothing and teacher_mix == nothing:
-            total += _teacher_kl(*given, teacher, slope)
+            total += _teacher_kl(*given, teacher, room)
         elif teacher != nothing:
-            total += _teacher_mixed(*given, teacher, one - teacher_mix, slope)
+            total += _teacher_mixed(*given, teacher, one - teacher_mix, room)
+        slope = out[some]
+        for k in range(slope.size):
+            slope[k] = room[k]
     return total
 
 
-@sums
+@compiled
 def divergence(
     row_lo, row_hi, logits, logits_T, like, ids_V, stops_V, left_V, ids_W, stops_W, left_W,
     student, student_mix, teacher, teacher_mix, above, bucket, leak, only_common, results, grad,
@@ -410,7 +430,7 @@ def divergence(
                 lq[k] -= shift_T
         _exp_all(lp, p)
         _exp_all(lq, q)
-        weight = teacher if above == -math.inf or _entropy(lq, q) > above else 0.0
+        weight = teacher if above == -math.inf or _entropy(lq, q, out) > above else 0.0
         results[n, 0] = _terms(
             lp, lq, p, q, real(student), real(student_mix), real(weight), real(teacher_mix), out
         )
@@ -447,7 +467,7 @@ def divergence(
         put_row(grad, n, e)
 
 
-@sums
+@compiled
 def _join_rest(lp, lq, rest, rest_T):
     """Events that one side gives nothing, joined to the rest of both."""
     for k in range(lp.size):
@@ -458,7 +478,7 @@ def _join_rest(lp, lq, rest, rest_T):
     return rest, rest_T
 
 
-@sums
+@compiled
 def hybrid(
     row_lo, row_hi, logits, logits_T, like, before, before_T, ids_V, stops_V, left_V, ids_W, stops_W, left_W,
     student, student_mix, teacher, teacher_mix, above, share, results, grad,
@@ -497,7 +517,7 @@ def hybrid(
             others[v] *= over
         for v in range(others_T.size):
             others_T[v] *= over_T
-        weight = teacher if above == -math.inf or _entropy(lq, q) > above else 0.0
+        weight = teacher if above == -math.inf or _entropy(lq, q, out) > above else 0.0
         taken_back = excess_share if weight == teacher else real(student * student_mix)
         matched = _terms(lp, lq, p, q, real(student), real(student_mix), real(weight), real(teacher_mix), out)
         matched -= taken_back * (kept_T - kept)
@@ -544,7 +564,7 @@ def _interval(x):
     return (word_of(np.float32(x)) & np.uint32(0x7FFFFFFF)) >> np.uint32(SHIFT)
 
 
-@exact
+@compiled
 def _counted(x, counts):
     counts[:] = 0
     for v in range(x.size):
@@ -553,7 +573,7 @@ def _counted(x, counts):
         counts[0, b] += counts[1, b] + counts[2, b] + counts[3, b]
 
 
-@exact
+@compiled
 def _inside(x, flags, values, places):
     """The entries in flagged intervals, and where they are."""
     found = 0
@@ -564,21 +584,18 @@ def _inside(x, flags, values, places):
     return found
 
 
-@sums
+@compiled
 def _signed_sum(x, sign, out):
     """``Σ sign[interval of x] · x`` and the signs themselves."""
     total = 0.0
-    for first in range(0, x.size, 2048):
-        part = x.dtype.type(0.0)
-        for v in range(first, min(first + 2048, x.size)):
-            s = sign[_interval(x[v])]
-            part += s * x[v]
-            out[v] = s
-        total += part
+    for v in range(x.size):
+        out[v] = sign[_interval(x[v])]
+    for first in range(0, x.size, BLOCK):
+        total += lane_dot(x, out, first, min(first + BLOCK, x.size))
     return total
 
 
-@exact
+@compiled
 def _ranks(p, q):
     """Room for ``_sorted_row``: counts, signs, flags and ranks of intervals, entries that are in doubt."""
     return (
@@ -594,7 +611,7 @@ def _ranks(p, q):
     )
 
 
-@sums
+@compiled
 def _sorted_row(p, q, ranks, signs_p):
     """``Σ_r |p_(r) − q_(r)|``; ``signs_p`` gets its slope by each entry of p."""
     counts, sign, flags, above, signs_q, some_p, some_q, place_p, place_q = ranks
@@ -656,7 +673,7 @@ def _sorted_row(p, q, ranks, signs_p):
     return total
 
 
-@sums
+@compiled
 def sorted_distance(row_lo, row_hi, p, q, value, grad):
     """``reference.sorted_l1`` and its slopes."""
     ranks, signs = _ranks(p[0], q[0]), np.empty(p.shape[1], p.dtype)
@@ -670,7 +687,7 @@ def sorted_distance(row_lo, row_hi, p, q, value, grad):
 # Columns and segments.
 
 
-@sums
+@compiled
 def _event_sums(z, e, top, log_total, event, starts, without, total, out):
     """``out[u] = log Σ exp(z[v] − top) − log_total`` over the columns of event u but those of ``without``, whose e, the
     exponential, is 0; ``total`` is room."""
@@ -703,7 +720,7 @@ def _event_sums(z, e, top, log_total, event, starts, without, total, out):
             out[u] = tops[u] - top - log_total + math.log(total[u])
 
 
-@sums
+@compiled
 def pieces_forward(
     row_lo, row_hi, logits, like, target, event, starts, position, ptr, order, id_, moved, full, value, stats
 ):
@@ -726,7 +743,7 @@ def pieces_forward(
             _event_sums(z, e, top, log_total, event, starts, without, total, full[position[n]])
 
 
-@sums
+@compiled
 def pieces_backward(
     row_lo, row_hi, logits, like, target, event, starts, position, ptr, order, id_, moved, full, stats,
     grad_full, grad_value, grad_step, grad,
@@ -747,15 +764,16 @@ def pieces_backward(
             e[:] = 0.0
             put_row(grad, n, e)
             continue
-        exp_into(z, real(stats[n, 0]), e)
+        exps(z, real(stats[n, 0]), e)
         without = id_[mine][moved[mine]]
         small = False
         if p >= 0:
             for u in range(slope.size):
-                g = grad_full[p, u] if full[p, u] > -math.inf else real(0.0)
-                mean += g
-                slope[u] = g * exp(-full[p, u]) if full[p, u] > log_tiny else real(0.0)
-                small |= full[p, u] <= log_tiny and g != 0.0
+                slope[u] = grad_full[p, u] if full[p, u] > -math.inf else real(0.0)
+            mean += range_sum(slope, 0, slope.size)
+            for u in range(slope.size):
+                small |= full[p, u] <= log_tiny and slope[u] != 0.0
+                slope[u] = slope[u] * exp(-full[p, u]) if full[p, u] > log_tiny else real(0.0)
             apart = e[without]
             single = real(mean)
             for v in range(e.size):
@@ -778,7 +796,7 @@ def pieces_backward(
         put_row(grad, n, e)
 
 
-@sums
+@compiled
 def columns_forward(row_lo, row_hi, logits, like, event, starts, out):
     """``reference.column_logsumexp``; event u has ``starts[u + 1] − starts[u]`` columns."""
     real = like.dtype.type
@@ -817,23 +835,24 @@ def columns_forward(row_lo, row_hi, logits, like, event, starts, out):
                     out[n, u] = tops[u] + math.log(total[u])
 
 
-@sums
+@compiled
 def columns_backward(row_lo, row_hi, logits, like, event, result, grad_result, grad):
     """The gradient of ``columns_forward``."""
     real = like.dtype.type
+    difference = np.empty(logits.shape[1], like.dtype)
     scratch, e = np.empty(logits.shape[1], like.dtype), np.empty(logits.shape[1], like.dtype)
     for n in range(row_lo, row_hi):
         z = row_of(logits, n, scratch)
         for v in range(e.size):
             whole = result[n, event[v]]
-            e[v] = z[v] - whole if whole > -math.inf else -math.inf
-        exp_into(e, real(0.0), e)
+            difference[v] = z[v] - whole if whole > -math.inf else -math.inf
+        exps(difference, real(0.0), e)
         for v in range(e.size):
             e[v] *= grad_result[n, event[v]]
         put_row(grad, n, e)
 
 
-@sums
+@compiled
 def segments_forward(value, segment, out):
     """``reference.segment_logsumexp``."""
     total = np.zeros(out.size, np.float64)
@@ -850,7 +869,7 @@ def segments_forward(value, segment, out):
             out[s] += math.log(total[s])
 
 
-@sums
+@compiled
 def segments_backward(value, segment, out, grad_out, grad):
     """The gradient of ``segments_forward``."""
     for i in range(value.size):
@@ -858,7 +877,7 @@ def segments_backward(value, segment, out, grad_out, grad):
         grad[i] = grad_out[segment[i]] * exp(value[i] - whole) if whole > -math.inf else 0.0
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def sum_chunks(logp, chunk, out):
     """``reference.chunk_sums``."""
     for i in range(logp.size):
@@ -866,7 +885,7 @@ def sum_chunks(logp, chunk, out):
             out[chunk[i]] += logp[i]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def spread_chunks(grad_out, chunk, grad):
     """The gradient of ``sum_chunks``."""
     for i in range(chunk.size):
