@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from gold.align.chunks import align_tokens
 from gold.align.vocabulary import Spelling
-from gold.aligned import AlignedText, VocabularyPair, canonical_tokens
+from gold.aligned import AlignedBatch, AlignedText, VocabularyPair, canonical_tokens
 from gold.chat import begins_anew, prompt_ids, prompt_text
 from gold.data import Prompt
-from gold.kernels.linear import Rows, token_logp
+from gold.kernels import backend_for
+from gold.kernels.linear import Rows, prefix_logp, token_logp
+from gold.losses.view import possible
 from gold.models import LanguageModel, rows_of
 from gold.reading import microbatches, read, student_states, teacher_rows
 from gold.rollout import Rollout, Sampling, completed, sample
@@ -56,21 +58,20 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Scored:
-    """Both models' log-probabilities of one text, per student row and per teacher row, stop event last; the number of
-    its prompt, and its teacher's name."""
+    """Both models' log-probabilities of one text, per student row and per teacher row, stop event last, the student's
+    of the text less the teacher's, and the bytes that this is about; the number of its prompt, and its teacher's name.
+    ``bounded``: the teacher's of the text is a lower bound."""
 
     rollout: Rollout
     text: AlignedText
     logp_S: NDArray[np.float64]
     logp_T: NDArray[np.float64]
     chunks: NDArray[np.int32]
+    gap_nats: float
+    gap_bytes: int
+    bounded: bool = False
     number: int = 0
     teacher: str = ""
-
-    @property
-    def gap_nats(self) -> float:
-        """Student's log-probability of the whole text less the teacher's."""
-        return float(self.logp_S.sum() - self.logp_T.sum())
 
     @property
     def bytes(self) -> int:
@@ -90,7 +91,9 @@ def evaluate(
     Measures, each present only where it can be taken:
 
     - ``reverse_kl_per_byte`` (nats; needs a teacher): Σ (log π − log q) over student samples and their stop events,
-      over their bytes; ``_low`` and ``_high`` are a 95 % bootstrap interval over prompts.
+      over their bytes; ``_low`` and ``_high`` are a 95 % bootstrap interval over prompts. Of a sample that was cut off
+      both are of all texts that begin so; ``bounded_share`` is there where a teacher tells only some tokens, and then
+      the share of samples at whose end too little is known of it, so that they count with a little too much.
     - ``forward_kl_per_byte`` (nats; needs local teachers): the same over teacher samples, signs swapped.
     - Of several teachers these are over each prompt's own, and ``…[NAME]`` over the prompts of one; of a mix they are
       the weighted mean over all, which the divergence to the mixture itself is not above.
@@ -159,7 +162,7 @@ def evaluate(
             measures |= _bits_per_byte([s.logp_S for s in scored], [s.rollout for s in scored])
     given = [completed(student, p, plan.max_new_tokens) for p in prompts if p.completion is not None]
     if given:
-        measures |= _bits_per_byte(_student_logp(student, given, plan), given)
+        measures |= _bits_per_byte([x.events for x in _student_logp(student, given, plan)], given)
     if verifier is not None:
         scores = [verifier.score(r.prompt, r.text) if r.stopped else 0.0 for r in rollouts]
         measures["score"] = float(np.mean(scores))
@@ -231,7 +234,7 @@ def _divergence(
     number = np.array([s.number for s in scored])
     weight = np.array(weights)
     gaps = sign * np.bincount(number, weight * [s.gap_nats for s in scored], prompts)
-    sizes = np.bincount(number, weight * [float(s.bytes) for s in scored], prompts)
+    sizes = np.bincount(number, weight * [float(s.gap_bytes) for s in scored], prompts)
     there = np.unique(number)  # prompts of other teachers are not drawn
     low, high = bootstrap_ratio(gaps[there], sizes[there], seed)
     return {name: float(gaps.sum() / max(1.0, sizes.sum())), f"{name}_low": low, f"{name}_high": high}
@@ -248,6 +251,8 @@ def _agreement(scored: Sequence[_Scored]) -> dict[str, float]:
         "one_to_one_share": single / max(1, tokens),
         "repaired_share": sum(s.text.teacher.repaired_bytes for s in scored) / max(1, size),
     }
+    if any(s.bounded for s in scored):
+        measures["bounded_share"] = sum(s.bounded for s in scored) / len(scored)
     if stopped:
         measures["stop_prob"] = float(np.mean([math.exp(s.logp_S[-1]) for s in stopped]))
         measures["teacher_stop_prob"] = float(np.mean([math.exp(s.logp_T[-1]) for s in stopped]))
@@ -282,7 +287,7 @@ def _score(
     teacher: Teacher,
     pair: VocabularyPair,
     rollouts: Sequence[Rollout],
-    logp_S: Sequence[NDArray[np.float64]],
+    logp_S: Sequence[_Known],
     plan: EvaluationPlan,
     readings: Sequence[Spelling] | None = None,
 ) -> list[_Scored]:
@@ -291,32 +296,65 @@ def _score(
     texts = [read(r, pair) for r in rollouts]
     if readings is not None:
         texts = [replace(t, teacher=r) for t, r in zip(texts, readings, strict=True)]
-    logp_T: list[NDArray[np.float64]] = []
+    found = []
     for first in range(0, len(rollouts), plan.sequences_per_forward):
         here = slice(first, first + plan.sequences_per_forward)
         rows = teacher_rows(teacher, rollouts[here], texts[here])
-        for text, states in zip(texts[here], rows, strict=True):
-            logp_T.append(_event_logp(states, text.teacher.ids, text.stopped, teacher.vocabulary.stop_ids))
-    return [
-        _Scored(r, t, s, q, align_tokens(t.student, t.teacher).chunks)
-        for r, t, s, q in zip(rollouts, texts, logp_S, logp_T, strict=True)
-    ]
+        for rollout, text, mine, theirs in zip(rollouts[here], texts[here], logp_S[here], rows, strict=True):
+            stops = teacher.vocabulary.stop_ids
+            logp_T = _event_logp(theirs, text.teacher.ids, text.stopped, stops)
+            chunks = align_tokens(text.student, text.teacher).chunks
+            gap = mine.events.sum() - logp_T.sum(), len(text.student.data), False
+            if mine.rows is not None and not pair.same:
+                gap = _gap_of_beginnings(
+                    AlignedBatch([text], pair, mine.rows.hidden_ND.device, teacher.device), mine.rows, theirs
+                )
+            found.append(_Scored(rollout, text, mine.events, logp_T, chunks, *gap))
+    return found
+
+
+def _gap_of_beginnings(batch: AlignedBatch, student: Rows, teacher: Rows) -> tuple[float, int, bool]:
+    """Of a text that was cut off: the student's log-probability of texts that begin so, less the teacher's; the bytes
+    that both can say; whether the teacher's is only a lower bound.
+
+    The token that the text ends with is one of many that it could have gone on with, on both sides alike. What comes
+    after the last byte that both can say, such as the first bytes of a character, is left out.
+    """
+    position, _, event = batch.path
+    told = batch.told_path & batch.layout_S.resolved[position, event]
+    known = torch.nonzero(told)[:, 0]
+    if not known.numel():
+        return 0.0, 0, False
+    data = batch.texts[0].student.data[: int(known[-1]) + 1]
+    sides = (student, batch.layout_S, batch.begins_S), (teacher, batch.layout_T, batch.begins_T)
+    mine, theirs = (
+        prefix_logp(rows, layout, begins, data, backend_for(rows.hidden_ND.device))
+        for rows, layout, begins in sides
+    )
+    return mine - theirs, len(data), teacher.partial
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The student's log-probability of each of its tokens of a text, the stop event last; and of a text that was cut
+    off its states."""
+
+    events: NDArray[np.float64]
+    rows: Rows | None
 
 
 @torch.no_grad()
-def _student_logp(
-    student: LanguageModel, rollouts: Sequence[Rollout], plan: EvaluationPlan
-) -> list[NDArray[np.float64]]:
+def _student_logp(student: LanguageModel, rollouts: Sequence[Rollout], plan: EvaluationPlan) -> list[_Known]:
     was_training = student.lm.training
     student.lm.eval()
-    results: dict[int, NDArray[np.float64]] = {}
+    results: dict[int, _Known] = {}
     for chosen in microbatches(rollouts, plan.sequences_per_forward):
         mine = [rollouts[i] for i in chosen]
         whole = rows_of(student.lm, student_states(student, mine))
         for i, hidden in zip(chosen, whole.hidden_ND.split([r.ids.size for r in mine]), strict=True):
-            rows = replace(whole, hidden_ND=hidden)
-            stops = student.vocabulary.stop_ids
-            results[i] = _event_logp(rows, rollouts[i].spelling.ids, rollouts[i].stopped, stops)
+            rows, stopped = replace(whole, hidden_ND=hidden), rollouts[i].stopped
+            events = _event_logp(rows, rollouts[i].spelling.ids, stopped, student.vocabulary.stop_ids)
+            results[i] = _Known(events, None if stopped else rows)
     student.lm.train(was_training)
     return [results[i] for i in range(len(rollouts))]
 
@@ -330,10 +368,10 @@ def _event_logp(
     log_target, log_stop = token_logp(
         rows, torch.from_numpy(target.astype(np.int64)).to(device), torch.tensor(stops, device=device)
     )
-    logp = log_target.double().cpu().numpy()
+    logp = log_target.double()
     if stopped:
-        logp[-1] = float(log_stop[-1])
-    return logp
+        logp[-1] = log_stop[-1]
+    return possible(logp).cpu().numpy()
 
 
 def _signal(scored: _Scored) -> list[dict[str, Any]]:

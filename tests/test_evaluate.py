@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,25 +43,54 @@ def test_a_model_is_no_distance_from_itself():
     assert found["canonical_share"] <= 1
 
 
-def test_reverse_kl_per_byte_is_its_definition():
-    """Log-probabilities of the sampled ids by one, and of the teacher's own ids of the same bytes by the other."""
-    student, teacher = words(0), characters(1)
-    found = evaluate(student, LocalTeacher(teacher), PROMPTS, plan=PLAN).measures
+def beginning_logp(model, prompt_ids, spelling):
+    """Log-probability of all texts that begin with the bytes of a text: by its tokens up to some one, and any token
+    from there on that reaches the end."""
+    data, ids = spelling.data, spelling.ids.tolist()
+    with torch.no_grad():
+        logp = torch.log_softmax(model.lm(torch.tensor([[*prompt_ids, *ids]])).logits[0].double(), -1)
+    rows, total, before = logp[len(prompt_ids) - 1 :], 0.0, 0.0
+    for k, start in enumerate(spelling.starts.tolist()):
+        reach = [
+            v
+            for v in range(model.vocabulary.size)
+            if model.vocabulary.token_bytes(v).startswith(data[start:])
+        ]
+        total += sum(math.exp(before + rows[k, v].item()) for v in reach if start < len(data))
+        before += rows[k, ids[k]].item()
+    return math.log(total)
+
+
+@pytest.mark.parametrize("longest", [3, 10])
+@pytest.mark.parametrize(("mine", "theirs"), [(words, characters), (characters, words)])
+def test_reverse_kl_per_byte_is_its_definition(longest, mine, theirs):
+    """Log-probabilities of the sampled ids by one, and of the teacher's own ids of the same bytes by the other; of
+    texts that were cut off, of all texts that begin so."""
+    student, teacher = mine(0), theirs(1)
+    plan = replace(PLAN, max_new_tokens=longest)
+    found = evaluate(student, LocalTeacher(teacher), PROMPTS, plan=plan).measures
     repeated = [p for p in PROMPTS for _ in range(2)]
     seeds = [(0, 2**31, n) for n in range(len(repeated))]
-    rollouts = sample(student, repeated, Sampling(max_new_tokens=10), seeds=seeds)
+    rollouts = sample(student, repeated, Sampling(max_new_tokens=longest), seeds=seeds)
     gap = size = 0.0
     for rollout in rollouts:
-        theirs = teacher.vocabulary.encode(rollout.spelling.data).ids.tolist()
-        stop = list(teacher.vocabulary.stop_ids) if rollout.stopped else []
+        data = rollout.spelling.data
+        read = teacher.vocabulary.encode(data)
         prompt = teacher.tokenizer(rollout.prompt.text)["input_ids"]
-        gap += sequence_logp(student, rollout.prompt_ids, rollout.ids.tolist())
-        gap -= sequence_logp(teacher, prompt, [*theirs, *stop])
-        size += len(rollout.spelling.data)
+        if rollout.stopped:
+            stops = list(teacher.vocabulary.stop_ids)
+            gap += sequence_logp(student, rollout.prompt_ids, rollout.ids.tolist())
+            gap -= sequence_logp(teacher, prompt, [*read.ids.tolist(), *stops])
+        elif data:
+            gap += beginning_logp(student, rollout.prompt_ids, rollout.spelling)
+            gap -= beginning_logp(teacher, prompt, read)
+        size += len(data)
+    assert not all(r.stopped for r in rollouts)
     assert found["reverse_kl_per_byte"] == pytest.approx(gap / size, rel=1e-4)
     assert (
         found["reverse_kl_per_byte_low"] <= found["reverse_kl_per_byte"] <= found["reverse_kl_per_byte_high"]
     )
+    assert "bounded_share" not in found
     assert found["stop_rate"] == np.mean([r.stopped for r in rollouts])
     assert found["length_bytes"] == np.mean([len(r.spelling.data) for r in rollouts])
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -336,6 +338,25 @@ def filled_byte_tables(
     mass, target, stop, untold = _byte_masses(rows, layout, backend, False)
     joint = joint_table(mass, target, layout, backend)
     return filled_table(joint, untold, layout, table_other, log_path), target, stop
+
+
+@torch.no_grad()
+def prefix_logp(
+    rows: Rows, layout: ByteLayout, begins: NDArray[np.int64], data: bytes, backend: ModuleType
+) -> float:
+    """Log-probability, in nats, that a text begins with ``data``, the first bytes of the only text of a layout: by its
+    tokens up to some row, and any token of that row that reaches the end of ``data`` or runs across it.
+
+    ``begins``: the byte at which each row begins. Of partial rows only what is told counts: a lower bound.
+    """
+    last = len(data) - 1
+    first, until = np.searchsorted(begins, [last, last + 1]).tolist()
+    cut, reading = layout.window(slice(last, last + 1), slice(first, until))
+    mass, target, _, _ = _byte_masses(rows.select(reading), cut, backend, False)
+    joint = joint_table(mass, target, cut, backend)[0, data[last]]
+    row = reading.start + int(cut.position_row[0])
+    before, _ = token_logp(rows.select(slice(row)), layout.target[:row], layout.stops, backend)
+    return float(before.double().sum() + joint.double())
 
 
 def in_byte_order(rows: Rows, layout: ByteLayout) -> tuple[Rows, ByteLayout]:
