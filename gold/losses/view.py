@@ -36,8 +36,8 @@ class View:
     teacher_backend: ModuleType
     reference: Rows | None = None
     mix: Mix | None = None
-    baselines: Mapping[str, Tensor] = field(default_factory=dict)
     further: tuple[FurtherTeacher, ...] = ()
+    baselines: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def teacher_rows(self) -> Rows:
