@@ -49,7 +49,7 @@ def of_prompts(prompts: Sequence[Prompt], where: str) -> dict[str, Any]:
     digest = sha256()
     for prompt in prompts:
         digest.update(json.dumps(astuple(prompt), default=repr, sort_keys=True).encode() + b"\n")
-    return {"from": where, "digests": {"prompts": digest.hexdigest()}, "count": len(prompts)}
+    return {"from": where, "digests": {"content": digest.hexdigest()}, "count": len(prompts)}
 
 
 def of_files(

@@ -100,6 +100,7 @@ class _Panel:
         axes.tick_params(labelsize=7.5)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.locator_params(nbins=5)  # ticks take most of the time
         axes.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
         axes.yaxis.get_offset_text().set_fontsize(7)

@@ -68,7 +68,6 @@ class Bench:
             return real(path, **options)
 
         monkeypatch.setattr(gold.assembly, "load_model", load_model)
-        monkeypatch.setattr(gold.assembly, "plot_run", lambda _: [])  # takes longer than the run
 
     def gold(self, command: str, *arguments: object) -> SimpleNamespace:
         """Exit code, stdout and stderr of a command on the configuration."""

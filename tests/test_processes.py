@@ -50,9 +50,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(pair: Path) -> Path:
     run = pair / "alone"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gold.assembly, "plot_run", lambda _: [])
-        gold.assembly.train(Config.load(pair / "run.yaml", [f"output={run}"]))
+    gold.assembly.train(Config.load(pair / "run.yaml", [f"output={run}"]))
     return run
 
 

@@ -75,7 +75,6 @@ def train(
     pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Gold:
     """Runs `gold train` in this process into `tmp_path/run`; gives exit code, stdout and stderr."""
-    monkeypatch.setattr(gold.assembly, "plot_run", lambda _: [])  # takes longer than the run
     return partial(_train, pair / "run.yaml", tmp_path / "run", monkeypatch, capsys)
 
 
@@ -120,14 +119,15 @@ QUICK = {
 @pytest.fixture(scope="module")
 def whole(pair: Path) -> Iterator[Path]:
     """A run that nobody interrupted; beside it `moments`, copies of its folder as a kill at each would leave it."""
-    run = pair / "whole"
+    run, drawn = pair / "whole", []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gold.assembly, "plot_run", lambda _: [])
+        patch.setattr(gold.assembly, "plot_run", drawn.append)
         for moment, (target, call, after) in MOMENTS.items():
             owner, name = find(target)
             copy = partial(shutil.copytree, run, pair / "moments" / moment)
             patch.setattr(owner, name, _copying(getattr(owner, name), copy, call, after))
         gold.assembly.train(Config.load(pair / "run.yaml", [f"output={run}"]))
+    assert drawn == [run]
     assert sorted(path.name for path in (pair / "moments").iterdir()) == sorted(MOMENTS)
     return run
 
@@ -358,7 +358,7 @@ def spoil_prompts(pair: Path) -> None:
     [
         (spoil_teacher, "model.safetensors (weights) has changed"),
         (spoil_template, "chat_template.jinja (chat template) is new"),
-        (spoil_prompts, "prompts.jsonl: prompts has changed"),
+        (spoil_prompts, "prompts.jsonl: content has changed"),
     ],
 )
 def test_what_was_replaced_between_stop_and_resumption_is_named_and_refused(
