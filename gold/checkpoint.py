@@ -157,24 +157,25 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return removed
 
 
+def reach_disk(folder: Path) -> None:
+    """Make all files of a folder, and it and the folders in it, reach the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _fsync(path)
+    _fsync(folder)
+
+
 def _seal(folder: Path, step: int) -> None:
     """Write the manifest, last of all files, and make everything reach the disk."""
-    files: dict[str, dict[str, int | str]] = {}
-    folders = [folder]
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            folders.append(path)
-            continue
-        _fsync(path)
-        name = path.relative_to(folder).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if not path.is_dir()
+    }
     manifest = {"format": FORMAT, "step": step, "files": files}
     with open(folder / MANIFEST, "x", encoding="utf-8") as stream:
         json.dump(manifest, stream, indent=1)
         stream.write("\n")
-    _fsync(folder / MANIFEST)
-    for path in reversed(folders):
-        _fsync(path)
+    reach_disk(folder)
 
 
 def _put_in_place(partial: Path, final: Path) -> None:

@@ -333,7 +333,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     output: Text
-    """run folder; must not exist, unless a run is resumed"""
+    """run folder; it must hold no run that has begun, unless that is resumed or overwritten"""
 
     @field_validator("teacher")
     @classmethod

@@ -2,7 +2,8 @@
 
 Files and weights of up to 256 MiB are read whole; of longer ones their length and 256 blocks of 1 MiB, the first and
 the last among them and the others evenly between, so that any change of a hundredth of the bytes in one piece is seen,
-whatever the size. The header of a safetensors file is among the first blocks. Times and paths do not enter.
+whatever the size; of a model in memory every tensor has blocks of its own. Times and paths do not enter. One core reads
+1.0 to 1.2 GB/s where the processor has instructions for SHA-256.
 """
 
 import json

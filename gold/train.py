@@ -17,9 +17,9 @@ from accelerate.state import AcceleratorState
 
 from gold.aligned import VocabularyPair
 from gold.changes import Inputs
-from gold.checkpoint import is_write_failure, prune, remove_leftovers, save_checkpoint
+from gold.checkpoint import is_write_failure, prune, reach_disk, remove_leftovers, save_checkpoint
 from gold.data import Prompt, PromptOrder
-from gold.errors import CheckpointError, ConfigError, DataError, TeacherError, TrainingError
+from gold.errors import CheckpointError, ConfigError, DataError, GoldError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier
 from gold.inputs import of_run
 from gold.interrupt import Interrupt, ended_by
@@ -183,10 +183,12 @@ def distill(
             """Whether an evaluation belongs after the current step."""
             return loop.step % saving.evaluate_every == 0 or loop.step == recipe.steps
 
-        def stop(error: TeacherError) -> NoReturn:
-            """Ends a run whose teacher is gone, the steps so far kept."""
+        def stop(error: GoldError) -> NoReturn:
+            """Ends a run whose teacher is gone, or that has met a text it cannot use, the steps so far kept."""
+            if not isinstance(error, TeacherError) and accelerator.num_processes > 1:
+                raise error  # the others know nothing of it, and would wait
             keep()
-            raise TeacherError(
+            raise type(error)(
                 f"after step {loop.step}: {error}"
                 + ("; its checkpoint is kept, go on with --resume" if saving.output else "")
             ) from error
@@ -206,7 +208,7 @@ def distill(
         while loop.step < recipe.steps:
             try:
                 record = loop.advance()
-            except TeacherError as error:
+            except GoldError as error:
                 stop(error)
             run.steps.append(record)
             progress.step(record)
@@ -383,6 +385,7 @@ def _save_student(student: LanguageModel, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         save_model(student, partial)
+        reach_disk(partial)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     except Exception as error:

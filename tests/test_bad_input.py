@@ -31,7 +31,7 @@ import gold.progress
 import gold.train
 from gold.checkpoint import Checkpoint
 from gold.cli import main
-from gold.errors import CheckpointError
+from gold.errors import CheckpointError, DataError
 from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
 
 Files = dict[str, bytes]
@@ -496,6 +496,23 @@ def test_a_loss_that_is_not_finite_at_the_end(bench: Bench) -> None:
     assert (bench.run / "student" / "model.safetensors").is_file()
     assert bench.refused("--resume") == line
     assert not bench.loaded
+
+
+def test_a_text_that_cannot_be_used_on_the_way(bench: Bench) -> None:
+    real, calls = gold.loop.teacher_rows, iter(range(100))
+
+    def teacher_rows(*arguments: Any) -> Any:
+        if next(calls) == 1:
+            raise DataError("prompt 7: it is too long")
+        return real(*arguments)
+
+    bench.settings["train"].update(checkpoint_every=9)
+    with bench.monkeypatch.context() as patch:
+        patch.setattr(gold.loop, "teacher_rows", teacher_rows)
+        assert "after step 1: prompt 7: it is too long; its checkpoint is kept" in bench.refused()
+    assert "rollout.max_new_tokens was 10, is 5" in bench.refused("--resume", "rollout.max_new_tokens=5")
+    done = bench.gold("train", "--resume", "rollout.max_new_tokens=5", "--allow-changed")
+    assert (done.code, "resumed after step 1" in done.out) == (0, True)
 
 
 def test_a_terminal_that_is_closed_under_way(bench: Bench) -> None:

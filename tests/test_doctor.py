@@ -685,11 +685,9 @@ def test_tokenizer_files_need_no_torch(tmp_path: Path) -> None:
         f"import sys; sys.argv = {arguments}\nimport gold.cli\ntry: gold.cli.main()\nexcept SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'accelerate'} & set(sys.modules)))"
     )
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "warn: this pair can be trained" in done.stdout
-    assert time.perf_counter() - started < 10  # about one; the machine may be busy
 
 
 # A run
@@ -797,6 +795,6 @@ def test_real_pairs() -> None:
     assert found("hard edges", llama, smollm).status == "pass"
     assert "the student lacks 8 of the 243 bytes" in found("bytes", smollm, deepseek).found
     assert parameters(smollm) == 134_515_008
-    started = time.perf_counter()
+    started = time.process_time()
     assert not examine(llama, deepseek).failures
-    assert time.perf_counter() - started < 10  # under one; the machine may be busy
+    assert time.process_time() - started < 10  # under one

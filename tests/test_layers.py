@@ -241,7 +241,7 @@ def loaded_by(code: str) -> set[str]:
         text=True,
         check=False,
         cwd=ROOT.parent,
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.splitlines()[-1].split())

@@ -300,7 +300,7 @@ def writer(folder: Path, first: int, size: int, count: int) -> subprocess.Popen[
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     processes = [writer(tmp_path, 10 * n, 40, 20) for n in range(3)]
-    assert all(p.communicate(timeout=60) and p.returncode == 0 for p in processes)
+    assert all(p.communicate(timeout=900) and p.returncode == 0 for p in processes)
     assert contents(tmp_path) == expected(range(40))
     assert ScoreCache.open(tmp_path).verify() == []
 
@@ -320,7 +320,7 @@ def test_the_end_of_a_process_closes_what_it_wrote(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         cwd=Path(gold.__file__).parent.parent,
     )
-    assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1]
+    assert b"KeyboardInterrupt" in process.communicate(timeout=900)[1]
     cache = ScoreCache.open(tmp_path)
     assert (len(cache), cache.verify()) == (3, [])
 
@@ -334,7 +334,7 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_added(tmp_path: Path) -> No
         told.add(int(process.stdout.readline()))  # it has begun
         time.sleep(0.013 * number)
         process.send_signal(signal.SIGKILL)
-        told |= {int(line) for line in process.communicate(timeout=60)[0].splitlines() if line}
+        told |= {int(line) for line in process.communicate(timeout=900)[0].splitlines() if line}
     cache = ScoreCache.open(tmp_path)
     assert {key(n) for n in told} <= set(cache)
     assert len(cache) <= len(told) + 4

@@ -302,7 +302,7 @@ def test_the_traceback_of_a_bug_steers_nothing(capsys: pytest.CaptureFixture[str
 )
 def test_a_stdout_that_cannot_be_written(shell: str, code: int, said: str) -> None:
     command = shell.format(gold=f"{sys.executable} -m gold")
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=100)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == bool(said)

@@ -144,11 +144,11 @@ def test_a_text_that_is_too_long_is_refused_before_it_is_read(
     large = tmp_path / "large"
     with open(large, "wb") as stream:
         stream.truncate(100_000_000)
-    start = time.perf_counter()
+    start = time.process_time()
     for option in ("file", "chat", "jsonl"):
         with pytest.raises(DataError, match=r"large:?1?: more than 8 MiB.*(--jsonl|into several)"):
             output(None, names, **{option: large})
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     monkeypatch.setattr(command, "MOST_BYTES", 2**20)
     typed(monkeypatch, b"a" * (2**20 + 1))
     with pytest.raises(DataError, match="-: more than 1 MiB"):
@@ -478,7 +478,7 @@ def run_gold(arguments: list[str], then: str = "") -> float:
         f"try: gold.cli.main()\nexcept SystemExit as end: assert not end.code\n{then}"
     )
     before = os.times()
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, cwd=ROOT, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, cwd=ROOT, timeout=900)
     after = os.times()
     return after.children_user + after.children_system - before.children_user - before.children_system
 

@@ -46,7 +46,7 @@ def test_every_process_finds_the_same_maps(tmp_path: Path) -> None:
         )
         for seed, kept in (("0", str(cache)), ("1", str(cache)), ("2", ""))
     ]
-    answers = [process.communicate(timeout=120)[0].split() for process in processes]
+    answers = [process.communicate(timeout=900)[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     listings, maps = zip(*answers, strict=True)
     assert len(set(listings)) > 1
