@@ -18,7 +18,7 @@ from gold.chat import begins_anew, prompt_ids, prompt_text
 from gold.data import Prompt
 from gold.kernels import backend_for
 from gold.kernels.linear import Rows, prefix_logp, token_logp
-from gold.losses.view import possible
+from gold.losses.view import IMPOSSIBLE, possible
 from gold.models import LanguageModel, rows_of
 from gold.reading import microbatches, read, student_states, teacher_rows
 from gold.rollout import Rollout, Sampling, completed, sample
@@ -94,6 +94,8 @@ def evaluate(
       over their bytes; ``_low`` and ``_high`` are a 95 % bootstrap interval over prompts. Of a sample that was cut off
       both are of all texts that begin so; ``bounded_share`` is there where a teacher tells only some tokens, and then
       the share of samples at whose end too little is known of it, so that they count with a little too much.
+    - ``impossible_share``: samples to which a teacher gives probability 0, where there are any; the reverse KL, which
+      is infinite with them, is over the others.
     - ``forward_kl_per_byte`` (nats; needs local teachers): the same over teacher samples, signs swapped.
     - Of several teachers these are over each prompt's own, and ``…[NAME]`` over the prompts of one; of a mix they are
       the weighted mean over all, which the divergence to the mixture itself is not above.
@@ -132,7 +134,12 @@ def evaluate(
                 replace(s, number=i // plan.per_prompt, teacher=name)
                 for i, s in zip(mine, found, strict=True)
             ]
-        measures |= _divergences("reverse_kl_per_byte", scored, len(prompts), teachers, plan.seed, sign=1.0)
+        written = [s for s in scored if (s.logp_T > IMPOSSIBLE).all()]
+        if len(written) < len(scored):
+            measures["impossible_share"] = 1.0 - len(written) / len(scored)
+        if written:
+            name = "reverse_kl_per_byte"
+            measures |= _divergences(name, written, len(prompts), teachers, plan.seed, sign=1.0)
         measures |= _agreement(scored)
         signals = {s.number: s for s in reversed(scored)}  # a prompt's first sample, by its first teacher
         samples = [

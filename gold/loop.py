@@ -10,7 +10,7 @@ import time
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -31,7 +31,7 @@ from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.files import read_json
 from gold.interrupt import NAMES
 from gold.kernels import backend_for
-from gold.kernels.linear import Rows
+from gold.kernels.linear import Rows, impossible_rows
 from gold.losses import DivergenceRow, Need, Objective, View, find
 from gold.losses.mixture import FurtherTeacher, mixed_rows
 from gold.losses.policy import drawn_credit, means_of_others
@@ -51,6 +51,7 @@ from gold.rollout import Rollout, advantages, completed, sample
 from gold.run import RunFolder
 from gold.teachers.itself import SelfTeacher
 from gold.teachers.local import LocalTeacher
+from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers, averages_of
 
 Answer = TypeVar("Answer")
@@ -58,6 +59,8 @@ NO_ROWS = Rows.of_logits(torch.zeros(0, 1))
 """The student's states where they are not read."""
 NEEDS: tuple[Need, ...] = typing.get_args(Need)
 """What objectives ask of a teacher, least first."""
+BAD, NO_TEXT = "a NaN or infinite loss or gradient", "no text that the teacher finds possible"
+"""Why a step is not applied."""
 MISSED_SHARE = 0.1
 """Above this share of bytes at which the student gives the teacher's favourite less than 1 %, a run warns."""
 
@@ -162,6 +165,7 @@ class Loop:
         self.step = 0
         self.bad_steps = 0
         self._warned: set[str] = set()
+        self._impossible = ""
         self._alarms = Alarms()
         if accelerator.num_processes > 1:
             student.lm.to(accelerator.device)
@@ -276,7 +280,6 @@ class Loop:
             rollouts = self._rollouts()
         with clock("read"):
             groups = self._groups(rollouts)
-            counts = self._total(self._counts(groups))
         sums: dict[str, float] = defaultdict(float)
         with clock("teacher"):
             if any(t.objective.needs != "nothing" for t in self.terms):
@@ -286,6 +289,9 @@ class Loop:
                 sums["teacher_tokens"] = float(sum(map(len, told)))
                 if before is not None:
                     sums["teacher_retries"] = float((self._retries or 0) - before)
+                groups, sums["teacher_impossible"] = self._possible(groups)
+        with clock("read"):
+            counts = self._total(self._counts(groups))
             self._set_baselines(groups)
         self.module.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -304,6 +310,8 @@ class Loop:
             sums = defaultdict(float, self._total(dict(sums) | _writing(rollouts, batches)))
             norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.clip_norm))
             applied = math.isfinite(norm) and math.isfinite(sums["loss"])
+            # Nothing was learned where the teacher could grade no text; the moments of the optimizer would still move.
+            applied = applied and (any(counts.values()) or not sums["teacher_impossible"])
             lr = self.recipe.lr_at(self.step)
             if applied:
                 for group_ in self.optimizer.param_groups:
@@ -367,18 +375,19 @@ class Loop:
         groups = []
         for names in sorted(by_teachers):
             given = by_teachers[names]
-            for chosen in microbatches(given, self.recipe.sequences_per_forward):
-                mine = [given[i] for i in chosen]
-                batches: list[AlignedBatch] = []
-                for name in reversed(names):
-                    teacher = self.teachers.members[name] if self.teachers else None
-                    texts = [read(r, self.pairs[name]) for r in mine]
-                    beside = tuple(reversed(batches)) if name == names[0] else ()
-                    batches.append(
-                        aligned_batch(texts, self.pairs[name], self.student.device, teacher, beside)
-                    )
-                groups.append(_Group(names, mine, tuple(reversed(batches))))
+            batches = microbatches(given, self.recipe.sequences_per_forward)
+            groups += [self._group(names, [given[i] for i in chosen]) for chosen in batches]
         return groups
+
+    def _group(self, names: tuple[str, ...], rollouts: Sequence[Rollout]) -> _Group:
+        """A microbatch as each of its teachers reads it."""
+        batches: list[AlignedBatch] = []
+        for name in reversed(names):
+            teacher = self.teachers.members[name] if self.teachers else None
+            texts = [read(r, self.pairs[name]) for r in rollouts]
+            beside = tuple(reversed(batches)) if name == names[0] else ()
+            batches.append(aligned_batch(texts, self.pairs[name], self.student.device, teacher, beside))
+        return _Group(names, rollouts, tuple(reversed(batches)))
 
     def _counts(self, groups: Sequence[_Group]) -> dict[str, float]:
         """How many units of each term there are, and, where prompts go to different teachers, of each teacher's."""
@@ -423,6 +432,40 @@ class Loop:
         if self.accelerator.num_processes == 1:
             return sums
         return self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
+
+    def _possible(self, groups: Sequence[_Group]) -> tuple[list[_Group], float]:
+        """The groups with nothing in the place of a text to which a teacher gives probability 0, from which no loss can
+        learn; and how many these are."""
+        assert self.teachers is not None
+        found, possible = 0, []
+        for group in groups:
+            lost: set[int] = set()
+            for name, batch in zip(group.names, group.batches, strict=True):
+                stops = batch.stops_T
+                targets = batch.target_T.split(np.diff(batch.teacher_row_starts).tolist())
+                for number, (rows, target) in enumerate(zip(group.rows[name], targets, strict=True)):
+                    if rows.partial and bool((rows_off := impossible_rows(rows, target, stops)).any()):
+                        lost.add(number)
+                        row = int(torch.nonzero(rows_off)[0])
+                        self._impossible = self._impossible or _told_impossible(
+                            self.teachers.members[name], group.rollouts[number], int(target[row]), row
+                        )
+            found += len(lost)
+            possible.append(self._without(group, lost) if lost else group)
+        return possible, float(found)
+
+    def _without(self, group: _Group, lost: set[int]) -> _Group:
+        """The group with texts of no bytes in the place of those that are lost: nothing of these counts."""
+        nothing = self.student.vocabulary.encode(b"")
+        rollouts = [
+            replace(r, ids=r.ids[:0], logp=r.logp[:0], spelling=nothing, stopped=False) if n in lost else r
+            for n, r in enumerate(group.rollouts)
+        ]
+        rows = {
+            name: [r.select(slice(0)) if n in lost else r for n, r in enumerate(each)]
+            for name, each in group.rows.items()
+        }
+        return replace(self._group(group.names, rollouts), rows=rows)
 
     def _loss(
         self, states: PaddedStates, group: _Group, counts: Mapping[str, float]
@@ -512,6 +555,8 @@ class Loop:
             record["teacher_tokens_per_s"] = sums["teacher_tokens"] / clock.seconds["teacher"]
         if "teacher_retries" in sums:
             record["teacher_retries"] = int(sums["teacher_retries"])
+        if sums["teacher_impossible"]:
+            record["teacher_impossible"] = int(sums["teacher_impossible"])
         return record
 
     def _record_of_teachers(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, Any]:
@@ -535,8 +580,16 @@ class Loop:
         found = {}
         if not record["applied"]:
             found[f"bad {record['step']}"] = (
-                f"step {record['step']}: NaN or infinite loss or gradient; the step was not applied "
+                f"step {record['step']}: "
+                + (BAD.removeprefix("a ") if record["grad_norm"] else NO_TEXT)
+                + f"; the step was not applied "
                 f"({self.bad_steps} in a row, {self.recipe.bad_steps_allowed} are allowed)"
+            )
+        if record.get("teacher_impossible"):
+            found["impossible"] = (
+                f"step {record['step']}: nothing is learned from {record['teacher_impossible']} texts, to which the "
+                f"teacher gives probability 0 (teacher_impossible counts them){self._impossible}. Does its server cut "
+                "off what is unlikely? vLLM does with --logprobs-mode processed_logprobs and a top_p or top_k"
             )
         reverse = any(t.objective.name == "reverse_kl" for t in self.terms)
         if reverse and record.get("missed", 0.0) > MISSED_SHARE:
@@ -677,6 +730,12 @@ class _Group:
 
 MEANS = ("wanted", "missed", "rest", "shared_mass", "residual", "observed", "white_space", "span_reverse_kl")
 """Parts of objectives that the metrics show as means over the objective's unit."""
+
+
+def _told_impossible(teacher: Teacher, rollout: Rollout, token: int, row: int) -> str:
+    """Which token of which text a teacher gives probability 0."""
+    shown = "the end" if token < 0 else f"token {teacher.vocabulary.label(token)!r}"
+    return f", that of prompt {rollout.prompt.key} for one: {shown}, number {row}, by {teacher.name}"
 
 
 def _told(vocabulary: Vocabulary) -> str:

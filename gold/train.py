@@ -23,7 +23,7 @@ from gold.errors import CheckpointError, ConfigError, DataError, GoldError, Teac
 from gold.evaluate import EvaluationPlan, Verifier
 from gold.inputs import of_run
 from gold.interrupt import Interrupt, ended_by
-from gold.loop import Loop, pairs_of, terms_of
+from gold.loop import BAD, NO_TEXT, Loop, pairs_of, terms_of
 from gold.losses.sampling import unfit_sampling
 from gold.models import LanguageModel, load_model, save_model
 from gold.progress import Lasting, Progress, Quiet, Silent
@@ -232,8 +232,8 @@ def distill(
                 raise ended_by(interrupted)
             if hopeless:
                 raise TrainingError(
-                    f"step {loop.step}: {loop.bad_steps} steps in a row had a NaN or infinite loss or gradient and "
-                    "were not applied; lower optimizer.lr, or look at the last lines of metrics.jsonl"
+                    f"step {loop.step}: {loop.bad_steps} steps in a row had {BAD if record['grad_norm'] else NO_TEXT} "
+                    "and were not applied; lower optimizer.lr, or look at the last lines of metrics.jsonl"
                     + (
                         f"; the checkpoint of step {loop.step} is kept, and goes on from there with --resume "
                         "--allow-changed"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import ssl
 import sys
@@ -12,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from gold.models import LanguageModel
@@ -54,6 +57,11 @@ class ModelServer:
         if tls:
             self._http.socket = tls.wrap_socket(self._http.socket, server_side=True)
         self._scheme = "https" if tls else "http"
+        self.chosen = False
+        """Whether ``/inference/v1/generate`` is there, which takes ids to be scored at each position."""
+        self.forgets = False
+        """Whether what was read before without salt is zeros the next time."""
+        self._read: set[tuple[int, ...]] = set()
         self.template: list[int] | None = None
         """What ``/tokenize`` makes of messages."""
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
@@ -92,7 +100,9 @@ class ModelServer:
         return Handler
 
     def serve(self, handler: BaseHTTPRequestHandler, path: str, body: dict[str, Any]) -> None:
-        scoring = path in ("/v1/completions", "/generate")
+        if path == "/inference/v1/generate" and not self.chosen:
+            return answer(handler, 404, {"detail": "Not Found"})
+        scoring = path in ("/v1/completions", "/generate", "/inference/v1/generate")
         with self._lock:
             self.requests.append((path, body))
             self.keys.add(handler.headers.get("authorization"))
@@ -125,7 +135,12 @@ class ModelServer:
             return answer(handler, 200, {"tokens": self.tokenizer.encode(body["prompt"]).ids.tolist()})
         if path == "/generate":
             return answer(handler, 200, self._generate(body, fault), fault=fault)
-        if path != "/v1/completions":
+        chosen = None
+        if path == "/inference/v1/generate":
+            params = body["sampling_params"]
+            chosen = params["prompt_logprob_token_ids"]
+            body = body | {"prompt": body["token_ids"]} | params
+        elif path != "/v1/completions":
             return answer(handler, 404, {"detail": "Not Found"})
         if body["model"] != "tiny":
             message = f"The model `{body['model']}` does not exist."
@@ -134,7 +149,19 @@ class ModelServer:
         if asked > self.max_logprobs:
             message = f"Requested prompt logprobs of {asked}, which is greater than max allowed: {self.max_logprobs}"
             return answer(handler, 400, {"error": {"message": message, "code": 400}})
-        return answer(handler, 200, self._completion(body, fault), fault=fault)
+        told = self._completion(body, fault)
+        if chosen is not None:
+            told = told["choices"][0] | {"prompt_token_id_logprobs": self._scores(body, chosen, fault)}
+        return answer(handler, 200, told, fault=fault)
+
+    def _scores(self, body: dict[str, Any], chosen: list[Any], fault: str | None) -> str:
+        """The log-probabilities of chosen ids, as vLLM sends them."""
+        ids, start = body["prompt"], body["prompt_logprob_start"]
+        logp = self.logp(ids, fault)[start:]
+        told = [[float(row[i]) for i in each] for row, each in zip(logp, chosen, strict=True)]
+        file = io.BytesIO()
+        np.save(file, np.array(told, np.float32))
+        return base64.b64encode(file.getvalue()).decode()
 
     def logp(self, ids: list[int], fault: str | None) -> torch.Tensor:
         """Log-probabilities of every id after each prefix of ``ids`` but the empty one and the whole."""
@@ -165,6 +192,9 @@ class ModelServer:
             for i, v in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
         own = [float(row[i]) for row, i in zip(logp, ids[1:], strict=False)]
+        if self.forgot(body, ids):
+            own[:-1] = [0.0] * (len(own) - 1)
+            likeliest[:-1] = [dict.fromkeys(each, 0.0) for each in likeliest[:-1]]
         known: list[Any] = [None]
         for index, value, others in zip(seen[1:], own, likeliest, strict=False):
             entries = {index: value, **others}
@@ -192,6 +222,9 @@ class ModelServer:
             [float(row[i]), j, None]
             for row, i, j in zip(logp, ids[start + 1 :], seen[start + 1 :], strict=False)
         ]
+        forgot = self.forgot(body, ids)
+        if forgot:
+            own[:-1] = [[None, j, None] for _, j, _ in own[:-1]]
         meta["input_token_logprobs"] = [[None, seen[start], None], *own]
         if k := body.get("top_logprobs_num"):
             top = logp.topk(min(k, logp.shape[1]), -1)
@@ -202,7 +235,19 @@ class ModelServer:
             ]
         if more := body.get("token_ids_logprob"):
             meta["input_token_ids_logprobs"] = [None, *([[float(r[i]), i, None] for i in more] for r in logp)]
+        for name in meta if forgot else ():
+            if name in ("input_top_logprobs", "input_token_ids_logprobs"):
+                meta[name][:-1] = [None] * (len(meta[name]) - 1)
         return {"text": "", "meta_info": meta}
+
+    def forgot(self, body: dict[str, Any], ids: list[int]) -> bool:
+        """Whether these are in the prefix cache, of which nothing can be told."""
+        if not self.forgets or body.get("cache_salt") or body.get("extra_key"):
+            return False
+        with self._lock:
+            known = tuple(ids) in self._read
+            self._read.add(tuple(ids))
+        return known
 
     def read(self, text: str) -> list[int]:
         """The ids of a text behind a BOS, all of which the model has."""

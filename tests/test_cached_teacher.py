@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -22,6 +23,7 @@ from tokenizers_for_tests import with_added
 
 import gold.assembly
 from gold import CachedTeacher, LocalTeacher, Prompt, Recipe, ServedTeacher, TeacherError, Term
+from gold.cache.codes import _HEAD, Scores, encode
 from gold.cache.store import ScoreCache
 from gold.cli import main
 from gold.demo.models import SPECIAL, _with_bos, tiny_model
@@ -210,6 +212,43 @@ def test_a_teacher_that_gives_nan_is_named_and_nothing_is_kept(tmp_path: Path) -
     ):
         cached.score(*asking(broken))
     assert not (tmp_path / "c").exists()
+
+
+def _scores(ids: list[list[int]], logp: list[list[float]], rest: float = -np.inf) -> bytes:
+    known = np.array(logp, np.float64)
+    return encode(Scores(np.array(ids, np.int64), known, np.full(len(ids), rest)))
+
+
+HALF = math.log(0.5)
+KEPT = {
+    "nothing": b"",
+    "its head alone": _HEAD.pack(2, 2, 3),
+    "a row too few": _scores([[5, 6]], [[HALF, HALF]]),
+    "a row too many": _scores([[5, 6]] * 3, [[HALF, HALF]] * 3),
+    "more tokens than there can be": _scores([list(range(9))] * 2, [[math.log(1 / 9)] * 9] * 2),
+    "a token that is in no vocabulary": _scores([[5, 999]] * 2, [[HALF, HALF]] * 2),
+    "a token twice": _scores([[5, 5]] * 2, [[HALF, HALF]] * 2),
+    "no distribution": _HEAD.pack(2, 2, 3)
+    + np.array([1, 1, 65535, 65535, 30000, 30000], "<u2").tobytes()
+    + b"\0",
+    "rows of 60,000 places": _HEAD.pack(60_000, 60_000, 1)
+    + np.array([60_000] + [0] * 59_999 + [0] * 120_000, "<u2").tobytes()
+    + b"\0" * 7500,
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_a_text_that_is_not_kept_as_it_must_be_is_one_line(
+    kind: str, teacher: LocalTeacher, tmp_path: Path
+) -> None:
+    """Its checksum is right all the same."""
+    text, prompt = teacher.vocabulary.encode("1"), Prompt("a", text="1")
+    asked = [prompt], [text], [True]
+    with CachedTeacher(teacher, tmp_path, top_k=3).cache as cache:
+        cache.add([(cache.origin.key(teacher.prompt_ids(prompt), text.ids.tolist(), True), 2, KEPT[kind])])
+    with pytest.raises(TeacherError, match=r"^cache .*: a text is not kept as it must be \(.*build") as error:
+        CachedTeacher(teacher, tmp_path, top_k=3).score(*asked)
+    assert "\n" not in str(error.value)
 
 
 # Training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 import gold.cache.store
 from gold.cache.codes import STEP, Scores, _codes, _values, decode, encode
 from gold.cache.store import Origin, ScoreCache, merge
-from gold.errors import ConfigError, TeacherError
+from gold.errors import ConfigError, GoldError, TeacherError
 
 BOUND = 7.1e-5
 
@@ -486,3 +488,92 @@ def test_what_is_no_cache(tmp_path: Path) -> None:
     (tmp_path / "000000.scores").write_text("not at all")
     with pytest.raises(TeacherError, match="no shard says whose scores it holds"):
         ScoreCache.open(tmp_path)
+
+
+def shard(origin: bytes, rest: bytes = b"") -> bytes:
+    """A file that begins with this, whatever it is, and is whole."""
+    store = gold.cache.store
+    return store._SHARD + store._ORIGIN.pack(len(origin), crc32(origin)) + origin + rest
+
+
+GOOD_ORIGIN = json.dumps({"teacher": "t", "revision": "r1", "vocabulary": "v1", "top_k": 5})
+ORIGINS = {
+    "no JSON": "teacher",
+    "a list": "[1]",
+    "nothing": "null",
+    "other keys": '{"teacher": "t"}',
+    "one key more": GOOD_ORIGIN[:-1] + ', "x": 1}',
+    "a number in quotes": GOOD_ORIGIN.replace("5", '"5"'),
+    "a truth for a number": GOOD_ORIGIN.replace("5", "true"),
+    "a number of 5,000 digits": GOOD_ORIGIN.replace("5", "5" * 5000),
+    "below 0": GOOD_ORIGIN.replace("5", "-5"),
+    "no text": GOOD_ORIGIN.replace('"r1"', "[]"),
+    "deep": '{"teacher": ' + "[" * 60_000,
+}
+
+
+def _folder(where: Path, kind: str) -> None:
+    """Makes what is no cache there."""
+    path = where / "000000.scores"
+    if kind == "a pipe for a folder":
+        where.rmdir()
+        os.mkfifo(where)
+    elif kind == "a folder that links to itself":
+        where.rmdir()
+        where.symlink_to(where)
+    elif kind == "a folder that links to nothing":
+        where.rmdir()
+        where.symlink_to(where.parent / "gone")
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    elif kind == "a link to itself":
+        path.symlink_to(path)
+    elif kind == "a link to nothing":
+        path.symlink_to(where / "gone")
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "no bytes":
+        path.touch()
+    elif kind == "the beginning alone":
+        path.write_bytes(shard(GOOD_ORIGIN.encode())[:20])
+    else:
+        path.write_bytes(shard(ORIGINS[kind].encode() if kind in ORIGINS else b"\xff\xfe"))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "a pipe for a folder", "a folder that links to itself", "a folder that links to nothing", "a pipe", "a folder",
+        "a link to itself", "a link to nothing", "a device", "no bytes", "the beginning alone", "no UTF-8", *ORIGINS,
+    ],
+)  # fmt: skip
+def test_whatever_lies_where_a_cache_should_is_one_line(kind: str, tmp_path: Path) -> None:
+    there = tmp_path / "cache"
+    there.mkdir()
+    _folder(there, kind)
+    with pytest.raises(GoldError) as error:
+        ScoreCache.open(there)
+    assert str(error.value).startswith(f"cache {there}: ")
+    assert "\n" not in str(error.value)
+    with pytest.raises(GoldError):
+        merge(tmp_path / "into", [there])
+    assert not (tmp_path / "into").exists()
+
+
+def test_an_origin_that_cannot_be_read_leaves_the_records_of_others(tmp_path: Path) -> None:
+    written(tmp_path, [1])
+    (tmp_path / "000001.scores").write_bytes(shard(b"[1]"))
+    assert contents(tmp_path) == expected([1])
+    assert [d.shard.name for d in ScoreCache.open(tmp_path).damage] == ["000001.scores"]
+
+
+def test_a_record_that_points_beyond_its_file_is_damage(tmp_path: Path) -> None:
+    store = gold.cache.store
+    for length in (41, 2**31, 2**32 - 1):
+        head = store._RECORD.pack(store._MARK, key(1), length, 3, 0)
+        data = head + store._CRC.pack(crc32(head)) + payload(1)
+        (tmp_path / "000000.scores").write_bytes(shard(GOOD_ORIGIN.encode(), data))
+        cache = ScoreCache.open(tmp_path)
+        assert (len(cache), len(cache.damage)) == (0, 1)

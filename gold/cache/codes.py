@@ -17,6 +17,8 @@ _NEVER = 65_535
 MOST_OFF = 1e-2
 """How far from 1 the mass of a row may be; a server's rounding takes it a tenth as far."""
 _HEAD = struct.Struct("<IIB")
+_MOST_PLACES = 2**26
+"""Places for tokens, those that pad rows included, that some bytes may take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,8 @@ def decode(data: bytes | memoryview) -> Scores:
     counts = codes[:rows].astype(np.int64)
     if counts.sum() != size:
         raise ValueError("its rows do not have as many tokens as its first bytes say")
+    if rows * int(counts.max(initial=0)) > max(_MOST_PLACES, 64 * len(data)):
+        raise ValueError("its rows are of lengths too different")
     planes = np.unpackbits(np.frombuffer(data, np.uint8, -1, _HEAD.size + codes.nbytes), count=size * bits)
     ids = planes.reshape(size, bits) @ (1 << np.arange(bits, dtype=np.int64)[::-1])
     row = np.repeat(np.arange(rows), counts)
@@ -87,7 +91,10 @@ def decode(data: bytes | memoryview) -> Scores:
     ids_NK[row, column] = ids
     logp_NK[row, column] = _values(codes[2 * rows :])
     log_rest_N = _values(codes[rows : 2 * rows])
-    norm = np.log(np.exp(logp_NK).sum(1) + np.exp(log_rest_N))
+    mass = np.exp(logp_NK).sum(1) + np.exp(log_rest_N)
+    if not (np.abs(mass - 1.0) <= 2 * MOST_OFF).all():
+        raise ValueError("its probabilities do not add up to 1")
+    norm = np.log(mass)
     return Scores(ids_NK, logp_NK - norm[:, None], log_rest_N - norm)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import mmap
 import os
+import stat
 import struct
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 from zlib import crc32
 
 import numpy as np
@@ -98,7 +100,10 @@ class _Place:
 
 
 class _Shard:
-    """One file: a line, the origin, records, and, once it is closed, an end."""
+    """One file: a line, the origin, records, and, once it is closed, an end.
+
+    Raises: OSError if it cannot be read, or is no file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -108,7 +113,7 @@ class _Shard:
     def reach(self, end: int) -> mmap.mmap | bytes:
         """The file's bytes, up to ``end`` at least where it is that long."""
         if len(self._map) < end:
-            with open(self.path, "rb") as file:
+            with _opened(self.path) as file:
                 if os.fstat(file.fileno()).st_size:
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._map
@@ -193,13 +198,13 @@ class ScoreCache:
             TeacherError: there is none and no ``origin``, it cannot be read, or it holds scores of two teachers.
         """
         folder = Path(folder)
+        if os.path.lexists(folder) and not folder.is_dir():
+            what = "is a link to nothing" if folder.is_symlink() and not folder.exists() else "is a file"
+            raise ConfigError(f"cache {folder}: {what}; give a folder")
         try:
-            paths = sorted(folder.glob("*.scores")) if folder.exists() else []
-            if folder.exists() and not folder.is_dir():
-                raise ConfigError(f"cache {folder}: is a file; give a folder")
-            shards = [_Shard(path) for path in paths]
+            shards = [_Shard(path) for path in sorted(folder.glob("*.scores"))]
         except OSError as error:
-            raise TeacherError(f"cache {folder}: cannot be read: {error.strerror or error}") from error
+            raise _unreadable(folder, error) from error
         if not shards and origin is None:
             raise TeacherError(f"cache {folder}: there is none; gold cache build makes one")
         return cls(folder, origin, shards)
@@ -220,8 +225,14 @@ class ScoreCache:
 
     @property
     def size_bytes(self) -> int:
-        """What is on disk, those of repeated and damaged records included."""
-        return sum(shard.path.stat().st_size for shard in self.shards)
+        """What is on disk, those of repeated and damaged records included.
+
+        Raises: TeacherError if it is not there any more.
+        """
+        try:
+            return sum(shard.path.stat().st_size for shard in self.shards)
+        except OSError as error:
+            raise _unreadable(self.folder, error) from error
 
     @property
     def repeated(self) -> int:
@@ -330,9 +341,9 @@ class ScoreCache:
                 return path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
 
     def _unwritable(self, error: OSError) -> TeacherError:
-        return TeacherError(
-            f"cache {self.folder}: cannot be written: {error.strerror or error}; free some space"
-        )
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space" if full else "look at the folder and its rights"
+        return TeacherError(f"cache {self.folder}: cannot be written: {error.strerror or error}; {advice}")
 
 
 def merge(into: str | Path, sources: Sequence[str | Path]) -> tuple[ScoreCache, list[Damage]]:
@@ -377,13 +388,30 @@ def find_origin(folder: str | Path) -> Origin | None:
     """
     try:
         for path in sorted(Path(folder).glob("*.scores")):
-            with open(path, "rb") as file:
+            with _opened(path) as file:
                 found, _ = _read_origin(file.read(2**16))
             if found is not None:
                 return found
     except OSError as error:
-        raise TeacherError(f"cache {folder}: cannot be read: {error.strerror or error}") from error
+        raise _unreadable(folder, error) from error
     return None
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A shard to be read.
+
+    Raises: OSError if it cannot be opened, or is anything but a file: a named pipe would be waited for without end.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "is no file", str(path))
+    return os.fdopen(file, "rb")
+
+
+def _unreadable(folder: str | Path, error: OSError) -> TeacherError:
+    where = f"{Path(os.fsdecode(error.filename)).name}: " if error.filename else ""
+    return TeacherError(f"cache {folder}: cannot be read: {where}{error.strerror or error}")
 
 
 def _check_origin(folder: Path, found: Origin, wanted: Origin) -> None:
@@ -417,7 +445,14 @@ def _read_origin(data: mmap.mmap | bytes) -> tuple[Origin | None, int]:
     text = data[start : start + length]
     if len(text) != length or crc32(text) != crc:
         return None, 0
-    return Origin(**json.loads(text)), start + length
+    try:
+        origin = Origin(**json.loads(text))
+    except (RecursionError, TypeError, ValueError):
+        return None, 0
+    kinds = [type(value) for value in astuple(origin)]
+    if kinds != [str, str, str, int] or not 0 <= origin.top_k < 2**31:
+        return None, 0
+    return origin, start + length
 
 
 def _finish(file: int) -> None:

@@ -21,7 +21,7 @@ from gold.models import LanguageModel, rows_of
 from gold.reading import student_states
 from gold.rollout import completed
 from gold.teachers.dialects import Known, OpenAI
-from gold.teachers.http import RefusedError
+from gold.teachers.http import RefusedError, is_near
 from gold.teachers.served import ServedTeacher
 
 MOST_NOISE = 0.01
@@ -72,8 +72,12 @@ def examine_noise(
     logp = [[next(iter(known.values())) for known in answer] for answer in answers]
     same = [logp[n : n + _TIMES] for n in range(0, len(logp), _TIMES)]
     size = max(1, sum(len(s.data) for s in spelled))
-    noise = sum(max(v) - min(v) for each in same for v in zip(*each, strict=True)) / size
+    # Of a token that has probability 0 each time, answers do not differ.
+    noise = sum(max(v) - min(v) for each in same for v in zip(*each, strict=True) if min(v) < max(v)) / size
     found = f"{_TIMES} answers to the same request are {noise:.2g} nats per byte apart"
+    if teacher.forgets:
+        found += "; it tells zeros of what is in its prefix cache, past which it is asked from now on"
+        return Check("noise", "warn", found, f"start it with {teacher.dialect.uncached}")
     loud = noise > MOST_NOISE
     if student is not None:
         theirs = [_total_logp(student, probe) for probe in probes]
@@ -119,13 +123,24 @@ def examine_own(teacher: ServedTeacher, prompts: Sequence[Prompt], student: Lang
     return Check(name, "fail", found, advice)
 
 
+_WHOLE = (
+    "let it not cut off what is unlikely: vLLM does with --logprobs-mode processed_logprobs and a top_p or top_k; from "
+    "texts of probability 0 nothing is learned"
+)
 _STEADY = "let one replica answer, in one dtype, with kernels that do not depend on the batch"
 
 
 def _given(teacher: ServedTeacher, positions: Sequence[Known]) -> Check:
     most = max(map(len, positions))
-    if most >= min(teacher.top_k, teacher.vocabulary.size):
-        return Check("server", "pass", f"gives {teacher.gives} of each row")
+    lost = sum(next(iter(known.values())) == -math.inf for known in positions)
+    enough = most >= min(teacher.top_k, teacher.vocabulary.size)
+    if lost:
+        found = f"gives probability 0 to {lost} of the {len(positions)} tokens of a plain text"
+        few = f", and more to {most} tokens of a row at most, where top_k is {teacher.top_k}"
+        return Check("server", "warn" if enough else "fail", found + ("" if enough else few), _WHOLE)
+    if enough:
+        stops = ", and all stop ids" if getattr(teacher.dialect, "chosen", False) else ""
+        return Check("server", "pass", f"gives {teacher.gives} of each row{stops}")
     found = f"gives {most} tokens of a row where top_k is {teacher.top_k}"
     # Strings that stand for several tokens are left out.
     return Check("server", "warn" if teacher.api == "openai" else "fail", found, teacher.dialect.advice)
@@ -197,9 +212,8 @@ def _template(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> list[Check]:
 
 
 def _key(teacher: ServedTeacher) -> list[Check]:
-    parts = urlsplit(teacher.server.url)
-    near = parts.hostname in ("localhost", "::1") or (parts.hostname or "").startswith("127.")
-    if parts.scheme == "https" or near or not teacher.server.key:
+    url = teacher.server.url
+    if urlsplit(url).scheme == "https" or is_near(url) or not teacher.server.key:
         return []
     return [Check("key", "warn", "the key is sent without encryption", "give the server's URL with https")]
 

@@ -181,6 +181,15 @@ def likeliest(rows: Rows, top_k: int, also_NA: Tensor, size: int) -> tuple[Tenso
     return ids_NK, logp_NK, rest_N
 
 
+def impossible_rows(rows: Rows, target_N: Tensor, stops: Tensor) -> Tensor:
+    """Which of partial rows tell their own event, the token of ``target_N`` or, for −1, the stop ids, as one of
+    probability 0: bool [N]."""
+    ids, logp = rows.hidden_ND.chunk(2, dim=-1)
+    is_stop = (ids[:, :, None] == stops).any(-1)
+    own = torch.where(target_N[:, None] < 0, is_stop, ids == target_N[:, None])
+    return own.any(-1) & ~(own & (logp > -torch.inf)).any(-1)
+
+
 def spans(rows: int, size: int) -> list[slice]:
     """Slices of at most ``size`` of so many rows, in order; of no rows, one that is empty."""
     return [slice(first, min(first + size, rows)) for first in range(0, max(rows, 1), size)]

@@ -64,10 +64,14 @@ class Loss:
     sequence_logp: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+IMPOSSIBLE = -1e4
+"""What the logarithm of a probability of 0 counts as, in nats, where such an event has happened."""
+
+
 def possible(logp: Tensor) -> Tensor:
     """Log-probabilities of what has happened, in nats: an event of probability 0 counts as one of e^-10000, so that a
     single one does not make all sums infinite."""
-    return logp.clamp(min=-1e4)
+    return logp.clamp(min=IMPOSSIBLE)
 
 
 @dataclass(frozen=True)

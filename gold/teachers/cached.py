@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 TOP_K = 20
 """Tokens that are kept of a row of a teacher in this process, where nothing else is said."""
+_NEVER_NATS = -9990.0
+"""Below, a probability is 0: folders of before hold the −9999 that servers write for −∞, give or take a nat."""
 _BATCH_TOKENS = 16384
 _CHUNK = 4096
 _ADVICE = (
@@ -162,7 +164,8 @@ class CachedTeacher:
             kept |= {key: data for key, _, data in records}
         self.asked += len(chosen)
         self.found += len(keys) - len(chosen)
-        return [self._rows(decode(kept[key] or b"")) for key in keys]
+        rows = [len(s.ids) + bool(stop) for s, stop in zip(spellings, stopped, strict=True)]
+        return [self._rows(kept[key] or b"", count) for key, count in zip(keys, rows, strict=True)]
 
     def missing(
         self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
@@ -218,11 +221,26 @@ class CachedTeacher:
                 raise TeacherError(f"prompt {prompt.key}: teacher {self.teacher.name}: {error}") from error
         return results
 
-    def _rows(self, scores: Scores) -> Rows:
+    def _rows(self, data: bytes, count: int) -> Rows:
+        try:
+            scores = decode(data)
+            if len(scores) != count or scores.ids_NK.shape[1] > self._width:
+                raise ValueError(f"{scores.ids_NK.shape} scores where there can be {(count, self._width)}")
+            if scores.ids_NK.max(initial=-1) >= self.vocabulary.size:
+                raise ValueError("a token that is in no vocabulary")
+            ordered = np.sort(scores.ids_NK, axis=1)
+            if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+                raise ValueError("a token twice in a row")
+        except ValueError as error:
+            raise TeacherError(
+                f"cache {self.cache.folder}: a text is not kept as it must be ({error}); build the cache anew"
+            ) from error
         # Rows of several texts are joined, so all have the same width.
         gap = ((0, 0), (0, self._width - scores.ids_NK.shape[1]))
-        ids = np.pad(scores.ids_NK, gap, constant_values=-1)
-        logp = np.pad(scores.logp_NK, gap)
+        never = scores.logp_NK < _NEVER_NATS
+        logp = np.pad(np.where(never, -np.inf, scores.logp_NK), gap)
+        never[:, :1] = False  # the token in the text is told, whatever it is
+        ids = np.pad(np.where(never, -1, scores.ids_NK), gap, constant_values=-1)
         known_ids, known_logp = (torch.from_numpy(a).to(self.device) for a in (ids, logp))
         return Rows.of_top_k(known_ids, known_logp, self.vocabulary.size)
 

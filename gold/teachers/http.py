@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import cache
+from ipaddress import ip_address
 from time import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,13 +37,15 @@ class BadAnswerError(Exception):
 class Call:
     """One request: the path below the server's root, its JSON, and what makes the result of the answer's.
 
-    ``read`` raises ``BadAnswerError`` for an answer that cannot be used; it is then asked for again.
+    ``read`` raises ``BadAnswerError`` for an answer that cannot be used; it is then asked for again. A status in
+    ``final`` is a refusal, also where others would pass.
     """
 
     path: str
     body: Mapping[str, Any]
     read: Callable[[Any], Any]
     limit_bytes: int = 2**20
+    final: frozenset[int] = frozenset()
 
 
 class RefusedError(TeacherError):
@@ -104,7 +107,7 @@ class Server:
         Raises:
             RefusedError: a request that the server refuses.
             TeacherError: no usable answer after all retries, an answer that is too long, a certificate that is not
-                valid, a redirect.
+                valid, a redirect, SSL_CERT_FILE or a proxy variable that cannot be used.
         """
         return _run(self._all(calls)) if calls else []
 
@@ -118,8 +121,21 @@ class Server:
             max_keepalive_connections=self.concurrency,
             keepalive_expiry=60.0,
         )
-        # One bound on the whole attempt, below, stands for those on its parts: a server that drips would pass them.
-        async with httpx2.AsyncClient(headers=headers, limits=limits, timeout=None, verify=_tls()) as client:
+        near = is_near(self.url)
+        bare = near and urlsplit(self.url).scheme == "http"
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if bare else self._tls()
+        try:
+            # One bound on the whole attempt, below, stands for those on its parts: a server that drips would pass them.
+            # A proxy has no part in what this machine asks itself.
+            client = httpx2.AsyncClient(
+                headers=headers, limits=limits, timeout=None, verify=tls, trust_env=not near
+            )
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:
+            what = f"{type(error).__name__}" if "@" in str(error) else self._line(str(error))
+            raise self._error(
+                f"HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or NO_PROXY cannot be used: {what}; correct or unset it"
+            ) from error
+        async with client:
             tasks = [asyncio.create_task(self._insist(client, slots, call)) for call in calls]
             try:
                 return list(await asyncio.gather(*tasks))
@@ -157,14 +173,16 @@ class Server:
                 content = await self._content(response, call.limit_bytes)
         except TimeoutError:
             raise _FaultError(f"has not answered within {self.timeout_s:g} s") from None
-        except httpx2.TransportError as error:
+        except httpx2.DecodingError as error:
+            raise _FaultError(f"sends an answer that cannot be decoded: {self._line(str(error))}") from error
+        except (httpx2.HTTPError, httpx2.InvalidURL, UnicodeError) as error:
             if invalid := _certificate_error(error):
                 raise self._error(f"its certificate is not valid: {invalid}") from error
+            if "location header" in str(error):  # looked at though it is not followed
+                raise self._error(_redirected("")) from error
             raise _FaultError(
                 f"cannot be reached: {self._line(str(error)) or type(error).__name__}"
             ) from error
-        except httpx2.DecodingError as error:
-            raise _FaultError(f"sends an answer that cannot be decoded: {self._line(str(error))}") from error
         try:
             answer = json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -172,7 +190,7 @@ class Server:
         try:
             return call.read(answer)
         except BadAnswerError as error:
-            raise _FaultError(str(error)) from error
+            raise _FaultError(self._line(str(error))) from error
 
     async def _content(self, response: httpx2.Response, limit: int) -> bytes:
         content = bytearray()
@@ -185,8 +203,7 @@ class Server:
     async def _refuse(self, response: httpx2.Response, call: Call) -> None:
         status = response.status_code
         if 300 <= status < 400:
-            to = urlsplit(response.headers.get("location", "")).netloc or "another path"
-            raise self._error(f"redirects to {to}, which is not followed; set url to where the API is")
+            raise self._error(self._line(_redirected(response.headers.get("location", "/"))))
         shown = f"answers {status}"
         told = b""
         async for part in response.aiter_bytes():
@@ -195,7 +212,7 @@ class Server:
                 break
         if message := self._line(_message(told)):
             shown += f": {message}"
-        if status in _PASSING:
+        if status in _PASSING - call.final:
             raise _FaultError(shown, _pause_s(response.headers.get("retry-after")))
         advice = {
             401: "; name the variable that holds its key in key_env" if not self.key else "; look at the key",
@@ -203,6 +220,14 @@ class Server:
             404: f" for {call.path}; look at url, model and api",
         }.get(status, "")
         raise RefusedError(str(self._error(shown + advice)), status)
+
+    def _tls(self) -> ssl.SSLContext:
+        try:
+            return _tls()
+        except (OSError, ValueError) as error:  # what ssl raises is an OSError
+            raise self._error(
+                f"SSL_CERT_FILE cannot be read as certificates: {self._line(str(error))}; correct or unset it"
+            ) from error
 
     def _error(self, fact: str) -> TeacherError:
         return TeacherError(f"server {self.url}: {fact}")
@@ -221,6 +246,25 @@ def _tls() -> ssl.SSLContext:
     return httpx2.create_ssl_context()
 
 
+def _redirected(location: str) -> str:
+    """Where an answer would send a request, and with it the key: the host alone, since the rest may hold secrets."""
+    try:
+        host = urlsplit(location).hostname or ("another path" if location else "no address that can be read")
+    except ValueError:
+        host = "no address that can be read"
+    return f"redirects to {host}, which is not followed; set url to where the API is"
+
+
+def is_near(url: str) -> bool:
+    """Whether a URL names this machine itself."""
+    host = urlsplit(url).hostname or ""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
 def check_url(url: str) -> None:
     """Nothing, where a URL is one of HTTP without a key in it.
 
@@ -228,10 +272,14 @@ def check_url(url: str) -> None:
         ConfigError: it is not; the message does not repeat it, because of the key.
     """
     wrong = "url: expected one such as http://localhost:8000/v1"
+    if not url.isprintable() or " " in url or "\\" in url:
+        raise ConfigError(wrong)
     try:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+        if sound and "@" not in parts.netloc:
+            httpx2.URL(url)
+    except (ValueError, httpx2.InvalidURL):
         raise ConfigError(wrong) from None
     if not sound:
         raise ConfigError(wrong)
@@ -263,7 +311,10 @@ def _message(content: bytes) -> str:
         if not isinstance(found, dict):
             break
         found = next((found[k] for k in ("error", "message", "detail") if found.get(k)), text)
-    return found if isinstance(found, str) else json.dumps(found)
+    try:
+        return found if isinstance(found, str) else json.dumps(found)
+    except RecursionError:
+        return text
 
 
 def _pause_s(header: str | None) -> float:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from secrets import token_urlsafe
 from typing import Any, Literal
 
 import numpy as np
@@ -18,11 +21,13 @@ from gold.data import Prompt
 from gold.errors import ConfigError, TeacherError
 from gold.kernels.linear import Rows
 from gold.losses import Need
-from gold.teachers.dialects import VLLM, Asked, Dialect, Known, OpenAI, SGLang
-from gold.teachers.http import Server
+from gold.teachers.dialects import VLLM, Asked, Dialect, Forgotten, Known, OpenAI, SGLang
+from gold.teachers.http import RefusedError, Server
 from gold.templates import PromptTokenizer
 
 Api = Literal["vllm", "sglang", "openai"]
+_CERTAIN = 3
+"""Texts that begin with a probability of 1 past the prefix cache too, after which that is believed."""
 
 
 class ServedTeacher:
@@ -35,7 +40,8 @@ class ServedTeacher:
     rows of log-probabilities are made on ``device``.
 
     The end of a text is asked for as one stop id, the one that the chat template writes after messages, else the first.
-    The other stop ids count where they are known: SGLang tells all of them, other servers those among the likeliest.
+    The other stop ids count where they are known: SGLang tells all of them, and so does vLLM from 0.33 on where it lets
+    a client choose tokens; other servers those among the likeliest.
 
     Raises:
         ConfigError: a URL that is none, or a variable that is not set.
@@ -71,6 +77,10 @@ class ServedTeacher:
             )
         self.dialect = _dialect(api, self.vocabulary)
         self._turn_end = _turn_end(self.tokenizer, self.vocabulary)
+        self.forgets = False
+        """Whether it has told zeros of what was in its prefix cache; it is then asked past that."""
+        self._certain = 0
+        self._looked = False
 
     @property
     def name(self) -> str:
@@ -92,7 +102,9 @@ class ServedTeacher:
         stops = self.vocabulary.stop_ids
         own_turn = prompt.messages is not None and has_chat_template(self.tokenizer)
         end = [self._turn_end if own_turn and self._turn_end is not None else stops[0]] if stopped else []
-        return Asked((*before, *map(int, ids), *end), len(before), self.top_k, stops)
+        return Asked(
+            (*before, *map(int, ids), *end), len(before), min(self.top_k, self.vocabulary.size), stops
+        )
 
     def known(self, asked: Sequence[Asked]) -> list[list[Known]]:
         """What the server knows of each position that is to be scored, by token id.
@@ -103,12 +115,50 @@ class ServedTeacher:
         # Longest first, so that the last ones under way are short.
         order = sorted(range(len(asked)), key=lambda i: (-len(asked[i].ids), i))
         order = [i for i in order if len(asked[i].ids) > asked[i].start]
-        calls = [self.dialect.call(self.model, asked[i]) for i in order]
-        answers = self.server.ask(calls)
+        if order and not self._looked:
+            self._looked = True
+            self.dialect = self._dialect_of(asked[order[-1]])
+        answers = self._ask([asked[i] for i in order])
         results: list[list[Known]] = [[] for _ in asked]
         for i, answer in zip(order, answers, strict=True):
             results[i] = answer
         return results
+
+    def _dialect_of(self, asked: Asked) -> Dialect:
+        """The dialect, with chosen tokens where the server tells them."""
+        if isinstance(self.dialect, VLLM):
+            chosen = VLLM(chosen=True)
+            with suppress(RefusedError):
+                if self.server.ask([chosen.choices(self.model, asked)])[0]:
+                    return chosen
+        return self.dialect
+
+    def _ask(self, asked: Sequence[Asked]) -> list[list[Known]]:
+        """What the server knows of each; asked a second time past its prefix cache where it has forgotten."""
+        answers = self.server.ask([self.dialect.call(self.model, self._past(a)) for a in asked])
+        lost = [n for n, answer in enumerate(answers) if isinstance(answer, Forgotten)]
+        if lost:
+            again = [replace(asked[n], salt=token_urlsafe()) for n in lost]
+            self.server.tally.retries += len(lost)
+            try:
+                found = self.server.ask([self.dialect.call(self.model, a) for a in again])
+            except RefusedError as error:
+                raise TeacherError(
+                    f"{error}; it was asked past its prefix cache, of which it tells nothing: start it with "
+                    f"{self.dialect.uncached}"
+                ) from error
+            for n, answer in zip(lost, found, strict=True):
+                answers[n] = answer
+                if any(answer[0].values()):
+                    self.forgets = True
+                else:
+                    self._certain += 1
+        return answers
+
+    def _past(self, asked: Asked) -> Asked:
+        if self.forgets:
+            return replace(asked, salt=token_urlsafe())
+        return replace(asked, trusted=self._certain >= _CERTAIN)
 
     def score(
         self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
