@@ -48,7 +48,7 @@ from gold.progress import Progress
 from gold.reading import aligned_batch, microbatches, read, student_states, teacher_rows
 from gold.recipe import Recipe
 from gold.rollout import Rollout, advantages, completed, sample
-from gold.run import RunFolder
+from gold.run import RunFolder, why_bad
 from gold.teachers.itself import SelfTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
@@ -59,8 +59,6 @@ NO_ROWS = Rows.of_logits(torch.zeros(0, 1))
 """The student's states where they are not read."""
 NEEDS: tuple[Need, ...] = typing.get_args(Need)
 """What objectives ask of a teacher, least first."""
-BAD, NO_TEXT = "a NaN or infinite loss or gradient", "no text that the teacher finds possible"
-"""Why a step is not applied."""
 MISSED_SHARE = 0.1
 """Above this share of bytes at which the student gives the teacher's favourite less than 1 %, a run warns."""
 
@@ -581,7 +579,7 @@ class Loop:
         if not record["applied"]:
             found[f"bad {record['step']}"] = (
                 f"step {record['step']}: "
-                + (BAD.removeprefix("a ") if record["grad_norm"] else NO_TEXT)
+                + why_bad(record).removeprefix("a ")
                 + f"; the step was not applied "
                 f"({self.bad_steps} in a row, {self.recipe.bad_steps_allowed} are allowed)"
             )

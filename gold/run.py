@@ -481,6 +481,13 @@ def ended(path: str | Path, config: Mapping[str, Any], steps: int) -> str | None
     return f"the run in {path} ended after step {steps}: there is nothing to resume"
 
 
+def why_bad(record: Mapping[str, Any]) -> str:
+    """What a step had that was not applied, by its metrics."""
+    if record.get("teacher_impossible") and not record.get("grad_norm"):
+        return "no text that the teacher finds possible"
+    return "a NaN or infinite loss or gradient"
+
+
 def check_end(record: Mapping[str, Any]) -> None:
     """Nothing, where the last step of a run that has ended, of which this is the record, was applied.
 
@@ -489,8 +496,8 @@ def check_end(record: Mapping[str, Any]) -> None:
     """
     if bad := record.get("bad_steps"):
         raise TrainingError(
-            f"step {record['step']}: the run has ended, but its last {bad} step(s) had a NaN or infinite loss or "
-            "gradient and were not applied; the student is that of the steps before: train it anew with a lower "
+            f"step {record['step']}: the run has ended, but its last {bad} step(s) had {why_bad(record)} "
+            "and were not applied; the student is that of the steps before: train it anew with a lower "
             "optimizer.lr, or use it as it is"
         )
 

@@ -23,14 +23,14 @@ from gold.errors import CheckpointError, ConfigError, DataError, GoldError, Teac
 from gold.evaluate import EvaluationPlan, Verifier
 from gold.inputs import of_run
 from gold.interrupt import Interrupt, ended_by
-from gold.loop import BAD, NO_TEXT, Loop, pairs_of, terms_of
+from gold.loop import Loop, pairs_of, terms_of
 from gold.losses.sampling import unfit_sampling
 from gold.models import LanguageModel, load_model, save_model
 from gold.progress import Lasting, Progress, Quiet, Silent
 from gold.reading import read
 from gold.recipe import Recipe
 from gold.rollout import completed, encode_prompt
-from gold.run import RunFolder, check_end
+from gold.run import RunFolder, check_end, why_bad
 from gold.teachers.cached import CachedTeacher, UnaskedTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
@@ -232,7 +232,7 @@ def distill(
                 raise ended_by(interrupted)
             if hopeless:
                 raise TrainingError(
-                    f"step {loop.step}: {loop.bad_steps} steps in a row had {BAD if record['grad_norm'] else NO_TEXT} "
+                    f"step {loop.step}: {loop.bad_steps} steps in a row had {why_bad(record)} "
                     "and were not applied; lower optimizer.lr, or look at the last lines of metrics.jsonl"
                     + (
                         f"; the checkpoint of step {loop.step} is kept, and goes on from there with --resume "
@@ -245,7 +245,8 @@ def distill(
             folder.check_place()
             _save_student(student, folder.path)
         accelerator.wait_for_everyone()
-        check_end({"step": loop.step, "bad_steps": loop.bad_steps})
+        last_record = run.steps[-1] if run.steps else {}
+        check_end(last_record | {"step": loop.step, "bad_steps": loop.bad_steps})
     return run
 
 

@@ -23,6 +23,7 @@ from server_for_tests import answer as reply
 
 from gold import CachedTeacher, ConfigError, Prompt, Recipe, ServedTeacher, TeacherError, Term
 from gold.doctor.server import examine_noise, examine_server
+from gold.errors import TrainingError
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.kernels.linear import Rows, impossible_rows
 from gold.models import LanguageModel
@@ -169,16 +170,20 @@ def test_a_text_of_probability_0_is_counted_told_of_and_left_out(
     assert "token '" in told
 
 
-def test_where_no_text_is_possible_no_step_is_taken(teacher: LanguageModel, folder: Path) -> None:
+def test_where_no_text_is_possible_no_step_is_taken(
+    teacher: LanguageModel, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     student = tiny.tiny_student()
     before = weights(student)
     with Cutting(teacher) as server:
         server.likeliest = 1
-        run = distill(student, served(folder, server.url), tiny.prompts(), RECIPE)
+        with pytest.raises(
+            TrainingError, match="no text that the teacher finds possible and were not applied"
+        ):
+            distill(student, served(folder, server.url), tiny.prompts(), RECIPE)
         plan = EvaluationPlan(max_new_tokens=6)
         measures = evaluate(student, served(folder, server.url), tiny.heldout(2), plan=plan).measures
-    assert run.steps[0]["teacher_impossible"] == 4
-    assert not run.steps[0]["applied"]
+    assert "nothing is learned from 4 texts" in capsys.readouterr().err
     assert all(torch.equal(before[name], p) for name, p in weights(student).items())
     assert measures["impossible_share"] == 1.0
     assert "reverse_kl_per_byte" not in measures
