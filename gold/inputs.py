@@ -8,7 +8,7 @@ whatever the size; of a model in memory every tensor has blocks of its own. Time
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple
+from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,9 +47,10 @@ _KINDS = {
 
 def of_prompts(prompts: Sequence[Prompt], where: str) -> dict[str, Any]:
     """The digest of prompts: their order, keys, texts, completions, references, contexts and routes."""
-    digest = sha256()
+    digest, names = sha256(), [field.name for field in fields(Prompt)]
     for prompt in prompts:
-        digest.update(json.dumps(astuple(prompt), default=repr, sort_keys=True).encode() + b"\n")
+        values = [getattr(prompt, name) for name in names]
+        digest.update(json.dumps(values, default=repr, sort_keys=True).encode() + b"\n")
     return {"from": where, "digests": {"content": digest.hexdigest()}, "count": len(prompts)}
 
 

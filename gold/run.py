@@ -118,7 +118,10 @@ class RunFolder:
                     "removed (--overwrite)"
                 )
             return
-        others = sorted({entry.name for entry in path.iterdir()} - _BEFORE_CONFIG)
+        try:
+            others = sorted({entry.name for entry in path.iterdir()} - _BEFORE_CONFIG)
+        except OSError as error:
+            raise ConfigError(f"output {path} cannot be read: {error.strerror or error}") from error
         if others:
             held = ", ".join(others[:3])
             raise ConfigError(f"output {path} is not empty, it holds {held}; give a new or empty folder")

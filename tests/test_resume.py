@@ -67,30 +67,26 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Gold = Callable[..., SimpleNamespace]
+class Gold:
+    """`gold train` in this process, with a configuration and a run folder."""
+
+    def __init__(self, file: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.file, self.run, self.capsys = file, run, capsys
+
+    def __call__(self, *arguments: str) -> SimpleNamespace:
+        """Exit code, stdout and stderr."""
+        self.capsys.readouterr()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["gold", "train", str(self.file), f"output={self.run}", *arguments])
+            with pytest.raises(SystemExit) as ended:
+                main()
+        printed = self.capsys.readouterr()
+        return SimpleNamespace(code=ended.value.code or 0, out=printed.out, err=printed.err)
 
 
 @pytest.fixture
-def train(
-    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Gold:
-    """Runs `gold train` in this process into `tmp_path/run`; gives exit code, stdout and stderr."""
-    return partial(_train, pair / "run.yaml", tmp_path / "run", monkeypatch, capsys)
-
-
-def _train(
-    file: Path,
-    run: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    *arguments: str,
-) -> SimpleNamespace:
-    monkeypatch.setattr("sys.argv", ["gold", "train", str(file), f"output={run}", *arguments])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main()
-    printed = capsys.readouterr()
-    return SimpleNamespace(code=ended.value.code or 0, out=printed.out, err=printed.err)
+def train(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Gold:
+    return Gold(pair / "run.yaml", tmp_path / "run", capsys)
 
 
 # Kills
@@ -371,8 +367,7 @@ def test_what_was_replaced_between_stop_and_resumption_is_named_and_refused(
         tmp_path, tmp_path / "run", data={"prompts": str(file), "heldout_share": 0.3}, train__steps=1,
         evaluate__every=100, evaluate__prompts=1,
     )  # fmt: skip
-    path = tiny.write_settings(tmp_path / "run.yaml", settings)
-    train = partial(_train, path, tmp_path / "run", monkeypatch, train.args[3])  # type: ignore[attr-defined]
+    train.file = tiny.write_settings(tmp_path / "run.yaml", settings)
     assert train().code == 0
     spoil(tmp_path)
     loaded: list[object] = []

@@ -453,3 +453,16 @@ def test_a_run_made_from_python_is_no_configuration_to_evaluate(tmp_path) -> Non
     distill(tiny.tiny_student(), tiny.tiny_teacher(), tiny.prompts(), recipe, saving=Saving(tmp_path / "run"))
     with pytest.raises(ConfigError, match="the run was made from Python"):
         evaluate_source(tmp_path / "run")
+
+
+def test_what_a_checkpoint_holds_of_the_optimizer_is_moments_alone(tmp_path: Path) -> None:
+    """Rates and decays are the configuration's, which may have been changed on purpose."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    one, other = (torch.optim.AdamW([weight], lr=lr, betas=(lr, lr), weight_decay=lr) for lr in (0.1, 0.2))
+    weight.sum().backward()
+    one.step()
+    torch.save(one.state_dict(), tmp_path / "optimizer.pt")
+    loop.load_optimizer(other, tmp_path / "optimizer.pt", weight.device)
+    (group,) = other.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.2, (0.2, 0.2), 0.2)
+    assert torch.equal(other.state[weight]["exp_avg"], one.state[weight]["exp_avg"])
