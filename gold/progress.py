@@ -12,6 +12,7 @@ from gold import terminal
 
 SHOWN = (
     ("reverse_kl_per_byte", "reverse KL/byte", "{:.4f}"),
+    ("impossible_share", "left out", "{:.0%}"),
     ("forward_kl_per_byte", "forward KL/byte", "{:.4f}"),
     ("bits_per_byte", "bits/byte", "{:.3f}"),
     ("accuracy", "accuracy", "{:.1%}"),

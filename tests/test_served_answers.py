@@ -302,6 +302,24 @@ def test_an_answer_that_is_none_is_one_line_without_the_key(body: str) -> None:
     assert told.endswith("; no usable answer after 3 attempts")
 
 
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("tokens", [7, None, "12", {"1": 2}, [[1]], [1.5], [True], [None, 1], [10**400, "x"]])
+def test_tokens_that_are_none_are_one_line(api: str, tokens: Any, teacher: LanguageModel) -> None:
+    """They are what a tokenizer here is compared with."""
+    there = dialect(api, teacher.vocabulary)
+    told = {
+        "tokens": tokens,
+        "meta_info": {
+            "input_token_logprobs": [[None, t] for t in tokens] if isinstance(tokens, list) else tokens
+        },
+        "choices": [{"logprobs": {"tokens": tokens}}],
+    }
+    calls = there.tokenize("m", "12"), there.template("m", [])
+    for call in filter(None, calls):
+        with pytest.raises(BadAnswerError):
+            call.read(json.loads(json.dumps(told)))
+
+
 def test_a_sound_answer_passes() -> None:
     with Raw(completion()) as raw:
         assert ask(raw.url) == [KNOWN]
@@ -413,7 +431,7 @@ def test_no_proxy_sees_what_this_machine_serves_itself(name: str, monkeypatch: p
     [
         "http://ho st/v1", "http://host/v1\n", "http://host/\x1b[31m", "http://h\\sk-secret@host/v1", "http://host:0/v1",
         "http://host:99999/v1", "http://[::1", "http://[fe80::zz]/v1", "http://\u202ehost/v1", "//host/v1", "",
-        "http://me:sk-secret@[::1/v1", "http:///v1", "http://host:8a/v1",
+        "http://me:sk-secret@[::1/v1", "http:///v1", "http://hostxn--/v1", "http://host:8a/v1",
     ],
 )  # fmt: skip
 def test_a_url_that_is_none_is_one_line(url: str) -> None:

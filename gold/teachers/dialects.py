@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from gold.align.vocabulary import Vocabulary
 from gold.teachers.http import BadAnswerError, Call
 
+T = TypeVar("T")
 Known = dict[int, float]
 """Log-probabilities of some tokens at one position, by id, in nats; −∞ is told of the token that was sent alone."""
 NEVER_NATS = -9999.0
@@ -148,7 +149,7 @@ class VLLM:
     def tokenize(self, model: str, text: str) -> Call:
         """See ``Dialect.tokenize``."""
         body = {"model": model, "prompt": text, "add_special_tokens": False}
-        return Call("/tokenize", body, _shaped(lambda answer: _get(answer, "tokens")))
+        return Call("/tokenize", body, _shaped(lambda answer: _all(int, _get(answer, "tokens"))))
 
     def template(self, model: str, messages: Sequence[Mapping[str, str]]) -> Call | None:
         """See ``Dialect.template``."""
@@ -158,7 +159,7 @@ class VLLM:
             "add_generation_prompt": True,
             "add_special_tokens": False,
         }
-        return Call("/tokenize", body, _shaped(lambda answer: _get(answer, "tokens")))
+        return Call("/tokenize", body, _shaped(lambda answer: _all(int, _get(answer, "tokens"))))
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,8 @@ class SGLang:
         }
 
         def read(answer: Any) -> list[int]:
-            ids = [entry[1] for entry in _get(answer, "meta_info", "input_token_logprobs")]
+            entries = _get(answer, "meta_info", "input_token_logprobs")
+            ids = _all(int, [entry[1] for entry in entries])
             return ids[1:] if ids[:1] == [self.bos_id] else ids
 
         return Call("/generate", body, _shaped(read))
@@ -307,7 +309,7 @@ class OpenAI:
         bos = self._vocabulary.bos_id
 
         def read(answer: Any) -> list[str]:
-            tokens = list(_get(answer, "choices", 0, "logprobs", "tokens"))[:-1]
+            tokens = _all(str, _get(answer, "choices", 0, "logprobs", "tokens"))[:-1]
             return tokens[1:] if bos is not None and tokens and tokens[0] in self.strings(bos) else tokens
 
         return Call("/v1/completions", body, _shaped(read))
@@ -442,6 +444,12 @@ def _get(value: Any, *path: str | int) -> Any:
         if value is None:
             raise BadAnswerError(f"sends no {key}; look at api")
     return value
+
+
+def _all(kind: type[T], values: Any) -> list[T]:
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        raise BadAnswerError("sends something else than tokens; look at api")
+    return values
 
 
 def _items(position: Any) -> Any:

@@ -278,7 +278,7 @@ def check_url(url: str) -> None:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         if sound and "@" not in parts.netloc:
-            httpx2.URL(url)
+            httpx2.Request("POST", url)  # what names a host is looked at no earlier
     except (ValueError, httpx2.InvalidURL):
         raise ConfigError(wrong) from None
     if not sound:
