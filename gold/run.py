@@ -42,7 +42,8 @@ from gold.changes import (
 )
 from gold.checkpoint import newest_step
 from gold.errors import CheckpointError, ConfigError, DataError, TrainingError
-from gold.files import json_value, read_bytes, read_json, read_text
+from gold.files import json_value, read_bytes, read_json
+from gold.yaml_file import read_yaml
 
 FILE_OF_KIND = {"train": "metrics.jsonl", "eval": "metrics.jsonl", "sample": "samples.jsonl"}
 # What a kill may leave of a folder that was not yet a run.
@@ -195,10 +196,7 @@ class RunFolder:
         file = path / "config.yaml"
         if not file.exists():
             raise CheckpointError(f"{path} holds no run, there is no config.yaml; give a run folder")
-        try:
-            config = yaml.safe_load(read_text(file, CheckpointError))
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{file} cannot be read: {_one_line(error)}") from error
+        config, _ = read_yaml(file, CheckpointError)
         if not isinstance(config, dict):
             raise CheckpointError(f"{file} cannot be read: expected keys and values")
         return cls(path, config)
