@@ -9,6 +9,8 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +22,11 @@ import torch
 from processes_for_tests import Command, die_at, find
 
 import gold.assembly
+from gold.changes import MAY_CHANGE, _flat
 from gold.cli import main
 from gold.config import Config
 from gold.models import load_model, save_model
+from gold.recipe import Recipe
 
 TIMED = ("_s", "tokens_per_s")
 STEPS = 4
@@ -381,3 +385,10 @@ def test_what_was_replaced_between_stop_and_resumption_is_named_and_refused(
     assert told in done.out
     assert told in json.loads((tmp_path / "run" / "environment.json").read_text())["resumed"][0]["changed"][1]
     assert train("--resume", "train.steps=2").code == 0
+
+
+def test_the_keys_that_may_change_are_keys() -> None:
+    served = {"path": "t", "served": {"url": "http://x", "model": "m"}, "cache": {"path": "c"}}
+    settings = tiny.run_settings(Path("a"), Path("b"), teacher=served)
+    keys = {**_flat(Config.model_validate(settings).to_dict()), **_flat(asdict(Recipe()), "recipe")}
+    assert [pattern for pattern in MAY_CHANGE if not any(fnmatchcase(key, pattern) for key in keys)] == []
