@@ -429,7 +429,8 @@ class Loop:
         """Sums over all processes, on the CPU."""
         if self.accelerator.num_processes == 1:
             return sums
-        return self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
+        total: Tensor = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
+        return total.cpu()
 
     def _possible(self, groups: Sequence[_Group]) -> tuple[list[_Group], float]:
         """The groups with nothing in the place of a text to which a teacher gives probability 0, from which no loss can
