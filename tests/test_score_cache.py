@@ -562,6 +562,20 @@ def test_whatever_lies_where_a_cache_should_is_one_line(kind: str, tmp_path: Pat
     assert not (tmp_path / "into").exists()
 
 
+def test_a_shard_that_is_cut_or_gone_under_way_is_told_of(tmp_path: Path) -> None:
+    """Not by a signal: what lies beyond the end of a file cannot be mapped."""
+    written(tmp_path, [1], [2], size=100_000)
+    cache, other = ScoreCache.open(tmp_path), ScoreCache.open(tmp_path)
+    os.truncate(tmp_path / "000000.scores", 1000)
+    with pytest.warns(UserWarning, match="checksum is another; it counts as not there"):
+        assert cache.get(key(1)) is None
+    (tmp_path / "000001.scores").unlink()
+    with pytest.raises(TeacherError, match=r"cannot be read: 000001.scores: No such file"):
+        other.get(key(2))
+    with pytest.raises(TeacherError, match=r"cannot be read: 000001.scores: No such file"):
+        assert other.size_bytes
+
+
 def test_an_origin_that_cannot_be_read_leaves_the_records_of_others(tmp_path: Path) -> None:
     written(tmp_path, [1])
     (tmp_path / "000001.scores").write_bytes(shard(b"[1]"))

@@ -16,7 +16,7 @@ from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 from zlib import crc32
 
 import numpy as np
@@ -87,9 +87,14 @@ class _Place:
     crc: int
 
     def read(self) -> bytes | None:
-        """The scores, None where they are damaged."""
-        end = self.start + self.length
-        data = bytes(self.shard.reach(end)[self.start : end])
+        """The scores, None where they are damaged.
+
+        Raises: TeacherError if the file cannot be read any more.
+        """
+        try:
+            data = os.pread(self.shard.opened(), self.length, self.start)
+        except OSError as error:
+            raise _unreadable(self.shard.path.parent, error) from error
         return data if crc32(data) == self.crc else None
 
     @property
@@ -100,27 +105,33 @@ class _Place:
 
 
 class _Shard:
-    """One file: a line, the origin, records, and, once it is closed, an end.
-
-    Raises: OSError if it cannot be read, or is no file.
-    """
+    """One file: a line, the origin, records, and, once it is closed, an end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map: mmap.mmap | bytes = b""
-        self.reach(1)
+        self._file: int | None = None
 
-    def reach(self, end: int) -> mmap.mmap | bytes:
-        """The file's bytes, up to ``end`` at least where it is that long."""
-        if len(self._map) < end:
-            with _opened(self.path) as file:
-                if os.fstat(file.fileno()).st_size:
-                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._map
+    def opened(self) -> int:
+        """The file, open: what is read of it is read, not mapped, since it may be cut short under way."""
+        if self._file is None:
+            self._file = _opened(self.path)
+            weakref.finalize(self, os.close, self._file)
+        return self._file
 
     def walk(self) -> Iterator[Origin | Damage | tuple[bytes, _Place]]:
-        """What is in the file, in its order: the origin, records by key, and whatever is neither."""
-        data = self._map
+        """What is in the file, in its order: the origin, records by key, and whatever is neither.
+
+        Raises: TeacherError if it cannot be read, or is no file.
+        """
+        try:
+            file = _opened(self.path)
+            try:
+                size = os.fstat(file).st_size
+                data = mmap.mmap(file, 0, access=mmap.ACCESS_READ) if size else b""
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise _unreadable(self.path.parent, error) from error
         origin, at = _read_origin(data)
         if origin is not None:
             yield origin
@@ -203,7 +214,7 @@ class ScoreCache:
             raise ConfigError(f"cache {folder}: {what}; give a folder")
         try:
             shards = [_Shard(path) for path in sorted(folder.glob("*.scores"))]
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise _unreadable(folder, error) from error
         if not shards and origin is None:
             raise TeacherError(f"cache {folder}: there is none; gold cache build makes one")
@@ -279,7 +290,7 @@ class ScoreCache:
                 places[key] = _Place(shard, end + _RECORD_BYTES, len(data), rows, crc)
                 end += _RECORD_BYTES + len(data)
             _write(file, b"".join(parts), size)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise self._unwritable(error) from error
         for key, place in places.items():
             self._take(key, place)
@@ -340,10 +351,10 @@ class ScoreCache:
             with contextlib.suppress(FileExistsError):
                 return path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
 
-    def _unwritable(self, error: OSError) -> TeacherError:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    def _unwritable(self, error: OSError | ValueError) -> TeacherError:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space" if full else "look at the folder and its rights"
-        return TeacherError(f"cache {self.folder}: cannot be written: {error.strerror or error}; {advice}")
+        return TeacherError(f"cache {self.folder}: cannot be written: {_why(error)}; {advice}")
 
 
 def merge(into: str | Path, sources: Sequence[str | Path]) -> tuple[ScoreCache, list[Damage]]:
@@ -388,16 +399,19 @@ def find_origin(folder: str | Path) -> Origin | None:
     """
     try:
         for path in sorted(Path(folder).glob("*.scores")):
-            with _opened(path) as file:
-                found, _ = _read_origin(file.read(2**16))
+            file = _opened(path)
+            try:
+                found, _ = _read_origin(os.pread(file, 2**16, 0))
+            finally:
+                os.close(file)
             if found is not None:
                 return found
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _unreadable(folder, error) from error
     return None
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> int:
     """A shard to be read.
 
     Raises: OSError if it cannot be opened, or is anything but a file: a named pipe would be waited for without end.
@@ -406,12 +420,18 @@ def _opened(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise OSError(errno.EINVAL, "is no file", str(path))
-    return os.fdopen(file, "rb")
+    return file
 
 
-def _unreadable(folder: str | Path, error: OSError) -> TeacherError:
-    where = f"{Path(os.fsdecode(error.filename)).name}: " if error.filename else ""
-    return TeacherError(f"cache {folder}: cannot be read: {where}{error.strerror or error}")
+def _unreadable(folder: str | Path, error: OSError | ValueError) -> TeacherError:
+    """``error`` as one of the cache; a path with a null character makes a ValueError."""
+    name = getattr(error, "filename", None)
+    where = f"{Path(os.fsdecode(name)).name}: " if name else ""
+    return TeacherError(f"cache {folder}: cannot be read: {where}{_why(error)}")
+
+
+def _why(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _check_origin(folder: Path, found: Origin, wanted: Origin) -> None:
