@@ -325,7 +325,7 @@ def test_a_sound_answer_passes() -> None:
         assert ask(raw.url) == [KNOWN]
 
 
-HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n"
 WIRE: dict[str, tuple[bytes, str, int]] = {
     "no HTTP": (b"SSH-2.0-OpenSSH_9.6\r\n", "cannot be reached: ", 3),
     "cut short": (HEAD + b"content-length: 900\r\n\r\n{", "cannot be reached: ", 3),
