@@ -30,8 +30,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy $(TYPED)
 
+# Each worker begins elsewhere: what a module prepares is prepared once, and kernels are compiled by one of them.
 unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal --durations=10
 
 slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow --durations=10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -49,6 +50,11 @@ def toy_vocabulary(
     return Vocabulary.load(tokenizer, stop_ids=[tokenizer.token_to_id("<eos>")])
 
 
+@cache  # most tests ask for the same few models
+def _draw(seed: int, context: tuple[bytes, ...], name: bytes) -> float:
+    return float(np.random.default_rng((seed, zlib.crc32(repr((context, name)).encode()))).normal())
+
+
 @dataclass
 class ToyModel:
     """A row of logits for every context, each drawn once from the context itself; float64, with gradient if asked.
@@ -75,10 +81,7 @@ class ToyModel:
                 for i in range(vocabulary.size)
             ]
             names += [b"padding %d" % i for i in range(self.extra)]
-            draws = [
-                np.random.default_rng((self.seed, zlib.crc32(repr((key, n)).encode()))).normal()
-                for n in names
-            ]
+            draws = [_draw(self.seed, key, name) for name in names]
             logits = self.scale * torch.tensor(draws, dtype=torch.float64)
             if len(key) >= self.longest:
                 stop = torch.zeros(len(names), dtype=torch.bool)
