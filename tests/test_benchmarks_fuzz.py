@@ -180,12 +180,16 @@ def test_the_first_case_that_fails_is_told_and_runs_again_by_its_number(
     assert "holds" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_check_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "BLOCK", 10)
     alone, together = (fuzz._run(3, 40, None, processes, True) for processes in (1, 2))
     assert alone == together
-    assert alone[0].cases == 40
-    assert fuzz._run(3, 40, 0.0, 1, True)[0].cases == 10  # no time
+
+
+def test_a_run_without_time_checks_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "BLOCK", 10)
+    assert [fuzz._run(3, 40, minutes, 1, True)[0].cases for minutes in (None, 0.0)] == [40, 10]
 
 
 def test_the_record_holds_what_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

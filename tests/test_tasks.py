@@ -42,6 +42,7 @@ def test_prompts_are_the_same_for_the_same_seed_and_a_longer_list_begins_alike(n
     assert len({p.key for p in prompts}) == 12
 
 
+@pytest.mark.slow  # loads all of reasoning_gym once more
 def test_prompts_are_the_same_in_another_process():
     code = "from gold.tasks import load_task\nprint([p.key for p in load_task('gsm_symbolic').prompts('train', 6, 0)])"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
