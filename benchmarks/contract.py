@@ -13,11 +13,20 @@ from typing import Any
 from benchmarks import peers
 from benchmarks.record import RESULTS, device_name, write_record
 from gold.losses import OBJECTIVES, SUPPORTS, Objective
+from tests.contract import source
 from tests.contract.clauses import CLAUSES, variants
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "contract.md"
 
 Rows = dict[str, dict[str, str]]
+FLOORS_OF = (
+    *(
+        f"{name}/{support}"
+        for name in ("reverse_kl", "forward_kl", "jsd")
+        for support in ("bytes", "prefix", "shared")
+    ),
+    *("span_pg", "token_pg", "gold", "alm", "x_token"),
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,6 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         "peers": theirs,
         "peer_versions": versions,
     }
+    data["floors"] = floors()
     text = page(data)
     print(text)
     if not given.dry:
@@ -76,6 +86,24 @@ def measure(objectives: Iterable[tuple[str, Objective]]) -> Rows:
     return found
 
 
+def floors() -> dict[str, dict[str, list[float]]]:
+    """Of objectives by name, for each pair of tokenizers: the expected loss per unit and the norm of its expected
+    gradient between two models that write one source of text, and the latter between models of two sources."""
+    found: dict[str, dict[str, list[float]]] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, objective in variants():
+            if name not in FLOORS_OF:
+                continue
+            mine, other = source.source(0, 4), source.source(50, 4)
+            found[name] = {}
+            for pair in source.PAIRS:
+                value, norm = source.expected(objective, source.pair_of(pair), mine, mine)
+                _, beside = source.expected(objective, source.pair_of(pair), mine, other)
+                found[name][pair] = [value, norm, beside]
+    return found
+
+
 def page(data: Mapping[str, Any]) -> str:
     """docs/contract.md."""
     exceptions = [
@@ -95,6 +123,10 @@ above, no loss of their kind can hold.
 
 {_table(data["clauses"], data["peers"])}
 """
+    tokenizers = "; ".join(
+        f"*{name}*: student {_merges(mine)}, teacher {_merges(theirs)}"
+        for name, (mine, theirs) in source.PAIRS.items()
+    )
     says = "\n".join(f"- **{number}** {text}" for number, text in data["clauses"].items())
     return f"""# The contract
 
@@ -114,7 +146,34 @@ A sampled estimator's expectation is held by full enumeration instead of clauses
 What an objective cannot hold by its nature is declared beside it, with the reason, and a test shows that it is so.
 
 {chr(10).join(exceptions)}
+
+## Floors
+
+Clause 8a in numbers: the expected loss per unit where student and teacher write one and the same source of
+text, each in its tokenizer's own tokens, so that the true divergence is 0; and the length of the expected gradient
+there, as a share of the one towards a teacher of another source. All texts of up to four letters are enumerated,
+tokens that are never written have logits of {source.NEVER:g}. Such a loss cannot fall to 0, and training that starts at
+the teacher moves away from it. A policy gradient's value says nothing, its expected gradient does. The tokenizers:
+{tokenizers}.
+
+{_floors(data["floors"])}
 {theirs}"""
+
+
+def _merges(merges: Sequence[str]) -> str:
+    return " ".join(f"`{m.replace('+', '')}`" for m in merges) or "letters"
+
+
+def _floors(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    lines = [f"| objective | {' | '.join(source.PAIRS)} |", "|---" + "|---:" * len(source.PAIRS) + "|"]
+    for name, by_pair in found.items():
+        gradient_only = "_pg" in name
+        cells = (
+            ("" if gradient_only else f"{value:.3f}, ") + f"{norm / beside:.0%}"
+            for value, norm, beside in (by_pair[pair] for pair in source.PAIRS)
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _table(clauses: Mapping[str, str], rows: Rows) -> str:

@@ -48,6 +48,7 @@ EXCEPTIONS: Mapping[str, Mapping[str, str]] = {
     "alm": {
         "2": "a chunk is a coin that shows what was sampled or not; what else the rows say is not compared",
         "6": "rows that agree on the sampled chunk, and on nothing else, have divergence 0",
+        "8a": "the likelihood of a chunk's tokens is not that of its bytes, since longer tokens could cross its end",
     },
     "x_token": {
         "8a": "a token counts as pieces that a source that is cut elsewhere does not expect there",

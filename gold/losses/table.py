@@ -283,9 +283,13 @@ def sampled_tokens(batch: AlignedBatch) -> float:
     return float(sum(len(t.ids) for t in batch.texts if t.sampled))
 
 
+UNRESOLVED = (
+    "what one side has in its rest, since a token that ends off the path leads to no state that was computed, the "
+    "other side names"
+)
 SUPPORTS: Mapping[str, Support] = {
-    "bytes": Support(bytes_divergence, "byte", supervised_bytes),
-    "prefix": Support(prefix_divergence, "state", prefix_states),
+    "bytes": Support(bytes_divergence, "byte", supervised_bytes, {"8a": UNRESOLVED}),
+    "prefix": Support(prefix_divergence, "state", prefix_states, {"8a": UNRESOLVED}),
     "shared": Support(
         states_divergence,
         "state",
@@ -311,6 +315,7 @@ _ROWS: tuple[Row | DivergenceRow, ...] = (
         on_policy=True,
         exceptions={
             "1": "an advantage holds all reward to come, which is 0 on average only; its expected gradient is 0",
+            "8a": "the teacher's probability of a beginning of the text follows its tokens of the whole text",
         },
     ),
     Row("sft", sft, "nothing", "token", data_tokens),
