@@ -26,6 +26,7 @@ from gold.align.vocabulary import Vocabulary
 from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
 from gold.checkpoint import Checkpoint, latest_checkpoint
 from gold.data import Prompt, PromptOrder
+from gold.diagnosis import why_not_finite
 from gold.errors import CheckpointError, ConfigError, TeacherError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.files import read_json
@@ -318,9 +319,31 @@ class Loop:
                 for average in averages_of(self.teachers).values():
                     average.follow(self.student.lm)
             self.optimizer.zero_grad(set_to_none=True)
+        update = {"lr": lr, "grad_norm": norm, "applied": applied}
+        if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
+            update |= self._diagnosis(groups, sums)
         self.bad_steps = 0 if applied else self.bad_steps + 1
         self.step += 1
-        return self._record(sums, counts, {"lr": lr, "grad_norm": norm, "applied": applied}, clock)
+        return self._record(sums, counts, update, clock)
+
+    def _diagnosis(self, groups: Sequence[_Group], sums: Mapping[str, float]) -> dict[str, str]:
+        """Why the step's loss or gradient is not finite, as far as this process can tell."""
+        why, remedy = why_not_finite(
+            self.student,
+            [rollout for group in groups for rollout in group.rollouts],
+            {
+                name: [
+                    each
+                    for g in groups
+                    if name in g.rows
+                    for each in zip(g.rollouts, g.rows[name], strict=True)
+                ]
+                for name in self.pairs
+            },
+            {term.label: sums[term.label] for term in self.terms if term.label in sums},
+            self.recipe.sequences_per_forward,
+        )
+        return {"why": why, "remedy": remedy}
 
     def _rollouts(self) -> list[Rollout]:
         """This process's share of the step's completions, rewarded where there is a verifier."""

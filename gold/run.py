@@ -486,7 +486,12 @@ def why_bad(record: Mapping[str, Any]) -> str:
     """What a step had that was not applied, by its metrics."""
     if record.get("teacher_impossible") and not record.get("grad_norm"):
         return "no text that the teacher finds possible"
-    return "a NaN or infinite loss or gradient"
+    return str(record.get("why", "a NaN or infinite loss or gradient"))
+
+
+def remedy_for(record: Mapping[str, Any]) -> str:
+    """What to do about a step that was not applied, by its metrics."""
+    return str(record.get("remedy", "lower optimizer.lr, or look at the last lines of metrics.jsonl"))
 
 
 def check_end(record: Mapping[str, Any]) -> None:

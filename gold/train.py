@@ -30,7 +30,7 @@ from gold.progress import Lasting, Progress, Quiet, Silent
 from gold.reading import read
 from gold.recipe import Recipe
 from gold.rollout import completed, encode_prompt
-from gold.run import RunFolder, check_end, why_bad
+from gold.run import RunFolder, check_end, remedy_for, why_bad
 from gold.teachers.cached import CachedTeacher, UnaskedTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
@@ -233,7 +233,7 @@ def distill(
             if hopeless:
                 raise TrainingError(
                     f"step {loop.step}: {loop.bad_steps} steps in a row had {why_bad(record)} "
-                    "and were not applied; lower optimizer.lr, or look at the last lines of metrics.jsonl"
+                    f"and were not applied; {remedy_for(record)}"
                     + (
                         f"; the checkpoint of step {loop.step} is kept, and goes on from there with --resume "
                         "--allow-changed"

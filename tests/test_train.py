@@ -19,7 +19,7 @@ from gold.demo.models import character_tokenizer, tiny_model
 from gold.errors import ConfigError, DataError, TeacherError, TrainingError
 from gold.kernels import BACKENDS
 from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
-from gold.models import LanguageModel
+from gold.models import LanguageModel, rows_of
 from gold.progress import Quiet
 from gold.recipe import Recipe, Term
 from gold.rollout import Sampling, rollout_seeds
@@ -324,6 +324,41 @@ def test_a_weight_that_is_not_finite_stops_training(tmp_path: Path) -> None:
         student.lm.get_output_embeddings().weight[3, 3] = math.nan
     with pytest.raises(TrainingError, match="2 steps in a row"):
         run(changed(bad_steps_allowed=1), student, heldout=tiny.heldout())
+
+
+@pytest.mark.parametrize(
+    ("whose", "said"), [("student", "of the student"), ("teacher", "of teacher teacher")]
+)
+def test_a_step_that_is_not_finite_says_whose_logits_are_no_numbers(whose: str, said: str) -> None:
+    models = {"student": tiny.tiny_student(), "teacher": tiny.tiny_teacher()}
+    with torch.no_grad():
+        models[whose].lm.get_output_embeddings().weight[3, 3] = math.nan
+    with pytest.raises(TrainingError, match=rf"NaN logits {said} for prompt .* weights"):
+        run(changed(bad_steps_allowed=0, objectives=(Term("token_pg"),)), **models)
+
+
+def test_a_completion_that_the_student_rules_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, given = tiny.tiny_student(), tiny.prompts(4)
+    token = int(student.vocabulary.encode(given[0].completion or "").ids[0])
+
+    def without(lm: Any, states: Any) -> Any:
+        rows = rows_of(lm, states)
+        if lm is not student.lm:
+            return rows
+        logits = rows.logits().index_fill(1, torch.tensor([token]), -math.inf)
+        return type(rows).of_logits(logits)
+
+    monkeypatch.setattr("gold.models.rows_of", without)
+    monkeypatch.setattr("gold.diagnosis.rows_of", without)
+    with pytest.raises(
+        TrainingError, match=r"probability 0 to .* in the completion of prompt .*leave that prompt out"
+    ):
+        run(
+            changed(bad_steps_allowed=0, on_policy=0.0, objectives=(Term("sft"),)),
+            student,
+            teacher=None,
+            prompts=given,
+        )
 
 
 # What is refused

@@ -36,7 +36,9 @@ def joint_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout, back
     weight = before[layout.mass_row] - before[layout.position_row[layout.mass_cell // EVENTS]]
     value = log_mass + weight.to(log_mass.dtype)
     joint: Tensor = backend.segment_logsumexp(value, layout.mass_cell, layout.positions * EVENTS)
-    return joint.view(-1, EVENTS)
+    # A compiled sum takes NaN for nothing, and a model that gives no numbers would seem to rule everything out.
+    broken = torch.isnan(log_mass.detach()).any() | torch.isnan(log_target_N.detach()).any()
+    return (joint + torch.where(broken, torch.nan, 0.0).to(joint)).view(-1, EVENTS)
 
 
 def normalised(joint: Tensor) -> Tensor:

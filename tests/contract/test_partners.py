@@ -154,6 +154,22 @@ def test_a_span_that_the_teacher_does_not_spell_is_left_out():
     assert OBJECTIVES["span_pg"]().count(batch) == int((span_S >= 0).sum())
 
 
+@pytest.mark.parametrize("backend", FORCED)
+@pytest.mark.parametrize("name", KINDS)
+def test_no_objective_takes_what_is_no_number_for_nothing(name, backend):
+    """A model that gives NaN is broken, and a step says so; it does not rule out what was written."""
+    pair = VocabularyPair(SAME, toy_vocabulary(["b+a"]))
+    texts = [aligned(pair, [*SAME.encode("ab a").ids.tolist(), SAME.stop_ids[0]])]
+    for broken in (0, 1):
+        models = ToyModel(pair.student, 3), ToyModel(pair.teacher, 4)
+        rows = [
+            m.states(s.ids, len(s.ids) + 1).float()
+            for m, s in zip(models, (texts[0].student, texts[0].teacher), strict=True)
+        ]
+        rows[broken][:, 3] = math.nan
+        assert torch.isnan(VARIANTS[name](view_of(pair, texts, *rows, backend)).total)
+
+
 SAME = toy_vocabulary(["a+b", "b+ ", "ab+b"], cut=None)
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl", "skew_reverse_kl", "entropy_aware_kl")
 
