@@ -228,9 +228,8 @@ def test_a_disk_that_fills_up_at_the_very_end_is_no_different(tmp_path, monkeypa
     assert_step_1_is_intact(tmp_path)
 
 
-@pytest.mark.parametrize("how", ["torch", "safetensors"])
-def test_a_failed_write_inside_torch_or_safetensors_is_known_for_what_it_is(tmp_path, how):
-    torch = pytest.importorskip("torch")
+def test_a_failed_write_inside_torch_or_safetensors_is_known_for_what_it_is(tmp_path):
+    pytest.importorskip("torch")
     code = f"""
 import resource, sys, torch
 from pathlib import Path
@@ -241,18 +240,18 @@ folder = Path({str(tmp_path)!r})
 save_checkpoint(folder, 1, lambda path: (path / "small").write_text("x"), 1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 tensors = {{"w": torch.zeros(100_000)}}
-save = torch.save if {how!r} == "torch" else save_file
-try:
-    save_checkpoint(folder, 2, lambda path: save(tensors, path / "weights"), 1)
-except CheckpointError as error:
-    print(error)
+for save in (torch.save, save_file):
+    try:
+        save_checkpoint(folder, 2, lambda path: save(tensors, path / "weights"), 1)
+    except CheckpointError as error:
+        print(error)
+    print([path.name for path in folder.iterdir()])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("cannot save the checkpoint of step 2 in")
-    assert done.stdout.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    lines = done.stdout.splitlines()
+    assert [line.startswith("cannot save the checkpoint of step 2 in") for line in lines] == [True, False] * 2
+    assert lines[1::2] == ["['step-000001']"] * 2
     assert find_fault(tmp_path / "step-000001") is None
-    assert torch
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), TypeError("a bug"), ModelError("cannot be saved")])
