@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gold.errors import ConfigError, DataError
+from gold.files import json_value, read_bytes
 
 Message = dict[str, str]
 
@@ -115,10 +116,7 @@ def load_prompts(path: str | Path, *, route: str | None = None) -> list[Prompt]:
             `file:line`.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the prompts, {error.strerror or error}") from error
+    data = read_bytes(path, DataError, None)
 
     prompts: list[Prompt] = []
     line_of_key: dict[str, int] = {}
@@ -225,15 +223,17 @@ def _shuffled(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
 def _prompt_of_line(raw: bytes, route: str | None) -> tuple[Prompt, bool]:
     """The prompt of one line, keyed by its content's hash if it gives no id, and whether it gives one."""
     try:
-        line = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_repeated_keys)
+        line = json_value(raw, _refuse_repeated_keys)
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8, byte 0x{raw[error.start]:02x} at column {error.start + 1}") from error
     except json.JSONDecodeError as error:
         raise DataError(
             f"not JSON, {error.msg} at column {error.colno}; expected one object per line"
         ) from error
-    except RecursionError as error:
-        raise DataError("not usable JSON, it is nested too deeply") from error
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"not usable JSON, {error}") from error
     if not isinstance(line, dict):
         raise DataError(f'got {_kind(line)}; expected an object such as {{"prompt": "…"}}')
     for name in line:

@@ -1,12 +1,13 @@
 """Files that others wrote, read whole: bytes, text and JSON. What cannot be used is one line that names the file."""
 
+import errno
 import json
 import os
 import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gold.errors import GoldError
 
@@ -14,6 +15,7 @@ MOST_BYTES = 2**28
 """A longer file of settings or of a tokenizer is refused; the longest that are published have an eighth of it."""
 
 _DEEPEST = 100
+_LONGEST_HEADER = 100_000_000  # of a safetensors file, as its own reader has it
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -53,7 +55,7 @@ def json_value(data: bytes | str, pairs: Callable[[list[tuple[str, Any]]], Any] 
 
     Raises: ValueError with a reason of one line, whatever is wrong; JSONDecodeError and UnicodeDecodeError are ones.
     """
-    text = data.decode() if isinstance(data, bytes) else data
+    text = data.removeprefix(b"\xef\xbb\xbf").decode() if isinstance(data, bytes) else data
     try:
         value = json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
@@ -81,8 +83,23 @@ def read_text(path: Path, error: type[GoldError], most: int = MOST_BYTES) -> str
 def read_bytes(path: Path, error: type[GoldError], most: int | None = MOST_BYTES) -> bytes:
     """The content of a file, or of an open pipe that a shell names (`/dev/fd/63`).
 
+    Raises: `error` as `open_file`, and if it has more bytes than `most`.
+    """
+    try:
+        with open_file(path, error) as stream:
+            data = stream.read() if most is None else stream.read(most + 1)
+    except OSError as fault:
+        raise error(f"{path} cannot be read: {fault.strerror or fault}") from None
+    if most is not None and len(data) > most:
+        raise error(f"{path} cannot be read: it has more than {most >> 20} MiB")
+    return data
+
+
+def open_file(path: Path, error: type[GoldError]) -> BinaryIO:
+    """A file to be read, or an open pipe that a shell names (`/dev/fd/63`).
+
     Raises: `error`, in one line, if there is none, if it may not be read, is a folder or a named pipe, which could
-    keep the reader waiting for ever, or has more bytes than `most`.
+    keep the reader waiting for ever.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -90,18 +107,56 @@ def read_bytes(path: Path, error: type[GoldError], most: int | None = MOST_BYTES
         raise error(f"{path} cannot be read: {fault.strerror or fault}") from None
     except ValueError:  # a name with a NUL
         raise error(f"{str(path)!r} is no name of a file") from None
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISDIR(mode) or (stat.S_ISFIFO(mode) and os.path.exists(os.path.realpath(path))):
+        os.close(descriptor)
+        kind = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "it is a named pipe, no file"
+        raise error(f"{path} cannot be read: {kind}")
+    os.set_blocking(descriptor, True)
+    return open(descriptor, "rb")
+
+
+def safetensors_header(path: Path, error: type[GoldError]) -> tuple[dict[str, Any], int]:
+    """What the header of a safetensors file lists, by tensor, and how many bytes the file must have.
+
+    A tensor has a dtype, a shape of whole numbers and data_offsets; the entry `__metadata__` is left out.
+
+    Raises: `error`, in one line, for a file that cannot be read, or whose header is none or longer than the format
+    allows.
+    """
+    with open_file(path, error) as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > _LONGEST_HEADER:
+            raise error(f"{path} is broken, it ends within its header")
+        header = stream.read(length)
+    if len(header) < length:
+        raise error(f"{path} is broken, it ends within its header")
     try:
-        with open(descriptor, "rb") as stream:
-            mode = os.fstat(descriptor).st_mode
-            if stat.S_ISFIFO(mode) and os.path.exists(os.path.realpath(path)):
-                raise error(f"{path} cannot be read: it is a named pipe, no file")
-            os.set_blocking(descriptor, True)
-            data = stream.read() if most is None else stream.read(most + 1)
-    except OSError as fault:
-        raise error(f"{path} cannot be read: {fault.strerror or fault}") from None
-    if most is not None and len(data) > most:
-        raise error(f"{path} cannot be read: it has more than {most >> 20} MiB")
-    return data
+        entries = json_value(header)
+    except ValueError as fault:
+        raise error(f"{path} is broken, its header is no JSON: {fault}") from None
+    tensors = (
+        {name: entry for name, entry in dict(entries).items() if name != "__metadata__"}
+        if isinstance(entries, dict)
+        else None
+    )
+    if tensors is None or not all(map(_is_tensor, tensors.values())):
+        raise error(f"{path} is broken, its header does not list tensors")
+    return tensors, 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+
+
+def _is_tensor(entry: Any) -> bool:
+    def counts(value: Any) -> bool:
+        return isinstance(value, list) and all(type(one) is int and 0 <= one < 2**63 for one in value)
+
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("dtype"), str)
+        and counts(entry.get("shape"))
+        and counts(entry.get("data_offsets"))
+        and len(entry["data_offsets"]) == 2
+    )
 
 
 def _is_deep(value: Any) -> bool:

@@ -248,7 +248,7 @@ def test_a_prompts_file_that_is_empty_or_missing(bench: Bench) -> None:
     file = give(bench)
     assert f"{file}: no prompts in it" in bench.refused()
     file.unlink()
-    assert f"{file}: cannot read the prompts, No such file or directory" in bench.refused()
+    assert f"{file} cannot be read: No such file or directory" in bench.refused()
     assert not bench.loaded
 
 

@@ -209,9 +209,9 @@ def test_an_empty_file_is_an_error(tmp_path, content):
 
 
 def test_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"none\.jsonl: cannot read the prompts, No such file"):
+    with pytest.raises(DataError, match=r"none\.jsonl cannot be read: No such file"):
         load_prompts(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="cannot read the prompts, Is a directory"):
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
         load_prompts(tmp_path)
 
 

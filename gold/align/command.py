@@ -1,7 +1,6 @@
 """The body of `gold align`: two tokenizers, a text, and where their tokens end."""
 
 import io
-import json
 import os
 import re
 import sys
@@ -19,6 +18,7 @@ from gold.align.markers import read_as, shared_markers
 from gold.align.view import Side, View, describe, summary
 from gold.align.vocabulary import Spelling, Vocabulary
 from gold.errors import DataError, GoldError
+from gold.files import json_value, open_file
 
 if TYPE_CHECKING:
     from gold.data import Prompt
@@ -239,8 +239,8 @@ def _conversation(file: Path) -> _Given:
     from gold.data import Prompt
 
     try:
-        messages = json.loads(_content(file))
-    except (ValueError, RecursionError) as error:
+        messages = json_value(_content(file))
+    except ValueError as error:
         raise DataError(f"{file}: no JSON: {error}") from None
     last = messages[-1] if isinstance(messages, list) and messages else None
     if (
@@ -271,8 +271,8 @@ def _lines(stream: BinaryIO, name: str) -> Iterator[_Given]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                record = json_value(line)
+            except ValueError as error:
                 raise DataError(f"{where}no JSON: {error}") from None
             found = record.get("text") if isinstance(record, dict) else None
             if not isinstance(found, str):
@@ -297,7 +297,4 @@ def _content(file: Path) -> bytes:
 def _opened(file: Path) -> BinaryIO:
     if str(file) == "-":
         return sys.stdin.buffer
-    try:
-        return open(file, "rb")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+    return open_file(file, DataError)

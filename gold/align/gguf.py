@@ -13,6 +13,7 @@ from gold.align.merges import merges_of_ranked
 from gold.align.sentencepiece import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Pieces, tokenizer_of
 from gold.align.words import BOS_FIRST, byte_level_tokenizer, known_words
 from gold.errors import VocabularyError
+from gold.files import open_file
 
 # How a value of each type is stored; 8 is a string, 9 an array.
 _SCALARS = {
@@ -34,7 +35,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises: VocabularyError if it is no GGUF file, of another byte order or version, or ends too early.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            open_file(path, VocabularyError) as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             if data[:4] != b"GGUF":
                 raise VocabularyError(f"{path} is no GGUF file")
             (version,) = struct.unpack_from("<I", data, 4)
@@ -95,7 +99,12 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     Raises: VocabularyError if there is none, or one that cannot be built from what the file says.
     """
     if isinstance(whole := metadata.get("tokenizer.huggingface.json"), str):
-        return Tokenizer.from_str(whole)
+        try:
+            return Tokenizer.from_str(whole)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise VocabularyError(
+                f"its tokenizer.huggingface.json cannot be read: {str(error)[:200]}"
+            ) from None
     kind, name = metadata.get(f"{_KEY}model"), metadata.get(f"{_KEY}pre")
     tokens = metadata.get(f"{_KEY}tokens")
     if not isinstance(kind, str) or not isinstance(tokens, list) or not tokens:

@@ -1,6 +1,5 @@
 """Tokenizers in folders from before tokenizer.json: `tokenizer.model`, `vocab.json` with `merges.txt`, `vocab.txt`."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,10 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from gold.align.sentencepiece import read_model, tokenizer_of
+from gold.align.spelling import MOST_IDS
 from gold.align.words import byte_level_tokenizer
 from gold.errors import VocabularyError
+from gold.files import read_bytes, read_json_object, read_text
 
 FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 
@@ -35,7 +36,7 @@ def older_tokenizer(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer,
     if (file := folder / "tokenizer.model").exists():
         if (named and named not in _PIECES) or config.get("legacy") is False:
             raise _refused(file, named)
-        pieces, roles = read_model(_bytes_of(file), str(file))
+        pieces, roles = read_model(read_bytes(file, VocabularyError), str(file))
         return _with_named(tokenizer_of(pieces), folder, config), roles
     if (file := folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         if named and named not in _WORDS_OF:
@@ -68,7 +69,7 @@ def _refused(file: Path, named: str) -> VocabularyError:
 
 
 def _word_pieces(file: Path, config: Mapping[str, Any]) -> Tokenizer:
-    lines = _text_of(file).removesuffix("\n").split("\n")
+    lines = read_text(file, VocabularyError).removesuffix("\n").split("\n")
     vocab = {line.rstrip("\r"): index for index, line in enumerate(lines)}
     unknown = _content(config.get("unk_token", "[UNK]"))
     if unknown not in vocab:
@@ -95,8 +96,13 @@ def _with_named(tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]) -
         for content, index in _vocab_of(file).items():
             by_id.setdefault(str(index), {"content": content})
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    for index, token in by_id.items():
+        if not (index.isdecimal() and len(index) < 10 and isinstance(token, dict) and _content(token)):
+            raise VocabularyError(
+                f"{folder}: its added tokens have one that is none, {index[:20]!r}: {str(token)[:60]}"
+            )
     for index, token in sorted(by_id.items(), key=lambda item: int(item[0])):
-        content = str(token["content"])
+        content = token["content"]
         given = {flag: bool(token[flag]) for flag in flags if flag in token}
         added = AddedToken(content, **{"normalized": False, **given})
         (tokenizer.add_special_tokens if token.get("special") else tokenizer.add_tokens)([added])
@@ -118,19 +124,15 @@ def _content(token: Any) -> str | None:
 
 
 def _vocab_of(file: Path) -> dict[str, int]:
-    text = _text_of(file)
-    try:
-        vocab = json.loads(text)
-    except ValueError as error:
-        raise VocabularyError(f"{file} is no JSON: {error}") from None
-    if not isinstance(vocab, dict) or not all(type(index) is int for index in vocab.values()):
+    vocab = read_json_object(file, VocabularyError)
+    if not all(type(index) is int and 0 <= index < MOST_IDS for index in vocab.values()):
         raise VocabularyError(f"{file} is no vocabulary: expected an object of tokens and their ids")
     return vocab
 
 
 def _merges_of(file: Path) -> list[tuple[str, str]]:
     merges = []
-    for number, line in enumerate(_text_of(file).split("\n"), start=1):
+    for number, line in enumerate(read_text(file, VocabularyError).split("\n"), start=1):
         if not line.strip() or (number == 1 and line.startswith("#version")):
             continue
         pair = line.rstrip("\r").split(" ")
@@ -138,17 +140,3 @@ def _merges_of(file: Path) -> list[tuple[str, str]]:
             raise VocabularyError(f"{file}:{number}: expected two tokens, got {line[:60]!r}")
         merges.append((pair[0], pair[1]))
     return merges
-
-
-def _text_of(file: Path) -> str:
-    try:
-        return _bytes_of(file).decode()
-    except UnicodeDecodeError as error:
-        raise VocabularyError(f"{file} is not UTF-8 text (byte {error.start})") from None
-
-
-def _bytes_of(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise VocabularyError(f"{file} cannot be read: {error.strerror}") from None

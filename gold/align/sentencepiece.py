@@ -123,6 +123,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             if byte < 0x80:
                 return value
             shift += 7
+            if shift > 63:
+                raise ValueError("a number of more than 64 bits")
 
     while at < len(data):
         key = varint()

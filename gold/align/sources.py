@@ -1,20 +1,21 @@
 """From a name to a live tokenizer and the roles of its special tokens: folders, files, objects, Hub ids."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from gold.align.foreign import foreign
 from gold.align.gguf import gguf_tokenizer, read_metadata, role_ids
 from gold.align.older_files import FILES, older_tokenizer
 from gold.align.roles import Roles, id_of_role, turn_ends
 from gold.align.sentencepiece import read_model, tokenizer_of
-from gold.align.spelling import leading_event
+from gold.align.spelling import MOST_IDS, check_growth, leading_event
 from gold.align.tiktoken import (
     check_probes,
     encoding_tokenizer,
@@ -26,6 +27,7 @@ from gold.align.tiktoken import (
     tekken_tokenizer,
 )
 from gold.errors import VocabularyError
+from gold.files import open_file, read_bytes, read_json, read_json_object, read_text
 
 _SETTINGS = (
     "tokenizer_config.json",
@@ -35,6 +37,8 @@ _SETTINGS = (
 )
 _HUB_FILES = ("tokenizer.json", "tekken.json", *_SETTINGS, *FILES)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Whatever makes the library fail with every text fails here, where the source is known.
+_PROBE = "Hello, wörld!  1234 + aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\n"
 _PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf")
 # What ends a text or an answer in the encodings of one maker, who names no roles.
 _TIKTOKEN_ENDS = ("<|return|>", "<|call|>", "<|endoftext|>")
@@ -65,6 +69,12 @@ def open_source(source: Any, stop_ids: Iterable[int] = (), roles: Roles | None =
     Raises: VocabularyError if there is none, if it cannot be read, or has no token of a name in `roles`.
     """
     found = _open(source)
+    try:
+        check_growth(found.tokenizer)
+    except VocabularyError as error:
+        raise VocabularyError(f"{found.name}: {error}") from None
+    with foreign(found.name), suppress(Exception):  # an unknown character may be an error
+        found.tokenizer.encode(_PROBE)
     stops = [*found.stop_ids, *stop_ids]
     bos, pad = found.bos_id, found.pad_id
     if roles is not None:
@@ -132,9 +142,16 @@ def _from_folder(folder: Path) -> Source:
     found = _in_folder(folder, config)
     tokenizer = found.tokenizer
     file = folder / "chat_template.jinja"
-    template = _text_of(file) if file.exists() else default_template(config.get("chat_template"))
+    template = (
+        read_text(file, VocabularyError) if file.exists() else default_template(config.get("chat_template"))
+    )
     template = template or found.chat_template
-    stops = [_id_of(tokenizer, config.get("eos_token")), *_as_list(generation.get("eos_token_id"))]
+    named = _as_list(generation.get("eos_token_id"))
+    if not all(type(index) is int and 0 <= index < MOST_IDS for index in named):
+        raise VocabularyError(
+            f"{folder / 'generation_config.json'}: eos_token_id is {str(named)[:60]}; expected an id or a list of ids"
+        )
+    stops = [_id_of(tokenizer, config.get("eos_token")), *named]
     bos = _id_of(tokenizer, config.get("bos_token"))
     pad = _id_of(tokenizer, config.get("pad_token"))
     return Source(
@@ -172,18 +189,16 @@ def _in_folder(folder: Path, config: Mapping[str, Any]) -> Source:
 
 def _from_file(path: Path) -> Source:
     name = str(path)
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(4)
-    except OSError as error:
-        raise VocabularyError(f"{path} cannot be read: {error.strerror}") from None
+    with open_file(path, VocabularyError) as stream:
+        head = stream.read(4)
     try:
         if head == b"GGUF" or path.suffix == ".gguf":
             return _from_gguf(path)
         if ".model" in path.suffixes:
-            pieces, roles = read_model(path.read_bytes(), name)
-            return _with_ids(tokenizer_of(pieces), name, roles)
-        if "tekken" in path.name and is_tekken(content := _json_of(path)):
+            pieces, roles = read_model(read_bytes(path, VocabularyError), name)
+            with foreign(name):
+                return _with_ids(tokenizer_of(pieces), name, roles)
+        if "tekken" in path.name and is_tekken(content := read_json(path, VocabularyError)):
             tokenizer = tekken_tokenizer(content)
             return _with_ids(tokenizer, name, tekken_roles(tokenizer))
         tokenizer = _read_tokenizer(path)
@@ -194,7 +209,8 @@ def _from_file(path: Path) -> Source:
 
 def _from_gguf(path: Path) -> Source:
     metadata = read_metadata(path)
-    tokenizer, ids = gguf_tokenizer(metadata), role_ids(metadata)
+    with foreign(str(path)):
+        tokenizer, ids = _whole(gguf_tokenizer(metadata)), role_ids(metadata)
     template = metadata.get("tokenizer.chat_template")
     template = template if isinstance(template, str) else None
     tokens = {f"{role}_token": tokenizer.id_to_token(i) or "" for role, i in ids.items()}
@@ -281,40 +297,27 @@ def _turn_ends(tokenizer: Tokenizer, template: str | None, config: Mapping[str, 
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
+    data = read_bytes(path, VocabularyError)
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        reason = str(error).strip().splitlines()[0][:200]
-    content = _json_of(path)  # tells what a file is that is no JSON
+        with foreign(str(path), (Exception,)):
+            return _whole(Tokenizer.from_buffer(data))
+    except VocabularyError as error:
+        reason = str(error).removeprefix(f"{path}: ")[:200]
+    content = read_json(path, VocabularyError)  # tells what a file is that is no JSON
     if not isinstance(content, dict) or "model" not in content:
         reason = 'it is JSON, but has no "model"; give a tokenizer.json'
     raise VocabularyError(f"{path} is no tokenizer that tokenizers can read: {reason}")
 
 
+def _whole(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer without limits and padding, which a file may keep of whoever used it last."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    content = _json_of(path)
-    if not isinstance(content, dict):
-        raise VocabularyError(f"{path} holds no JSON object")
-    return content
-
-
-def _json_of(path: Path) -> Any:
-    text = _text_of(path)
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise VocabularyError(f"{path} is no JSON: {error}") from None
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise VocabularyError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise VocabularyError(f"{path} cannot be read: {error.strerror}") from None
+    return read_json_object(path, VocabularyError) if path.exists() else {}
 
 
 def _content(token: Any) -> str | None:

@@ -26,12 +26,16 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from gold.errors import VocabularyError
 
+MOST_IDS = 2**24
+"""A vocabulary whose ids go further is refused: there is a row for each of them."""
+
 BYTE_LEVEL = "byte-level"
 BYTE_FALLBACK = "byte-fallback"
 
 _SPACE = "▁"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _FOREIGN = "\uffff"
+_LONGEST_REWRITING = 1000
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,10 @@ def read_family(tokenizer: Tokenizer) -> Family:
     space = _space(normalizer, pre_tokenizer, byte_level, pieces)
     continuing = getattr(model, "continuing_subword_prefix", None) or ""
     ending = getattr(model, "end_of_word_suffix", None) or ""
+    if space is not None and ending:
+        raise VocabularyError(
+            f"its tokens mark both spaces ({space!r}) and the ends of words ({ending[:20]!r})"
+        )
     prefix = _prefix(normalizer, pre_tokenizer, space)
     word_space: Literal["before", "after"] | None = None
     words = isinstance(model, models.WordLevel)
@@ -117,6 +125,22 @@ def read_family(tokenizer: Tokenizer) -> Family:
     )
 
 
+def check_growth(tokenizer: Tokenizer) -> None:
+    """Nothing, where no text gets much longer before a tokenizer's model sees it; no text is read for that.
+
+    Raises: VocabularyError for replacements one after the other that each double a text, for example.
+    """
+    longest = 1.0
+    for step in _steps(_parts(tokenizer)["normalizer"]):
+        if step["type"] == "Replace":
+            shortest = len(step["pattern"].get("String", "").encode())
+            longest *= max(1.0, len(step["content"].encode()) / max(shortest, 1))
+    if longest > _LONGEST_REWRITING:
+        raise VocabularyError(
+            f"its normalizer can make a text more than {_LONGEST_REWRITING:,} times as long, which no tokenizer needs"
+        )
+
+
 def byte_alphabet() -> dict[str, int]:
     """The byte that each of the 256 characters of the byte-level alphabet stands for.
 
@@ -137,7 +161,12 @@ def token_strings(tokenizer: Tokenizer) -> list[str | None]:
     """
     own = tokenizer.get_vocab(with_added_tokens=False)
     added = tokenizer.get_added_tokens_decoder()
-    strings: list[str | None] = [None] * (max(max(own.values(), default=-1), max(added, default=-1)) + 1)
+    last = max(max(own.values(), default=-1), max(added, default=-1))
+    if last >= MOST_IDS:
+        raise VocabularyError(
+            f"its {len(own) + len(added):,} tokens have ids up to {last:,}; below {MOST_IDS:,} are read"
+        )
+    strings: list[str | None] = [None] * (last + 1)
     for string, index in own.items():
         other = strings[index]
         strings[index] = string if other is None else min(other, string)

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from gold.align.merges import merges_of_ranked
-from gold.align.spelling import byte_alphabet
+from gold.align.spelling import MOST_IDS, byte_alphabet
 from gold.errors import VocabularyError
 
 _PARTS_OF_PATTERN = re.compile(
@@ -145,17 +145,23 @@ def tekken_tokenizer(content: Mapping[str, Any]) -> Tokenizer:
     """
     try:
         config = content["config"]
-        count = int(config["default_num_special_tokens"])
-        size = int(config["default_vocab_size"]) - count
+        count = _count(config["default_num_special_tokens"])
+        size = _count(config["default_vocab_size"]) - count
         named = content.get("special_tokens") or _OLD_SPECIAL
-        special = {str(token["token_str"]): int(token["rank"]) for token in named}
+        special = {str(token["token_str"]): _count(token["rank"]) for token in named}
         taken = set(special.values())
         special |= {f"<SPECIAL_{i}>": i for i in range(count) if i not in taken}
-        ranks = {base64.b64decode(t["token_bytes"]): int(t["rank"]) for t in content["vocab"][:size]}
+        ranks = {base64.b64decode(t["token_bytes"]): _count(t["rank"]) for t in content["vocab"][:size]}
         pattern = str(config["pattern"])
     except (KeyError, TypeError, ValueError) as error:
-        raise VocabularyError(f"it is a broken tekken.json: {error!r}") from None
+        raise VocabularyError(f"it is a broken tekken.json: {str(error)[:200]!r}") from None
     return ranked_tokenizer(ranks, pattern, special, first_id=count)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < MOST_IDS:
+        raise ValueError(f"{str(value)[:40]!r} is no id and no number of ids")
+    return value
 
 
 def tekken_roles(tokenizer: Tokenizer) -> dict[str, int]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from gold.align.cuts import PreTokenCuts
+from gold.align.foreign import foreign, is_panic
 from gold.align.order import equal_groups
 from gold.align.repair import (
     NONE,
@@ -162,14 +163,15 @@ class Vocabulary:
         """
         found = open_source(source, stop_ids or (), roles)
         try:
-            return cls(
-                found.tokenizer,
-                stop_ids=found.stop_ids,
-                bos_id=found.bos_id,
-                pad_id=found.pad_id,
-                name=found.name,
-                chat_template=found.chat_template,
-            )
+            with foreign(found.name):
+                return cls(
+                    found.tokenizer,
+                    stop_ids=found.stop_ids,
+                    bos_id=found.bos_id,
+                    pad_id=found.pad_id,
+                    name=found.name,
+                    chat_template=found.chat_template,
+                )
         except VocabularyError as error:
             raise VocabularyError(f"{found.name}: {error}") from None
 
@@ -465,6 +467,12 @@ class Vocabulary:
             read = tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:  # tokenizers raises bare Exception
             raise VocabularyError(f"{self.name} has no token for a part of the text: {error}") from None
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise VocabularyError(
+                f"{self.name} cannot read the text: {' '.join(str(error).split())}"
+            ) from None
         ids = np.array(read.ids, np.int32)
         return (ids if originals is None else originals[ids]), read
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from gold.align.roles import Roles
 from gold.align.vocabulary import Vocabulary
 from gold.chat import adds_bos
 from gold.errors import VocabularyError
+from gold.files import read_json_object
 from gold.templates import PromptTokenizer
 
 
@@ -129,11 +129,6 @@ def _turn(tokenizer: Any) -> Turn | None:
 def _config(folder: Path | None) -> Mapping[str, Any]:
     if folder is None or not (folder / "config.json").is_file():
         return {}
-    try:
-        content = json.loads((folder / "config.json").read_text("utf-8"))
-    except ValueError as error:
-        raise VocabularyError(f"{folder / 'config.json'} is no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise VocabularyError(f"{folder / 'config.json'} holds no JSON object")
+    content = read_json_object(folder / "config.json", VocabularyError)
     part = content.get("text_config")
     return part if isinstance(part, dict) else content

@@ -11,7 +11,6 @@ times that for a Llama, 0.89 times for a Gemma). The rollout's cache of keys and
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from gold.doctor.side import Side
+from gold.errors import ModelError
+from gold.files import safetensors_header
 
 _BYTES_OF = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 _TRAINED_COPIES = 4
@@ -114,13 +115,10 @@ def _saved_parameters(folder: Path | None) -> int:
     total = 0
     for file in sorted(folder.glob("model*.safetensors")) if folder else []:
         try:
-            with open(file, "rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            total += sum(
-                math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError):
+            tensors, _ = safetensors_header(file, ModelError)
+        except ModelError:
             return 0  # loading will say what is wrong with it
+        total += sum(math.prod(entry["shape"]) for entry in tensors.values())
     return total
 
 
@@ -136,9 +134,14 @@ def _dense_parameters(config: Mapping[str, Any]) -> int | None:
 def _shape(config: Mapping[str, Any]) -> tuple[int, int, int, int, int, int] | None:
     """hidden, inner, queries, keys, layers, rows."""
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-    found = [config.get(name) for name in names]
-    if not all(isinstance(n, int) and n > 0 for n in found):
+    hidden, inner, heads, layers, rows = (_count(config, name) for name in names)
+    if not (hidden and inner and heads and layers and rows):
         return None
-    hidden, inner, heads, layers, rows = (int(n or 0) for n in found)
-    head = int(config.get("head_dim") or hidden // heads)
-    return hidden, inner, heads * head, int(config.get("num_key_value_heads") or heads) * head, layers, rows
+    head = _count(config, "head_dim") or hidden // heads
+    return hidden, inner, heads * head, (_count(config, "num_key_value_heads") or heads) * head, layers, rows
+
+
+def _count(config: Mapping[str, Any], name: str) -> int:
+    """A size in a config.json; 0 where it has none that could be one."""
+    value = config.get(name)
+    return value if type(value) is int and 0 < value < 2**40 else 0
