@@ -91,7 +91,7 @@ def run_align(
         from gold.align.html import page
 
         try:
-            html.write_text(page(view), encoding="utf-8")
+            html.write_text(page(view), encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise DataError(f"{html}: cannot be written: {error.strerror}") from None
     if as_json:

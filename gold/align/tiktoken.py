@@ -154,7 +154,7 @@ def tekken_tokenizer(content: Mapping[str, Any]) -> Tokenizer:
         ranks = {base64.b64decode(t["token_bytes"]): _count(t["rank"]) for t in content["vocab"][:size]}
         pattern = str(config["pattern"])
     except (KeyError, TypeError, ValueError) as error:
-        raise VocabularyError(f"it is a broken tekken.json: {str(error)[:200]!r}") from None
+        raise VocabularyError(f"it is a broken tekken.json: {repr(error)[:200]}") from None
     return ranked_tokenizer(ranks, pattern, special, first_id=count)
 
 
