@@ -231,7 +231,9 @@ class Trl:
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
         trainer = import_module("trl.experimental.gold.gold_trainer")
         load = import_module("transformers").AutoTokenizer.from_pretrained
-        self._student, self._teacher = (load(tokenizer_path(name)) for name in (student, teacher))
+        self._student, self._teacher = (
+            load(tokenizer_path(name), trust_remote_code=False) for name in (student, teacher)
+        )
         self._walk = trainer.ULDLoss._align_by_byte_offsets
         self._add_offsets = trainer.GOLDTrainer._maybe_add_completion_byte_offsets
         self._encode = trainer.encode_with_byte_offsets

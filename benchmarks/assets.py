@@ -520,7 +520,11 @@ def load_gguf(path: Path) -> Any:
     try:
         with _quiet_transformers():
             lm = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.bfloat16, **options
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.bfloat16,
+                trust_remote_code=False,
+                **options,
             )
     except Exception as error:
         raise AssetError(
@@ -606,8 +610,10 @@ def _check_model(folder: Path, expected: float) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="float32", local_files_only=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     got = bits_per_byte(model, tokenizer)
     if not abs(got - expected) <= CHECK_TOLERANCE:
         raise AssetError(

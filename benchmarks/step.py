@@ -283,7 +283,7 @@ def model_of(name: str, device: torch.device, layers: int | None) -> LanguageMod
         config.num_hidden_layers = min(layers, config.num_hidden_layers)
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: config.num_hidden_layers]
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path(shape.tokenizer))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path(shape.tokenizer), trust_remote_code=False)
     torch.manual_seed(0)
     with torch.device(device):
         lm = AutoModelForCausalLM.from_config(

@@ -604,6 +604,7 @@ def _load(
             dtype=model.dtype,
             device=model.device,
             roles=roles_of(model),
+            trust_remote_code=model.trust_remote_code,
         )
         if (of_file := sides[name]) is not None and progress is not None:
             own = made.vocabulary.without_markers()

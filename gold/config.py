@@ -73,9 +73,12 @@ class StudentConfig(_Section):
     gguf_file: Text | None = None
     """name of the GGUF file inside `path`, where the weights come from one"""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """dtype of the weights; auto: as saved, float32 on a CPU that cannot multiply bfloat16 itself"""
+    """dtype of the weights; auto: as saved, float32 on a CPU that cannot multiply bfloat16 itself;
+    bfloat16 is trained on float32 copies, so it saves no memory of weights"""
     device: Device = "auto"
     """auto | cpu | cuda | cuda:1 | mps | xpu"""
+    trust_remote_code: bool = False
+    """run code that comes with the model: it can do whatever you can, so read it first"""
     roles: RolesConfig = RolesConfig()
 
 
@@ -148,6 +151,8 @@ class TeacherConfig(_Section):
     """dtype of the weights; auto: as saved, float32 on a CPU that cannot multiply bfloat16 itself"""
     device: Device = "auto"
     """auto | cpu | cuda | cuda:1 | mps | xpu"""
+    trust_remote_code: bool = False
+    """run code that comes with the model: it can do whatever you can, so read it first"""
     roles: RolesConfig = RolesConfig()
 
     @field_validator("path")
@@ -160,7 +165,16 @@ class TeacherConfig(_Section):
     @model_validator(mode="after")
     def _one_model(self) -> TeacherConfig:
         if self.self is not None:
-            for name in ("path", "served", "cache", "gguf_file", "dtype", "device", "roles"):
+            for name in (
+                "path",
+                "served",
+                "cache",
+                "gguf_file",
+                "dtype",
+                "device",
+                "trust_remote_code",
+                "roles",
+            ):
                 if getattr(self, name) != TeacherConfig.model_fields[name].default:
                     raise ValueError(
                         f"{name} is of another model, and self is the student's own: leave one of them out"

@@ -45,6 +45,7 @@ from gold.models import (
     rows_of,
     save_model,
 )
+from gold.optimizer import MasterAdamW
 from gold.progress import Progress
 from gold.reading import aligned_batch, microbatches, read, student_states, teacher_rows
 from gold.recipe import Recipe
@@ -175,10 +176,13 @@ class Loop:
             self.reference = held[0] if held else copy.deepcopy(student.lm).eval().requires_grad_(False)
         if recipe.gradient_checkpointing:
             recompute_activations(student.lm)
+        # Policy and gradient are of one distribution: no dropout, nor whatever else is random in train mode.
+        student.lm.eval()
         trained = [p for p in student.lm.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
+        optimizer = MasterAdamW(
             trained, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
+        self.masters = optimizer.masters
         # The model is where it should be: a run of one process stays on the device that was asked for.
         self.module, self.optimizer = accelerator.prepare(
             StatesModule(student.lm), optimizer, device_placement=[False, False]
@@ -209,7 +213,8 @@ class Loop:
         names = ", ".join(f"{t.weight:g} × {t.label}" if t.weight != 1 else t.label for t in self.terms)
         by_token = self.teachers and any(t.label.endswith("_tokens") for t in self.terms)
         return {
-            "student": f"{self.student.name} ({_told(self.student.vocabulary)}, {self.student.device})",
+            "student": f"{self.student.name} ({_told(self.student.vocabulary)}, {self.student.device}"
+            f"{_own_code(self.student)})",
             **self._header_of_teachers(),
             "objective": names + (" (one vocabulary: token by token)" if by_token else ""),
             "step": f"{recipe.prompts_per_step} prompts × {recipe.per_prompt}, λ = {recipe.on_policy:g}, "
@@ -224,7 +229,8 @@ class Loop:
         lines = {}
         for name, t in self.teachers.members.items():
             share = f", weight {self.teachers.weight(name):.3g}" if self.teachers.mix else ""
-            line = f"{t.name} ({_told(t.vocabulary)}, {t.device}{share})"
+            own = _own_code(t.model) if isinstance(t, LocalTeacher) else ""
+            line = f"{t.name} ({_told(t.vocabulary)}, {t.device}{share}{own})"
             lines[f"teacher {name}" if self.teachers.several else "teacher"] = line
         if self.teachers.several:
             mix = self.teachers.mix
@@ -292,7 +298,7 @@ class Loop:
         with clock("read"):
             counts = self._total(self._counts(groups))
             self._set_baselines(groups)
-        self.module.train()
+        self.module.eval()
         self.optimizer.zero_grad(set_to_none=True)
         for number, group in enumerate(groups):
             states = student_states(self.student, group.rollouts)
@@ -317,7 +323,7 @@ class Loop:
                     group_["lr"] = lr
                 self.optimizer.step()
                 for average in averages_of(self.teachers).values():
-                    average.follow(self.student.lm)
+                    average.follow(self.student.lm, self.masters)
             self.optimizer.zero_grad(set_to_none=True)
         update = {"lr": lr, "grad_norm": norm, "applied": applied}
         if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
@@ -764,6 +770,10 @@ def _told(vocabulary: Vocabulary) -> str:
     """Size and stop tokens."""
     stops = ", ".join(vocabulary.label(i) for i in vocabulary.stop_ids) or "nothing"
     return f"{vocabulary.size:,} tokens, stops at {stops}"
+
+
+def _own_code(model: LanguageModel) -> str:
+    return ", runs code of its own: trust_remote_code" if model.runs_own_code else ""
 
 
 def _writing(rollouts: Sequence[Rollout], batches: Sequence[AlignedBatch]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gold.errors import ModelError
+from gold.files import json_value, read_json_object
 
 _HEADS = re.compile(
     r"For(Sequence|Token|Text|Image|Audio)?(Classification|Scoring|Reward\w*)$|Reward|"
@@ -53,7 +53,7 @@ def check_kind(path: str | Path) -> None:
     """
     folder = Path(os.path.expanduser(path))
     if (folder / "adapter_config.json").is_file():
-        adapter = _read_json(folder, "adapter_config.json")
+        adapter = read_json_object(folder / "adapter_config.json", ModelError)
         base = adapter.get("base_model_name_or_path") or "its base model"
         raise ModelError(
             f"model {folder}: it holds adapters for {base}, not a model; merge them once: PeftModel.from_pretrained("
@@ -87,13 +87,52 @@ def check_kind(path: str | Path) -> None:
     raise ModelError(f"model {folder}: it is {what} ({architecture or kind}); {remedy}")
 
 
+def check_own_code(path: str | Path) -> None:
+    """Nothing, unless a folder's config.json has its attention computed by code that is fetched from the Hub.
+
+    Code beside the weights (``auto_map``) need not be asked for: transformers runs it only where it is told to.
+
+    Raises:
+        ModelError: it does.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        return
+    config = read_config(folder)
+    for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+        value = config.get(name)
+        for code in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(code, str) and "/" in code:
+                raise ModelError(
+                    f"model {folder}: {name} in its config.json is {code!r}, code on the Hub, which is not run "
+                    "unasked: read it, and allow it with trust_remote_code: true, or take the key out"
+                )
+
+
+def check_ids(name: str, value: Any) -> tuple[int, ...]:
+    """The ids that a configuration names under ``name``, one, a list or none.
+
+    Raises:
+        ModelError: something else, or, of stop ids, a number that is no id.
+    """
+    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    least = 0 if name == "eos_token_id" else -1  # older files say -1 for a pad that there is not
+    wrong = [i for i in ids if type(i) is not int or not least <= i < 2**31]
+    if wrong or (isinstance(value, list | tuple) and name != "eos_token_id"):
+        shown = repr(value)
+        raise ModelError(
+            f"{name} is {shown if len(shown) <= 60 else shown[:57] + '...'}, which is no token id; correct the file"
+        )
+    return tuple(ids)
+
+
 def read_config(folder: Path) -> Mapping[str, Any]:
     """The object in a folder's config.json.
 
     Raises:
         ModelError: it cannot be read, or holds no JSON object.
     """
-    return _read_json(folder, "config.json")
+    return read_json_object(folder / "config.json", ModelError)
 
 
 def folder_and_file(path: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
@@ -102,20 +141,6 @@ def folder_and_file(path: str | Path, gguf_file: str | None) -> tuple[str, str |
     if gguf_file is None and name.endswith(".gguf"):
         return os.path.dirname(name) or ".", os.path.basename(name)
     return name, gguf_file
-
-
-def _read_json(folder: Path, name: str) -> Mapping[str, Any]:
-    try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"model {folder}: {name} cannot be read: {error.strerror}") from error
-    except RecursionError:
-        raise ModelError(f"model {folder}: {name} is nested too deeply to be one of a model") from None
-    except ValueError as error:
-        raise ModelError(f"model {folder}: {name} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"model {folder}: {name} holds no JSON object; fetch the model again")
-    return content
 
 
 def _reads_text(kind: str) -> bool:
@@ -135,8 +160,15 @@ def _check_folder(folder: Path, gguf_file: str | None) -> None:
     check_kind(folder)
     if not (folder / "config.json").is_file():
         raise ModelError(f"model {folder}: no config.json in it; is it a folder in Hugging Face format?")
+    for file in ("config.json", "generation_config.json"):
+        content = read_json_object(folder / file, ModelError) if (folder / file).is_file() else {}
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+            try:
+                check_ids(name, content.get(name))
+            except ModelError as error:
+                raise ModelError(f"model {folder}: {file}: {error}") from None
     patterns = ("*.safetensors", "pytorch_model*.bin")
-    weights = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    weights = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     if not weights:
         raise ModelError(f"model {folder}: no weights in it, neither {' nor '.join(patterns)}")
     for file in weights:
@@ -152,15 +184,13 @@ def _check_safetensors(folder: Path, file: Path) -> None:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or 8 + length > size or length > _LONGEST_HEADER:
                 raise ValueError("it ends within its header")
-            entries = json.loads(stream.read(length))
+            entries = json_value(stream.read(length))
         ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
         if not all(type(end) is int for end in ends):
             raise ValueError("an offset in its header is no whole number")
         if 8 + length + max(ends, default=0) != size:
             raise ValueError(f"it has {size} bytes, its header lists {8 + length + max(ends, default=0)}")
-    except (
-        OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, MemoryError,
-    ) as error:  # fmt: skip
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, MemoryError) as error:
         raise ModelError(
             f"model {folder}: {file.name} is broken, {first_line(error)}; fetch the model again"
         ) from error
@@ -186,5 +216,5 @@ def _check_hub(name: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line of bounded length."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]

@@ -7,8 +7,9 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,13 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedTokenizerFast,
     modeling_gguf_pytorch_utils,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
 from gold.align.roles import Roles
@@ -30,7 +35,7 @@ from gold.align.sources import open_source
 from gold.align.vocabulary import Vocabulary
 from gold.errors import GoldError, ModelError
 from gold.kernels.linear import Rows, projected
-from gold.model_files import check_files, first_line, folder_and_file
+from gold.model_files import check_files, check_ids, check_own_code, first_line, folder_and_file
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -38,6 +43,9 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+
+Completes = Literal["together", "one length", "one"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,18 @@ class LanguageModel:
     lm: Any
     tokenizer: Any
     vocabulary: Vocabulary
+    completes: Completes = "together"
+    """Which prompts ``generate`` completes right: of several lengths "together", filled up on the left; those of "one
+    length"; "one" at a time."""
+    cannot_write: str | None = None
+    """Why not even one prompt is completed right; None where it is."""
+
+    @property
+    def runs_own_code(self) -> bool:
+        """Whether code from its own folder or repository runs, which somebody has allowed."""
+        return any(
+            type(part).__module__.startswith("transformers_modules.") for part in (self.lm, self.tokenizer)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -78,13 +98,14 @@ def load_model(
     dtype: str = "float32",
     device: str = "auto",
     roles: Roles | None = None,
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """A causal model and its tokenizer from a folder in Hugging Face format, a Hub id, or a GGUF file.
 
     ``dtype``: ``auto`` keeps the checkpoint's, but on a CPU that has no arithmetic of 16 bits, where it would be many
     times slower, it is float32; a model from a GGUF file is dequantised to it and saves like any other.
     ``device``: ``auto`` is the GPU where there is one. ``roles``: special tokens in the place of those that the files
-    name; see ``wrap_model``.
+    name; see ``wrap_model``. ``trust_remote_code``: whether code that comes with the model may run; nobody is asked.
 
     Raises:
         ModelError: a folder that is missing or broken, weights that cannot be read or are not all there, a model whose
@@ -99,12 +120,17 @@ def load_model(
         raise ModelError(f"{where}: unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     local = Path(path).is_dir()
+    if not trust_remote_code:
+        check_own_code(path)
     try:
-        tokenizer = gguf_tokenizer(path, gguf_file) if gguf_file else AutoTokenizer.from_pretrained(path)
+        if gguf_file:
+            tokenizer = gguf_tokenizer(path, gguf_file)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except GoldError:
         raise
     except Exception as error:
-        raise ModelError(f"{where}: its tokenizer could not be loaded: {first_line(error)}") from error
+        raise _not_loaded(f"{where}: its tokenizer", error) from error
     if roles is not None:
         open_source(tokenizer, roles=roles)  # before the weights: a token that they name may not be there
     try:
@@ -115,12 +141,21 @@ def load_model(
                 dtype="auto" if dtype == "auto" else DTYPES[dtype],
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
+                trust_remote_code=trust_remote_code,
                 **extra,
             )
     except Exception as error:
-        raise ModelError(f"{where}: could not be loaded: {first_line(error)}") from error
+        raise _not_loaded(where, error) from error
     lm, report = loaded
-    if missing := sorted(report["missing_keys"]):
+    missing = sorted(report["missing_keys"])
+    head = {name for name, module in lm.named_modules() if module is lm.get_output_embeddings()}
+    if missing and {key.rpartition(".")[0] for key in missing} <= head:
+        saved = ", ".join(lm.config.architectures or ())
+        raise ModelError(
+            f"{where}: it was saved without its output matrix ({saved}), as models of embeddings are; give the "
+            "language model that it was made from"
+        )
+    if missing:
         raise ModelError(
             f"{where}: {len(missing)} of its weights are not in its files, {missing[0]} for one; "
             "fetch the model again"
@@ -143,6 +178,15 @@ def load_model(
     return wrap_model(lm, tokenizer, name=str(path), roles=roles)
 
 
+def _not_loaded(what: str, error: Exception) -> ModelError:
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"{what} needs code that comes with it, which is not run unasked: read that code, and allow it with "
+            "trust_remote_code: true beside the model's path"
+        )
+    return ModelError(f"{what} could not be loaded: {first_line(error)}")
+
+
 def wrap_model(lm: Any, tokenizer: Any, *, name: str = "model", roles: Roles | None = None) -> LanguageModel:
     """A ``LanguageModel`` of a model and tokenizer that are already in memory.
 
@@ -152,13 +196,15 @@ def wrap_model(lm: Any, tokenizer: Any, *, name: str = "model", roles: Roles | N
     Raises:
         ModelError: as for ``load_model``.
     """
-    vocabulary = Vocabulary.load(tokenizer, stop_ids=_stop_ids(lm), roles=roles)
+    vocabulary = Vocabulary.load(tokenizer, stop_ids=_stop_ids(lm, name), roles=roles)
     if roles is not None:
         _give_roles(lm, tokenizer, vocabulary, roles)
     if not vocabulary.stop_ids:
         raise ModelError(
             f"model {name}: no stop id found in its tokenizer or generation settings; set an EOS token"
         )
+    if getattr(lm.config, "rescale_every", 0):
+        lm.config.rescale_every = 0  # RWKV would halve its own weights whenever it is evaluated
     rows = output_width(lm)
     # Ids beyond the matrix can be harmless: Gemma's text models ship an image token that they have no row for.
     if not vocabulary.event_V[rows:].all():
@@ -166,8 +212,9 @@ def wrap_model(lm: Any, tokenizer: Any, *, name: str = "model", roles: Roles | N
             f"model {name}: its tokenizer has {vocabulary.size} ids, its output matrix {rows} rows; "
             "the tokenizer does not belong to these weights, or the embeddings were never resized"
         )
-    _check_head(lm, name)
-    return LanguageModel(name, lm, tokenizer, vocabulary.with_markers(rows))
+    pad = tokenizer.pad_token_id
+    completes, fault = _examine(lm, name, int(pad if pad is not None else vocabulary.stop_ids[0]))
+    return LanguageModel(name, lm, tokenizer, vocabulary.with_markers(rows), completes, fault)
 
 
 def gguf_tokenizer(path: str | Path, file: str) -> Any:
@@ -212,7 +259,8 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
     own = next(model.lm.parameters())
     try:
         with _no_bars():
-            saved = AutoModelForCausalLM.from_pretrained(folder, dtype=own.dtype)
+            # Its class is known: nothing in the folder has a say in what code runs.
+            saved = type(model.lm).from_pretrained(folder, dtype=own.dtype, trust_remote_code=False)
         model.lm.load_state_dict(saved.state_dict())
     except Exception as error:
         raise ModelError(f"model {folder}: its weights could not be loaded: {first_line(error)}") from error
@@ -283,12 +331,32 @@ def forget_quantizer(lm: Any) -> None:
 
 
 def recompute_activations(lm: Any) -> None:
-    """Lets the model drop activations and make them again in the backward pass: less memory, more time."""
-    options = {"use_reentrant": False}
-    if hasattr(lm, "activation_checkpointing_enable"):
-        lm.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:  # its older name
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    """Lets the model drop the activations of its layers and make them again in the backward pass: less memory, more
+    time.
+
+    Not by transformers' own switch, which works in train mode alone, where dropout is active.
+
+    Raises:
+        ModelError: it has no layers that are known to allow that.
+    """
+    inside: set[nn.Module] = set()
+    for layer in _plain(lm).modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer not in inside:
+            inside.update(layer.modules())
+            own = layer.forward
+            if not (isinstance(own, partial) and own.func is _recomputed):
+                layer.forward = partial(_recomputed, own)  # type: ignore[method-assign]
+    if not inside:
+        raise ModelError(
+            f"train.gradient_checkpointing: {type(_plain(lm)).__name__} has no layers whose activations can be "
+            "recomputed; set it to false"
+        )
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def output_width(lm: Any) -> int:
@@ -298,7 +366,10 @@ def output_width(lm: Any) -> int:
 
 def backbone(lm: Any) -> nn.Module:
     """The model below its output matrix."""
-    module: nn.Module = _plain(lm).base_model
+    model = _plain(lm)
+    module: nn.Module = model.base_model
+    if module is model:  # its class names a part that it does not have, as Llama4ForCausalLM does
+        module = model.model
     return module
 
 
@@ -308,7 +379,8 @@ def as_rows(lm: Any, hidden_ND: Tensor) -> Rows:
     model = _plain(lm)
     matrix = model.get_output_embeddings()
     config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    cap = next(filter(None, (getattr(config, name, None) for name in caps)), None)
     multiply = getattr(config, "logit_scale", None)
     divide = getattr(config, "logits_scaling", None)
     trained = {name: p for name, p in matrix.named_parameters() if p.requires_grad}
@@ -401,20 +473,77 @@ class PaddedStates:
 
 def rows_of(lm: Any, states: PaddedStates) -> Rows:
     """The model's states at the chosen places, as rows whose logits are computed on demand."""
-    output = backbone(lm)(input_ids=states.input_ids, attention_mask=states.attention_mask, use_cache=False)
+    with _bare_outputs(lm):
+        output = backbone(lm)(
+            input_ids=states.input_ids, attention_mask=states.attention_mask, use_cache=False
+        )
     return as_rows(lm, output.last_hidden_state[states.sequence, states.position])
 
 
 @contextlib.contextmanager
-def generation_settings(lm: Any, settings: GenerationConfig) -> Iterator[GenerationConfig]:
-    """For the duration, the model has no generation settings of its own: ``generate`` fills whatever a call leaves
-    unset from the checkpoint, top-k for one."""
+def _bare_outputs(lm: Any) -> Iterator[None]:
+    """For the duration, the model returns its states alone, whatever its configuration wishes beside them: an auxiliary
+    loss of its routers, say, which fails where a mask is longer than the tokens."""
+    config = _plain(lm).config
+    kept = []
+    for each in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in (
+            ("output_router_logits", False),
+            ("output_hidden_states", False),
+            ("return_dict", True),
+        ):
+            if getattr(each, name, value) != value:
+                kept.append((each, name, getattr(each, name)))
+                setattr(each, name, value)
+    try:
+        yield
+    finally:
+        for each, name, value in kept:
+            setattr(each, name, value)
+
+
+def generate(
+    lm: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    processor: LogitsProcessor,
+) -> Tensor:
+    """The likeliest ids after each prompt once ``processor`` has changed the logits, [B, new tokens]; prompts are
+    filled up on the left.
+
+    The model's own generation settings have no say: ``generate`` would fill whatever a call leaves unset from them,
+    top-k for one.
+    """
+    longest = max(len(p) for p in prompts)
+    ids = np.full((len(prompts), longest), pad_id, np.int64)
+    mask = np.zeros((len(prompts), longest), np.int64)
+    for b, prompt in enumerate(prompts):
+        ids[b, longest - len(prompt) :] = prompt
+        mask[b, longest - len(prompt) :] = 1
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=new_tokens,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+    device = next(lm.parameters()).device
     own = lm.generation_config
     lm.generation_config = GenerationConfig()
     try:
-        yield settings
+        with _bare_outputs(lm):
+            whole: Tensor = lm.generate(
+                input_ids=torch.from_numpy(ids).to(device),
+                attention_mask=torch.from_numpy(mask).to(device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([processor]),
+            )
     finally:
         lm.generation_config = own
+    return whole[:, longest:]
 
 
 def _plain(lm: Any) -> Any:
@@ -432,33 +561,115 @@ def _give_roles(lm: Any, tokenizer: Any, vocabulary: Vocabulary, roles: Roles) -
         tokenizer.pad_token = roles.pad
 
 
-def _stop_ids(lm: Any) -> tuple[int, ...]:
+def _stop_ids(lm: Any, name: str) -> tuple[int, ...]:
     """Stop ids that the checkpoint's generation settings name, else its configuration."""
     for config in (getattr(lm, "generation_config", None), lm.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
-            return (ids,) if isinstance(ids, int) else tuple(ids)
+            try:
+                return check_ids("eos_token_id", ids)
+            except ModelError as error:
+                raise ModelError(f"model {name}: {error}") from None
     return ()
 
 
+_PROBE = 5
+"""Tokens of the text that a model is tried with."""
+
+
 @torch.no_grad()
-def _check_head(lm: Any, name: str) -> None:
-    """One pass over a few ids must give the same logits both ways; else the loss would train another model."""
-    if _plain(lm).get_output_embeddings() is None:
-        raise ModelError(f"model {name}: it has no output matrix; gold needs a causal language model")
+def _examine(lm: Any, name: str, pad_id: int) -> tuple[Completes, str | None]:
+    """How prompts can be completed, or why not: ``completes`` and ``cannot_write`` of ``LanguageModel``.
+
+    One text of five tokens is read whole, and as rows beside its own beginning, filled up on the right: the logits must
+    be the same, else the loss would train another model. Then ``generate`` is made to write it after its beginnings.
+
+    Raises:
+        ModelError: it is no causal model whose logits are its output matrix applied to its last hidden states.
+    """
+    model = _plain(lm)
+    kind = type(model).__name__
     was_training = lm.training
     lm.eval()
-    ids = torch.arange(min(6, output_width(lm)), device=next(lm.parameters()).device)[None]
-    whole = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
-    states = PaddedStates(
-        ids, torch.ones_like(ids), torch.zeros_like(ids[0]), torch.arange(ids.shape[1]).to(ids)
-    )
-    apart = (rows_of(lm, states).logits().float() - whole[0]).abs().max()
-    lm.train(was_training)
-    if not whole.isfinite().all():
-        raise ModelError(f"model {name}: its logits are NaN or infinite; are its weights whole?")
-    if not apart <= 1e-2 * (1.0 + whole.abs().max()):
-        raise ModelError(
-            f"model {name}: its logits are not its output matrix applied to its last hidden states (they differ by "
-            f"{apart.item():.3g}); this architecture ({type(lm).__name__}) does something more after the matrix"
+    try:
+        if model.get_output_embeddings() is None:
+            raise ModelError(f"model {name}: it has no output matrix; gold needs a causal language model")
+        # From the middle, where no special tokens are.
+        width = output_width(lm)
+        text = [(width // 2 + 3 * k) % width for k in range(_PROBE)]
+        ids = torch.tensor([text], device=next(lm.parameters()).device)
+        with _bare_outputs(lm):
+            whole = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
+        if not whole.isfinite().all():
+            raise ModelError(f"model {name}: its logits are NaN or infinite; are its weights whole?")
+        near = partial(_is_near, whole, 6e-2 if lm.dtype.itemsize < 4 else 1e-3)
+        short = _PROBE - 2
+        states = PaddedStates.of(
+            [text[:1], text[:1]],
+            [np.array(text[1:]), np.array(text[1:short])],
+            [_PROBE, short],
+            pad_id,
+            ids.device,
         )
+        rows = rows_of(lm, states).logits().float()
+        if not near(rows[:_PROBE], range(_PROBE)):
+            raise ModelError(
+                f"model {name}: its logits are not its output matrix applied to its last hidden states; this "
+                f"architecture ({kind}) does something more"
+            )
+        if not near(rows[_PROBE:], range(short)):
+            raise ModelError(
+                f"model {name}: what it says of a token depends on what comes after it ({kind} is no causal model, or "
+                "not set up as one: is_decoder)"
+            )
+        tried: dict[Completes, tuple[int, ...]] = {"together": (3, 2), "one length": (2, 2), "one": (2,)}
+        for how, lengths in tried.items():
+            if (fault := _writing_fault(lm, text, lengths, pad_id, near)) is None:
+                return how, None
+        return "one", fault
+    except GoldError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"model {name}: gold cannot run this architecture ({kind}): {type(error).__name__}: {first_line(error)}"
+        ) from error
+    finally:
+        lm.train(was_training)
+
+
+def _writing_fault(
+    lm: Any,
+    text: Sequence[int],
+    lengths: Sequence[int],
+    pad_id: int,
+    near: Callable[[Tensor, Sequence[int]], bool],
+) -> str | None:
+    """What is wrong where ``generate``, made to go on with the text after beginnings of these lengths, has not the
+    logits that the text has, in its first step and in one from its cache; None where it has."""
+    probe = _Probe([text[n] for n in lengths])
+    try:
+        generate(lm, [text[:n] for n in lengths], 2, (), pad_id, probe)
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    first, second = probe.logits
+    if near(first, [n - 1 for n in lengths]) and near(second, list(lengths)):
+        return None
+    return "its logits there are not those of its forward pass"
+
+
+class _Probe(LogitsProcessor):
+    """Keeps each step's logits, and has given ids written."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids, self.logits = ids, list[Tensor]()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logits.append(scores.float().clone())
+        chosen = torch.tensor(self.ids, device=scores.device)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+def _is_near(whole: Tensor, share: float, logits: Tensor, places: Sequence[int]) -> bool:
+    """Whether logits are, up to rounding, those at these places of the whole text."""
+    apart = (torch.log_softmax(logits, -1) - torch.log_softmax(whole[list(places)], -1)).abs().max()
+    return bool(apart <= share * (1.0 + whole.abs().max()))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor
 
 from gold.align.vocabulary import Spelling
 from gold.chat import begins_anew, prompt_ids
 from gold.data import Prompt
-from gold.errors import DataError
-from gold.models import LanguageModel, generation_settings, output_width
+from gold.errors import DataError, ModelError
+from gold.models import LanguageModel, generate, output_width
 
 
 @dataclass(frozen=True)
@@ -68,19 +69,24 @@ def sample(
     """One rollout per prompt, in order, drawn from ``model`` under its own template.
 
     ``seeds`` names the random stream of each rollout, so that what is drawn depends neither on how prompts are batched
-    nor on which process draws it. ``batch`` sequences are generated together, prompts of like length side by side.
+    nor on which process draws it. ``batch`` sequences are generated together, prompts of like length side by side; of
+    one length, or each alone, where the model is another else (``LanguageModel.completes``).
 
     Raises:
         DataError: a prompt that leaves no room in the model's context; the message names its key.
+        ModelError: a model that can be read, and not written with; see ``LanguageModel.cannot_write``.
     """
+    if model.cannot_write:
+        raise ModelError(
+            f"model {model.name}: it can be read, and teach, but generate does not work: {model.cannot_write}"
+        )
     encoded = [encode_prompt(model, prompt, sampling.max_new_tokens) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
     rollouts: dict[int, Rollout] = {}
     was_training = model.lm.training
     model.lm.eval()
     try:
-        for first in range(0, len(order), batch):
-            chosen = order[first : first + batch]
+        for chosen in _batches(model, order, encoded, batch):
             drawn = _generate(model, [encoded[i] for i in chosen], sampling, [seeds[i] for i in chosen])
             for i, (ids, logp, stopped) in zip(chosen, drawn, strict=True):
                 text, anew = ids[:-1] if stopped else ids, begins_anew(prompts[i])
@@ -89,6 +95,18 @@ def sample(
     finally:
         model.lm.train(was_training)
     return [rollouts[i] for i in range(len(prompts))]
+
+
+def _batches(
+    model: LanguageModel, order: Sequence[int], encoded: Sequence[Sequence[int]], size: int
+) -> Iterator[list[int]]:
+    """Prompts that the model completes together, at most ``size``."""
+    mixed = model.completes == "together"
+    size = 1 if model.completes == "one" else size
+    for _, alike in itertools.groupby(order, key=lambda i: 0 if mixed else len(encoded[i])):
+        together = list(alike)
+        for first in range(0, len(together), size):
+            yield together[first : first + size]
 
 
 def completed(model: LanguageModel, prompt: Prompt, max_new_tokens: int) -> Rollout:
@@ -151,31 +169,10 @@ def _generate(
     sampling: Sampling,
     seeds: Sequence[tuple[int, ...]],
 ) -> list[tuple[NDArray[np.int32], NDArray[np.float32], bool]]:
-    longest = max(len(p) for p in prompts)
-    ids = np.full((len(prompts), longest), model.pad_id, np.int64)
-    mask = np.zeros((len(prompts), longest), np.int64)
-    for b, prompt in enumerate(prompts):
-        ids[b, longest - len(prompt) :] = prompt
-        mask[b, longest - len(prompt) :] = 1
     uniform = np.stack([np.random.default_rng(seed).random(sampling.max_new_tokens) for seed in seeds])
-    draw = _Draw(torch.from_numpy(uniform).to(model.device), longest, sampling)
+    draw = _Draw(torch.from_numpy(uniform).to(model.device), max(map(len, prompts)), sampling)
     stops = list(model.vocabulary.stop_ids)
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=stops,
-        pad_token_id=model.pad_id,
-        use_cache=True,
-    )
-    with generation_settings(model.lm, settings):
-        whole = model.lm.generate(
-            input_ids=torch.from_numpy(ids).to(model.device),
-            attention_mask=torch.from_numpy(mask).to(model.device),
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([draw]),
-        )
-    drawn = whole[:, longest:].cpu().numpy()
+    drawn = generate(model.lm, prompts, sampling.max_new_tokens, stops, model.pad_id, draw).cpu().numpy()
     logp = torch.stack(draw.logp, dim=1).float().cpu().numpy()
     is_stop = np.isin(drawn, stops)
     results = []

@@ -149,7 +149,7 @@ def test_a_name_that_is_neither_a_folder_nor_on_the_hub(bench: Bench, name: str)
     ("spoil", "told"),
     [
         (lambda f: (f / "config.json").unlink(), "no config.json in it"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
         (lambda f: (f / "model.safetensors").unlink(), "no weights in it"),
         (lambda f: os.truncate(f / "model.safetensors", 3000), "model.safetensors is broken"),
         (lambda f: (f / "model.safetensors").write_bytes(b"not at all"), "model.safetensors is broken"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models as tiny
 
-from gold.errors import ModelError
+from gold.errors import ModelError, VocabularyError
 from gold.model_files import check_files, check_kind
+from gold.models import load_model, save_model, wrap_model
 
 
 def folder(path: Path, config: Any, name: str = "config.json") -> Path:
@@ -129,3 +132,45 @@ def test_asking_for_the_kind_loads_no_library(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "torch", None)
     check_kind(folder(tmp_path, named("LlamaForCausalLM", "llama")))
+
+
+NO_IDS = (-5, 10**20, 2**31, "abc", "1", 1.5, [[1]], True, {}, [None], [-1], float("inf"), [2, "abc"])
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_ids_that_cannot_be(tmp_path: Path, file: str) -> None:
+    save_model(tiny.tiny_student(), tmp_path)
+    content = json.loads((tmp_path / file).read_text())
+    wrong = [("eos_token_id", value) for value in NO_IDS]
+    wrong += [
+        (name, value) for name in ("pad_token_id", "bos_token_id") for value in ("abc", [1], -2, 10**20)
+    ]
+    for name, value in wrong:
+        folder(tmp_path, content | {name: value}, file)
+        with pytest.raises(
+            ModelError, match=rf"{re.escape(str(tmp_path))}: {file}: {name} is .*no token id"
+        ) as refused:
+            load_model(tmp_path)
+        assert len(str(refused.value)) < 500
+    for fine in (None, [], [2], 2):
+        folder(tmp_path, content | {"eos_token_id": fine, "pad_token_id": -1}, file)
+        check_files(tmp_path)
+
+
+def test_ids_of_a_model_in_memory(tmp_path: Path) -> None:
+    model = tiny.tiny_student()
+    for value in NO_IDS:
+        model.lm.generation_config.eos_token_id = value
+        with pytest.raises(ModelError, match=r"eos_token_id is .*no token id"):
+            wrap_model(model.lm, model.tokenizer)
+    model.lm.generation_config.eos_token_id = 1000
+    with pytest.raises(VocabularyError, match="stop id 1000"):
+        wrap_model(model.lm, model.tokenizer)
+
+
+def test_a_model_saved_without_its_output_matrix(tmp_path: Path) -> None:
+    model = tiny.tiny_student()
+    save_model(model, tmp_path)
+    model.lm.base_model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"without its output matrix \(LlamaModel\)"):
+        load_model(tmp_path)

@@ -1,6 +1,7 @@
 """Memory that one optimizer step needs, from the sizes in two config.json.
 
-    student      parameters × 4 × bytes of its dtype: weights, gradients and AdamW's two moments
+    student      parameters × 16 bytes in float32 and bfloat16: weights, gradients, and AdamW's two moments in float32,
+                 beside which a bfloat16 weight has a float32 copy (see gold.optimizer)
     teacher      parameters × bytes of its dtype
     activations  sequences × tokens × layers × (9·hidden + 4·inner + 3·(queries + keys)) × 4 bytes
     logits       6 blocks of at most 128 MiB: both sides' rows of one block, and what their gradients need
@@ -23,7 +24,6 @@ from gold.errors import ModelError
 from gold.files import safetensors_header
 
 _BYTES_OF = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
-_TRAINED_COPIES = 4
 _BLOCK_BYTES = 128 * 2**20
 _BLOCKS = 6
 
@@ -83,7 +83,7 @@ def step_memory(
     return StepMemory(
         sequences=sequences,
         tokens=tokens,
-        student=counts[0] * _TRAINED_COPIES * _bytes_of(dtypes[0], mine),
+        student=counts[0] * _trained_bytes(_bytes_of(dtypes[0], mine)),
         teacher=counts[1] * _bytes_of(dtypes[1], theirs),
         activations=rows * layers * (9 * hidden + 4 * inner + 3 * (queries + keys)) * 4,
         logits=_BLOCKS * block,
@@ -95,6 +95,11 @@ def step_memory(
 def _bytes_of(dtype: str, config: Mapping[str, Any]) -> int:
     saved = config.get("dtype") or config.get("torch_dtype") or "float32"
     return _BYTES_OF.get(str(saved if dtype == "auto" else dtype), 2)
+
+
+def _trained_bytes(width: int) -> int:
+    """Bytes of a trained weight of so many bytes, with its gradient, moments, and float32 copy."""
+    return 4 * width if width >= 4 else 2 * width + 3 * 4
 
 
 def parameters(side: Side) -> int | None:

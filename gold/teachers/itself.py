@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gold.errors import ConfigError
 from gold.models import LanguageModel
@@ -42,14 +45,14 @@ class SelfTeacher(LocalTeacher):
         self.decay = decay
 
     @torch.no_grad()
-    def follow(self, student: Any) -> None:
-        """One step of the average towards the student's transformers model."""
+    def follow(self, student: Any, masters: Mapping[Tensor, Tensor] = MappingProxyType({})) -> None:
+        """One step of the average towards the student's transformers model, or the float32 copies of its weights."""
         if self.decay == 1.0:
             return
         pairs = zip(self.model.lm.parameters(), student.parameters(), strict=True)
         for mine, theirs in pairs:
             if theirs.requires_grad:
-                mine.lerp_(theirs.detach().to(mine), 1.0 - self.decay)
+                mine.lerp_(masters.get(theirs, theirs).detach().to(mine), 1.0 - self.decay)
 
     def load(self, file: Path) -> None:
         """Takes the weights that a checkpoint holds, bit for bit."""
