@@ -54,6 +54,8 @@ MAY_CHANGE: dict[str, str | None] = {
     "recipe.sequences_per_forward": DIGITS,
     "train.gradient_checkpointing": DIGITS,
     "recipe.gradient_checkpointing": DIGITS,
+    "student.trust_remote_code": "",
+    "teacher*.trust_remote_code": "",
     "student.device": DIGITS,
     "teacher*.device": DIGITS,
 }

@@ -71,9 +71,8 @@ class MasterAdamW(torch.optim.AdamW):
         masters = state.pop(_MASTERS, [])
         if len(masters) != len(self.masters):
             raise CheckpointError(
-                f"the optimizer's state has float32 copies of {len(masters)} weights, and {len(self.masters)} of the "
-                "student's have 16 bits; the run was begun with another student.dtype or by an older version: start "
-                "it anew"
+                f"it has float32 copies of {len(masters)} weights, and the student has {len(self.masters)} of 16 bits: "
+                "student.dtype is another, or the run is of an older version; start anew"
             )
         super().load_state_dict(state)
         for own, saved in zip(self.masters.values(), masters, strict=True):
