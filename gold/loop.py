@@ -325,7 +325,7 @@ class Loop:
                 for average in averages_of(self.teachers).values():
                     average.follow(self.student.lm, self.masters)
             self.optimizer.zero_grad(set_to_none=True)
-        update = {"lr": lr, "grad_norm": norm, "applied": applied}
+        update: dict[str, Any] = {"lr": lr, "grad_norm": norm, "applied": applied}
         if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
             update |= self._diagnosis(groups, sums)
         self.bad_steps = 0 if applied else self.bad_steps + 1

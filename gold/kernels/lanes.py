@@ -166,7 +166,8 @@ def _in_lanes(builder: Any, datas: Any, low: Any, high: Any) -> Any:
         ]
         before = builder.load(sums)
         builder.store(
-            _fused(builder, *found, before) if len(found) > 1 else builder.fadd(before, *found), sums
+            _fused(builder, found[0], found[1], before) if len(found) > 1 else builder.fadd(before, *found),
+            sums,
         )
         builder.store(builder.add(here, index(lanes)), at)
         builder.branch(head)
