@@ -79,10 +79,19 @@ class _WithFormats(TyperCommand):
         terminal.show_lines(_FORMATS)
 
 
-# What the system says where gold can do nothing about it: no room, no right to write, no more open files.
+# What the system says where gold can do nothing about it: no room, no right, no such name, no more open files.
 _OF_THE_SYSTEM = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE),
-    errno.ENOMEM,
+    *(
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+        errno.EROFS,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+    ),
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
 }
 
 

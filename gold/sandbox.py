@@ -152,6 +152,8 @@ def _environment() -> Any:
                     value for name, value in kwargs.items() if not name.startswith("_")
                 ]  # not the context's
                 _forecast(inner.__name__, owner, (*args, *named))
+            elif args and __obj is __context.resolve_or_missing("strftime_now"):
+                _forecast("format", args[0], ())
             return _sized(super().call(__context, __obj, *args, **kwargs), spend=True)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -186,10 +188,6 @@ def _environment() -> Any:
     def as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
 
-    def now(form: str) -> str:
-        _forecast("format", form, ())
-        return datetime.now().strftime(form)
-
     environment = Limited(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, Counted, loopcontrols], finalize=_sized
     )
@@ -197,7 +195,7 @@ def _environment() -> Any:
     environment.filters = {name: _counted(name, does) for name, does in environment.filters.items()}
     environment.globals |= {
         "raise_exception": refuse,
-        "strftime_now": now,
+        "strftime_now": lambda form: datetime.now().strftime(form),
         "namespace": PlainNamespace,
         "dict": lambda *values, **named: dict(*values, **named),
     }

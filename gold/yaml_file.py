@@ -104,6 +104,8 @@ def _check_size(node: yaml.Node, size_of: dict[int, tuple[int, int]]) -> tuple[i
         if known[0] > _MOST_VALUES
         else "nested too deeply"
         if known[1] > _DEEPEST
+        else "a text holds a NUL"
+        if isinstance(node, yaml.ScalarNode) and "\0" in node.value
         else None
     )
     if problem is not None:

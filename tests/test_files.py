@@ -80,6 +80,7 @@ def test_bad_json_is_one_line(tmp_path: Path, text: bytes) -> None:
         b"a: !!timestamp 2001-99-99",
         b"a: !!timestamp x",
         b"a: !!float x",
+        b'a: "x\\0"',
         b"a: !!python/object/apply:os.system [true]",
         b"a: &a [*a]",
         b"a: &a {b: *a}",

@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mutations_for_tests import FILES, fresh, json_mutations
 from tokenizer_files_for_tests import byte_level_gguf, ranks_of, tekken
 from tokenizers_for_tests import byte_level_bpe, sentencepiece_bpe
 
+from gold.align.cache import cached_ids
 from gold.align.command import run_align
+from gold.align.sources import open_source
 from gold.config import Config
 from gold.data import load_prompts
 from gold.doctor.report import diagnose
@@ -370,3 +373,30 @@ def test_a_page_escapes_names_tokens_and_texts(base: Path, tmp_path: Path) -> No
         assert content.count("<script") == 2
         assert content.count("</script>") == 2
         assert "alert(3)<" not in content
+
+
+@pytest.mark.parametrize("ids", [-5, 10**20, 1.5, "abc", [[1]], [True], {"a": 1}, float("inf")])
+def test_a_stop_id_that_no_token_can_have(base: Path, tmp_path: Path, ids: Any) -> None:
+    folder = fresh(base, tmp_path / "broken")
+    (folder / "student" / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(GoldError, match=r"generation_config\.json: eos_token_id has"):
+        align(folder)
+    with pytest.raises(GoldError, match="the id of a stop, BOS or pad token is"):
+        open_source(str(base / "older"), stop_ids=ids if isinstance(ids, list) else [ids])
+
+
+def test_a_model_whose_weights_are_a_pipe(base: Path, tmp_path: Path) -> None:
+    folder = fresh(base, tmp_path / "broken")
+    FILES["a pipe"](folder / "student" / "model.safetensors")
+    with pytest.raises(GoldError, match="weights"):
+        load_model(folder / "student")
+
+
+def test_a_kept_map_that_is_a_pipe_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOLD_CACHE", str(tmp_path))
+    made = np.arange(3, dtype=np.int32)
+    assert cached_ids("content", 3, lambda: made) is made
+    (kept,) = tmp_path.iterdir()
+    assert cached_ids("content", 3, lambda: made[:0]).tolist() == [0, 1, 2]
+    FILES["a pipe"](kept)
+    assert cached_ids("content", 3, lambda: made) is made

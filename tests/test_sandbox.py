@@ -112,6 +112,12 @@ def test_what_it_may_do_it_does() -> None:
     assert said == "ababab1x[1, None](1, 'y')z    |1 2   71024a-bb[\n 1,\n 2\n] x bbbbTrue!"
 
 
+def test_a_date_that_the_caller_makes_is_no_wider() -> None:
+    template = compiled_template("{{ strftime_now('%999999d') }}")
+    with pytest.raises(TemplateError, match="places"):
+        template.render(strftime_now=lambda form: form)
+
+
 def test_each_rendering_begins_anew_in_every_thread() -> None:
     template = compiled_template("{% for m in messages %}{{ m }}{% endfor %}")
     message = "x" * (MOST_WORK // 8)

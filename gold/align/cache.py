@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from gold.errors import VocabularyError
+from gold.files import read_bytes
+
 Int32 = npt.NDArray[np.int32]
 
 
@@ -40,8 +43,8 @@ def cached_ids(content: str, length: int, build: Callable[[], Int32]) -> Int32:
     key = sha256(content.encode())
     path = folder / f"{key.hexdigest()}.ids"
     try:
-        kept = path.read_bytes()
-    except OSError:
+        kept = read_bytes(path, VocabularyError, 4 * length + key.digest_size)
+    except VocabularyError:
         kept = b""
     array = memoryview(kept)[key.digest_size :]
     if len(array) == 4 * length and kept[: key.digest_size] == sha256(key.digest() + array).digest():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from gold.align.foreign import foreign
@@ -85,7 +86,21 @@ def open_source(source: Any, stop_ids: Iterable[int] = (), roles: Roles | None =
         stops = stops if roles.stop is None else [index("stop", token) for token in roles.stop]
         bos = bos if roles.bos is None else index("bos", roles.bos)
         pad = pad if roles.pad is None else index("pad", roles.pad)
+    if (bad := _no_id([*stops, *(i for i in (bos, pad) if i is not None)])) is not None:
+        raise VocabularyError(
+            f"{found.name}: the id of a stop, BOS or pad token is {bad}, which no token has"
+        )
     return replace(found, stop_ids=tuple(dict.fromkeys(int(i) for i in stops)), bos_id=bos, pad_id=pad)
+
+
+def _no_id(ids: Iterable[Any]) -> str | None:
+    """The first that cannot be the id of a token, for people; None where all can."""
+
+    def is_id(value: Any) -> bool:
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        return whole and 0 <= int(value) < MOST_IDS
+
+    return next((repr(value)[:60] for value in ids if not is_id(value)), None)
 
 
 def _open(source: Any) -> Source:
@@ -147,10 +162,9 @@ def _from_folder(folder: Path) -> Source:
     )
     template = template or found.chat_template
     named = _as_list(generation.get("eos_token_id"))
-    if not all(type(index) is int and 0 <= index < MOST_IDS for index in named):
-        raise VocabularyError(
-            f"{folder / 'generation_config.json'}: eos_token_id is {str(named)[:60]}; expected an id or a list of ids"
-        )
+    if (bad := _no_id(named)) is not None:
+        file = folder / "generation_config.json"
+        raise VocabularyError(f"{file}: eos_token_id has {bad}; expected an id or a list of ids")
     stops = [_id_of(tokenizer, config.get("eos_token")), *named]
     bos = _id_of(tokenizer, config.get("bos_token"))
     pad = _id_of(tokenizer, config.get("pad_token"))
