@@ -47,7 +47,8 @@ class PairScorer:
         where there is one.
 
         Before the text stands the prompt, else a BOS where the student's own ids began with one or the tokenizer puts
-        one in front; where there is neither, the first token has no log-probability. Nor has a token of probability 0.
+        one in front; where there is neither, the first token has no log-probability. Nor has what has probability 0, a
+        token or the stop event.
 
         Raises: DataError for a text that does not fit a model's context, or has ids that a model has no row for.
         """
@@ -91,5 +92,5 @@ def _scored(model: LanguageModel, side: Side) -> Side:
     found = log_target[: len(ids) - unscored].double().cpu().numpy()
     logp[unscored:] = np.where(np.isfinite(found), found, np.nan)
     entropy[unscored:] = unsure[: len(ids) - unscored].double().cpu().numpy()
-    stop_logp = float(log_stop[-1]) if side.stop_ids else None
+    stop_logp = float(log_stop[-1]) if side.stop_ids and torch.isfinite(log_stop[-1]) else None
     return replace(side, logp_N=logp, stop_logp=stop_logp, entropy_N=entropy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from tiny_models import save_pair, tiny_student, tiny_teacher
 from typer.testing import CliRunner
 
 from benchmarks.assets import assets_folder
-from gold.align.view import Side, View
+from gold import score
+from gold.align.view import Side, View, describe
 from gold.cli import app
 from gold.errors import DataError, ModelError
-from gold.models import LanguageModel
+from gold.kernels.linear import Rows
+from gold.models import LanguageModel, PaddedStates
 from gold.score import PairScorer
 
 TEXT = " 24 +7 -3 = 31 28"
@@ -102,6 +105,26 @@ def test_a_model_beside_itself_differs_by_nothing() -> None:
     assert view.score is not None
     assert view.score.reverse_kl_sample_nats_per_byte == 0
     assert view.score.student_bits_per_byte == view.score.teacher_bits_per_byte > 0
+
+
+def test_what_a_model_rules_out_has_no_probability(
+    scorer: PairScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a token nor the stop event; what is shown of them is no infinity."""
+    plain = score.rows_of
+
+    def without(lm: object, states: PaddedStates) -> Rows:
+        logits = plain(lm, states).logits()
+        return Rows.of_logits(logits.index_fill(1, torch.tensor([0, 1, 2, 5]), -torch.inf))
+
+    monkeypatch.setattr(score, "rows_of", without)
+    for text in (TEXT, "a\u0301 \ud7ff".encode()[:-1], b"\xff 24\xf0\x9f"):
+        stop_ids = scorer.student.vocabulary.stop_ids, scorer.teacher.vocabulary.stop_ids
+        view = view_of(scorer, text)
+        sides = (replace(side, stop_ids=ids) for side, ids in zip(view.sides, stop_ids, strict=True))
+        shown = scorer.score(View(*sides))
+        assert all(side.stop_logp is None for side in shown.sides)
+        json.dumps(describe(shown), allow_nan=False)
 
 
 def test_what_a_model_cannot_read_is_named(scorer: PairScorer) -> None:

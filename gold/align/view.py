@@ -106,14 +106,16 @@ class View:
 
     @cached_property
     def score(self) -> Score | None:
-        """The sums over chunks that are scored whole on both sides, None without log-probabilities."""
+        """The sums over chunks that are scored whole on both sides, and the stop event if both sides have scored it;
+        None without log-probabilities."""
         if self.chunk_logp is None:
             return None
         whole = ~np.isnan(self.chunk_logp[0]) & ~np.isnan(self.chunk_logp[1])
         size = int((self.alignment.ends_C - self.alignment.starts_C)[whole].sum())
+        stops = [side.stop_logp for side in self.sides]
         student, teacher = (
-            float(sums[whole].sum()) + (side.stop_logp or 0.0)
-            for sums, side in zip(self.chunk_logp, self.sides, strict=True)
+            float(sums[whole].sum()) + (stop if stop is not None and None not in stops else 0.0)
+            for sums, stop in zip(self.chunk_logp, stops, strict=True)
         )
         per = max(size, 1)
         return Score(
