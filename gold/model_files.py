@@ -160,13 +160,14 @@ def _check_folder(folder: Path, gguf_file: str | None) -> None:
     check_kind(folder)
     if not (folder / "config.json").is_file():
         raise ModelError(f"model {folder}: no config.json in it; is it a folder in Hugging Face format?")
-    for file in ("config.json", "generation_config.json"):
-        content = read_json_object(folder / file, ModelError) if (folder / file).is_file() else {}
+    for settings in ("config.json", "generation_config.json"):
+        file = folder / settings
+        content = read_json_object(file, ModelError) if file.is_file() else {}
         for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
             try:
                 check_ids(name, content.get(name))
             except ModelError as error:
-                raise ModelError(f"model {folder}: {file}: {error}") from None
+                raise ModelError(f"model {folder}: {settings}: {error}") from None
     patterns = ("*.safetensors", "pytorch_model*.bin")
     weights = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     if not weights:

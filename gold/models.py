@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -345,7 +345,7 @@ def recompute_activations(lm: Any) -> None:
             inside.update(layer.modules())
             own = layer.forward
             if not (isinstance(own, partial) and own.func is _recomputed):
-                layer.forward = partial(_recomputed, own)  # type: ignore[method-assign]
+                layer.forward = partial(_recomputed, own)
     if not inside:
         raise ModelError(
             f"train.gradient_checkpointing: {type(_plain(lm)).__name__} has no layers whose activations can be "
@@ -366,10 +366,10 @@ def output_width(lm: Any) -> int:
 
 def backbone(lm: Any) -> nn.Module:
     """The model below its output matrix."""
-    model = _plain(lm)
+    model: Any = _plain(lm)
     module: nn.Module = model.base_model
     if module is model:  # its class names a part that it does not have, as Llama4ForCausalLM does
-        module = model.model
+        return cast(nn.Module, model.model)
     return module
 
 
@@ -623,6 +623,7 @@ def _examine(lm: Any, name: str, pad_id: int) -> tuple[Completes, str | None]:
                 "not set up as one: is_decoder)"
             )
         tried: dict[Completes, tuple[int, ...]] = {"together": (3, 2), "one length": (2, 2), "one": (2,)}
+        fault = None
         for how, lengths in tried.items():
             if (fault := _writing_fault(lm, text, lengths, pad_id, near)) is None:
                 return how, None
