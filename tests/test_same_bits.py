@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from processes_for_tests import Command
 
 from gold.recipe import Recipe, Term
 from gold.rollout import Sampling
-from gold.train import distill
+from gold.train import Saving, distill
 
 TIMED = ("_s", "tokens_per_s")
 TERMS = [
@@ -45,10 +47,11 @@ def told(record: dict[str, Any]) -> str:
     return json.dumps({k: v for k, v in record.items() if not k.endswith(TIMED)}, sort_keys=True)
 
 
-def test_in_one_process() -> None:
+def test_in_one_process(tmp_path: Path) -> None:
+    """Also from a checkpoint on."""
     recipe = Recipe(
         objectives=tuple(Term(name, 0.3, **options) for name, options in TERMS),
-        steps=2,
+        steps=3,
         on_policy=0.7,
         per_prompt=2,
         prompts_per_step=4,
@@ -58,10 +61,18 @@ def test_in_one_process() -> None:
         warmup_steps=1,
         sampling=Sampling(max_new_tokens=10),
     )
+    models = tiny.tiny_student, tiny.tiny_teacher
+    kept = Saving(output=tmp_path / "whole", checkpoint_every=1, keep_last=9)
+    resumed = replace(kept, output=tmp_path / "resumed", resume=True)
     found = set()
-    for seed in range(3):
+    for seed, saving in enumerate((kept, Saving(), resumed)):
+        if saving.resume:
+            shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+            for later in ("step-000002", "step-000003"):
+                shutil.rmtree(tmp_path / "resumed" / "checkpoints" / later)
         scatter(seed)
-        run = distill(tiny.tiny_student(), tiny.tiny_teacher(), tiny.prompts(), recipe, verifier=tiny.TASK)
+        student, teacher = (model() for model in models)
+        run = distill(student, teacher, tiny.prompts(), recipe, verifier=tiny.TASK, saving=saving)
         weights = b"".join(p.detach().numpy().tobytes() for p in run.student.lm.parameters())
         found.add((weights, *map(told, run.steps)))
     assert len(found) == 1

@@ -246,7 +246,7 @@ def _kl_term(lp, lq, p, q):
     """``p log(p / q) − p + q``, and ``log(q / p)``.
 
     Summed over all events this is the divergence, since p and q both sum to 1, and each term is small where p and q are
-    close: nothing cancels in rows near probability 1.
+    close: nothing cancels in rows near probability 1. What is 0 in this precision costs q, also where q is 0.
     """
     one, nothing, near_by = as_is(1.0, p), as_is(0.0, p), as_is(0.0625, p)
     d = lq - lp
@@ -255,7 +255,7 @@ def _kl_term(lp, lq, p, q):
     near = p * excess(d if abs(d) < near_by else nothing, one)
     far = fused(-p, d, q - p)
     value = near if abs(d) < near_by else far
-    return (value if lp > -math.inf else q), d
+    return (value if p > nothing else q), d
 
 
 @inlined
@@ -270,7 +270,7 @@ def _mixed_term(lp, lq, p, q, share):
     near = p * excess(d if abs(d) < near_by else nothing, share)
     far = fused(-p, log_ratio, share * (q - p))
     value = near if abs(d) < near_by else far
-    return (value if lp > -math.inf else share * q), ratio, log_ratio
+    return (value if p > nothing else share * q), ratio, log_ratio
 
 
 @compiled

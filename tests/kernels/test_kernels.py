@@ -292,6 +292,19 @@ def test_row_divergence_of_few_columns(backend: ModuleType, columns: tuple[int, 
 
 @over
 @pytest.mark.parametrize("name", sorted(FORMS))
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_nothing_in_single_precision_costs_nothing(backend: ModuleType, name: str, side: int) -> None:
+    """One side gives a token e^−200, the other rules it out: 0 · ∞ is no number."""
+    every = KeptEvents(torch.arange(2), torch.arange(0), 2)
+    rows = torch.tensor([[0.0, -200.0]]), torch.tensor([[0.0, -torch.inf]])
+    value, _ = backend.row_divergence(
+        rows[side], rows[1 - side], every, every, FORMS[name], rest="renormalise"
+    )
+    assert value.tolist() == [0.0]
+
+
+@over
+@pytest.mark.parametrize("name", sorted(FORMS))
 def test_certain_rows_that_are_nearly_equal_have_a_divergence_that_is_nearly_zero(
     backend: ModuleType, name: str
 ) -> None:
