@@ -30,6 +30,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
+from gold.align.foreign import foreign
 from gold.align.roles import Roles
 from gold.align.sources import open_source
 from gold.align.vocabulary import Vocabulary
@@ -126,7 +127,8 @@ def load_model(
         if gguf_file:
             tokenizer = gguf_tokenizer(path, gguf_file)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            with foreign(f"{where}: its tokenizer could not be loaded"):
+                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except GoldError:
         raise
     except Exception as error:

@@ -400,3 +400,14 @@ def test_a_kept_map_that_is_a_pipe_is_built_again(tmp_path: Path, monkeypatch: p
     assert cached_ids("content", 3, lambda: made[:0]).tolist() == [0, 1, 2]
     FILES["a pipe"](kept)
     assert cached_ids("content", 3, lambda: made) is made
+
+
+def test_a_model_whose_tokenizer_makes_the_library_panic(
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = fresh(base, tmp_path / "broken") / "student"
+    part, value = REPLACED["a map of characters that is none"]
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads(byte_level_bpe().to_str()) | {part: value}))
+    with pytest.raises(GoldError, match="student: its tokenizer could not be loaded"):
+        load_model(folder)
+    assert "panicked" not in capfd.readouterr().err
