@@ -5,25 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gold.align.roles import Roles
+from gold.align.vocabulary import Vocabulary
+from gold.cache.store import find_origin
 from gold.changes import Inputs
 from gold.chat import prompt_text
 from gold.checkpoint import latest_checkpoint
 from gold.config import Config, TeacherConfig, check_data
 from gold.data import Prompt, load_prompts, split_by_hash
 from gold.doctor.checks import Check, Report, examine
+from gold.doctor.prompts import PromptReader, examine_prompts, notes_of, raise_refused
 from gold.doctor.report import diagnose, memory_check
 from gold.doctor.server import examine_noise, examine_own, examine_server
 from gold.doctor.side import Side, read_side, side_of
 from gold.doctor.sizes import StepMemory
-from gold.errors import ConfigError, ModelError
+from gold.errors import ConfigError, GoldError, ModelError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.inputs import of_files, of_prompts
-from gold.loop import average_file
+from gold.loop import average_file, pairs_of, terms_of
+from gold.losses import Need
 from gold.model_files import check_files
 from gold.models import LanguageModel, load_model, pick_device
 from gold.plots import plot_run
@@ -38,7 +43,18 @@ from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
 from gold.teachers.several import Teachers, averages_of, check_routes
-from gold.train import Run, Saving, check_output, distill
+from gold.templates import Rendering
+from gold.train import (
+    Run,
+    Saving,
+    check_kept,
+    check_output,
+    check_recipe,
+    distill,
+    pin_date,
+    read_date,
+    readers_of,
+)
 
 if TYPE_CHECKING:
     from gold.config import StudentConfig
@@ -243,6 +259,13 @@ def evaluate_source(
     if trained is not None and not any(o.startswith("student.") for o in overrides):
         student = student.model_copy(update={"path": str(trained), "gguf_file": None})
     trained_student, teachers = _models(config, student, data, progress, judged=False)
+    pin_date(trained_student, teachers, read_date(folder) if trained is not None else None)
+    room = evaluation_of(config).max_new_tokens
+    checks = examine_prompts([], data.heldout, readers_of(trained_student, teachers), room)
+    raise_refused(checks)
+    if progress is not None:
+        for note in notes_of(checks):
+            progress.note(note)
     if trained is not None:
         for name, teacher in averages_of(teachers).items():
             checkpoint, _ = latest_checkpoint(folder / "checkpoints")
@@ -271,7 +294,7 @@ def _models(
     served: dict[str, ServedTeacher] = {}
     members: dict[str, Teacher] = {}
     for name, teacher in apart.items():
-        sides[name] = side = read_side("teacher", _source(teacher), roles_of(teacher))
+        sides[name] = side = read_side("teacher", _source(teacher), roles_of(teacher), rendering_of(teacher))
         if _is_unasked(teacher):
             members[name] = _cached(teacher, _unasked(teacher, side), progress)
             continue
@@ -281,14 +304,15 @@ def _models(
             _judge(config, graded[name], examine_server(served[name], graded[name]), progress, name)
     if sides:
         check_files(_path(student), gguf_file=student.gguf_file)
-    of_files = file_side("student", student.path, roles_of(student)) if sides else None
+    of_files = file_side("student", student.path, roles_of(student), rendering_of(student)) if sides else None
     for name, side in sides.items():
         if judged and of_files is not None:
             consult[name](of_files, side)
     mine, loaded = _load(student, local, progress, consult if judged else {})
     for name, side in sides.items():
         if judged and of_files is None:
-            consult[name](side_of("student", mine.vocabulary.without_markers(), mine.tokenizer), side)
+            own = mine.vocabulary.without_markers()
+            consult[name](side_of("student", own, mine.tokenizer, rendering=mine.rendering), side)
     for name, server in served.items() if judged else ():
         kept = members[name]
         if isinstance(kept, CachedTeacher) and _is_kept(kept):
@@ -369,12 +393,16 @@ def build_cache(
             cached = _cached(teacher, LocalTeacher(_load(teacher, {}, progress, {})[0]), progress)
         else:
             prompts = _graded_by(data, config, name)
-            served = _served(teacher, read_side("teacher", _source(teacher), roles_of(teacher)))
+            side = read_side("teacher", _source(teacher), roles_of(teacher), rendering_of(teacher))
+            served = _served(teacher, side)
             checks = [*examine_server(served, prompts), examine_noise(served, prompts)]
             _judge(config, prompts, checks, progress, name)
             cached = _cached(teacher, served, progress)
         assert isinstance(cached, CachedTeacher)
-        record(cached, given[name], partial(_tell, told, len(given[name])))
+        if unread := record(cached, given[name], partial(_tell, told, len(given[name]))):
+            progress.note(
+                f"{len(unread):,} of {len(given[name]):,} completions are left out, as in a run: {unread[0]}"
+            )
         cached.cache.close()
         built.append(cached)
     return built
@@ -395,7 +423,12 @@ def _served(config: TeacherConfig, side: Side) -> ServedTeacher:
     device = pick_device(config.device)
     rows = side.config.get("vocab_size")
     return ServedTeacher(
-        _source(config), roles=roles_of(config), rows=rows, device=device, **config.served.model_dump()
+        _source(config),
+        roles=roles_of(config),
+        template_kwargs=config.template_kwargs,
+        rows=rows,
+        device=device,
+        **config.served.model_dump() | {"context": config.served.context or side.context},
     )
 
 
@@ -403,7 +436,12 @@ def _unasked(config: TeacherConfig, side: Side) -> UnaskedTeacher:
     """The teacher of a configuration that learns from a cache alone."""
     rows = side.config.get("vocab_size")
     return UnaskedTeacher(
-        _source(config), roles=roles_of(config), rows=rows, device=pick_device(config.device)
+        _source(config),
+        roles=roles_of(config),
+        template_kwargs=config.template_kwargs,
+        rows=rows,
+        context=side.context,
+        device=pick_device(config.device),
     )
 
 
@@ -453,8 +491,12 @@ def diagnose_run(
     data = load_data(config)
     sizes = sequences or config.train.sequences_per_forward, tokens or config.rollout.max_new_tokens
     reports = {name: _diagnosed(config, data, name, weights, sizes) for name in config.named_teachers}
+    told = [check.found for report in reports.values() for check in report.checks]
+    files = [check for check in _files(config) if not any(found.endswith(check.found) for found in told)]
+    further = [*files, *_of_run(config, data, {name: r.sides for name, r in reports.items()})]
     if len(reports) == 1:
-        return next(iter(reports.values()))
+        report = next(iter(reports.values()))
+        return replace(report, checks=[*report.checks, *further])
     checks = [
         replace(check, check=f"{name}: {check.check}")
         for name, report in reports.items()
@@ -466,7 +508,7 @@ def diagnose_run(
         # They are all held at once.
         checks.append(memory_check(reduce(StepMemory.beside, needed)))
     return Report(
-        checks,
+        [*checks, *further],
         {
             f"{name}: {kind}": found
             for name, report in reports.items()
@@ -474,6 +516,74 @@ def diagnose_run(
         },
         [f"{name}: {line}" for name, report in reports.items() for line in report.unchecked],
     )
+
+
+def _files(config: Config) -> list[Check]:
+    """What a run would refuse of the models that it loads: files that are missing, broken or another kind's, devices
+    that are not there."""
+    here = [t for t in config.named_teachers.values() if not (t.self or t.served or _is_unasked(t))]
+    checks = []
+    models: list[StudentConfig | TeacherConfig] = [config.student, *here]
+    for model in models:
+        try:
+            check_files(_path(model), gguf_file=model.gguf_file)
+            pick_device(model.device)
+        except ModelError as error:
+            checks.append(Check("files", "fail", str(error)))
+    return checks
+
+
+@dataclass(frozen=True)
+class _Absent:
+    """A teacher as far as a run asks about it before it is loaded."""
+
+    name: str
+    gives: Need
+    vocabulary: Vocabulary
+    device: str = "cpu"
+
+
+def _of_run(config: Config, data: RunData, sides: Mapping[str, tuple[Side, ...]]) -> list[Check]:
+    """What a run would refuse of its objectives and prompts, and what it would say of them; by both sides' files."""
+    if not all(sides.values()):
+        return []  # which is a failure of its own
+    mine = next(iter(sides.values()))[0]
+    named, several = config.named_teachers, len(config.named_teachers) > 1
+    readers = [PromptReader("student", mine.name, mine.tokenizer, mine.marked, mine.rendering, mine.context)]
+    absent: dict[str, Any] = {}
+    for name, (_, side) in sides.items():
+        teacher = named[name]
+        kept = teacher.served or teacher.cache
+        gives: Need = "rows" if kept is None else "tokens" if kept.top_k == 0 else "top_k"
+        absent[name] = _Absent(side.name, gives, side.marked)
+        graded = partial(_is_graded_by, config.route, name)
+        role = f"teacher {name}" if several else "teacher"
+        reader = PromptReader(
+            role, side.name, side.tokenizer, side.marked, side.rendering, side.context, graded
+        )
+        readers.append(reader)
+    checks = []
+    recipe, student = (
+        recipe_of(config),
+        cast(LanguageModel, readers[0]),
+    )  # as far as its vocabulary and prompts go
+    what = "objectives"
+    try:
+        check_recipe(recipe, data.train, data.verifier, 1)
+        pairs = pairs_of(student, teachers := Teachers(absent, config.mix))
+        terms = terms_of(recipe, teachers, pairs)
+        what = "cache"
+        unasked = {name: teacher for name, teacher in named.items() if _is_unasked(teacher)}
+        alone = {name: _cached(t, _unasked(t, sides[name][1]), None) for name, t in unasked.items()}
+        if any(term.objective.needs != "nothing" for term in terms):
+            check_kept(Teachers(absent | alone, config.mix), student, pairs, data.train, recipe)
+    except GoldError as error:
+        checks.append(Check(what, "fail", str(error)))
+    return [*checks, *examine_prompts(data.train, data.heldout, readers, recipe.sampling.max_new_tokens)]
+
+
+def _is_graded_by(route: str | None, name: str, prompt: Prompt) -> bool:
+    return route is None or prompt.route == name
 
 
 def _diagnosed(config: Config, data: RunData, name: str, weights: bool, sizes: tuple[int, int]) -> Report:
@@ -497,6 +607,7 @@ def _diagnosed(config: Config, data: RunData, name: str, weights: bool, sizes: t
         _source(config.student),
         _source(model),
         roles=(roles_of(config.student), roles_of(model)),
+        renderings=(rendering_of(config.student), rendering_of(model)),
         dtypes=(config.student.dtype, model.dtype),
         texts=run_texts(prompts),
         prompt=max((prompt_text(p) for p in prompts), key=len),
@@ -508,7 +619,7 @@ def _diagnosed(config: Config, data: RunData, name: str, weights: bool, sizes: t
     if served is None:
         return report
     assert isinstance(model, TeacherConfig)
-    made = _served(model, read_side("teacher", _source(model), roles_of(model)))
+    made = _served(model, read_side("teacher", _source(model), roles_of(model), rendering_of(model)))
     checks = examine_server(made, prompts)
     if all(check.status != "fail" for check in checks):
         checks += (
@@ -591,7 +702,8 @@ def _load(
             pick_device(model.device)
         except ModelError as error:
             raise ModelError(f"model {path}: {error}") from error
-        sides[name] = file_side("teacher" if name else "student", path, roles_of(model))
+        role = "teacher" if name else "student"
+        sides[name] = file_side(role, path, roles_of(model), rendering_of(model))
     mine = sides[""]
     for name, ask in consult.items():
         if mine is not None and (theirs := sides.get(name)) is not None:
@@ -605,6 +717,7 @@ def _load(
             device=model.device,
             roles=roles_of(model),
             trust_remote_code=model.trust_remote_code,
+            template_kwargs=model.template_kwargs,
         )
         if (of_file := sides[name]) is not None and progress is not None:
             own = made.vocabulary.without_markers()
@@ -612,23 +725,39 @@ def _load(
                 progress.note(f"model {made.name}: the loaded tokenizer and its file differ: {difference}")
     for name, ask in consult.items():
         if name in teachers and (mine is None or sides[name] is None):
-            found = [(m.vocabulary.without_markers(), m.tokenizer) for m in (loaded[""], loaded[name])]
-            ask(*(side_of(role, *each) for role, each in zip(("student", "teacher"), found, strict=True)))
+            both = zip(("student", "teacher"), (loaded[""], loaded[name]), strict=True)
+            ask(
+                *(
+                    side_of(role, m.vocabulary.without_markers(), m.tokenizer, rendering=m.rendering)
+                    for role, m in both
+                )
+            )
     return loaded.pop(""), loaded
 
 
-def file_side(role: str, path: str | Path, roles: Roles | None = None) -> Side | None:
+def file_side(
+    role: str, path: str | Path, roles: Roles | None = None, rendering: Rendering | None = None
+) -> Side | None:
     """What a model folder's files tell of it, where a tokenizer.json is among them.
 
     Raises:
         VocabularyError: a tokenizer that cannot be spelled in bytes, or has no token of a name in ``roles``.
     """
-    return read_side(role, path, roles) if (Path(path) / "tokenizer.json").is_file() else None
+    there = (Path(path) / "tokenizer.json").is_file()
+    return read_side(role, path, roles, rendering) if there else None
 
 
 def roles_of(model: StudentConfig | TeacherConfig) -> Roles:
     """The special tokens that a configuration names for a model."""
     return Roles(model.roles.stop, model.roles.bos, model.roles.pad)
+
+
+def rendering_of(model: StudentConfig | TeacherConfig) -> Rendering:
+    """What a configuration gives to a model's chat template; the day is that of its cache, where it has one."""
+    cache = model.cache if isinstance(model, TeacherConfig) else None
+    origin = find_origin(cache.path) if cache is not None else None
+    day = date.fromisoformat(origin.date) if origin is not None and origin.date else None
+    return Rendering(dict(model.template_kwargs), day)
 
 
 SAMPLE_TEXTS = (

@@ -21,6 +21,7 @@ from tokenizers import AddedToken
 
 from gold.data import Message, Prompt
 from gold.errors import DataError
+from gold.templates import Rendering, rendered, template_of
 
 # A model without a chat template reads a conversation as this plain transcript, one blank line between the turns; the
 # completion goes on after "Assistant:". System and developer messages stand without a name, in front.
@@ -33,11 +34,12 @@ TRANSCRIPT_NAMES = {
 }
 
 
-def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: Prompt, rendering: Rendering | None = None) -> list[int]:
     """The ids that a model reads before the completion, with never more than one BOS in front.
 
     A text comes after the BOS, where the tokenizer puts one in front of texts. Messages go through the tokenizer's
     chat template, with the prompt for an answer at the end; without a template they are read as a plain transcript.
+    `rendering` is what the template is given beside the messages.
 
     Raises:
         DataError: the template refuses the messages, or a message contains the text of a special token and the
@@ -47,23 +49,25 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
         bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         return [*bos, *_text_ids(tokenizer, prompt_text(prompt))]
     if any(_special(tokenizer).pattern.search(message["content"]) for message in prompt.messages):
-        ids = _guarded_ids(tokenizer, prompt.messages)
+        ids = _guarded_ids(tokenizer, prompt.messages, rendering)
     else:
-        ids = _template_ids(tokenizer, prompt.messages)
+        ids = _template_ids(tokenizer, prompt.messages, rendering)
     bos = tokenizer.bos_token_id
     while bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
     return ids
 
 
-def teacher_prompt_ids(tokenizer: Any, prompt: Prompt, teacher: str) -> list[int]:
+def teacher_prompt_ids(
+    tokenizer: Any, prompt: Prompt, teacher: str, rendering: Rendering | None = None
+) -> list[int]:
     """The ids that a teacher of this name reads before the completion.
 
     Raises:
         DataError: there are none, or its template refuses the messages; the message names the prompt's key.
     """
     try:
-        ids = prompt_ids(tokenizer, prompt)
+        ids = prompt_ids(tokenizer, prompt, rendering)
     except DataError as error:
         raise DataError(f"prompt {prompt.key}: for teacher {teacher}: {error}") from error
     if not ids:
@@ -90,7 +94,41 @@ def begins_anew(prompt: Prompt) -> bool:
 
 def has_chat_template(tokenizer: Any) -> bool:
     """Whether messages go through a template of the tokenizer's own."""
-    return bool(getattr(tokenizer, "chat_template", None))
+    return template_of(tokenizer) is not None
+
+
+def specials_in(tokenizer: Any, prompt: Prompt) -> list[str]:
+    """The special tokens of a tokenizer that a prompt holds as text, each once, in their order."""
+    texts = [prompt.text or ""] if prompt.messages is None else [m["content"] for m in prompt.messages]
+    pattern = _special(tokenizer).pattern
+    return list(dict.fromkeys(found.group() for text in texts for found in pattern.finditer(text)))
+
+
+def dropped_roles(
+    tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None = None
+) -> list[int]:
+    """The places of the messages that a tokenizer's template does not show, whatever they say; empty without one.
+
+    Each content is a mark of characters that no template knows, so that a short one is not found by chance.
+
+    Raises:
+        DataError: the template refuses such messages.
+    """
+    if not has_chat_template(tokenizer):
+        return []
+    marks = [_mark(place) for place in range(len(messages))]
+    marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
+    text = _apply(tokenizer, marked, rendering)
+    return [place for place, mark in enumerate(marks) if mark not in text]
+
+
+def rendered_prompt(tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None = None) -> str:
+    """The messages as the tokenizer's template writes them, with the prompt for an answer at the end.
+
+    Raises:
+        DataError: the template refuses them.
+    """
+    return _apply(tokenizer, messages, rendering)
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -166,21 +204,20 @@ def _text_ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _template_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    # return_dict=False: by default transformers 5 returns a mapping.
-    return list(_apply(tokenizer, messages, tokenize=True, return_dict=False))
+def _template_ids(tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None) -> list[int]:
+    return list(tokenizer.encode(_apply(tokenizer, messages, rendering), add_special_tokens=False))
 
 
-def _apply(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
+def _apply(tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None) -> str:
     try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
+        return rendered(tokenizer, messages, rendering, add_generation_prompt=True)
     except Exception as error:
         # Jinja's errors, and whatever a template raises: it is the template that judges the messages.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"the model's chat template refuses the messages: {reason}") from error
 
 
-def _guarded_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def _guarded_ids(tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None) -> list[int]:
     """Ids of a rendered template in which special tokens count only where the template itself wrote them.
 
     The template is rendered a second time with a mark in place of each content: what lies between the marks is the
@@ -191,9 +228,9 @@ def _guarded_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     pattern = _special(tokenizer).pattern
     plain = [{**message, "content": pattern.sub("x", message["content"])} for message in messages]
     try:
-        ids = _stand_in_ids(tokenizer, messages)
+        ids = _stand_in_ids(tokenizer, messages, rendering)
         # Held against the ordinary way, on the same messages without the special-looking parts.
-        if _stand_in_ids(tokenizer, plain) != _template_ids(tokenizer, plain):
+        if _stand_in_ids(tokenizer, plain, rendering) != _template_ids(tokenizer, plain, rendering):
             raise _UnfollowedTemplateError("the tokenizer treats its special tokens in an unusual way")
     except _UnfollowedTemplateError as error:
         place, found = next((i, f) for i, m in enumerate(messages) if (f := pattern.search(m["content"])))
@@ -204,36 +241,36 @@ def _guarded_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return ids
 
 
-def _stand_in_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    rendered = str(_apply(tokenizer, messages, tokenize=False))
-    # Private-use characters have no case, are no white space, and no template knows them.
-    if re.search("[\ue000-\uf8ff\U00100000-\U0010fffd]", rendered):
+def _mark(place: int) -> str:
+    """A text for the content of a message: private-use characters have no case, are no white space, and no template
+    knows them."""
+    return "\uf8e0" + "".join(chr(0xE000 + byte) for byte in place.to_bytes(4, "big")) + "\uf8e1"
+
+
+def _stand_in_ids(tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None) -> list[int]:
+    text = _apply(tokenizer, messages, rendering)
+    if re.search("[\ue000-\uf8ff\U00100000-\U0010fffd]", text):
         raise _UnfollowedTemplateError("private-use characters stand beside it")
-    contents = {
-        "\uf8e0" + "".join(chr(0xE000 + byte) for byte in place.to_bytes(4, "big")) + "\uf8e1": message[
-            "content"
-        ]
-        for place, message in enumerate(messages)
-    }
+    contents = {_mark(place): message["content"] for place, message in enumerate(messages)}
     marked_messages = [{**m, "content": mark} for m, mark in zip(messages, contents, strict=True)]
-    marked = str(_apply(tokenizer, marked_messages, tokenize=False))
+    marked = _apply(tokenizer, marked_messages, rendering)
     pieces = re.split("(\uf8e0[^\uf8e1]*\uf8e1)", marked)
     # Many templates trim the white space around contents.
     choices = [[contents[p], contents[p].strip()] if p in contents else [p] for p in pieces]
     pattern = "".join("(" + "|".join(map(re.escape, texts)) + ")" for texts in choices)
-    match = re.fullmatch(pattern, rendered)
+    match = re.fullmatch(pattern, text)
     if match is None:
         raise _UnfollowedTemplateError("the model's chat template changes the message")
 
     special = _special(tokenizer)
     copied = _copy_of(tokenizer)
-    text = "".join(
+    guarded = "".join(
         part
         if piece in contents
         else special.pattern.sub(lambda found: copied.stand_in_of[found.group()], part)
         for piece, part in zip(pieces, match.groups(), strict=True)
     )
-    ids = copied.backend.encode(text, add_special_tokens=False).ids
+    ids = copied.backend.encode(guarded, add_special_tokens=False).ids
     if special.in_ids(ids):
         raise _UnfollowedTemplateError("the tokenizer always reads it as one")
     return [copied.id_of.get(index, index) for index in ids]

@@ -173,6 +173,17 @@ def align(
             "--chat", metavar="FILE", help="JSON list of messages; the last, the assistant's, is the text"
         ),
     ] = None,
+    student_template_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            "--student-template-kwargs",
+            metavar="JSON",
+            help='what its chat template is given, as {"enable_thinking": false}',
+        ),
+    ] = None,
+    teacher_template_kwargs: Annotated[
+        str | None, typer.Option("--teacher-template-kwargs", metavar="JSON", help="the same of the teacher")
+    ] = None,
     ids: Annotated[
         str | None,
         typer.Option(
@@ -202,6 +213,7 @@ def align(
             file=file,
             jsonl=jsonl,
             chat=chat,
+            template_kwargs=(student_template_kwargs, teacher_template_kwargs),
             ids=ids,
             as_json=as_json,
             html=html,

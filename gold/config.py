@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -39,6 +40,21 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")]
+
+
+def _for_template(arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    from gold.templates import check_arguments
+
+    try:
+        check_arguments(arguments)
+    except ConfigError as error:
+        raise ValueError(
+            str(error).removeprefix("template_kwargs").removeprefix(": ").removeprefix(".")
+        ) from None
+    return arguments
+
+
+TemplateArguments = Annotated[dict[str, JsonValue], AfterValidator(_for_template)]
 
 
 class _Section(BaseModel):
@@ -79,6 +95,8 @@ class StudentConfig(_Section):
     """auto | cpu | cuda | cuda:1 | mps | xpu"""
     trust_remote_code: bool = False
     """run code that comes with the model: it can do whatever you can, so read it first"""
+    template_kwargs: TemplateArguments = {}
+    """what the chat template is given beside messages, such as {enable_thinking: false}"""
     roles: RolesConfig = RolesConfig()
 
 
@@ -99,6 +117,8 @@ class ServedConfig(_Section):
     """longest time of a request"""
     retries: CountInt = 5
     """how often a request that failed is sent again, with growing pauses"""
+    context: PositiveInt | None = None
+    """longest sequence in tokens that it takes; null: as the config.json in `path`, and vLLM itself, say"""
     key_env: Text | None = None
     """name of the environment variable that holds the server's key"""
 
@@ -153,6 +173,8 @@ class TeacherConfig(_Section):
     """auto | cpu | cuda | cuda:1 | mps | xpu"""
     trust_remote_code: bool = False
     """run code that comes with the model: it can do whatever you can, so read it first"""
+    template_kwargs: TemplateArguments = {}
+    """what the chat template is given beside messages, such as {enable_thinking: false}"""
     roles: RolesConfig = RolesConfig()
 
     @field_validator("path")
@@ -174,6 +196,7 @@ class TeacherConfig(_Section):
                 "device",
                 "trust_remote_code",
                 "roles",
+                "template_kwargs",
             ):
                 if getattr(self, name) != TeacherConfig.model_fields[name].default:
                     raise ValueError(

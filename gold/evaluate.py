@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,18 +13,17 @@ import torch
 from numpy.typing import NDArray
 
 from gold.align.chunks import align_tokens
-from gold.align.vocabulary import Spelling
 from gold.aligned import AlignedBatch, AlignedText, VocabularyPair, canonical_tokens
-from gold.chat import begins_anew, prompt_ids, prompt_text
+from gold.chat import begins_anew, prompt_text
 from gold.data import Prompt
 from gold.kernels import backend_for
 from gold.kernels.linear import Rows, prefix_logp, token_logp
 from gold.losses.view import IMPOSSIBLE, possible
 from gold.models import LanguageModel, rows_of
-from gold.reading import microbatches, read, student_states, teacher_rows
+from gold.reading import microbatches, misfit, read, student_states, teacher_rows
 from gold.rollout import Rollout, Sampling, completed, sample
 from gold.teachers.cached import CachedTeacher
-from gold.teachers.local import LocalTeacher
+from gold.teachers.local import LocalTeacher, misfit_of
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 
@@ -106,6 +106,8 @@ def evaluate(
       ``length_tokens``, ``length_bytes``, ``canonical_share`` (samples whose ids are the tokenizer's own for their
       text), ``one_to_one_share`` (student tokens that are one chunk with one teacher token), ``repaired_share`` (bytes
       that the teacher does not spell exactly).
+    - ``unread``: texts that are in no comparison of the two, where there are any: with their prompts, they are more
+      than a teacher, or of its samples the student, can read.
     """
     prompts = list(prompts)
     teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
@@ -126,10 +128,21 @@ def evaluate(
             for name, t in teachers.members.items()
         }
         logp_S = _student_logp(student, rollouts, plan)
+        texts = [{name: read(r, pairs[name]) for name in teachers.of(r.prompt)} for r in rollouts]
+        # Of a mix, a text is left out where one of them cannot read it.
+        unread = {
+            i
+            for i, (rollout, by) in enumerate(zip(rollouts, texts, strict=True))
+            if any(misfit(teachers.members[name], rollout, text) for name, text in by.items())
+        }
+        left_out = len(unread)
         scored: list[_Scored] = []
         for name, member in teachers.members.items():
-            mine = [i for i, r in enumerate(rollouts) if name in teachers.of(r.prompt)]
-            found = _score(member, pairs[name], [rollouts[i] for i in mine], [logp_S[i] for i in mine], plan)
+            mine = [i for i, by in enumerate(texts) if name in by and i not in unread]
+            read_by = [texts[i][name] for i in mine]
+            found = _score(
+                member, pairs[name], [rollouts[i] for i in mine], read_by, [logp_S[i] for i in mine], plan
+            )
             scored += [
                 replace(s, number=i // plan.per_prompt, teacher=name)
                 for i, s in zip(mine, found, strict=True)
@@ -145,8 +158,8 @@ def evaluate(
         samples = [
             {
                 **shown,
-                **({"teacher": signals[n].teacher} if teachers.several else {}),
-                "chunks": _signal(signals[n]),
+                **({"teacher": signals[n].teacher} if teachers.several and n in signals else {}),
+                **({"chunks": _signal(signals[n])} if n in signals else {}),
             }
             for n, shown in enumerate(samples)
         ]
@@ -154,19 +167,32 @@ def evaluate(
             scored = []
             for name, member in teachers.members.items():
                 assert isinstance(member, LocalTeacher)
-                own = [n for n, p in enumerate(prompts) if name in teachers.of(p)]
+                graded = [n for n, p in enumerate(prompts) if name in teachers.of(p)]
+                room = plan.max_new_tokens
+                own = [n for n in graded if not misfit_of(member, prompts[n].for_teacher, room)]
                 asked, streams = [prompts[n].for_teacher for n in own], [seeds[n] for n in own]
                 theirs = sample(member.model, asked, sampling, seeds=streams, batch=plan.rollout_batch)
                 taught = [
                     _as_student(r, prompts[n], student, pairs[name]) for n, r in zip(own, theirs, strict=True)
                 ]
+                fits = [len(r.prompt_ids) + r.ids.size <= student.context for r in taught]
+                left_out += len(graded) - sum(fits)
+                own, theirs = list(compress(own, fits)), list(compress(theirs, fits))
+                taught = list(compress(taught, fits))
                 known = _student_logp(student, taught, plan)
-                found = _score(member, pairs[name], taught, known, plan, [r.spelling for r in theirs])
+                read_by = [
+                    replace(read(r, pairs[name]), teacher=its.spelling)
+                    for r, its in zip(taught, theirs, strict=True)
+                ]
+                found = _score(member, pairs[name], taught, read_by, known, plan)
                 scored += [replace(s, number=n, teacher=name) for n, s in zip(own, found, strict=True)]
             measures |= _divergences(
                 "forward_kl_per_byte", scored, len(prompts), teachers, plan.seed, sign=-1.0
             )
-            measures |= _bits_per_byte([s.logp_S for s in scored], [s.rollout for s in scored])
+            if scored:
+                measures |= _bits_per_byte([s.logp_S for s in scored], [s.rollout for s in scored])
+        if left_out:
+            measures["unread"] = float(left_out)
     given = [completed(student, p, plan.max_new_tokens) for p in prompts if p.completion is not None]
     if given:
         measures |= _bits_per_byte([x.events for x in _student_logp(student, given, plan)], given)
@@ -228,6 +254,8 @@ def _divergences(
     name: str, scored: Sequence[_Scored], prompts: int, teachers: Teachers, seed: int, sign: float
 ) -> dict[str, float]:
     """The divergence over all prompts, and, of several teachers, over those of each."""
+    if not scored:
+        return {}
     measures = _divergence(name, scored, prompts, [teachers.weight(s.teacher) for s in scored], seed, sign)
     for teacher in teachers.members if teachers.several else ():
         if own := [s for s in scored if s.teacher == teacher]:
@@ -254,6 +282,8 @@ def _agreement(scored: Sequence[_Scored]) -> dict[str, float]:
     tokens = sum(s.text.student.ids.size for s in scored)
     size = sum(s.bytes for s in scored)
     stopped = [s for s in scored if s.text.stopped]
+    if not scored:
+        return {}
     measures = {
         "one_to_one_share": single / max(1, tokens),
         "repaired_share": sum(s.text.teacher.repaired_bytes for s in scored) / max(1, size),
@@ -280,7 +310,7 @@ def _as_student(rollout: Rollout, prompt: Prompt, student: LanguageModel, pair: 
         ids = np.concatenate((ids, np.array(student.vocabulary.stop_ids[:1], np.int32)))
     return Rollout(
         prompt,
-        tuple(prompt_ids(student.tokenizer, prompt)),
+        tuple(student.prompt_ids(prompt)),
         ids,
         np.zeros(ids.size, np.float32),
         spelling,
@@ -294,15 +324,11 @@ def _score(
     teacher: Teacher,
     pair: VocabularyPair,
     rollouts: Sequence[Rollout],
+    texts: Sequence[AlignedText],
     logp_S: Sequence[_Known],
     plan: EvaluationPlan,
-    readings: Sequence[Spelling] | None = None,
 ) -> list[_Scored]:
-    """Both models' log-probabilities of each rollout, given the student's; ``readings`` are the teacher's tokens where
-    they are known."""
-    texts = [read(r, pair) for r in rollouts]
-    if readings is not None:
-        texts = [replace(t, teacher=r) for t, r in zip(texts, readings, strict=True)]
+    """Both models' log-probabilities of each rollout, as the teacher reads it, given the student's."""
     found = []
     for first in range(0, len(rollouts), plan.sequences_per_forward):
         here = slice(first, first + plan.sequences_per_forward)

@@ -27,7 +27,7 @@ from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
 from gold.checkpoint import Checkpoint, latest_checkpoint
 from gold.data import Prompt, PromptOrder
 from gold.diagnosis import why_not_finite
-from gold.errors import CheckpointError, ConfigError, TeacherError
+from gold.errors import CheckpointError, ConfigError, DataError, TeacherError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.files import read_json
 from gold.interrupt import NAMES
@@ -47,9 +47,9 @@ from gold.models import (
 )
 from gold.optimizer import MasterAdamW
 from gold.progress import Progress
-from gold.reading import aligned_batch, microbatches, read, student_states, teacher_rows
+from gold.reading import aligned_batch, microbatches, misfit, read, student_states, teacher_rows
 from gold.recipe import Recipe
-from gold.rollout import Rollout, advantages, completed, sample
+from gold.rollout import Rollout, advantages, completed, encode_prompt, sample
 from gold.run import RunFolder, why_bad
 from gold.teachers.itself import SelfTeacher
 from gold.teachers.local import LocalTeacher
@@ -166,6 +166,8 @@ class Loop:
         self.bad_steps = 0
         self._warned: set[str] = set()
         self._impossible = ""
+        self._unread = ""
+        self._is_bad = False
         self._alarms = Alarms()
         if accelerator.num_processes > 1:
             student.lm.to(accelerator.device)
@@ -282,9 +284,10 @@ class Loop:
         clock = _Clock(self.now)
         torch.manual_seed(int(np.random.SeedSequence([self.recipe.seed, self.step]).generate_state(1)[0]))
         with clock("rollout"):
-            rollouts = self._rollouts()
+            rollouts, unreadable = self._rollouts()
         with clock("read"):
-            groups = self._groups(rollouts)
+            groups, unread = self._groups(rollouts)
+            unread = [*unreadable, *unread]
         sums: dict[str, float] = defaultdict(float)
         with clock("teacher"):
             if any(t.objective.needs != "nothing" for t in self.terms):
@@ -300,6 +303,9 @@ class Loop:
             self._set_baselines(groups)
         self.module.eval()
         self.optimizer.zero_grad(set_to_none=True)
+        if not groups:
+            # The other processes wait for this one's share of the gradient.
+            self.accelerator.backward(self._nothing())
         for number, group in enumerate(groups):
             states = student_states(self.student, group.rollouts)
             last = number == len(groups) - 1
@@ -311,12 +317,14 @@ class Loop:
             for name, value in parts.items():
                 sums[name] += float(value)
         with clock("update"):
-            batches = [group.batch for group in groups]
-            sums = defaultdict(float, self._total(dict(sums) | _writing(rollouts, batches)))
+            kept = [rollout for group in groups for rollout in group.rollouts]
+            writing = _writing(rollouts, kept, [group.batch for group in groups])
+            writing["unread"] = len(unread)
+            sums = defaultdict(float, self._total(dict(sums) | writing, apart=True))
             norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.clip_norm))
-            applied = math.isfinite(norm) and math.isfinite(sums["loss"])
+            finite = math.isfinite(norm) and math.isfinite(sums["loss"])
             # Nothing was learned where the teacher could grade no text; the moments of the optimizer would still move.
-            applied = applied and (any(counts.values()) or not sums["teacher_impossible"])
+            applied = finite and (any(counts.values()) or not sums["teacher_impossible"]) and sums["kept"] > 0
             lr = self.recipe.lr_at(self.step)
             if applied:
                 for group_ in self.optimizer.param_groups:
@@ -326,10 +334,13 @@ class Loop:
                     average.follow(self.student.lm, self.masters)
             self.optimizer.zero_grad(set_to_none=True)
         update: dict[str, Any] = {"lr": lr, "grad_norm": norm, "applied": applied}
-        if not (math.isfinite(norm) and math.isfinite(sums["loss"])):
+        if not finite:
             update |= self._diagnosis(groups, sums)
-        self.bad_steps = 0 if applied else self.bad_steps + 1
+        # Where no text was left to be read, nothing has gone wrong either.
+        self._is_bad = not applied and (not finite or sums["kept"] > 0)
+        self.bad_steps = 0 if applied else self.bad_steps + self._is_bad
         self.step += 1
+        self._unread = self._unread or next(iter(unread), "")
         return self._record(sums, counts, update, clock)
 
     def _diagnosis(self, groups: Sequence[_Group], sums: Mapping[str, float]) -> dict[str, str]:
@@ -351,16 +362,24 @@ class Loop:
         )
         return {"why": why, "remedy": remedy}
 
-    def _rollouts(self) -> list[Rollout]:
-        """This process's share of the step's completions, rewarded where there is a verifier."""
+    def _rollouts(self) -> tuple[list[Rollout], list[str]]:
+        """This process's share of the step's completions, rewarded where there is a verifier; and, for each that there
+        would be of a prompt that the student cannot read, why: of very many prompts not all are looked at before."""
         recipe = self.recipe
         chosen = list(enumerate(self.order.batch(self.step, recipe.prompts_per_step)))
         mine = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
         draws: list[tuple[Prompt, tuple[int, ...]]] = []
         given: list[Rollout] = []
+        unreadable: list[str] = []
         for place, index in mine:
             prompt = self.prompts[index]
-            if recipe.student_writes(self.step, place):
+            writes = recipe.student_writes(self.step, place)
+            try:
+                encode_prompt(self.student, prompt, recipe.sampling.max_new_tokens)
+            except DataError as error:
+                unreadable += [str(error)] * (recipe.per_prompt if writes else 1)
+                continue
+            if writes:
                 draws += [(prompt, (recipe.seed, self.step, place, 0, n)) for n in range(recipe.per_prompt)]
             else:
                 given.append(completed(self.student, prompt, recipe.sampling.max_new_tokens))
@@ -379,7 +398,7 @@ class Loop:
             rewards = np.array([verifier.score(r.prompt, r.text) if r.stopped else 0.0 for r in drawn])
             scaled = advantages(rewards, recipe.per_prompt)
             drawn = [r.rewarded(float(x), float(a)) for r, x, a in zip(drawn, rewards, scaled, strict=True)]
-        return drawn + given
+        return drawn + given, unreadable
 
     def _together(self, ask: Callable[[], Answer]) -> Answer:
         """What the teacher is asked for; where one process does not get it, none goes on, since they would wait for
@@ -393,25 +412,45 @@ class Loop:
             raise TeacherError(next(filter(None, told))) from failure
         return cast(Answer, answer)
 
-    def _groups(self, rollouts: Sequence[Rollout]) -> list[_Group]:
-        """The rollouts in microbatches, each with one set of teachers."""
+    def _groups(self, rollouts: Sequence[Rollout]) -> tuple[list[_Group], list[str]]:
+        """The rollouts in microbatches, each with one set of teachers; and why teachers cannot read the others, which
+        are in none."""
+        asked = self.teachers is not None and any(t.objective.needs != "nothing" for t in self.terms)
+        unread: list[str] = []
         by_teachers: dict[tuple[str, ...], list[Rollout]] = {}
         for rollout in rollouts:
             names = self.teachers.of(rollout.prompt) if self.teachers else ("",)
             by_teachers.setdefault(names, []).append(rollout)
         groups = []
         for names in sorted(by_teachers):
-            given = by_teachers[names]
-            batches = microbatches(given, self.recipe.sequences_per_forward)
-            groups += [self._group(names, [given[i] for i in chosen]) for chosen in batches]
-        return groups
+            given: list[Rollout] = []
+            read_by: dict[str, list[AlignedText]] = {name: [] for name in names}
+            for rollout in by_teachers[names]:
+                texts = {name: read(rollout, self.pairs[name]) for name in names}
+                members = self.teachers.members if self.teachers and asked else {}
+                reasons = (misfit(members[name], rollout, texts[name]) for name in names if name in members)
+                if reason := next(filter(None, reasons), ""):
+                    unread.append(reason)
+                    continue
+                given.append(rollout)
+                for name, text in texts.items():
+                    read_by[name].append(text)
+            for chosen in microbatches(given, self.recipe.sequences_per_forward):
+                texts_of = {name: [every[i] for i in chosen] for name, every in read_by.items()}
+                groups.append(self._group(names, [given[i] for i in chosen], texts_of))
+        return groups, unread
 
-    def _group(self, names: tuple[str, ...], rollouts: Sequence[Rollout]) -> _Group:
-        """A microbatch as each of its teachers reads it."""
+    def _group(
+        self,
+        names: tuple[str, ...],
+        rollouts: Sequence[Rollout],
+        texts_of: Mapping[str, Sequence[AlignedText]] | None = None,
+    ) -> _Group:
+        """A microbatch as each of its teachers reads it; ``texts_of``: as it has been read already."""
         batches: list[AlignedBatch] = []
         for name in reversed(names):
             teacher = self.teachers.members[name] if self.teachers else None
-            texts = [read(r, self.pairs[name]) for r in rollouts]
+            texts = texts_of[name] if texts_of else [read(r, self.pairs[name]) for r in rollouts]
             beside = tuple(reversed(batches)) if name == names[0] else ()
             batches.append(aligned_batch(texts, self.pairs[name], self.student.device, teacher, beside))
         return _Group(names, rollouts, tuple(reversed(batches)))
@@ -533,6 +572,15 @@ class Loop:
         result: tuple[Tensor, dict[str, Tensor]] = self.module(states, then)
         return result
 
+    def _nothing(self) -> Tensor:
+        """A loss of nothing, whose gradient is zero everywhere."""
+        ids = np.empty(0, np.int32)
+        states = PaddedStates.of(
+            [[self.student.pad_id]], [ids], [1], self.student.pad_id, self.student.device
+        )
+        loss: Tensor = self.module(states, lambda rows: 0.0 * rows.logits().sum())
+        return loss
+
     def _view(self, group: _Group, rows: Rows, reference: Rows | None) -> View:
         """A microbatch as its objectives see it."""
         if not group.rows:
@@ -557,6 +605,8 @@ class Loop:
     ) -> dict[str, Any]:
         """The line of a step."""
         record: dict[str, Any] = {"step": self.step, "loss": sums["loss"], **update}
+        if self.teachers is not None or sums["unread"]:
+            record["unread"] = int(sums["unread"])
         record |= {t.label: sums[t.label] / counts[t.label] for t in self.terms if counts[t.label]}
         record |= {name: sums[name] for name in MEANS if name in sums}
         if sums["logp_bytes"]:
@@ -606,7 +656,14 @@ class Loop:
     def warnings(self, record: Mapping[str, Any]) -> list[str]:
         """What a person should know after this step; each kind once a run."""
         found = {}
-        if not record["applied"]:
+        if record.get("unread"):
+            which = f", such as {self._unread}" if self._unread else ""
+            found["unread"] = (
+                f"step {record['step']}: {record['unread']} completions, with their prompts, are more than can be read"
+                f"{which}; they are left out and counted (unread); shorten the longest prompts, or lower "
+                "rollout.max_new_tokens"
+            )
+        if self._is_bad:
             found[f"bad {record['step']}"] = (
                 f"step {record['step']}: "
                 + why_bad(record).removeprefix("a ")
@@ -686,12 +743,14 @@ class Loop:
         """Whether the flag is up in any process: a signal may reach them in different steps, or only one of them."""
         return self._total({"flag": float(flag)})["flag"] > 0
 
-    def _total(self, values: dict[str, float]) -> dict[str, float]:
-        """Sums over all processes."""
+    def _total(self, values: dict[str, float], apart: bool = False) -> dict[str, float]:
+        """Sums over all processes; ``apart``: not all of them have the same names."""
         if self.accelerator.num_processes == 1:
             return values
-        names = sorted(values)
-        tensor = torch.tensor([values[n] for n in names], dtype=torch.float64, device=self.accelerator.device)
+        names = sorted(set(gather_object(list(values)))) if apart else sorted(values)
+        tensor = torch.tensor(
+            [values.get(n, 0.0) for n in names], dtype=torch.float64, device=self.accelerator.device
+        )
         return dict(zip(names, self.accelerator.reduce(tensor, "sum").tolist(), strict=True))
 
 
@@ -776,14 +835,17 @@ def _own_code(model: LanguageModel) -> str:
     return ", runs code of its own: trust_remote_code" if model.runs_own_code else ""
 
 
-def _writing(rollouts: Sequence[Rollout], batches: Sequence[AlignedBatch]) -> dict[str, float]:
-    """What there is to add up about the step's completions themselves."""
+def _writing(
+    rollouts: Sequence[Rollout], kept: Sequence[Rollout], batches: Sequence[AlignedBatch]
+) -> dict[str, float]:
+    """What there is to add up about the step's completions themselves, and about those that are learned from."""
     drawn = [r for r in rollouts if r.sampled]
     own = [b.canonical_rows[b.sampled_rows] for b in batches]
     return {
         "sequences": len(rollouts),
         "tokens": sum(r.ids.size for r in rollouts),
         "bytes": sum(len(r.spelling.data) for r in rollouts),
+        "kept": len(kept),
         "sampled": len(drawn),
         "repaired": sum(t.teacher.repaired_bytes for b in batches for t in b.texts),
         "stopped": sum(r.stopped for r in drawn),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -34,9 +34,12 @@ from gold.align.foreign import foreign
 from gold.align.roles import Roles
 from gold.align.sources import open_source
 from gold.align.vocabulary import Vocabulary
+from gold.chat import prompt_ids
+from gold.data import Prompt
 from gold.errors import GoldError, ModelError
 from gold.kernels.linear import Rows, projected
 from gold.model_files import check_files, check_ids, check_own_code, first_line, folder_and_file
+from gold.templates import Rendering, check_arguments
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -53,7 +56,8 @@ Completes = Literal["together", "one length", "one"]
 class LanguageModel:
     """A causal model, its tokenizer, and the vocabulary read from that tokenizer, stop ids from all its sources.
 
-    In the vocabulary the markers are text (see ``gold.align.markers``).
+    In the vocabulary the markers are text (see ``gold.align.markers``). ``rendering`` is what its chat template is
+    given beside messages.
     """
 
     name: str
@@ -65,6 +69,7 @@ class LanguageModel:
     length"; "one" at a time."""
     cannot_write: str | None = None
     """Why not even one prompt is completed right; None where it is."""
+    rendering: Rendering = field(default_factory=Rendering, kw_only=True)
 
     @property
     def runs_own_code(self) -> bool:
@@ -72,6 +77,10 @@ class LanguageModel:
         return any(
             type(part).__module__.startswith("transformers_modules.") for part in (self.lm, self.tokenizer)
         )
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The ids that the model reads before a completion, see ``chat.prompt_ids``."""
+        return prompt_ids(self.tokenizer, prompt, self.rendering)
 
     @property
     def device(self) -> torch.device:
@@ -100,6 +109,7 @@ def load_model(
     device: str = "auto",
     roles: Roles | None = None,
     trust_remote_code: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """A causal model and its tokenizer from a folder in Hugging Face format, a Hub id, or a GGUF file.
 
@@ -107,12 +117,15 @@ def load_model(
     times slower, it is float32; a model from a GGUF file is dequantised to it and saves like any other.
     ``device``: ``auto`` is the GPU where there is one. ``roles``: special tokens in the place of those that the files
     name; see ``wrap_model``. ``trust_remote_code``: whether code that comes with the model may run; nobody is asked.
+    ``template_kwargs``: what its chat template is given beside messages, such as ``{"enable_thinking": False}`` of
+    Qwen3.
 
     Raises:
         ModelError: a folder that is missing or broken, weights that cannot be read or are not all there, a model whose
             logits are not its output matrix applied to its last hidden states.
         VocabularyError: a tokenizer that cannot be spelled in bytes, or has no token of a name in ``roles``.
     """
+    check_arguments(template_kwargs or {})
     check_files(path, gguf_file=gguf_file)
     path, gguf_file = folder_and_file(path, gguf_file)
     where = f"model {path}" + (f" (file {gguf_file})" if gguf_file else "")
@@ -177,7 +190,7 @@ def load_model(
     if dtype == "auto" and target.type == "cpu" and not cpu_has_halves():
         lm.float()
     lm.eval()
-    return wrap_model(lm, tokenizer, name=str(path), roles=roles)
+    return wrap_model(lm, tokenizer, name=str(path), roles=roles, template_kwargs=template_kwargs)
 
 
 def _not_loaded(what: str, error: Exception) -> ModelError:
@@ -189,7 +202,14 @@ def _not_loaded(what: str, error: Exception) -> ModelError:
     return ModelError(f"{what} could not be loaded: {first_line(error)}")
 
 
-def wrap_model(lm: Any, tokenizer: Any, *, name: str = "model", roles: Roles | None = None) -> LanguageModel:
+def wrap_model(
+    lm: Any,
+    tokenizer: Any,
+    *,
+    name: str = "model",
+    roles: Roles | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> LanguageModel:
     """A ``LanguageModel`` of a model and tokenizer that are already in memory.
 
     What ``roles`` names is set on both, so that it is saved with them: the stop ids among the generation settings, the
@@ -216,7 +236,10 @@ def wrap_model(lm: Any, tokenizer: Any, *, name: str = "model", roles: Roles | N
         )
     pad = tokenizer.pad_token_id
     completes, fault = _examine(lm, name, int(pad if pad is not None else vocabulary.stop_ids[0]))
-    return LanguageModel(name, lm, tokenizer, vocabulary.with_markers(rows), completes, fault)
+    rendering = Rendering(dict(template_kwargs or {}))
+    return LanguageModel(
+        name, lm, tokenizer, vocabulary.with_markers(rows), completes, fault, rendering=rendering
+    )
 
 
 def gguf_tokenizer(path: str | Path, file: str) -> Any:
@@ -317,7 +340,12 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(f"unknown device {name!r}; choose auto, cpu, or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    seen: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "xpu": torch.xpu.is_available,
+    }
+    if device.type in seen and not seen[device.type]():
         raise ModelError(f"device {name!r}: torch sees no GPU on this machine; choose cpu or auto")
     return device
 

@@ -59,6 +59,12 @@ def student_states(model: LanguageModel, rollouts: Sequence[Rollout]) -> PaddedS
     )
 
 
+def misfit(teacher: Teacher, rollout: Rollout, text: AlignedText) -> str:
+    """Why the teacher cannot read a rollout behind its prompt, "" where it can or does not say."""
+    ask = getattr(teacher, "misfit", None)
+    return str(ask(rollout.prompt.for_teacher, text.teacher)) if ask is not None else ""
+
+
 def teacher_rows(teacher: Teacher, rollouts: Sequence[Rollout], texts: Sequence[AlignedText]) -> list[Rows]:
     """The teacher's states over each text, in its own tokens and template, behind what it alone is told."""
     prompts = [r.prompt.for_teacher for r in rollouts]

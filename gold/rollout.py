@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from gold.align.vocabulary import Spelling
-from gold.chat import begins_anew, prompt_ids
+from gold.chat import begins_anew
 from gold.data import Prompt
 from gold.errors import DataError, ModelError
 from gold.models import LanguageModel, generate, output_width
@@ -141,21 +142,39 @@ def advantages(rewards: NDArray[np.float64], group: int) -> NDArray[np.float64]:
     return np.where(deviation > 1e-8, centred / np.maximum(deviation, 1e-8), 0.0).reshape(-1)
 
 
-def encode_prompt(model: LanguageModel, prompt: Prompt, room: int) -> tuple[int, ...]:
+class ReadsPrompts(Protocol):
+    """A side that reads prompts up to so many tokens with their completions, as far as that is known."""
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        ...
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence in tokens."""
+        ...
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The ids that it reads before a completion."""
+        ...
+
+
+def encode_prompt(model: ReadsPrompts, prompt: Prompt, room: int) -> tuple[int, ...]:
     """The ids that the model reads before a completion of up to ``room`` tokens.
 
     Raises:
         DataError: they leave no such room in the model's context, or there is none; the message names the prompt's key.
     """
     try:
-        ids = prompt_ids(model.tokenizer, prompt)
+        ids = model.prompt_ids(prompt)
     except DataError as error:
         raise DataError(f"prompt {prompt.key}: {error}") from error
     if not ids:
         raise DataError(
             f"prompt {prompt.key}: it is empty for model {model.name}, which has no token to begin a text with"
         )
-    if len(ids) + room > model.context:
+    if model.context is not None and len(ids) + room > model.context:
         raise DataError(
             f"prompt {prompt.key}: {len(ids)} tokens and {room} new ones do not fit the {model.context} tokens of "
             f"model {model.name}; shorten the prompt or lower rollout.max_new_tokens"

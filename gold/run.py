@@ -4,6 +4,7 @@ config.yaml        the resolved configuration, as of the last resumption
 environment.json   versions, devices, command line, start time; a further entry for every resumption, with what was
                    changed for it
 inputs.json        digests of what the run was given: prompts, tokenizers, chat templates, weights; see gold.inputs
+template_date.txt  the day that chat templates write, where one prints the date; see gold.train
 metrics.jsonl      {"kind": "train" | "eval", "step": n, …} a line
 samples.jsonl      {"kind": "sample", "step": n, …} a line
 checkpoints/       see gold.checkpoint
@@ -55,6 +56,7 @@ _OWN_NAMES = (
     "config.yaml",
     "environment.json",
     "inputs.json",
+    "template_date.txt",
     "metrics.jsonl",
     "samples.jsonl",
     "checkpoints",

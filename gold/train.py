@@ -8,17 +8,21 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 
 from gold.aligned import VocabularyPair
 from gold.changes import Inputs
 from gold.checkpoint import is_write_failure, prune, reach_disk, remove_leftovers, save_checkpoint
 from gold.data import Prompt, PromptOrder
+from gold.doctor.prompts import PromptReader, examine_prompts, notes_of, raise_refused
 from gold.errors import CheckpointError, ConfigError, DataError, GoldError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier
 from gold.inputs import of_run
@@ -27,15 +31,18 @@ from gold.loop import Loop, pairs_of, terms_of
 from gold.losses.sampling import unfit_sampling
 from gold.models import LanguageModel, load_model, save_model
 from gold.progress import Lasting, Progress, Quiet, Silent
-from gold.reading import read
+from gold.reading import misfit, read
 from gold.recipe import Recipe
-from gold.rollout import completed, encode_prompt
+from gold.rollout import completed
 from gold.run import RunFolder, check_end, remedy_for, why_bad
 from gold.teachers.cached import CachedTeacher, UnaskedTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
 from gold.teachers.several import Teachers
+
+DATE_FILE = "template_date.txt"
+"""Of a run folder: the day that chat templates write, where one of them prints the date."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +126,21 @@ def distill(
     )
     pairs = pairs_of(student, teachers)
     terms = terms_of(recipe, teachers, pairs)
-    _check(recipe, prompts, verifier, accelerator.num_processes)
-    check_prompts(
-        [*prompts, *heldout],
-        student,
-        teachers,
+    check_recipe(recipe, prompts, verifier, accelerator.num_processes)
+    kept_date = read_date(saving.output) if saving.output and saving.resume else None
+    day = pin_date(student, teachers, kept_date, accelerator)
+    readers = readers_of(student, teachers)
+    checks = examine_prompts(
+        prompts,
+        heldout,
+        readers,
         max(recipe.sampling.max_new_tokens, evaluation.max_new_tokens),
+        share=(accelerator.process_index, accelerator.num_processes),
+        gathered=gather_object,
     )
+    raise_refused(checks)
+    for note in notes_of(checks):
+        progress.note(note)
     if any(t.objective.needs != "nothing" for t in terms):
         check_kept(teachers, student, pairs, prompts, recipe)
     loop = Loop(student, teachers, pairs, prompts, recipe, terms, verifier, accelerator)
@@ -134,13 +149,17 @@ def distill(
         stack.callback(student.lm.eval)
         folder: RunFolder | None = None
         if saving.output and accelerator.is_main_process:
+            arguments = {r.role: dict(r.rendering.arguments) for r in readers if r.rendering.arguments}
             settings = settings or {
                 "recipe": asdict(recipe),
                 "student": student.name,
                 "teacher": _names(teachers),
+                **({"template_kwargs": arguments} if arguments else {}),
             }
             inputs = of_run(student, teachers, prompts, heldout) if inputs is None else inputs
             folder = stack.enter_context(_open_folder(saving, settings, inputs, progress))
+            if any(check.check == "date" for check in checks):
+                _write_date(folder.path, day)
         accelerator.wait_for_everyone()
         if saving.output and saving.resume:
             loop.resume(saving.output / "checkpoints", folder, progress)
@@ -273,7 +292,9 @@ def _prompts(given: Sequence[Prompt | str]) -> list[Prompt]:
     return [Prompt(key=str(n), text=p) if isinstance(p, str) else p for n, p in enumerate(given)]
 
 
-def _check(recipe: Recipe, prompts: Sequence[Prompt], verifier: Verifier | None, processes: int) -> None:
+def check_recipe(
+    recipe: Recipe, prompts: Sequence[Prompt], verifier: Verifier | None, processes: int
+) -> None:
     """Nothing, where the data can serve the recipe."""
     if not prompts:
         raise DataError("no prompts to train on; give at least one")
@@ -300,23 +321,73 @@ def _check(recipe: Recipe, prompts: Sequence[Prompt], verifier: Verifier | None,
         raise ConfigError("objective reward needs a verifier; train on a task, or leave the objective out")
 
 
-def check_prompts(
-    prompts: Sequence[Prompt], student: LanguageModel, teachers: Teachers | None, new_tokens: int
-) -> None:
-    """Nothing, where each prompt leaves the student room for a completion, and its teachers room at all.
+def readers_of(student: LanguageModel, teachers: Teachers | None) -> list[PromptReader]:
+    """Who reads prompts: the student, and the teachers that have a tokenizer here."""
+    readers = [
+        PromptReader(
+            "student", student.name, student.tokenizer, student.vocabulary, student.rendering, student.context
+        )
+    ]
+    for name, teacher in teachers.members.items() if teachers else ():
+        reader = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
+        if not isinstance(reader, LocalTeacher | ServedTeacher | UnaskedTeacher):
+            continue
+        readers.append(
+            PromptReader(
+                f"teacher {name}" if teachers and teachers.several else "teacher",
+                reader.name,
+                reader.model.tokenizer if isinstance(reader, LocalTeacher) else reader.tokenizer,
+                reader.vocabulary,
+                reader.rendering,
+                reader.context,
+                partial(_grades, teachers, name),
+            )
+        )
+    return readers
+
+
+def _grades(teachers: Teachers | None, name: str, prompt: Prompt) -> bool:
+    return teachers is not None and name in teachers.of(prompt)
+
+
+def pin_date(
+    student: LanguageModel,
+    teachers: Teachers | None,
+    kept: date | None = None,
+    accelerator: Accelerator | None = None,
+) -> date:
+    """The day that all chat templates which print the date write from now on: the one that a run has kept, else the one
+    that its teacher's cache began on, else today. What a cache holds is read by the day of that cache in any case."""
+    members = teachers.members.values() if teachers else ()
+    days = [(t.teacher.rendering, t.pin_date()) for t in members if isinstance(t, CachedTeacher)]
+    day = kept or next((day for _, day in days if day), None) or date.today()
+    if accelerator is not None and accelerator.num_processes > 1:
+        day = gather_object([day])[0]  # midnight may be between two processes
+    by_cache = [id(rendering) for rendering, kept_day in days if kept_day]
+    for reader in readers_of(student, teachers):
+        if id(reader.rendering) not in by_cache:
+            reader.rendering.day = day
+    return day
+
+
+def read_date(folder: Path) -> date | None:
+    """The day that a run's templates write, where it has kept one.
 
     Raises:
-        DataError: one that does not; the message names its key.
+        CheckpointError: it cannot be read.
     """
-    for prompt in prompts:
-        encode_prompt(student, prompt, new_tokens)
-        for name in teachers.of(prompt) if teachers else ():
-            teacher = teachers.members[name] if teachers else None
-            reader = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
-            if isinstance(reader, LocalTeacher):
-                encode_prompt(reader.model, prompt.for_teacher, 1)
-            elif isinstance(reader, ServedTeacher | UnaskedTeacher):
-                reader.prompt_ids(prompt.for_teacher)
+    file = folder / DATE_FILE
+    try:
+        return date.fromisoformat(file.read_text("utf-8").strip()) if file.exists() else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} holds no day such as 2026-11-29: {error}") from error
+
+
+def _write_date(folder: Path, day: date) -> None:
+    try:
+        (folder / DATE_FILE).write_text(f"{day.isoformat()}\n", "utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder / DATE_FILE}: {error.strerror or error}") from error
 
 
 def check_kept(
@@ -342,7 +413,10 @@ def check_kept(
         mine = [p for p in needed if name in teachers.of(p)]
         given = [completed(student, p, recipe.sampling.max_new_tokens) for p in mine]
         texts = [read(rollout, pairs[name]) for rollout in given]
-        teacher.check([p.for_teacher for p in mine], [t.teacher for t in texts], [t.stopped for t in texts])
+        kept = [
+            (r.prompt.for_teacher, t) for r, t in zip(given, texts, strict=True) if not misfit(teacher, r, t)
+        ]
+        teacher.check([p for p, _ in kept], [t.teacher for _, t in kept], [t.stopped for _, t in kept])
 
 
 def _names(teachers: Teachers | None) -> Any:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -293,7 +294,8 @@ def test_without_a_template_messages_are_a_plain_transcript():
 def reader(tokenizer):
     """As much of a model as reading a given completion takes."""
     vocabulary = Vocabulary.load(tokenizer).with_markers()
-    return SimpleNamespace(name="m", tokenizer=tokenizer, vocabulary=vocabulary, context=1000)
+    ids = partial(prompt_ids, tokenizer)
+    return SimpleNamespace(name="m", tokenizer=tokenizer, vocabulary=vocabulary, context=1000, prompt_ids=ids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

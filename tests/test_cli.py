@@ -127,6 +127,7 @@ def test_align_hands_on_the_text(
     assert call("align", "--student", "a", "--teacher", "b", *arguments).code == 0
     usual = {"student": "a", "teacher": "b", "as_json": False, "color": True, "load_scorer": None}
     usual |= dict.fromkeys(("file", "jsonl", "chat", "ids", "html"))
+    usual["template_kwargs"] = None, None
     assert calls == [((text,), usual | options)]
 
 

@@ -1034,4 +1034,5 @@ def test_the_keys_of_a_configuration() -> None:
         "timeout_s": 60.0,
         "retries": 5,
         "key_env": None,
+        "context": None,
     }

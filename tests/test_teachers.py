@@ -419,7 +419,9 @@ def test_the_pages_configurations_are_some(tmp_path: Path) -> None:
         ("subject", None, ["sums", "words"]),
         (None, "linear", ["first", "second"]),
         (None, None, ["teacher"]),
+        (None, None, ["teacher"]),
     ]
+    assert found[-1].student.template_kwargs == {"enable_thinking": False}
 
 
 def test_the_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -554,9 +556,10 @@ def test_a_run_from_a_file_with_several_teachers(tmp_path: Path) -> None:
     }
     path = tiny.write_settings(tmp_path / "run.yaml", tree)
     report = diagnose_run(path)
-    *checks, memory = report.checks
-    assert {check.check.split(": ")[0] for check in checks} == {"sums", "own"}
-    assert memory.check == "memory"
+    of = {check.check.split(": ")[0]: check for check in report.checks}
+    assert of.keys() == {"sums", "own", "memory", "context", "prompts"}
+    assert "teacher own" in of["context"].found
+    memory = of["memory"]
     assert "2 teachers" in memory.found
     assert report.verdict != "fail"
     header: dict[str, str] = {}

@@ -16,7 +16,7 @@ from gold.chat import prompt_ids
 from gold.data import Prompt
 from gold.errors import DataError
 from gold.sandbox import compiled_template
-from gold.templates import PromptTokenizer
+from gold.templates import PromptTokenizer, rendered
 
 CONVERSATIONS = [
     [("user", "the dog")],
@@ -67,8 +67,9 @@ def test_it_renders_as_transformers_does(tmp_path: Path, name: str) -> None:
     for messages in CONVERSATIONS:
         given = [{"role": role, "content": content} for role, content in messages]
         for generation in (False, True):
-            options: dict[str, Any] = {"add_generation_prompt": generation, "tokenize": False}
-            assert mine.apply_chat_template(given, **options) == theirs.apply_chat_template(given, **options)
+            expected = theirs.apply_chat_template(given, add_generation_prompt=generation, tokenize=False)
+            assert rendered(mine, given, add_generation_prompt=generation) == expected
+            assert rendered(theirs, given, add_generation_prompt=generation) == expected
         asked = prompt(messages)
         # Templates that change a message cannot keep what looks like a special token in it; both refuse it.
         assert _ids_or_error(mine, asked) == _ids_or_error(theirs, asked)

@@ -23,7 +23,7 @@ from gold.models import LanguageModel, rows_of
 from gold.progress import Quiet
 from gold.recipe import Recipe, Term
 from gold.rollout import Sampling, rollout_seeds
-from gold.train import Run, Saving, _check, distill
+from gold.train import Run, Saving, check_recipe, distill
 from tests.kernels.rows_for_kernels import BACKENDS_HERE
 
 RECIPE = Recipe(
@@ -369,7 +369,7 @@ def test_what_the_teacher_or_the_data_lack_is_refused_at_once() -> None:
     before = weights(untouched).clone()
     bare = [Prompt(key="7", text=" 24 +7 =")]
     with pytest.raises(ConfigError, match=r"prompts_per_step is 4 for 5 processes"):
-        _check(RECIPE, tiny.prompts(), None, 5)
+        check_recipe(RECIPE, tiny.prompts(), None, 5)
     with pytest.raises(DataError, match="no prompts to train on"):
         run(student=untouched, prompts=[])
     with pytest.raises(DataError, match=r"prompt 7 .* has no completion"):

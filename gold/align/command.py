@@ -4,7 +4,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -17,11 +17,12 @@ from gold import terminal
 from gold.align.markers import read_as, shared_markers
 from gold.align.view import Side, View, describe, summary
 from gold.align.vocabulary import Spelling, Vocabulary
-from gold.errors import DataError, GoldError
+from gold.errors import ConfigError, DataError, GoldError
 from gold.files import json_value, open_file
 
 if TYPE_CHECKING:
     from gold.data import Prompt
+    from gold.templates import Rendering
 
 MOST_BYTES = 8 * 2**20
 """A longer text is refused: tokenizers hold some 150 bytes of memory for every byte of a text."""
@@ -59,6 +60,7 @@ def run_align(
     file: Path | None = None,
     jsonl: Path | None = None,
     chat: Path | None = None,
+    template_kwargs: tuple[str | None, str | None] = (None, None),
     ids: str | None = None,
     as_json: bool = False,
     html: Path | None = None,
@@ -70,7 +72,8 @@ def run_align(
 
     The text is one of `text`, the bytes of a `file`, the last message of a `chat`, what the student's own `ids` spell,
     and the `text` of each line of `jsonl`, answered by a line of JSON; without any of them, or where the name is `-`,
-    it is read from standard input. `html` is a page to write in place of the picture. There are colours only on a
+    it is read from standard input. `template_kwargs` are what the chat templates of student and teacher are given, as
+    JSON. `html` is a page to write in place of the picture. There are colours only on a
     terminal, and only if `color` and without NO_COLOR. `load_scorer` loads the models of both sides, to score the text.
 
     Raises: DataError for a text that cannot be read, VocabularyError for a tokenizer.
@@ -81,7 +84,9 @@ def run_align(
             "--html is a page of one text; give TEXT, --file, --chat or --ids with it, not --jsonl"
         )
     given = _given(text, file, jsonl, chat, ids)
-    pair = _Pair((student, teacher), load_scorer)
+    sides = zip(("student", "teacher"), template_kwargs, strict=True)
+    renderings = [_rendering(side, arguments) for side, arguments in sides]
+    pair = _Pair((student, teacher), load_scorer, renderings)
     if jsonl is not None:
         for one in given:
             terminal.show_json(describe(pair.view(one)), out)
@@ -116,8 +121,13 @@ def _draw(view: View, out: TextIO, color: bool) -> None:
 class _Pair:
     """Both tokenizers, and what does not change from text to text."""
 
-    def __init__(self, names: tuple[str, str], load_scorer: Callable[[str, str], Scorer] | None) -> None:
-        self.names = names
+    def __init__(
+        self,
+        names: tuple[str, str],
+        load_scorer: Callable[[str, str], Scorer] | None,
+        renderings: "Sequence[Rendering]",
+    ) -> None:
+        self.names, self.renderings = names, renderings
         self.scorer = load_scorer(*names) if load_scorer else None
         self.vocabularies = (
             self.scorer.vocabularies
@@ -147,10 +157,9 @@ class _Pair:
             spelling = student.spell(ids)
             spellings = spelling, spelling if self._same else read_as(teacher, spelling, self._markers)
         if given.prompt is not None:
-            for side, name, vocabulary, tokenizer in zip(
-                beside, self.names, self.vocabularies, self._tokenizers, strict=True
-            ):
-                side["prompt_ids"] = _prompt_ids(name, tokenizer, given.prompt)
+            told = zip(beside, self.names, self.vocabularies, self._tokenizers, self.renderings, strict=True)
+            for side, name, vocabulary, tokenizer, rendering in told:
+                side["prompt_ids"] = _prompt_ids(name, tokenizer, given.prompt, rendering)
                 side["stop_ids"] = vocabulary.stop_ids
         sides = [
             Side(name, vocabulary, spelling, _shared(vocabulary, spelling, others), **more)
@@ -197,11 +206,26 @@ def _shared(vocabulary: Vocabulary, spelling: Spelling, others: set[bytes]) -> f
     return float(counts[known].sum()) / max(len(spelling), 1)
 
 
-def _prompt_ids(name: str, tokenizer: Any, prompt: "Prompt") -> tuple[int, ...]:
+def _rendering(side: str, arguments: str | None) -> "Rendering":
+    """What a side's chat template is given beside the messages, from JSON."""
+    from gold.templates import Rendering
+
+    option = f"--{side}-template-kwargs"
+    try:
+        found = json_value(arguments or "{}")
+    except ValueError as error:
+        raise DataError(f"{option}: no JSON: {error}") from None
+    try:
+        return Rendering(found)
+    except ConfigError as error:
+        raise DataError(f"{option}: {str(error).removeprefix('template_kwargs').lstrip('.: ')}") from None
+
+
+def _prompt_ids(name: str, tokenizer: Any, prompt: "Prompt", rendering: "Rendering") -> tuple[int, ...]:
     from gold.chat import prompt_ids
 
     try:
-        return tuple(prompt_ids(tokenizer, prompt))
+        return tuple(prompt_ids(tokenizer, prompt, rendering))
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
 

@@ -125,8 +125,9 @@ class Vocabulary:
         for index in self.stop_ids:
             if index not in added:
                 raise VocabularyError(
-                    f"stop id {index} of {name} is {tokenizer.id_to_token(index)!r}, which is no added token; "
-                    "a stop id must be one, because text must never give it"
+                    f"stop id {index} of {name} is {_named(tokenizer, index)}; a stop id must be an added token, "
+                    "because text must never give it: name the right ones in roles.stop, or mend eos_token_id in "
+                    "generation_config.json (config.json)"
                 )
         roles = {*self.stop_ids, bos_id, pad_id}
         self._events = {i for i, token in added.items() if token.special or i in roles}
@@ -569,3 +570,8 @@ def _laid(ids: Int32, ends: Int64, stops: Int64, stream: bytes, data: bytes, pre
         counted[first] |= starts[first] == 0 and stream[: stops[first]] == b" " + data[: ends[first]]
     repaired = len(data) - int((ends - starts)[counted].sum())
     return Spelling(ids, ends, data, exact, repaired)
+
+
+def _named(tokenizer: Tokenizer, index: int) -> str:
+    token = tokenizer.id_to_token(index)
+    return "none of its ids" if token is None else f"{token!r}, which is no added token"

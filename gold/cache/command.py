@@ -22,6 +22,7 @@ def facts(cache: ScoreCache) -> dict[str, Any]:
         "revision": cache.origin.revision,
         "vocabulary": cache.origin.vocabulary,
         "top_k": cache.origin.top_k,
+        "date": cache.origin.date,
         "texts": len(cache),
         "tokens": rows,
         "bytes": size,

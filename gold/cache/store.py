@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
+from datetime import date
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -39,14 +40,17 @@ _ENDING = _END + _CRC.pack(crc32(_END))
 class Origin:
     """Whose scores a cache holds, and of what.
 
-    ``teacher`` is its name, for people. The rest decides: ``revision`` tells its weights from others', ``vocabulary``
-    is a fingerprint of its vocabulary, and ``top_k`` tokens of each row are known beside the one in the text.
+    ``teacher`` is its name, for people, and ``date`` the day, as 2026-11-29, that a chat template which prints the date
+    wrote into all its prompts, None where that was not kept. The rest decides: ``revision`` tells its weights from
+    others', ``vocabulary`` is a fingerprint of its vocabulary, and ``top_k`` tokens of each row are known beside the
+    one in the text.
     """
 
     teacher: str
     revision: str
     vocabulary: str
     top_k: int
+    date: str | None = None
 
     @cached_property
     def digest(self) -> bytes:
@@ -467,9 +471,11 @@ def _read_origin(data: mmap.mmap | bytes) -> tuple[Origin | None, int]:
         return None, 0
     try:
         origin = Origin(**json.loads(text))
+        if origin.date is not None:
+            date.fromisoformat(origin.date)
     except (RecursionError, TypeError, ValueError):
         return None, 0
-    kinds = [type(value) for value in astuple(origin)]
+    kinds = [type(value) for value in astuple(origin)[:4]]
     if kinds != [str, str, str, int] or not 0 <= origin.top_k < 2**31:
         return None, 0
     return origin, start + length

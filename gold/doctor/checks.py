@@ -92,12 +92,14 @@ class ClassCoverage:
 @dataclass(frozen=True)
 class Report:
     """Everything that was found of a pair; `unchecked` says what could not be looked at, and what it would take;
-    `memory` is what the check of that name was made of."""
+    `memory` is what the check of that name was made of, `sides` are both as their files tell them, where those can be
+    read."""
 
     checks: list[Check]
     coverage: Mapping[str, ClassCoverage] = field(default_factory=dict)
     unchecked: list[str] = field(default_factory=list)
     memory: StepMemory | None = None
+    sides: tuple[Side, ...] = ()
 
     @property
     def failures(self) -> list[Check]:
@@ -239,7 +241,8 @@ def _rows(student: Side, teacher: Side) -> Check:
             "output rows",
             "fail",
             "; ".join(bad),
-            "the tokenizer does not belong to these weights, or tokens were added and the embeddings never resized",
+            "give the tokenizer that came with these weights; where tokens were added to it, resize the embeddings "
+            "(resize_token_embeddings) and train them first",
         )
     return Check("output rows", "pass", "; ".join(found))
 
@@ -253,7 +256,8 @@ def _stops(student: Side, teacher: Side) -> Check:
             "stop",
             "fail",
             f"no stop id: {', '.join(lacking)}",
-            "set eos_token in tokenizer_config.json, or eos_token_id in generation_config.json",
+            "name one in roles.stop, or set eos_token in tokenizer_config.json or eos_token_id in "
+            "generation_config.json",
         )
     if silent:
         return Check(
@@ -307,8 +311,8 @@ def _bos(student: Side, teacher: Side) -> Check:
             "BOS",
             "warn",
             "; ".join(found),
-            f"if the {idle[0].role} was trained with it, set add_bos_token: true in tokenizer_config.json: without its "
-            "BOS a model may write rubbish",
+            f"if the {' or the '.join(side.role for side in idle)} was trained with it, name it in roles.bos, or set "
+            "add_bos_token: true in tokenizer_config.json: without its BOS a model may write rubbish",
         )
     return Check("BOS", "pass", "; ".join(found))
 
@@ -333,7 +337,8 @@ def _templates(student: Side, teacher: Side) -> Check:
             name,
             "warn",
             f"the template of the {thinking[0]} opens <think> before the answer, the other one does not",
-            "one model is asked to think aloud and the other to answer: use a template without thinking",
+            "one model is asked to think aloud and the other to answer: have both do the same, by template_kwargs "
+            "where a template asks for it ({enable_thinking: false} of Qwen3), or by another template",
             ("messages",),
         )
     if student.template == teacher.template:
@@ -380,7 +385,7 @@ def _bytes(student: Side, teacher: Side, coverage: Mapping[str, ClassCoverage], 
             "fail",
             f"of {_named(judged)} "
             + " and ".join(f"{share:.0%} is not spelled by the {role} as it is" for role, share in lost),
-            "take a tokenizer that was made for such texts"
+            f"take a {' and a '.join(role for role, _ in lost)} whose tokenizer was made for such texts"
             + ("" if judged == RUN_TEXTS else "; gold doctor CONFIG judges a pair by a run's own prompts"),
         )
     lacking = [line for side in (student, teacher) if (line := _lacking(side))]

@@ -15,10 +15,12 @@ from gold.doctor.checks import RUN_TEXTS, Check, Report, examine
 from gold.doctor.sample import JUDGED, SAMPLE
 from gold.doctor.side import read_side
 from gold.doctor.sizes import StepMemory, machine_memory, step_memory
-from gold.errors import VocabularyError
+from gold.errors import ModelError, VocabularyError
+from gold.model_files import check_kind
 
 if TYPE_CHECKING:
     from gold.models import LanguageModel
+    from gold.templates import Rendering
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 _VERDICTS = {
@@ -37,6 +39,7 @@ def diagnose(
     sequences: int = 8,
     tokens: int = 256,
     roles: tuple[Roles | None, Roles | None] = (None, None),
+    renderings: tuple[Rendering | None, Rendering | None] = (None, None),
     dtypes: tuple[str, str] = ("float32", "auto"),
     load: Callable[[], tuple[LanguageModel, LanguageModel | None]] | None = None,
     served: bool = False,
@@ -44,20 +47,27 @@ def diagnose(
     """All checks of a pair of folders, tokenizer files or Hub ids; of their weights too with `load`, which gives both,
     or the student alone where the teacher is `served`.
 
-    `texts` are a run's own, `roles` the special tokens that it names, `dtypes` those of the weights. A forward pass
-    reads `sequences`, each of `tokens` student tokens behind those of `prompt`.
+    `texts` are a run's own, `roles` the special tokens that it names, `renderings` what it gives to their chat
+    templates, `dtypes` those of the weights. A forward pass reads `sequences`, each of `tokens` student tokens behind
+    those of `prompt`.
 
     Raises:
         VocabularyError: a source that is no tokenizer at all; one that cannot be spelled is a failed check.
         ModelError: weights that cannot be loaded.
     """
     sides, refused = [], []
-    for role, source, named in zip(("student", "teacher"), (student, teacher), roles, strict=True):
+    both = zip(("student", "teacher"), (student, teacher), roles, renderings, strict=True)
+    for role, source, named, rendering in both:
         try:
-            sides.append(read_side(role, source, named))
+            if role == "student" or not served:
+                check_kind(source)
+        except ModelError as error:
+            refused.append(Check("model", "fail", f"{role}: {error}"))
+        try:
+            sides.append(read_side(role, source, named, rendering))
         except VocabularyError as error:
             open_source(source, roles=named)  # what cannot be read is the user's error, no finding
-            refused.append(Check("spelling", "fail", f"{role}: {error}", "take a model of another family"))
+            refused.append(Check("spelling", "fail", f"{role}: {error}", _instead(error)))
     if refused:
         return Report(refused)
     mine, theirs = sides
@@ -79,7 +89,12 @@ def diagnose(
         from gold.doctor.weights import examine_weights
 
         checks += examine_weights(*load(), texts or SAMPLE[JUDGED], sequences, tokens)
-    return Report(checks, report.coverage, unchecked, needed)
+    return Report(checks, report.coverage, unchecked, needed, tuple(sides))
+
+
+def _instead(error: VocabularyError) -> str:
+    """What to do about a tokenizer that cannot be spelled, where the error does not say it itself."""
+    return "take a model of another family" if "cannot be spelled in bytes" in str(error) else ""
 
 
 def load_pair(student: str, teacher: str) -> tuple[LanguageModel, LanguageModel]:

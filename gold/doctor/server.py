@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from gold.chat import has_chat_template, prompt_text
+from gold.chat import has_chat_template, prompt_ids, prompt_text
 from gold.data import Prompt
 from gold.doctor.checks import Check
 from gold.doctor.sample import JUDGED, SAMPLE
@@ -23,6 +23,7 @@ from gold.rollout import completed
 from gold.teachers.dialects import Known, OpenAI
 from gold.teachers.http import RefusedError, is_near
 from gold.teachers.served import ServedTeacher
+from gold.templates import Rendering
 
 MOST_NOISE = 0.01
 """Warn above, in nats per byte: how far answers to the same request are apart. Near its end a run has some hundredths
@@ -44,6 +45,7 @@ def examine_server(teacher: ServedTeacher, prompts: Sequence[Prompt] = ()) -> li
     Raises:
         TeacherError: it does not answer.
     """
+    teacher.learn_context()
     probe = _probes(teacher, prompts)[0]
     ids = teacher.vocabulary.encode(probe.completion or "").ids
     try:
@@ -184,7 +186,8 @@ def _template(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> list[Check]:
     if not talks or not has_chat_template(teacher.tokenizer):
         return []
     messages = talks[0].messages or ()
-    if (call := teacher.dialect.template(teacher.model, messages)) is None:
+    arguments = teacher.rendering.arguments
+    if (call := teacher.dialect.template(teacher.model, messages, arguments)) is None:
         return []
     try:
         (theirs,) = teacher.server.ask([call])
@@ -198,7 +201,8 @@ def _template(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> list[Check]:
                 ("messages",),
             )
         ]
-    if theirs == teacher.prompt_ids(talks[0]):
+    # The server writes today's date, whatever day a run or a cache began on.
+    if theirs == prompt_ids(teacher.tokenizer, talks[0], Rendering(arguments)):
         return [Check("template", "pass", "the server's makes the same of messages")]
     return [
         Check(

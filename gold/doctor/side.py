@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,21 @@ from tokenizers import AddedToken
 
 from gold.align.roles import Roles
 from gold.align.vocabulary import Vocabulary
-from gold.chat import adds_bos
+from gold.chat import adds_bos, prompt_ids
+from gold.data import Prompt
 from gold.errors import VocabularyError
 from gold.files import read_json_object
-from gold.templates import PromptTokenizer
+from gold.templates import PromptTokenizer, Rendering, rendered, template_of
+
+_CONTEXT = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "seq_length",
+    "max_seq_len",
+    "max_sequence_length",
+)
+"""What config.json calls the context."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +59,32 @@ class Side:
     turn: Turn | None
     config: Mapping[str, Any]
     folder: Path | None
+    rendering: Rendering = field(default_factory=Rendering)
+
+    @property
+    def name(self) -> str:
+        """Where its files are."""
+        return self.vocabulary.name
 
     @property
     def template(self) -> str | None:
         """The chat template."""
-        return self.tokenizer.chat_template or None
+        return template_of(self.tokenizer)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The ids that it reads before a completion."""
+        return prompt_ids(self.tokenizer, prompt, self.rendering)
 
     @cached_property
     def marked(self) -> Vocabulary:
         """The vocabulary as a run has it, in which markers are the text that they look like."""
         return self.vocabulary.with_markers(self.config.get("vocab_size"))
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence in tokens that the model was built for, None where config.json does not say."""
+        found = [self.config.get(name) for name in _CONTEXT]
+        return next((n for n in found if isinstance(n, int) and n > 0), None)
 
     def kind(self, token: str) -> str:
         """What a string is to this side: a "special" token, another added "token", or plain "text"."""
@@ -71,7 +98,7 @@ class Side:
         return " ".join(self.added[i].content if i in self.added else str(i) for i in ids) or "none"
 
 
-def read_side(role: str, source: Any, roles: Roles | None = None) -> Side:
+def read_side(role: str, source: Any, roles: Roles | None = None, rendering: Rendering | None = None) -> Side:
     """The side that a folder, a tokenizer file, a Hub id or a Hugging Face tokenizer stands for.
 
     Raises: VocabularyError if there is no such tokenizer, or none that can be spelled in bytes.
@@ -84,9 +111,8 @@ def read_side(role: str, source: Any, roles: Roles | None = None) -> Side:
         # What transformers takes for a model whose generation settings name none.
         vocabulary = Vocabulary.load(source, stops if isinstance(stops, list) else [stops], roles)
     tokenizer = source if live else PromptTokenizer.of(vocabulary)
-    return side_of(
-        role, vocabulary, tokenizer, bare=folder is None and not live, config=config, folder=folder
-    )
+    bare = folder is None and not live
+    return side_of(role, vocabulary, tokenizer, bare=bare, config=config, folder=folder, rendering=rendering)
 
 
 def side_of(
@@ -97,6 +123,7 @@ def side_of(
     bare: bool = False,
     config: Mapping[str, Any] | None = None,
     folder: Path | None = None,
+    rendering: Rendering | None = None,
 ) -> Side:
     """The side that a vocabulary and its tokenizer stand for."""
     return Side(
@@ -106,19 +133,20 @@ def side_of(
         tokenizer.added_tokens_decoder,
         bare,
         puts_bos=adds_bos(tokenizer),
-        turn=_turn(tokenizer),
+        turn=_turn(tokenizer, rendering),
+        rendering=rendering or Rendering(),
         config=config or {},
         folder=folder,
     )
 
 
-def _turn(tokenizer: Any) -> Turn | None:
-    if not tokenizer.chat_template:
+def _turn(tokenizer: Any, rendering: Rendering | None) -> Turn | None:
+    if not template_of(tokenizer):
         return None
     question, answer = {"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}
     try:
-        asked = tokenizer.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
-        answered = tokenizer.apply_chat_template([question, answer], tokenize=False)
+        asked = rendered(tokenizer, [question], rendering, add_generation_prompt=True)
+        answered = rendered(tokenizer, [question, answer], rendering)
     except Exception:  # a template is a program: it may raise anything
         return None
     before, q, opening = asked.rpartition("Q1")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from hashlib import sha256
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +21,9 @@ from gold.data import Prompt
 from gold.errors import ConfigError, DataError, TeacherError
 from gold.kernels.linear import Rows, likeliest
 from gold.losses import Need
-from gold.teachers.local import LocalTeacher, batches_by_length
+from gold.teachers.local import LocalTeacher, batches_by_length, misfit_of
 from gold.teachers.served import ServedTeacher
-from gold.templates import PromptTokenizer
+from gold.templates import PromptTokenizer, Rendering
 
 if TYPE_CHECKING:
     from gold.align.roles import Roles
@@ -41,7 +43,8 @@ _ADVICE = (
 class UnaskedTeacher:
     """The tokenizer of a teacher that is not there: neither its weights nor a server.
 
-    ``path`` is a folder or a Hub id that has tokenizer files; ``rows`` of the model's output matrix, if they are known.
+    ``path`` is a folder or a Hub id that has tokenizer files; ``rows`` of the model's output matrix and its
+    ``context`` in tokens, where they are known; ``template_kwargs`` as of ``load_model``.
 
     Raises:
         VocabularyError: a tokenizer that is not there, or that cannot be spelled in bytes.
@@ -54,17 +57,24 @@ class UnaskedTeacher:
         path: str | Path,
         *,
         roles: Roles | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         rows: int | None = None,
+        context: int | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.name = str(path)
+        self.name, self.context = str(path), context
         self.vocabulary = Vocabulary.load(path, roles=roles).with_markers(rows)
         self.tokenizer = PromptTokenizer.of(self.vocabulary)
+        self.rendering = Rendering(dict(template_kwargs or {}))
         self.device = torch.device(device)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """See ``chat.teacher_prompt_ids``."""
-        return teacher_prompt_ids(self.tokenizer, prompt, self.name)
+        return teacher_prompt_ids(self.tokenizer, prompt, self.name, self.rendering)
+
+    def misfit(self, prompt: Prompt, spelling: Spelling) -> str:
+        """See ``Teacher``."""
+        return misfit_of(self, prompt, spelling.ids.size)
 
     def score(
         self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
@@ -104,8 +114,16 @@ class CachedTeacher:
         self.asks = not isinstance(teacher, UnaskedTeacher)
         self.cache = _opened(teacher, Path(folder), top_k, revision)
         self.found = self.asked = 0
+        self.pin_date()
         self.before_asking: Callable[[], None] | None = None
         self._width = max(1, self.cache.origin.top_k) + 1 + len(self.vocabulary.stop_ids)
+
+    def pin_date(self) -> date | None:
+        """Has the teacher's chat template write the day that the cache began on, under which its texts are kept; that
+        day, None where an older cache does not say it."""
+        kept = self.cache.origin.date
+        self.teacher.rendering.day = day = date.fromisoformat(kept) if kept else None
+        return day
 
     @property
     def name(self) -> str:
@@ -140,6 +158,10 @@ class CachedTeacher:
             DataError: there are none, or its template refuses the messages.
         """
         return self.teacher.prompt_ids(prompt)
+
+    def misfit(self, prompt: Prompt, spelling: Spelling) -> str:
+        """See ``Teacher``."""
+        return self.teacher.misfit(prompt, spelling)
 
     def score(
         self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
@@ -247,9 +269,10 @@ class CachedTeacher:
 
 def record(
     teacher: CachedTeacher, prompts: Sequence[Prompt], told: Callable[[int, int], None] = lambda *_: None
-) -> None:
+) -> list[str]:
     """Asks for the completions of prompts that are not kept, ends included, and keeps them; a kill loses a batch.
 
+    Returns why the teacher cannot read some of them, one line each: they are left out, as a run leaves them out.
     ``told`` is given the number of prompts that are done with and that of the rows that were asked for, time and again.
 
     Raises:
@@ -257,9 +280,15 @@ def record(
         TeacherError: see ``CachedTeacher.score``.
     """
     done = rows = 0
+    unread: list[str] = []
     for first in range(0, len(prompts), _CHUNK):
         chunk = [prompt.for_teacher for prompt in prompts[first : first + _CHUNK]]
         spelled = [_completion(teacher, prompt) for prompt in chunk]
+        reasons = [teacher.misfit(p, s) for p, s in zip(chunk, spelled, strict=True)]
+        unread += filter(None, reasons)
+        done += sum(map(bool, reasons))
+        fits = [not reason for reason in reasons]
+        chunk, spelled = list(compress(chunk, fits)), list(compress(spelled, fits))
         lacking = teacher.missing(chunk, spelled, [True] * len(chunk))
         done += len(chunk) - len(lacking)
         told(done, rows)
@@ -270,6 +299,7 @@ def record(
             done += len(chosen)
             rows += sum(spelled[i].ids.size + 1 for i in chosen)
             told(done, rows)
+    return unread
 
 
 def _completion(teacher: CachedTeacher, prompt: Prompt) -> Spelling:
@@ -305,7 +335,10 @@ def _opened(
         revision = f"weights {teacher.revision}"
     if top_k is None:
         top_k = known.top_k if known else TOP_K
-    return ScoreCache.open(folder, Origin(teacher.name, revision, _fingerprint(teacher.vocabulary), top_k))
+    day = (known.date if known else None) or date.today().isoformat()
+    return ScoreCache.open(
+        folder, Origin(teacher.name, revision, _fingerprint(teacher.vocabulary), top_k, day)
+    )
 
 
 def _fingerprint(vocabulary: Vocabulary) -> str:

@@ -63,7 +63,14 @@ class Dialect(Protocol):
         """The request for the server's own tokens of a text: their ids, or their strings where it has no ids."""
         ...
 
-    def template(self, model: str, messages: Sequence[Mapping[str, str]]) -> Call | None:
+    def context(self, model: str) -> Call | None:
+        """The request for the longest sequence in tokens that the server takes (None: it did not say), None where there
+        is none."""
+        ...
+
+    def template(
+        self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]
+    ) -> Call | None:
         """The request for the ids that its template makes of messages, None where there is none."""
         ...
 
@@ -151,13 +158,21 @@ class VLLM:
         body = {"model": model, "prompt": text, "add_special_tokens": False}
         return Call("/tokenize", body, _shaped(lambda answer: _all(int, _get(answer, "tokens"))))
 
-    def template(self, model: str, messages: Sequence[Mapping[str, str]]) -> Call | None:
+    def context(self, model: str) -> Call | None:
+        """See ``Dialect.context``."""
+        body = {"model": model, "prompt": "a", "add_special_tokens": False}
+        return Call("/tokenize", body, _shaped(lambda answer: _whole(answer.get("max_model_len"))))
+
+    def template(
+        self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]
+    ) -> Call | None:
         """See ``Dialect.template``."""
         body = {
             "model": model,
             "messages": list(messages),
             "add_generation_prompt": True,
             "add_special_tokens": False,
+            **({"chat_template_kwargs": dict(arguments)} if arguments else {}),
         }
         return Call("/tokenize", body, _shaped(lambda answer: _all(int, _get(answer, "tokens"))))
 
@@ -224,7 +239,13 @@ class SGLang:
 
         return Call("/generate", body, _shaped(read))
 
-    def template(self, model: str, messages: Sequence[Mapping[str, str]]) -> Call | None:
+    def context(self, model: str) -> Call | None:
+        """See ``Dialect.context``: it does not say."""
+        return None
+
+    def template(
+        self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]
+    ) -> Call | None:
         """See ``Dialect.template``: there is none."""
         return None
 
@@ -314,7 +335,13 @@ class OpenAI:
 
         return Call("/v1/completions", body, _shaped(read))
 
-    def template(self, model: str, messages: Sequence[Mapping[str, str]]) -> Call | None:
+    def context(self, model: str) -> Call | None:
+        """See ``Dialect.context``: it does not say."""
+        return None
+
+    def template(
+        self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]
+    ) -> Call | None:
         """See ``Dialect.template``: there is none."""
         return None
 
@@ -436,6 +463,10 @@ def _shaped(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
             raise BadAnswerError("sends JSON of another shape than this API's; look at api") from error
 
     return careful
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _get(value: Any, *path: str | int) -> Any:

@@ -16,6 +16,8 @@ from gold.errors import DataError
 from gold.kernels.linear import Rows
 from gold.losses import Need
 from gold.models import LanguageModel, PaddedStates, rows_of
+from gold.rollout import ReadsPrompts
+from gold.templates import Rendering
 
 
 class LocalTeacher:
@@ -43,6 +45,11 @@ class LocalTeacher:
         return self.model.vocabulary
 
     @property
+    def rendering(self) -> Rendering:
+        """What the model's chat template is given beside messages."""
+        return self.model.rendering
+
+    @property
     def device(self) -> torch.device:
         """Where the model's weights are."""
         return self.model.device
@@ -58,7 +65,16 @@ class LocalTeacher:
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """See ``chat.teacher_prompt_ids``."""
-        return teacher_prompt_ids(self.model.tokenizer, prompt, self.name)
+        return teacher_prompt_ids(self.model.tokenizer, prompt, self.name, self.rendering)
+
+    @property
+    def context(self) -> int:
+        """Longest sequence in tokens that the model was built for."""
+        return self.model.context
+
+    def misfit(self, prompt: Prompt, spelling: Spelling) -> str:
+        """See ``Teacher``."""
+        return misfit_of(self, prompt, spelling.ids.size)
 
     @torch.no_grad()
     def score(
@@ -72,10 +88,9 @@ class LocalTeacher:
         encoded = [self.prompt_ids(prompt) for prompt in prompts]
         lengths = [len(p) + s.ids.size for p, s in zip(encoded, spellings, strict=True)]
         for prompt, length in zip(prompts, lengths, strict=True):
-            if length > self.model.context:
+            if length > self.context:
                 raise DataError(
-                    f"prompt {prompt.key}: with its completion it takes {length} tokens of teacher {self.name}, whose "
-                    f"context is {self.model.context}; shorten the prompt or lower rollout.max_new_tokens"
+                    f"{_too_long(self, prompt, length)}; shorten the prompt or lower rollout.max_new_tokens"
                 )
         results: dict[int, Rows] = {}
         for chosen in batches_by_length(lengths, self.batch_tokens):
@@ -91,6 +106,25 @@ class LocalTeacher:
             for i, hidden in zip(chosen, whole.hidden_ND.split(rows), strict=True):
                 results[i] = replace(whole, hidden_ND=hidden)
         return [results[i] for i in range(len(prompts))]
+
+
+def misfit_of(teacher: ReadsPrompts, prompt: Prompt, tokens: int) -> str:
+    """Why a teacher cannot read so many tokens behind a prompt, "" where it can: they do not fit its context, or it
+    cannot read the prompt itself."""
+    try:
+        length = len(teacher.prompt_ids(prompt)) + tokens
+    except DataError as error:
+        return str(error)
+    if teacher.context is None or length <= teacher.context:
+        return ""
+    return _too_long(teacher, prompt, length)
+
+
+def _too_long(teacher: ReadsPrompts, prompt: Prompt, length: int) -> str:
+    return (
+        f"prompt {prompt.key}: with its completion it takes {length} tokens of teacher {teacher.name}, whose context "
+        f"is {teacher.context}"
+    )
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

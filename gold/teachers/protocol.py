@@ -14,7 +14,9 @@ from gold.losses import Need
 class Teacher(Protocol):
     """Reads each prompt in its own template and grades completions in its own tokens.
 
-    One that asks again after failures counts them in ``retries``; the metrics of a run show them then.
+    One that asks again after failures counts them in ``retries``; the metrics of a run show them then. One that cannot
+    read every text has a method ``misfit(prompt, spelling)``, which says why it cannot read a completion behind its
+    prompt, "" where it can: such a text is not sent to it, and counts for no objective (see ``reading.misfit``).
     """
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
@@ -23,7 +23,8 @@ from gold.kernels.linear import Rows
 from gold.losses import Need
 from gold.teachers.dialects import VLLM, Asked, Dialect, Forgotten, Known, OpenAI, SGLang
 from gold.teachers.http import RefusedError, Server
-from gold.templates import PromptTokenizer
+from gold.teachers.local import misfit_of
+from gold.templates import PromptTokenizer, Rendering, rendered
 
 Api = Literal["vllm", "sglang", "openai"]
 _CERTAIN = 3
@@ -36,8 +37,9 @@ class ServedTeacher:
     It reads each prompt in its own template, by the tokenizer files in ``path``, a folder or a Hub id, which must be
     those of the model that is served. ``top_k`` tokens are known of each row beside the one that was sent; with 0 it
     gives log-probabilities of given tokens alone. ``url`` and what follows: see ``Server``; ``key_env`` names the
-    environment variable that holds the server's key. ``rows`` of the model's output matrix, where they are known; its
-    rows of log-probabilities are made on ``device``.
+    environment variable that holds the server's key. ``rows`` of the model's output matrix and its ``context`` in
+    tokens, where they are known; ``template_kwargs`` is what its template is given beside messages. Its rows of
+    log-probabilities are made on ``device``.
 
     The end of a text is asked for as one stop id, the one that the chat template writes after messages, else the first.
     The other stop ids count where they are known: SGLang tells all of them, and so does vLLM from 0.33 on where it lets
@@ -62,21 +64,25 @@ class ServedTeacher:
         retries: int = 5,
         key_env: str | None = None,
         roles: Roles | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         rows: int | None = None,
+        context: int | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         self.server = Server(url, concurrency, timeout_s, retries, _key(key_env))
         self.path, self.model, self.api, self.top_k = str(path), model, api, top_k
+        self.context = context
         self.gives: Need = "top_k" if top_k else "tokens"
         self.device = torch.device(device)
         self.vocabulary = Vocabulary.load(path, roles=roles).with_markers(rows)
         self.tokenizer = PromptTokenizer.of(self.vocabulary)
+        self.rendering = Rendering(dict(template_kwargs or {}))
         if not self.vocabulary.stop_ids:
             raise TeacherError(
                 f"tokenizer {path}: no stop id found in its files; name one in teacher.roles.stop"
             )
         self.dialect = _dialect(api, self.vocabulary)
-        self._turn_end = _turn_end(self.tokenizer, self.vocabulary)
+        self._turn_end = _turn_end(self.tokenizer, self.vocabulary, self.rendering)
         self.forgets = False
         """Whether it has told zeros of what was in its prefix cache; it is then asked past that."""
         self._certain = 0
@@ -94,7 +100,25 @@ class ServedTeacher:
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """See ``chat.teacher_prompt_ids``."""
-        return teacher_prompt_ids(self.tokenizer, prompt, self.name)
+        return teacher_prompt_ids(self.tokenizer, prompt, self.name, self.rendering)
+
+    def learn_context(self) -> None:
+        """Takes the server's own limit of a sequence where that is lower than what is known, as vLLM tells it.
+
+        Raises:
+            TeacherError: the server does not answer.
+        """
+        call = self.dialect.context(self.model)
+        if call is None:
+            return
+        with suppress(RefusedError):  # an older server
+            (own,) = self.server.ask([call])
+            if own is not None:
+                self.context = own if self.context is None else min(own, self.context)
+
+    def misfit(self, prompt: Prompt, spelling: Spelling) -> str:
+        """See ``Teacher``. Its end is sent with a text, and servers want room for one token more."""
+        return misfit_of(self, prompt, spelling.ids.size + 2)
 
     def asked(self, prompt: Prompt, ids: Sequence[int], stopped: bool) -> Asked:
         """What a completion's ids, and its end where it ``stopped``, are asked as."""
@@ -219,13 +243,13 @@ def _dialect(api: str, vocabulary: Vocabulary) -> Dialect:
     raise ConfigError(f"api: expected vllm, sglang or openai, got {api!r}")
 
 
-def _turn_end(tokenizer: Any, vocabulary: Vocabulary) -> int | None:
+def _turn_end(tokenizer: Any, vocabulary: Vocabulary, rendering: Rendering) -> int | None:
     """The stop id that the chat template writes after an answer, None without one."""
     if not has_chat_template(tokenizer):
         return None
     turns = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = rendered(tokenizer, turns, rendering)
     except Exception:  # a template is a program: it may raise anything
         return None
     closing = text.rpartition("A1")[2].lstrip()
