@@ -139,7 +139,7 @@ ALIGN: dict[str, Callable[[Path], Any]] = {
 
 
 def answers_or_refuses(does: Callable[[Path], Any], folder: Path) -> bool:
-    """Whether it answers; what it raises is an error of gold's, of one line."""
+    """Whether it answers; what it raises is an error of gold's."""
     said: tuple[Any, ...] = ()
     with contextlib.suppress(GoldError):
         try:
@@ -149,7 +149,7 @@ def answers_or_refuses(does: Callable[[Path], Any], folder: Path) -> bool:
             raise
         return True
     assert said
-    assert all(str(one) and "\n" not in str(one) for one in said), said
+    assert all(0 < len(str(one)) < 5000 for one in said), said  # printed as one line each: gold.terminal
     return False
 
 
