@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,19 +13,36 @@ from gold.errors import ConfigError, TrainingError
 
 TINY = demo.DemoPlan(
     prompts=48,
-    heldout=32,
+    heldout=16,
     answers=200,
-    teacher_steps=60,
+    teacher_steps=40,
     start_steps=4,
     steps=2,
     evaluate_every=1,
-    watched=16,
+    watched=8,
 )
 
 
-def test_the_whole_demonstration_in_small(tmp_path):
+class AtOnce:
+    """A pool whose work is done in this process, when it is handed over."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.done: list[str] = []
+
+    def __enter__(self) -> AtOnce:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, function: Any, *given: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*given))
+        return future
+
+
+def hold(out: Path) -> None:
     said: list[str] = []
-    out = tmp_path / "demo"
     entries = demo.run_demo(out, TINY, said.append)
     assert list(entries) == ["teacher", "start", *demo.WAYS]
     for name in (
@@ -38,6 +58,16 @@ def test_the_whole_demonstration_in_small(tmp_path):
     # Again into the same folder: what is there is a demonstration, and is replaced.
     demo._make_room(out)
     assert [p.name for p in out.iterdir()] == [demo.MARK]
+
+
+def test_the_whole_demonstration_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "ProcessPoolExecutor", AtOnce)
+    hold(tmp_path / "demo")
+
+
+@pytest.mark.slow
+def test_the_whole_demonstration_in_small_by_two_processes(tmp_path: Path) -> None:
+    hold(tmp_path / "demo")
 
 
 def test_a_student_that_learned_nothing_is_an_error(tmp_path, monkeypatch, capsys):
@@ -84,5 +114,5 @@ def test_impossible_sums_are_refused(options):
 
 
 def test_more_sums_than_there_are_is_one_line():
-    with pytest.raises(ConfigError, match="cannot make 1000 different prompts"):
-        RunningSums(lowest=1, highest=3, shortest=1, longest=1, largest=1).prompts("train", 1000, 0)
+    with pytest.raises(ConfigError, match="cannot make 60 different prompts"):
+        RunningSums(lowest=1, highest=3, shortest=1, longest=1, largest=1).prompts("train", 60, 0)
