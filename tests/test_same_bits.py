@@ -6,12 +6,14 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiny_models as tiny
 import torch
+from processes_for_tests import Command
 
 from gold.recipe import Recipe, Term
 from gold.rollout import Sampling
@@ -76,4 +78,34 @@ def test_in_one_process(tmp_path: Path) -> None:
         run = distill(student, teacher, tiny.prompts(), recipe, verifier=tiny.TASK, saving=saving)
         weights = b"".join(p.detach().numpy().tobytes() for p in run.student.lm.parameters())
         found.add((weights, *map(told, run.steps)))
+    assert len(found) == 1
+
+
+def test_in_five_processes(tmp_path: Path) -> None:
+    tiny.save_pair(tmp_path)
+    settings = tiny.run_settings(
+        tmp_path,
+        tmp_path / "unused",
+        objectives=[{"name": name, "weight": 0.3, **options} for name, options in TERMS],
+        rollout__on_policy=0.7,
+        train__steps=2,
+        train__checkpoint_every=9,
+        evaluate__every=2,
+        evaluate__prompts=3,
+    )
+    file = tiny.write_settings(tmp_path / "run.yaml", settings)
+    runs = [tmp_path / str(n) for n in range(5)]
+    commands = [
+        Command(tmp_path / f"{run.name} printed", "train", file, f"output={run}", before=partial(scatter, n))
+        for n, run in enumerate(runs)
+    ]
+    assert [command.wait() for command in commands] == [0] * 5, commands[0].err
+    found = set()
+    for run in runs:
+        lines = [
+            told(json.loads(line))
+            for name in ("metrics.jsonl", "samples.jsonl")
+            for line in (run / name).read_text(encoding="utf-8").splitlines()
+        ]
+        found.add(((run / "student" / "model.safetensors").read_bytes(), *lines))
     assert len(found) == 1
