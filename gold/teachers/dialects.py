@@ -69,7 +69,7 @@ class Dialect(Protocol):
         ...
 
     def template(
-        self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]
+        self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any] | None = None
     ) -> Call | None:
         """The request for the ids that its template makes of messages, None where there is none."""
         ...
@@ -164,7 +164,7 @@ class VLLM:
         return Call("/tokenize", body, _shaped(lambda answer: _whole(answer.get("max_model_len"))))
 
     def template(
-        self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]
+        self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any] | None = None
     ) -> Call | None:
         """See ``Dialect.template``."""
         body = {
@@ -244,7 +244,7 @@ class SGLang:
         return None
 
     def template(
-        self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]
+        self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any] | None = None
     ) -> Call | None:
         """See ``Dialect.template``: there is none."""
         return None
@@ -340,7 +340,7 @@ class OpenAI:
         return None
 
     def template(
-        self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]
+        self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any] | None = None
     ) -> Call | None:
         """See ``Dialect.template``: there is none."""
         return None
