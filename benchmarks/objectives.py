@@ -22,10 +22,9 @@ from typing import Any
 import torch
 
 from benchmarks.record import RESULTS, device_name, write_record
-from gold.demo.run import SAMPLING, TASK, DemoPlan, _heldout, _taught, make_start, make_teacher
+from gold.demo.run import SAMPLING, TASK, CpuSeconds, DemoPlan, _heldout, _taught, make_start, make_teacher
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.models import load_model
-from gold.progress import Silent
 from gold.recipe import Recipe, Term
 from gold.teachers.local import LocalTeacher
 from gold.train import Saving, distill
@@ -105,22 +104,6 @@ class Job:
         return f"{self.way} lr={self.lr:g} seed={self.seed} steps={self.steps}"
 
 
-class _CpuSeconds(Silent):
-    """Processor seconds of this process after each step, evaluations left out."""
-
-    def __init__(self) -> None:
-        self.spent, self._since = [0.0], time.process_time()
-
-    def step(self, record: Any) -> None:
-        """See ``Progress.step``."""
-        self.spent.append(self.spent[-1] + time.process_time() - self._since)
-        self._since = time.process_time()
-
-    def evaluation(self, record: Any) -> None:
-        """See ``Progress.evaluation``."""
-        self._since = time.process_time()
-
-
 def run(job: Job, folder: Path, plan: DemoPlan) -> dict[str, Any]:
     """What came of one run: measures at the end on all held-out prompts, and a curve on some of them."""
     torch.set_num_threads(1)
@@ -142,7 +125,7 @@ def run(job: Job, folder: Path, plan: DemoPlan) -> dict[str, Any]:
         lr=job.lr,
     )
     heldout = _heldout(plan)[: plan.watched if job.seed == TUNING_SEED else None]
-    clock = _CpuSeconds()
+    clock = CpuSeconds()
     evaluation = EvaluationPlan(
         max_new_tokens=SAMPLING.max_new_tokens, samples=0, rollout_batch=256, sequences_per_forward=128
     )
@@ -184,7 +167,7 @@ def main(arguments: Sequence[str]) -> int:
     started = time.perf_counter()
     folder: Path = given.folder
     folder.mkdir(parents=True, exist_ok=True)
-    plan = DemoPlan(prompts=given.prompts, evaluate_every=50, watched=128)
+    plan = DemoPlan(prompts=given.prompts, heldout=512, start_accuracy=0.12, evaluate_every=50, watched=128)
     kept = folder / "runs.jsonl"
     found = {r["key"]: r for r in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
     if not (folder / "teacher").is_dir():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from concurrent.futures import Future
 from pathlib import Path
@@ -41,9 +42,8 @@ class AtOnce:
         return future
 
 
-def hold(out: Path) -> None:
-    said: list[str] = []
-    entries = demo.run_demo(out, TINY, said.append)
+def hold(out: Path, plan: demo.DemoPlan, said: list[str]) -> None:
+    entries = demo.run_demo(out, plan, said.append)
     assert list(entries) == ["teacher", "start", *demo.WAYS]
     for name in (
         "learning.png",
@@ -54,7 +54,14 @@ def hold(out: Path) -> None:
         assert (out / name).stat().st_size > 0
     assert demo.table(entries).count("\n") == 7
     found = json.loads((out / demo.MARK).read_text())
-    assert [p["step"] for p in found["curves"]["distilled"]] == [0, 1, 2]
+    for way in demo.WAYS:
+        curve = found["curves"][way]
+        assert [p["step"] for p in curve] == [0, 1, 2]
+        assert 0.0 <= curve[0]["cpu_s"] < curve[1]["cpu_s"] < curve[2]["cpu_s"] == entries[way].cpu_s
+        # As much for each: only what tells right from wrong differs.
+        assert (entries[way].prompts, entries[way].sequences) == (plan.prompts, 2 * demo.BATCH)
+    start = entries["start"]
+    assert (start.prompts, start.sequences) == (plan.answers, plan.start_steps * demo.ANSWERS_PER_STEP)
     # Again into the same folder: what is there is a demonstration, and is replaced.
     demo._make_room(out)
     assert [p.name for p in out.iterdir()] == [demo.MARK]
@@ -62,25 +69,40 @@ def hold(out: Path) -> None:
 
 def test_the_whole_demonstration_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "ProcessPoolExecutor", AtOnce)
-    hold(tmp_path / "demo")
+    hold(tmp_path / "demo", TINY, [])
 
 
 @pytest.mark.slow
 def test_the_whole_demonstration_in_small_by_two_processes(tmp_path: Path) -> None:
-    hold(tmp_path / "demo")
+    hold(tmp_path / "demo", TINY, [])
 
 
-def test_a_student_that_learned_nothing_is_an_error(tmp_path, monkeypatch, capsys):
-    start = demo.Entry("start", 0.2, 0.1, 0.3, 1, 1.0)
-    for low, learned in ((0.25, False), (0.31, True)):
-        distilled = demo.Entry("distilled", 0.4, low, 0.5, 1, 1.0)
-        monkeypatch.setattr(demo, "run_demo", lambda *_, d=distilled: {"start": start, "distilled": d})
-        if learned:
-            demo.main(tmp_path)
-        else:
-            with pytest.raises(TrainingError, match=r"not clearly more than the 20\.0%"):
-                demo.main(tmp_path)
-    assert "| start | 20.0% | 10.0% – 30.0% | 1 | 1 |" in capsys.readouterr().out
+def entry(name: str, low: float, right: float, high: float) -> demo.Entry:
+    return demo.Entry(name, right, low, high, "right answers", 1, 2, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("low", "right", "high", "line"),
+    [
+        (0.85, 0.87, 0.9, r"87\.0% right, less than 90% of its teacher's 97\.0%"),
+        (0.84, 0.88, 0.9, r"84\.0% to 90\.0% right .* not 5 points clear of KD, 70\.0% to 80\.0%"),
+        (0.86, 0.88, 0.9, None),
+    ],
+)
+def test_what_the_demonstration_holds_itself_to(
+    low: float, right: float, high: float, line: str | None, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    entries = {
+        "teacher": entry("teacher", 0.95, 0.97, 0.98),
+        "start": entry("start", 0.1, 0.2, 0.3),
+        "distilled": entry("distilled", low, right, high),
+        "kd_greedy": entry("KD", 0.7, 0.75, 0.8),
+    }
+    monkeypatch.setattr(demo, "run_demo", lambda *_: entries)
+    with pytest.raises(TrainingError, match=line) if line else contextlib.nullcontext():
+        demo.main(tmp_path)
+    # The table is shown either way.
+    assert "| start | 20.0% | 10.0% – 30.0% | right answers | 1 | 2 | 1 |" in capsys.readouterr().out
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):

@@ -7,7 +7,7 @@ import re
 import runpy
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -165,13 +165,20 @@ def test_the_numbers_of_the_real_runs_are_those_of_their_records(name):
 
 def test_the_table_of_the_demonstration_is_its_record():
     from benchmarks.demo import table
-    from gold.demo.run import Entry
+    from gold.demo.run import AHEAD, SHARE, WAYS, DemoPlan, Entry, check
 
     rows = [{name: Entry(**entry) for name, entry in seed.items()} for seed in record("demo")["seeds"]]
+    plan = record("demo")["plan"]
+    told = " ".join(README.split("## What you see")[1].split("\n## ")[0].split())
     assert table(rows) in README
+    assert plan == asdict(DemoPlan())
+    assert f"on {plan['prompts']:,} prompts without answers" in told
+    assert f"Share of {plan['heldout']:,} held-out prompts" in told
+    assert f"fails unless distillation reaches {100 * SHARE:.0f} % of its teacher's accuracy" in told
+    assert f"lies {100 * AHEAD:.0f} points above the upper end of every other way's" in told
     for seed in rows:
-        assert seed["teacher"].accuracy >= 0.95
-        assert seed["distilled"].low > seed["start"].high
+        check(seed)
+        assert len({(seed[way].prompts, seed[way].sequences) for way in WAYS}) == 1
 
 
 def test_the_table_of_objectives_is_its_record():
