@@ -175,7 +175,7 @@ def test_the_table_of_the_demonstration_is_its_record():
     assert f"on {plan['prompts']:,} prompts without answers" in told
     assert f"Share of {plan['heldout']:,} held-out prompts" in told
     assert f"fails unless distillation reaches {100 * SHARE:.0f} % of its teacher's accuracy" in told
-    assert f"lies {100 * AHEAD:.0f} points above the upper end of every other way's" in told
+    assert f"is {100 * AHEAD:.0f} points ahead of every other way" in told
     for seed in rows:
         check(seed)
         assert len({(seed[way].prompts, seed[way].sequences) for way in WAYS}) == 1
