@@ -493,6 +493,8 @@ def why_bad(record: Mapping[str, Any]) -> str:
 
 def remedy_for(record: Mapping[str, Any]) -> str:
     """What to do about a step that was not applied, by its metrics."""
+    if record.get("teacher_impossible") and not record.get("grad_norm"):
+        return "let the server tell what is unlikely too (gold doctor says how), or take another teacher"
     return str(record.get("remedy", "lower optimizer.lr, or look at the last lines of metrics.jsonl"))
 
 
@@ -505,8 +507,8 @@ def check_end(record: Mapping[str, Any]) -> None:
     if bad := record.get("bad_steps"):
         raise TrainingError(
             f"step {record['step']}: the run has ended, but its last {bad} step(s) had {why_bad(record)} "
-            "and were not applied; the student is that of the steps before: train it anew with a lower "
-            "optimizer.lr, or use it as it is"
+            "and were not applied; the student is that of the steps before: use it as it is, or train it anew and "
+            f"{remedy_for(record)}"
         )
 
 

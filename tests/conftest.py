@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 
 import pytest
@@ -20,6 +21,15 @@ try:
     ctypes.CDLL("libcuda.so.1")
 except OSError:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# A shell that puts its jobs in the background, or nohup, has them ignore signals, and a program that is started ignoring
+# one keeps to it: the tests' programs begin as from a terminal.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGTERM, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 # No test meets a map that another state of the code has kept, or keeps one in the user's folder.
 os.environ["GOLD_CACHE"] = ""
 
