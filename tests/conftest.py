@@ -21,8 +21,8 @@ try:
     ctypes.CDLL("libcuda.so.1")
 except OSError:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# A shell that puts its jobs in the background, or nohup, has them ignore signals, and a program that is started ignoring
-# one keeps to it: the tests' programs begin as from a terminal.
+# A shell that puts its jobs in the background, or nohup, has them ignore signals, and a program that begins so keeps to
+# it: the tests' programs begin as from a terminal.
 for number, handler in (
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGTERM, signal.SIG_DFL),
