@@ -34,8 +34,8 @@ from benchmarks.assets import tokenizer_path
 from benchmarks.clock import Spread, seconds_in_turn, spread
 from benchmarks.record import device_name, write_record
 from benchmarks.texts import odd_text, plain_texts
-from gold.align import Spelling, Vocabulary
 from gold.align.chunks import Alignment, chunks_of
+from gold.tokenize.vocabulary import Spelling, Vocabulary
 
 PAIRS = (
     ("qwen3", "llama3_1"),

@@ -581,7 +581,7 @@ def clip_tokenizer(merges: Sequence[str]) -> Any:
     """CLIP's tokenizer of its merges, a line each, in the order of their ids."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-    from gold.align.spelling import byte_alphabet
+    from gold.tokenize.families import byte_alphabet
 
     symbols = list(byte_alphabet())
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]

@@ -29,10 +29,10 @@ from gold.data import Prompt
 from gold.demo.models import character_tokenizer, learn_answers, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.evaluate import EvaluationPlan
-from gold.models import LanguageModel, save_model
-from gold.recipe import Recipe, Term
-from gold.rollout import Sampling
-from gold.train import distill
+from gold.models.causal import LanguageModel, save_model
+from gold.rollout.hf import Sampling
+from gold.train.loop import distill
+from gold.train.recipe import Recipe, Term
 
 TASK = RunningSums(shortest=2, longest=4)
 CLOCKED = ("_s", "_per_s")

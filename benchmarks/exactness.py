@@ -23,17 +23,17 @@ from numpy.typing import NDArray
 
 from benchmarks.assets import AssetError, model_path
 from benchmarks.record import RESULTS, device_name, write_record
-from gold.align.paths import ByteTrie
-from gold.align.vocabulary import Vocabulary
-from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
+from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
+from gold.bytes.plan import ByteTrie
 from gold.data import Prompt
 from gold.kernels import BACKENDS
-from gold.kernels.linear import Rows, byte_tables
+from gold.kernels.lm_head import Rows, byte_tables
 from gold.kernels.projection import OBSERVED, needed_rows, piece_events, piece_target
 from gold.losses import View
 from gold.losses.prefix import prefix_positions
-from gold.models import LanguageModel, PaddedStates, load_model, rows_of
-from gold.rollout import Sampling, sample
+from gold.models.causal import LanguageModel, PaddedStates, load_model, rows_of
+from gold.rollout.hf import Sampling, sample
+from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.toys import ToyModel, toy_vocabulary
 
 Probs = NDArray[np.float64]

@@ -30,7 +30,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from benchmarks.assets import MODELS, ROOT, TOKENIZERS, listing, tokenizer_path
 from benchmarks.record import device_name, write_record
 from benchmarks.texts import FORGED, odd_text
-from gold.align import Spelling, Vocabulary, align_tokens
+from gold.align import align_tokens
+from gold.tokenize.vocabulary import Spelling, Vocabulary
 
 TOKENIZERS_A_TEXT = 2
 BLOCK = 250
@@ -164,7 +165,7 @@ def subjects(trained_only: bool = False) -> list[Subject]:
     folder = str(ROOT / "tests")
     if folder not in sys.path:
         sys.path.append(folder)
-    families = import_module("tokenizers_for_tests").families()
+    families = import_module("support.tokenizers").families()
     found = [Subject(name, Vocabulary.load(tokenizer)) for name, tokenizer in families.items()]
     if not trained_only:
         there = {asset.split("/")[-1] for asset, state in listing() if state == "there"}

@@ -28,12 +28,12 @@ from gold.data import Prompt
 from gold.demo.models import learn_answers, tiny_model, word_tokenizer
 from gold.demo.run import SAMPLING, TASK, DemoPlan, make_teacher
 from gold.evaluate import wilson
-from gold.models import LanguageModel, load_model, save_model
-from gold.progress import Silent
-from gold.recipe import Recipe, Term
-from gold.rollout import sample
+from gold.models.causal import LanguageModel, load_model, save_model
+from gold.rollout.hf import sample
 from gold.teachers import LocalTeacher, SelfTeacher, Teacher, Teachers
-from gold.train import distill
+from gold.train.loop import distill
+from gold.train.progress import Silent
+from gold.train.recipe import Recipe, Term
 
 SUMS, TURNED = "sums", "turned"
 

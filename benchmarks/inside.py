@@ -21,12 +21,12 @@ from benchmarks.assets import assets_folder
 from benchmarks.record import device_name, write_record
 from gold.data import load_prompts, split_by_hash
 from gold.evaluate import EvaluationPlan, evaluate
-from gold.models import load_model
-from gold.progress import Silent
-from gold.recipe import Recipe, Term
-from gold.rollout import Sampling
+from gold.models.causal import load_model
+from gold.rollout.hf import Sampling
 from gold.teachers.local import LocalTeacher
-from gold.train import distill
+from gold.train.loop import distill
+from gold.train.progress import Silent
+from gold.train.recipe import Recipe, Term
 
 STUDENT, TEACHER = "smollm2-135m-instruct", "gemma3-270m"
 WAYS: dict[str, Term] = {

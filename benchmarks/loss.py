@@ -43,13 +43,13 @@ from benchmarks.clock import Spread, spread
 from benchmarks.meter import MIB, Meter, Sample
 from benchmarks.record import RESULTS, command_line, device_name, write_record
 from benchmarks.texts import plain_texts
-from gold.align import Vocabulary
-from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
+from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.errors import GoldError
 from gold.kernels import BACKENDS, backend_for
-from gold.kernels.linear import Rows
+from gold.kernels.lm_head import Rows
 from gold.losses import OBJECTIVES, Objective, View
-from gold.models import as_rows, pick_device
+from gold.models.causal import as_rows, pick_device
+from gold.tokenize.vocabulary import Vocabulary
 
 WIDTHS = {"smollm2-135m-instruct": 49_152, "llama3_1": 128_256, "qwen3": 151_936, "gemma3": 262_144}
 """Rows of the output matrices of the models that the tokenizers belong to."""

@@ -24,10 +24,10 @@ import torch
 from benchmarks.record import RESULTS, device_name, write_record
 from gold.demo.run import SAMPLING, TASK, CpuSeconds, DemoPlan, _heldout, _taught, make_start, make_teacher
 from gold.evaluate import EvaluationPlan, evaluate
-from gold.models import load_model
-from gold.recipe import Recipe, Term
+from gold.models.causal import load_model
 from gold.teachers.local import LocalTeacher
-from gold.train import Saving, distill
+from gold.train.loop import Saving, distill
+from gold.train.recipe import Recipe, Term
 
 TUNING_SEED = 1000
 RATES = (3e-4, 1e-3, 2e-3)

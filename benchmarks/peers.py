@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from gold.aligned import AlignedBatch, VocabularyPair
+from gold.align.batch import AlignedBatch, VocabularyPair
 from gold.losses import Loss, Objective, View
 
 OneText = Callable[[View, int, Tensor, Tensor], Tensor]

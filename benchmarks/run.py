@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from benchmarks.record import RESULTS, device_name, write_record
-from gold.assembly import train
+from gold.build import train
 from gold.config import Config
 from gold.errors import GoldError
-from gold.plots import plot_run
-from gold.progress import Lines
+from gold.inspect.plots import plot_run
+from gold.train.progress import Lines
 
 KEPT = ("step", "loss", "sampled_reverse_kl_per_byte", "wanted", "missed", "grad_norm", "length_bytes")
 SECONDS = ("rollout_s", "read_s", "teacher_s", "student_s", "update_s", "step_s")

@@ -18,17 +18,17 @@ import torch
 from benchmarks.clock import spread
 from benchmarks.record import device_name, write_record
 from benchmarks.run import KEPT, SECONDS
-from gold.assembly import evaluation_of, load_data, train
-from gold.chat import prompt_text
+from gold.build import evaluation_of, load_data, train
 from gold.config import Config
 from gold.data import Prompt
 from gold.doctor.server import examine_noise, examine_server
 from gold.errors import GoldError
 from gold.evaluate import evaluate
-from gold.models import LanguageModel, load_model
-from gold.progress import Lines
+from gold.models.causal import LanguageModel, load_model
 from gold.teachers.local import LocalTeacher
 from gold.teachers.served import ServedTeacher
+from gold.tokenize.chat import prompt_text
+from gold.train.progress import Lines
 
 CONFIG = "configs/smollm2-from-gemma3.yaml"
 

@@ -44,11 +44,11 @@ from benchmarks.meter import MIB, Meter, Sample
 from benchmarks.record import RESULTS, command_line, device_name, write_record
 from gold.data import Prompt, load_prompts
 from gold.errors import GoldError
-from gold.loop import Loop, pairs_of, terms_of
-from gold.models import LanguageModel, load_model, pick_device, wrap_model
-from gold.recipe import Recipe, Term
-from gold.rollout import Sampling
+from gold.models.causal import LanguageModel, load_model, pick_device, wrap_model
+from gold.rollout.hf import Sampling
 from gold.teachers.several import Teachers
+from gold.train.recipe import Recipe, Term
+from gold.train.step import Loop, pairs_of, terms_of
 
 PROMPTS = Path(__file__).resolve().parents[1] / "data" / "openings.jsonl"
 PHASES = ("rollout", "read", "teacher", "student", "update")

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from benchmarks.assets import assets_folder
 from benchmarks.record import device_name, write_record
-from gold.aligned import VocabularyPair
+from gold.align.batch import VocabularyPair
+from gold.align.collate import aligned_batch, read, student_states, teacher_rows
 from gold.data import load_prompts, split_by_hash
 from gold.kernels import backend_for
-from gold.kernels.linear import Rows, likeliest
+from gold.kernels.lm_head import Rows, likeliest
 from gold.losses import OBJECTIVES
-from gold.losses.view import View
-from gold.models import LanguageModel, load_model, rows_of
-from gold.reading import aligned_batch, read, student_states, teacher_rows
-from gold.rollout import Rollout, Sampling, sample
+from gold.losses.types import View
+from gold.models.causal import LanguageModel, load_model, rows_of
+from gold.rollout.hf import Rollout, Sampling, sample
 from gold.teachers.cached import CachedTeacher
 from gold.teachers.local import LocalTeacher
 

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import gold
-from gold.models import load_model
-from gold.recipe import Recipe
-from gold.rollout import Sampling
-from gold.train import Saving
+from gold.models.causal import load_model
+from gold.rollout.hf import Sampling
+from gold.train.loop import Saving
+from gold.train.recipe import Recipe
 
 if __name__ == "__main__":
     student, teacher, prompts, output = sys.argv[1:]

@@ -8,16 +8,16 @@ import sys
 
 import torch
 
-from gold.aligned import AlignedBatch, VocabularyPair
+from gold.align.batch import AlignedBatch, VocabularyPair
+from gold.align.collate import read, student_states, teacher_rows
 from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.kernels import backend_for
-from gold.kernels.linear import Rows
+from gold.kernels.lm_head import Rows
 from gold.losses import OBJECTIVES, View
-from gold.models import LanguageModel, load_model, rows_of
-from gold.reading import read, student_states, teacher_rows
-from gold.rollout import Sampling, rollout_seeds, sample
+from gold.models.causal import LanguageModel, load_model, rows_of
+from gold.rollout.hf import Sampling, rollout_seeds, sample
 from gold.teachers import LocalTeacher
 
 

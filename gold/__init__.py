@@ -20,14 +20,15 @@ from gold.errors import (
 )
 
 if TYPE_CHECKING:
-    from gold.align import Alignment, Spelling, Vocabulary, align_tokens
+    from gold.align import Alignment, align_tokens
     from gold.config import Config
     from gold.data import Prompt, load_prompts
-    from gold.models import load_model
-    from gold.recipe import Recipe, Term
+    from gold.models.causal import load_model
     from gold.tasks import load_task
     from gold.teachers import CachedTeacher, LocalTeacher, SelfTeacher, ServedTeacher, Teachers
-    from gold.train import distill
+    from gold.tokenize.vocabulary import Spelling, Vocabulary
+    from gold.train.loop import distill
+    from gold.train.recipe import Recipe, Term
 
 __version__ = "0.1.0"
 
@@ -66,16 +67,16 @@ _MODULE_OF = {
     "Config": "gold.config",
     "LocalTeacher": "gold.teachers",
     "Prompt": "gold.data",
-    "Recipe": "gold.recipe",
+    "Recipe": "gold.train.recipe",
     "SelfTeacher": "gold.teachers",
     "ServedTeacher": "gold.teachers",
-    "Spelling": "gold.align",
+    "Spelling": "gold.tokenize.vocabulary",
     "Teachers": "gold.teachers",
-    "Term": "gold.recipe",
-    "Vocabulary": "gold.align",
+    "Term": "gold.train.recipe",
+    "Vocabulary": "gold.tokenize.vocabulary",
     "align_tokens": "gold.align",
-    "distill": "gold.train",
-    "load_model": "gold.models",
+    "distill": "gold.train.loop",
+    "load_model": "gold.models.causal",
     "load_prompts": "gold.data",
     "load_task": "gold.tasks",
 }

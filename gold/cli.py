@@ -204,7 +204,7 @@ def align(
 ) -> None:
     """Show how two tokenizers cut one text, and the chunks on which they agree."""
     with _told():
-        from gold.align.command import run_align
+        from gold.inspect.command import run_align
 
         run_align(
             text,
@@ -223,7 +223,7 @@ def align(
 
 
 def _load_scorer(student: str, teacher: str) -> Any:
-    from gold.score import PairScorer
+    from gold.inspect.score import PairScorer
 
     return PairScorer.load(student, teacher)
 
@@ -264,7 +264,7 @@ def doctor(
     """
     with _told():
         if teacher is None:
-            from gold.assembly import diagnose_run
+            from gold.build import diagnose_run
 
             report = diagnose_run(Path(student), weights=weights, sequences=sequences, tokens=tokens)
         else:
@@ -303,14 +303,14 @@ def train(
 
         settings = Config.load(config, overrides or [])
         if resume and not overwrite:
-            from gold.run import ended
+            from gold.train.run_folder import ended
 
             if said := ended(settings.output, settings.to_dict(), settings.train.steps):
                 if os.environ.get("RANK", "0") == "0":  # one of several processes tells
                     terminal.show(said)
                 return
-        from gold.assembly import train as run
-        from gold.progress import for_terminal
+        from gold.build import train as run
+        from gold.train.progress import for_terminal
 
         run(
             settings,
@@ -329,8 +329,8 @@ def evaluate(
 ) -> None:
     """Measure a student on held-out prompts: accuracy, bits per byte, KL per byte, lengths."""
     with _told():
-        from gold.assembly import evaluate_source
-        from gold.progress import Quiet
+        from gold.build import evaluate_source
+        from gold.train.progress import Quiet
 
         found = evaluate_source(source, overrides or [], Quiet())
         if as_json:
@@ -369,7 +369,7 @@ def plot(
 ) -> None:
     """Draw the learning curves of a run as PNG files."""
     with _told():
-        from gold.plots import plot_run
+        from gold.inspect.plots import plot_run
 
         terminal.show(*plot_run(run))
 
@@ -386,9 +386,9 @@ def cache_build(
         from gold.config import Config
 
         settings = Config.load(config, overrides or [])
-        from gold.assembly import build_cache
+        from gold.build import build_cache
         from gold.cache.command import summary, teller
-        from gold.progress import Lines
+        from gold.train.progress import Lines
 
         for teacher in build_cache(settings, Lines(), teller()):
             terminal.show(summary(teacher.cache))

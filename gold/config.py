@@ -43,7 +43,7 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")]
 
 
 def _for_template(arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    from gold.templates import check_arguments
+    from gold.tokenize.templates import check_arguments
 
     try:
         check_arguments(arguments)

@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair, canonical_tokens
 from gold.align.chunks import align_tokens
-from gold.aligned import AlignedBatch, AlignedText, VocabularyPair, canonical_tokens
-from gold.chat import begins_anew, prompt_text
+from gold.align.collate import microbatches, misfit, read, student_states, teacher_rows
 from gold.data import Prompt
 from gold.kernels import backend_for
-from gold.kernels.linear import Rows, prefix_logp, token_logp
-from gold.losses.view import IMPOSSIBLE, possible
-from gold.models import LanguageModel, rows_of
-from gold.reading import microbatches, misfit, read, student_states, teacher_rows
-from gold.rollout import Rollout, Sampling, completed, sample
+from gold.kernels.lm_head import Rows, prefix_logp, token_logp
+from gold.losses.types import IMPOSSIBLE, possible
+from gold.models.causal import LanguageModel, rows_of
+from gold.rollout.hf import Rollout, Sampling, completed, sample
 from gold.teachers.cached import CachedTeacher
 from gold.teachers.local import LocalTeacher, misfit_of
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
+from gold.tokenize.chat import begins_anew, prompt_text
 
 
 class Verifier(Protocol):

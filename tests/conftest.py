@@ -37,7 +37,7 @@ os.environ["GOLD_CACHE"] = ""
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip `gpu` tests without a CUDA device, and `assets` tests without the assets that the mark names (or any)."""
     # A picture at the end of a run takes longer than the run of a tiny model.
-    if (assembly := sys.modules.get("gold.assembly")) is not None:
+    if (assembly := sys.modules.get("gold.build")) is not None:
         assembly.plot_run = lambda folder: []  # type: ignore[attr-defined]
     if item.get_closest_marker("gpu"):
         import torch

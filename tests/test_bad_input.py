@@ -16,7 +16,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-import tiny_models as tiny
+import support.tiny_models as tiny
 import torch
 import yaml
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -24,15 +24,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import gold.assembly
-import gold.checkpoint
-import gold.loop
-import gold.progress
-import gold.train
-from gold.checkpoint import Checkpoint
+import gold.build
+import gold.train.checkpoint
+import gold.train.loop
+import gold.train.progress
+import gold.train.step
 from gold.cli import main
 from gold.errors import CheckpointError, DataError
 from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
+from gold.train.checkpoint import Checkpoint
 
 Files = dict[str, bytes]
 
@@ -61,13 +61,13 @@ class Bench:
             evaluate__prompts=2,
         )
         self.loaded: list[str] = []
-        real = gold.assembly.load_model
+        real = gold.build.load_model
 
         def load_model(path: str, **options: Any) -> Any:
             self.loaded.append(Path(path).name)
             return real(path, **options)
 
-        monkeypatch.setattr(gold.assembly, "load_model", load_model)
+        monkeypatch.setattr(gold.build, "load_model", load_model)
 
     def gold(self, command: str, *arguments: object) -> SimpleNamespace:
         """Exit code, stdout and stderr of a command on the configuration."""
@@ -362,7 +362,7 @@ def test_a_truncated_checkpoint(bench: Bench) -> None:
 def reseal(checkpoint: Path) -> None:
     """The manifest as the files are, whatever they hold."""
     (checkpoint / "manifest.json").unlink()
-    gold.checkpoint._seal(checkpoint, int(checkpoint.name.removeprefix("step-")))
+    gold.train.checkpoint._seal(checkpoint, int(checkpoint.name.removeprefix("step-")))
 
 
 def test_a_checkpoint_that_holds_something_else(bench: Bench) -> None:
@@ -400,12 +400,12 @@ def test_a_state_that_is_none(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "state.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"state\.json ") as caught:
-        gold.loop._read_state(Checkpoint(1, tmp_path))
+        gold.train.step._read_state(Checkpoint(1, tmp_path))
     assert "\n" not in str(caught.value)
 
 
 def test_a_run_folder_that_is_moved_under_way(bench: Bench) -> None:
-    real, calls = gold.loop.sample, iter(range(100))
+    real, calls = gold.train.step.sample, iter(range(100))
 
     def sample(*arguments: Any, **options: Any) -> Any:
         if next(calls) == 1:
@@ -413,7 +413,7 @@ def test_a_run_folder_that_is_moved_under_way(bench: Bench) -> None:
         return real(*arguments, **options)
 
     with bench.monkeypatch.context() as patch:
-        patch.setattr(gold.loop, "sample", sample)
+        patch.setattr(gold.train.step, "sample", sample)
         assert "was moved or removed while the run went on" in bench.refused()
     assert not bench.run.exists()
     done = bench.gold("train", "--resume", f"output={bench.folder / 'moved'}")
@@ -425,7 +425,7 @@ def full(*_: Any, **__: Any) -> Any:
 
 
 def test_a_disk_that_is_full_while_a_checkpoint_is_saved(bench: Bench) -> None:
-    real, calls = gold.loop.save_model, iter(range(100))
+    real, calls = gold.train.step.save_model, iter(range(100))
 
     def save_model(model: Any, folder: Path) -> None:
         real(model, folder)
@@ -433,7 +433,7 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_saved(bench: Bench) -> None:
             full()
 
     with bench.monkeypatch.context() as patch:
-        patch.setattr(gold.loop, "save_model", save_model)
+        patch.setattr(gold.train.step, "save_model", save_model)
         line = bench.refused()
     assert "cannot save the checkpoint of step 2" in line
     assert "No space left on device" in line
@@ -468,7 +468,7 @@ def test_a_disk_that_is_full_while_the_student_is_saved(bench: Bench, error: Exc
         raise error
 
     with bench.monkeypatch.context() as patch:
-        patch.setattr(gold.train, "save_model", save_model)
+        patch.setattr(gold.train.loop, "save_model", save_model)
         assert "cannot save the student in" in bench.refused()
     assert not (bench.run / "student").exists()
     assert bench.gold("train", "--resume").code == 0
@@ -499,7 +499,7 @@ def test_a_loss_that_is_not_finite_at_the_end(bench: Bench) -> None:
 
 
 def test_a_text_that_cannot_be_used_on_the_way(bench: Bench) -> None:
-    real, calls = gold.loop.teacher_rows, iter(range(100))
+    real, calls = gold.train.step.teacher_rows, iter(range(100))
 
     def teacher_rows(*arguments: Any) -> Any:
         if next(calls) == 1:
@@ -508,7 +508,7 @@ def test_a_text_that_cannot_be_used_on_the_way(bench: Bench) -> None:
 
     bench.settings["train"].update(checkpoint_every=9)
     with bench.monkeypatch.context() as patch:
-        patch.setattr(gold.loop, "teacher_rows", teacher_rows)
+        patch.setattr(gold.train.step, "teacher_rows", teacher_rows)
         assert "after step 1: prompt 7: it is too long; its checkpoint is kept" in bench.refused()
     assert "rollout.max_new_tokens was 10, is 5" in bench.refused("--resume", "rollout.max_new_tokens=5")
     done = bench.gold("train", "--resume", "rollout.max_new_tokens=5", "--allow-changed")
@@ -519,21 +519,21 @@ def test_a_terminal_that_is_closed_under_way(bench: Bench) -> None:
     def gone(*_: Any, **__: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    bench.monkeypatch.setattr(gold.progress.terminal, "show", gone)
-    bench.monkeypatch.setattr(gold.progress.terminal, "silence", lambda: None)
+    bench.monkeypatch.setattr(gold.train.progress.terminal, "show", gone)
+    bench.monkeypatch.setattr(gold.train.progress.terminal, "silence", lambda: None)
     assert bench.gold("train").code == 0
     assert (bench.run / "student" / "model.safetensors").is_file()
 
 
 def test_ctrl_c_while_a_step_is_taken(bench: Bench) -> None:
-    real = gold.loop.sample
+    real = gold.train.step.sample
 
     def sample(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **options)
 
     bench.settings["train"].update(steps=50)
-    bench.monkeypatch.setattr(gold.loop, "sample", sample)
+    bench.monkeypatch.setattr(gold.train.step, "sample", sample)
     done = bench.gold("train")
     assert done.code == 130
     assert done.err.splitlines()[-1] == "interrupted"
@@ -542,14 +542,14 @@ def test_ctrl_c_while_a_step_is_taken(bench: Bench) -> None:
 
 
 def test_ctrl_c_during_the_first_evaluation(bench: Bench) -> None:
-    real = gold.loop.evaluate
+    real = gold.train.step.evaluate
 
     def evaluate(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **options)
 
     with bench.monkeypatch.context() as patch:
-        patch.setattr(gold.loop, "evaluate", evaluate)
+        patch.setattr(gold.train.step, "evaluate", evaluate)
         done = bench.gold("train")
     assert (done.code, "interrupted before the first step" in done.out) == (130, True)
     assert not (bench.run / "checkpoints").exists()
@@ -563,7 +563,7 @@ def test_a_second_ctrl_c_ends_at_once(bench: Bench) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("it goes on")
 
-    bench.monkeypatch.setattr(gold.loop, "sample", sample)
+    bench.monkeypatch.setattr(gold.train.step, "sample", sample)
     assert bench.gold("train").code == 130
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -573,6 +573,6 @@ def test_ctrl_c_while_models_are_loaded(bench: Bench) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         return None
 
-    bench.monkeypatch.setattr(gold.assembly, "load_model", load_model)
+    bench.monkeypatch.setattr(gold.build, "load_model", load_model)
     assert bench.gold("train").code == 130
     assert not bench.run.exists()

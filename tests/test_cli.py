@@ -77,7 +77,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_train_hands_on_the_configuration(call: Call, stand_in: Any, saved: Path) -> None:
-    calls = stand_in("gold.assembly", "train")
+    calls = stand_in("gold.build", "train")
     assert call("train", saved, "train.steps=3", "optimizer.lr=1e-3", "--resume").code == 0
     assert call("train", "--resume", saved).code == 0
     assert call("train", saved).code == 0
@@ -92,7 +92,7 @@ MEASURES = {"accuracy": 0.5, "accuracy_low": 0.25, "accuracy_high": 0.75, "stop_
 
 def test_eval_hands_on_the_source_and_prints_the_measures(call: Call, stand_in: Any, saved: Path) -> None:
     found = SimpleNamespace(measures=MEASURES, samples=[{"prompt": "1 + 1"}])
-    calls = stand_in("gold.assembly", "evaluate_source", found)
+    calls = stand_in("gold.build", "evaluate_source", found)
     done = call("eval", saved, "evaluate.prompts=2")
     assert [line.split() for line in done.out.splitlines()] == [
         ["accuracy", "0.5000", "95", "%", "0.2500", "to", "0.7500"],
@@ -123,7 +123,7 @@ def test_eval_hands_on_the_source_and_prints_the_measures(call: Call, stand_in: 
 def test_align_hands_on_the_text(
     call: Call, stand_in: Any, arguments: list[str], text: str | None, options: dict[str, Any]
 ) -> None:
-    calls = stand_in("gold.align.command", "run_align")
+    calls = stand_in("gold.inspect.command", "run_align")
     assert call("align", "--student", "a", "--teacher", "b", *arguments).code == 0
     usual = {"student": "a", "teacher": "b", "as_json": False, "color": True, "load_scorer": None}
     usual |= dict.fromkeys(("file", "jsonl", "chat", "ids", "html"))
@@ -132,10 +132,10 @@ def test_align_hands_on_the_text(
 
 
 def test_align_loads_models_where_it_is_to_score(call: Call, stand_in: Any) -> None:
-    calls = stand_in("gold.align.command", "run_align")
+    calls = stand_in("gold.inspect.command", "run_align")
     assert call("align", "--student", "a", "--teacher", "b", "text", "--score").code == 0
-    loaded = stand_in("gold.score", "PairScorer")
-    sys.modules["gold.score"].PairScorer = SimpleNamespace(load=lambda *names: loaded.append(names))  # type: ignore[attr-defined]
+    loaded = stand_in("gold.inspect.score", "PairScorer")
+    sys.modules["gold.inspect.score"].PairScorer = SimpleNamespace(load=lambda *names: loaded.append(names))  # type: ignore[attr-defined]
     calls[0][1]["load_scorer"]("a", "b")
     assert loaded == [("a", "b")]
 
@@ -147,7 +147,7 @@ def test_align_loads_models_where_it_is_to_score(call: Call, stand_in: Any) -> N
 def test_the_real_functions_take_what_is_handed_on(
     call: Call, monkeypatch: pytest.MonkeyPatch, saved: Path, name: str, command: list[str]
 ) -> None:
-    module = {"run_align": "gold.align.command", "train": "gold.assembly"}[name]
+    module = {"run_align": "gold.inspect.command", "train": "gold.build"}[name]
     real = create_autospec(getattr(import_module(module), name))
     monkeypatch.setattr(f"{module}.{name}", real)
     assert call(*(part.format(saved=saved) for part in command)).code == 0
@@ -155,7 +155,7 @@ def test_the_real_functions_take_what_is_handed_on(
 
 
 def test_plot_prints_the_pictures(call: Call, stand_in: Any, tmp_path: Path) -> None:
-    calls = stand_in("gold.plots", "plot_run", [tmp_path / "a.png", tmp_path / "b.png"])
+    calls = stand_in("gold.inspect.plots", "plot_run", [tmp_path / "a.png", tmp_path / "b.png"])
     done = call("plot", tmp_path)
     assert (done.code, done.out) == (0, f"{tmp_path / 'a.png'}\n{tmp_path / 'b.png'}\n")
     assert calls == [((tmp_path,), {})]
@@ -171,13 +171,13 @@ def test_demo_hands_on_the_folder(call: Call, stand_in: Any, tmp_path: Path) -> 
 
 
 def test_an_error_is_one_line_and_exit_1(call: Call, stand_in: Any, saved: Path) -> None:
-    stand_in("gold.assembly", "train", DataError("p.jsonl:3: no prompt"))
+    stand_in("gold.build", "train", DataError("p.jsonl:3: no prompt"))
     done = call("train", saved)
     assert (done.code, done.out, done.err) == (1, "", "error: p.jsonl:3: no prompt\n")
 
 
 def test_each_problem_of_a_configuration_is_one_line(call: Call, stand_in: Any, saved: Path) -> None:
-    calls = stand_in("gold.assembly", "train")
+    calls = stand_in("gold.build", "train")
     done = call("train", saved, "train.steps=0", "train.sead=1")
     assert (done.code, done.out) == (1, "")
     assert done.err.splitlines() == [
@@ -196,7 +196,7 @@ def test_a_missing_file_is_one_line(call: Call, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_is_exit_130(call: Call, stand_in: Any, saved: Path) -> None:
-    stand_in("gold.assembly", "train", KeyboardInterrupt())
+    stand_in("gold.build", "train", KeyboardInterrupt())
     done = call("train", saved)
     assert (done.code, done.err) == (130, "interrupted\n")
 
@@ -204,7 +204,7 @@ def test_ctrl_c_is_exit_130(call: Call, stand_in: Any, saved: Path) -> None:
 def test_an_error_that_gold_does_not_raise_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, stand_in: Any, saved: Path
 ) -> None:
-    stand_in("gold.assembly", "train", ZeroDivisionError("a bug"))
+    stand_in("gold.build", "train", ZeroDivisionError("a bug"))
     monkeypatch.setattr(sys, "argv", ["gold", "train", str(saved)])
     with pytest.raises(ZeroDivisionError, match="a bug"):
         main()

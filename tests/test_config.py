@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gold.config import Config, check_data, describe
 from gold.errors import ConfigError
-from gold.run import _Dumper
+from gold.train.run_folder import _Dumper
 
 MINIMAL: dict[str, Any] = {
     "student": {"path": "models/student"},

@@ -10,7 +10,7 @@ import torch
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.evaluate import EvaluationPlan, bootstrap_ratio, evaluate, wilson
-from gold.rollout import Sampling, sample
+from gold.rollout.hf import Sampling, sample
 from gold.teachers import LocalTeacher
 
 TASK = RunningSums()

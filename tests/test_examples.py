@@ -11,18 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import oracle
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from gold.align import Vocabulary, align_tokens
-from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
+from gold.align import align_tokens
+from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.kernels import BACKENDS
-from gold.kernels.linear import Rows, byte_tables
-from gold.models import LanguageModel, save_model
+from gold.kernels.lm_head import Rows, byte_tables
+from gold.models.causal import LanguageModel, save_model
 from gold.teachers import LocalTeacher
-from tests import oracle
+from gold.tokenize.vocabulary import Vocabulary
 from tests.kernels.rows_for_kernels import FORCED
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

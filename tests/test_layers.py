@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tokenizers_for_tests import byte_level_bpe, sentencepiece_bpe
+from support.tokenizers import byte_level_bpe, sentencepiece_bpe
 
 import gold
 
@@ -20,54 +20,61 @@ ROOT = Path(gold.__file__).parent
 
 # Heavy or optional packages, and the only modules that may import them.
 HOME_OF = {
-    "accelerate": ("gold.loop", "gold.train", "gold.evaluate"),
-    "gguf": ("gold.models",),
+    "accelerate": ("gold.train.step", "gold.train.loop", "gold.evaluate"),
+    "gguf": ("gold.models.causal",),
     "httpx2": ("gold.teachers.http",),
-    "matplotlib": ("gold.plots", "gold.demo"),
+    "matplotlib": ("gold.inspect.plots", "gold.demo"),
     "pydantic": ("gold.config", "gold.losses"),
-    "rapidfuzz": ("gold.align.repair",),
+    "rapidfuzz": ("gold.tokenize.repair",),
     "reasoning_gym": ("gold.tasks",),
-    "rich": ("gold.terminal", "gold.align.show", "gold.doctor.report", "gold.progress"),
-    "tiktoken": ("gold.align.tiktoken",),
+    "rich": ("gold.terminal", "gold.inspect.terminal", "gold.doctor.report", "gold.train.progress"),
+    "tiktoken": ("gold.tokenize.convert.tiktoken",),
     "transformers": (
-        "gold.models",
-        "gold.model_files",
-        "gold.rollout",
+        "gold.models.causal",
+        "gold.models.files",
+        "gold.rollout.hf",
         "gold.demo",
     ),  # models, generation, tiny models
-    "triton": ("gold.kernels.cuda",),
+    "triton": ("gold.kernels.triton",),
     "typer": ("gold.cli",),
 }
 
 # Layers, and what they never import.
 FORBIDDEN_IN = {
-    "gold.align": ("torch", "transformers", "accelerate", "gold.kernels", "gold.models"),
-    "gold.kernels": ("transformers", "tokenizers", "accelerate", "gold.align", "gold.models"),
+    "gold.align": ("torch", "transformers", "accelerate", "gold.kernels", "gold.models.causal"),
+    "gold.kernels": ("transformers", "tokenizers", "accelerate", "gold.align", "gold.models.causal"),
     # A model knows the bytes of its ids and the rows that it hands on, nothing of cuts or of arithmetic on rows.
-    "gold.models": (
+    "gold.models.causal": (
         "gold.align.chunks",
         "gold.align.overlap",
-        "gold.align.paths",
+        "gold.bytes.plan",
         "gold.kernels.cpu",
-        "gold.kernels.cuda",
-        "gold.kernels.loops",
+        "gold.kernels.triton",
+        "gold.kernels.cpu.loops",
         "gold.kernels.reference",
         "gold.losses",
-        "gold.rollout",
+        "gold.rollout.hf",
         "gold.teachers",
     ),
-    "gold.losses": ("gold.align", "gold.models", "transformers", "tokenizers"),
-    "gold.cache": ("torch", "transformers", "gold.align", "gold.kernels", "gold.models"),
-    "gold.rollout": ("gold.kernels", "gold.losses", "gold.teachers"),
-    "gold.model_files": ("torch", "accelerate", "tokenizers", "gold.align", "gold.kernels", "gold.models"),
+    "gold.losses": ("gold.align", "gold.models.causal", "transformers", "tokenizers"),
+    "gold.cache": ("torch", "transformers", "gold.align", "gold.kernels", "gold.models.causal"),
+    "gold.rollout.hf": ("gold.kernels", "gold.losses", "gold.teachers"),
+    "gold.models.files": (
+        "torch",
+        "accelerate",
+        "tokenizers",
+        "gold.align",
+        "gold.kernels",
+        "gold.models.causal",
+    ),
     "gold.data": ("torch", "transformers"),
     "gold.tasks": ("torch", "transformers"),
-    "gold.run": ("gold.config",),
-    "gold.checkpoint": ("gold.config",),
+    "gold.train.run_folder": ("gold.config",),
+    "gold.train.checkpoint": ("gold.config",),
 }
 
 # The only modules that see a configuration; they hand plain values on.
-SEE_CONFIG = ("gold", "gold.cli", "gold.assembly", "gold.demo")
+SEE_CONFIG = ("gold", "gold.cli", "gold.build", "gold.demo")
 
 # Needed only where the thing itself is needed, so never when a module is loaded.
 LAZY = ("rapidfuzz", "matplotlib", "reasoning_gym", "huggingface_hub", "tiktoken")

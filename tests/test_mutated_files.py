@@ -17,18 +17,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mutations_for_tests import FILES, fresh, json_mutations
-from tokenizer_files_for_tests import byte_level_gguf, ranks_of, tekken
-from tokenizers_for_tests import byte_level_bpe, sentencepiece_bpe
+from support.mutations import FILES, fresh, json_mutations
+from support.tokenizer_files import byte_level_gguf, ranks_of, tekken
+from support.tokenizers import byte_level_bpe, sentencepiece_bpe
 
-from gold.align.cache import cached_ids
-from gold.align.command import run_align
-from gold.align.sources import open_source
 from gold.config import Config
 from gold.data import load_prompts
 from gold.doctor.report import diagnose
 from gold.errors import GoldError
-from gold.models import load_model
+from gold.inspect.command import run_align
+from gold.models.causal import load_model
+from gold.tokenize.cache import cached_ids
+from gold.tokenize.load import open_source
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
 SETTINGS: dict[str, Any] = {

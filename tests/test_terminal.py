@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
+from support.tokenizers import byte_level_bpe
 from tokenizers import AddedToken
-from tokenizers_for_tests import byte_level_bpe
 
 import gold
 from gold import terminal
@@ -32,7 +32,7 @@ from gold.cli import main
 from gold.doctor.checks import Check, Report
 from gold.doctor.report import print_report
 from gold.errors import ConfigError, DataError
-from gold.progress import Lines, Live, Quiet
+from gold.train.progress import Lines, Live, Quiet
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\x9b31m\x7f\r\u202egpj\u2066\u2028fake\ud800\b"
 STEERING = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u061c\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -152,11 +152,13 @@ def raises(error: BaseException) -> Callable[..., Any]:
 
 
 def test_a_line_break_in_an_error_is_no_second_error(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(monkeypatch, "gold.plots", "plot_run", raises(DataError(f"a name {EVIL}\nerror: all is well")))
+    put(
+        monkeypatch, "gold.inspect.plots", "plot_run", raises(DataError(f"a name {EVIL}\nerror: all is well"))
+    )
     done = call("plot", "x")
     assert done.code == 1
     assert len(done.err.splitlines()) == 1
-    put(monkeypatch, "gold.plots", "plot_run", raises(ConfigError("one\ntwo", "three")))
+    put(monkeypatch, "gold.inspect.plots", "plot_run", raises(ConfigError("one\ntwo", "three")))
     assert call("plot", "x").err == "error: one\\ntwo\nerror: three\n"
 
 
@@ -238,7 +240,7 @@ def test_what_a_cache_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_measures_pictures_and_warnings(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(measures={f"m{EVIL}": 0.5}, samples=[{"prompt": EVIL}])
-    put(monkeypatch, "gold.assembly", "evaluate_source", lambda *_: found)
+    put(monkeypatch, "gold.build", "evaluate_source", lambda *_: found)
     assert call("eval", "x").code == 0
     assert json.loads(call("eval", "x", "--json").out)["samples"] == [{"prompt": EVIL}]
 
@@ -250,7 +252,7 @@ def test_measures_pictures_and_warnings(call: Any, monkeypatch: pytest.MonkeyPat
 
     handler = logging.StreamHandler(sys.stderr)
     logging.getLogger("other").addHandler(handler)
-    put(monkeypatch, "gold.plots", "plot_run", plot)
+    put(monkeypatch, "gold.inspect.plots", "plot_run", plot)
     done = call("plot", "x")
     logging.getLogger("other").removeHandler(handler)
     assert done.code == 0
@@ -277,7 +279,7 @@ def test_measures_pictures_and_warnings(call: Any, monkeypatch: pytest.MonkeyPat
 def test_errors_that_are_no_bugs_are_one_line(
     call: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException, said: str
 ) -> None:
-    put(monkeypatch, "gold.plots", "plot_run", raises(error))
+    put(monkeypatch, "gold.inspect.plots", "plot_run", raises(error))
     done = call("plot", "x")
     assert done.code == 1
     assert said in done.err

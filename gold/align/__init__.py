@@ -11,15 +11,11 @@ if TYPE_CHECKING:
     from gold.align.overlap import PrefixMap as PrefixMap
     from gold.align.overlap import byte_equal_pairs as byte_equal_pairs
     from gold.align.overlap import longest_prefixes as longest_prefixes
-    from gold.align.vocabulary import Spelling as Spelling
-    from gold.align.vocabulary import Vocabulary as Vocabulary
 
 _HOMES = {
     "Alignment": "chunks",
     "Coverage": "chunks",
     "PrefixMap": "overlap",
-    "Spelling": "vocabulary",
-    "Vocabulary": "vocabulary",
     "align_tokens": "chunks",
     "byte_equal_pairs": "overlap",
     "coverage": "chunks",
@@ -30,8 +26,6 @@ __all__ = [
     "Alignment",
     "Coverage",
     "PrefixMap",
-    "Spelling",
-    "Vocabulary",
     "align_tokens",
     "byte_equal_pairs",
     "coverage",

@@ -6,9 +6,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from gold.align.vocabulary import Spelling
-from gold.align.walks import Int32, Int64, fill_chunks, walk
 from gold.errors import DataError
+from gold.tokenize.vocabulary import Spelling
+from gold.tokenize.walks import Int32, Int64, fill_chunks, walk
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gold.align.cache import cached_ids
-from gold.align.order import byte_order
 from gold.align.overlap import byte_equal_pairs
-from gold.align.vocabulary import Int32, Int64, Vocabulary
+from gold.bytes.order import byte_order
 from gold.errors import VocabularyError
+from gold.tokenize.cache import cached_ids
+from gold.tokenize.vocabulary import Int32, Int64, Vocabulary
 
 Float64 = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.integer]

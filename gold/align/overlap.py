@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gold.align.cache import cached_ids
-from gold.align.order import byte_order
-from gold.align.vocabulary import Int32, Vocabulary
+from gold.bytes.order import byte_order
+from gold.tokenize.cache import cached_ids
+from gold.tokenize.vocabulary import Int32, Vocabulary
 
 if TYPE_CHECKING:
-    from gold.align.paths import ByteTrie
+    from gold.bytes.plan import ByteTrie
 
 # Raised when other maps follow from the same two vocabularies: no file of an older rule is read then.
 _VERSION = 1
@@ -65,12 +65,12 @@ class PrefixMap:
 def longest_prefixes(student: Vocabulary, teacher: Vocabulary) -> PrefixMap:
     """φ from the teacher's vocabulary to the student's; with the sides swapped, the reverse.
 
-    It is kept in the cache folder (`gold.align.cache`), under both fingerprints. Of ids with equal bytes
+    It is kept in the cache folder (`gold.tokenize.cache`), under both fingerprints. Of ids with equal bytes
     `Vocabulary.canonical_ids` is asked each time: it follows from more than the bytes.
     """
 
     def build() -> Int32:
-        from gold.align.paths import ByteTrie  # numba: half a second
+        from gold.bytes.plan import ByteTrie  # numba: half a second
 
         return ByteTrie.of(student).longest_tokens(teacher.offsets, teacher.blob)
 

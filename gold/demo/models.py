@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gold.data import Prompt
-from gold.models import LanguageModel, wrap_model
-from gold.rollout import completed
+from gold.models.causal import LanguageModel, wrap_model
+from gold.rollout.hf import completed
 
 ALPHABET = "0123456789 +-="
 SPECIAL = ("<pad>", "<bos>", "<eos>")

@@ -26,11 +26,11 @@ from gold.demo.models import character_tokenizer, learn_answers, tiny_model, wor
 from gold.demo.running_sums import RunningSums
 from gold.errors import ConfigError, TrainingError
 from gold.evaluate import EvaluationPlan, wilson
-from gold.models import LanguageModel, load_model, save_model
-from gold.progress import Quiet
-from gold.recipe import Recipe, Term
-from gold.rollout import Sampling, sample
-from gold.train import Saving, distill
+from gold.models.causal import LanguageModel, load_model, save_model
+from gold.rollout.hf import Sampling, sample
+from gold.train.loop import Saving, distill
+from gold.train.progress import Quiet
+from gold.train.recipe import Recipe, Term
 
 TASK = RunningSums()
 SAMPLING = Sampling(max_new_tokens=20)

@@ -11,11 +11,11 @@ import numpy as np
 
 from gold.align.chunks import Alignment, align_tokens
 from gold.align.overlap import byte_equal_pairs, longest_prefixes
-from gold.align.spelling import BYTE_FALLBACK, BYTE_LEVEL
-from gold.align.vocabulary import Spelling, Vocabulary
 from gold.doctor.sample import JUDGED, SAMPLE
 from gold.doctor.side import Side
 from gold.doctor.sizes import StepMemory
+from gold.tokenize.families import BYTE_FALLBACK, BYTE_LEVEL
+from gold.tokenize.vocabulary import Spelling, Vocabulary
 
 Status = Literal["pass", "warn", "fail"]
 

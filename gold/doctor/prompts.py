@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from datetime import date, timedelta
 from typing import Any
 
-from gold.align.vocabulary import Vocabulary
-from gold.chat import (
+from gold.data import Prompt
+from gold.doctor.checks import Check
+from gold.errors import DataError
+from gold.rollout.hf import encode_prompt
+from gold.tokenize.chat import (
     dropped_roles,
     has_chat_template,
     prompt_ids,
@@ -21,11 +24,8 @@ from gold.chat import (
     rendered_prompt,
     specials_in,
 )
-from gold.data import Prompt
-from gold.doctor.checks import Check
-from gold.errors import DataError
-from gold.rollout import encode_prompt
-from gold.templates import Rendering, template_of
+from gold.tokenize.templates import Rendering, template_of
+from gold.tokenize.vocabulary import Vocabulary
 
 MOST = 2000
 """Prompts that are looked at; of more than these as many as this, drawn with a fixed seed, and the longest beside."""

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gold import terminal
-from gold.align.roles import Roles
-from gold.align.sources import open_source
 from gold.doctor.checks import RUN_TEXTS, Check, Report, examine
 from gold.doctor.sample import JUDGED, SAMPLE
 from gold.doctor.side import read_side
 from gold.doctor.sizes import StepMemory, machine_memory, step_memory
 from gold.errors import ModelError, VocabularyError
-from gold.model_files import check_kind
+from gold.models.files import check_kind
+from gold.tokenize.load import open_source
+from gold.tokenize.roles import Roles
 
 if TYPE_CHECKING:
-    from gold.models import LanguageModel
-    from gold.templates import Rendering
+    from gold.models.causal import LanguageModel
+    from gold.tokenize.templates import Rendering
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 _VERDICTS = {
@@ -103,7 +103,7 @@ def load_pair(student: str, teacher: str) -> tuple[LanguageModel, LanguageModel]
     Raises:
         ModelError: as for ``load_model``.
     """
-    from gold.models import load_model
+    from gold.models.causal import load_model
 
     return load_model(student), load_model(teacher, dtype="auto")
 

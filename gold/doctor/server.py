@@ -10,20 +10,20 @@ from urllib.parse import urlsplit
 
 import torch
 
-from gold.chat import has_chat_template, prompt_ids, prompt_text
+from gold.align.collate import student_states
 from gold.data import Prompt
 from gold.doctor.checks import Check
 from gold.doctor.sample import JUDGED, SAMPLE
 from gold.doctor.weights import divergence
 from gold.errors import DataError, TeacherError
-from gold.kernels.linear import token_logp
-from gold.models import LanguageModel, rows_of
-from gold.reading import student_states
-from gold.rollout import completed
+from gold.kernels.lm_head import token_logp
+from gold.models.causal import LanguageModel, rows_of
+from gold.rollout.hf import completed
 from gold.teachers.dialects import Known, OpenAI
 from gold.teachers.http import RefusedError, is_near
 from gold.teachers.served import ServedTeacher
-from gold.templates import Rendering
+from gold.tokenize.chat import has_chat_template, prompt_ids, prompt_text
+from gold.tokenize.templates import Rendering
 
 MOST_NOISE = 0.01
 """Warn above, in nats per byte: how far answers to the same request are apart. Near its end a run has some hundredths

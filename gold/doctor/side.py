@@ -10,13 +10,13 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from gold.align.roles import Roles
-from gold.align.vocabulary import Vocabulary
-from gold.chat import adds_bos, prompt_ids
 from gold.data import Prompt
 from gold.errors import VocabularyError
 from gold.files import read_json_object
-from gold.templates import PromptTokenizer, Rendering, rendered, template_of
+from gold.tokenize.chat import adds_bos, prompt_ids
+from gold.tokenize.roles import Roles
+from gold.tokenize.templates import PromptTokenizer, Rendering, rendered, template_of
+from gold.tokenize.vocabulary import Vocabulary
 
 _CONTEXT = (
     "max_position_embeddings",
@@ -45,8 +45,8 @@ class Turn:
 class Side:
     """A tokenizer, and what stands beside it in its folder.
 
-    `tokenizer` has the interface that `gold.chat` needs. `bare`: the source is a tokenizer alone, which names no stop
-    ids. `turn` is None without a template, and where the template refuses a plain conversation. `config` is the part of
+    `tokenizer` has the interface that `gold.tokenize.chat` needs. `bare`: the source is a tokenizer alone, which names
+    no stop ids. `turn` is None without a template, and where it refuses a plain conversation. `config` is the part of
     config.json that describes the text model, empty where there is none; `folder` is where the files are.
     """
 

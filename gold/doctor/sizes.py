@@ -1,7 +1,7 @@
 """Memory that one optimizer step needs, from the sizes in two config.json.
 
     student      parameters × 16 bytes in float32 and bfloat16: weights, gradients, and AdamW's two moments in float32,
-                 beside which a bfloat16 weight has a float32 copy (see gold.optimizer)
+                 beside which a bfloat16 weight has a float32 copy (see gold.train.optimizer)
     teacher      parameters × bytes of its dtype
     activations  sequences × tokens × layers × (9·hidden + 4·inner + 3·(queries + keys)) × 4 bytes
     logits       6 blocks of at most 128 MiB: both sides' rows of one block, and what their gradients need

@@ -10,17 +10,17 @@ from typing import Literal
 
 import torch
 
-from gold.aligned import VocabularyPair
+from gold.align.batch import VocabularyPair
+from gold.align.collate import aligned_batch, read, student_states
 from gold.data import Prompt
 from gold.doctor.checks import Check
 from gold.doctor.sample import JUDGED, SAMPLE
 from gold.errors import GoldError
 from gold.kernels import backend_for
-from gold.kernels.linear import Rows, token_logp
+from gold.kernels.lm_head import Rows, token_logp
 from gold.losses import OBJECTIVES, View
-from gold.models import LanguageModel, PaddedStates, rows_of
-from gold.reading import aligned_batch, read, student_states
-from gold.rollout import completed
+from gold.models.causal import LanguageModel, PaddedStates, rows_of
+from gold.rollout.hf import completed
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gold.kernels.linear import Rows, SharedEvents, remade, spans, summed
+from gold.kernels.lm_head import Rows, SharedEvents, remade, spans, summed
 from gold.kernels.reference import MixedKL, finite_where_either_is, hybrid_of, widened
 
 FLOOR = 1e-10

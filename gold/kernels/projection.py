@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
-from gold.kernels.linear import Rows, spans, summed
+from gold.kernels.lm_head import Rows, spans, summed
 from gold.kernels.reference import LEAK, MixedKL, divergence_of
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from gold.losses.divergences import (
     skew_reverse_kl,
 )
 from gold.losses.table import OBJECTIVES, SUPPORTS, DivergenceRow, Objective, Row, find
-from gold.losses.view import Loss, Need, View
+from gold.losses.types import Loss, Need, View
 
 __all__ = [
     "DIVERGENCES",

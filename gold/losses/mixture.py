@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gold.aligned import AlignedBatch
-from gold.kernels.linear import Rows
+from gold.align.batch import AlignedBatch
+from gold.kernels.lm_head import Rows
 from gold.kernels.reference import widened
 
 Rule = Literal["linear", "log_linear"]

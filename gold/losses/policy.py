@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gold.kernels.linear import byte_tables
-from gold.losses.view import (
+from gold.kernels.lm_head import byte_tables
+from gold.losses.types import (
     Loss,
     Scores,
     View,

@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gold.aligned import AlignedBatch
+from gold.align.batch import AlignedBatch
 from gold.kernels.projection import piece_divergence
 from gold.losses.divergences import Divergence, form_of
 from gold.losses.supports import HalfLife, Where, fading
-from gold.losses.view import Loss, View
+from gold.losses.types import Loss, View
 
 
 def prefix_divergence(

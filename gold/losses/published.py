@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gold.aligned import AlignedBatch
+from gold.align.batch import AlignedBatch
 from gold.kernels.chunked import (
     Chunks,
     Projected,
@@ -25,11 +25,11 @@ from gold.kernels.chunked import (
     scaled_comparison,
     sorted_distance,
 )
-from gold.kernels.linear import Rows, SharedEvents, token_logp
+from gold.kernels.lm_head import Rows, SharedEvents, token_logp
 from gold.losses.divergences import Share, form_of, forward_kl, jsd
 from gold.losses.policy import Credit, Positive, policy_loss
 from gold.losses.supports import states_divergence
-from gold.losses.view import Loss, View, sequence_logp, student_scores, teacher_scores
+from gold.losses.types import Loss, View, sequence_logp, student_scores, teacher_scores
 
 EXCEPTIONS: Mapping[str, Mapping[str, str]] = {
     "uld": {

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from gold.aligned import AlignedBatch
+from gold.align.batch import AlignedBatch
 from gold.kernels.layout import STOP_EVENT, ByteLayout
-from gold.kernels.linear import (
+from gold.kernels.lm_head import (
     Rows,
     SharedEvents,
     byte_tables,
@@ -30,7 +30,7 @@ from gold.kernels.reference import finite_where_either_is
 from gold.kernels.tables import common_events
 from gold.losses.divergences import Divergence, form_of, reverse_kl
 from gold.losses.mixture import FurtherTeacher
-from gold.losses.view import Loss, Scores, View, possible, sequence_logp
+from gold.losses.types import Loss, Scores, View, possible, sequence_logp
 
 Where = Literal["everywhere", "one_to_one"]
 HalfLife = Annotated[float, Field(gt=0)]

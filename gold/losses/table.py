@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from gold.aligned import AlignedBatch
+from gold.align.batch import AlignedBatch
 from gold.errors import ConfigError
 from gold.losses.divergences import DIVERGENCES
 from gold.losses.policy import reward, span_pg, token_pg
@@ -44,7 +44,7 @@ from gold.losses.supports import (
     states_divergence,
 )
 from gold.losses.text import sft
-from gold.losses.view import Loss, Need, View
+from gold.losses.types import Loss, Need, View
 
 Options = dict[str, Any]
 Arguments = Mapping[str, tuple[Any, Any]]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gold.kernels.linear import token_loss
-from gold.losses.view import Loss, View
+from gold.kernels.lm_head import token_loss
+from gold.losses.types import Loss, View
 
 
 def sft(view: View) -> Loss:

@@ -1,7 +1,7 @@
 """Teachers: whatever can say how likely it finds a completion, token by token of its own."""
 
 from gold.teachers.cached import CachedTeacher, UnaskedTeacher
-from gold.teachers.itself import SelfTeacher
+from gold.teachers.ema import SelfTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher

@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gold.align.vocabulary import Spelling, Vocabulary
 from gold.cache.codes import Scores, decode, encode
 from gold.cache.store import Origin, ScoreCache, find_origin
-from gold.chat import begins_anew, teacher_prompt_ids
 from gold.data import Prompt
 from gold.errors import ConfigError, DataError, TeacherError
-from gold.kernels.linear import Rows, likeliest
+from gold.kernels.lm_head import Rows, likeliest
 from gold.losses import Need
 from gold.teachers.local import LocalTeacher, batches_by_length, misfit_of
 from gold.teachers.served import ServedTeacher
-from gold.templates import PromptTokenizer, Rendering
+from gold.tokenize.chat import begins_anew, teacher_prompt_ids
+from gold.tokenize.templates import PromptTokenizer, Rendering
+from gold.tokenize.vocabulary import Spelling, Vocabulary
 
 if TYPE_CHECKING:
-    from gold.align.roles import Roles
+    from gold.tokenize.roles import Roles
 
 TOP_K = 20
 """Tokens that are kept of a row of a teacher in this process, where nothing else is said."""

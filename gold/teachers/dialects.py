@@ -12,8 +12,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from gold.align.vocabulary import Vocabulary
 from gold.teachers.http import BadAnswerError, Call
+from gold.tokenize.vocabulary import Vocabulary
 
 T = TypeVar("T")
 Known = dict[int, float]

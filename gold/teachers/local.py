@@ -9,15 +9,15 @@ from hashlib import sha256
 
 import torch
 
-from gold.align.vocabulary import Spelling, Vocabulary
-from gold.chat import teacher_prompt_ids
 from gold.data import Prompt
 from gold.errors import DataError
-from gold.kernels.linear import Rows
+from gold.kernels.lm_head import Rows
 from gold.losses import Need
-from gold.models import LanguageModel, PaddedStates, rows_of
-from gold.rollout import ReadsPrompts
-from gold.templates import Rendering
+from gold.models.causal import LanguageModel, PaddedStates, rows_of
+from gold.rollout.hf import ReadsPrompts
+from gold.tokenize.chat import teacher_prompt_ids
+from gold.tokenize.templates import Rendering
+from gold.tokenize.vocabulary import Spelling, Vocabulary
 
 
 class LocalTeacher:

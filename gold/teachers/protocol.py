@@ -5,10 +5,10 @@ from typing import Protocol
 
 import torch
 
-from gold.align.vocabulary import Spelling, Vocabulary
 from gold.data import Prompt
-from gold.kernels.linear import Rows
+from gold.kernels.lm_head import Rows
 from gold.losses import Need
+from gold.tokenize.vocabulary import Spelling, Vocabulary
 
 
 class Teacher(Protocol):

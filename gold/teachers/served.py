@@ -14,17 +14,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from gold.align.roles import Roles
-from gold.align.vocabulary import Spelling, Vocabulary
-from gold.chat import has_chat_template, teacher_prompt_ids
 from gold.data import Prompt
 from gold.errors import ConfigError, TeacherError
-from gold.kernels.linear import Rows
+from gold.kernels.lm_head import Rows
 from gold.losses import Need
 from gold.teachers.dialects import VLLM, Asked, Dialect, Forgotten, Known, OpenAI, SGLang
 from gold.teachers.http import RefusedError, Server
 from gold.teachers.local import misfit_of
-from gold.templates import PromptTokenizer, Rendering, rendered
+from gold.tokenize.chat import has_chat_template, teacher_prompt_ids
+from gold.tokenize.roles import Roles
+from gold.tokenize.templates import PromptTokenizer, Rendering, rendered
+from gold.tokenize.vocabulary import Spelling, Vocabulary
 
 Api = Literal["vllm", "sglang", "openai"]
 _CERTAIN = 3

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from gold.data import Prompt, did_you_mean
 from gold.errors import ConfigError, DataError
 from gold.losses.mixture import Mix, Rule
-from gold.models import LanguageModel
-from gold.teachers.itself import SelfTeacher
+from gold.models.causal import LanguageModel
+from gold.teachers.ema import SelfTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gold.align import Alignment, Spelling, align_tokens, coverage
+from gold.align import Alignment, align_tokens, coverage
 from gold.align import chunks as chunks_module
-from gold.align.walks import _compiled
 from gold.errors import DataError
+from gold.tokenize.vocabulary import Spelling
+from gold.tokenize.walks import _compiled
 
 
 def spelling(data: bytes, ends: list[int]) -> Spelling:

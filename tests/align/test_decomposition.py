@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_for_tests import families
+from support.tokenizers import families
 
-from gold.align import Vocabulary, byte_equal_pairs
+from gold.align import byte_equal_pairs
 from gold.align.decomposition import likeliest_pairs, retokenized, token_weights
+from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.toys import toy_vocabulary
 
 LETTERS = "abc "

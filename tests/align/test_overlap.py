@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.tokenizers import families, sentencepiece_bpe
 from tokenizers import Tokenizer
-from tokenizers_for_tests import families, sentencepiece_bpe
 
-from gold.align import PrefixMap, Vocabulary, byte_equal_pairs, longest_prefixes
-from gold.align.paths import ByteTrie
+from gold.align import PrefixMap, byte_equal_pairs, longest_prefixes
+from gold.bytes.plan import ByteTrie
+from gold.tokenize.vocabulary import Vocabulary
 
 VOCABULARIES = {name: Vocabulary.load(tokenizer) for name, tokenizer in families().items()}
 NAMES = list(VOCABULARIES)

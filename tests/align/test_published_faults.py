@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from tokenizers_for_tests import (
+from support.tokenizers import (
     BOS_ID,
     byte_level_bpe,
     character_level,
@@ -14,9 +13,11 @@ from tokenizers_for_tests import (
     unigram,
     word_piece,
 )
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
-from gold.align import Vocabulary, align_tokens, byte_equal_pairs
-from gold.align.spelling import byte_alphabet
+from gold.align import align_tokens, byte_equal_pairs
+from gold.tokenize.families import byte_alphabet
+from gold.tokenize.vocabulary import Vocabulary
 
 BYTE_LEVEL = Vocabulary.load(byte_level_bpe())
 BYTE_FALLBACK = Vocabulary.load(sentencepiece_bpe())

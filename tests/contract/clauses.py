@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from support import oracle
 from torch import Tensor
 
-from gold.aligned import AlignedText, VocabularyPair
-from gold.kernels import linear
+from gold.align.batch import AlignedText, VocabularyPair
+from gold.kernels import lm_head as linear
 from gold.losses import OBJECTIVES, DivergenceRow, Objective, View
-from tests import oracle
 from tests.contract import source
 from tests.contract.toys import (
     ToyModel,

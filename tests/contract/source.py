@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gold.align import Vocabulary
-from gold.aligned import AlignedText, VocabularyPair
+from gold.align.batch import AlignedText, VocabularyPair
 from gold.losses import Objective
+from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.toys import aligned, toy_vocabulary, view_of
 
 NEVER = -40.0

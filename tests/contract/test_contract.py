@@ -7,14 +7,14 @@ from functools import partial
 
 import pytest
 import torch
+from support import oracle
 from torch import Tensor
 
-from gold.aligned import VocabularyPair
+from gold.align.batch import VocabularyPair
 from gold.kernels import BACKENDS
-from gold.kernels.linear import byte_tables
+from gold.kernels.lm_head import byte_tables
 from gold.kernels.tables import common_events
 from gold.losses import DIVERGENCES, OBJECTIVES, Loss, forward_kl, jsd, reverse_kl, skew_kl, skew_reverse_kl
-from tests import oracle
 from tests.contract import toys
 from tests.contract.clauses import (
     CLAUSES,
@@ -328,7 +328,7 @@ def test_rows_are_projected_a_block_at_a_time_with_the_same_result(name, block_r
     view = view_of(pair, texts, ToyModel(STUDENT, 3), ToyModel(pair.teacher, 4))
     value, grad = gradient(objective, view)
     widest = max(view.student.width, view.teacher.width)
-    monkeypatch.setattr("gold.kernels.linear.BLOCK_BYTES", 4 * widest * block_rows)
+    monkeypatch.setattr("gold.kernels.lm_head.BLOCK_BYTES", 4 * widest * block_rows)
     seen: list[int] = []
 
     def head(hidden: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gold.aligned import VocabularyPair
-from gold.kernels.linear import Rows
+from gold.align.batch import VocabularyPair
+from gold.kernels.lm_head import Rows
 from gold.losses import DIVERGENCES, OBJECTIVES
 from tests.contract.toys import ToyModel, random_texts, teacher_rows, toy_vocabulary, view_of
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from texts_for_tests import data as any_bytes
-from tokenizers_for_tests import EOS_ID, families
+from support.texts import data as any_bytes
+from support.tokenizers import EOS_ID, families
 
-from gold.align import Vocabulary
-from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
+from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.kernels import BACKENDS
-from gold.kernels.linear import Rows
+from gold.kernels.lm_head import Rows
 from gold.losses import OBJECTIVES, View
+from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.clauses import needs_one_vocabulary, variants
 from tests.contract.toys import CPU, ToyModel, aligned, toy_vocabulary, view_of
 from tests.kernels.rows_for_kernels import FORCED

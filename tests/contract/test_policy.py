@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tokenizers_for_tests import byte_level_bpe, sentencepiece_bpe
+from support import oracle
+from support.tokenizers import byte_level_bpe, sentencepiece_bpe
 from torch import Tensor
 
-from gold.align import Vocabulary
-from gold.aligned import AlignedText, VocabularyPair, canonical_tokens
+from gold.align.batch import AlignedText, VocabularyPair, canonical_tokens
 from gold.losses import OBJECTIVES
 from gold.losses.policy import drawn_credit, means_of_others
-from tests import oracle
+from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.toys import (
     ToyModel,
     aligned,

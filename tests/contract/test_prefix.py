@@ -11,17 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_for_tests import byte_level_bpe, character_level, sentencepiece_bpe
+from support import oracle
+from support.tokenizers import byte_level_bpe, character_level, sentencepiece_bpe
 from torch import Tensor
 
-from gold.align import Vocabulary, pieces
-from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
+from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
+from gold.bytes import pieces
 from gold.kernels import BACKENDS, projection
 from gold.kernels.layout import STOP_EVENT
-from gold.kernels.linear import Rows, byte_tables
+from gold.kernels.lm_head import Rows, byte_tables
 from gold.losses import DIVERGENCES, OBJECTIVES, View
 from gold.losses.prefix import prefix_positions
-from tests import oracle
+from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.toys import (
     CPU,
     ToyModel,

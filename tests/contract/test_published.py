@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gold.align import Vocabulary
+from gold.align.batch import AlignedText, VocabularyPair
 from gold.align.decomposition import likeliest_pairs
-from gold.aligned import AlignedText, VocabularyPair
 from gold.errors import ConfigError
 from gold.kernels.reference import sorted_l1
 from gold.losses import OBJECTIVES, Objective, View
+from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.toys import (
     ToyModel,
     aligned,
@@ -450,7 +450,7 @@ def test_no_block_of_logits_is_larger_than_allowed(name, block_rows, monkeypatch
     view = view_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
     value, grad = gradient(ACROSS[name], view)
     widest = max(view.student.width, view.teacher_rows.width)
-    monkeypatch.setattr("gold.kernels.linear.BLOCK_BYTES", 4 * widest * block_rows)
+    monkeypatch.setattr("gold.kernels.lm_head.BLOCK_BYTES", 4 * widest * block_rows)
     seen: list[int] = []
 
     def head(hidden: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import oracle
 
-from gold.aligned import VocabularyPair
+from gold.align.batch import VocabularyPair
 from gold.losses import OBJECTIVES
-from tests import oracle
 from tests.contract import source
 from tests.contract.toys import ToyModel, aligned, view_of
 

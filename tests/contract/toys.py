@@ -12,11 +12,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from gold.align import Vocabulary
-from gold.aligned import AlignedBatch, AlignedText, VocabularyPair
+from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.kernels import BACKENDS
-from gold.kernels.linear import Rows
+from gold.kernels.lm_head import Rows
 from gold.losses import View
+from gold.tokenize.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")
 BACKEND = "cpu"

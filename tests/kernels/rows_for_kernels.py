@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gold.align.paths import BytePlan, ByteTrie
+from gold.bytes.plan import BytePlan, ByteTrie
 from gold.kernels import BACKENDS, why_not
 from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
 from gold.kernels.reference import MixedKL

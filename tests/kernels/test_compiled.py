@@ -32,7 +32,7 @@ def only_compile(self, *args, grid, warmup, **options):
 
 JITFunction.run = only_compile
 
-from gold.kernels import cuda
+from gold.kernels import triton as cuda
 from gold.kernels.reference import MixedKL
 from tests.kernels.rows_for_kernels import FORMS, every_function, kept_events
 
@@ -69,6 +69,6 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     launched = set(
-        re.findall(r"_run\(\s*(_\w+)", (ROOT / "gold/kernels/cuda.py").read_text(encoding="utf-8"))
+        re.findall(r"_run\(\s*(_\w+)", (ROOT / "gold/kernels/triton/__init__.py").read_text(encoding="utf-8"))
     )
     assert set(done.stdout.split()) == launched

@@ -16,9 +16,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from gold.kernels import BACKENDS, linear
-from gold.kernels.linear import Rows, byte_tables, spans, summed, token_logp, token_loss
-from gold.models import as_rows
+from gold.kernels import BACKENDS
+from gold.kernels import lm_head as linear
+from gold.kernels.lm_head import Rows, byte_tables, spans, summed, token_logp, token_loss
+from gold.models.causal import as_rows
 from tests.kernels.rows_for_kernels import FORCED, random_layout
 
 STOPS = torch.tensor([3])
@@ -280,8 +281,9 @@ def test_a_compiled_model_gives_the_same(monkeypatch):
 
 PEAK = """
     import resource, torch
-    from gold.kernels import backend_for, linear
-    from gold.kernels.linear import Rows, token_loss, SharedEvents, shared_divergence
+    from gold.kernels import backend_for
+    from gold.kernels import lm_head as linear
+    from gold.kernels.lm_head import Rows, token_loss, SharedEvents, shared_divergence
     from gold.kernels.reference import MixedKL
     linear.BLOCK_BYTES = 2**22
     rows, width = {rows}, 20_000

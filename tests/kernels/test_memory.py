@@ -20,8 +20,10 @@ import torch
 from numba.core.registry import CPUDispatcher
 
 import gold
-from gold.align import walks
-from gold.kernels import cpu, lanes, loops
+from gold.kernels import cpu
+from gold.kernels.cpu import loops
+from gold.kernels.cpu import simd as lanes
+from gold.tokenize import walks
 from tests.kernels.rows_for_kernels import FORMS, every_function, kept_events, rows_like
 
 WIDTHS = (1, 17, 40, 300, 2500)
@@ -50,7 +52,7 @@ def everything_compiled() -> Iterator[CPUDispatcher]:
 def test_the_compiler_may_change_no_rounding() -> None:
     """What `fastmath` or `parallel` allows it does in one copy of a loop and not in the next."""
     found = {*everything_compiled()}
-    known = {walks.__name__, lanes.__name__, loops.__name__, "gold.align.paths", "gold.align.pieces"}
+    known = {walks.__name__, lanes.__name__, loops.__name__, "gold.bytes.plan", "gold.bytes.pieces"}
     assert known <= {f.py_func.__module__ for f in found}
     for function in found:
         options = function.targetoptions

@@ -1,0 +1,71 @@
+"""Rollouts, read by both models: from what the student wrote to microbatches of aligned texts and teacher states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
+from gold.kernels.lm_head import Rows
+from gold.models.causal import LanguageModel, PaddedStates
+from gold.rollout.hf import Rollout
+from gold.teachers.protocol import Teacher
+from gold.tokenize.chat import begins_anew
+
+
+def read(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
+    """The rollout with the teacher's own reading of the same bytes."""
+    anew = begins_anew(rollout.prompt)
+    return AlignedText(
+        rollout.ids,
+        rollout.spelling,
+        vocabularies.read(rollout.spelling, at_start=anew),
+        rollout.stopped,
+        rollout.sampled,
+        rollout.advantage,
+        rollout.logp if rollout.sampled else None,
+        anew,
+    )
+
+
+def microbatches(rollouts: Sequence[Rollout], size: int) -> list[list[int]]:
+    """Indices of the rollouts in groups of at most ``size``, texts of like length together, longest first."""
+    order = sorted(
+        range(len(rollouts)), key=lambda i: (-len(rollouts[i].prompt_ids) - rollouts[i].ids.size, i)
+    )
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def aligned_batch(
+    texts: Sequence[AlignedText],
+    vocabularies: VocabularyPair,
+    student: torch.device,
+    teacher: Teacher | None,
+    beside: Sequence[AlignedBatch] = (),
+) -> AlignedBatch:
+    """A microbatch on the devices of both models; ``beside``: as further teachers read it."""
+    return AlignedBatch(texts, vocabularies, student, teacher.device if teacher else None, beside)
+
+
+def student_states(model: LanguageModel, rollouts: Sequence[Rollout]) -> PaddedStates:
+    """The student's states over the rollouts' own ids: one per sampled id, the stop id included."""
+    return PaddedStates.of(
+        [r.prompt_ids for r in rollouts],
+        [r.spelling.ids for r in rollouts],
+        [r.ids.size for r in rollouts],
+        model.pad_id,
+        model.device,
+    )
+
+
+def misfit(teacher: Teacher, rollout: Rollout, text: AlignedText) -> str:
+    """Why the teacher cannot read a rollout behind its prompt, "" where it can or does not say."""
+    ask = getattr(teacher, "misfit", None)
+    return str(ask(rollout.prompt.for_teacher, text.teacher)) if ask is not None else ""
+
+
+def teacher_rows(teacher: Teacher, rollouts: Sequence[Rollout], texts: Sequence[AlignedText]) -> list[Rows]:
+    """The teacher's states over each text, in its own tokens and template, behind what it alone is told."""
+    prompts = [r.prompt.for_teacher for r in rollouts]
+    return teacher.score(prompts, [t.teacher for t in texts], [t.stopped for t in texts])

@@ -1,0 +1,96 @@
+"""What two models think of one text, token by token: the log-probabilities that `gold align --score` shows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gold.errors import DataError
+from gold.inspect.view import Side, View
+from gold.kernels.lm_head import token_statistics
+from gold.models.causal import LanguageModel, PaddedStates, load_model, output_width, rows_of
+from gold.tokenize.chat import adds_bos
+from gold.tokenize.vocabulary import Vocabulary
+
+
+class PairScorer:
+    """Two models, for the texts of an alignment."""
+
+    def __init__(self, student: LanguageModel, teacher: LanguageModel) -> None:
+        self.student, self.teacher = student, teacher
+
+    @classmethod
+    def load(cls, student: str, teacher: str) -> PairScorer:
+        """The models of two folders, Hub ids or GGUF files, in float32.
+
+        Raises: ModelError, VocabularyError as for ``load_model``.
+        """
+        mine = _load(student)
+        return cls(mine, mine if teacher == student else _load(teacher))
+
+    @property
+    def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
+        """Both vocabularies."""
+        return self.student.vocabulary, self.teacher.vocabulary
+
+    @property
+    def tokenizers(self) -> tuple[Any, Any]:
+        """Both tokenizers, with their chat templates."""
+        return self.student.tokenizer, self.teacher.tokenizer
+
+    def score(self, view: View) -> View:
+        """The text with the log-probability of each token, the entropy before it, and the stop event's log-probability
+        where there is one.
+
+        Before the text stands the prompt, else a BOS where the student's own ids began with one or the tokenizer puts
+        one in front; where there is neither, the first token has no log-probability. Nor has what has probability 0, a
+        token or the stop event.
+
+        Raises: DataError for a text that does not fit a model's context, or has ids that a model has no row for.
+        """
+        return View(_scored(self.student, view.student), _scored(self.teacher, view.teacher))
+
+
+def _load(source: str) -> LanguageModel:
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return load_model(path.parent, gguf_file=path.name)
+    return load_model(source)
+
+
+@torch.no_grad()
+def _scored(model: LanguageModel, side: Side) -> Side:
+    ids = side.spelling.ids
+    if side.prompt_ids is None and side.bos_id is None and adds_bos(model.tokenizer):
+        side = replace(side, bos_id=model.tokenizer.bos_token_id)
+    before = list(side.prompt_ids or (() if side.bos_id is None else (side.bos_id,)))
+    if len(before) + len(ids) > model.context:
+        raise DataError(
+            f"{side.name}: the text takes {len(before) + len(ids)} tokens, its context is {model.context}; "
+            "give a shorter one"
+        )
+    if len(ids) and ids.max() >= output_width(model.lm):
+        raise DataError(
+            f"{side.name}: id {ids.max()} has no row in its output matrix of {output_width(model.lm)}"
+        )
+    logp, entropy = np.full((2, len(ids)), np.nan)
+    unscored = 0 if before else 1
+    target = np.append(ids[unscored:], [-1] if side.stop_ids else []).astype(np.int64)
+    if len(ids) < unscored or not len(target):
+        return replace(side, logp_N=logp, entropy_N=entropy)
+    states = PaddedStates.of(
+        [before or ids[:1].tolist()], [ids[unscored:]], [len(target)], model.pad_id, model.device
+    )
+    stops = torch.tensor(side.stop_ids, dtype=torch.int64, device=model.device)
+    log_target, log_stop, unsure = token_statistics(
+        rows_of(model.lm, states), torch.from_numpy(target).to(model.device), stops
+    )
+    found = log_target[: len(ids) - unscored].double().cpu().numpy()
+    logp[unscored:] = np.where(np.isfinite(found), found, np.nan)
+    entropy[unscored:] = unsure[: len(ids) - unscored].double().cpu().numpy()
+    stop_logp = float(log_stop[-1]) if side.stop_ids and torch.isfinite(log_stop[-1]) else None
+    return replace(side, logp_N=logp, stop_logp=stop_logp, entropy_N=entropy)

@@ -1,0 +1,201 @@
+"""An alignment in a terminal: both tokenizations one under the other, chunk by chunk, and what they have in common."""
+
+import unicodedata
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from gold.inspect.view import Side, View, event_name, prompt_runs, summary, token_runs
+
+_BETWEEN_TOKENS, _BETWEEN_CHUNKS, _GOES_ON = "¦", " ┃ ", "⋯"
+_LABELS = ("student ", "teacher ")
+_ONE_TO_ONE, _OTHER, _EVENT, _MARK = "green", "yellow", "magenta", "dim"
+_LEGEND = {
+    "∅": "no bytes of the text",
+    "~": "other bytes than the text's",
+    _GOES_ON: "goes on in the next line",
+}
+# Where a terminal writes some scripts from right to left, this keeps the tokens in their order; it has no width.
+_LEFT_TO_RIGHT = "\u200e"
+# A piece of a chunk has at least this much room, however narrow the terminal.
+_LEAST_ROOM = 16
+
+
+def show_alignment(view: View, console: Console) -> None:
+    """Prints the prompts, if there are any, the picture and the summary of one alignment.
+
+    Chunks stand between `┃`, the tokens of a chunk between `¦`. White space is visible; bytes that are no character by
+    themselves are hexadecimal; `⟨…⟩` is an event, `∅` another token of no width, `~` follows a token whose own bytes
+    are not those of the text. A chunk that is wider than the terminal goes on, at the same byte on both sides, in the
+    next line; a token that is cut there has `⋯` at the cut.
+    """
+    for label, side in zip(_LABELS, view.sides, strict=True):
+        if side.prompt_ids is not None:
+            styles = {"text": "", "mark": _MARK, "event": _EVENT}
+            prompt = Text.assemble(*((run, styles[kind]) for run, kind in prompt_runs(side)))
+            console.print(Text(f"{label}reads", "bold"))
+            console.print(
+                prompt, soft_wrap=not console.is_terminal, end="" if prompt.plain.endswith("\n") else "\n"
+            )
+            console.print()
+    marks: set[str] = set()
+    for rows in _lines(view, console.width - len(_LABELS[0])):
+        for label, row in zip(_LABELS, rows, strict=True):
+            row.rstrip()
+            marks.update(row.plain[s.start : s.end] for s in row.spans if s.style in (_EVENT, _MARK))
+            console.print(Text.assemble((label, "dim"), row), no_wrap=True, overflow="ignore", crop=False)
+        console.print()
+    if not marks.isdisjoint(_LEGEND):
+        legend = "   ".join(f"{mark} {said}" for mark, said in _LEGEND.items() if mark in marks)
+        console.print(Text(legend, "dim"))
+    for line in [*_undrawn(view), *summary(view)]:
+        console.print(line, soft_wrap=not console.is_terminal)
+
+
+def _undrawn(view: View) -> Iterator[str]:
+    if view.drawn < len(view.alignment):
+        at = view.alignment.starts_C[view.drawn]
+        yield f"the picture ends at byte {at} of {len(view.data)}; --json has all of them"
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """What stands between two `┃`, on both rows, and whether a line ends after it."""
+
+    rows: tuple[Text, Text]
+    ends_line: bool = False
+
+    @cached_property
+    def width(self) -> int:
+        return max(cell_len(row.plain) for row in self.rows)
+
+
+def _lines(view: View, room: int) -> Iterator[tuple[Text, Text]]:
+    """The two rows of each line of the picture, as many cells in a line as there is room for."""
+    above, below, used = Text(), Text(), 0
+    for cell in _cells(view, max(room, _LEAST_ROOM)):
+        if used and used + len(_BETWEEN_CHUNKS) + cell.width > room:
+            yield above, below
+            above, below, used = Text(), Text(), 0
+        for row, part in zip((above, below), cell.rows, strict=True):
+            if used:
+                row.append(_BETWEEN_CHUNKS, _MARK)
+            row.append_text(part)
+            row.append(" " * (cell.width - cell_len(part.plain)))
+        used += cell.width + (len(_BETWEEN_CHUNKS) if used else 0)
+        if cell.ends_line:
+            yield above, below
+            above, below, used = Text(), Text(), 0
+    if used:
+        yield above, below
+
+
+def _cells(view: View, room: int) -> Iterator[_Cell]:
+    student, teacher = view.sides
+    if student.bos_id is not None or teacher.bos_id is not None:
+        yield _event(view, *([] if side.bos_id is None else [side.bos_id] for side in view.sides))
+    starts, ends = view.alignment.starts_C.tolist(), view.alignment.ends_C.tolist()
+    for c, (s0, s1, t0, t1) in enumerate(view.alignment.chunks[: view.drawn].tolist()):
+        style = _ONE_TO_ONE if s1 - s0 == t1 - t0 == 1 else _OTHER
+        rows = _Row(student, s0, s1, style), _Row(teacher, t0, t1, style)
+        whole = rows[0].piece(starts[c], ends[c]), rows[1].piece(starts[c], ends[c])
+        ends_line = view.data[starts[c] : ends[c]].endswith(b"\n")
+        if max(cell_len(row.plain) for row in whole) <= room or ends[c] == starts[c]:
+            yield _Cell(whole, ends_line)
+        else:
+            yield from _folded(view.data, starts[c], ends[c], rows, room, ends_line)
+    if student.stop_ids or teacher.stop_ids:
+        yield _event(view, student.stop_ids, teacher.stop_ids)
+
+
+class _Row:
+    """The tokens of one side in one chunk."""
+
+    def __init__(self, side: Side, first: int, last: int, style: str) -> None:
+        self.side, self.first, self.style = side, first, style
+        self.ends = side.spelling.ends[first:last].tolist()
+        self.starts = [int(side.spelling.ends[first - 1]) if first else 0, *self.ends][: last - first]
+
+    def piece(self, start: int, stop: int, goes_on: bool = False) -> Text:
+        """The tokens within some bytes of the chunk; `goes_on`: these are not the last bytes of it."""
+        parts: list[tuple[tuple[tuple[str, str], ...], int]] = []
+        for k in range(bisect_left(self.ends, start), len(self.ends)):
+            first, last = self.starts[k], self.ends[k]
+            if first > stop or (first == stop and goes_on):
+                break
+            if first < last <= start:
+                continue
+            part = tuple(self._token(k, start, stop))
+            if first == last and parts and parts[-1][0] == part:
+                parts[-1] = part, parts[-1][1] + 1
+            else:
+                parts.append((part, 1))
+        text = Text()
+        for number, (part, count) in enumerate(parts):
+            if number:
+                text.append(_BETWEEN_TOKENS, _MARK)
+            for run, style in part:
+                text.append(run, style)
+            if count > 1:
+                text.append(f"×{count}", _MARK)
+        if goes_on and not text.plain.endswith(_GOES_ON):
+            text.append(_BETWEEN_TOKENS, _MARK)
+        return text
+
+    def _token(self, k: int, start: int, stop: int) -> Iterator[tuple[str, str]]:
+        first, last = max(self.starts[k], start), min(self.ends[k], stop)
+        styles = {"text": self.style, "mark": f"{_MARK} {self.style}", "event": _EVENT}
+        if self.starts[k] < start:
+            yield _GOES_ON, _MARK
+        for run, kind in token_runs(self.side, self.first + k, first, last):
+            yield run, styles[kind]
+            if any(unicodedata.bidirectional(character) in ("R", "AL") for character in run):
+                yield _LEFT_TO_RIGHT, styles[kind]
+        if last < self.ends[k]:
+            yield _GOES_ON, _MARK
+
+
+def _folded(
+    data: bytes, start: int, end: int, rows: tuple[_Row, _Row], room: int, ends_line: bool
+) -> Iterator[_Cell]:
+    """A chunk that is wider than a line, in pieces that fit."""
+    while start < end:
+        stop = _fold(data, start, end, rows, room)
+        pieces = rows[0].piece(start, stop, stop < end), rows[1].piece(start, stop, stop < end)
+        yield _Cell(pieces, ends_line or stop < end)
+        start = stop
+
+
+def _fold(data: bytes, start: int, end: int, rows: tuple[_Row, _Row], room: int) -> int:
+    """Where the next piece of a chunk ends: the last character that fits, or the end of a token not far before it."""
+    window = data[start : min(end, start + 4 * (room + 2))]
+    widths = [
+        len(character.encode("utf-8", "surrogateescape"))
+        for character in window.decode("utf-8", "surrogateescape")
+    ]
+    stops = list(accumulate(widths, initial=start))[1:]
+    if start + len(window) < end:
+        del stops[-4:]  # the window may end within a character
+
+    def too_wide(stop: int) -> bool:
+        return any(cell_len(row.piece(start, stop, stop < end).plain) > room for row in rows)
+
+    last = stops[max(bisect_left(stops, True, key=too_wide) - 1, 0)]
+    if last == end:
+        return end
+    nearest = max((row.ends[at - 1] for row in rows if (at := bisect_right(row.ends, last))), default=start)
+    return nearest if nearest > (start + last) / 2 else last
+
+
+def _event(view: View, student: Sequence[int], teacher: Sequence[int]) -> _Cell:
+    names = [
+        Text(event_name(side.vocabulary, ids) if ids else "–", _EVENT)
+        for side, ids in zip(view.sides, (student, teacher), strict=True)
+    ]
+    return _Cell((names[0], names[1]))

@@ -1,0 +1,285 @@
+"""What is shown of one text: both sides' tokens, events, prompts and scores, and bytes that a person can read."""
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gold.align.chunks import Alignment, Coverage, align_tokens, coverage
+from gold.tokenize.vocabulary import Spelling, Vocabulary
+
+Float64 = npt.NDArray[np.float64]
+
+DRAWN_BYTES = 65_536
+"""Of a longer text, pictures and pages have the chunks that start within so many bytes; JSON has all of them."""
+
+_WHITE_SPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One side of a text.
+
+    `name` is what the user calls it. `shared` is the share of its tokens whose bytes are one token of the other
+    vocabulary too. `bos_id` and `stop_ids` are the events beside the text, None and empty where there are none;
+    `prompt_ids` is what the model reads before it, None where nobody asked. `logp_N` holds the log-probability of each
+    token given all before it, in nats, NaN where it has none; `stop_logp` is that of the stop event. `entropy_N` is how
+    unsure the model was before each token: the entropy of its next one, in nats, NaN where it has none.
+    """
+
+    name: str
+    vocabulary: Vocabulary
+    spelling: Spelling
+    shared: float
+    bos_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    prompt_ids: tuple[int, ...] | None = None
+    logp_N: Float64 | None = None
+    stop_logp: float | None = None
+    entropy_N: Float64 | None = None
+
+    def __len__(self) -> int:
+        return len(self.spelling)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What both models' log-probabilities say of one text, on the chunks that both sides score whole.
+
+    Bits per byte and the nats per byte by which the student's log-probability exceeds the teacher's: of a text that
+    the student sampled, an estimate of the reverse KL. The stop event counts where the text has one.
+    """
+
+    scored_bytes: int
+    student_bits_per_byte: float
+    teacher_bits_per_byte: float
+    reverse_kl_sample_nats_per_byte: float
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One text, as both sides read it."""
+
+    student: Side
+    teacher: Side
+
+    @cached_property
+    def alignment(self) -> Alignment:
+        """The chunks."""
+        return align_tokens(self.student.spelling, self.teacher.spelling)
+
+    @property
+    def data(self) -> bytes:
+        """The text."""
+        return self.student.spelling.data
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Student, teacher."""
+        return self.student, self.teacher
+
+    @property
+    def coverage(self) -> Coverage:
+        """How finely the two sides agree."""
+        return coverage(self.student.spelling, self.teacher.spelling, self.alignment)
+
+    @cached_property
+    def drawn(self) -> int:
+        """How many chunks are drawn."""
+        return int(np.searchsorted(self.alignment.starts_C, DRAWN_BYTES, "right"))
+
+    @cached_property
+    def chunk_logp(self) -> tuple[Float64, Float64] | None:
+        """Both sides' log-probability of each chunk, in nats; NaN where a token of it has none."""
+        student, teacher = (side.logp_N for side in self.sides)
+        if student is None or teacher is None:
+            return None
+        s0, s1, t0, t1 = self.alignment.chunks.T
+        return _sums(student, s0, s1), _sums(teacher, t0, t1)
+
+    @cached_property
+    def score(self) -> Score | None:
+        """The sums over chunks that are scored whole on both sides, and the stop event if both sides have scored it;
+        None without log-probabilities."""
+        if self.chunk_logp is None:
+            return None
+        whole = ~np.isnan(self.chunk_logp[0]) & ~np.isnan(self.chunk_logp[1])
+        size = int((self.alignment.ends_C - self.alignment.starts_C)[whole].sum())
+        stops = [side.stop_logp for side in self.sides]
+        student, teacher = (
+            float(sums[whole].sum()) + (stop if stop is not None and None not in stops else 0.0)
+            for sums, stop in zip(self.chunk_logp, stops, strict=True)
+        )
+        per = max(size, 1)
+        return Score(
+            size, -student / per / math.log(2), -teacher / per / math.log(2), (student - teacher) / per
+        )
+
+
+def describe(view: View) -> dict[str, Any]:
+    """A text as JSON: ids and byte ends of both sides, and chunks as half-open ranges of their tokens.
+
+    A side has the keys `bos_id` and `stop_ids` where these events are beside the text, `prompt_ids` where there is a
+    prompt, `logp` and `entropy` (nats, null where a token has none) and `stop_logp` where the text was scored; the
+    text has `score` then.
+    """
+    found = {
+        "bytes": len(view.data),
+        "student": _describe_side(view.student),
+        "teacher": _describe_side(view.teacher),
+        "chunks": view.alignment.chunks.tolist(),
+        "repaired_bytes": sum(side.spelling.repaired_bytes for side in view.sides),
+        "coverage": asdict(view.coverage)
+        | {"shared_student_tokens": view.student.shared, "shared_teacher_tokens": view.teacher.shared},
+    }
+    return found if view.score is None else found | {"score": asdict(view.score)}
+
+
+def summary(view: View) -> list[str]:
+    """Lines that say how finely both sides agree, and how probable the text is to both where they have scored it."""
+    (student, teacher), found = view.sides, view.coverage
+    repaired = [side.spelling.repaired_bytes for side in view.sides]
+    lines = [
+        f"{_count(len(view.data), 'byte')}: {_count(len(student), 'student token')}, "
+        f"{_count(len(teacher), 'teacher token')}, {_count(found.chunks, 'chunk')}",
+        f"one token on both sides: {_count(found.one_to_one_chunks, 'chunk')} = {found.student_tokens:.0%} of the "
+        f"student's tokens, {found.teacher_tokens:.0%} of the teacher's, {found.bytes:.0%} of the bytes",
+        f"largest chunk: {_count(found.largest_chunk_bytes, 'byte')}; most tokens in one: "
+        f"{found.largest_chunk_tokens}, both sides together",
+        f"shared vocabulary: {student.shared:.0%} of the student's tokens, {teacher.shared:.0%} of the teacher's are "
+        "one token of the other side too",
+        f"repaired: {_count(repaired[0], 'byte')} (student), {_count(repaired[1], 'byte')} (teacher)",
+    ]
+    if view.score is not None:
+        score = view.score
+        lines.append(
+            f"bits per byte: {score.student_bits_per_byte:.3f} (student), {score.teacher_bits_per_byte:.3f} (teacher)"
+        )
+        lines.append(
+            f"reverse KL, this sample alone: {score.reverse_kl_sample_nats_per_byte:+.4f} nats per byte"
+        )
+        if student.stop_logp is not None and teacher.stop_logp is not None:
+            lines.append(
+                f"stop: {math.exp(student.stop_logp):.1%} (student), {math.exp(teacher.stop_logp):.1%} (teacher)"
+            )
+        if score.scored_bytes < len(view.data):
+            lines.append(
+                f"scored: {score.scored_bytes} of {_count(len(view.data), 'byte')}; left out are chunks with a token "
+                "of probability 0, or with nothing before it (no BOS, no prompt)"
+            )
+    return lines
+
+
+def visible(data: bytes) -> list[tuple[str, bool]]:
+    """Runs of what is shown for some bytes; True marks a stand-in.
+
+    There are stand-ins for white space, for characters that show nothing by themselves, and for bytes that are no
+    character (hexadecimal). A leading mark that would combine with what stands before it gets a circle.
+    """
+    text = data.decode("utf-8", "surrogateescape")
+    shown = [_stand_in(character) for character in text]
+    if text and _combines(text[0]) and not shown[0][1]:
+        shown.insert(0, ("◌", True))
+    return [("".join(run for run, _ in runs), mark) for mark, runs in groupby(shown, key=lambda run: run[1])]
+
+
+def event_name(vocabulary: Vocabulary, ids: Iterable[int]) -> str:
+    """What an event is called: the tokenizer's own strings for its ids."""
+    return "⟨" + "/".join(_shown_string(vocabulary, index) for index in ids) + "⟩"
+
+
+def token_runs(side: Side, index: int, first: int, last: int) -> Iterator[tuple[str, str]]:
+    """What is shown for the bytes of the text from `first` to `last` of one token: "text", "mark" and "event" runs.
+
+    A token of no width is the name of its event, else `∅`. One whose own bytes are not the text's is followed by `~`,
+    an event that stands for text (the unknown token) by its name.
+    """
+    spelling, vocabulary = side.spelling, side.vocabulary
+    token = int(spelling.ids[index])
+    end = int(spelling.ends[index])
+    start = int(spelling.ends[index - 1]) if index else 0
+    event = token >= vocabulary.size or bool(vocabulary.event_V[token])
+    if start == end and not event:
+        yield "∅", "event"
+    for shown, mark in visible(spelling.data[first:last]):
+        yield shown, "mark" if mark else "text"
+    if event and last == end:
+        yield event_name(vocabulary, (token,)), "event"
+    elif last == end and not spelling.exact[index]:
+        yield "~", "event"
+
+
+def prompt_runs(side: Side) -> Iterator[tuple[str, str]]:
+    """The prompt of one side in runs of "text", "mark" (a stand-in, see `visible`) and "event" (its name).
+
+    Spaces are spaces here, and a line ends after each stand-in of a line break.
+    """
+    vocabulary = side.vocabulary
+    ids = list(side.prompt_ids or ())
+    for event, run in groupby(ids, key=lambda index: index >= vocabulary.size or vocabulary.event_V[index]):
+        part = list(run)
+        if event:
+            for index in part:
+                yield event_name(vocabulary, (index,)), "event"
+            continue
+        for words in re.split(b"( +)", vocabulary.spell(part, at_start=False).data):
+            if words.startswith(b" "):
+                yield words.decode(), "text"
+                continue
+            for shown, mark in visible(words):
+                yield shown.replace("⏎", "⏎\n") if mark else shown, "mark" if mark else "text"
+
+
+def _describe_side(side: Side) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "ids": side.spelling.ids.tolist(),
+        "ends": side.spelling.ends.tolist(),
+        "repaired_bytes": side.spelling.repaired_bytes,
+    }
+    if side.bos_id is not None:
+        found["bos_id"] = side.bos_id
+    if side.stop_ids:
+        found["stop_ids"] = list(side.stop_ids)
+    if side.prompt_ids is not None:
+        found["prompt_ids"] = list(side.prompt_ids)
+    for name, value_N in (("logp", side.logp_N), ("entropy", side.entropy_N)):
+        if value_N is not None:
+            found[name] = [None if math.isnan(x) else round(x, 6) for x in value_N.tolist()]
+    if side.stop_logp is not None:
+        found["stop_logp"] = round(side.stop_logp, 6)
+    return found
+
+
+def _sums(logp_N: Float64, firsts: npt.NDArray[np.int32], lasts: npt.NDArray[np.int32]) -> Float64:
+    """The sum of each run of tokens; NaN for a run without any: it says nothing of the bytes."""
+    sums = [logp_N[a:b].sum() if b > a else np.nan for a, b in zip(firsts, lasts, strict=True)]
+    return np.array(sums, np.float64)
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}{'' if number == 1 else 's'}"
+
+
+def _stand_in(character: str) -> tuple[str, bool]:
+    if character in _WHITE_SPACE:
+        return _WHITE_SPACE[character], True
+    if "\udc80" <= character <= "\udcff":  # an invalid byte
+        return f"\\x{ord(character) - 0xDC00:02x}", True
+    if character.isprintable():
+        return character, False
+    return character.encode("unicode_escape").decode("ascii"), True
+
+
+def _combines(character: str) -> bool:
+    return unicodedata.category(character).startswith("M") or "\u1160" <= character <= "\u11ff"
+
+
+def _shown_string(vocabulary: Vocabulary, index: int) -> str:
+    return "".join(run for run, _ in visible(vocabulary.label(index).encode("utf-8", "surrogatepass")))

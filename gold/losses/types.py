@@ -1,0 +1,117 @@
+"""What a loss is given and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gold.align.batch import AlignedBatch
+from gold.kernels.lm_head import Rows, token_logp
+from gold.losses.mixture import FurtherTeacher, Mix
+
+Need = Literal["nothing", "tokens", "top_k", "rows"]
+"""What an objective asks of a teacher, each including those before: nothing, log-probabilities of given tokens, those
+of its k likeliest tokens with the mass of all others, or full rows."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One microbatch as a loss sees it: the texts with their index arrays, and the models' states over them.
+
+    ``teacher`` is None for objectives that need no teacher; ``reference``, the student before training with one row for
+    each of the student's, for all but those that ask for it. With a ``mix`` the teacher is the first of several, and
+    ``further`` are the others, in its order. ``baselines``: of a policy gradient, by name, what is taken off the
+    advantage of each row of the student, in nats.
+    """
+
+    batch: AlignedBatch
+    student: Rows
+    teacher: Rows | None
+    backend: ModuleType
+    teacher_backend: ModuleType
+    reference: Rows | None = None
+    mix: Mix | None = None
+    further: tuple[FurtherTeacher, ...] = ()
+    baselines: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def teacher_rows(self) -> Rows:
+        """The teacher's states.
+
+        Raises: ValueError if there are none.
+        """
+        if self.teacher is None:
+            raise ValueError("this objective needs a teacher's rows, and the view has no teacher")
+        return self.teacher
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sum of an objective over a microbatch in nats, with gradient.
+
+    ``parts`` are sums over the same unit, without gradient, by name; ``sequence_logp`` both sides' summed
+    log-probability of the sampled texts, stop events included, as far as both say it, and the bytes of these, where the
+    objective comes across it.
+    """
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    sequence_logp: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+IMPOSSIBLE = -1e4
+"""What the logarithm of a probability of 0 counts as, in nats, where such an event has happened."""
+
+
+def possible(logp: Tensor) -> Tensor:
+    """Log-probabilities of what has happened, in nats: an event of probability 0 counts as one of e^-10000, so that a
+    single one does not make all sums infinite."""
+    return logp.clamp(min=IMPOSSIBLE)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One side's log-probability of each row's own event, its token or the stop, and of its id alone, in nats: [N]."""
+
+    event: Tensor
+    target: Tensor
+
+    @classmethod
+    def of(cls, target: Tensor, stop: Tensor, is_stop: Tensor) -> Scores:
+        """From the log-probabilities of tokens and of the stop event; what is ruled out is ``possible`` here."""
+        return cls(possible(torch.where(is_stop, stop, target)), target)
+
+
+def student_scores(view: View) -> Scores:
+    """The student's log-probability of what it wrote, with gradient."""
+    batch = view.batch
+    target, stop = token_logp(view.student, batch.target_S, batch.stops_S, view.backend)
+    return Scores.of(target, stop, batch.stop_rows)
+
+
+@torch.no_grad()
+def teacher_scores(view: View) -> Scores:
+    """The teacher's log-probability of the same texts in its own tokens, without gradient."""
+    batch = view.batch
+    target, stop = token_logp(view.teacher_rows, batch.target_T, batch.stops_T, view.teacher_backend)
+    return Scores.of(target, stop, batch.target_T < 0)
+
+
+def sequence_logp(batch: AlignedBatch, student: Scores, teacher: Scores) -> dict[str, Tensor]:
+    """Sums over the spans of sampled texts of both sides' log-probability, stop events included, and their bytes.
+
+    What follows the last span of a text that was cut off is left out: of single tokens nobody can tell how likely the
+    teacher's text is to go on so, only how likely it is to go on with a token that ends there.
+    """
+    span_S, span_T, _ = batch.spans
+    inside = span_S >= 0
+    return {
+        "student_logp": student.event.detach()[inside].sum(),
+        "teacher_logp": teacher.event[span_T >= 0].sum(),
+        "logp_bytes": batch.row_bytes[inside].sum(),
+    }

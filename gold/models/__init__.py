@@ -1,0 +1,1 @@
+"""Causal language models from transformers, and what their files tell before they are loaded."""

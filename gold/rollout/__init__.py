@@ -1,0 +1,1 @@
+"""Rollouts: what the student writes."""

@@ -1,0 +1,1 @@
+"""Tokenizers from files that the tokenizers library does not read itself."""

@@ -1,0 +1,275 @@
+"""The tokenizer in a GGUF file, read from its metadata alone: no weights, and no package that would list them first."""
+
+import mmap
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from gold.errors import VocabularyError
+from gold.files import open_file
+from gold.tokenize.convert.merges import merges_of_ranked
+from gold.tokenize.convert.pretokenizers import BOS_FIRST, byte_level_tokenizer, known_words
+from gold.tokenize.convert.sentencepiece import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Pieces,
+    tokenizer_of,
+)
+
+# How a value of each type is stored; 8 is a string, 9 an array.
+_SCALARS = {
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1", 10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
+
+_KEY = "tokenizer.ggml."
+# Ids by role in files of each kind that do not name them.
+_DEFAULT_IDS: dict[str, dict[str, int]] = {
+    "llama": {"bos": 1, "eos": 2},
+    "bert": {"bos": 101, "seperator": 102, "padding": 0},
+    "t5": {"eos": 1, "padding": 0},
+}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file by key: numbers, strings, arrays of numbers, lists of strings.
+
+    Raises: VocabularyError if it is no GGUF file, of another byte order or version, or ends too early.
+    """
+    try:
+        with (
+            open_file(path, VocabularyError) as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            if data[:4] != b"GGUF":
+                raise VocabularyError(f"{path} is no GGUF file")
+            (version,) = struct.unpack_from("<I", data, 4)
+            if version not in (2, 3):
+                raise VocabularyError(
+                    f"{path} is a GGUF file of version {version}, or of another byte order; versions 2 and 3 are read"
+                )
+            return _values(data)
+    except VocabularyError:
+        raise
+    except OSError as error:
+        raise VocabularyError(f"{path} cannot be read: {error.strerror}") from None
+    except (KeyError, ValueError, OverflowError, RecursionError, struct.error):
+        raise VocabularyError(f"{path} is a broken GGUF file: its metadata ends too early") from None
+
+
+def _values(data: mmap.mmap) -> dict[str, Any]:
+    size, at = len(data), 24
+    (count,) = struct.unpack_from("<Q", data, 16)
+    number, long = struct.Struct("<I").unpack_from, struct.Struct("<Q").unpack_from
+
+    def string() -> str:
+        nonlocal at
+        start = at + 8
+        at = start + long(data, at)[0]
+        if at > size:
+            raise ValueError("a string ends behind the file")
+        return data[start:at].decode()
+
+    def value(kind: int) -> Any:
+        nonlocal at
+        if kind == 8:
+            return string()
+        if kind == 9:
+            inner, length = number(data, at)[0], long(data, at + 4)[0]
+            at += 12
+            if inner not in _SCALARS:
+                return [value(inner) for _ in range(length)]
+            array = np.frombuffer(data, _SCALARS[inner], length, at).copy()
+            at += array.nbytes
+            return array
+        scalar = np.frombuffer(data, _SCALARS[kind], 1, at)[0]
+        at += scalar.nbytes
+        return scalar.item()
+
+    values = {}
+    for _ in range(count):
+        key = string()
+        kind = number(data, at)[0]
+        at += 4
+        values[key] = value(kind)
+    return values
+
+
+def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that the metadata of a GGUF file describe, with its BOS in front of texts if they say so.
+
+    Raises: VocabularyError if there is none, or one that cannot be built from what the file says.
+    """
+    if isinstance(whole := metadata.get("tokenizer.huggingface.json"), str):
+        try:
+            return Tokenizer.from_str(whole)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise VocabularyError(
+                f"its tokenizer.huggingface.json cannot be read: {str(error)[:200]}"
+            ) from None
+    kind, name = metadata.get(f"{_KEY}model"), metadata.get(f"{_KEY}pre")
+    tokens = metadata.get(f"{_KEY}tokens")
+    if not isinstance(kind, str) or not isinstance(tokens, list) or not tokens:
+        raise VocabularyError("it holds no tokenizer (no tokenizer.ggml.model, no tokenizer.ggml.tokens)")
+    kinds = _numbers(metadata, "token_type", len(tokens), 1)
+    if kind == "gpt2":
+        tokenizer = _byte_level(metadata, tokens, kinds, name)
+    elif kind == "gemma4" or (kind == "llama" and f"{_KEY}scores" not in metadata):
+        tokenizer = _merged_pieces(metadata, tokens, kinds)
+    elif kind in ("llama", "t5"):
+        charsmap = metadata.get(f"{_KEY}precompiled_charsmap")
+        tokenizer = tokenizer_of(
+            Pieces(
+                tokens,
+                _numbers(metadata, "scores", len(tokens), 0),
+                kinds,
+                unigram=kind == "t5",
+                charsmap=b"" if charsmap is None else np.asarray(charsmap).tobytes(),
+                squeezes=bool(metadata.get(f"{_KEY}remove_extra_whitespaces", False)),
+                space_first=bool(metadata.get(f"{_KEY}add_space_prefix", kind == "llama")),
+            )
+        )
+    elif kind == "bert":
+        tokenizer = _word_pieces(metadata, tokens, kinds)
+    else:
+        raise VocabularyError(
+            f"its tokenizer is of a kind that is not read here, {kind!r}; give the model's tokenizer.json"
+        )
+    bos = role_ids(metadata).get("bos")
+    if bos is not None and metadata.get(
+        f"{_KEY}add_bos_token", kind in ("llama", "bert", "gemma4") or name in BOS_FIRST
+    ):
+        token = tokenizer.id_to_token(bos)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[token, "$A"], special_tokens=[(token, bos)]
+        )
+    return tokenizer
+
+
+def role_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """The ids that GGUF metadata name by role: bos, eos, eot, eom, padding, seperator (so written), unknown, mask.
+
+    An id that the vocabulary does not have names no token and is left out.
+    """
+    size = len(metadata.get(f"{_KEY}tokens", ()))
+    defaults = _DEFAULT_IDS.get(str(metadata.get(f"{_KEY}model")), {})
+    named = {
+        role: metadata.get(f"{_KEY}{role}_token_id", defaults.get(role))
+        for role in ("bos", "eos", "eot", "eom", "padding", "seperator", "unknown", "mask")
+    }
+    return {role: index for role, index in named.items() if isinstance(index, int) and 0 <= index < size}
+
+
+def _numbers(metadata: Mapping[str, Any], name: str, count: int, default: int) -> list[Any]:
+    found = metadata.get(_KEY + name)
+    if found is None:
+        return [default] * count
+    if not isinstance(found, np.ndarray) or len(found) != count:
+        raise VocabularyError(f"its {_KEY}{name} are not {count} numbers, one for each token")
+    return list(found.tolist())
+
+
+def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]] | None:
+    found = metadata.get(f"{_KEY}merges")
+    if not isinstance(found, list):
+        return None
+    cuts = [merge.find(" ", 1) for merge in found]
+    if min(cuts, default=1) < 0:
+        raise VocabularyError(f"its {_KEY}merges have one that is no pair: {found[cuts.index(-1)]!r}")
+    return [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(found, cuts, strict=True)]
+
+
+def _vocab(tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, int]:
+    vocab: dict[str, int] = {}
+    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+        if kind == UNUSED or not token:
+            continue
+        if vocab.setdefault(token, index) != index:
+            raise VocabularyError(f"its tokens {vocab[token]} and {index} are the same, {token!r}")
+    return vocab
+
+
+def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> None:
+    def of(*wanted: int) -> list[AddedToken]:
+        found = [token for token, kind in zip(tokens, kinds, strict=True) if kind in wanted and token]
+        return [AddedToken(token, normalized=False) for token in found]
+
+    tokenizer.add_special_tokens(of(UNKNOWN, CONTROL))
+    tokenizer.add_tokens(of(USER_DEFINED))
+
+
+def _byte_level(
+    metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int], name: str | None
+) -> Tokenizer:
+    if not known_words(name):
+        known = (
+            "none, as files from before May 2024" if name is None else f"{name!r}, which is not known here"
+        )
+        raise VocabularyError(
+            f"the name of its pre-tokenizer (tokenizer.ggml.pre) is {known}; give the model's tokenizer.json"
+        )
+    merges = _merges(metadata)
+    if merges is None:
+        if name != "kimi-k2":
+            raise VocabularyError("it lists no merges (tokenizer.ggml.merges)")
+        ranked = [token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL]
+        merges = merges_of_ranked(ranked, ranked)
+    tokenizer = byte_level_tokenizer(_vocab(tokens, kinds), merges, str(name))
+    _add_tokens(tokenizer, tokens, kinds)
+    return tokenizer
+
+
+def _merged_pieces(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
+    """Pieces with `▁` and bytes as in SentencePiece, but with merges of their own; lines are cut apart (Gemma 4)."""
+    merges = _merges(metadata)
+    if merges is None:
+        raise VocabularyError("it has neither scores nor merges (tokenizer.ggml.scores, .merges)")
+    unknown = role_ids(metadata).get("unknown")
+    try:
+        model = models.BPE(
+            vocab=_vocab(tokens, kinds),
+            merges=merges,
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+            ignore_merges=True,
+        )
+    except Exception as error:  # tokenizers raises bare Exception
+        raise VocabularyError(f"its merges do not fit its tokens: {error}") from None
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    _add_tokens(tokenizer, tokens, kinds)
+    return tokenizer
+
+
+def _word_pieces(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
+    # The file marks the pieces that begin a word, BERT those that go on with one.
+    pieces = [
+        token if kind in (UNKNOWN, CONTROL) or (token.startswith("[") and token.endswith("]"))
+        else token[1:] if token.startswith("▁") else f"##{token}"
+        for token, kind in zip(tokens, kinds, strict=True)
+    ]  # fmt: skip
+    unknown = role_ids(metadata).get("unknown", 100)
+    lowers = bool(metadata.get(f"{_KEY}normalizer.lowercase", True))
+    strips = bool(metadata.get(f"{_KEY}normalizer.strip_accents", lowers))
+    model = models.WordPiece(
+        vocab=_vocab(pieces, kinds), unk_token=pieces[unknown] if unknown < len(pieces) else "[UNK]"
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowers, strip_accents=strips)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    # Older files do not mark their special tokens.
+    roles = {index for index in role_ids(metadata).values() if pieces[index].startswith("[")}
+    _add_tokens(tokenizer, pieces, [CONTROL if i in roles else kind for i, kind in enumerate(kinds)])
+    return tokenizer

@@ -1,0 +1,64 @@
+"""Why the loss or the gradient of a step is no finite number, where that can be told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from gold.align.collate import student_states
+from gold.kernels.lm_head import Rows, token_logp
+from gold.models.causal import LanguageModel, rows_of
+from gold.rollout.hf import Rollout
+
+
+@torch.no_grad()
+def why_not_finite(
+    student: LanguageModel,
+    rollouts: Sequence[Rollout],
+    teachers: Mapping[str, Sequence[tuple[Rollout, Rows]]],
+    terms: Mapping[str, float],
+    batch: int,
+) -> tuple[str, str]:
+    """The fact and what to do about it: of a step's rollouts, the rows by which each teacher graded its own, and each
+    term's sum. Costs another forward pass, ``batch`` sequences at a time."""
+    for name, graded in teachers.items():
+        for rollout, rows in graded:
+            none = torch.zeros(len(rows), dtype=torch.int64, device=rows.hidden_ND.device)
+            if torch.isnan(token_logp(rows, none, none[:0])[0]).any():
+                return (
+                    f"NaN logits of teacher {name} for prompt {rollout.prompt.key}",
+                    "look at its weights, or load it with dtype float32",
+                )
+    stops = torch.tensor(student.vocabulary.stop_ids, dtype=torch.int64, device=student.device)
+    for first in range(0, len(rollouts), batch):
+        chosen = [r for r in rollouts[first : first + batch] if r.ids.size]
+        if not chosen:
+            continue
+        rows = rows_of(student.lm, student_states(student, chosen))
+        ids = torch.cat([torch.from_numpy(r.ids.astype("int64")) for r in chosen]).to(student.device)
+        logp, _ = token_logp(rows, ids, stops)
+        for rollout, mine in zip(chosen, logp.split([r.ids.size for r in chosen]), strict=True):
+            if torch.isnan(mine).any():
+                return (
+                    f"NaN logits of the student for prompt {rollout.prompt.key}",
+                    "its weights are no numbers any more: go back to an earlier checkpoint with a lower optimizer.lr; "
+                    "if this is the first step, look at its weights",
+                )
+            if torch.isneginf(mine).any() and not rollout.sampled:
+                token = student.vocabulary.label(int(rollout.ids[int(torch.isneginf(mine).nonzero()[0])]))
+                return (
+                    f"a student that gives probability 0 to {token} in the completion of prompt {rollout.prompt.key}",
+                    "leave that prompt out, or look at the token's row of its output matrix",
+                )
+    broken = [name for name, value in terms.items() if not math.isfinite(value)]
+    if broken:
+        return (
+            f"a NaN or infinite {broken[0]}",
+            "lower optimizer.lr, or look at the last lines of metrics.jsonl",
+        )
+    return (
+        "a NaN or infinite gradient of a finite loss",
+        "lower optimizer.lr, or compute in float32 (train.precision=no)",
+    )

@@ -1,0 +1,149 @@
+"""The command line in processes that start at once: forked from one that has loaded torch and done nothing else."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+# The server imports these once; a fresh interpreter would need ten seconds each time.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["gold.build", "gold.cli", "gold.demo.running_sums", "transformers.models.llama.modeling_llama"]
+)
+
+
+class Command:
+    """``gold`` with arguments, in a process of its own; what it prints goes to files."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: object,
+        environment: Mapping[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        words = [str(a) for a in arguments]
+        self.process: ForkServerProcess = _CONTEXT.Process(
+            target=_main, args=(folder, words, dict(environment or {}), before)
+        )
+        self.process.start()
+
+    @property
+    def out(self) -> str:
+        """What it has printed so far."""
+        return _read(self.folder / "out")
+
+    @property
+    def err(self) -> str:
+        """What it has printed on stderr so far."""
+        return _read(self.folder / "err")
+
+    def kill(self) -> None:
+        """SIGKILL; a process that has ended already is left as it is."""
+        self.process.kill()
+        self.wait()
+
+    def wait(self, seconds: float = 900.0) -> int:
+        """The exit code; minus the signal's number where a signal ended it."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(f"still running after {seconds} s:\n{self.out}\n{self.err}")
+        return self.process.exitcode
+
+
+def _main(
+    folder: Path, words: list[str], environment: dict[str, str], before: Callable[[], None] | None
+) -> None:
+    os.environ.update(environment)
+    for name, descriptor in (("out", 1), ("err", 2)):
+        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+    import torch
+
+    torch.set_num_threads(1)
+    import gold.build
+    from gold.cli import main
+
+    gold.build.plot_run = lambda _: []  # takes longer than the run
+    sys.argv = ["gold", *words]
+    if before is not None:
+        before()
+    main()
+
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.exists() else ""
+
+
+def die_at(target: str, call: int = 1, after: bool = False) -> None:
+    """From now on this process kills itself when ``module:name.of.function`` is called for the ``call``-th time, before
+    or after the function has done its work."""
+    owner, name = find(target)
+    real = getattr(owner, name)
+    calls = 0
+
+    def dying(*arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls < call:
+            return real(*arguments, **options)
+        if after:
+            real(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("a killed process goes on")
+
+    setattr(owner, name, dying)
+
+
+def signal_at(target: str, call: int, number: int) -> None:
+    """From now on a signal reaches this process when ``module:name.of.function`` is called for the ``call``-th time."""
+    owner, name = find(target)
+    real = getattr(owner, name)
+    calls = 0
+
+    def signalled(*arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
+        return real(*arguments, **options)
+
+    setattr(owner, name, signalled)
+
+
+def fail_at(target: str, call: int = 1) -> None:
+    """From now on the ``call``-th and later calls of ``module:name.of.function`` find the disk full."""
+    owner, name = find(target)
+    real = getattr(owner, name)
+    calls = 0
+
+    def failing(*arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls < call:
+            return real(*arguments, **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    setattr(owner, name, failing)
+
+
+def find(target: str) -> tuple[object, str]:
+    """The owner and the name of ``module:name.of.function``."""
+    module, _, path = target.partition(":")
+    owner: object = importlib.import_module(module)
+    *above, name = path.split(".")
+    for part in above:
+        owner = getattr(owner, part)
+    return owner, name

@@ -1,0 +1,62 @@
+"""The passes over the tokens of a text, as they are written and compiled, against one line of Python."""
+
+import subprocess
+import sys
+from itertools import accumulate
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.texts import ids_of
+from support.tokenizers import byte_level_bpe
+
+from gold.tokenize import vocabulary as vocabulary_module
+from gold.tokenize.vocabulary import Vocabulary
+from gold.tokenize.walks import _compiled
+
+VOCABULARY = Vocabulary.load(byte_level_bpe())
+ids_and_padding = ids_of(VOCABULARY).flatmap(
+    lambda ids: st.lists(st.sampled_from([*ids, VOCABULARY.size, VOCABULARY.size + 63]), max_size=30)
+)
+
+
+@pytest.fixture(params=["python", "compiled"], autouse=True)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_it_is = request.param == "python"
+    monkeypatch.setattr(
+        vocabulary_module, "walk", lambda function, _: function if as_it_is else _compiled(function)
+    )
+
+
+@given(ids_and_padding)
+def test_ends_and_bytes_are_those_of_the_ids_one_after_the_other(ids: list[int]) -> None:
+    pieces = [VOCABULARY.token_bytes(i) if i < VOCABULARY.size else b"" for i in ids]
+    stream, ends = VOCABULARY._stream(np.array(ids, np.int32))
+    assert stream == b"".join(pieces)
+    assert (
+        ends.tolist()
+        == VOCABULARY.ends(np.array(ids, np.int32)).tolist()
+        == list(accumulate(map(len, pieces)))
+    )
+
+
+def test_short_texts_load_no_compiler_and_long_ones_do() -> None:
+    code = (
+        "import sys, numpy as np\n"
+        "from support.tokenizers import byte_level_bpe\n"
+        "from gold.align import Vocabulary, align_tokens\n"
+        "vocabulary = Vocabulary.load(byte_level_bpe())\n"
+        "for tokens in (1 << 14, 1 << 16):\n"
+        "    spelling = vocabulary.spell(np.full(tokens, 9))\n"
+        "    print('numba' in sys.modules, len(align_tokens(spelling, spelling)))\n"
+    )
+    path = [str(p) for p in sys.path if p]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": ":".join(path)},
+    )
+    assert done.stdout.split() == ["False", str(1 << 14), "True", str(1 << 16)]

@@ -1,0 +1,139 @@
+"""Weights of 16 bits are trained as if they had 32: steps are not lost in their rounding, nor in a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support.tiny_models as tiny
+import torch
+from accelerate import Accelerator
+
+from gold.errors import CheckpointError, ConfigError
+from gold.rollout.hf import Sampling
+from gold.teachers.ema import SelfTeacher
+from gold.teachers.several import Teachers
+from gold.train.checkpoint import save_checkpoint
+from gold.train.optimizer import MasterAdamW
+from gold.train.progress import Silent
+from gold.train.recipe import Recipe, Term
+from gold.train.step import Loop, pairs_of, terms_of
+
+
+def loop_of(dtype: torch.dtype, lr: float = 1e-5, decay: float | None = None) -> Loop:
+    """A loop over completions of the data, so that all dtypes read the same texts."""
+    student, teacher = tiny.tiny_student(), tiny.tiny_teacher()
+    student.lm.to(dtype)
+    members: dict[str, Any] = {"teacher": teacher}
+    if decay is not None:
+        members = {"teacher": SelfTeacher(student, decay)}
+    teachers = Teachers(members)
+    recipe = Recipe(
+        (Term("sft"), Term("reverse_kl")),
+        sampling=Sampling(max_new_tokens=10),
+        on_policy=0.0,
+        per_prompt=1,
+        prompts_per_step=4,
+        warmup_steps=0,
+        schedule="constant",
+        lr=lr,
+    )
+    pairs = pairs_of(student, teachers)
+    terms = terms_of(recipe, teachers, pairs)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    return Loop(student, teachers, pairs, tiny.prompts(), recipe, terms, None, accelerator)
+
+
+def moved(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
+    """Share of numbers that are others."""
+    pairs = list(zip(before, after, strict=True))
+    return sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a in before)
+
+
+def test_nearly_all_weights_move_at_the_default_rate() -> None:
+    loop = loop_of(torch.bfloat16)
+    before = [m.clone() for m in loop.masters.values()]
+    for _ in range(3):
+        loop.advance()
+    used = [(b, m) for b, m in zip(before, loop.masters.values(), strict=True) if not torch.equal(b, m)]
+    # Rows of tokens that no text has are given no gradient.
+    table = loop.student.lm.get_input_embeddings().weight
+    used = [pair for pair in used if pair[0].shape != table.shape]
+    assert moved(*map(list, zip(*used, strict=True))) > 0.99
+    assert len(used) == len(before) - 2
+    for weight, master in loop.masters.items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, master.bfloat16())
+
+
+def test_a_bfloat16_student_follows_the_float32_one() -> None:
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        loop = loop_of(dtype, lr=1e-4)
+        losses[dtype] = [loop.advance()["loss"] for _ in range(16)]
+    gained = {dtype: sum(found[:4]) - sum(found[-4:]) for dtype, found in losses.items()}
+    assert gained[torch.float32] > 0
+    assert gained[torch.bfloat16] == pytest.approx(gained[torch.float32], rel=0.05)
+
+
+def test_small_steps_add_up() -> None:
+    weight = torch.ones(8, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = MasterAdamW([weight], lr=1e-4, weight_decay=0.0)
+    plain = torch.ones(8, requires_grad=True)
+    other = torch.optim.AdamW([plain], lr=1e-4, weight_decay=0.0)
+    for _ in range(100):
+        weight.grad, plain.grad = torch.ones_like(weight), torch.ones_like(plain)
+        optimizer.step()
+        other.step()
+        assert weight.grad is None
+    assert torch.equal(weight, plain.bfloat16())
+    assert weight[0] == 0.98828125  # 1 − 100 · 1e-4, rounded
+
+
+def test_a_resumed_run_of_16_bits_is_bit_for_bit_the_same(tmp_path: Path) -> None:
+    whole = loop_of(torch.bfloat16, decay=0.5)
+    for _ in range(2):
+        whole.advance()
+    save_checkpoint(tmp_path, whole.step, whole.write, 1)
+    again = loop_of(torch.bfloat16, decay=0.5)
+    again.resume(tmp_path, None, Silent())
+    for _ in range(2):
+        whole.advance()
+        again.advance()
+    for one, other in zip(whole.masters.values(), again.masters.values(), strict=True):
+        assert torch.equal(one, other)
+    assert whole.teachers is not None
+    assert again.teachers is not None
+    for pair in ((whole.student, again.student), (whole._own[0].model, again._own[0].model)):
+        one, other = (model.lm.state_dict() for model in pair)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_average_follows_the_copies() -> None:
+    loop = loop_of(torch.bfloat16, decay=0.5)
+    before = [p.clone() for p in loop._own[0].model.lm.parameters()]
+    loop.advance()
+    after = list(loop._own[0].model.lm.parameters())
+    for old, new, master in zip(before, after, loop.masters.values(), strict=True):
+        assert new.dtype == torch.float32
+        assert torch.equal(new, old.lerp(master, 0.5))
+
+
+def test_float16_is_refused_in_one_line() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^student\.dtype: float16 cannot be trained.*float32 or bfloat16$"
+    ):
+        loop_of(torch.float16)
+
+
+def test_the_state_of_another_dtype_is_refused() -> None:
+    sixteen, thirty_two = (
+        MasterAdamW([torch.ones(2, dtype=dtype, requires_grad=True)])
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    for one, other in ((sixteen, thirty_two), (thirty_two, sixteen)):
+        with pytest.raises(CheckpointError, match=r"student\.dtype"):
+            one.load_state_dict(other.state_dict())
+    assert sum(t.dtype == torch.float32 for t in sixteen.masters.values()) == 1
+    assert not thirty_two.masters
