@@ -35,7 +35,7 @@ from benchmarks.clock import Spread, seconds_in_turn, spread
 from benchmarks.record import device_name, write_record
 from benchmarks.texts import odd_text, plain_texts
 from gold.align.chunks import Alignment, chunks_of
-from gold.tokenize.vocabulary import Spelling, Vocabulary
+from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 PAIRS = (
     ("qwen3", "llama3_1"),
@@ -47,7 +47,7 @@ TEXT_BYTES = 4096
 ODD_TEXTS = 2000
 
 Work = Callable[[], object]
-Rows = list[tuple[int, ...]]
+LazyLogits = list[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def measure(
     """
     sides = [[vocabulary.encode(text) for text in texts] for vocabulary in (student, teacher)]
     for name, side in zip(names, sides, strict=True):
-        for text, spelling in zip(texts, side, strict=True):
-            if not spelling.exact.all():
+        for text, tokenized in zip(texts, side, strict=True):
+            if not tokenized.exact.all():
                 raise ValueError(f"{name} changes {text[:40]!r}…: the pair needs other texts")
     pairs = list(zip(*sides, strict=True))
     ids = [(one.ids, other.ids) for one, other in pairs]
@@ -159,9 +159,9 @@ def measure(
         ]
 
     def same_bytes() -> bool:
-        return all(student.spell(ids_S).data == teacher.spell(ids_T).data for ids_S, ids_T in ids)
+        return all(student.decode(ids_S).data == teacher.decode(ids_T).data for ids_S, ids_T in ids)
 
-    def python() -> list[Rows]:
+    def python() -> list[LazyLogits]:
         return [python_chunks(ids_S, ids_T, *lengths) for ids_S, ids_T in lists]
 
     def tokenizing() -> None:
@@ -200,11 +200,11 @@ def measure(
 
 def python_chunks(
     ids_S: Sequence[int], ids_T: Sequence[int], lengths_V: Sequence[int], lengths_W: Sequence[int]
-) -> Rows:
+) -> LazyLogits:
     """The chunks of two tokenizations of the same bytes, none of their tokens of zero width."""
     ends_S = list(accumulate(lengths_V[index] for index in ids_S))
     ends_T = list(accumulate(lengths_W[index] for index in ids_T))
-    rows: Rows = []
+    rows: LazyLogits = []
     i = j = s = t = 0
     while i < len(ends_S):
         end_S, end_T = ends_S[i], ends_T[j]
@@ -242,7 +242,9 @@ class Trl:
             use_uld_loss=True, teacher_tokenizer=self._teacher, uld_loss_fn=loss, _tokenizer=self._student
         )
 
-    def works(self, texts: Sequence[str], pairs: Sequence[tuple[Spelling, Spelling]]) -> dict[str, Work]:
+    def works(
+        self, texts: Sequence[str], pairs: Sequence[tuple[TokenizedText, TokenizedText]]
+    ) -> dict[str, Work]:
         """`trl_walk` on offsets that are right, and `trl_offsets` if it makes any for this teacher."""
         offsets = [(_offsets(one), _offsets(other)) for one, other in pairs]
         works: dict[str, Work] = {"trl_walk": lambda: [self._walk(*both) for both in offsets]}
@@ -261,7 +263,9 @@ class Trl:
             return works
         return works | {"trl_offsets": make}
 
-    def groups(self, texts: Sequence[str], pairs: Sequence[tuple[Spelling, Spelling]]) -> dict[str, int]:
+    def groups(
+        self, texts: Sequence[str], pairs: Sequence[tuple[TokenizedText, TokenizedText]]
+    ) -> dict[str, int]:
         """How many of the texts it cuts into the chunks, into others, or not at all.
 
         Under "special" are those in which its teacher reads other tokens than `gold`, which takes all text for text.
@@ -280,8 +284,8 @@ class Trl:
             counts["special" if not same else "equal" if rows == right else "different"] += 1
         return dict(counts)
 
-    def _slice(self, spelling: Spelling) -> dict[str, Any]:
-        ids = import_module("torch").tensor([spelling.ids.tolist()])
+    def _slice(self, tokenized: TokenizedText) -> dict[str, Any]:
+        ids = import_module("torch").tensor([tokenized.ids.tolist()])
         return {"input_ids": ids, "labels": ids}
 
     def _student_offsets(self, piece: dict[str, Any]) -> list[list[int]]:
@@ -302,17 +306,17 @@ class _Encoded:
         return self._encodings
 
 
-def _offsets(spelling: Spelling) -> list[list[int]]:
-    return [list(both) for both in zip(spelling.starts.tolist(), spelling.ends.tolist(), strict=True)]
+def _offsets(tokenized: TokenizedText) -> list[list[int]]:
+    return [list(both) for both in zip(tokenized.starts.tolist(), tokenized.ends.tolist(), strict=True)]
 
 
-def _rows(alignment: Alignment) -> Rows:
+def _rows(alignment: Alignment) -> LazyLogits:
     return [tuple(row) for row in alignment.chunks.tolist()]
 
 
 def _exact_in_both(
     texts: Sequence[str], student: Vocabulary, teacher: Vocabulary
-) -> tuple[list[str], list[tuple[Spelling, Spelling]]]:
+) -> tuple[list[str], list[tuple[TokenizedText, TokenizedText]]]:
     """The texts whose bytes both tokenizers spell exactly, and their tokens."""
     read = [(text, student.encode(text), teacher.encode(text)) for text in texts if text]
     kept = [(text, one, other) for text, one, other in read if one.exact.all() and other.exact.all()]

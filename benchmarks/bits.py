@@ -121,11 +121,11 @@ def _trained(terms: tuple[Term, ...], on_policy: float, teacher: LanguageModel) 
     recipe = Recipe(
         objectives=terms,
         sampling=Sampling(max_new_tokens=12),
-        per_prompt=2,
+        num_generations=2,
         on_policy=on_policy,
         steps=3,
         prompts_per_step=4,
-        sequences_per_forward=4,
+        micro_batch_size=4,
         lr=1e-3,
         warmup_steps=1,
     )

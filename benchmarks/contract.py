@@ -18,7 +18,7 @@ from tests.contract.clauses import CLAUSES, variants
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "contract.md"
 
-Rows = dict[str, dict[str, str]]
+LazyLogits = dict[str, dict[str, str]]
 FLOORS_OF = (
     *(
         f"{name}/{support}"
@@ -61,10 +61,10 @@ def main(arguments: Sequence[str]) -> int:
     return int(any(cell.startswith(("**", "raises")) for row in ours.values() for cell in row.values()))
 
 
-def measure(objectives: Iterable[tuple[str, Objective]]) -> Rows:
+def measure(objectives: Iterable[tuple[str, Objective]]) -> LazyLogits:
     """What each clause finds of each objective: holds, an exception, broken with the measure, or – where it does not
     apply."""
-    found: Rows = {}
+    found: LazyLogits = {}
     for name, objective in objectives:
         row = {}
         for clause in CLAUSES:
@@ -177,7 +177,7 @@ def _floors(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return "\n".join(lines)
 
 
-def _table(clauses: Mapping[str, str], rows: Rows) -> str:
+def _table(clauses: Mapping[str, str], rows: LazyLogits) -> str:
     lines = [f"| objective | {' | '.join(clauses)} |", "|---" * (len(clauses) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(row[number] for number in clauses)} |" for name, row in rows.items()]
     return "\n".join(lines)

@@ -27,7 +27,7 @@ from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.bytes.plan import ByteTrie
 from gold.data import Prompt
 from gold.kernels import BACKENDS
-from gold.kernels.lm_head import Rows, byte_tables
+from gold.kernels.lm_head import LazyLogits, byte_tables
 from gold.kernels.projection import OBSERVED, needed_rows, piece_events, piece_target
 from gold.losses import View
 from gold.losses.prefix import prefix_positions
@@ -224,7 +224,7 @@ def model_prob(model: LanguageModel, prompt: Sequence[int]) -> NextProb:
     return prob
 
 
-def states_along(model: LanguageModel, prompt: Sequence[int], ids: NDArray[np.int32]) -> Rows:
+def states_along(model: LanguageModel, prompt: Sequence[int], ids: NDArray[np.int32]) -> LazyLogits:
     """A real model's states along a text, from the one behind the prompt to the one behind its last token."""
     with torch.no_grad():
         states = PaddedStates.of([prompt], [ids], [ids.size + 1], model.pad_id, model.device)
@@ -308,11 +308,11 @@ def sampled(model: ToyModel, rng: np.random.Generator, longest: int) -> list[int
 
 def viewed(pair: VocabularyPair, ids: Sequence[int], student: ToyModel, teacher: ToyModel) -> View:
     """The view of one text that stopped."""
-    spelling = pair.student.spell(ids)
+    tokenized = pair.student.decode(ids)
     whole = np.array([*ids, pair.student.stop_ids[0]], np.int32)
-    text = AlignedText(whole, spelling, pair.read(spelling), True)
+    text = AlignedText(whole, tokenized, pair.read(tokenized), True)
     rows, rows_T = (
-        Rows.of_logits(model.states(own.tolist(), own.size + 1))
+        LazyLogits.of_logits(model.states(own.tolist(), own.size + 1))
         for model, own in ((student, text.student.ids), (teacher, text.teacher.ids))
     )
     return View(AlignedBatch([text], pair, CPU), rows, rows_T, BACKENDS["cpu"], BACKENDS["cpu"])
@@ -340,11 +340,11 @@ def toy_prefix(mine: str, theirs: str, kind: str, seeds: int) -> dict[str, Any]:
     states: dict[str, list[dict[str, Probs]]] = {"synced": [], "interior": []}
     for seed in range(seeds):
         teacher = KINDS[kind](pair.teacher, seed, never=("<junk>",), scale=1.5, longest=LONGEST)
-        text = pair.teacher.spell(sampled(teacher, rng, LONGEST)).data
+        text = pair.teacher.decode(sampled(teacher, rng, LONGEST)).data
         while (
             len(pair.teacher.encode(text)) > LONGEST
         ):  # a text of which the teacher's own tokens have no probability
-            text = pair.teacher.spell(sampled(teacher, rng, LONGEST)).data
+            text = pair.teacher.decode(sampled(teacher, rng, LONGEST)).data
         ids = pair.student.encode(text).ids.tolist()
         view = viewed(pair, ids, ToyModel(pair.student, seed), teacher)
         found = prefix_errors(view, toy_prob(teacher), partial(own_tokens, view, all_texts(teacher)))
@@ -498,7 +498,7 @@ def own_samples(model: LanguageModel) -> list[tuple[list[int], list[int]]]:
     seeds = [(0, i) for i in range(len(prompts))]
     texts = []
     for rollout in sample(model, prompts, Sampling(max_new_tokens=12), seeds=seeds):
-        events = np.flatnonzero(model.vocabulary.event_V[rollout.ids])
+        events = np.flatnonzero(model.vocabulary.is_special[rollout.ids])
         ids = rollout.ids[: int(events[0])] if events.size else rollout.ids
         texts.append((list(rollout.prompt_ids), ids.tolist()))
     return texts
@@ -509,18 +509,18 @@ def real_bytes(
 ) -> tuple[dict[str, Probs], dict[str, Any]]:
     """The errors of the byte table along the ids, and what a reader wants to know of this text."""
     vocabulary, pair = model.vocabulary, VocabularyPair(model.vocabulary, model.vocabulary)
-    spelling = vocabulary.spell(ids, at_start=False)
+    tokenized = vocabulary.decode(ids, at_start=False)
     whole = np.array([*ids, vocabulary.stop_ids[0]], np.int32)
-    layout = AlignedBatch([AlignedText(whole, spelling, spelling, True)], pair, CPU).layout_S
-    rows = states_along(model, prompt, spelling.ids)
+    layout = AlignedBatch([AlignedText(whole, tokenized, tokenized, True)], pair, CPU).layout_S
+    rows = states_along(model, prompt, tokenized.ids)
     with torch.no_grad():
         table, _, _ = byte_tables(rows, layout, BACKENDS["cpu"])
     exact = marginals(
-        model_prob(model, prompt), vocabulary, pair.student_trie, list(ids), spelling.data, **limits
+        model_prob(model, prompt), vocabulary, pair.student_trie, list(ids), tokenized.data, **limits
     )
     errors = byte_errors(table.double(), exact)
     means = {name: float(errors[name].mean()) for name in ("tv", "tv_last_state", "rest", "other_pasts")}
-    text = spelling.data.decode("utf-8", "replace")
+    text = tokenized.data.decode("utf-8", "replace")
     return errors, {"text": text, "sequences": exact.sequences, **means}
 
 
@@ -529,9 +529,9 @@ def real_prefix(student: LanguageModel, teacher: LanguageModel, limits: dict[str
     pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
     targets = []
     for prompt, completion in TEXTS:
-        spelling = pair.student.encode(completion, at_start=False)
-        whole = np.append(spelling.ids, pair.student.stop_ids[0]).astype(np.int32)
-        text = AlignedText(whole, spelling, pair.read(spelling, at_start=False), True)
+        tokenized = pair.student.encode(completion, at_start=False)
+        whole = np.append(tokenized.ids, pair.student.stop_ids[0]).astype(np.int32)
+        text = AlignedText(whole, tokenized, pair.read(tokenized, at_start=False), True)
         prompts = [m.tokenizer(prompt)["input_ids"] for m in (student, teacher)]
         rows, rows_T = (
             states_along(student, prompts[0], text.student.ids),

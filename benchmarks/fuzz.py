@@ -31,7 +31,7 @@ from benchmarks.assets import MODELS, ROOT, TOKENIZERS, listing, tokenizer_path
 from benchmarks.record import device_name, write_record
 from benchmarks.texts import FORGED, odd_text
 from gold.align import align_tokens
-from gold.tokenize.vocabulary import Spelling, Vocabulary
+from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 TOKENIZERS_A_TEXT = 2
 BLOCK = 250
@@ -45,7 +45,7 @@ class Subject:
         self.name, self.vocabulary = name, vocabulary
         data, offsets = vocabulary.blob.tobytes(), vocabulary.offsets.tolist()
         self.pieces = [data[start:end] for start, end in pairwise(offsets)]
-        self.events = frozenset(np.flatnonzero(vocabulary.event_V).tolist())
+        self.events = frozenset(np.flatnonzero(vocabulary.is_special).tolist())
         self.id_of = {piece: index for index, piece in enumerate(self.pieces) if piece}
         self.tokenizer = vocabulary._tokenizer
         if self.tokenizer.truncation or self.tokenizer.padding:
@@ -206,35 +206,35 @@ def check(case: Case, tally: Tally) -> None:
     tally.pairs += len(read) * (len(read) - 1) // 2 + len(sides[1:])
 
 
-def _read(subject: Subject, at_start: bool, text: str | bytes, tally: Tally) -> Spelling:
+def _read(subject: Subject, at_start: bool, text: str | bytes, tally: Tally) -> TokenizedText:
     with _about(subject.name):
         return _check_reading(subject, at_start, text, tally)
 
 
-def _check_reading(subject: Subject, at_start: bool, text: str | bytes, tally: Tally) -> Spelling:
+def _check_reading(subject: Subject, at_start: bool, text: str | bytes, tally: Tally) -> TokenizedText:
     """The tokens of a text lie on its bytes, none is an event, and an exact one has the bytes that it lies on."""
     vocabulary = subject.vocabulary
-    spelling = vocabulary.encode(text, at_start=at_start)
+    tokenized = vocabulary.encode(text, at_start=at_start)
     data = _bytes_of(text)
-    ids, exact = spelling.ids.tolist(), spelling.exact.tolist()
-    _check_ends(spelling, data)
+    ids, exact = tokenized.ids.tolist(), tokenized.exact.tolist()
+    _check_ends(tokenized, data)
     forged = subject.events.intersection(ids) - {vocabulary.unk_id}
     assert not forged, f"text became the special tokens {sorted(forged)}"
-    starts = [0, *spelling.ends.tolist()]
+    starts = [0, *tokenized.ends.tolist()]
     known = [i for i, is_exact in enumerate(exact) if is_exact]
     wrong = [i for i in known if subject.pieces[ids[i]] != data[starts[i] : starts[i + 1]]]
     assert not wrong, f"tokens {wrong[:5]} are called exact and have other bytes than the text"
     covered = sum(starts[i + 1] - starts[i] for i in known)
-    gap = len(data) - spelling.repaired_bytes - covered
+    gap = len(data) - tokenized.repaired_bytes - covered
     # The token that has the space put before or after a text is not exact, and its bytes do not count as repaired.
     spaced = (vocabulary.dummy_prefix or subject.space_after) and len(known) < len(ids)
     assert gap == 0 or (gap > 0 and spaced), (
-        f"{spelling.repaired_bytes} bytes repaired, {covered} exact of {len(data)}"
+        f"{tokenized.repaired_bytes} bytes repaired, {covered} exact of {len(data)}"
     )
     valid = _is_utf8(data)
     if subject.faithful and valid:
-        assert not spelling.repaired_bytes, (
-            f"{spelling.repaired_bytes} bytes are repaired, though nothing changes them"
+        assert not tokenized.repaired_bytes, (
+            f"{tokenized.repaired_bytes} bytes are repaired, though nothing changes them"
         )
         assert len(known) == len(ids) or spaced, "tokens are not exact, though nothing changes the text"
     if valid and (at_start or not vocabulary.dummy_prefix):
@@ -243,49 +243,49 @@ def _check_reading(subject: Subject, at_start: bool, text: str | bytes, tally: T
         parsed = not subject.events.isdisjoint(set(own) - {vocabulary.unk_id})
         parsed = parsed or (subject.unk is not None and subject.unk in data)
         assert parsed or own == ids, f"the ids are {ids}, the tokenizer's own {own}"
-    alone = align_tokens(spelling, spelling).chunks.tolist()
+    alone = align_tokens(tokenized, tokenized).chunks.tolist()
     # Of tokens that end at the same byte, only the first ends a chunk.
     one_each = [[i, i + 1, i, i + 1] for i in range(len(ids))]
     assert len(set(starts)) <= len(ids) or alone == one_each, f"beside itself its chunks are {alone}"
     counts = tally.tokenizers.setdefault(subject.name, Counts())
-    size, repaired = (len(data), spelling.repaired_bytes) if valid else (0, 0)
+    size, repaired = (len(data), tokenized.repaired_bytes) if valid else (0, 0)
     counts.add(Counts(1, len(ids), len(ids) - len(known), size, repaired))
-    return spelling
+    return tokenized
 
 
-def _check_ids(subject: Subject, at_start: bool, ids: Sequence[int]) -> Spelling:
+def _check_ids(subject: Subject, at_start: bool, ids: Sequence[int]) -> TokenizedText:
     """Any ids spell their bytes one after the other, less the space that is put before or after a text."""
     size = subject.vocabulary.size
-    spelling = subject.vocabulary.spell(ids, at_start=at_start, rows=size + PADDING_ROWS)
+    tokenized = subject.vocabulary.decode(ids, at_start=at_start, rows=size + PADDING_ROWS)
     pieces = [subject.pieces[index] if index < size else b"" for index in ids]
     data = b"".join(pieces)
     first = int(at_start and subject.vocabulary.dummy_prefix and data.startswith(b" "))
     last = len(data) - int(subject.space_after and data.endswith(b" "))
-    _check_ends(spelling, data[first:last])
-    assert spelling.ids.tolist() == list(ids), f"spelling changed the ids to {spelling.ids.tolist()}"
+    _check_ends(tokenized, data[first:last])
+    assert tokenized.ids.tolist() == list(ids), f"spelling changed the ids to {tokenized.ids.tolist()}"
     sums = [min(max(first, end), last) - first for end in accumulate(map(len, pieces))]
-    assert spelling.ends.tolist() == sums, (
-        f"the ends are {spelling.ends.tolist()}, the sums of lengths {sums}"
+    assert tokenized.ends.tolist() == sums, (
+        f"the ends are {tokenized.ends.tolist()}, the sums of lengths {sums}"
     )
     # The token that lost the space behind the text is not exact, and counts as repaired.
-    shortened = spelling.repaired_bytes if last < len(data) else 0
-    assert spelling.repaired_bytes == shortened, (
-        f"{spelling.repaired_bytes} bytes of sampled ids are called repaired"
+    shortened = tokenized.repaired_bytes if last < len(data) else 0
+    assert tokenized.repaired_bytes == shortened, (
+        f"{tokenized.repaired_bytes} bytes of sampled ids are called repaired"
     )
-    return spelling
+    return tokenized
 
 
-def _check_ends(spelling: Spelling, data: bytes) -> None:
-    ends = spelling.ends.tolist()
-    assert spelling.data == data, f"the bytes are {spelling.data!r} instead of {data!r}"
-    assert len(ends) == len(spelling.ids), f"{len(ends)} ends for {len(spelling.ids)} tokens"
+def _check_ends(tokenized: TokenizedText, data: bytes) -> None:
+    ends = tokenized.ends.tolist()
+    assert tokenized.data == data, f"the bytes are {tokenized.data!r} instead of {data!r}"
+    assert len(ends) == len(tokenized.ids), f"{len(ends)} ends for {len(tokenized.ids)} tokens"
     assert ends == sorted(ends), f"the ends {ends} decrease"
     assert not ends or (ends[0] >= 0 and ends[-1] == len(data)), (
         f"the ends {ends} are not within 0 to {len(data)}"
     )
 
 
-def _check_alignment(one: Spelling, other: Spelling) -> None:
+def _check_alignment(one: TokenizedText, other: TokenizedText) -> None:
     """Chunks end where both sides end, hold every token once, and do not depend on which side is which."""
     there, back = align_tokens(one, other), align_tokens(other, one)
     length = len(one.data)

@@ -165,10 +165,10 @@ def trained(
     recipe = Recipe(
         (Term(term if teacher is not None else "sft"),),
         sampling=SAMPLING,
-        per_prompt=1,
+        num_generations=1,
         on_policy=0.0 if teacher is None else 1.0,
         prompts_per_step=48,
-        sequences_per_forward=48,
+        micro_batch_size=48,
         rollout_batch=64,
         steps=steps or plan.steps,
         seed=seed,

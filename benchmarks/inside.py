@@ -60,9 +60,9 @@ def run(way: str | None, seed: int, given: argparse.Namespace) -> dict[str, Any]
         recipe = Recipe(
             objectives=(WAYS[way],),
             sampling=Sampling(max_new_tokens=given.tokens),
-            per_prompt=1,
+            num_generations=1,
             prompts_per_step=4,
-            sequences_per_forward=4,
+            micro_batch_size=4,
             steps=given.steps,
             warmup_steps=2,
             lr=3e-5,
@@ -71,7 +71,7 @@ def run(way: str | None, seed: int, given: argparse.Namespace) -> dict[str, Any]
         clock = _CpuSeconds()
         distill(student, teacher, train, recipe, progress=clock)
         seconds = clock.last
-    plan = EvaluationPlan(max_new_tokens=given.tokens, samples=0, sequences_per_forward=4)
+    plan = EvaluationPlan(max_new_tokens=given.tokens, samples=0, micro_batch_size=4)
     measures = evaluate(student, LocalTeacher(teacher), heldout, plan=plan).measures
     return {"way": way, "seed": seed, "measures": measures, "cpu_s": seconds}
 

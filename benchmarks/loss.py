@@ -46,7 +46,7 @@ from benchmarks.texts import plain_texts
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.errors import GoldError
 from gold.kernels import BACKENDS, backend_for
-from gold.kernels.lm_head import Rows
+from gold.kernels.lm_head import LazyLogits
 from gold.losses import OBJECTIVES, Objective, View
 from gold.models.causal import as_rows, pick_device
 from gold.tokenize.vocabulary import Vocabulary
@@ -183,7 +183,7 @@ class Inputs:
         """What an objective sees."""
         backend = BACKENDS["reference"] if self.exact else backend_for(self.hidden_S.device)
         if self.logits_S is not None and self.logits_T is not None:
-            mine, theirs = Rows.of_logits(self.logits_S), Rows.of_logits(self.logits_T)
+            mine, theirs = LazyLogits.of_logits(self.logits_S), LazyLogits.of_logits(self.logits_T)
             return View(self.batch(), mine, theirs, backend, backend)
         mine, theirs = (
             as_rows(model, hidden)
@@ -582,7 +582,7 @@ def losses_of(pair: VocabularyPair, device: torch.device) -> Iterator[Loss]:
         yield Loss(TRL_GOLD + FROM_LOGITS, value, all_rows, value, from_logits=True, base=hybrid)
 
 
-LEAK = 1e-5
+SMOOTHING = 1e-5
 PRODUCTS, SQUARE, TRL_GOLD = "matrix products", "square product", "TRL GOLD, default merge"
 FROM_LOGITS = ", from logits"
 MOST_LOGITS = 2 * 2**30
@@ -614,7 +614,10 @@ def naive_shared(inputs: Inputs) -> Tensor:
         joined = [torch.logsumexp(x[:, columns], dim=-1, keepdim=True) for columns in (stops, left)]
         sides.append(torch.cat((x[:, ids], *joined), dim=-1).exp())
     # As the objective has it: a share of every event counts as the bucket, on both sides.
-    p, q = (torch.cat((x[:, :-1] * (1 - LEAK), x[:, -1:] * (1 - LEAK) + LEAK), dim=-1).log() for x in sides)
+    p, q = (
+        torch.cat((x[:, :-1] * (1 - SMOOTHING), x[:, -1:] * (1 - SMOOTHING) + SMOOTHING), dim=-1).log()
+        for x in sides
+    )
     return (p.exp() * (p - q)).sum()
 
 
@@ -742,8 +745,8 @@ def text_of(pair: VocabularyPair, tokens: int) -> AlignedText:
         size_bytes *= 2
         ids = pair.student.encode("".join(plain_texts(1, size_bytes))).ids
     stop = np.array(pair.student.stop_ids[:1], np.int32)
-    spelling = pair.student.spell(ids[: tokens - 1])
-    return AlignedText(np.concatenate((spelling.ids, stop)), spelling, pair.read(spelling), stopped=True)
+    tokenized = pair.student.decode(ids[: tokens - 1])
+    return AlignedText(np.concatenate((tokenized.ids, stop)), tokenized, pair.read(tokenized), stopped=True)
 
 
 # Tables

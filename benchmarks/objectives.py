@@ -44,7 +44,7 @@ class Way:
     terms: tuple[Term, ...]
     rates: tuple[float, ...] = RATES
     on_policy: float = 1.0
-    per_prompt: int = 1
+    num_generations: int = 1
     text: str = ""
     """which of the teacher's texts it learns from, where it does: "sampled" or "greedy" """
     note: str = ""
@@ -84,8 +84,8 @@ WAYS: dict[str, Way] = {
     "reverse_kl on bytes + reference_kl": Way((Term("reverse_kl"), Term("reference_kl", weight=0.1))),
     "sft on sampled teacher text": Way((Term("sft"),), TEXT_RATES, on_policy=0.0, text="sampled"),
     "sft on greedy teacher text": Way((Term("sft"),), TEXT_RATES, on_policy=0.0, text="greedy"),
-    "reward": Way((Term("reward"),), LOW_RATES, per_prompt=8),
-    "reverse_kl on bytes + reward": Way((Term("reverse_kl"), Term("reward", weight=0.1)), per_prompt=8),
+    "reward": Way((Term("reward"),), LOW_RATES, num_generations=8),
+    "reverse_kl on bytes + reward": Way((Term("reverse_kl"), Term("reward", weight=0.1)), num_generations=8),
 }
 
 
@@ -115,11 +115,11 @@ def run(job: Job, folder: Path, plan: DemoPlan) -> dict[str, Any]:
     recipe = Recipe(
         objectives=way.terms,
         sampling=SAMPLING,
-        per_prompt=way.per_prompt,
-        prompts_per_step=48 // way.per_prompt,
+        num_generations=way.num_generations,
+        prompts_per_step=48 // way.num_generations,
         on_policy=way.on_policy,
         rollout_batch=64,
-        sequences_per_forward=48,
+        micro_batch_size=48,
         steps=job.steps,
         seed=job.seed,
         lr=job.lr,
@@ -127,7 +127,7 @@ def run(job: Job, folder: Path, plan: DemoPlan) -> dict[str, Any]:
     heldout = _heldout(plan)[: plan.watched if job.seed == TUNING_SEED else None]
     clock = CpuSeconds()
     evaluation = EvaluationPlan(
-        max_new_tokens=SAMPLING.max_new_tokens, samples=0, rollout_batch=256, sequences_per_forward=128
+        max_new_tokens=SAMPLING.max_new_tokens, samples=0, rollout_batch=256, micro_batch_size=128
     )
     done = distill(
         student,

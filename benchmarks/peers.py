@@ -102,13 +102,13 @@ def _of_trl() -> Iterator[tuple[str, Objective]]:
                 functions[pair, device] = ULDLoss(config, *tokenizers, device=device)
             function = functions[pair, device]
             sides = []
-            for logits, spelling, stops in (
+            for logits, tokenized, stops in (
                 (mine, text.student, pair.student.stop_ids),
                 (theirs, text.teacher, pair.teacher.stop_ids),
             ):
                 # One token of prompt before the completion; logits at a place predict the token after it.
-                ids = [0, *spelling.ids.tolist(), *([stops[0]] * text.stopped)]
-                spans = zip(spelling.starts.tolist(), spelling.ends.tolist(), strict=True)
+                ids = [0, *tokenized.ids.tolist(), *([stops[0]] * text.stopped)]
+                spans = zip(tokenized.starts.tolist(), tokenized.ends.tolist(), strict=True)
                 offsets = [(0, 0), *spans, *([(len(text.student.data),) * 2] * text.stopped)]
                 after_the_last = logits.new_zeros(len(ids) - logits.shape[0], logits.shape[1])
                 labels = torch.tensor([[-100, *ids[1:]]], device=device)

@@ -312,9 +312,9 @@ class GoldSteps:
         recipe = Recipe(
             objectives=(Term("reverse_kl"),),
             sampling=Sampling(max_new_tokens=size.new_tokens),
-            per_prompt=1,
+            num_generations=1,
             prompts_per_step=len(prompts),
-            sequences_per_forward=len(prompts),
+            micro_batch_size=len(prompts),
             steps=size.steps + 1,
         )
         teachers = Teachers({"teacher": teacher})
@@ -328,7 +328,7 @@ class GoldSteps:
     def step(self) -> Step:
         """One step."""
         records = []
-        sample = self.meter(lambda: records.append(self.loop.advance()))
+        sample = self.meter(lambda: records.append(self.loop.train_step()))
         (record,) = records
         tokens = round(record["length_tokens"] * len(self.loop.prompts))
         seconds = {phase: record[f"{phase}_s"] for phase in PHASES}

@@ -22,7 +22,7 @@ from gold.align.batch import VocabularyPair
 from gold.align.collate import aligned_batch, read, student_states, teacher_rows
 from gold.data import load_prompts, split_by_hash
 from gold.kernels import backend_for
-from gold.kernels.lm_head import Rows, likeliest
+from gold.kernels.lm_head import LazyLogits, likeliest
 from gold.losses import OBJECTIVES
 from gold.losses.types import View
 from gold.models.causal import LanguageModel, load_model, rows_of
@@ -90,11 +90,11 @@ class Compared:
     def outcome(self, teacher: Any) -> tuple[float, Tensor, float]:
         """Reverse KL per byte, its gradient with respect to the student's logits, mean probability that is untold."""
         batch = aligned_batch(self.texts, self.pair, self.student.device, teacher)
-        theirs = Rows.joined(teacher_rows(teacher, self.rollouts, self.texts))
+        theirs = LazyLogits.joined(teacher_rows(teacher, self.rollouts, self.texts))
         logits = self.logits.clone().requires_grad_(True)
         backend = backend_for(logits.device)
         objective = OBJECTIVES["reverse_kl"]()
-        loss = objective(View(batch, Rows.of_logits(logits), theirs, backend, backend))
+        loss = objective(View(batch, LazyLogits.of_logits(logits), theirs, backend, backend))
         count = objective.count(batch)
         (grad,) = torch.autograd.grad(loss.total / count, logits)
         untold = 0.0

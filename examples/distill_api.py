@@ -18,7 +18,7 @@ if __name__ == "__main__":
         load_model(student),
         load_model(teacher),
         gold.load_prompts(prompts),
-        Recipe(steps=5, prompts_per_step=4, per_prompt=2, lr=3e-5, sampling=Sampling(max_new_tokens=16)),
+        Recipe(steps=5, prompts_per_step=4, num_generations=2, lr=3e-5, sampling=Sampling(max_new_tokens=16)),
         saving=Saving(Path(output)),
     )
     print(

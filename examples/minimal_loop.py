@@ -14,7 +14,7 @@ from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.kernels import backend_for
-from gold.kernels.lm_head import Rows
+from gold.kernels.lm_head import LazyLogits
 from gold.losses import OBJECTIVES, View
 from gold.models.causal import LanguageModel, load_model, rows_of
 from gold.rollout.hf import Sampling, rollout_seeds, sample
@@ -33,7 +33,7 @@ def train(student: LanguageModel, teacher: LocalTeacher, prompts: list[Prompt], 
         rollouts = sample(student, prompts, sampling, seeds=rollout_seeds(0, step, range(len(prompts))))
         texts = [read(rollout, pair) for rollout in rollouts]
         batch = AlignedBatch(texts, pair, student.device, teacher.device)
-        teacher_states = Rows.joined(teacher_rows(teacher, rollouts, texts))
+        teacher_states = LazyLogits.joined(teacher_rows(teacher, rollouts, texts))
         student_rows = rows_of(student.lm, student_states(student, rollouts))
         # Both become next-byte distributions along the text, and their divergence is the loss.
         loss = objective(View(batch, student_rows, teacher_states, *backends)).total / objective.count(batch)

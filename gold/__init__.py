@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gold.models.causal import load_model
     from gold.tasks import load_task
     from gold.teachers import CachedTeacher, LocalTeacher, SelfTeacher, ServedTeacher, Teachers
-    from gold.tokenize.vocabulary import Spelling, Vocabulary
+    from gold.tokenize.vocabulary import TokenizedText, Vocabulary
     from gold.train.loop import distill
     from gold.train.recipe import Recipe, Term
 
@@ -46,10 +46,10 @@ __all__ = [
     "Recipe",
     "SelfTeacher",
     "ServedTeacher",
-    "Spelling",
     "TeacherError",
     "Teachers",
     "Term",
+    "TokenizedText",
     "TrainingError",
     "Vocabulary",
     "VocabularyError",
@@ -70,7 +70,7 @@ _MODULE_OF = {
     "Recipe": "gold.train.recipe",
     "SelfTeacher": "gold.teachers",
     "ServedTeacher": "gold.teachers",
-    "Spelling": "gold.tokenize.vocabulary",
+    "TokenizedText": "gold.tokenize.vocabulary",
     "Teachers": "gold.teachers",
     "Term": "gold.train.recipe",
     "Vocabulary": "gold.tokenize.vocabulary",

@@ -119,12 +119,12 @@ def recipe_of(config: Config) -> Recipe:
     return Recipe(
         objectives=tuple(Term(t.name, t.weight, **t.options) for t in config.objectives),
         sampling=Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens),
-        per_prompt=rollout.per_prompt,
+        num_generations=rollout.num_generations,
         on_policy=rollout.on_policy,
         rollout_batch=rollout.batch,
         steps=train.steps,
         prompts_per_step=train.prompts_per_step,
-        sequences_per_forward=train.sequences_per_forward,
+        micro_batch_size=train.micro_batch_size,
         seed=train.seed,
         lr=optimizer.lr,
         betas=optimizer.betas,
@@ -132,7 +132,7 @@ def recipe_of(config: Config) -> Recipe:
         warmup_steps=optimizer.warmup_steps,
         schedule=optimizer.schedule,
         final_lr_share=optimizer.final_lr_share,
-        clip_norm=optimizer.clip_norm,
+        max_grad_norm=optimizer.max_grad_norm,
         precision=train.precision,
         gradient_checkpointing=train.gradient_checkpointing,
         bad_steps_allowed=train.bad_steps_allowed,
@@ -142,10 +142,10 @@ def recipe_of(config: Config) -> Recipe:
 def evaluation_of(config: Config) -> EvaluationPlan:
     """How a configuration's evaluations are run."""
     return EvaluationPlan(
-        per_prompt=config.evaluate.per_prompt,
+        num_generations=config.evaluate.num_generations,
         max_new_tokens=config.rollout.max_new_tokens,
         samples=config.evaluate.samples,
-        sequences_per_forward=config.evaluate.sequences_per_forward,
+        micro_batch_size=config.evaluate.micro_batch_size,
         rollout_batch=config.rollout.batch,
         seed=config.train.seed,
     )
@@ -489,7 +489,7 @@ def diagnose_run(
     """
     config = Config.load(source)
     data = load_data(config)
-    sizes = sequences or config.train.sequences_per_forward, tokens or config.rollout.max_new_tokens
+    sizes = sequences or config.train.micro_batch_size, tokens or config.rollout.max_new_tokens
     reports = {name: _diagnosed(config, data, name, weights, sizes) for name in config.named_teachers}
     told = [check.found for report in reports.values() for check in report.checks]
     files = [check for check in _files(config) if not any(found.endswith(check.found) for found in told)]

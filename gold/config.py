@@ -249,7 +249,7 @@ class RolloutConfig(_Section):
     """nucleus: the smallest set of tokens with this mass"""
     max_new_tokens: PositiveInt = 128
     """length limit of a completion, in student tokens"""
-    per_prompt: PositiveInt = 4
+    num_generations: PositiveInt = 4
     """completions per prompt"""
     on_policy: Share = 1.0
     """λ: expected share of sequences that the student writes; the rest are the data's completions, one a prompt"""
@@ -306,7 +306,7 @@ class OptimizerConfig(_Section):
     """decay after the warm-up"""
     final_lr_share: Share = 0.1
     """share of `lr` that is left at the last step"""
-    clip_norm: PositiveFloat = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """largest norm of the gradient"""
 
 
@@ -317,7 +317,7 @@ class TrainConfig(_Section):
     """optimizer steps"""
     prompts_per_step: PositiveInt = 8
     """prompts per optimizer step"""
-    sequences_per_forward: PositiveInt = 8
+    micro_batch_size: PositiveInt = 8
     """sequences per forward and backward pass; the rest is accumulated"""
     seed: CountInt = 0
     """seed of prompt order and sampling"""
@@ -342,11 +342,11 @@ class EvaluateConfig(_Section):
     """steps between evaluations"""
     prompts: PositiveInt = 64
     """held-out prompts that are used"""
-    per_prompt: PositiveInt = 1
+    num_generations: PositiveInt = 1
     """completions per prompt"""
     samples: CountInt = 4
     """prompts whose completions and signal are written to samples.jsonl"""
-    sequences_per_forward: PositiveInt = 16
+    micro_batch_size: PositiveInt = 16
     """sequences per forward pass"""
 
 
@@ -517,7 +517,7 @@ def _impossible(config: Config) -> Iterator[str]:
         {o.name: o.options for o in config.objectives if o.weight > 0},
         temperature=rollout.temperature,
         top_p=rollout.top_p,
-        per_prompt=rollout.per_prompt,
+        num_generations=rollout.num_generations,
         on_policy=rollout.on_policy,
     )
 

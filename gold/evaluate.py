@@ -17,7 +17,7 @@ from gold.align.chunks import align_tokens
 from gold.align.collate import microbatches, misfit, read, student_states, teacher_rows
 from gold.data import Prompt
 from gold.kernels import backend_for
-from gold.kernels.lm_head import Rows, prefix_logp, token_logp
+from gold.kernels.lm_head import LazyLogits, prefix_logp, token_logp
 from gold.losses.types import IMPOSSIBLE, possible
 from gold.models.causal import LanguageModel, rows_of
 from gold.rollout.hf import Rollout, Sampling, completed, sample
@@ -40,10 +40,10 @@ class Verifier(Protocol):
 class EvaluationPlan:
     """How an evaluation is run: sampling at temperature 1, top-p 1, whatever training does."""
 
-    per_prompt: int = 1
+    num_generations: int = 1
     max_new_tokens: int = 128
     samples: int = 4
-    sequences_per_forward: int = 16
+    micro_batch_size: int = 16
     rollout_batch: int = 32
     seed: int = 0
 
@@ -75,7 +75,7 @@ class _Scored:
 
     @property
     def bytes(self) -> int:
-        return len(self.rollout.spelling.data)
+        return len(self.rollout.tokenized.data)
 
 
 def evaluate(
@@ -114,13 +114,13 @@ def evaluate(
     if teachers and any(isinstance(t, CachedTeacher) and not t.asks for t in teachers.members.values()):
         teachers = None  # what the student writes now is in no cache
     sampling = Sampling(max_new_tokens=plan.max_new_tokens)
-    repeated = [p for p in prompts for _ in range(plan.per_prompt)]
+    repeated = [p for p in prompts for _ in range(plan.num_generations)]
     seeds = [(plan.seed, 2**31, n) for n in range(len(repeated))]
     rollouts = sample(student, repeated, sampling, seeds=seeds, batch=plan.rollout_batch)
     measures = _writing(student, rollouts)
     samples = [
         {"prompt": prompt_text(r.prompt), "completion": r.text, "stopped": r.stopped}
-        for r in rollouts[: plan.samples * plan.per_prompt : plan.per_prompt]
+        for r in rollouts[: plan.samples * plan.num_generations : plan.num_generations]
     ]
     if teachers is not None:
         pairs = {
@@ -144,7 +144,7 @@ def evaluate(
                 member, pairs[name], [rollouts[i] for i in mine], read_by, [logp_S[i] for i in mine], plan
             )
             scored += [
-                replace(s, number=i // plan.per_prompt, teacher=name)
+                replace(s, number=i // plan.num_generations, teacher=name)
                 for i, s in zip(mine, found, strict=True)
             ]
         written = [s for s in scored if (s.logp_T > IMPOSSIBLE).all()]
@@ -181,7 +181,7 @@ def evaluate(
                 taught = list(compress(taught, fits))
                 known = _student_logp(student, taught, plan)
                 read_by = [
-                    replace(read(r, pairs[name]), teacher=its.spelling)
+                    replace(read(r, pairs[name]), teacher=its.tokenized)
                     for r, its in zip(taught, theirs, strict=True)
                 ]
                 found = _score(member, pairs[name], taught, read_by, known, plan)
@@ -235,12 +235,12 @@ def bootstrap_ratio(
 
 def _writing(student: LanguageModel, rollouts: Sequence[Rollout]) -> dict[str, float]:
     canonical = [
-        canonical_tokens(student.vocabulary, r.spelling, begins_anew(r.prompt)).all() for r in rollouts
+        canonical_tokens(student.vocabulary, r.tokenized, begins_anew(r.prompt)).all() for r in rollouts
     ]
     return {
         "stop_rate": float(np.mean([r.stopped for r in rollouts])),
         "length_tokens": float(np.mean([r.ids.size for r in rollouts])),
-        "length_bytes": float(np.mean([len(r.spelling.data) for r in rollouts])),
+        "length_bytes": float(np.mean([len(r.tokenized.data) for r in rollouts])),
         "canonical_share": float(np.mean(canonical)),
     }
 
@@ -298,14 +298,14 @@ def _agreement(scored: Sequence[_Scored]) -> dict[str, float]:
 
 def _bits_per_byte(logp: Sequence[NDArray[np.float64]], rollouts: Sequence[Rollout]) -> dict[str, float]:
     nats = -sum(float(x.sum()) for x in logp)
-    size = sum(len(r.spelling.data) for r in rollouts)
+    size = sum(len(r.tokenized.data) for r in rollouts)
     return {"bits_per_byte": nats / max(1, size) / math.log(2)}
 
 
 def _as_student(rollout: Rollout, prompt: Prompt, student: LanguageModel, pair: VocabularyPair) -> Rollout:
     """The teacher's sample as a completion of the student's prompt in its own tokens; the same ids if it can."""
-    spelling = pair.read_back(rollout.spelling, at_start=begins_anew(prompt))
-    ids = spelling.ids
+    tokenized = pair.read_back(rollout.tokenized, at_start=begins_anew(prompt))
+    ids = tokenized.ids
     if rollout.stopped:
         ids = np.concatenate((ids, np.array(student.vocabulary.stop_ids[:1], np.int32)))
     return Rollout(
@@ -313,7 +313,7 @@ def _as_student(rollout: Rollout, prompt: Prompt, student: LanguageModel, pair: 
         tuple(student.prompt_ids(prompt)),
         ids,
         np.zeros(ids.size, np.float32),
-        spelling,
+        tokenized,
         rollout.stopped,
         sampled=False,
     )
@@ -330,8 +330,8 @@ def _score(
 ) -> list[_Scored]:
     """Both models' log-probabilities of each rollout, as the teacher reads it, given the student's."""
     found = []
-    for first in range(0, len(rollouts), plan.sequences_per_forward):
-        here = slice(first, first + plan.sequences_per_forward)
+    for first in range(0, len(rollouts), plan.micro_batch_size):
+        here = slice(first, first + plan.micro_batch_size)
         rows = teacher_rows(teacher, rollouts[here], texts[here])
         for rollout, text, mine, theirs in zip(rollouts[here], texts[here], logp_S[here], rows, strict=True):
             stops = teacher.vocabulary.stop_ids
@@ -346,7 +346,9 @@ def _score(
     return found
 
 
-def _gap_of_beginnings(batch: AlignedBatch, student: Rows, teacher: Rows) -> tuple[float, int, bool]:
+def _gap_of_beginnings(
+    batch: AlignedBatch, student: LazyLogits, teacher: LazyLogits
+) -> tuple[float, int, bool]:
     """Of a text that was cut off: the student's log-probability of texts that begin so, less the teacher's; the bytes
     that both can say; whether the teacher's is only a lower bound.
 
@@ -354,7 +356,7 @@ def _gap_of_beginnings(batch: AlignedBatch, student: Rows, teacher: Rows) -> tup
     after the last byte that both can say, such as the first bytes of a character, is left out.
     """
     position, _, event = batch.path
-    told = batch.told_path & batch.layout_S.resolved[position, event]
+    told = batch.observed_path & batch.layout_S.resolved[position, event]
     known = torch.nonzero(told)[:, 0]
     if not known.numel():
         return 0.0, 0, False
@@ -373,7 +375,7 @@ class _Known:
     off its states."""
 
     events: NDArray[np.float64]
-    rows: Rows | None
+    rows: LazyLogits | None
 
 
 @torch.no_grad()
@@ -381,19 +383,19 @@ def _student_logp(student: LanguageModel, rollouts: Sequence[Rollout], plan: Eva
     was_training = student.lm.training
     student.lm.eval()
     results: dict[int, _Known] = {}
-    for chosen in microbatches(rollouts, plan.sequences_per_forward):
+    for chosen in microbatches(rollouts, plan.micro_batch_size):
         mine = [rollouts[i] for i in chosen]
         whole = rows_of(student.lm, student_states(student, mine))
         for i, hidden in zip(chosen, whole.hidden_ND.split([r.ids.size for r in mine]), strict=True):
             rows, stopped = replace(whole, hidden_ND=hidden), rollouts[i].stopped
-            events = _event_logp(rows, rollouts[i].spelling.ids, stopped, student.vocabulary.stop_ids)
+            events = _event_logp(rows, rollouts[i].tokenized.ids, stopped, student.vocabulary.stop_ids)
             results[i] = _Known(events, None if stopped else rows)
     student.lm.train(was_training)
     return [results[i] for i in range(len(rollouts))]
 
 
 def _event_logp(
-    rows: Rows, ids: NDArray[np.int32], stopped: bool, stops: tuple[int, ...]
+    rows: LazyLogits, ids: NDArray[np.int32], stopped: bool, stops: tuple[int, ...]
 ) -> NDArray[np.float64]:
     """Log-probability of each token of a text and, last, of its stop event, in nats."""
     device = rows.hidden_ND.device
@@ -409,7 +411,7 @@ def _event_logp(
 
 def _signal(scored: _Scored) -> list[dict[str, Any]]:
     """Each chunk's text and both sides' log-probability of it; the stop event last."""
-    data = scored.rollout.spelling.data
+    data = scored.rollout.tokenized.data
     ends_S = np.concatenate(([0], scored.text.student.ends))
     chunks = [
         {

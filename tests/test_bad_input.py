@@ -282,9 +282,9 @@ def test_a_run_folder_that_is_in_use(bench: Bench) -> None:
     assert bench.gold("train").code == 0
     before = contents(bench.run)
     assert "already holds a run; resume it (--resume)" in bench.refused()
-    line = bench.refused("--resume", "optimizer.lr=0.5", "rollout.per_prompt=3")
+    line = bench.refused("--resume", "optimizer.lr=0.5", "rollout.num_generations=3")
     assert "optimizer.lr was 0.003, is 0.5" in line
-    assert "rollout.per_prompt was 2, is 3" in line
+    assert "rollout.num_generations was 2, is 3" in line
     assert not bench.loaded
     assert contents(bench.run) == before
 

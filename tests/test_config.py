@@ -207,8 +207,8 @@ def test_a_value_of_the_wrong_kind_is_one_line(section: str, key: str, value: ob
 
 
 def test_a_whole_number_is_a_number() -> None:
-    config = Config.model_validate(changed(optimizer={"clip_norm": 1}))
-    assert isinstance(config.optimizer.clip_norm, float)
+    config = Config.model_validate(changed(optimizer={"max_grad_norm": 1}))
+    assert isinstance(config.optimizer.max_grad_norm, float)
 
 
 def test_a_section_must_be_keys_and_values() -> None:
@@ -252,7 +252,7 @@ def test_a_configuration_does_not_change() -> None:
         ({"objectives": []}, "objectives: the list is empty"),
         ({"objectives": [{"name": "jsd", "weight": 0}]}, "objectives: every weight is 0"),
         ({"objectives": [{"name": "reward"}]}, "objectives: reward needs a task with a verifier"),
-        ({"data": TASK, "objectives": [{"name": "reward"}], "rollout": {"per_prompt": 1}}, "at least 2"),
+        ({"data": TASK, "objectives": [{"name": "reward"}], "rollout": {"num_generations": 1}}, "at least 2"),
         (
             {"objectives": [{"name": "span_pg"}], "rollout": {"temperature": 0.7}},
             "set it to 1, or give the objective an importance_cap, got 0.7",
@@ -298,7 +298,7 @@ def test_an_impossible_combination_is_refused(sections: dict[str, Any], said: st
 
 def test_an_objective_without_weight_asks_for_nothing() -> None:
     objectives = [{"name": "reverse_kl"}, {"name": "reward", "weight": 0}, {"name": "sft", "weight": 0}]
-    Config.model_validate(changed(objectives=objectives, rollout={"per_prompt": 1, "temperature": 0.7}))
+    Config.model_validate(changed(objectives=objectives, rollout={"num_generations": 1, "temperature": 0.7}))
 
 
 def test_defaults_that_depend_on_the_objective_are_written_out() -> None:

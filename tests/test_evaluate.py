@@ -15,7 +15,7 @@ from gold.teachers import LocalTeacher
 
 TASK = RunningSums()
 PROMPTS = TASK.prompts("heldout", 5, 0)
-PLAN = EvaluationPlan(per_prompt=2, max_new_tokens=10, samples=2)
+PLAN = EvaluationPlan(num_generations=2, max_new_tokens=10, samples=2)
 
 
 def words(seed):
@@ -43,14 +43,14 @@ def test_a_model_is_no_distance_from_itself():
     assert found["canonical_share"] <= 1
 
 
-def beginning_logp(model, prompt_ids, spelling):
+def beginning_logp(model, prompt_ids, tokenized):
     """Log-probability of all texts that begin with the bytes of a text: by its tokens up to some one, and any token
     from there on that reaches the end."""
-    data, ids = spelling.data, spelling.ids.tolist()
+    data, ids = tokenized.data, tokenized.ids.tolist()
     with torch.no_grad():
         logp = torch.log_softmax(model.lm(torch.tensor([[*prompt_ids, *ids]])).logits[0].double(), -1)
     rows, total, before = logp[len(prompt_ids) - 1 :], 0.0, 0.0
-    for k, start in enumerate(spelling.starts.tolist()):
+    for k, start in enumerate(tokenized.starts.tolist()):
         reach = [
             v
             for v in range(model.vocabulary.size)
@@ -74,7 +74,7 @@ def test_reverse_kl_per_byte_is_its_definition(longest, mine, theirs):
     rollouts = sample(student, repeated, Sampling(max_new_tokens=longest), seeds=seeds)
     gap = size = 0.0
     for rollout in rollouts:
-        data = rollout.spelling.data
+        data = rollout.tokenized.data
         read = teacher.vocabulary.encode(data)
         prompt = teacher.tokenizer(rollout.prompt.text)["input_ids"]
         if rollout.stopped:
@@ -82,7 +82,7 @@ def test_reverse_kl_per_byte_is_its_definition(longest, mine, theirs):
             gap += sequence_logp(student, rollout.prompt_ids, rollout.ids.tolist())
             gap -= sequence_logp(teacher, prompt, [*read.ids.tolist(), *stops])
         elif data:
-            gap += beginning_logp(student, rollout.prompt_ids, rollout.spelling)
+            gap += beginning_logp(student, rollout.prompt_ids, rollout.tokenized)
             gap -= beginning_logp(teacher, prompt, read)
         size += len(data)
     assert not all(r.stopped for r in rollouts)
@@ -92,7 +92,7 @@ def test_reverse_kl_per_byte_is_its_definition(longest, mine, theirs):
     )
     assert "bounded_share" not in found
     assert found["stop_rate"] == np.mean([r.stopped for r in rollouts])
-    assert found["length_bytes"] == np.mean([len(r.spelling.data) for r in rollouts])
+    assert found["length_bytes"] == np.mean([len(r.tokenized.data) for r in rollouts])
 
 
 def test_bits_per_byte_are_those_of_the_given_completions():

@@ -20,7 +20,7 @@ from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.kernels import BACKENDS
-from gold.kernels.lm_head import Rows, byte_tables
+from gold.kernels.lm_head import LazyLogits, byte_tables
 from gold.models.causal import LanguageModel, save_model
 from gold.teachers import LocalTeacher
 from gold.tokenize.vocabulary import Vocabulary
@@ -135,10 +135,10 @@ def test_next_bytes_by_hand(tokens, backend):
         prob[row, [tokenizer.token_to_id(n) for n in names]] = torch.tensor(STATES[read]).double()
         read += len(tokens[row]) if row < len(tokens) else 0
     ids = [tokenizer.token_to_id(t) for t in tokens]
-    spelling = vocabulary.spell(ids)
-    text = AlignedText(np.array([*ids, stop], np.int32), spelling, spelling, stopped=True)
+    tokenized = vocabulary.decode(ids)
+    text = AlignedText(np.array([*ids, stop], np.int32), tokenized, tokenized, stopped=True)
     batch = AlignedBatch([text], VocabularyPair(vocabulary, vocabulary), torch.device("cpu"))
-    table, _, _ = byte_tables(Rows.of_logits(prob.log()), batch.layout_S, BACKENDS[backend])
+    table, _, _ = byte_tables(LazyLogits.of_logits(prob.log()), batch.layout_S, BACKENDS[backend])
     expected = torch.zeros(3, 258, dtype=torch.float64)
     for byte, row in enumerate(BY_HAND[tokens]):
         for name, value in row.items():

@@ -39,26 +39,39 @@ HOME_OF = {
     "typer": ("gold.cli",),
 }
 
+HEAVY = ("torch", "transformers", "accelerate")
+
 # Layers, and what they never import.
 FORBIDDEN_IN = {
-    "gold.align": ("torch", "transformers", "accelerate", "gold.kernels", "gold.models.causal"),
-    "gold.kernels": ("transformers", "tokenizers", "accelerate", "gold.align", "gold.models.causal"),
-    # A model knows the bytes of its ids and the rows that it hands on, nothing of cuts or of arithmetic on rows.
-    "gold.models.causal": (
-        "gold.align.chunks",
-        "gold.align.overlap",
-        "gold.bytes.plan",
-        "gold.kernels.cpu",
-        "gold.kernels.triton",
-        "gold.kernels.cpu.loops",
-        "gold.kernels.reference",
+    "gold.tokenize": (*HEAVY, "gold.bytes", "gold.align", "gold.kernels", "gold.models"),
+    "gold.bytes": (*HEAVY, "gold.kernels", "gold.models"),
+    "gold.align.chunks": (*HEAVY, "gold.kernels", "gold.models"),
+    "gold.align.overlap": (*HEAVY, "gold.kernels", "gold.models"),
+    "gold.align.decomposition": (*HEAVY, "gold.kernels", "gold.models"),
+    "gold.align.batch": (
+        "transformers",
+        "accelerate",
+        "gold.models",
         "gold.losses",
-        "gold.rollout.hf",
+        "gold.rollout",
         "gold.teachers",
     ),
-    "gold.losses": ("gold.align", "gold.models.causal", "transformers", "tokenizers"),
-    "gold.cache": ("torch", "transformers", "gold.align", "gold.kernels", "gold.models.causal"),
-    "gold.rollout.hf": ("gold.kernels", "gold.losses", "gold.teachers"),
+    "gold.kernels": ("transformers", "tokenizers", "accelerate", "gold.align", "gold.models"),
+    # A model knows the bytes of its ids and the rows that it hands on, nothing of cuts or of arithmetic on rows.
+    "gold.models": (
+        "gold.align",
+        "gold.bytes",
+        "gold.kernels.cpu",
+        "gold.kernels.triton",
+        "gold.kernels.reference",
+        "gold.losses",
+        "gold.rollout",
+        "gold.teachers",
+    ),
+    "gold.losses": ("gold.models", "gold.tokenize", "transformers", "tokenizers"),
+    "gold.cache": ("torch", "transformers", "gold.align", "gold.kernels", "gold.models"),
+    "gold.rollout": ("gold.kernels", "gold.losses", "gold.teachers", "gold.train"),
+    "gold.teachers": ("gold.train", "gold.evaluate", "gold.doctor"),
     "gold.models.files": (
         "torch",
         "accelerate",
@@ -69,8 +82,8 @@ FORBIDDEN_IN = {
     ),
     "gold.data": ("torch", "transformers"),
     "gold.tasks": ("torch", "transformers"),
-    "gold.train.run_folder": ("gold.config",),
-    "gold.train.checkpoint": ("gold.config",),
+    "gold.evaluate": ("gold.train",),
+    "gold.train": ("gold.config", "gold.build"),
 }
 
 # The only modules that see a configuration; they hand plain values on.
@@ -280,7 +293,15 @@ def test_asking_for_help_loads_nothing_heavy(asked: str) -> None:
     assert not loaded_by(HELP.format(asked)) & heavy
 
 
-@pytest.mark.parametrize("module", [name for name in modules() if below(name, "gold.align")])
+@pytest.mark.parametrize(
+    "module",
+    [
+        name
+        for name in modules()
+        if any(below(name, room) for room in ("gold.align", "gold.bytes", "gold.tokenize"))
+        and name not in ("gold.align.batch", "gold.align.collate")
+    ],
+)
 def test_aligning_loads_no_model_library(module: str) -> None:
     heavy = {"torch", "transformers", "accelerate", "rapidfuzz", "huggingface_hub"}
     assert not loaded_by(f"import {module}") & heavy

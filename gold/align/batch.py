@@ -24,7 +24,7 @@ from gold.tokenize.markers import read_as, shared_markers
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from gold.tokenize.vocabulary import Spelling, Vocabulary
+    from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,18 @@ class AlignedText:
     """One completion: the student's ids as sampled, both sides' spellings of its bytes, and what is known of it.
 
     ``ids`` holds the stop id last where the text ``stopped``; the spellings never do. ``advantage`` is the task reward
-    relative to its group. ``sampled`` is False for a completion that came from a data set. ``drawn_logp`` is the
+    relative to its group. ``sampled`` is False for a completion that came from a data set. ``sampling_logprobs`` is the
     log-probability that each id was drawn with, where that is known. ``at_start``: it begins a sequence, as in
     ``Vocabulary.encode``.
     """
 
     ids: NDArray[np.int32]
-    student: Spelling
-    teacher: Spelling
+    student: TokenizedText
+    teacher: TokenizedText
     stopped: bool
     sampled: bool = True
     advantage: float = 0.0
-    drawn_logp: NDArray[np.float32] | None = None
+    sampling_logprobs: NDArray[np.float32] | None = None
     at_start: bool = True
 
 
@@ -95,14 +95,14 @@ class VocabularyPair:
         """For each marker of the student that the teacher has too: the teacher's id of it."""
         return shared_markers(self.student, self.teacher)
 
-    def read(self, spelling: Spelling, *, at_start: bool = True) -> Spelling:
+    def read(self, tokenized: TokenizedText, *, at_start: bool = True) -> TokenizedText:
         """The teacher's own reading of a text that the student spelled; the same ids where the vocabularies are one."""
-        return spelling if self.same else read_as(self.teacher, spelling, self.markers, at_start)
+        return tokenized if self.same else read_as(self.teacher, tokenized, self.markers, at_start)
 
-    def read_back(self, spelling: Spelling, *, at_start: bool = True) -> Spelling:
+    def read_back(self, tokenized: TokenizedText, *, at_start: bool = True) -> TokenizedText:
         """The student's own reading of a text that the teacher spelled."""
         back = {theirs: mine for mine, theirs in self.markers.items()}
-        return spelling if self.same else read_as(self.student, spelling, back, at_start)
+        return tokenized if self.same else read_as(self.student, tokenized, back, at_start)
 
 
 class AlignedBatch:
@@ -212,16 +212,18 @@ class AlignedBatch:
         return torch.nonzero(self.sampled_row_mask)[:, 0]
 
     @cached_property
-    def drawn_logp(self) -> Tensor:
+    def sampling_logprobs(self) -> Tensor:
         """The log-probability that each student row's id was drawn with; 0 for ids of a data set.
 
         Raises: ValueError if a sampled text does not have it.
         """
         parts = []
         for text in self.texts:
-            if text.sampled and text.drawn_logp is None:
+            if text.sampled and text.sampling_logprobs is None:
                 raise ValueError("importance weights need the log-probabilities that the ids were drawn with")
-            parts.append(np.zeros(len(text.ids)) if text.drawn_logp is None else text.drawn_logp)
+            parts.append(
+                np.zeros(len(text.ids)) if text.sampling_logprobs is None else text.sampling_logprobs
+            )
         joined = np.concatenate(parts).astype(np.float64) if parts else np.empty(0)
         return torch.from_numpy(joined).to(self.device)
 
@@ -253,10 +255,10 @@ class AlignedBatch:
         """The byte position at which each teacher row begins."""
         return self._begins([t.teacher for t in self.texts])
 
-    def _begins(self, spellings: Sequence[Spelling]) -> NDArray[np.int64]:
+    def _begins(self, tokenized_texts: Sequence[TokenizedText]) -> NDArray[np.int64]:
         parts = []
-        for first, spelling, text in zip(self.position_starts, spellings, self.texts, strict=False):
-            starts = np.append(spelling.starts, len(spelling.data)) if text.stopped else spelling.starts
+        for first, tokenized, text in zip(self.position_starts, tokenized_texts, self.texts, strict=False):
+            starts = np.append(tokenized.starts, len(tokenized.data)) if text.stopped else tokenized.starts
             parts.append(starts + first)
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
 
@@ -295,7 +297,7 @@ class AlignedBatch:
         return _ids(positions, self.device), _ids(rows, self.device), _ids(events, self.device)
 
     @cached_property
-    def told_path(self) -> Tensor:
+    def observed_path(self) -> Tensor:
         """For each event of ``path`` whether the teacher says how likely it is: not inside a stretch that its tokens do
         not spell exactly, nor a byte that none of them has, nor the stop event of a teacher without stop ids."""
         position, _, event = (x.to(self.teacher_device) for x in self.path)
@@ -305,10 +307,10 @@ class AlignedBatch:
         return told.to(self.device)
 
     @cached_property
-    def told_rows(self) -> Tensor:
+    def observed_rows(self) -> Tensor:
         """The student rows of sampled texts of whose every event the teacher says how likely it is."""
         untold = torch.zeros_like(self.sampled_row_mask)
-        untold[self.path[1][~self.told_path]] = True
+        untold[self.path[1][~self.observed_path]] = True
         return self.sampled_row_mask & ~untold
 
     @cached_property
@@ -493,7 +495,7 @@ class AlignedBatch:
                 theirs.append(rows)
                 spans += rows.size
                 continue
-            hard = self.vocabularies.teacher.hard_ends(text.teacher)
+            hard = self.vocabularies.teacher.stable_ends(text.teacher)
             last = alignment.chunks[:, 3] - 1
             ends = np.append(hard, False)[last]  # a chunk before the teacher's first token ends nowhere
             span_C = np.cumsum(ends) - ends
@@ -512,7 +514,7 @@ class AlignedBatch:
             spans += closed
         return _ids(mine, self.device), _ids(theirs, self.teacher_device), spans
 
-    def _spelled(self, reading: Spelling) -> NDArray[np.bool_]:
+    def _spelled(self, reading: TokenizedText) -> NDArray[np.bool_]:
         """Which tokens of the teacher's reading are the bytes that they stand on; those without width are nothing by
         themselves, and a space that its tokenizer puts around a text is no fault."""
         if not reading.repaired_bytes:
@@ -522,13 +524,13 @@ class AlignedBatch:
         return spelled
 
 
-def canonical_tokens(vocabulary: Vocabulary, spelling: Spelling, at_start: bool) -> NDArray[np.bool_]:
+def canonical_tokens(vocabulary: Vocabulary, tokenized: TokenizedText, at_start: bool) -> NDArray[np.bool_]:
     """Which tokens of a text are those that its own tokenizer puts there; the last ones, where the text ends inside a
     character, count as such, since nobody knows the rest."""
-    own = vocabulary.encode(spelling.data, at_start=at_start)
+    own = vocabulary.encode(tokenized.data, at_start=at_start)
     tokens = set(zip(own.starts.tolist(), own.ends.tolist(), own.ids.tolist(), strict=True))
-    unfinished = _unfinished(spelling.data)
-    rows = zip(spelling.starts.tolist(), spelling.ends.tolist(), spelling.ids.tolist(), strict=True)
+    unfinished = _unfinished(tokenized.data)
+    rows = zip(tokenized.starts.tolist(), tokenized.ends.tolist(), tokenized.ids.tolist(), strict=True)
     return np.array([row in tokens or row[1] > unfinished for row in rows], np.bool_)
 
 

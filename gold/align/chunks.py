@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gold.errors import DataError
-from gold.tokenize.vocabulary import Spelling
+from gold.tokenize.vocabulary import TokenizedText
 from gold.tokenize.walks import Int32, Int64, fill_chunks, walk
 
 
@@ -61,7 +61,7 @@ class Coverage:
     largest_chunk_tokens: int
 
 
-def align_tokens(student: Spelling, teacher: Spelling) -> Alignment:
+def align_tokens(student: TokenizedText, teacher: TokenizedText) -> Alignment:
     """The chunks of a text that the student and the teacher spell.
 
         edges = {0, len} | (set(student.ends) & set(teacher.ends))
@@ -91,7 +91,7 @@ def chunks_of(ends_S: Int64, ends_T: Int64, length: int) -> Alignment:
     return Alignment(chunks[:count], ends_C[:count])
 
 
-def coverage(student: Spelling, teacher: Spelling, alignment: Alignment) -> Coverage:
+def coverage(student: TokenizedText, teacher: TokenizedText, alignment: Alignment) -> Coverage:
     """The shares of tokens and bytes that lie in chunks of one token on both sides."""
     ones = alignment.one_to_one_C
     widths = alignment.ends_C - alignment.starts_C

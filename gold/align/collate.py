@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
-from gold.kernels.lm_head import Rows
+from gold.kernels.lm_head import LazyLogits
 from gold.models.causal import LanguageModel, PaddedStates
 from gold.rollout.hf import Rollout
 from gold.teachers.protocol import Teacher
@@ -19,8 +19,8 @@ def read(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
     anew = begins_anew(rollout.prompt)
     return AlignedText(
         rollout.ids,
-        rollout.spelling,
-        vocabularies.read(rollout.spelling, at_start=anew),
+        rollout.tokenized,
+        vocabularies.read(rollout.tokenized, at_start=anew),
         rollout.stopped,
         rollout.sampled,
         rollout.advantage,
@@ -52,7 +52,7 @@ def student_states(model: LanguageModel, rollouts: Sequence[Rollout]) -> PaddedS
     """The student's states over the rollouts' own ids: one per sampled id, the stop id included."""
     return PaddedStates.of(
         [r.prompt_ids for r in rollouts],
-        [r.spelling.ids for r in rollouts],
+        [r.tokenized.ids for r in rollouts],
         [r.ids.size for r in rollouts],
         model.pad_id,
         model.device,
@@ -65,7 +65,9 @@ def misfit(teacher: Teacher, rollout: Rollout, text: AlignedText) -> str:
     return str(ask(rollout.prompt.for_teacher, text.teacher)) if ask is not None else ""
 
 
-def teacher_rows(teacher: Teacher, rollouts: Sequence[Rollout], texts: Sequence[AlignedText]) -> list[Rows]:
+def teacher_rows(
+    teacher: Teacher, rollouts: Sequence[Rollout], texts: Sequence[AlignedText]
+) -> list[LazyLogits]:
     """The teacher's states over each text, in its own tokens and template, behind what it alone is told."""
     prompts = [r.prompt.for_teacher for r in rollouts]
     return teacher.score(prompts, [t.teacher for t in texts], [t.stopped for t in texts])

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gold.align.overlap import byte_equal_pairs
-from gold.bytes.order import byte_order
 from gold.errors import VocabularyError
 from gold.tokenize.cache import cached_ids
+from gold.tokenize.order import byte_order
 from gold.tokenize.vocabulary import Int32, Int64, Vocabulary
 
 Float64 = npt.NDArray[np.float64]
@@ -99,16 +99,16 @@ def retokenized(source: Vocabulary, target: Vocabulary) -> Int32:
 
     def build() -> Int32:
         equal, _ = byte_equal_pairs(source, target)
-        asked = ~source.event_V
+        asked = ~source.is_special
         asked[equal] = False
         rows = np.full((source.size, MOST_TOKENS), -1, np.int32)
         for index in np.flatnonzero(asked).tolist():
             try:
-                spelling = target.encode(source.token_bytes(index).decode(), at_start=False)
+                tokenized = target.encode(source.token_bytes(index).decode(), at_start=False)
             except (UnicodeDecodeError, VocabularyError):
                 continue
-            if spelling.exact.all() and not target.event_V[spelling.ids].any():
-                rows[index, : len(spelling)] = spelling.ids[:MOST_TOKENS]
+            if tokenized.exact.all() and not target.is_special[tokenized.ids].any():
+                rows[index, : len(tokenized)] = tokenized.ids[:MOST_TOKENS]
         return rows.reshape(-1)
 
     # A fingerprint says nothing of merges, on which the cuts depend.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gold.bytes.order import byte_order
 from gold.tokenize.cache import cached_ids
+from gold.tokenize.order import byte_order
 from gold.tokenize.vocabulary import Int32, Vocabulary
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def longest_prefixes(student: Vocabulary, teacher: Vocabulary) -> PrefixMap:
     none = np.int32(-1)
     ids_at = np.append(student.canonical_ids(), none)[lowest_at]
     starts_W = teacher.offsets[:-1].astype(np.int32)
-    ids_W = np.append(ids_at, none)[np.where(teacher.event_V, none, starts_W)]
+    ids_W = np.append(ids_at, none)[np.where(teacher.is_special, none, starts_W)]
     prefix_bytes_W = np.append(_lengths(student), np.int32(0))[ids_W]
     return PrefixMap(ids_W, prefix_bytes_W, _lengths(teacher) - prefix_bytes_W, starts_W, ids_at)
 
@@ -87,7 +87,7 @@ def longest_prefixes(student: Vocabulary, teacher: Vocabulary) -> PrefixMap:
 def _own_ids(vocabulary: Vocabulary) -> Int32:
     """The text ids less those that have the bytes of another one, ascending."""
     ids = np.arange(vocabulary.size, dtype=np.int32)
-    own: Int32 = ids[(vocabulary.canonical_ids() == ids) & ~vocabulary.event_V]
+    own: Int32 = ids[(vocabulary.canonical_ids() == ids) & ~vocabulary.is_special]
     return own
 
 

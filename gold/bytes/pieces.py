@@ -50,7 +50,7 @@ class Pieces:
     @classmethod
     def of(cls, student: Vocabulary, teacher: Vocabulary) -> Pieces:
         """The pieces of two vocabularies."""
-        reached = longest_prefixes(student, teacher).ids_W[~teacher.event_V]
+        reached = longest_prefixes(student, teacher).ids_W[~teacher.is_special]
         ids = np.unique(reached[reached >= 0]).astype(np.int32)
         number = np.full(student.size + 1, -1, np.int32)
         number[ids] = np.arange(ids.size, dtype=np.int32)
@@ -68,8 +68,8 @@ class _Only:
 
     def __init__(self, vocabulary: Vocabulary, ids: Int32) -> None:
         self.size, self.offsets, self.blob = vocabulary.size, vocabulary.offsets, vocabulary.blob
-        self.event_V: Bool = np.ones(vocabulary.size, np.bool_)
-        self.event_V[ids] = False
+        self.is_special: Bool = np.ones(vocabulary.size, np.bool_)
+        self.is_special[ids] = False
 
 
 @dataclass(frozen=True, eq=False)

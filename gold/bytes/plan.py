@@ -17,7 +17,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from gold.bytes.order import byte_order
+from gold.tokenize.order import byte_order
 
 STOP_EVENT = 256
 """Column of the stop event in a table of byte events; columns 0..255 are the bytes."""
@@ -37,7 +37,7 @@ class SpelledVocabulary(Protocol):
     size: int
     offsets: Int64
     blob: NDArray[np.uint8]
-    event_V: Bool
+    is_special: Bool
     stop_ids: tuple[int, ...]
 
     @property
@@ -99,7 +99,7 @@ class ByteTrie:
         """
         offsets, blob = vocabulary.offsets, vocabulary.blob
         stops = np.array(sorted(set(vocabulary.stop_ids)), dtype=np.int32)
-        is_text = (np.diff(offsets) > 0) & ~vocabulary.event_V
+        is_text = (np.diff(offsets) > 0) & ~vocabulary.is_special
         is_text[stops] = False
         order, _ = byte_order(np.flatnonzero(is_text), offsets, blob)
         is_outside = ~is_text

@@ -95,22 +95,22 @@ WAYS = {
     "distilled": Way(
         "on-policy distillation (reverse KL on bytes)",
         "its own texts, graded by the teacher",
-        Recipe(objectives=(Term("reverse_kl"),), prompts_per_step=BATCH, per_prompt=1, lr=2e-3),
+        Recipe(objectives=(Term("reverse_kl"),), prompts_per_step=BATCH, num_generations=1, lr=2e-3),
     ),
     "kd_sampled": Way(
         "sequence-level KD, sampled",
         "the teacher's texts, four samples a prompt",
-        Recipe(objectives=(Term("sft"),), on_policy=0.0, prompts_per_step=BATCH, per_prompt=1, lr=1e-3),
+        Recipe(objectives=(Term("sft"),), on_policy=0.0, prompts_per_step=BATCH, num_generations=1, lr=1e-3),
     ),
     "kd_greedy": Way(
         "sequence-level KD, greedy",
         "the teacher's likeliest texts",
-        Recipe(objectives=(Term("sft"),), on_policy=0.0, prompts_per_step=BATCH, per_prompt=1, lr=1e-3),
+        Recipe(objectives=(Term("sft"),), on_policy=0.0, prompts_per_step=BATCH, num_generations=1, lr=1e-3),
     ),
     "reward_only": Way(
         "reward only (groups of 8)",
         "its own texts, right or wrong",
-        Recipe(objectives=(Term("reward"),), prompts_per_step=BATCH // 8, per_prompt=8, lr=3e-4),
+        Recipe(objectives=(Term("reward"),), prompts_per_step=BATCH // 8, num_generations=8, lr=3e-4),
     ),
 }
 """What the prompts are spent on, each at the best learning rate of a few that were tried for it on another seed."""
@@ -221,7 +221,7 @@ def spend(name: str, out: Path, plan: DemoPlan) -> Spent:
         way.recipe,
         sampling=SAMPLING,
         rollout_batch=BATCH,
-        sequences_per_forward=BATCH,
+        micro_batch_size=BATCH,
         steps=plan.steps,
         seed=plan.seed,
     )
@@ -239,14 +239,14 @@ def spend(name: str, out: Path, plan: DemoPlan) -> Spent:
         heldout=heldout[: plan.watched],
         verifier=TASK,
         evaluation=EvaluationPlan(
-            max_new_tokens=SAMPLING.max_new_tokens, rollout_batch=128, sequences_per_forward=128
+            max_new_tokens=SAMPLING.max_new_tokens, rollout_batch=128, micro_batch_size=128
         ),
         saving=Saving(
             out / name, evaluate_every=plan.evaluate_every, checkpoint_every=plan.steps, keep_last=1
         ),
         progress=clock,
     )
-    sequences = plan.steps * recipe.prompts_per_step * recipe.per_prompt
+    sequences = plan.steps * recipe.prompts_per_step * recipe.num_generations
     entry = _entry(way.title, student, heldout, way.learned_from, plan.prompts, sequences, clock.spent[-1])
     curve = [
         {"step": e["step"], "cpu_s": clock.spent[e["step"]], "accuracy": e["accuracy"]}

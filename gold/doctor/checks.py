@@ -15,7 +15,7 @@ from gold.doctor.sample import JUDGED, SAMPLE
 from gold.doctor.side import Side
 from gold.doctor.sizes import StepMemory
 from gold.tokenize.families import BYTE_FALLBACK, BYTE_LEVEL
-from gold.tokenize.vocabulary import Spelling, Vocabulary
+from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 Status = Literal["pass", "warn", "fail"]
 
@@ -117,8 +117,8 @@ class Report:
 class _Text:
     """One text, read by both sides."""
 
-    student: Spelling
-    teacher: Spelling
+    student: TokenizedText
+    teacher: TokenizedText
     alignment: Alignment
 
 
@@ -158,8 +158,8 @@ def examine(student: Side, teacher: Side, texts: Sequence[str] = ()) -> Report:
 
 
 def _read(student: Side, teacher: Side, text: str) -> _Text:
-    spellings = student.vocabulary.encode(text), teacher.vocabulary.encode(text)
-    return _Text(*spellings, align_tokens(*spellings))
+    tokenized_texts = student.vocabulary.encode(text), teacher.vocabulary.encode(text)
+    return _Text(*tokenized_texts, align_tokens(*tokenized_texts))
 
 
 def _coverage(texts: Sequence[_Text]) -> ClassCoverage:
@@ -211,7 +211,7 @@ def _vocabularies(student: Side, teacher: Side, pairs: tuple[np.ndarray, np.ndar
             "the pair is trained as two vocabularies; if one file and the same stop ids fit both models, use them",
         )
     size = "the same size but other content" if mine.size == theirs.size else "two"
-    texts_V, texts_W = int((~mine.event_V).sum()), int((~theirs.event_V).sum())
+    texts_V, texts_W = int((~mine.is_special).sum()), int((~theirs.is_special).sum())
     return Check(
         name,
         "pass",
@@ -231,7 +231,7 @@ def _rows(student: Side, teacher: Side) -> Check:
             "" if rows == size else f" ({abs(rows - size):,} {'padding' if rows > size else 'without a row'})"
         )
         found.append(f"{side.role} {rows:,} for {size:,} ids{more}")
-        lost = int((~side.vocabulary.event_V[rows:]).sum())
+        lost = int((~side.vocabulary.is_special[rows:]).sum())
         if lost:
             bad.append(
                 f"{side.role}: its tokenizer has {size:,} ids, its output matrix {rows:,} rows, none of {lost:,} tokens"
@@ -494,7 +494,7 @@ def _digits(texts: Sequence[_Text]) -> Check:
 def _hard_edges(teacher: Side, texts: Sequence[_Text]) -> Check:
     spans = size = 0
     for text in texts:
-        hard = text.teacher.ends[teacher.vocabulary.hard_ends(text.teacher)]
+        hard = text.teacher.ends[teacher.vocabulary.stable_ends(text.teacher)]
         spans += len(np.intersect1d(hard, text.alignment.ends_C))
         size += len(text.student.data)
     found = f"{spans} in {size:,} bytes" if spans else f"none in {size:,} bytes"
@@ -511,7 +511,7 @@ def _hard_edges(teacher: Side, texts: Sequence[_Text]) -> Check:
 
 def _prefixes(student: Side, teacher: Side) -> Check:
     found = longest_prefixes(student.marked, teacher.marked)
-    text_W = ~teacher.marked.event_V
+    text_W = ~teacher.marked.is_special
     texts = max(int(text_W.sum()), 1)
     none = int((found.ids_W[text_W] < 0).sum())
     whole = int((found.rest_bytes_W[text_W] == 0).sum())

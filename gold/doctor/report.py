@@ -203,7 +203,7 @@ def memory_check(needed: StepMemory) -> Check:
             "warn",
             found,
             f"this machine has {_gib(here)} of main memory; a GPU with as much would do, or fewer --sequences "
-            "(train.sequences_per_forward), or train.gradient_checkpointing",
+            "(train.micro_batch_size), or train.gradient_checkpointing",
         )
     return Check("memory", "pass", found)
 

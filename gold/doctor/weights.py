@@ -17,7 +17,7 @@ from gold.doctor.checks import Check
 from gold.doctor.sample import JUDGED, SAMPLE
 from gold.errors import GoldError
 from gold.kernels import backend_for
-from gold.kernels.lm_head import Rows, token_logp
+from gold.kernels.lm_head import LazyLogits, token_logp
 from gold.losses import OBJECTIVES, View
 from gold.models.causal import LanguageModel, PaddedStates, rows_of
 from gold.rollout.hf import completed
@@ -65,22 +65,22 @@ def divergence(
     with torch.no_grad():
         mine = rows_of(student.lm, student_states(student, rollouts))
         backends = backend_for(student.device), backend_for(teacher.device)
-        value = objective(View(batch, mine, Rows.joined(theirs), *backends))
+        value = objective(View(batch, mine, LazyLogits.joined(theirs), *backends))
     student.lm.train(was_training)
-    return float(value.total) / max(1, sum(len(r.spelling.data) for r in rollouts))
+    return float(value.total) / max(1, sum(len(r.tokenized.data) for r in rollouts))
 
 
 @torch.no_grad()
 def bits_per_byte(model: LanguageModel, prompts: Sequence[Prompt]) -> float:
     """Bits that a model needs for a byte of the prompts' completions, in its own tokens, given the prompts."""
-    spellings = [model.vocabulary.encode(prompt.completion or "") for prompt in prompts]
-    rows = LocalTeacher(model).score(prompts, spellings, [False] * len(prompts))
+    tokenized_texts = [model.vocabulary.encode(prompt.completion or "") for prompt in prompts]
+    rows = LocalTeacher(model).score(prompts, tokenized_texts, [False] * len(prompts))
     stops = torch.tensor(model.vocabulary.stop_ids, device=model.device)
     nats = 0.0
-    for states, spelling in zip(rows, spellings, strict=True):
-        target = torch.from_numpy(spelling.ids).long().to(model.device)
+    for states, tokenized in zip(rows, tokenized_texts, strict=True):
+        target = torch.from_numpy(tokenized.ids).long().to(model.device)
         nats -= float(token_logp(states, target, stops)[0].double().sum())
-    return nats / max(1, sum(len(s.data) for s in spellings)) / math.log(2)
+    return nats / max(1, sum(len(s.data) for s in tokenized_texts)) / math.log(2)
 
 
 def _self_kl(pair: Sequence[tuple[str, LanguageModel]], prompts: Sequence[Prompt]) -> Check:

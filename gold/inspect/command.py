@@ -18,7 +18,7 @@ from gold.errors import ConfigError, DataError, GoldError
 from gold.files import json_value, open_file
 from gold.inspect.view import Side, View, describe, summary
 from gold.tokenize.markers import read_as, shared_markers
-from gold.tokenize.vocabulary import Spelling, Vocabulary
+from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 if TYPE_CHECKING:
     from gold.data import Prompt
@@ -147,24 +147,32 @@ class _Pair:
         student, teacher = self.vocabularies
         beside: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         if given.ids is None:
-            spellings = student.encode(given.text), teacher.encode(given.text)
+            tokenized_texts = student.encode(given.text), teacher.encode(given.text)
         else:
             ids = list(given.ids)
             if ids and ids[0] == student.bos_id:
                 beside[0]["bos_id"], beside[1]["bos_id"] = ids.pop(0), teacher.bos_id
             if ids and ids[-1] in student.stop_ids:
                 beside[0]["stop_ids"], beside[1]["stop_ids"] = (ids.pop(),), teacher.stop_ids
-            spelling = student.spell(ids)
-            spellings = spelling, spelling if self._same else read_as(teacher, spelling, self._markers)
+            tokenized = student.decode(ids)
+            tokenized_texts = (
+                tokenized,
+                tokenized if self._same else read_as(teacher, tokenized, self._markers),
+            )
         if given.prompt is not None:
             told = zip(beside, self.names, self.vocabularies, self._tokenizers, self.renderings, strict=True)
             for side, name, vocabulary, tokenizer, rendering in told:
                 side["prompt_ids"] = _prompt_ids(name, tokenizer, given.prompt, rendering)
                 side["stop_ids"] = vocabulary.stop_ids
         sides = [
-            Side(name, vocabulary, spelling, _shared(vocabulary, spelling, others), **more)
-            for name, vocabulary, spelling, others, more in zip(
-                self.names, self.vocabularies, spellings, reversed(self._token_bytes), beside, strict=True
+            Side(name, vocabulary, tokenized, _shared(vocabulary, tokenized, others), **more)
+            for name, vocabulary, tokenized, others, more in zip(
+                self.names,
+                self.vocabularies,
+                tokenized_texts,
+                reversed(self._token_bytes),
+                beside,
+                strict=True,
             )
         ]
         return View(*sides)
@@ -199,11 +207,11 @@ class _Pair:
         return student, teacher
 
 
-def _shared(vocabulary: Vocabulary, spelling: Spelling, others: set[bytes]) -> float:
+def _shared(vocabulary: Vocabulary, tokenized: TokenizedText, others: set[bytes]) -> float:
     """The share of tokens whose bytes are one of the other vocabulary's."""
-    ids, counts = np.unique(spelling.ids[spelling.ids < vocabulary.size], return_counts=True)
+    ids, counts = np.unique(tokenized.ids[tokenized.ids < vocabulary.size], return_counts=True)
     known = [vocabulary.token_bytes(index) in others for index in ids.tolist()]
-    return float(counts[known].sum()) / max(len(spelling), 1)
+    return float(counts[known].sum()) / max(len(tokenized), 1)
 
 
 def _rendering(side: str, arguments: str | None) -> "Rendering":

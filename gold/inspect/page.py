@@ -92,10 +92,10 @@ def _data(view: View) -> dict[str, Any]:
 
 def _side_data(side: Side, count: int) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "ids": side.spelling.ids[:count].tolist(),
-        "ends": side.spelling.ends[:count].tolist(),
+        "ids": side.tokenized.ids[:count].tolist(),
+        "ends": side.tokenized.ends[:count].tolist(),
         # The bytes of tokens that are not the text's.
-        "own": {k: _own_bytes(side, k).hex(" ") for k in range(count) if not side.spelling.exact[k]},
+        "own": {k: _own_bytes(side, k).hex(" ") for k in range(count) if not side.tokenized.exact[k]},
     }
     for name, value_N in (("logp", side.logp_N), ("entropy", side.entropy_N)):
         if value_N is not None:
@@ -104,7 +104,7 @@ def _side_data(side: Side, count: int) -> dict[str, Any]:
 
 
 def _own_bytes(side: Side, k: int) -> bytes:
-    token = int(side.spelling.ids[k])
+    token = int(side.tokenized.ids[k])
     return side.vocabulary.token_bytes(token) if token < side.vocabulary.size else b""
 
 
@@ -136,7 +136,7 @@ def _tokens(side: Side, view: View, last: int) -> Iterator[str]:
     """Each token that is drawn."""
     count = int(view.alignment.chunks[view.drawn - 1, last]) if view.drawn else 0
     start = 0
-    for k, end in enumerate(side.spelling.ends[:count].tolist()):
+    for k, end in enumerate(side.tokenized.ends[:count].tolist()):
         level = ""
         if side.logp_N is not None and not math.isnan(side.logp_N[k]):
             level = f" p{min(_LEVELS, int(-side.logp_N[k]))}"
@@ -166,7 +166,7 @@ def _summary(view: View) -> str:
         ("tokens", [str(len(side)) for side in sides]),
         ("in chunks of one token on both sides", [f"{share:.0%}" for share in shares]),
         ("one token of the other side too", [f"{side.shared:.0%}" for side in sides]),
-        ("repaired bytes", [str(side.spelling.repaired_bytes) for side in sides]),
+        ("repaired bytes", [str(side.tokenized.repaired_bytes) for side in sides]),
     ]
     more = ""
     if view.score is not None:

@@ -64,7 +64,7 @@ def _load(source: str) -> LanguageModel:
 
 @torch.no_grad()
 def _scored(model: LanguageModel, side: Side) -> Side:
-    ids = side.spelling.ids
+    ids = side.tokenized.ids
     if side.prompt_ids is None and side.bos_id is None and adds_bos(model.tokenizer):
         side = replace(side, bos_id=model.tokenizer.bos_token_id)
     before = list(side.prompt_ids or (() if side.bos_id is None else (side.bos_id,)))

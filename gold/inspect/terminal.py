@@ -119,8 +119,8 @@ class _Row:
 
     def __init__(self, side: Side, first: int, last: int, style: str) -> None:
         self.side, self.first, self.style = side, first, style
-        self.ends = side.spelling.ends[first:last].tolist()
-        self.starts = [int(side.spelling.ends[first - 1]) if first else 0, *self.ends][: last - first]
+        self.ends = side.tokenized.ends[first:last].tolist()
+        self.starts = [int(side.tokenized.ends[first - 1]) if first else 0, *self.ends][: last - first]
 
     def piece(self, start: int, stop: int, goes_on: bool = False) -> Text:
         """The tokens within some bytes of the chunk; `goes_on`: these are not the last bytes of it."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gold.align.chunks import Alignment, Coverage, align_tokens, coverage
-from gold.tokenize.vocabulary import Spelling, Vocabulary
+from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 Float64 = npt.NDArray[np.float64]
 
@@ -36,7 +36,7 @@ class Side:
 
     name: str
     vocabulary: Vocabulary
-    spelling: Spelling
+    tokenized: TokenizedText
     shared: float
     bos_id: int | None = None
     stop_ids: tuple[int, ...] = ()
@@ -46,7 +46,7 @@ class Side:
     entropy_N: Float64 | None = None
 
     def __len__(self) -> int:
-        return len(self.spelling)
+        return len(self.tokenized)
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class View:
     @cached_property
     def alignment(self) -> Alignment:
         """The chunks."""
-        return align_tokens(self.student.spelling, self.teacher.spelling)
+        return align_tokens(self.student.tokenized, self.teacher.tokenized)
 
     @property
     def data(self) -> bytes:
         """The text."""
-        return self.student.spelling.data
+        return self.student.tokenized.data
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -88,7 +88,7 @@ class View:
     @property
     def coverage(self) -> Coverage:
         """How finely the two sides agree."""
-        return coverage(self.student.spelling, self.teacher.spelling, self.alignment)
+        return coverage(self.student.tokenized, self.teacher.tokenized, self.alignment)
 
     @cached_property
     def drawn(self) -> int:
@@ -135,7 +135,7 @@ def describe(view: View) -> dict[str, Any]:
         "student": _describe_side(view.student),
         "teacher": _describe_side(view.teacher),
         "chunks": view.alignment.chunks.tolist(),
-        "repaired_bytes": sum(side.spelling.repaired_bytes for side in view.sides),
+        "repaired_bytes": sum(side.tokenized.repaired_bytes for side in view.sides),
         "coverage": asdict(view.coverage)
         | {"shared_student_tokens": view.student.shared, "shared_teacher_tokens": view.teacher.shared},
     }
@@ -145,7 +145,7 @@ def describe(view: View) -> dict[str, Any]:
 def summary(view: View) -> list[str]:
     """Lines that say how finely both sides agree, and how probable the text is to both where they have scored it."""
     (student, teacher), found = view.sides, view.coverage
-    repaired = [side.spelling.repaired_bytes for side in view.sides]
+    repaired = [side.tokenized.repaired_bytes for side in view.sides]
     lines = [
         f"{_count(len(view.data), 'byte')}: {_count(len(student), 'student token')}, "
         f"{_count(len(teacher), 'teacher token')}, {_count(found.chunks, 'chunk')}",
@@ -201,18 +201,18 @@ def token_runs(side: Side, index: int, first: int, last: int) -> Iterator[tuple[
     A token of no width is the name of its event, else `∅`. One whose own bytes are not the text's is followed by `~`,
     an event that stands for text (the unknown token) by its name.
     """
-    spelling, vocabulary = side.spelling, side.vocabulary
-    token = int(spelling.ids[index])
-    end = int(spelling.ends[index])
-    start = int(spelling.ends[index - 1]) if index else 0
-    event = token >= vocabulary.size or bool(vocabulary.event_V[token])
+    tokenized, vocabulary = side.tokenized, side.vocabulary
+    token = int(tokenized.ids[index])
+    end = int(tokenized.ends[index])
+    start = int(tokenized.ends[index - 1]) if index else 0
+    event = token >= vocabulary.size or bool(vocabulary.is_special[token])
     if start == end and not event:
         yield "∅", "event"
-    for shown, mark in visible(spelling.data[first:last]):
+    for shown, mark in visible(tokenized.data[first:last]):
         yield shown, "mark" if mark else "text"
     if event and last == end:
         yield event_name(vocabulary, (token,)), "event"
-    elif last == end and not spelling.exact[index]:
+    elif last == end and not tokenized.exact[index]:
         yield "~", "event"
 
 
@@ -223,13 +223,15 @@ def prompt_runs(side: Side) -> Iterator[tuple[str, str]]:
     """
     vocabulary = side.vocabulary
     ids = list(side.prompt_ids or ())
-    for event, run in groupby(ids, key=lambda index: index >= vocabulary.size or vocabulary.event_V[index]):
+    for event, run in groupby(
+        ids, key=lambda index: index >= vocabulary.size or vocabulary.is_special[index]
+    ):
         part = list(run)
         if event:
             for index in part:
                 yield event_name(vocabulary, (index,)), "event"
             continue
-        for words in re.split(b"( +)", vocabulary.spell(part, at_start=False).data):
+        for words in re.split(b"( +)", vocabulary.decode(part, at_start=False).data):
             if words.startswith(b" "):
                 yield words.decode(), "text"
                 continue
@@ -239,9 +241,9 @@ def prompt_runs(side: Side) -> Iterator[tuple[str, str]]:
 
 def _describe_side(side: Side) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "ids": side.spelling.ids.tolist(),
-        "ends": side.spelling.ends.tolist(),
-        "repaired_bytes": side.spelling.repaired_bytes,
+        "ids": side.tokenized.ids.tolist(),
+        "ends": side.tokenized.ends.tolist(),
+        "repaired_bytes": side.tokenized.repaired_bytes,
     }
     if side.bos_id is not None:
         found["bos_id"] = side.bos_id

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gold.kernels.lm_head import Rows, SharedEvents, remade, spans, summed
+from gold.kernels.lm_head import LazyLogits, SharedEvents, remade, spans, summed
 from gold.kernels.reference import MixedKL, finite_where_either_is, hybrid_of, widened
 
 FLOOR = 1e-10
@@ -19,7 +19,7 @@ logits are left, and a sum of probabilities can be 0."""
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
-def sorted_distance(student: Rows, teacher: Rows, backend: ModuleType) -> Tensor:
+def sorted_distance(student: LazyLogits, teacher: LazyLogits, backend: ModuleType) -> Tensor:
     """Sum of ``reference.sorted_l1`` of the probabilities of row n of both sides."""
     none = torch.empty(0, dtype=torch.int64)
     nothing_S, nothing_T = (none.to(rows.hidden_ND.device) for rows in (student, teacher))
@@ -34,8 +34,8 @@ def sorted_distance(student: Rows, teacher: Rows, backend: ModuleType) -> Tensor
 
 
 def scaled_comparison(
-    student: Rows,
-    teacher: Rows,
+    student: LazyLogits,
+    teacher: LazyLogits,
     before_S: Tensor,
     before_T: Tensor,
     events: SharedEvents,
@@ -48,7 +48,7 @@ def scaled_comparison(
     kept = events.kept(student.width, teacher.width)
     one_device = kept[0].ids.device == kept[1].ids.device
 
-    def compare(block: Rows, span: slice, log_S: Tensor) -> tuple[Tensor, ...]:
+    def compare(block: LazyLogits, span: slice, log_S: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
             logits_T = teacher.select(span).logits()
         given = block.logits(), logits_T, log_S, before_T[span], *kept, divergence, matched_share
@@ -91,7 +91,7 @@ class Projected:
 
 
 def projected_divergence(
-    student: Rows, teacher: Rows, chunks: Chunks, projection: Projected, divergence: Divergence
+    student: LazyLogits, teacher: LazyLogits, chunks: Chunks, projection: Projected, divergence: Divergence
 ) -> tuple[Tensor, Tensor]:
     """Sum over chunks of the divergence between mean rows, the student's taken to the teacher's tokens, and the
     teacher's mass on those that are reached, on which both sides are conditioned, [C], without gradient."""
@@ -119,8 +119,8 @@ def projected_divergence(
 
 
 def mean_comparison(
-    student: Rows,
-    teacher: Rows,
+    student: LazyLogits,
+    teacher: LazyLogits,
     chunks: Chunks,
     events: SharedEvents,
     divergence: Divergence,
@@ -144,13 +144,16 @@ def mean_comparison(
     return total, matched, unmatched
 
 
-def _blocks(student: Rows, teacher: Rows) -> list[tuple[slice, slice]]:
+def _blocks(student: LazyLogits, teacher: LazyLogits) -> list[tuple[slice, slice]]:
     """The rows of both sides, as many at a time as the wider one allows."""
     return [(span, span) for span in spans(len(student), min(student.block_rows, teacher.block_rows))]
 
 
 def _over_chunks(
-    student: Rows, teacher: Rows, chunks: Chunks, compare: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    student: LazyLogits,
+    teacher: LazyLogits,
+    chunks: Chunks,
+    compare: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
 ) -> tuple[Tensor, ...]:
     """``compare`` of the mean probabilities of each chunk's rows, [C, V] and [C, W], a block of chunks at a time."""
     if not chunks.count:
@@ -165,7 +168,7 @@ def _over_chunks(
         mine, theirs = (slice(starts[span.start], starts[span.stop]) for starts in (starts_S, starts_T))
         blocks.append((mine, (span, mine, theirs)))
 
-    def reduce(block: Rows, part: tuple[slice, slice, slice]) -> tuple[Tensor, ...]:
+    def reduce(block: LazyLogits, part: tuple[slice, slice, slice]) -> tuple[Tensor, ...]:
         span, mine, theirs = part
         count = span.stop - span.start
         p = _means(block, chunks.chunk_S[mine] - span.start, count)
@@ -176,13 +179,13 @@ def _over_chunks(
     return summed(reduce, student, blocks)
 
 
-def _means(rows: Rows, chunk: Tensor, count: int) -> Tensor:
+def _means(rows: LazyLogits, chunk: Tensor, count: int) -> Tensor:
     """Mean probabilities of the rows of each chunk: [count, width]."""
     share = 1.0 / torch.bincount(chunk, minlength=count).double()
     total: Tensor | float = 0.0
     for span in spans(len(rows), rows.block_rows):
 
-        def part(block: Rows, here: Tensor = chunk[span]) -> tuple[Tensor, ...]:
+        def part(block: LazyLogits, here: Tensor = chunk[span]) -> tuple[Tensor, ...]:
             prob = torch.softmax(widened(block.logits()), dim=-1)
             weighted = prob * share[here].to(prob)[:, None]
             # In the order of the rows on every device.

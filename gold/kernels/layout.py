@@ -50,23 +50,23 @@ class KeptEvents:
 class Columns:
     """Which of ``events`` events each column of a row belongs to."""
 
-    event_V: Tensor
+    is_special: Tensor
     events: int
 
     @cached_property
     def small(self) -> Tensor:
-        """``event_V`` in 32 bits."""
-        return self.event_V.int()
+        """``is_special`` in 32 bits."""
+        return self.is_special.int()
 
     @cached_property
     def order(self) -> Tensor:
         """The columns event by event, ascending within each."""
-        return torch.argsort(self.event_V, stable=True)
+        return torch.argsort(self.is_special, stable=True)
 
     @cached_property
     def starts(self) -> Tensor:
         """Where in ``order`` each event begins, and the number of columns last."""
-        counts = torch.bincount(self.event_V, minlength=self.events)
+        counts = torch.bincount(self.is_special, minlength=self.events)
         return torch.cat((counts.new_zeros(1), torch.cumsum(counts, 0)))
 
 

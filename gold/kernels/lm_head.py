@@ -23,13 +23,13 @@ from torch.utils.checkpoint import checkpoint
 from gold.kernels import backend_for
 from gold.kernels.layout import ByteLayout, KeptEvents
 from gold.kernels.reference import (
-    LEAK,
+    SMOOTHING,
     MixedKL,
     bucketed,
     coarsened,
     finite_where_either_is,
-    leaked,
     row_logsumexp,
+    smoothed,
     widened,
 )
 from gold.kernels.tables import byte_table, filled_table, joint_table
@@ -46,7 +46,7 @@ Index = slice | Tensor
 
 
 @dataclass(frozen=True)
-class Rows:
+class LazyLogits:
     """Model states whose next-token logits can be computed on demand: ``head(hidden_ND[i:j], *weights)`` is
     [j − i, width].
 
@@ -67,12 +67,12 @@ class Rows:
     into: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @classmethod
-    def of_logits(cls, logits_NV: Tensor) -> Rows:
+    def of_logits(cls, logits_NV: Tensor) -> LazyLogits:
         """States whose logits are given: for tests, and for models that hand out nothing else."""
         return cls(logits_NV, _same, logits_NV.shape[1])
 
     @classmethod
-    def of_top_k(cls, ids_NK: Tensor, logp_NK: Tensor, size: int) -> Rows:
+    def of_top_k(cls, ids_NK: Tensor, logp_NK: Tensor, size: int) -> LazyLogits:
         """Rows of which only some tokens' log-probabilities are known, in nats; what is left of 1 is all the others'.
 
         ``ids_NK`` are below ``size``, the size of the vocabulary, each at most once a row; −1 pads a row, whatever its
@@ -83,7 +83,7 @@ class Rows:
         def unpack(packed: Tensor) -> Tensor:
             ids, logp = packed.chunk(2, dim=-1)
             known = ids >= 0
-            rest = log_rest(logp.masked_fill(~known, -torch.inf))
+            rest = log_tail_mass(logp.masked_fill(~known, -torch.inf))
             # Of a row that is known as a whole nothing is left, whatever rounding says.
             rest = rest.masked_fill(known.sum(-1) >= size, -torch.inf)
             dense = logp.new_full((logp.shape[0], size + 1), -torch.inf)
@@ -95,14 +95,14 @@ class Rows:
         return cls(packed, unpack, size + 1, partial=True)
 
     @classmethod
-    def joined(cls, parts: Sequence[Rows]) -> Rows:
+    def joined(cls, parts: Sequence[LazyLogits]) -> LazyLogits:
         """The rows of several texts of one model, one text after the other."""
         return replace(parts[0], hidden_ND=torch.cat([p.hidden_ND for p in parts]))
 
     def __len__(self) -> int:
         return int(self.hidden_ND.shape[0])
 
-    def select(self, index: Index) -> Rows:
+    def select(self, index: Index) -> LazyLogits:
         """The rows ``index``, in that order."""
         return replace(self, hidden_ND=self.hidden_ND[index])
 
@@ -110,7 +110,7 @@ class Rows:
         """The logits of all rows: [N, width]."""
         return self.head(self.hidden_ND, *self.weights)
 
-    def in_turn(self) -> Rows:
+    def in_turn(self) -> LazyLogits:
         """The same rows for one block after the other: where gradients are off, logits may be written over those of the
         block before, which nobody reads any more."""
         into, before = self.into, list[Tensor]()
@@ -142,14 +142,14 @@ def _same(logits: Tensor) -> Tensor:
     return logits
 
 
-def log_rest(logp_NK: Tensor) -> Tensor:
+def log_tail_mass(logp_NK: Tensor) -> Tensor:
     """What is left of 1 in each row, as a log-probability: −∞ where nothing is."""
     left = -torch.expm1(row_logsumexp(logp_NK))
     return torch.where(left > 0, torch.log(left.clamp(min=1e-300)), -torch.inf)
 
 
 @torch.no_grad()
-def likeliest(rows: Rows, top_k: int, also_NA: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def likeliest(rows: LazyLogits, top_k: int, also_NA: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Some tokens of each row: those of ``also_NA`` (−1: none), then those of its ``top_k`` likeliest below ``size``
     that are not among them; of partial rows, all that are known.
 
@@ -158,7 +158,7 @@ def likeliest(rows: Rows, top_k: int, also_NA: Tensor, size: int) -> tuple[Tenso
     """
     if rows.partial:
         ids, logp = rows.hidden_ND.chunk(2, dim=-1)
-        return ids.long(), logp, log_rest(logp.masked_fill(ids < 0, -torch.inf))
+        return ids.long(), logp, log_tail_mass(logp.masked_fill(ids < 0, -torch.inf))
     repeated = (also_NA[:, :, None] == also_NA[:, None, :]).tril(-1).any(-1)
     also_NA = also_NA.masked_fill(repeated, -1)
     parts = []
@@ -181,7 +181,7 @@ def likeliest(rows: Rows, top_k: int, also_NA: Tensor, size: int) -> tuple[Tenso
     return ids_NK, logp_NK, rest_N
 
 
-def impossible_rows(rows: Rows, target_N: Tensor, stops: Tensor) -> Tensor:
+def impossible_rows(rows: LazyLogits, target_N: Tensor, stops: Tensor) -> Tensor:
     """Which of partial rows tell their own event, the token of ``target_N`` or, for −1, the stop ids, as one of
     probability 0: bool [N]."""
     ids, logp = rows.hidden_ND.chunk(2, dim=-1)
@@ -195,7 +195,7 @@ def spans(rows: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, rows)) for first in range(0, max(rows, 1), size)]
 
 
-def remade(function: Callable[[Rows], tuple[Tensor, ...]], rows: Rows) -> tuple[Tensor, ...]:
+def remade(function: Callable[[LazyLogits], tuple[Tensor, ...]], rows: LazyLogits) -> tuple[Tensor, ...]:
     """``function(rows)``, whose inner tensors are dropped and made again in the backward pass."""
     if not torch.is_grad_enabled():
         return function(rows)
@@ -212,7 +212,7 @@ Work = Callable[..., tuple[Tensor, ...]]
 
 
 def summed(
-    function: Work, rows: Rows, blocks: Sequence[tuple[Index, Any]], *beside_N: Tensor
+    function: Work, rows: LazyLogits, blocks: Sequence[tuple[Index, Any]], *beside_N: Tensor
 ) -> tuple[Tensor, ...]:
     """The sum over blocks of the first of what ``function`` returns, with gradient, and all else joined, without.
 
@@ -239,7 +239,7 @@ def summed(
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, function: Work, rows: Rows, blocks: Sequence[tuple[Index, Any]], *inputs: Tensor
+        ctx: Any, function: Work, rows: LazyLogits, blocks: Sequence[tuple[Index, Any]], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         by_row = inputs[: len(inputs) - len(rows.weights)]
         leaves = tuple(_leaf(w) for w in rows.weights)
@@ -327,7 +327,7 @@ class _Projected(torch.autograd.Function):
 
 
 def byte_tables(
-    rows: Rows, layout: ByteLayout, backend: ModuleType, *, keep: bool = False
+    rows: LazyLogits, layout: ByteLayout, backend: ModuleType, *, keep: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Next-byte table of a batch, and what its rows say of the tokens themselves.
 
@@ -341,7 +341,7 @@ def byte_tables(
 
 
 def filled_byte_tables(
-    rows: Rows, layout: ByteLayout, backend: ModuleType, table_other: Tensor, log_path: Tensor
+    rows: LazyLogits, layout: ByteLayout, backend: ModuleType, table_other: Tensor, log_path: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``byte_tables``, of rows that are partial: see ``tables.filled_table``."""
     mass, target, stop, untold = _byte_masses(rows, layout, backend, False)
@@ -351,7 +351,7 @@ def filled_byte_tables(
 
 @torch.no_grad()
 def prefix_logp(
-    rows: Rows, layout: ByteLayout, begins: NDArray[np.int64], data: bytes, backend: ModuleType
+    rows: LazyLogits, layout: ByteLayout, begins: NDArray[np.int64], data: bytes, backend: ModuleType
 ) -> float:
     """Log-probability, in nats, that a text begins with ``data``, the first bytes of the only text of a layout: by its
     tokens up to some row, and any token of that row that reaches the end of ``data`` or runs across it.
@@ -368,7 +368,7 @@ def prefix_logp(
     return float(before.double().sum() + joint.double())
 
 
-def in_byte_order(rows: Rows, layout: ByteLayout) -> tuple[Rows, ByteLayout]:
+def in_byte_order(rows: LazyLogits, layout: ByteLayout) -> tuple[LazyLogits, ByteLayout]:
     """Rows whose columns stand in the order in which byte masses read them, where that pays, and their layout. The copy
     of the output matrix lives as long as these rows do."""
     if rows.reordered is None or rows.hidden_ND.device.type not in SCATTERED:
@@ -377,7 +377,7 @@ def in_byte_order(rows: Rows, layout: ByteLayout) -> tuple[Rows, ByteLayout]:
     return replace(rows, head=rows.reordered(columns), reordered=None), layout
 
 
-def _byte_masses(rows: Rows, layout: ByteLayout, backend: ModuleType, keep: bool) -> tuple[Tensor, ...]:
+def _byte_masses(rows: LazyLogits, layout: ByteLayout, backend: ModuleType, keep: bool) -> tuple[Tensor, ...]:
     """``reference.byte_masses`` of all rows, and the mass of the tokens that partial rows do not tell, which is no
     part of the others; in nats."""
     if len(rows) != layout.rows:
@@ -388,7 +388,7 @@ def _byte_masses(rows: Rows, layout: ByteLayout, backend: ModuleType, keep: bool
     blocks = spans(len(rows), rows.block_rows)
     for span in blocks:
 
-        def reduce(block: Rows, span: slice = span) -> tuple[Tensor, ...]:
+        def reduce(block: LazyLogits, span: slice = span) -> tuple[Tensor, ...]:
             logits, first = block.logits(), span.start
             if not block.partial:
                 found = backend.byte_masses(logits, layout, first, overwrite=block.spares(logits))
@@ -409,7 +409,7 @@ def _byte_masses(rows: Rows, layout: ByteLayout, backend: ModuleType, keep: bool
 
 
 def token_logp(
-    rows: Rows, target_N: Tensor, stops: Tensor, backend: ModuleType | None = None
+    rows: LazyLogits, target_N: Tensor, stops: Tensor, backend: ModuleType | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each row's target token (0 where it is −1), and of the stop event, in nats: two [N]."""
     target, stop, _ = token_statistics(rows, target_N, stops, backend)
@@ -417,14 +417,14 @@ def token_logp(
 
 
 def token_statistics(
-    rows: Rows, target_N: Tensor, stops: Tensor, backend: ModuleType | None = None
+    rows: LazyLogits, target_N: Tensor, stops: Tensor, backend: ModuleType | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``token_logp``, and without gradient the entropy of each row, in nats: three [N]."""
     backend = backend or backend_for(rows.hidden_ND.device)
     parts = []
     for span in spans(len(rows), rows.block_rows):
 
-        def reduce(block: Rows, span: slice = span) -> tuple[Tensor, ...]:
+        def reduce(block: LazyLogits, span: slice = span) -> tuple[Tensor, ...]:
             logits = block.logits()
             overwrite = block.spares(logits)
             return tuple(backend.row_statistics(logits, target_N[span], stops, overwrite=overwrite)[1:])
@@ -434,10 +434,12 @@ def token_statistics(
     return target, stop, entropy
 
 
-def token_loss(rows: Rows, target_N: Tensor, weight_N: Tensor, stops: Tensor, backend: ModuleType) -> Tensor:
+def token_loss(
+    rows: LazyLogits, target_N: Tensor, weight_N: Tensor, stops: Tensor, backend: ModuleType
+) -> Tensor:
     """``−Σ_n weight[n] log π(target[n])``, in nats."""
 
-    def loss(block: Rows, span: slice) -> tuple[Tensor, ...]:
+    def loss(block: LazyLogits, span: slice) -> tuple[Tensor, ...]:
         logits = block.logits()
         _, logp, *_ = backend.row_statistics(logits, target_N[span], stops, overwrite=block.spares(logits))
         return (-(weight_N[span] * logp).sum(),)
@@ -468,8 +470,8 @@ class SharedEvents:
 
 
 def shared_divergence(
-    student: Rows,
-    teacher: Rows,
+    student: LazyLogits,
+    teacher: LazyLogits,
     events: SharedEvents,
     divergence: Callable[[Tensor, Tensor], Tensor],
     backend: ModuleType,
@@ -495,15 +497,15 @@ def shared_divergence(
         raise ValueError(
             f"top_k is {top_k}, and the vocabularies share {kept.ids.numel()} tokens and the stop event"
         )
-    leak = LEAK
+    smoothing = SMOOTHING
     if events.everything:
         padded, padded_teacher = (bool(k.left.numel()) for k in (kept, kept_teacher))
         alone = padded and not padded_teacher, padded_teacher and not padded
         if not isinstance(divergence, MixedKL) or divergence.finite(*alone):
-            leak = 0.0
+            smoothing = 0.0
     whole = top_k is None and not teacher.partial and kept.ids.device == kept_teacher.ids.device
 
-    def compare(block: Rows, span: slice) -> tuple[Tensor, ...]:
+    def compare(block: LazyLogits, span: slice) -> tuple[Tensor, ...]:
         with torch.no_grad():
             logits_T = teacher.select(span).logits()
         if whole and isinstance(divergence, MixedKL):
@@ -515,7 +517,7 @@ def shared_divergence(
                 kept_teacher,
                 divergence,
                 rest="renormalise" if renormalise else "bucket",
-                leak=leak,
+                smoothing=smoothing,
                 overwrite=block.spares(logits),
             )
         else:
@@ -539,9 +541,9 @@ def shared_divergence(
         mass = row_logsumexp(logp[:, :-1].detach()).exp()
         if renormalise:
             logp, logq = (conditional(x[:, :-1]) for x in (logp, logq))
-        elif apart is not None or leak:
+        elif apart is not None or smoothing:
             # What one side has left, the other may give no probability at all.
-            logp, logq = leaked(logp, LEAK), leaked(logq, LEAK)
+            logp, logq = smoothed(logp, SMOOTHING), smoothed(logq, SMOOTHING)
         if finite:
             logp, logq = finite_where_either_is(logp, logq)
         return divergence(logp, logq), mass

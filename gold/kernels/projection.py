@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
-from gold.kernels.lm_head import Rows, spans, summed
-from gold.kernels.reference import LEAK, MixedKL, divergence_of
+from gold.kernels.lm_head import LazyLogits, spans, summed
+from gold.kernels.reference import SMOOTHING, MixedKL, divergence_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -140,8 +140,8 @@ class PieceBatch:
 
 
 def piece_divergence(
-    student: Rows,
-    teacher: Rows,
+    student: LazyLogits,
+    teacher: LazyLogits,
     batch: PieceBatch,
     divergence: Callable[[Tensor, Tensor], Tensor],
     backends: tuple[ModuleType, ModuleType],
@@ -168,7 +168,7 @@ def piece_divergence(
     kept = _told_apart(batch.student)
     one_device = student.hidden_ND.device == teacher.hidden_ND.device
 
-    def compare(block: Rows, part: tuple[slice, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    def compare(block: LazyLogits, part: tuple[slice, Tensor, Tensor]) -> tuple[Tensor, ...]:
         span, needed_S, needed_T = part
         joint, _ = piece_events(block, needed_S, batch.student, batch.short, span, backends[0])
         with torch.no_grad():
@@ -179,15 +179,15 @@ def piece_divergence(
         given = joint, joint_T, kept, kept
         if isinstance(divergence, MixedKL) and one_device:
             value, mass = backends[0].row_divergence(
-                *given, divergence, leak=LEAK, only_common=True, overwrite=True
+                *given, divergence, smoothing=SMOOTHING, only_common=True, overwrite=True
             )
         else:
-            value, mass = divergence_of(divergence, *given, "bucket", LEAK, True)
+            value, mass = divergence_of(divergence, *given, "bucket", SMOOTHING, True)
         if mask_white:
             value = value.masked_fill(only_white, 0.0)
         if weight is not None:
             value = value * weight[span].to(value)
-        rest = (1.0 - LEAK) * (1.0 - mass) + LEAK
+        rest = (1.0 - SMOOTHING) * (1.0 - mass) + SMOOTHING
         return value.sum(), rest, named[:, RESIDUAL], moved, only_white.to(mass)
 
     total, *found = summed(compare, student, blocks)
@@ -195,7 +195,7 @@ def piece_divergence(
 
 
 def piece_target(
-    teacher: Rows, needed: Tensor, batch: PieceBatch, span: slice, backend: ModuleType
+    teacher: LazyLogits, needed: Tensor, batch: PieceBatch, span: slice, backend: ModuleType
 ) -> PieceTarget:
     """The teacher's events at some positions, the sampled token's own included; for ``teacher``, ``needed`` see
     ``piece_events``."""
@@ -215,7 +215,7 @@ def piece_target(
 
 
 def piece_events(
-    rows: Rows,
+    rows: LazyLogits,
     needed: Tensor,
     side: PieceSide,
     short: Tensor,

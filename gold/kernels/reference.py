@@ -18,7 +18,7 @@ from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
 
 Rest = Literal["bucket", "renormalise"]
 """What becomes of probability that is on none of the events compared: one more event, or conditioned away."""
-LEAK = 1e-5
+SMOOTHING = 1e-5
 """Share of every event that is reported as the rest, on both sides alike."""
 
 
@@ -127,18 +127,18 @@ def row_divergence(
     divergence: MixedKL,
     *,
     rest: Rest = "bucket",
-    leak: float = LEAK,
+    smoothing: float = SMOOTHING,
     only_common: bool = False,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Divergence between row n of both sides on the events that both have, and the student's mass on them: two [N].
 
     The events are the kept tokens, the stop event, and with ``rest`` "bucket" all other columns together, after a share
-    ``leak`` of every event has moved there (see ``leaked``); with "renormalise" both sides are conditioned on the first
-    two. ``only_common``: in each row, an event to which one side gives nothing joins all other columns on both sides.
-    Gradient with respect to ``logits_NV`` alone, through the divergence alone.
+    ``smoothing`` of every event has moved there (see ``smoothed``); with "renormalise" both sides are conditioned on
+    the first two. ``only_common``: in each row, an event to which one side gives nothing joins all other columns on
+    both sides. Gradient with respect to ``logits_NV`` alone, through the divergence alone.
     """
-    return divergence_of(divergence, logits_NV, logits_NW, kept_V, kept_W, rest, leak, only_common)
+    return divergence_of(divergence, logits_NV, logits_NW, kept_V, kept_W, rest, smoothing, only_common)
 
 
 def divergence_of(
@@ -148,7 +148,7 @@ def divergence_of(
     kept_V: KeptEvents,
     kept_W: KeptEvents,
     rest: Rest,
-    leak: float,
+    smoothing: float,
     only_common: bool,
 ) -> tuple[Tensor, Tensor]:
     """``row_divergence`` with any divergence."""
@@ -161,8 +161,8 @@ def divergence_of(
     mass = row_logsumexp(logp[:, :-1].detach()).exp()
     if rest == "renormalise":
         logp, logq = (x[:, :-1] - row_logsumexp(x[:, :-1])[:, None] for x in (logp, logq))
-    elif leak:
-        logp, logq = leaked(logp, leak), leaked(logq, leak)
+    elif smoothing:
+        logp, logq = smoothed(logp, smoothing), smoothed(logq, smoothing)
     return divergence(logp, logq), mass
 
 
@@ -226,9 +226,9 @@ def sorted_l1(p_NV: Tensor, q_NW: Tensor, *, overwrite: bool = False) -> Tensor:
 
 
 def column_logsumexp(logits_NV: Tensor, columns: Columns, *, overwrite: bool = False) -> Tensor:
-    """``out[n, e] = log Σ_{v: columns.event_V[v] = e} exp(logits[n, v])``, [N, events]; −inf where there is none."""
+    """``out[n, e] = log Σ_{v: columns.is_special[v] = e} exp(logits[n, v])``, [N, events]; −inf where there is none."""
     logits_NV = widened(logits_NV)
-    index = columns.event_V.expand_as(logits_NV)
+    index = columns.is_special.expand_as(logits_NV)
     top = logits_NV.new_full((logits_NV.shape[0], columns.events), -torch.inf)
     top = top.scatter_reduce(1, index, logits_NV.detach(), "amax")
     top = torch.where(torch.isfinite(top), top, 0.0)
@@ -250,7 +250,7 @@ def piece_masses(
 
     With π the softmax of a row, and without the tokens that are ``moved`` from the sums of theirs::
 
-        full[p, u] = log Σ_{v: columns.event_V[v] = u} π[whole[p]][v]
+        full[p, u] = log Σ_{v: columns.is_special[v] = u} π[whole[p]][v]
         value[t] = log π[row[t]][id[t]]
         step[n] = log π[n][target[n]]        (0 where it is −1)
 
@@ -312,10 +312,10 @@ def bucketed(logp: Tensor, apart: Tensor) -> Tensor:
     return torch.cat((events.masked_fill(~apart, -torch.inf), bucket[:, None]), dim=-1)
 
 
-def leaked(logp_NE: Tensor, leak: float) -> Tensor:
-    """The distributions with a share ``leak`` of every event moved to the last one; rows still sum to one."""
-    rest = torch.logaddexp(logp_NE[:, -1:] + math.log1p(-leak), logp_NE.new_tensor(leak).log())
-    return torch.cat((logp_NE[:, :-1] + math.log1p(-leak), rest), dim=-1)
+def smoothed(logp_NE: Tensor, smoothing: float) -> Tensor:
+    """The distributions with a share ``smoothing`` of every event moved to the last one; rows still sum to one."""
+    rest = torch.logaddexp(logp_NE[:, -1:] + math.log1p(-smoothing), logp_NE.new_tensor(smoothing).log())
+    return torch.cat((logp_NE[:, :-1] + math.log1p(-smoothing), rest), dim=-1)
 
 
 RULED_OUT = -104.0

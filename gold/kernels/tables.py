@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gold.kernels.layout import EVENTS, REST_EVENT, ByteLayout
-from gold.kernels.reference import LEAK, leaked, row_logsumexp
+from gold.kernels.reference import SMOOTHING, row_logsumexp, smoothed
 
 
 def byte_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout, backend: ModuleType) -> Tensor:
@@ -78,11 +78,11 @@ def common_events(table_E: Tensor, resolved_E: Tensor, other_E: Tensor) -> Tenso
 
     Columns that only one side resolves become −inf on both, their mass part of column ``rest``. Inside a token no
     prefix of which is a token, a side has no rest at all, and what the other side has there would cost infinitely
-    much; so both sides report a share ``LEAK`` of every event as rest. Both pass through the same channel: equal tables
-    stay equal, and a divergence between them is still positive, and 0 only at equality.
+    much; so both sides report a share ``SMOOTHING`` of every event as rest. Both pass through the same channel: equal
+    tables stay equal, and a divergence between them is still positive, and 0 only at equality.
     """
     common = resolved_E & other_E
     common[:, REST_EVENT] = False
     rest = row_logsumexp(table_E.masked_fill(common, -torch.inf))
     kept = table_E.masked_fill(~common, -torch.inf)
-    return leaked(torch.cat((kept[:, :REST_EVENT], rest[:, None]), dim=-1), LEAK)
+    return smoothed(torch.cat((kept[:, :REST_EVENT], rest[:, None]), dim=-1), SMOOTHING)

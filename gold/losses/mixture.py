@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gold.align.batch import AlignedBatch
-from gold.kernels.lm_head import Rows
+from gold.kernels.lm_head import LazyLogits
 from gold.kernels.reference import widened
 
 Rule = Literal["linear", "log_linear"]
@@ -22,7 +22,7 @@ class FurtherTeacher:
     """One more teacher of a microbatch: the same texts as it reads them, and its states over them."""
 
     batch: AlignedBatch
-    rows: Rows
+    rows: LazyLogits
     backend: ModuleType
 
 
@@ -59,7 +59,7 @@ def mixture(logq: Sequence[Tensor], weights: Sequence[float], rule: Rule) -> Ten
     return pooled - norm
 
 
-def mixed_rows(rows: Sequence[Rows], size: int, mix: Mix) -> Rows:
+def mixed_rows(rows: Sequence[LazyLogits], size: int, mix: Mix) -> LazyLogits:
     """Rows of teachers that share one vocabulary of ``size`` ids, as rows of their mixture.
 
     Each teacher's rows of the output matrix that no id has are left out first. Rows of the mixture are whole, and on

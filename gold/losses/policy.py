@@ -134,19 +134,19 @@ def token_credit(view: View, event: Tensor, horizon: Horizon) -> tuple[Credit, S
     batch = view.batch
     table, target, stop = byte_tables(view.teacher_rows, batch.layout_T, view.teacher_backend)
     position, row, happened = (x.to(table.device) for x in batch.path)
-    step = torch.where(batch.told_path.to(table.device), possible(table[position, happened]), 0.0)
+    step = torch.where(batch.observed_path.to(table.device), possible(table[position, happened]), 0.0)
     gained = view.teacher_backend.chunk_sums(step, row, event.shape[0]).to(event)
     stretch = batch.row_text if horizon == "text" else batch.spans[0]
     stretch = torch.where(batch.sampled_row_mask, stretch, -1)
-    reward = torch.where(batch.told_rows & (stretch >= 0), gained - event, 0.0)
+    reward = torch.where(batch.observed_rows & (stretch >= 0), gained - event, 0.0)
     credit = Credit(_reward_to_go(reward, stretch), reward, stretch)
     return credit, Scores.of(target, stop, batch.target_T < 0)
 
 
-def drawn_credit(view: View, name: str, options: Mapping[str, Any]) -> Credit:
+def sampled_credit(view: View, name: str, options: Mapping[str, Any]) -> Credit:
     """The credit of ``span_pg`` or ``token_pg`` as it was when the texts were drawn: what a baseline is made of before
     the student's states are there. The view's student is not read."""
-    event = view.batch.drawn_logp
+    event = view.batch.sampling_logprobs
     if name == "span_pg":
         return span_credit(view, event, teacher_scores(view))
     return token_credit(view, event, options["horizon"])[0]
@@ -207,7 +207,7 @@ def policy_loss(
             advantage = advantage.clamp(-clip, clip)
         if importance_cap is not None:
             stretches = int(credit.stretch.max()) + 1 if credit.stretch.numel() else 0
-            log_ratio = mine.target.detach().double() - batch.drawn_logp
+            log_ratio = mine.target.detach().double() - batch.sampling_logprobs
             ratio = view.backend.chunk_sums(log_ratio, credit.stretch, stretches).exp()
             ratio = torch.cat((ratio.clamp(max=importance_cap), ratio.new_zeros(1)))  # the last is that of −1
             advantage = advantage * ratio[credit.stretch].to(advantage)

@@ -25,7 +25,7 @@ from gold.kernels.chunked import (
     scaled_comparison,
     sorted_distance,
 )
-from gold.kernels.lm_head import Rows, SharedEvents, token_logp
+from gold.kernels.lm_head import LazyLogits, SharedEvents, token_logp
 from gold.losses.divergences import Share, form_of, forward_kl, jsd
 from gold.losses.policy import Credit, Positive, policy_loss
 from gold.losses.supports import states_divergence
@@ -254,7 +254,7 @@ def _chunks(batch: AlignedBatch) -> Chunks:
 
 
 def _last_rows(
-    rows: Rows, chunk: Tensor, count: int, target: Tensor, stops: Tensor, backend: ModuleType
+    rows: LazyLogits, chunk: Tensor, count: int, target: Tensor, stops: Tensor, backend: ModuleType
 ) -> tuple[Tensor, Tensor]:
     """The row of each chunk's last token, and the log-probability of the tokens before it, in nats: two [C]."""
     inside = chunk >= 0

@@ -13,13 +13,13 @@ def unfit_sampling(
     *,
     temperature: float,
     top_p: float,
-    per_prompt: int,
+    num_generations: int,
     on_policy: float,
 ) -> Iterator[str]:
     """One line for each way in which these objectives, options by name, cannot be learned from completions drawn so;
     it begins with the key that is about it."""
-    if "reward" in objectives and per_prompt == 1:
-        yield "rollout.per_prompt: reward compares completions of one prompt: it needs at least 2, got 1"
+    if "reward" in objectives and num_generations == 1:
+        yield "rollout.num_generations: reward compares completions of one prompt: it needs at least 2, got 1"
     if "sft" in objectives and on_policy == 1:
         yield "rollout.on_policy: sft learns the data's completions, and at 1 none is used: set it below 1"
     for name in sorted(name for name in objectives if find(name).on_policy):

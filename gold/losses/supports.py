@@ -18,7 +18,7 @@ from torch import Tensor
 from gold.align.batch import AlignedBatch
 from gold.kernels.layout import STOP_EVENT, ByteLayout
 from gold.kernels.lm_head import (
-    Rows,
+    LazyLogits,
     SharedEvents,
     byte_tables,
     filled_byte_tables,
@@ -54,7 +54,7 @@ def bytes_divergence(
     teachers = [_Teacher.of(teacher) for teacher in (first, *view.further)]
     partial = any(teacher.rows.partial for teacher in teachers)
 
-    def compare(block: Rows, window: _Window) -> tuple[Tensor, ...]:
+    def compare(block: LazyLogits, window: _Window) -> tuple[Tensor, ...]:
         place = window.places
         here = at[(at >= place.start) & (at < place.stop)] - place.start
         positions, _, events = batch.path
@@ -99,7 +99,7 @@ def _path_logp(view: View, mine: Tensor, theirs: Sequence[Tensor]) -> dict[str, 
     _, row, event = batch.path
     told = batch.sampled_row_mask[row]
     for side in (batch, *(teacher.batch for teacher in view.further)):
-        told = told & side.told_path
+        told = told & side.observed_path
     mine, *theirs = (possible(x.to(mine))[told].sum() for x in (mine, *theirs))
     found = {"student_logp": mine, "logp_bytes": (event[told] != STOP_EVENT).sum()}
     if view.mix is None:
@@ -121,7 +121,7 @@ class _Window:
     own: slice
 
 
-def _windows(batch: AlignedBatch, student: Rows, teachers: Sequence[_Teacher]) -> list[_Window]:
+def _windows(batch: AlignedBatch, student: LazyLogits, teachers: Sequence[_Teacher]) -> list[_Window]:
     """All byte positions, in stretches that read about as many rows of the student as a block holds.
 
     A stretch begins where a text does or where a token of every side does, so that what a side says of it follows from
@@ -153,7 +153,7 @@ class _Teacher:
     """A teacher of the texts of a batch: its rows, the byte position at which each begins, and its layout of them."""
 
     batch: AlignedBatch
-    rows: Rows
+    rows: LazyLogits
     backend: ModuleType
     begins: NDArray[np.int64]
     layout: ByteLayout

@@ -275,7 +275,7 @@ def data_tokens(batch: AlignedBatch) -> float:
 
 def told_tokens(batch: AlignedBatch) -> float:
     """Sampled student tokens, stop ids included, of which the teacher says how likely their bytes are."""
-    return float(batch.told_rows.sum())
+    return float(batch.observed_rows.sum())
 
 
 def sampled_tokens(batch: AlignedBatch) -> float:

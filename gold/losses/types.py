@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gold.align.batch import AlignedBatch
-from gold.kernels.lm_head import Rows, token_logp
+from gold.kernels.lm_head import LazyLogits, token_logp
 from gold.losses.mixture import FurtherTeacher, Mix
 
 Need = Literal["nothing", "tokens", "top_k", "rows"]
@@ -30,17 +30,17 @@ class View:
     """
 
     batch: AlignedBatch
-    student: Rows
-    teacher: Rows | None
+    student: LazyLogits
+    teacher: LazyLogits | None
     backend: ModuleType
     teacher_backend: ModuleType
-    reference: Rows | None = None
+    reference: LazyLogits | None = None
     mix: Mix | None = None
     further: tuple[FurtherTeacher, ...] = ()
     baselines: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
-    def teacher_rows(self) -> Rows:
+    def teacher_rows(self) -> LazyLogits:
         """The teacher's states.
 
         Raises: ValueError if there are none.

@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 
 from gold.data import Prompt
 from gold.errors import GoldError, ModelError
-from gold.kernels.lm_head import Rows, projected
+from gold.kernels.lm_head import LazyLogits, projected
 from gold.models.files import check_files, check_ids, check_own_code, first_line, folder_and_file
 from gold.tokenize.chat import prompt_ids
 from gold.tokenize.foreign import foreign
@@ -229,7 +229,7 @@ def wrap_model(
         lm.config.rescale_every = 0  # RWKV would halve its own weights whenever it is evaluated
     rows = output_width(lm)
     # Ids beyond the matrix can be harmless: Gemma's text models ship an image token that they have no row for.
-    if not vocabulary.event_V[rows:].all():
+    if not vocabulary.is_special[rows:].all():
         raise ModelError(
             f"model {name}: its tokenizer has {vocabulary.size} ids, its output matrix {rows} rows; "
             "the tokenizer does not belong to these weights, or the embeddings were never resized"
@@ -403,7 +403,7 @@ def backbone(lm: Any) -> nn.Module:
     return module
 
 
-def as_rows(lm: Any, hidden_ND: Tensor) -> Rows:
+def as_rows(lm: Any, hidden_ND: Tensor) -> LazyLogits:
     """Last hidden states as rows whose logits are exactly what the model itself makes of them: output matrix, then its
     scale or soft cap."""
     model = _plain(lm)
@@ -446,7 +446,7 @@ def as_rows(lm: Any, hidden_ND: Tensor) -> Rows:
     plain = type(matrix) is nn.Linear and not trained and not hasattr(matrix, "_hf_hook")
     here = plain and type(matrix.weight.data) is Tensor and matrix.weight.device == hidden_ND.device
     reusing = here and matrix.weight.dtype == hidden_ND.dtype and not torch.is_autocast_enabled("cpu")
-    return Rows(
+    return LazyLogits(
         hidden_ND,
         logits_of,
         output_width(lm),
@@ -467,7 +467,7 @@ class StatesModule(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, states: PaddedStates, then: Callable[[Rows], Any]) -> Any:
+    def forward(self, states: PaddedStates, then: Callable[[LazyLogits], Any]) -> Any:
         """``then(rows)`` with the states of ``states``, text after text."""
         return then(rows_of(self.lm, states))
 
@@ -501,7 +501,7 @@ class PaddedStates:
         return cls(*(torch.from_numpy(a).to(device) for a in (ids, mask, sequence, position)))
 
 
-def rows_of(lm: Any, states: PaddedStates) -> Rows:
+def rows_of(lm: Any, states: PaddedStates) -> LazyLogits:
     """The model's states at the chosen places, as rows whose logits are computed on demand."""
     with _bare_outputs(lm):
         output = backbone(lm)(

@@ -17,7 +17,7 @@ from gold.data import Prompt
 from gold.errors import DataError, ModelError
 from gold.models.causal import LanguageModel, generate, output_width
 from gold.tokenize.chat import begins_anew
-from gold.tokenize.vocabulary import Spelling
+from gold.tokenize.vocabulary import TokenizedText
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class Rollout:
     """One completion of a prompt.
 
     ``ids`` as sampled, the stop id last where it ``stopped``; ``logp`` the log-probability of each under the
-    distribution that it was drawn from, in nats (temperature and top-p included); ``spelling`` the bytes of the ids but
-    the stop id. ``sampled`` is False where the completion came from a data set, and ``logp`` is then zero.
+    distribution that it was drawn from, in nats (temperature and top-p included); ``tokenized`` the bytes of the ids
+    but the stop id. ``sampled`` is False where the completion came from a data set, and ``logp`` is then zero.
     """
 
     prompt: Prompt
     prompt_ids: tuple[int, ...]
     ids: NDArray[np.int32]
     logp: NDArray[np.float32]
-    spelling: Spelling
+    tokenized: TokenizedText
     stopped: bool
     sampled: bool = True
     reward: float | None = None
@@ -51,7 +51,7 @@ class Rollout:
     @property
     def text(self) -> str:
         """The completion for people: bytes that are no valid UTF-8 show as U+FFFD."""
-        return self.spelling.data.decode("utf-8", "replace")
+        return self.tokenized.data.decode("utf-8", "replace")
 
     def rewarded(self, reward: float, advantage: float) -> Rollout:
         """The same rollout with its task reward and its advantage over its group."""
@@ -91,8 +91,8 @@ def sample(
             drawn = _generate(model, [encoded[i] for i in chosen], sampling, [seeds[i] for i in chosen])
             for i, (ids, logp, stopped) in zip(chosen, drawn, strict=True):
                 text, anew = ids[:-1] if stopped else ids, begins_anew(prompts[i])
-                spelling = model.vocabulary.spell(text, at_start=anew, rows=output_width(model.lm))
-                rollouts[i] = Rollout(prompts[i], encoded[i], ids, logp, spelling, stopped)
+                tokenized = model.vocabulary.decode(text, at_start=anew, rows=output_width(model.lm))
+                rollouts[i] = Rollout(prompts[i], encoded[i], ids, logp, tokenized, stopped)
     finally:
         model.lm.train(was_training)
     return [rollouts[i] for i in range(len(prompts))]
@@ -119,14 +119,14 @@ def completed(model: LanguageModel, prompt: Prompt, max_new_tokens: int) -> Roll
     if prompt.completion is None:
         raise DataError(f"prompt {prompt.key}: it has no completion; add one, or set rollout.on_policy to 1")
     anew = begins_anew(prompt)
-    spelling = model.vocabulary.encode(prompt.completion, at_start=anew)
-    stopped = spelling.ids.size < max_new_tokens
+    tokenized = model.vocabulary.encode(prompt.completion, at_start=anew)
+    stopped = tokenized.ids.size < max_new_tokens
     if not stopped:
-        spelling = model.vocabulary.spell(spelling.ids[:max_new_tokens], at_start=anew)
+        tokenized = model.vocabulary.decode(tokenized.ids[:max_new_tokens], at_start=anew)
     stop = np.array(model.vocabulary.stop_ids[:1], np.int32)
-    ids = np.concatenate((spelling.ids, stop)) if stopped else spelling.ids
+    ids = np.concatenate((tokenized.ids, stop)) if stopped else tokenized.ids
     encoded = encode_prompt(model, prompt, ids.size)
-    return Rollout(prompt, encoded, ids, np.zeros(ids.size, np.float32), spelling, stopped, sampled=False)
+    return Rollout(prompt, encoded, ids, np.zeros(ids.size, np.float32), tokenized, stopped, sampled=False)
 
 
 def advantages(rewards: NDArray[np.float64], group: int) -> NDArray[np.float64]:

@@ -17,13 +17,13 @@ from gold.cache.codes import Scores, decode, encode
 from gold.cache.store import Origin, ScoreCache, find_origin
 from gold.data import Prompt
 from gold.errors import ConfigError, DataError, TeacherError
-from gold.kernels.lm_head import Rows, likeliest
+from gold.kernels.lm_head import LazyLogits, likeliest
 from gold.losses import Need
 from gold.teachers.local import LocalTeacher, batches_by_length, misfit_of
 from gold.teachers.served import ServedTeacher
 from gold.tokenize.chat import begins_anew, teacher_prompt_ids
 from gold.tokenize.templates import PromptTokenizer, Rendering
-from gold.tokenize.vocabulary import Spelling, Vocabulary
+from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 if TYPE_CHECKING:
     from gold.tokenize.roles import Roles
@@ -72,13 +72,13 @@ class UnaskedTeacher:
         """See ``chat.teacher_prompt_ids``."""
         return teacher_prompt_ids(self.tokenizer, prompt, self.name, self.rendering)
 
-    def misfit(self, prompt: Prompt, spelling: Spelling) -> str:
+    def misfit(self, prompt: Prompt, tokenized: TokenizedText) -> str:
         """See ``Teacher``."""
-        return misfit_of(self, prompt, spelling.ids.size)
+        return misfit_of(self, prompt, tokenized.ids.size)
 
     def score(
-        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
-    ) -> list[Rows]:
+        self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
+    ) -> list[LazyLogits]:
         """See ``Teacher.score``; there is nobody to ask.
 
         Raises:
@@ -159,68 +159,70 @@ class CachedTeacher:
         """
         return self.teacher.prompt_ids(prompt)
 
-    def misfit(self, prompt: Prompt, spelling: Spelling) -> str:
+    def misfit(self, prompt: Prompt, tokenized: TokenizedText) -> str:
         """See ``Teacher``."""
-        return self.teacher.misfit(prompt, spelling)
+        return self.teacher.misfit(prompt, tokenized)
 
     def score(
-        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
-    ) -> list[Rows]:
+        self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
+    ) -> list[LazyLogits]:
         """See ``Teacher.score``.
 
         Raises:
             DataError: a prompt that the teacher cannot read.
             TeacherError: the teacher does not answer, or is not there and texts are missing; the disk is full.
         """
-        keys = self._keys(prompts, spellings, stopped)
+        keys = self._keys(prompts, tokenized_texts, stopped)
         kept = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
         chosen = [i for i in _firsts(keys) if kept[keys[i]] is None]
         if chosen:
             if not self.asks:
-                self.check(prompts, spellings, stopped)
+                self.check(prompts, tokenized_texts, stopped)
             asked = self._ask(
-                [prompts[i] for i in chosen], [spellings[i] for i in chosen], [stopped[i] for i in chosen]
+                [prompts[i] for i in chosen],
+                [tokenized_texts[i] for i in chosen],
+                [stopped[i] for i in chosen],
             )
             records = [(keys[i], *each) for i, each in zip(chosen, asked, strict=True)]
             self.cache.add(records)
             kept |= {key: data for key, _, data in records}
         self.asked += len(chosen)
         self.found += len(keys) - len(chosen)
-        rows = [len(s.ids) + bool(stop) for s, stop in zip(spellings, stopped, strict=True)]
+        rows = [len(s.ids) + bool(stop) for s, stop in zip(tokenized_texts, stopped, strict=True)]
         return [self._rows(kept[key] or b"", count) for key, count in zip(keys, rows, strict=True)]
 
     def missing(
-        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
+        self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
     ) -> list[int]:
         """Which of these texts are not kept; of equal ones the first."""
-        keys = self._keys(prompts, spellings, stopped)
+        keys = self._keys(prompts, tokenized_texts, stopped)
         return [i for i in _firsts(keys) if keys[i] not in self.cache]
 
     def check(
-        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
+        self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
     ) -> None:
         """Nothing, where all these texts are kept.
 
         Raises:
             TeacherError: some are not; the message says how many.
         """
-        if lacking := self.missing(prompts, spellings, stopped):
+        if lacking := self.missing(prompts, tokenized_texts, stopped):
             raise TeacherError(
                 f"cache {self.cache.folder}: lacks {len(lacking):,} of {len(prompts):,} texts, that of prompt "
                 f"{prompts[lacking[0]].key} for one, and there is nobody to ask; {_ADVICE}"
             )
 
     def _keys(
-        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
+        self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
     ) -> list[bytes]:
         key = self.cache.origin.key
         return [
-            key(self.prompt_ids(prompt), spelling.ids.tolist(), bool(stop))
-            for prompt, spelling, stop in zip(prompts, spellings, stopped, strict=True)
+            key(self.prompt_ids(prompt), tokenized.ids.tolist(), bool(stop))
+            for prompt, tokenized, stop in zip(prompts, tokenized_texts, stopped, strict=True)
         ]
 
     def _ask(
-        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
+        self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
     ) -> list[tuple[int, bytes]]:
         """The number of rows of each text, and its scores as they are kept."""
         if self.before_asking is not None:
@@ -231,9 +233,9 @@ class CachedTeacher:
             self.before_asking = None
         stops = torch.tensor(self.vocabulary.stop_ids, device=self.device)
         results = []
-        answers = self.teacher.score(prompts, spellings, stopped)
-        for prompt, rows, spelling, stop in zip(prompts, answers, spellings, stopped, strict=True):
-            target = torch.tensor([*spelling.ids.tolist(), *([-1] * bool(stop))], device=self.device)
+        answers = self.teacher.score(prompts, tokenized_texts, stopped)
+        for prompt, rows, tokenized, stop in zip(prompts, answers, tokenized_texts, stopped, strict=True):
+            target = torch.tensor([*tokenized.ids.tolist(), *([-1] * bool(stop))], device=self.device)
             also = torch.cat((target[:, None], stops.expand(len(target), -1)), dim=1).long()
             also = also.masked_fill(also >= rows.width, -1)  # a stop id that the model has no row for
             parts = likeliest(rows, self.cache.origin.top_k, also, self.vocabulary.size)
@@ -243,7 +245,7 @@ class CachedTeacher:
                 raise TeacherError(f"prompt {prompt.key}: teacher {self.teacher.name}: {error}") from error
         return results
 
-    def _rows(self, data: bytes, count: int) -> Rows:
+    def _rows(self, data: bytes, count: int) -> LazyLogits:
         try:
             scores = decode(data)
             if len(scores) != count or scores.ids_NK.shape[1] > self._width:
@@ -264,7 +266,7 @@ class CachedTeacher:
         never[:, :1] = False  # the token in the text is told, whatever it is
         ids = np.pad(np.where(never, -1, scores.ids_NK), gap, constant_values=-1)
         known_ids, known_logp = (torch.from_numpy(a).to(self.device) for a in (ids, logp))
-        return Rows.of_top_k(known_ids, known_logp, self.vocabulary.size)
+        return LazyLogits.of_top_k(known_ids, known_logp, self.vocabulary.size)
 
 
 def record(
@@ -302,7 +304,7 @@ def record(
     return unread
 
 
-def _completion(teacher: CachedTeacher, prompt: Prompt) -> Spelling:
+def _completion(teacher: CachedTeacher, prompt: Prompt) -> TokenizedText:
     if prompt.completion is None:
         raise DataError(f"prompt {prompt.key}: it has no completion; give every prompt one")
     return teacher.vocabulary.encode(prompt.completion, at_start=begins_anew(prompt))

@@ -278,7 +278,7 @@ class OpenAI:
     def reads_as(self, shown: str, index: int) -> bool:
         """Whether what a server shows can be this token."""
         known = self.strings(index)
-        if self._vocabulary.event_V[index]:
+        if self._vocabulary.is_special[index]:
             return not shown or shown in known
         return len(known) == 1 or shown in known
 

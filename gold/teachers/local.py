@@ -11,13 +11,13 @@ import torch
 
 from gold.data import Prompt
 from gold.errors import DataError
-from gold.kernels.lm_head import Rows
+from gold.kernels.lm_head import LazyLogits
 from gold.losses import Need
 from gold.models.causal import LanguageModel, PaddedStates, rows_of
 from gold.rollout.hf import ReadsPrompts
 from gold.tokenize.chat import teacher_prompt_ids
 from gold.tokenize.templates import Rendering
-from gold.tokenize.vocabulary import Spelling, Vocabulary
+from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 
 class LocalTeacher:
@@ -72,32 +72,32 @@ class LocalTeacher:
         """Longest sequence in tokens that the model was built for."""
         return self.model.context
 
-    def misfit(self, prompt: Prompt, spelling: Spelling) -> str:
+    def misfit(self, prompt: Prompt, tokenized: TokenizedText) -> str:
         """See ``Teacher``."""
-        return misfit_of(self, prompt, spelling.ids.size)
+        return misfit_of(self, prompt, tokenized.ids.size)
 
     @torch.no_grad()
     def score(
-        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
-    ) -> list[Rows]:
+        self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
+    ) -> list[LazyLogits]:
         """See ``Teacher.score``.
 
         Raises:
             DataError: prompt and completion together do not fit the teacher's context.
         """
         encoded = [self.prompt_ids(prompt) for prompt in prompts]
-        lengths = [len(p) + s.ids.size for p, s in zip(encoded, spellings, strict=True)]
+        lengths = [len(p) + s.ids.size for p, s in zip(encoded, tokenized_texts, strict=True)]
         for prompt, length in zip(prompts, lengths, strict=True):
             if length > self.context:
                 raise DataError(
                     f"{_too_long(self, prompt, length)}; shorten the prompt or lower rollout.max_new_tokens"
                 )
-        results: dict[int, Rows] = {}
+        results: dict[int, LazyLogits] = {}
         for chosen in batches_by_length(lengths, self.batch_tokens):
-            rows = [spellings[i].ids.size + bool(stopped[i]) for i in chosen]
+            rows = [tokenized_texts[i].ids.size + bool(stopped[i]) for i in chosen]
             states = PaddedStates.of(
                 [encoded[i] for i in chosen],
-                [spellings[i].ids for i in chosen],
+                [tokenized_texts[i].ids for i in chosen],
                 rows,
                 self.model.pad_id,
                 self.device,

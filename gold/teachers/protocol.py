@@ -6,16 +6,16 @@ from typing import Protocol
 import torch
 
 from gold.data import Prompt
-from gold.kernels.lm_head import Rows
+from gold.kernels.lm_head import LazyLogits
 from gold.losses import Need
-from gold.tokenize.vocabulary import Spelling, Vocabulary
+from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 
 class Teacher(Protocol):
     """Reads each prompt in its own template and grades completions in its own tokens.
 
     One that asks again after failures counts them in ``retries``; the metrics of a run show them then. One that cannot
-    read every text has a method ``misfit(prompt, spelling)``, which says why it cannot read a completion behind its
+    read every text has a method ``misfit(prompt, tokenized)``, which says why it cannot read a completion behind its
     prompt, "" where it can: such a text is not sent to it, and counts for no objective (see ``reading.misfit``).
     """
 
@@ -40,8 +40,8 @@ class Teacher(Protocol):
         ...
 
     def score(
-        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
-    ) -> list[Rows]:
-        """The teacher's states over each completion: one per token of ``spellings`` (in the teacher's tokens), and one
-        more for the stop event where the text ``stopped``; without gradient."""
+        self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
+    ) -> list[LazyLogits]:
+        """The teacher's states over each completion: one per token of ``tokenized_texts`` (in the teacher's tokens),
+        and one more for the stop event where the text ``stopped``; without gradient."""
         ...

@@ -16,7 +16,7 @@ import torch
 
 from gold.data import Prompt
 from gold.errors import ConfigError, TeacherError
-from gold.kernels.lm_head import Rows
+from gold.kernels.lm_head import LazyLogits
 from gold.losses import Need
 from gold.teachers.dialects import VLLM, Asked, Dialect, Forgotten, Known, OpenAI, SGLang
 from gold.teachers.http import RefusedError, Server
@@ -24,7 +24,7 @@ from gold.teachers.local import misfit_of
 from gold.tokenize.chat import has_chat_template, teacher_prompt_ids
 from gold.tokenize.roles import Roles
 from gold.tokenize.templates import PromptTokenizer, Rendering, rendered
-from gold.tokenize.vocabulary import Spelling, Vocabulary
+from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 Api = Literal["vllm", "sglang", "openai"]
 _CERTAIN = 3
@@ -116,9 +116,9 @@ class ServedTeacher:
             if own is not None:
                 self.context = own if self.context is None else min(own, self.context)
 
-    def misfit(self, prompt: Prompt, spelling: Spelling) -> str:
+    def misfit(self, prompt: Prompt, tokenized: TokenizedText) -> str:
         """See ``Teacher``. Its end is sent with a text, and servers want room for one token more."""
-        return misfit_of(self, prompt, spelling.ids.size + 2)
+        return misfit_of(self, prompt, tokenized.ids.size + 2)
 
     def asked(self, prompt: Prompt, ids: Sequence[int], stopped: bool) -> Asked:
         """What a completion's ids, and its end where it ``stopped``, are asked as."""
@@ -185,8 +185,8 @@ class ServedTeacher:
         return replace(asked, trusted=self._certain >= _CERTAIN)
 
     def score(
-        self, prompts: Sequence[Prompt], spellings: Sequence[Spelling], stopped: Sequence[bool]
-    ) -> list[Rows]:
+        self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
+    ) -> list[LazyLogits]:
         """See ``Teacher.score``; the rows are partial.
 
         Raises:
@@ -194,12 +194,12 @@ class ServedTeacher:
             TeacherError: the server does not answer, or not what was asked; there is no partial result.
         """
         asked = [
-            self.asked(prompt, spelling.ids.tolist(), bool(stop))
-            for prompt, spelling, stop in zip(prompts, spellings, stopped, strict=True)
+            self.asked(prompt, tokenized.ids.tolist(), bool(stop))
+            for prompt, tokenized, stop in zip(prompts, tokenized_texts, stopped, strict=True)
         ]
         return [self._rows(positions) for positions in self.known(asked)]
 
-    def _rows(self, positions: Sequence[Known]) -> Rows:
+    def _rows(self, positions: Sequence[Known]) -> LazyLogits:
         # Rows of several texts are joined, so all have the same width.
         width = max(1, self.top_k) + 1 + len(self.vocabulary.stop_ids)
         size = self.vocabulary.size
@@ -217,7 +217,7 @@ class ServedTeacher:
         ids_NK[row[kept], column[kept]] = ids[kept]
         logp_NK[row[kept], column[kept]] = np.minimum(logp[kept], 0.0)
         known_ids, known_logp = (torch.from_numpy(a).to(self.device) for a in (ids_NK, logp_NK))
-        return Rows.of_top_k(known_ids, known_logp, size)
+        return LazyLogits.of_top_k(known_ids, known_logp, size)
 
 
 def _key(variable: str | None) -> str | None:

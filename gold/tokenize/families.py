@@ -186,17 +186,17 @@ def token_spellings(tokenizer: Tokenizer, family: Family, events: Collection[int
         for index, token in tokenizer.get_added_tokens_decoder().items()
         if family.byte_level or tokenizer.model.token_to_id(token.content) is None
     }
-    spell = _speller(tokenizer, family)
+    decode = _speller(tokenizer, family)
     silent = set(events)
-    spellings: list[bytes | None] = []
+    tokenized_texts: list[bytes | None] = []
     for index, string in enumerate(token_strings(tokenizer)):
         if string is None or index in silent:
-            spellings.append(None)
+            tokenized_texts.append(None)
         elif index in added:
-            spellings.append(added[index].encode())
+            tokenized_texts.append(added[index].encode())
         else:
-            spellings.append(spell(string))
-    return spellings
+            tokenized_texts.append(decode(string))
+    return tokenized_texts
 
 
 def is_byte_piece(string: str | None) -> bool:
@@ -389,7 +389,7 @@ def _speller(tokenizer: Tokenizer, family: Family) -> Callable[[str], bytes | No
     own_bytes = _byte_level_speller() if family.byte_level else _character_speller(family)
     cut_off = _cut_off(tokenizer, family) if family.word_space == "before" else None
 
-    def spell(string: str) -> bytes | None:
+    def decode(string: str) -> bytes | None:
         # A mark alone is text: a word that begins with it, or all of one.
         continues = bool(family.continuing) and string.startswith(family.continuing)
         continues &= string != family.continuing
@@ -402,7 +402,7 @@ def _speller(tokenizer: Tokenizer, family: Family) -> Callable[[str], bytes | No
             return b" " + own
         return own + b" " if ends and family.word_space == "after" else own
 
-    return spell
+    return decode
 
 
 def _cut_off(tokenizer: Tokenizer, family: Family) -> Callable[[bytes], bool]:
@@ -425,13 +425,13 @@ def _cut_off(tokenizer: Tokenizer, family: Family) -> Callable[[bytes], bool]:
 def _byte_level_speller() -> Callable[[str], bytes | None]:
     table = _Alphabet((ord(character), chr(byte)) for character, byte in byte_alphabet().items())
 
-    def spell(string: str) -> bytes | None:
+    def decode(string: str) -> bytes | None:
         try:
             return string.translate(table).encode("latin-1")
         except UnicodeEncodeError:
             return None
 
-    return spell
+    return decode
 
 
 class _Alphabet(dict[int, str]):
@@ -442,13 +442,13 @@ class _Alphabet(dict[int, str]):
 
 
 def _character_speller(family: Family) -> Callable[[str], bytes]:
-    def spell(string: str) -> bytes:
+    def decode(string: str) -> bytes:
         piece = _BYTE_PIECE.fullmatch(string) if family.byte_pieces and string.startswith("<0x") else None
         if piece:
             return bytes([int(piece[1], 16)])
         return (string if family.space is None else string.replace(family.space, " ")).encode()
 
-    return spell
+    return decode
 
 
 def _before_text(template: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gold.tokenize.vocabulary import Spelling, Vocabulary
+from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 
 def shared_markers(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
@@ -21,24 +21,24 @@ def shared_markers(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
 
 
 def read_as(
-    target: Vocabulary, spelling: Spelling, markers: Mapping[int, int], at_start: bool = True
-) -> Spelling:
+    target: Vocabulary, tokenized: TokenizedText, markers: Mapping[int, int], at_start: bool = True
+) -> TokenizedText:
     """A spelled text in another vocabulary's own tokens, with its own markers where those of `markers` stand.
 
     What is before, between and behind them is encoded on its own, as text; `at_start` as for `Vocabulary.encode`.
     """
-    at = np.flatnonzero(np.isin(spelling.ids, list(markers)) & spelling.exact)
+    at = np.flatnonzero(np.isin(tokenized.ids, list(markers)) & tokenized.exact)
     if not len(at):
-        return target.encode(spelling.data, at_start=at_start)
-    parts: list[Spelling] = []
+        return target.encode(tokenized.data, at_start=at_start)
+    parts: list[TokenizedText] = []
     begin = 0
-    for start, end, index in zip(spelling.starts[at], spelling.ends[at], spelling.ids[at], strict=True):
-        parts.append(target.encode(spelling.data[begin:start], at_start=at_start and not parts))
-        own = spelling.data[start:end]
+    for start, end, index in zip(tokenized.starts[at], tokenized.ends[at], tokenized.ids[at], strict=True):
+        parts.append(target.encode(tokenized.data[begin:start], at_start=at_start and not parts))
+        own = tokenized.data[start:end]
         marker = markers[int(index)]
         exact = target.token_bytes(marker) == own
         parts.append(
-            Spelling(
+            TokenizedText(
                 np.array([marker], np.int32),
                 np.array([len(own)], np.int64),
                 own,
@@ -47,12 +47,12 @@ def read_as(
             )
         )
         begin = int(end)
-    parts.append(target.encode(spelling.data[begin:], at_start=False))
+    parts.append(target.encode(tokenized.data[begin:], at_start=False))
     before = np.cumsum([0, *(len(part.data) for part in parts[:-1])])
-    return Spelling(
+    return TokenizedText(
         np.concatenate([part.ids for part in parts]),
         np.concatenate([part.ends + start for part, start in zip(parts, before, strict=True)]),
-        spelling.data,
+        tokenized.data,
         np.concatenate([part.exact for part in parts]),
         sum(part.repaired_bytes for part in parts),
     )

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-from gold.bytes.order import equal_groups
 from gold.errors import VocabularyError
 from gold.tokenize.boundaries import PreTokenCuts
 from gold.tokenize.families import (
@@ -26,6 +25,7 @@ from gold.tokenize.families import (
 )
 from gold.tokenize.foreign import foreign, is_panic
 from gold.tokenize.load import open_source
+from gold.tokenize.order import equal_groups
 from gold.tokenize.repair import (
     NONE,
     byte_offsets,
@@ -47,7 +47,7 @@ Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class Spelling:
+class TokenizedText:
     """The tokens of one text, laid on its bytes.
 
     `ends[i]` is the byte of `data` after token i; it never decreases, and the last one is len(data). Token i
@@ -80,7 +80,7 @@ class Spelling:
 class Vocabulary:
     """The bytes of every id of a tokenizer, the roles of its special tokens, and its tokenizer for plain text.
 
-    `offsets` (int64[size + 1]) and `blob` (uint8) hold the bytes of all ids one after the other. `event_V[id]`: the
+    `offsets` (int64[size + 1]) and `blob` (uint8) hold the bytes of all ids one after the other. `is_special[id]`: the
     id is special, unknown or unused, and has no bytes. `stop_ids`, `bos_id`, `pad_id` and `unk_id` are roles. `family`
     is a name for people, such as "byte-level" or "word pieces"; `chat_template` is the source's, None without one.
     `fingerprint` is equal where all bytes and events are, in every process.
@@ -89,7 +89,7 @@ class Vocabulary:
     size: int
     offsets: Int64
     blob: npt.NDArray[np.uint8]
-    event_V: Bool
+    is_special: Bool
     stop_ids: tuple[int, ...]
     bos_id: int | None
     pad_id: int | None
@@ -133,12 +133,12 @@ class Vocabulary:
         self._events = {i for i, token in added.items() if token.special or i in roles}
         if self.unk_id is not None:
             self._events.add(self.unk_id)
-        spellings = token_spellings(tokenizer, self._family, self._events)
-        self.size = len(spellings)
+        tokenized_texts = token_spellings(tokenizer, self._family, self._events)
+        self.size = len(tokenized_texts)
         self.offsets = np.zeros(self.size + 1, np.int64)
-        np.cumsum([len(spelling or b"") for spelling in spellings], out=self.offsets[1:])
-        self.blob = np.frombuffer(b"".join(spelling or b"" for spelling in spellings), np.uint8)
-        self.event_V = np.diff(self.offsets) == 0
+        np.cumsum([len(tokenized or b"") for tokenized in tokenized_texts], out=self.offsets[1:])
+        self.blob = np.frombuffer(b"".join(tokenized or b"" for tokenized in tokenized_texts), np.uint8)
+        self.is_special = np.diff(self.offsets) == 0
         self._lengths_V = np.diff(self.offsets).astype(np.int32)
         # Text never gives these, whether they have bytes or not.
         self._control_V = np.zeros(self.size, np.bool_)
@@ -203,7 +203,7 @@ class Vocabulary:
         given = np.frombuffer(b"".join(data for _, data in spelled), np.uint8)
         other.blob = np.insert(self.blob, np.repeat(self.offsets[ids], lengths[ids]), given)
         other.offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
-        other.event_V, other._lengths_V = lengths == 0, lengths
+        other.is_special, other._lengths_V = lengths == 0, lengths
         other._unmarked, other._rows = self, rows
         return other
 
@@ -228,7 +228,7 @@ class Vocabulary:
     def fingerprint(self) -> str:
         """The SHA-256 of the bytes of all ids, of which are events, and of which text never gives, in hexadecimal."""
         digest = hashlib.sha256(b"gold vocabulary 1")
-        for array in (self.offsets.astype("<i8"), self.blob, self.event_V, self._control_V):
+        for array in (self.offsets.astype("<i8"), self.blob, self.is_special, self._control_V):
             digest.update(array.tobytes())
         return digest.hexdigest()
 
@@ -260,7 +260,7 @@ class Vocabulary:
         """The text that a tokenizer is given for these bytes: UTF-8, with U+FFFD where they are invalid."""
         return data.decode("utf-8", "replace")
 
-    def encode(self, text: str | bytes, *, at_start: bool = True) -> Spelling:
+    def encode(self, text: str | bytes, *, at_start: bool = True) -> TokenizedText:
         """The tokens that the tokenizer gives a text, without BOS and EOS, laid on the given bytes.
 
         Text that looks like a special token is text. Invalid UTF-8 is U+FFFD to the tokenizer. With
@@ -280,7 +280,7 @@ class Vocabulary:
         ids, sources = self._as_text(read_ids)
         stream, stops = self._stream(ids)
         if stream == data:
-            return Spelling(ids, stops, data, np.ones(len(ids), np.bool_), 0)
+            return TokenizedText(ids, stops, data, np.ones(len(ids), np.bool_), 0)
         prefix = at_start and self.dummy_prefix
         if prefix and len(stream) == len(data) + 1 and stream == b" " + data:
             return self._less_prefix(ids, stops, data)
@@ -314,9 +314,9 @@ class Vocabulary:
         """The ids of `encode(text)`, without the care for where they end."""
         return self._as_text(self._read(text, at_start)[0])[0]
 
-    def spell(
+    def decode(
         self, ids: Sequence[int] | npt.NDArray[Any], *, at_start: bool = True, rows: int = 0
-    ) -> Spelling:
+    ) -> TokenizedText:
         """The text of any ids, canonical or not: the bytes that they stand for.
 
         With `at_start` the space that the family puts before a text (Llama-2, BERT) is dropped from the first token
@@ -338,18 +338,18 @@ class Vocabulary:
             return self._less_prefix(kept, stops, stream[1:])
         if self._family.word_space == "after" and stream[-1:] == b" ":
             return self._less_suffix(kept, stops, stream[:-1])
-        return Spelling(kept, stops, stream, np.ones(len(kept), np.bool_), 0)
+        return TokenizedText(kept, stops, stream, np.ones(len(kept), np.bool_), 0)
 
     def ends(self, ids: Int32) -> Int64:
         """The byte at which each of the ids ends; ids beyond the vocabulary have no bytes.
 
-        It is `spell(ids).ends` without the bytes, the check of the ids, and the care for a space put before a text.
+        It is `decode(ids).ends` without the bytes, the check of the ids, and the care for a space put before a text.
         """
         ends = np.empty(len(ids), np.int64)
         walk(fill_ends, len(ids))(ids, self._lengths_V, ends)
         return ends
 
-    def hard_ends(self, spelling: Spelling) -> Bool:
+    def stable_ends(self, tokenized: TokenizedText) -> Bool:
         """For each token of a text: whether the tokenizer cuts after it whatever text comes next.
 
         The pre-tokenizer is asked with one continuation of every kind (letters, digits, spaces, marks,
@@ -357,8 +357,8 @@ class Vocabulary:
         without a pre-tokenizer, and none where words have their space behind them.
         """
         if self._family.word_space == "after":
-            return np.zeros(len(spelling), np.bool_)
-        text, replaced = decode_replacing(spelling.data)
+            return np.zeros(len(tokenized), np.bool_)
+        text, replaced = decode_replacing(tokenized.data)
         # byte_of[c]: the byte of the given data at which character c of the text begins.
         widths = (
             [len(character.encode()) for character in text] if not text.isascii() else np.ones(len(text), int)
@@ -366,13 +366,13 @@ class Vocabulary:
         byte_of = np.concatenate(([0], np.cumsum(widths, dtype=np.int64)))
         if replaced is not None:
             byte_of = replaced[byte_of]
-        at = np.searchsorted(byte_of, spelling.ends)
-        hard = self._cuts.hard(text, np.unique(at[byte_of[at] == spelling.ends]).tolist())
+        at = np.searchsorted(byte_of, tokenized.ends)
+        hard = self._cuts.hard(text, np.unique(at[byte_of[at] == tokenized.ends]).tolist())
         known = np.zeros(len(byte_of), np.bool_)
         known[hard] = True
-        ends: Bool = known[at] & (byte_of[at] == spelling.ends)
+        ends: Bool = known[at] & (byte_of[at] == tokenized.ends)
         # The last token has all that is left of the text, which may be the next one's.
-        ends[-1:] &= spelling.exact[-1:]
+        ends[-1:] &= tokenized.exact[-1:]
         return ends
 
     def canonical_ids(self) -> Int32:
@@ -382,7 +382,7 @@ class Vocabulary:
         that is no byte-fallback piece, else the lowest.
         """
         canonical = np.arange(self.size, dtype=np.int32)
-        for group in equal_groups(np.flatnonzero(~self.event_V), self.offsets, self.blob):
+        for group in equal_groups(np.flatnonzero(~self.is_special), self.offsets, self.blob):
             canonical[group] = self._own_id(self.token_bytes(int(group[0])), group.tolist())
         return canonical
 
@@ -525,23 +525,23 @@ class Vocabulary:
         walk(fill_bytes, len(ids))(ids, ends, self.offsets, self.blob, data)
         return data.tobytes(), ends
 
-    def _less_prefix(self, ids: Int32, stops: Int64, data: bytes) -> Spelling:
+    def _less_prefix(self, ids: Int32, stops: Int64, data: bytes) -> TokenizedText:
         """The spelling of tokens that have one space more than the text, at its start."""
         exact = np.ones(len(ids), np.bool_)
         exact[int((stops > 0).argmax())] = False
-        return Spelling(ids, np.maximum(stops - 1, 0), data, exact, 0)
+        return TokenizedText(ids, np.maximum(stops - 1, 0), data, exact, 0)
 
-    def _less_suffix(self, ids: Int32, stops: Int64, data: bytes) -> Spelling:
+    def _less_suffix(self, ids: Int32, stops: Int64, data: bytes) -> TokenizedText:
         """The spelling of tokens that have one space more than the text, at its end."""
         exact = np.ones(len(ids), np.bool_)
         last = int((stops == stops[-1]).argmax())
         exact[last] = False
         ends = np.minimum(stops, len(data))
-        return Spelling(ids, ends, data, exact, len(data) - int(ends[last - 1] if last else 0))
+        return TokenizedText(ids, ends, data, exact, len(data) - int(ends[last - 1] if last else 0))
 
-    def _own_id(self, spelling: bytes, group: list[int]) -> int:
+    def _own_id(self, tokenized: bytes, group: list[int]) -> int:
         try:
-            ids = self.ids(spelling.decode(), at_start=False).tolist()
+            ids = self.ids(tokenized.decode(), at_start=False).tolist()
         except UnicodeDecodeError:
             ids = []
         if len(ids) == 1 and ids[0] in group:
@@ -556,7 +556,7 @@ def _vocabulary_of(
     return plain if marked is None else plain.with_markers(*marked)
 
 
-def _laid(ids: Int32, ends: Int64, stops: Int64, stream: bytes, data: bytes, prefix: bool) -> Spelling:
+def _laid(ids: Int32, ends: Int64, stops: Int64, stream: bytes, data: bytes, prefix: bool) -> TokenizedText:
     """The spelling of tokens whose bytes differ from the data, by their ends (NONE where there is no true boundary)."""
     ends = np.maximum.accumulate(np.maximum(ends, 0))
     ends[-1:] = len(data)
@@ -569,7 +569,7 @@ def _laid(ids: Int32, ends: Int64, stops: Int64, stream: bytes, data: bytes, pre
         first = int((stops > 0).argmax())
         counted[first] |= starts[first] == 0 and stream[: stops[first]] == b" " + data[: ends[first]]
     repaired = len(data) - int((ends - starts)[counted].sum())
-    return Spelling(ids, ends, data, exact, repaired)
+    return TokenizedText(ids, ends, data, exact, repaired)
 
 
 def _named(tokenizer: Tokenizer, index: int) -> str:

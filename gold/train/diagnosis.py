@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from gold.align.collate import student_states
-from gold.kernels.lm_head import Rows, token_logp
+from gold.kernels.lm_head import LazyLogits, token_logp
 from gold.models.causal import LanguageModel, rows_of
 from gold.rollout.hf import Rollout
 
@@ -17,7 +17,7 @@ from gold.rollout.hf import Rollout
 def why_not_finite(
     student: LanguageModel,
     rollouts: Sequence[Rollout],
-    teachers: Mapping[str, Sequence[tuple[Rollout, Rows]]],
+    teachers: Mapping[str, Sequence[tuple[Rollout, LazyLogits]]],
     terms: Mapping[str, float],
     batch: int,
 ) -> tuple[str, str]:

@@ -226,7 +226,7 @@ def distill(
                 raise ended_by(number)
         while loop.step < recipe.steps:
             try:
-                record = loop.advance()
+                record = loop.train_step()
             except GoldError as error:
                 stop(error)
             run.steps.append(record)
@@ -313,7 +313,7 @@ def check_recipe(
         options,
         temperature=drawing.temperature,
         top_p=drawing.top_p,
-        per_prompt=recipe.per_prompt,
+        num_generations=recipe.num_generations,
         on_policy=recipe.on_policy,
     ):
         raise ConfigError(problem)

@@ -29,18 +29,18 @@ class Recipe:
     """Everything that decides what a run computes, given the models and the prompts.
 
     ``on_policy`` is λ: the share of sequences that the student writes, in expectation; the others are the data's
-    completions. A prompt has ``per_prompt`` sequences of the student or one of the data (``student_writes``).
+    completions. A prompt has ``num_generations`` sequences of the student or one of the data (``student_writes``).
     ``precision``: ``auto`` is bf16 on a GPU that has it, else none.
     """
 
     objectives: tuple[Term, ...] = (Term("reverse_kl"),)
     sampling: Sampling = field(default_factory=Sampling)
-    per_prompt: int = 4
+    num_generations: int = 4
     on_policy: float = 1.0
     rollout_batch: int = 32
     steps: int = 100
     prompts_per_step: int = 8
-    sequences_per_forward: int = 8
+    micro_batch_size: int = 8
     seed: int = 0
     lr: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.95)
@@ -48,7 +48,7 @@ class Recipe:
     warmup_steps: int = 10
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     final_lr_share: float = 0.1
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
     precision: Literal["auto", "no", "bf16"] = "auto"
     gradient_checkpointing: bool = False
     bad_steps_allowed: int = 3
@@ -56,10 +56,10 @@ class Recipe:
     def student_writes(self, step: int, place: int) -> bool:
         """Whether the student completes the prompt at a place of a step; else its own completion is read.
 
-        True with probability ``λ / (λ + per_prompt (1 − λ))``, so that λ of the sequences are the student's: such a
-        prompt has ``per_prompt``, any other has one. A function of the seed, the step and the place.
+        True with probability ``λ / (λ + num_generations (1 − λ))``, so that λ of the sequences are the student's: such
+        a prompt has ``num_generations``, any other has one. A function of the seed, the step and the place.
         """
-        share = self.on_policy / (self.on_policy + self.per_prompt * (1.0 - self.on_policy))
+        share = self.on_policy / (self.on_policy + self.num_generations * (1.0 - self.on_policy))
         return bool(np.random.default_rng((self.seed, step, place, 1)).random() < share)
 
     def lr_at(self, step: int) -> float:

@@ -28,10 +28,10 @@ from gold.errors import CheckpointError, ConfigError, DataError, TeacherError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.files import read_json
 from gold.kernels import backend_for
-from gold.kernels.lm_head import Rows, impossible_rows
+from gold.kernels.lm_head import LazyLogits, impossible_rows
 from gold.losses import DivergenceRow, Need, Objective, View, find
 from gold.losses.mixture import FurtherTeacher, mixed_rows
-from gold.losses.policy import drawn_credit, means_of_others
+from gold.losses.policy import means_of_others, sampled_credit
 from gold.models.causal import (
     LanguageModel,
     PaddedStates,
@@ -57,7 +57,7 @@ from gold.train.recipe import Recipe
 from gold.train.run_folder import RunFolder, why_bad
 
 Answer = TypeVar("Answer")
-NO_ROWS = Rows.of_logits(torch.zeros(0, 1))
+NO_ROWS = LazyLogits.of_logits(torch.zeros(0, 1))
 """The student's states where they are not read."""
 NEEDS: tuple[Need, ...] = typing.get_args(Need)
 """What objectives ask of a teacher, least first."""
@@ -219,7 +219,7 @@ class Loop:
             f"{_own_code(self.student)})",
             **self._header_of_teachers(),
             "objective": names + (" (one vocabulary: token by token)" if by_token else ""),
-            "step": f"{recipe.prompts_per_step} prompts × {recipe.per_prompt}, λ = {recipe.on_policy:g}, "
+            "step": f"{recipe.prompts_per_step} prompts × {recipe.num_generations}, λ = {recipe.on_policy:g}, "
             f"up to {recipe.sampling.max_new_tokens} tokens, {self.accelerator.num_processes} process(es), "
             f"precision {self.accelerator.mixed_precision}",
             "kernels": self.backend.__name__.rpartition(".")[2],
@@ -246,14 +246,14 @@ class Loop:
         of them is kept for later runs."""
         started = self.now()
         mine = self.student.vocabulary
-        spelling = mine.encode("a")
-        ids = np.append(spelling.ids, mine.stop_ids[0]).astype(np.int32)
-        states = PaddedStates.of([[self.student.pad_id]], [spelling.ids], [ids.size], 0, self.student.device)
+        tokenized = mine.encode("a")
+        ids = np.append(tokenized.ids, mine.stop_ids[0]).astype(np.int32)
+        states = PaddedStates.of([[self.student.pad_id]], [tokenized.ids], [ids.size], 0, self.student.device)
         with torch.no_grad(), self.accelerator.autocast():
             logits = rows_of(self.student.lm, states).logits()
         for name, pair in self.pairs.items():
             text = AlignedText(
-                ids, spelling, pair.read(spelling), True, drawn_logp=np.zeros(ids.size, np.float32)
+                ids, tokenized, pair.read(tokenized), True, sampling_logprobs=np.zeros(ids.size, np.float32)
             )
             teacher = self.teachers.members[name] if self.teachers else None
             device = teacher.device if teacher else self.student.device
@@ -262,11 +262,11 @@ class Loop:
             kind = teacher.model.lm.dtype if isinstance(teacher, LocalTeacher) else torch.float32
             view = View(
                 batch,
-                Rows.of_logits(logits.clone().requires_grad_(True)),
-                Rows.of_logits(torch.zeros(size, dtype=kind, device=device)),
+                LazyLogits.of_logits(logits.clone().requires_grad_(True)),
+                LazyLogits.of_logits(torch.zeros(size, dtype=kind, device=device)),
                 self.backend,
                 self.teacher_backends.get(name, self.backend),
-                Rows.of_logits(logits),
+                LazyLogits.of_logits(logits),
             )
             for term in self.terms:
                 total = term.objective(view).total
@@ -275,7 +275,7 @@ class Loop:
                     total.backward()
         return self.now() - started
 
-    def advance(self) -> dict[str, Any]:
+    def train_step(self) -> dict[str, Any]:
         """One optimizer step; returns its metrics.
 
         Raises:
@@ -321,7 +321,9 @@ class Loop:
             writing = _writing(rollouts, kept, [group.batch for group in groups])
             writing["unread"] = len(unread)
             sums = defaultdict(float, self._total(dict(sums) | writing, apart=True))
-            norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.clip_norm))
+            norm = float(
+                self.accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.max_grad_norm)
+            )
             finite = math.isfinite(norm) and math.isfinite(sums["loss"])
             # Nothing was learned where the teacher could grade no text; the moments of the optimizer would still move.
             applied = finite and (any(counts.values()) or not sums["teacher_impossible"]) and sums["kept"] > 0
@@ -358,7 +360,7 @@ class Loop:
                 for name in self.pairs
             },
             {term.label: sums[term.label] for term in self.terms if term.label in sums},
-            self.recipe.sequences_per_forward,
+            self.recipe.micro_batch_size,
         )
         return {"why": why, "remedy": remedy}
 
@@ -377,10 +379,12 @@ class Loop:
             try:
                 encode_prompt(self.student, prompt, recipe.sampling.max_new_tokens)
             except DataError as error:
-                unreadable += [str(error)] * (recipe.per_prompt if writes else 1)
+                unreadable += [str(error)] * (recipe.num_generations if writes else 1)
                 continue
             if writes:
-                draws += [(prompt, (recipe.seed, self.step, place, 0, n)) for n in range(recipe.per_prompt)]
+                draws += [
+                    (prompt, (recipe.seed, self.step, place, 0, n)) for n in range(recipe.num_generations)
+                ]
             else:
                 given.append(completed(self.student, prompt, recipe.sampling.max_new_tokens))
         drawn: list[Rollout] = []
@@ -396,7 +400,7 @@ class Loop:
         if self.verifier is not None and drawn:
             verifier = self.verifier
             rewards = np.array([verifier.score(r.prompt, r.text) if r.stopped else 0.0 for r in drawn])
-            scaled = advantages(rewards, recipe.per_prompt)
+            scaled = advantages(rewards, recipe.num_generations)
             drawn = [r.rewarded(float(x), float(a)) for r, x, a in zip(drawn, rewards, scaled, strict=True)]
         return drawn + given, unreadable
 
@@ -435,7 +439,7 @@ class Loop:
                 given.append(rollout)
                 for name, text in texts.items():
                     read_by[name].append(text)
-            for chosen in microbatches(given, self.recipe.sequences_per_forward):
+            for chosen in microbatches(given, self.recipe.micro_batch_size):
                 texts_of = {name: [every[i] for i in chosen] for name, every in read_by.items()}
                 groups.append(self._group(names, [given[i] for i in chosen], texts_of))
         return groups, unread
@@ -486,7 +490,7 @@ class Loop:
             name, options = term.objective.name, term.objective.options
             if options.get("baseline") != "others":
                 continue
-            credits = [drawn_credit(self._view(g, NO_ROWS, None), name, options) for g in groups]
+            credits = [sampled_credit(self._view(g, NO_ROWS, None), name, options) for g in groups]
             numbers = [g.batch.row_number for g in groups]
             for group, mean in zip(
                 groups, means_of_others(credits, numbers, size, self._added_up), strict=True
@@ -525,7 +529,7 @@ class Loop:
         """The group with texts of no bytes in the place of those that are lost: nothing of these counts."""
         nothing = self.student.vocabulary.encode(b"")
         rollouts = [
-            replace(r, ids=r.ids[:0], logp=r.logp[:0], spelling=nothing, stopped=False) if n in lost else r
+            replace(r, ids=r.ids[:0], logp=r.logp[:0], tokenized=nothing, stopped=False) if n in lost else r
             for n, r in enumerate(group.rollouts)
         ]
         rows = {
@@ -539,12 +543,12 @@ class Loop:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The microbatch's share of the step's loss, times the number of processes, and detached sums by name."""
 
-        reference: Rows | None = None
+        reference: LazyLogits | None = None
         if self.reference is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 reference = rows_of(self.reference, states)
 
-        def then(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        def then(rows: LazyLogits) -> tuple[Tensor, dict[str, Tensor]]:
             view = self._view(group, rows, reference)
             total = rows.hidden_ND.new_zeros((), dtype=torch.float32)
             parts: dict[str, Tensor] = {}
@@ -581,12 +585,12 @@ class Loop:
         loss: Tensor = self.module(states, lambda rows: 0.0 * rows.logits().sum())
         return loss
 
-    def _view(self, group: _Group, rows: Rows, reference: Rows | None) -> View:
+    def _view(self, group: _Group, rows: LazyLogits, reference: LazyLogits | None) -> View:
         """A microbatch as its objectives see it."""
         if not group.rows:
             return View(group.batch, rows, None, self.backend, self.backend, reference)
         names, backends = group.names, self.teacher_backends
-        theirs = [Rows.joined(group.rows[name]) for name in names]
+        theirs = [LazyLogits.joined(group.rows[name]) for name in names]
         mix = self.teachers.mix if self.teachers else None
         if mix is not None and any(t.label.endswith("_bytes") for t in self.terms):
             further = tuple(
@@ -615,7 +619,7 @@ class Loop:
         record |= self._record_of_teachers(sums, counts)
         sampled = sums["sampled"]
         if sampled:
-            record["sampled_entropy"] = -sums["drawn_logp"] / max(1.0, sums["drawn_tokens"])
+            record["sampled_entropy"] = -sums["sampling_logprobs"] / max(1.0, sums["drawn_tokens"])
             record["repetition"] = sums["repetition"] / sampled
             record["stop_rate"] = sums["stopped"] / sampled
             record["canonical_share"] = sums["canonical"] / max(1.0, sums["sampled_tokens"])
@@ -806,7 +810,7 @@ class _Group:
     names: tuple[str, ...]
     rollouts: Sequence[Rollout]
     batches: tuple[AlignedBatch, ...]
-    rows: dict[str, list[Rows]] = field(default_factory=dict)
+    rows: dict[str, list[LazyLogits]] = field(default_factory=dict)
     baselines: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -844,16 +848,16 @@ def _writing(
     return {
         "sequences": len(rollouts),
         "tokens": sum(r.ids.size for r in rollouts),
-        "bytes": sum(len(r.spelling.data) for r in rollouts),
+        "bytes": sum(len(r.tokenized.data) for r in rollouts),
         "kept": len(kept),
         "sampled": len(drawn),
         "repaired": sum(t.teacher.repaired_bytes for b in batches for t in b.texts),
         "stopped": sum(r.stopped for r in drawn),
         "drawn_tokens": sum(r.ids.size for r in drawn),
-        "drawn_logp": sum(float(r.logp.sum()) for r in drawn),
+        "sampling_logprobs": sum(float(r.logp.sum()) for r in drawn),
         "sampled_tokens": sum(o.numel() for o in own),
         "canonical": sum(float(o.sum()) for o in own),
-        "repetition": sum(repetition(r.spelling.data) for r in drawn),
+        "repetition": sum(repetition(r.tokenized.data) for r in drawn),
         "reward": sum(r.reward or 0.0 for r in drawn),
     }
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from gold.align import Alignment, align_tokens, coverage
 from gold.align import chunks as chunks_module
 from gold.errors import DataError
-from gold.tokenize.vocabulary import Spelling
+from gold.tokenize.vocabulary import TokenizedText
 from gold.tokenize.walks import _compiled
 
 
-def spelling(data: bytes, ends: list[int]) -> Spelling:
+def tokenized(data: bytes, ends: list[int]) -> TokenizedText:
     count = len(ends)
-    return Spelling(
+    return TokenizedText(
         np.arange(count, dtype=np.int32), np.array(ends, np.int64), data, np.ones(count, np.bool_), 0
     )
 
@@ -29,12 +29,12 @@ def ends_of(draw: st.DrawFn, length: int) -> list[int]:
 
 
 @st.composite
-def two_sides(draw: st.DrawFn) -> tuple[Spelling, Spelling]:
+def two_sides(draw: st.DrawFn) -> tuple[TokenizedText, TokenizedText]:
     data = draw(st.binary(max_size=12))
-    return spelling(data, draw(ends_of(len(data)))), spelling(data, draw(ends_of(len(data))))
+    return tokenized(data, draw(ends_of(len(data)))), tokenized(data, draw(ends_of(len(data))))
 
 
-def brute_force(student: Spelling, teacher: Spelling) -> list[tuple[int, int, int, int]]:
+def brute_force(student: TokenizedText, teacher: TokenizedText) -> list[tuple[int, int, int, int]]:
     """The chunks by their definition: the edges that both sides share, and each token looked up among them."""
     length = len(student.data)
     if length == 0:
@@ -83,12 +83,14 @@ def rows(alignment: Alignment) -> list[tuple[int, ...]]:
 
 
 @given(two_sides())
-def test_chunks_are_the_intersection_of_ends(sides: tuple[Spelling, Spelling]) -> None:
+def test_chunks_are_the_intersection_of_ends(sides: tuple[TokenizedText, TokenizedText]) -> None:
     assert rows(align_tokens(*sides)) == brute_force(*sides)
 
 
 @given(two_sides())
-def test_every_token_is_in_exactly_one_chunk_of_the_same_bytes(sides: tuple[Spelling, Spelling]) -> None:
+def test_every_token_is_in_exactly_one_chunk_of_the_same_bytes(
+    sides: tuple[TokenizedText, TokenizedText],
+) -> None:
     student, teacher = sides
     alignment = align_tokens(student, teacher)
     for side, (first, last), own in (
@@ -105,7 +107,7 @@ def test_every_token_is_in_exactly_one_chunk_of_the_same_bytes(sides: tuple[Spel
 
 
 @given(two_sides())
-def test_swapping_the_sides_swaps_the_chunks(sides: tuple[Spelling, Spelling]) -> None:
+def test_swapping_the_sides_swaps_the_chunks(sides: tuple[TokenizedText, TokenizedText]) -> None:
     student, teacher = sides
     there, back = align_tokens(student, teacher), align_tokens(teacher, student)
     assert there.chunks[:, [2, 3, 0, 1]].tolist() == back.chunks.tolist()
@@ -114,31 +116,31 @@ def test_swapping_the_sides_swaps_the_chunks(sides: tuple[Spelling, Spelling]) -
 
 @given(st.lists(st.integers(1, 5), max_size=20))
 def test_equal_tokenizations_give_one_chunk_per_token(widths: list[int]) -> None:
-    side = spelling(bytes(sum(widths)), np.cumsum(widths, dtype=np.int64).tolist())
+    side = tokenized(bytes(sum(widths)), np.cumsum(widths, dtype=np.int64).tolist())
     alignment = align_tokens(side, side)
     assert rows(alignment) == [(i, i + 1, i, i + 1) for i in range(len(widths))]
     assert alignment.one_to_one_C.all()
 
 
 def test_zero_width_joins_the_chunk_that_starts_there_and_at_the_end_the_last() -> None:
-    student, teacher = spelling(b"abcd", [0, 2, 2, 4, 4]), spelling(b"abcd", [1, 2, 2, 3, 4])
+    student, teacher = tokenized(b"abcd", [0, 2, 2, 4, 4]), tokenized(b"abcd", [1, 2, 2, 3, 4])
     assert rows(align_tokens(student, teacher)) == [(0, 2, 0, 2), (2, 5, 2, 5)]
 
 
 def test_one_side_without_tokens_is_one_chunk() -> None:
-    assert rows(align_tokens(spelling(b"ab", []), spelling(b"ab", [1, 2]))) == [(0, 0, 0, 2)]
-    assert rows(align_tokens(spelling(b"", []), spelling(b"", []))) == []
-    assert rows(align_tokens(spelling(b"a", []), spelling(b"a", []))) == []
-    assert rows(align_tokens(spelling(b"", [0]), spelling(b"", []))) == [(0, 1, 0, 0)]
+    assert rows(align_tokens(tokenized(b"ab", []), tokenized(b"ab", [1, 2]))) == [(0, 0, 0, 2)]
+    assert rows(align_tokens(tokenized(b"", []), tokenized(b"", []))) == []
+    assert rows(align_tokens(tokenized(b"a", []), tokenized(b"a", []))) == []
+    assert rows(align_tokens(tokenized(b"", [0]), tokenized(b"", []))) == [(0, 1, 0, 0)]
 
 
 def test_different_texts_are_refused_with_the_place() -> None:
     with pytest.raises(DataError, match="first difference at byte 3"):
-        align_tokens(spelling(b"foobar", [6]), spelling(b"foo bar", [7]))
+        align_tokens(tokenized(b"foobar", [6]), tokenized(b"foo bar", [7]))
 
 
 def test_coverage_counts_by_hand() -> None:
-    student, teacher = spelling(b"abcdef", [1, 3, 6]), spelling(b"abcdef", [1, 2, 3, 6])
+    student, teacher = tokenized(b"abcdef", [1, 3, 6]), tokenized(b"abcdef", [1, 2, 3, 6])
     found = coverage(student, teacher, align_tokens(student, teacher))
     assert (found.chunks, found.one_to_one_chunks, found.largest_chunk_bytes, found.largest_chunk_tokens) == (
         3,
@@ -148,6 +150,6 @@ def test_coverage_counts_by_hand() -> None:
     )
     assert (found.student_tokens, found.teacher_tokens, found.bytes) == (2 / 3, 2 / 4, 4 / 6)
     nothing = coverage(
-        spelling(b"", []), spelling(b"", []), align_tokens(spelling(b"", []), spelling(b"", []))
+        tokenized(b"", []), tokenized(b"", []), align_tokens(tokenized(b"", []), tokenized(b"", []))
     )
     assert (nothing.chunks, nothing.bytes, nothing.largest_chunk_bytes) == (0, 0.0, 0)

@@ -38,7 +38,9 @@ def cut(vocabulary: Vocabulary, data: bytes) -> list[bytes]:
 
 def slow_weights(student: Vocabulary, teacher: Vocabulary, top_k: int = 4) -> dict[bytes, dict[bytes, float]]:
     """The rule, token by token, in bytes: no id decides anything."""
-    mine, theirs = ({v.token_bytes(i) for i in range(v.size) if not v.event_V[i]} for v in (student, teacher))
+    mine, theirs = (
+        {v.token_bytes(i) for i in range(v.size) if not v.is_special[i]} for v in (student, teacher)
+    )
     weights: dict[bytes, dict[bytes, float]] = defaultdict(lambda: defaultdict(float))
     for token in mine - theirs:
         parts = cut(teacher, token)[:4]
@@ -79,8 +81,8 @@ def test_weights_are_the_rule(student: Vocabulary, teacher: Vocabulary, top_k: i
 def test_every_text_token_has_weights_that_add_up_to_one(student: Vocabulary, teacher: Vocabulary) -> None:
     weights = token_weights(student, teacher)
     total = np.bincount(weights.ids_V, weights.weight_E, student.size)
-    assert total[~student.event_V] == pytest.approx(1.0)
-    assert (total[student.event_V] == 0).all()
+    assert total[~student.is_special] == pytest.approx(1.0)
+    assert (total[student.is_special] == 0).all()
     assert (np.diff(weights.ids_V) >= 0).all()
     for token in np.unique(weights.ids_V):
         assert (np.diff(weights.weight_E[weights.ids_V == token]) <= 1e-15).all()

@@ -44,12 +44,12 @@ class Spelled:
         return np.frombuffer(b"".join(token or b"" for token in self.tokens), np.uint8)
 
     @property
-    def event_V(self) -> np.ndarray:
+    def is_special(self) -> np.ndarray:
         return np.array([token is None for token in self.tokens])
 
     @property
     def _control_V(self) -> np.ndarray:
-        return self.event_V
+        return self.is_special
 
     @property
     def fingerprint(self) -> str:
@@ -64,12 +64,12 @@ class Spelled:
 
 
 # Few different bytes, among them such as are no text: most tokens begin others, and some bytes are lacking.
-spellings = st.lists(st.sampled_from([b"a", b"b", b"\0", b"\xff", b"\xc3"]), min_size=1, max_size=9).map(
-    b"".join
-)
+tokenized_texts = st.lists(
+    st.sampled_from([b"a", b"b", b"\0", b"\xff", b"\xc3"]), min_size=1, max_size=9
+).map(b"".join)
 vocabularies: Any = st.builds(
     Spelled,
-    st.lists(st.one_of(spellings, spellings, st.none()), min_size=1, max_size=12).map(tuple),
+    st.lists(st.one_of(tokenized_texts, tokenized_texts, st.none()), min_size=1, max_size=12).map(tuple),
     st.booleans(),
 )
 ONE = Spelled((b"a",))
@@ -85,7 +85,7 @@ def phi(student: Any, rest: bytes) -> int:
 def text_ids(vocabulary: Vocabulary) -> dict[bytes, list[int]]:
     ids: dict[bytes, list[int]] = {}
     for index in range(vocabulary.size):
-        if not vocabulary.event_V[index]:
+        if not vocabulary.is_special[index]:
             ids.setdefault(vocabulary.token_bytes(index), []).append(index)
     return ids
 
@@ -201,7 +201,7 @@ def test_every_token_is_mapped_to_the_longest_that_begins_it(student: Any, teach
         assert (found.ids_W[w], reverse.ids_W[v]) == (v, w)
 
 
-@given(student=vocabularies, teacher=vocabularies, other=spellings)
+@given(student=vocabularies, teacher=vocabularies, other=tokenized_texts)
 def test_tokens_behind_consumed_bytes_are_those_that_go_on(student: Any, teacher: Any, other: bytes) -> None:
     found, trie = longest_prefixes(student, teacher), ByteTrie.of(teacher)
     texts = [token for token in teacher.tokens if token is not None]
@@ -233,7 +233,7 @@ def test_a_map_by_hand() -> None:
 def test_in_itself_every_token_is_its_own_prefix(name: str) -> None:
     vocabulary = VOCABULARIES[name]
     found = longest_prefixes(vocabulary, vocabulary)
-    expected = np.where(vocabulary.event_V, -1, vocabulary.canonical_ids())
+    expected = np.where(vocabulary.is_special, -1, vocabulary.canonical_ids())
     assert found.ids_W.tolist() == expected.tolist()
     assert not found.rest_bytes_W.any()
 

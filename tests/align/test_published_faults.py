@@ -53,10 +53,10 @@ def test_foobar_is_no_foo_bar_for_any_family(name: str) -> None:
     vocabulary = Vocabulary.load(families()[name])
     joined, apart = vocabulary.encode("foobar"), vocabulary.encode("foo bar")
     assert (joined.data, apart.data) == (b"foobar", b"foo bar")
-    for spelling in (joined, apart):
-        own = [vocabulary.token_bytes(i) for i in spelling.ids]
-        for i in np.flatnonzero(spelling.exact).tolist():
-            assert own[i] == spelling.data[spelling.starts[i] : spelling.ends[i]]
+    for tokenized in (joined, apart):
+        own = [vocabulary.token_bytes(i) for i in tokenized.ids]
+        for i in np.flatnonzero(tokenized.exact).tolist():
+            assert own[i] == tokenized.data[tokenized.starts[i] : tokenized.ends[i]]
 
 
 def test_a_byte_fallback_student_is_aligned_too() -> None:
@@ -89,7 +89,7 @@ def test_bos_on_one_side_changes_no_chunk_but_joins_the_first() -> None:
     """BOS on one side turned a whole sequence into one group."""
     text = "the dog and the fox"
     ids = BYTE_LEVEL.encode(text).ids
-    without, beside = BYTE_LEVEL.spell(ids), BYTE_LEVEL.spell(np.concatenate(([BOS_ID], ids)))
+    without, beside = BYTE_LEVEL.decode(ids), BYTE_LEVEL.decode(np.concatenate(([BOS_ID], ids)))
     teacher = BYTE_FALLBACK.encode(text)
     plain, shifted = align_tokens(without, teacher), align_tokens(beside, teacher)
     assert plain.ends_C.tolist() == shifted.ends_C.tolist()
@@ -98,10 +98,10 @@ def test_bos_on_one_side_changes_no_chunk_but_joins_the_first() -> None:
 
 def test_rows_are_not_late() -> None:
     """Rows taken one position late: two equal models had a loss of 0.333."""
-    spelling = BYTE_LEVEL.encode("the quick brown fox")
-    alignment = align_tokens(spelling, spelling)
-    assert alignment.chunk_S.tolist() == alignment.chunk_T.tolist() == list(range(len(spelling)))
-    assert alignment.ends_C.tolist() == spelling.ends.tolist()
+    tokenized = BYTE_LEVEL.encode("the quick brown fox")
+    alignment = align_tokens(tokenized, tokenized)
+    assert alignment.chunk_S.tolist() == alignment.chunk_T.tolist() == list(range(len(tokenized)))
+    assert alignment.ends_C.tolist() == tokenized.ends.tolist()
 
 
 def test_canonical_characters_are_never_paired_as_if_equal() -> None:
@@ -164,7 +164,7 @@ def test_a_wrong_vocabulary_of_the_same_or_a_smaller_size_is_seen() -> None:
 def test_padded_rows_are_no_tokens_and_no_error() -> None:
     """151,936 rows against 152,064 of the same family were a crash in six projects."""
     ids = BYTE_LEVEL.encode("the dog").ids
-    padded = BYTE_LEVEL.spell([*ids, BYTE_LEVEL.size + 5], rows=BYTE_LEVEL.size + 64)
+    padded = BYTE_LEVEL.decode([*ids, BYTE_LEVEL.size + 5], rows=BYTE_LEVEL.size + 64)
     assert (padded.data, padded.ends[-2:].tolist()) == (b"the dog", [7, 7])
     assert padded.exact.all()
 

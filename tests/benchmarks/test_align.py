@@ -55,8 +55,8 @@ def test_spread_by_hand() -> None:
 
 @given(text)
 def test_the_walk_in_plain_python_finds_the_chunks(sample: str) -> None:
-    spellings = [vocabulary.spell(vocabulary.encode(sample).ids) for vocabulary in (STUDENT, TEACHER)]
-    one, other = spellings
+    tokenized_texts = [vocabulary.decode(vocabulary.encode(sample).ids) for vocabulary in (STUDENT, TEACHER)]
+    one, other = tokenized_texts
     if one.data == other.data:
         lengths = [[len(v.token_bytes(i)) for i in range(v.size)] for v in (STUDENT, TEACHER)]
         found = align.python_chunks(one.ids.tolist(), other.ids.tolist(), *lengths)

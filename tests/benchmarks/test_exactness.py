@@ -19,7 +19,7 @@ SPELLED = [VOCABULARY.token_bytes(i) or None for i in range(VOCABULARY.size)]
 def test_marginals_are_the_sums_over_all_ways_to_read_a_text(seed):
     model = ToyModel(VOCABULARY, seed, never=("<junk>",))
     ids = VOCABULARY.encode("abb ab"[seed:]).ids.tolist() + VOCABULARY.encode("a").ids.tolist()
-    text = VOCABULARY.spell(ids).data
+    text = VOCABULARY.decode(ids).data
     found = marginals(toy_prob(model), VOCABULARY, ByteTrie.of(VOCABULARY), ids, text, spans=[(1, 3)])
 
     def prob(context: tuple[int, ...]) -> torch.Tensor:
@@ -45,7 +45,7 @@ def reaching(prob: torch.Tensor, text: bytes) -> float:
 def test_what_is_not_followed_is_told():
     model = ToyModel(VOCABULARY, 1, never=("<junk>",))
     ids = VOCABULARY.encode("abb ab").ids.tolist()
-    text, trie = VOCABULARY.spell(ids).data, ByteTrie.of(VOCABULARY)
+    text, trie = VOCABULARY.decode(ids).data, ByteTrie.of(VOCABULARY)
     whole, part, none = (
         marginals(toy_prob(model), VOCABULARY, trie, ids, text, **limits)
         for limits in ({}, {"least": 0.1}, {"window": 0})
@@ -62,7 +62,7 @@ def test_a_canonical_model_writes_what_its_tokenizer_writes():
     rng = np.random.default_rng(0)
     for _ in range(20):
         ids = sampled(model, rng, 6)
-        assert VOCABULARY.encode(VOCABULARY.spell(ids).data).ids.tolist() == ids
+        assert VOCABULARY.encode(VOCABULARY.decode(ids).data).ids.tolist() == ids
 
 
 def test_byte_tables_of_toys_are_summed_up():

@@ -15,7 +15,7 @@ from support.tokenizers import byte_level_bpe
 from benchmarks import fuzz
 from benchmarks.texts import FORGED, odd_text
 from gold.align import Alignment, align_tokens
-from gold.tokenize.vocabulary import Spelling, Vocabulary
+from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 TRAINED = ["--trained-only", "--processes", "1"]
 
@@ -76,25 +76,25 @@ def test_a_broken_alignment_is_found(
     assert "error: case " in capsys.readouterr().err
 
 
-def ends_one_early(found: Spelling) -> Spelling:
+def ends_one_early(found: TokenizedText) -> TokenizedText:
     ends = found.ends.copy()
     ends[:1] -= ends[:1] > 0
     return replace(found, ends=ends)
 
 
-def all_exact(found: Spelling) -> Spelling:
+def all_exact(found: TokenizedText) -> TokenizedText:
     return replace(found, exact=np.ones_like(found.exact))
 
 
-def nothing_repaired(found: Spelling) -> Spelling:
+def nothing_repaired(found: TokenizedText) -> TokenizedText:
     return replace(found, repaired_bytes=0)
 
 
-def other_bytes(found: Spelling) -> Spelling:
+def other_bytes(found: TokenizedText) -> TokenizedText:
     return replace(found, data=found.data.replace(b"\xcc\x81", b""))
 
 
-def with_a_special_token(found: Spelling) -> Spelling:
+def with_a_special_token(found: TokenizedText) -> TokenizedText:
     return replace(found, ids=np.where(np.arange(len(found)) == 3, 0, found.ids).astype(np.int32))
 
 
@@ -109,7 +109,7 @@ def with_a_special_token(found: Spelling) -> Spelling:
     ],
 )
 def test_a_broken_tokenization_is_found(
-    broken: Callable[[Spelling], Spelling],
+    broken: Callable[[TokenizedText], TokenizedText],
     told: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -125,12 +125,12 @@ def test_ids_that_the_tokenizer_would_not_give_are_found(
 ) -> None:
     encode = Vocabulary.encode
 
-    def in_halves(self: Vocabulary, text: str | bytes, **how: Any) -> Spelling:
+    def in_halves(self: Vocabulary, text: str | bytes, **how: Any) -> TokenizedText:
         if isinstance(text, bytes) or not text.isascii():
             return encode(self, text, **how)
         half = len(text) // 2
         one, two = encode(self, text[:half], **how), encode(self, text[half:], at_start=False)
-        return Spelling(
+        return TokenizedText(
             np.concatenate([one.ids, two.ids]),
             np.concatenate([one.ends, two.ends + half]),
             text.encode(),
@@ -146,8 +146,8 @@ def test_ids_that_the_tokenizer_would_not_give_are_found(
 def test_broken_ids_and_exceptions_are_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spell = Vocabulary.spell
-    monkeypatch.setattr(Vocabulary, "spell", lambda *args, **how: ends_one_early(spell(*args, **how)))
+    decode = Vocabulary.decode
+    monkeypatch.setattr(Vocabulary, "spell", lambda *args, **how: ends_one_early(decode(*args, **how)))
     assert fuzz.main(["--texts", "100", *TRAINED]) == 1
     assert "sums of lengths" in capsys.readouterr().err
     monkeypatch.setattr(Vocabulary, "spell", lambda *args, **how: 1 / 0)
@@ -160,7 +160,7 @@ def test_the_first_case_that_fails_is_told_and_runs_again_by_its_number(
 ) -> None:
     encode = Vocabulary.encode
 
-    def cautious(self: Vocabulary, text: str | bytes, **how: Any) -> Spelling:
+    def cautious(self: Vocabulary, text: str | bytes, **how: Any) -> TokenizedText:
         if ("é" if isinstance(text, str) else "é".encode()) in text:
             raise ValueError("accents")
         return encode(self, text, **how)

@@ -241,7 +241,7 @@ def padding(objective: Objective) -> Outcome | None:
     view = view_of(pair, texts, *padded)
     if view.reference is not None:
         wider = torch.nn.functional.pad(view.reference.hidden_ND, (0, 3), value=-300.0)
-        view = replace(view, reference=linear.Rows.of_logits(wider))
+        view = replace(view, reference=linear.LazyLogits.of_logits(wider))
     value_2, grad_2 = gradient(objective, view)
     found = [
         value - value_2,

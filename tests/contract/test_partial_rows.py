@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gold.align.batch import VocabularyPair
-from gold.kernels.lm_head import Rows
+from gold.kernels.lm_head import LazyLogits
 from gold.losses import DIVERGENCES, OBJECTIVES
 from tests.contract.toys import ToyModel, random_texts, teacher_rows, toy_vocabulary, view_of
 
@@ -19,10 +19,10 @@ PAIR = VocabularyPair(STUDENT, TEACHER)
 SAME = VocabularyPair(STUDENT, STUDENT)
 
 
-def likeliest(logits: Tensor, k: int) -> Rows:
+def likeliest(logits: Tensor, k: int) -> LazyLogits:
     """The rows as a server would send them: the k likeliest tokens of each."""
     logp, ids = torch.log_softmax(logits, -1).topk(k, dim=-1)
-    return Rows.of_top_k(ids, logp, logits.shape[1])
+    return LazyLogits.of_top_k(ids, logp, logits.shape[1])
 
 
 def test_rows_of_the_likeliest_tokens_keep_all_mass():
@@ -35,7 +35,7 @@ def test_rows_of_the_likeliest_tokens_keep_all_mass():
     assert (kept.sum(-1) == 4).all()
     torch.testing.assert_close(dense[:, :9][kept].exp(), prob[kept])
     torch.testing.assert_close(dense[:, 9].exp(), prob.masked_fill(kept, 0.0).sum(-1))
-    padded = Rows.of_top_k(torch.tensor([[3, -1]]), torch.tensor([[-0.5, 0.7]]), 9)
+    padded = LazyLogits.of_top_k(torch.tensor([[3, -1]]), torch.tensor([[-0.5, 0.7]]), 9)
     (row,) = padded.head(padded.hidden_ND)
     assert row.isfinite().nonzero()[:, 0].tolist() == [3, 9]
 
@@ -95,7 +95,7 @@ def test_what_is_not_told_is_left_to_the_student():
     logp, sent = torch.log_softmax(logits, -1), view.batch.target_T.clamp(min=0)[:, None]
     found, ids = logp.topk(2, dim=-1)
     ids = torch.cat((sent, ids.masked_fill(ids == sent, -1)), dim=-1)
-    told = Rows.of_top_k(ids, torch.cat((logp.gather(1, sent), found), dim=-1), logits.shape[1])
+    told = LazyLogits.of_top_k(ids, torch.cat((logp.gather(1, sent), found), dim=-1), logits.shape[1])
     values, grads = [], []
     for seen in (view, replace(view, teacher=told)):
         mine = view.student.hidden_ND.detach().clone().requires_grad_(True)

@@ -16,7 +16,7 @@ from support.tokenizers import EOS_ID, families
 
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.kernels import BACKENDS
-from gold.kernels.lm_head import Rows
+from gold.kernels.lm_head import LazyLogits
 from gold.losses import OBJECTIVES, View
 from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.clauses import needs_one_vocabulary, variants
@@ -51,10 +51,10 @@ def pair_of(student: str, teacher: str) -> VocabularyPair:
 def cut_text(pair: VocabularyPair, text: bytes, cut: int, stopped: bool, sampled: bool) -> AlignedText:
     """The student's tokens of a text but the last ``cut``, as the teacher reads what they spell."""
     ids = pair.student.encode(text).ids
-    spelling = pair.student.spell(ids[: max(0, len(ids) - cut)])
-    whole = np.append(spelling.ids, pair.student.stop_ids[0]) if stopped else spelling.ids
+    tokenized = pair.student.decode(ids[: max(0, len(ids) - cut)])
+    whole = np.append(tokenized.ids, pair.student.stop_ids[0]) if stopped else tokenized.ids
     drawn = np.full(len(whole), -1.5, np.float32)
-    return AlignedText(whole.astype(np.int32), spelling, pair.read(spelling), stopped, sampled, 0.5, drawn)
+    return AlignedText(whole.astype(np.int32), tokenized, pair.read(tokenized), stopped, sampled, 0.5, drawn)
 
 
 def logits_of(rows: int, width: int, seed: int, ruled_out: float) -> torch.Tensor:
@@ -111,7 +111,12 @@ def every_objective_is_finite(names, student, teacher, given_texts, out_S, out_T
         leaf = logits.clone().requires_grad_(True)
         backend = BACKENDS["cpu"]
         view = View(
-            batch, Rows.of_logits(leaf), Rows.of_logits(logits_T), backend, backend, Rows.of_logits(before)
+            batch,
+            LazyLogits.of_logits(leaf),
+            LazyLogits.of_logits(logits_T),
+            backend,
+            backend,
+            LazyLogits.of_logits(before),
         )
         loss = objective(view)
         count = objective.count(batch)
@@ -132,12 +137,12 @@ def test_a_cut_inside_a_character_leaves_the_rest_of_the_text_to_token_pg():
     whole, cut = (cut_text(pair, "say it \U00050000".encode(), drop, False, True) for drop in (0, 1))
     assert cut.teacher.repaired_bytes == 3
     batch = AlignedBatch([cut], pair, CPU)
-    assert batch.told_rows.tolist() == [True] * 6 + [False] * 2
-    assert AlignedBatch([whole], pair, CPU).told_rows.all()
+    assert batch.observed_rows.tolist() == [True] * 6 + [False] * 2
+    assert AlignedBatch([whole], pair, CPU).observed_rows.all()
     assert OBJECTIVES["token_pg"]().count(batch) == 6
     logits = logits_of(8, pair.student.size, 1, 0.0).requires_grad_(True)
     rows_T, backend = logits_of(len(cut.teacher), pair.teacher.size, 2, 0.0), BACKENDS["cpu"]
-    view = View(batch, Rows.of_logits(logits), Rows.of_logits(rows_T), backend, backend)
+    view = View(batch, LazyLogits.of_logits(logits), LazyLogits.of_logits(rows_T), backend, backend)
     (grad,) = torch.autograd.grad(OBJECTIVES["token_pg"]()(view).total, logits)
     assert grad[:6].abs().sum(-1).min() > 0
     assert not grad[6:].any()

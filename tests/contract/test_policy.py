@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gold.align.batch import AlignedText, VocabularyPair, canonical_tokens
 from gold.losses import OBJECTIVES
-from gold.losses.policy import drawn_credit, means_of_others
+from gold.losses.policy import means_of_others, sampled_credit
 from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.toys import (
     ToyModel,
@@ -125,14 +125,14 @@ def test_importance_weights_are_ratios_up_to_the_cap():
     logp = torch.log_softmax(rows, -1).gather(1, targets[:, None])[:, 0]
     logq = torch.log_softmax(teacher_rows(teacher, [text]), -1).gather(1, targets[:, None])[:, 0]
     drawn = (logp.detach() + torch.linspace(-1.0, 1.0, len(targets))).numpy().astype(np.float32)
-    text = replace(text, drawn_logp=drawn)
+    text = replace(text, sampling_logprobs=drawn)
     ratio = torch.exp(logp.detach() - torch.from_numpy(drawn).double()).clamp(max=1.5)
     assert (ratio == 1.5).any()
     assert (ratio < 1.0).any()
     expected = -(ratio * (logq - logp).detach() * logp).sum()
     found = OBJECTIVES["span_pg"](importance_cap=1.5)(view_of(SAME, [text], rows, teacher)).total
     torch.testing.assert_close(found, expected)
-    lost = replace(text, drawn_logp=None)
+    lost = replace(text, sampling_logprobs=None)
     with pytest.raises(ValueError, match="log-probabilities that the ids were drawn with"):
         OBJECTIVES["span_pg"](importance_cap=1.5)(view_of(SAME, [lost], rows, teacher))
 
@@ -144,7 +144,7 @@ def test_a_weight_is_the_product_over_the_span():
     rows = student_rows(student, [text]).requires_grad_(True)
     logp = torch.log_softmax(rows, -1).gather(1, torch.tensor(text.ids.tolist())[:, None])[:, 0]
     drawn = logp.detach() + torch.linspace(-0.3, 0.5, len(logp), dtype=torch.float64)
-    text = replace(text, drawn_logp=drawn.numpy())
+    text = replace(text, sampling_logprobs=drawn.numpy())
     span = batch_of(PAIR, [text]).spans[0]
     assert 1 < len(set(span.tolist())) < len(span)
     view = view_of(PAIR, [text], rows, teacher)
@@ -175,7 +175,7 @@ def test_the_expected_gradient_at_another_temperature_is_that_at_temperature_1(n
         total = torch.zeros((), dtype=torch.float64)
         for number, (ids, _) in enumerate(oracle.sequences(student.logp, STUDENT.stop_ids, 3)):
             drawn = tempered(student, drawn_at, ids)
-            text = aligned(pair, list(ids), drawn_logp=drawn, advantage=float(number % 3) - 1.0)
+            text = aligned(pair, list(ids), sampling_logprobs=drawn, advantage=float(number % 3) - 1.0)
             objective = OBJECTIVES[name](importance_cap=cap, **options)
             total = total + np.exp(drawn.sum()) * objective(view_of(pair, [text], student, teacher)).total
         grads = torch.autograd.grad(total, list(student.rows.values()), allow_unused=True)
@@ -191,7 +191,7 @@ def test_the_baseline_of_a_step_changes_no_expected_gradient(name):
     student = ToyModel(STUDENT, 1, longest=1, requires_grad=True, never=("<junk>",))
     teacher = ToyModel(pair.teacher, 2)
     drawn = list(oracle.sequences(student.logp, STUDENT.stop_ids, 2))
-    texts = [aligned(pair, list(ids), drawn_logp=tempered(student, 1.0, ids)) for ids, _ in drawn]
+    texts = [aligned(pair, list(ids), sampling_logprobs=tempered(student, 1.0, ids)) for ids, _ in drawn]
     probability = [float(logp.detach().exp()) for _, logp in drawn]
     views = [view_of(pair, [text], student, teacher) for text in texts]
     leaves = list(student.rows.values())
@@ -206,7 +206,7 @@ def test_the_baseline_of_a_step_changes_no_expected_gradient(name):
         p * gradient(OBJECTIVES[name]()(view).total) for p, view in zip(probability, views, strict=True)
     )
     objective = OBJECTIVES[name](baseline="others")
-    credits = [drawn_credit(view, name, objective.options) for view in views]
+    credits = [sampled_credit(view, name, objective.options) for view in views]
     expected = torch.zeros_like(plain)
     for step in itertools.product(range(len(texts)), repeat=3):
         # The loss is linear in the advantages: of a step the first text's share is enough, the three are alike.
@@ -223,17 +223,17 @@ def test_a_canonical_text_is_one_wherever_it_begins_and_ends():
     """Behind a prompt no space is put before a text; a character that the length limit has cut off is not judged."""
     spaced = Vocabulary.load(sentencepiece_bpe(prefix="prepend"), stop_ids=[1])
     for text, at_start in (("lo world", False), (" is it", False), ("Yes, it", True)):
-        spelling = spaced.spell(spaced.encode(text, at_start=at_start).ids, at_start=at_start)
-        assert canonical_tokens(spaced, spelling, at_start).all()
-        row = AlignedText(spelling.ids, spelling, spelling, False, at_start=at_start)
+        tokenized = spaced.decode(spaced.encode(text, at_start=at_start).ids, at_start=at_start)
+        assert canonical_tokens(spaced, tokenized, at_start).all()
+        row = AlignedText(tokenized.ids, tokenized, tokenized, False, at_start=at_start)
         assert batch_of(VocabularyPair(spaced, spaced), [row]).canonical_rows.all()
     assert not canonical_tokens(
-        spaced, spaced.spell(spaced.encode("lo world", at_start=False).ids), True
+        spaced, spaced.decode(spaced.encode("lo world", at_start=False).ids), True
     ).all()
     bytewise = Vocabulary.load(byte_level_bpe(), stop_ids=[1])
     ids = bytewise.encode("ok \U00050000").ids
     for kept in range(1, len(ids) + 1):
-        assert canonical_tokens(bytewise, bytewise.spell(ids[:kept]), True).all()
+        assert canonical_tokens(bytewise, bytewise.decode(ids[:kept]), True).all()
 
 
 def test_only_tokens_that_the_tokenizer_would_not_give_pay_the_penalty():

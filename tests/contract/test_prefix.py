@@ -19,7 +19,7 @@ from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.bytes import pieces
 from gold.kernels import BACKENDS, projection
 from gold.kernels.layout import STOP_EVENT
-from gold.kernels.lm_head import Rows, byte_tables
+from gold.kernels.lm_head import LazyLogits, byte_tables
 from gold.losses import DIVERGENCES, OBJECTIVES, View
 from gold.losses.prefix import prefix_positions
 from gold.tokenize.vocabulary import Vocabulary
@@ -219,14 +219,18 @@ def test_events_begin_with_the_bytes_of_the_byte_table(mine, theirs, data, stopp
     pair = family_pair(mine, theirs)
     token = st.integers(0, pair.student.size - 1).filter(lambda i: i != 1)
     ids = data.draw(st.lists(token, max_size=8))
-    spelling = pair.student.spell(ids)
+    tokenized = pair.student.decode(ids)
     whole = np.array([*ids, 1] if stopped else ids, np.int32)
-    batch = AlignedBatch([AlignedText(whole, spelling, pair.read(spelling), stopped)], pair, CPU)
+    batch = AlignedBatch([AlignedText(whole, tokenized, pair.read(tokenized), stopped)], pair, CPU)
     rows, rows_T = int(batch.row_starts[-1]), int(batch.teacher_row_starts[-1])
     logits = states(rows, pair.student.size, 1).requires_grad_(True)
     backend = BACKENDS["reference"]
     view = View(
-        batch, Rows.of_logits(logits), Rows.of_logits(states(rows_T, pair.teacher.size, 2)), backend, backend
+        batch,
+        LazyLogits.of_logits(logits),
+        LazyLogits.of_logits(states(rows_T, pair.teacher.size, 2)),
+        backend,
+        backend,
     )
     loss = OBJECTIVES["forward_kl"](support="prefix", interior=True)(view)
     assert 0 <= loss.total.item() < 50 * max(rows, 1)
@@ -237,7 +241,7 @@ def test_events_begin_with_the_bytes_of_the_byte_table(mine, theirs, data, stopp
 
     positions = prefix_positions(batch, interior=True, where="everywhere")
     mine_E, theirs_E, _ = computed_events(view, positions)
-    text = spelling.data
+    text = tokenized.data
     for events, side_rows, layout in (
         (mine_E, view.student, batch.layout_S),
         (theirs_E, view.teacher_rows, batch.layout_T),
@@ -359,10 +363,10 @@ def test_every_divergence_can_be_taken(kind):
         assert grad.abs().max() > 1e-3
 
 
-def known_only(logits: Tensor, k: int) -> Rows:
+def known_only(logits: Tensor, k: int) -> LazyLogits:
     """The rows as a server would send them: the k likeliest tokens of each."""
     logp, ids = torch.log_softmax(logits, -1).topk(k, dim=-1)
-    return Rows.of_top_k(ids, logp, logits.shape[1])
+    return LazyLogits.of_top_k(ids, logp, logits.shape[1])
 
 
 @over
@@ -391,7 +395,7 @@ def test_a_token_on_the_path_that_is_not_known_weighs_as_much_as_all_unknown_one
     text = aligned(pair, LETTERS.encode("aa").ids.tolist())
     assert [MERGED.token_bytes(int(i)) for i in text.teacher.ids] == [b"a", b"a"]
     known = torch.tensor([[int(MERGED.encode("ab").ids[0])], [int(MERGED.encode("a").ids[0])]])
-    teacher = Rows.of_top_k(known, torch.tensor([[0.6], [0.9]]).double().log(), MERGED.size)
+    teacher = LazyLogits.of_top_k(known, torch.tensor([[0.6], [0.9]]).double().log(), MERGED.size)
     view = view_of(pair, [text], ToyModel(LETTERS, 1), torch.zeros(2, MERGED.size))
     _, target, _ = computed_events(replace(view, teacher=teacher), torch.tensor([1]))
     expected = {b"b": 0.6, b"a": 0.4 * 0.9, "rest": 0.4 * 0.1}

@@ -112,7 +112,7 @@ def ids_with_stop(text: AlignedText, side: str, vocabulary: Vocabulary) -> list[
 
 def named(vocabulary: Vocabulary, row: Sequence[float]) -> dict[bytes, float]:
     """Probabilities by the bytes of text tokens, and of the stop event."""
-    out = {vocabulary.token_bytes(i): row[i] for i in range(vocabulary.size) if not vocabulary.event_V[i]}
+    out = {vocabulary.token_bytes(i): row[i] for i in range(vocabulary.size) if not vocabulary.is_special[i]}
     return {**out, b"stop": row[vocabulary.stop_ids[0]]}
 
 
@@ -122,7 +122,7 @@ def unnamed(vocabulary: Vocabulary, row: Sequence[float], taken: set[bytes]) -> 
         x
         for i, x in enumerate(row)
         if i != vocabulary.stop_ids[0]
-        and not (i < vocabulary.size and not vocabulary.event_V[i] and vocabulary.token_bytes(i) in taken)
+        and not (i < vocabulary.size and not vocabulary.is_special[i] and vocabulary.token_bytes(i) in taken)
     ]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.kernels import BACKENDS
-from gold.kernels.lm_head import Rows
+from gold.kernels.lm_head import LazyLogits
 from gold.losses import View
 from gold.tokenize.vocabulary import Vocabulary
 
@@ -105,9 +105,9 @@ def aligned(pair: VocabularyPair, ids: Sequence[int], **known: object) -> Aligne
     """A sampled text: ids, the stop id last if it is there."""
     stops = set(pair.student.stop_ids)
     stopped = bool(ids) and ids[-1] in stops
-    spelling = pair.student.spell(ids[:-1] if stopped else ids)
-    known.setdefault("drawn_logp", np.full(len(ids), -1.5, np.float32))
-    return AlignedText(np.array(ids, np.int32), spelling, pair.read(spelling), stopped, **known)  # type: ignore[arg-type]
+    tokenized = pair.student.decode(ids[:-1] if stopped else ids)
+    known.setdefault("sampling_logprobs", np.full(len(ids), -1.5, np.float32))
+    return AlignedText(np.array(ids, np.int32), tokenized, pair.read(tokenized), stopped, **known)  # type: ignore[arg-type]
 
 
 def batch_of(pair: VocabularyPair, texts: Sequence[AlignedText]) -> AlignedBatch:
@@ -127,11 +127,11 @@ def view_of(
     backend = backend or BACKEND
     return View(
         batch,
-        Rows.of_logits(student_rows(student, texts) if isinstance(student, ToyModel) else student),
-        Rows.of_logits(teacher_rows(teacher, texts) if isinstance(teacher, ToyModel) else teacher),
+        LazyLogits.of_logits(student_rows(student, texts) if isinstance(student, ToyModel) else student),
+        LazyLogits.of_logits(teacher_rows(teacher, texts) if isinstance(teacher, ToyModel) else teacher),
         BACKENDS[backend],
         BACKENDS[backend],
-        Rows.of_logits(student_rows(ToyModel(pair.student, 99), texts)),
+        LazyLogits.of_logits(student_rows(ToyModel(pair.student, 99), texts)),
     )
 
 

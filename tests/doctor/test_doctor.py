@@ -376,7 +376,7 @@ def test_prefix_map(make: Make) -> None:
     check = found("prefix map", lacking, whole)
     assert (check.status, check.concerns) == ("warn", ("prefix",))
     vocabulary = whole.vocabulary
-    texts = [vocabulary.token_bytes(i) for i in np.flatnonzero(~vocabulary.event_V)]
+    texts = [vocabulary.token_bytes(i) for i in np.flatnonzero(~vocabulary.is_special)]
     none = sum(text[:1] in (b"t", b"h", b"e") for text in texts)
     assert f"{none} with none" in check.found
 
@@ -713,7 +713,7 @@ def test_rows_beyond_the_tokenizer_train(call: Any, saved: Path, tmp_path: Path,
 def test_a_text_of_padding_ids_alone_has_states_that_exist(stopped: bool) -> None:
     """A student with padding rows can sample nothing but padding; the teacher then reads a text without tokens."""
     pair = VocabularyPair(tiny.tiny_student().vocabulary, tiny.tiny_teacher().vocabulary)
-    spelled = pair.student.spell([100, 101], rows=144)
+    spelled = pair.student.decode([100, 101], rows=144)
     ids = np.append(spelled.ids, pair.student.stop_ids[:1] if stopped else []).astype(np.int32)
     text = AlignedText(ids, spelled, pair.read(spelled), stopped)
     batch = AlignedBatch([text], pair, torch.device("cpu"))

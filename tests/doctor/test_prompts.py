@@ -331,7 +331,7 @@ def test_a_run_keeps_its_day_and_goes_on_with_it(tmp_path: Path, monkeypatch: py
     recipe = Recipe(
         steps=1,
         prompts_per_step=2,
-        per_prompt=1,
+        num_generations=1,
         lr=1e-3,
         warmup_steps=0,
         sampling=Sampling(max_new_tokens=4),

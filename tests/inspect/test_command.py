@@ -71,10 +71,10 @@ def test_json_says_what_the_functions_say(names: dict[str, str]) -> None:
     student = Vocabulary.load(names["student"]).encode(text)
     teacher = Vocabulary.load(names["teacher"]).encode(text)
     assert found["bytes"] == len(text.encode())
-    for side, spelling in (("student", student), ("teacher", teacher)):
+    for side, tokenized in (("student", student), ("teacher", teacher)):
         assert found[side] == {
-            "ids": spelling.ids.tolist(),
-            "ends": spelling.ends.tolist(),
+            "ids": tokenized.ids.tolist(),
+            "ends": tokenized.ends.tolist(),
             "repaired_bytes": 0,
         }
         assert found[side]["ends"][-1] == found["bytes"]
@@ -210,7 +210,7 @@ def test_a_bad_line_is_named(names: dict[str, str], tmp_path: Path, bad: str) ->
 def test_ids_are_the_student_s_own(names: dict[str, str], given: str) -> None:
     found = answer(None, names, ids=given)
     assert found["student"]["ids"] == [40, 41, 42]
-    spelled = Vocabulary.load(names["student"]).spell([40, 41, 42])
+    spelled = Vocabulary.load(names["student"]).decode([40, 41, 42])
     assert found["bytes"] == len(spelled.data)
     assert found["teacher"]["ids"] == Vocabulary.load(names["teacher"]).encode(spelled.data).ids.tolist()
 
@@ -305,11 +305,11 @@ def test_each_side_reads_its_own_template(names: dict[str, str], tmp_path: Path)
     prompt = found["student"]["prompt_ids"]
     # The template's own tokens are events, the text of one in a message is not.
     assert [prompt.count(index) for index in (BOS_ID, EOS_ID)] == [2, 2]
-    assert b"the <eos> dog?" in student.spell(prompt).data
+    assert b"the <eos> dog?" in student.decode(prompt).data
     teacher = Vocabulary.load(names["teacher"])
     bos, *rest = found["teacher"]["prompt_ids"]
     assert bos == BOS_ID
-    assert teacher.spell(rest).data == b"Be brief.\n\nUser: the <eos> dog?\n\nAssistant:"
+    assert teacher.decode(rest).data == b"Be brief.\n\nUser: the <eos> dog?\n\nAssistant:"
     shown = output(None, names, chat=chat)
     assert "student reads\n⟨<bos>⟩system: Be brief.⟨<eos>⟩⟨<bos>⟩user: the <eos> dog?⟨<eos>⟩>\n" in shown
     assert "teacher reads\n⟨<bos>⟩Be brief.⏎\n⏎\nUser: the <eos> dog?" in shown

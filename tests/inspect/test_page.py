@@ -89,7 +89,7 @@ TAGS = {
 
 def assert_holds(content: str, view: View) -> None:
     read = Reader(content)
-    starts = [0, *view.student.spelling.ends.tolist()]
+    starts = [0, *view.student.tokenized.ends.tolist()]
     tokens = [
         "".join(run for run, _ in token_runs(view.student, k, starts[k], starts[k + 1]))
         for k in range(len(view.student))
@@ -99,7 +99,7 @@ def assert_holds(content: str, view: View) -> None:
     embedded = json.loads(read.within("data"))
     assert base64.b64decode(embedded["bytes"]) == view.data
     assert embedded["chunks"] == view.alignment.chunks.tolist()
-    assert [side["ids"] for side in embedded["sides"]] == [s.spelling.ids.tolist() for s in view.sides]
+    assert [side["ids"] for side in embedded["sides"]] == [s.tokenized.ids.tolist() for s in view.sides]
 
 
 @settings(max_examples=40)
@@ -115,9 +115,9 @@ def test_no_token_is_markup() -> None:
     tokenizer.add_tokens([EVIL, "</span></button>", "</script>", "<!--"])
     vocabulary = Vocabulary(tokenizer, stop_ids=[EOS_ID])
     text = f"a</span></button>{EVIL}</script> <!-- b"
-    spelling = vocabulary.encode(text)
-    assert len(spelling) < 12
-    side = Side("s", vocabulary, spelling, 1.0, prompt_ids=tuple(spelling.ids.tolist()))
+    tokenized = vocabulary.encode(text)
+    assert len(tokenized) < 12
+    side = Side("s", vocabulary, tokenized, 1.0, prompt_ids=tuple(tokenized.ids.tolist()))
     content = page(View(side, side))
     assert Reader(content).tags <= TAGS | {"details", "summary", "h3", "pre"}
     assert_holds(page(View(replace(side, prompt_ids=None), side)), View(side, side))
@@ -224,10 +224,10 @@ def expected_details(view: View, c: int) -> list[str]:
     s0, s1, t0, t1 = view.alignment.chunks[c].tolist()
     for side, (a, b) in zip(view.sides, ((s0, s1), (t0, t1)), strict=True):
         for k in range(a, b):
-            start, end = int(side.spelling.starts[k]), int(side.spelling.ends[k])
+            start, end = int(side.tokenized.starts[k]), int(side.tokenized.ends[k])
             found += [
-                str(side.spelling.ids[k]),
-                side.spelling.data[start:end].hex(" "),
+                str(side.tokenized.ids[k]),
+                side.tokenized.data[start:end].hex(" "),
                 f"{start}\u2013{end}",
             ]
             if side.logp_N is not None and not np.isnan(side.logp_N[k]):
@@ -302,12 +302,12 @@ def test_a_token_that_is_not_the_text_s_shows_its_own_bytes(
     window: Browser, shown: tuple[Path, View]
 ) -> None:
     file, view = shown
-    spelling = view.student.spelling
-    k = int(np.flatnonzero(~spelling.exact)[0])
+    tokenized = view.student.tokenized
+    k = int(np.flatnonzero(~tokenized.exact)[0])
     c = int(view.alignment.chunk_S[k])
     window.open(file)
     window.point_at(window.find("#chunks button")[c])
-    own = view.student.vocabulary.token_bytes(int(spelling.ids[k])).hex(" ")
+    own = view.student.vocabulary.token_bytes(int(tokenized.ids[k])).hex(" ")
     assert f"its own: {own}" in details(window)
 
 

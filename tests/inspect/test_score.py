@@ -18,7 +18,7 @@ from gold.errors import DataError, ModelError
 from gold.inspect import score
 from gold.inspect.score import PairScorer
 from gold.inspect.view import Side, View, describe
-from gold.kernels.lm_head import Rows
+from gold.kernels.lm_head import LazyLogits
 from gold.models.causal import LanguageModel, PaddedStates
 
 TEXT = " 24 +7 -3 = 31 28"
@@ -58,10 +58,10 @@ def test_every_token_is_scored_given_what_is_before_it(scorer: PairScorer) -> No
     for model, side in zip((scorer.student, scorer.teacher), view.sides, strict=True):
         # Both tokenizers put a BOS in front, and the picture says so.
         assert side.bos_id == model.tokenizer.bos_token_id
-        expected = plain_logp(model, [side.bos_id, *side.spelling.ids.tolist()])[0]
+        expected = plain_logp(model, [side.bos_id, *side.tokenized.ids.tolist()])[0]
         assert side.logp_N == pytest.approx(expected, abs=1e-4)
         assert side.stop_logp is None
-        ids = [side.bos_id, *side.spelling.ids.tolist()]
+        ids = [side.bos_id, *side.tokenized.ids.tolist()]
         prob = torch.softmax(model.lm(input_ids=torch.tensor([ids])).logits[0, :-1].double(), -1)
         assert side.entropy_N == pytest.approx((-(prob * prob.log()).sum(-1)).tolist(), abs=1e-4)
 
@@ -70,12 +70,12 @@ def test_a_prompt_is_before_the_text_and_the_stop_event_after_it(scorer: PairSco
     prompts = [tuple(v.encode(" 12 +").ids.tolist()) for v in scorer.vocabularies]
     view = view_of(scorer)
     sides = [
-        Side("model", s.vocabulary, s.spelling, 1.0, prompt_ids=p, stop_ids=s.vocabulary.stop_ids)
+        Side("model", s.vocabulary, s.tokenized, 1.0, prompt_ids=p, stop_ids=s.vocabulary.stop_ids)
         for s, p in zip(view.sides, prompts, strict=True)
     ]
     for model, side in zip((scorer.student, scorer.teacher), scorer.score(View(*sides)).sides, strict=True):
         assert side.prompt_ids is not None
-        logp, stops = plain_logp(model, [*side.prompt_ids, *side.spelling.ids.tolist()])
+        logp, stops = plain_logp(model, [*side.prompt_ids, *side.tokenized.ids.tolist()])
         assert side.logp_N == pytest.approx(logp[len(side.prompt_ids) - 1 :], abs=1e-4)
         assert side.stop_logp == pytest.approx(stops[-1], abs=1e-4)
         assert side.bos_id is None
@@ -89,7 +89,7 @@ def test_with_nothing_before_it_the_first_token_has_no_probability(
     for model, side in zip((scorer.student, scorer.teacher), view.sides, strict=True):
         assert side.logp_N is not None
         assert np.isnan([side.logp_N[0], side.entropy_N[0]]).all()  # type: ignore[index]
-        expected = plain_logp(model, side.spelling.ids.tolist())[0]
+        expected = plain_logp(model, side.tokenized.ids.tolist())[0]
         assert side.logp_N[1:] == pytest.approx(expected, abs=1e-4)
     for text in ("", "7"):
         for beside in ({}, {"stop_ids": (2,)}):
@@ -113,9 +113,9 @@ def test_what_a_model_rules_out_has_no_probability(
     """Neither a token nor the stop event; what is shown of them is no infinity."""
     plain = score.rows_of
 
-    def without(lm: object, states: PaddedStates) -> Rows:
+    def without(lm: object, states: PaddedStates) -> LazyLogits:
         logits = plain(lm, states).logits()
-        return Rows.of_logits(logits.index_fill(1, torch.tensor([0, 1, 2, 5]), -torch.inf))
+        return LazyLogits.of_logits(logits.index_fill(1, torch.tensor([0, 1, 2, 5]), -torch.inf))
 
     monkeypatch.setattr(score, "rows_of", without)
     for text in (TEXT, "a\u0301 \ud7ff".encode()[:-1], b"\xff 24\xf0\x9f"):
@@ -131,7 +131,7 @@ def test_what_a_model_cannot_read_is_named(scorer: PairScorer) -> None:
     with pytest.raises(DataError, match=r"model: the text takes \d+ tokens, its context is \d+"):
         scorer.score(view_of(scorer, "7" * 5000))
     vocabulary = scorer.student.vocabulary
-    beyond = Side("model", vocabulary, vocabulary.spell([vocabulary.size + 3], rows=10_000), 1.0)
+    beyond = Side("model", vocabulary, vocabulary.decode([vocabulary.size + 3], rows=10_000), 1.0)
     with pytest.raises(DataError, match=f"id {vocabulary.size + 3} has no row"):
         scorer.score(View(beyond, beyond))
 

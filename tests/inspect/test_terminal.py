@@ -71,9 +71,9 @@ def test_both_rows_show_the_whole_text_in_columns(text: bytes, pair: tuple[str, 
         assert columns(line[0]) == columns(line[1])
         assert all(cell_len(row.plain.rstrip()) <= room for row in line)
     for side, place in zip(view.sides, (0, 1), strict=True):
-        ends = side.spelling.ends.tolist()
+        ends = side.tokenized.ends.tolist()
         expected = "".join(
-            run for a, b in pairwise([0, *ends]) for run, _ in visible(side.spelling.data[a:b])
+            run for a, b in pairwise([0, *ends]) for run, _ in visible(side.tokenized.data[a:b])
         )
         found = "".join(own_text(line[place]).rstrip(" ") for line in lines)
         assert found.replace("◌", "").replace(" ", "") == expected.replace("◌", "")
@@ -84,12 +84,12 @@ def test_both_rows_show_the_whole_text_in_columns(text: bytes, pair: tuple[str, 
 def test_a_wide_chunk_goes_on_at_the_same_byte_of_both_rows(text: str, room: int) -> None:
     # Nothing but the end of the text is an edge of both.
     student = view_of(text, "characters", "characters").student
-    spelling = student.spelling
-    keep = spelling.ends[::-7][::-1]
-    other = replace(spelling, ids=spelling.ids[: len(keep)], ends=keep, exact=spelling.exact[: len(keep)])
-    inner = replace(spelling, ends=spelling.ends.copy())
-    inner.ends[:-1] -= inner.ends[:-1] % 7 == len(spelling.data) % 7
-    view = View(replace(student, spelling=inner), replace(student, spelling=other))
+    tokenized = student.tokenized
+    keep = tokenized.ends[::-7][::-1]
+    other = replace(tokenized, ids=tokenized.ids[: len(keep)], ends=keep, exact=tokenized.exact[: len(keep)])
+    inner = replace(tokenized, ends=tokenized.ends.copy())
+    inner.ends[:-1] -= inner.ends[:-1] % 7 == len(tokenized.data) % 7
+    view = View(replace(student, tokenized=inner), replace(student, tokenized=other))
     for above, below in _lines(view, room):
         assert max(cell_len(above.plain.rstrip()), cell_len(below.plain.rstrip())) <= max(room, 24)
         a, b = (bytes_of(own_text(row)) for row in (above, below))
@@ -106,16 +106,16 @@ def bytes_of(shown: str) -> bytes:
 def test_a_chunk_wider_than_the_terminal() -> None:
     text = "xyz" * 30
     view = view_of(text, "characters", "characters")
-    spelling = view.student.spelling
+    tokenized = view.student.tokenized
     ends = [*range(4, 90, 4), 90]
     fours = replace(
-        spelling,
-        ids=spelling.ids[: len(ends)],
-        ends=spelling.ends[[e - 1 for e in ends]],
-        exact=spelling.exact[: len(ends)],
+        tokenized,
+        ids=tokenized.ids[: len(ends)],
+        ends=tokenized.ends[[e - 1 for e in ends]],
+        exact=tokenized.exact[: len(ends)],
     )
-    one = replace(spelling, ids=spelling.ids[:1], ends=spelling.ends[-1:], exact=spelling.exact[:1])
-    shown = picture(View(replace(view.student, spelling=fours), replace(view.student, spelling=one)), 40)
+    one = replace(tokenized, ids=tokenized.ids[:1], ends=tokenized.ends[-1:], exact=tokenized.exact[:1])
+    shown = picture(View(replace(view.student, tokenized=fours), replace(view.student, tokenized=one)), 40)
     assert rows(shown) == [
         ("xyzx¦yzxy¦zxyz¦xyzx¦yzxy¦zxyz¦", "xyzxyzxyzxyzxyzxyzxyzxyz⋯"),
         ("xyzx¦yzxy¦zxyz¦xyzx¦yzxy¦zxyz¦", "⋯xyzxyzxyzxyzxyzxyzxyzxyz⋯"),
@@ -129,9 +129,12 @@ def test_a_chunk_goes_on_after_whole_characters() -> None:
     text = "a" + "\u0301" * 300 + "b" * 80
     side = view_of(text, "characters", "characters").student
     whole = replace(
-        side.spelling, ids=side.spelling.ids[:1], ends=side.spelling.ends[-1:], exact=side.spelling.exact[:1]
+        side.tokenized,
+        ids=side.tokenized.ids[:1],
+        ends=side.tokenized.ends[-1:],
+        exact=side.tokenized.exact[:1],
     )
-    view = View(replace(side, spelling=whole), replace(side, spelling=whole))
+    view = View(replace(side, tokenized=whole), replace(side, tokenized=whole))
     assert "\\x" not in picture(view)
 
 
@@ -188,11 +191,11 @@ def test_events_stand_beside_the_text_and_repeated_ones_are_counted() -> None:
     assert rows(picture(view))[0] == ("⟨<bos>⟩ ┃ a ┃ ⟨<eos>⟩",) * 2
     assert rows(picture(View(view.student, replace(view.teacher, bos_id=None))))[0][1].startswith("–       ┃")
     vocabulary = view.student.vocabulary
-    pads = replace(view.student, spelling=vocabulary.spell([*view.student.spelling.ids, *[EOS_ID] * 12]))
+    pads = replace(view.student, tokenized=vocabulary.decode([*view.student.tokenized.ids, *[EOS_ID] * 12]))
     assert rows(picture(View(pads, view.teacher)))[0][0] == "⟨<bos>⟩ ┃ a¦⟨<eos>⟩×12 ┃ ⟨<eos>⟩"
-    inside = vocabulary.spell([vocabulary.encode(c).ids[0] if c else EOS_ID for c in ("a", "", "b")])
+    inside = vocabulary.decode([vocabulary.encode(c).ids[0] if c else EOS_ID for c in ("a", "", "b")])
     two = view_of("ab", "characters", "characters")
-    shown = rows(picture(View(replace(view.student, spelling=inside), two.teacher)))
+    shown = rows(picture(View(replace(view.student, tokenized=inside), two.teacher)))
     assert shown[0] == ("⟨<bos>⟩ ┃ a ┃ ⟨<eos>⟩¦b ┃ ⟨<eos>⟩", "–       ┃ a ┃ b         ┃ –")
 
 

@@ -61,14 +61,14 @@ def test_what_is_shown_can_be_printed(data: bytes) -> None:
 
 
 def runs_of(side: Side, index: int) -> str:
-    start = int(side.spelling.ends[index - 1]) if index else 0
-    return "".join(run for run, _ in token_runs(side, index, start, int(side.spelling.ends[index])))
+    start = int(side.tokenized.ends[index - 1]) if index else 0
+    return "".join(run for run, _ in token_runs(side, index, start, int(side.tokenized.ends[index])))
 
 
 def test_tokens_without_bytes_have_names() -> None:
     vocabulary = Vocabulary(with_added(byte_level_bpe()), stop_ids=[EOS_ID])
     turn = vocabulary.tokenizer.token_to_id("<|turn|>")
-    side = Side("s", vocabulary, vocabulary.spell([turn, 40, 1000], rows=2000), 1.0)
+    side = Side("s", vocabulary, vocabulary.decode([turn, 40, 1000], rows=2000), 1.0)
     assert runs_of(side, 0) == "⟨<|turn|>⟩"
     assert runs_of(side, 2) == "⟨#1000⟩"
     assert event_name(vocabulary, (EOS_ID, turn)) == "⟨<eos>/<|turn|>⟩"
@@ -80,7 +80,7 @@ def test_tokens_without_bytes_have_names() -> None:
 def test_a_token_that_is_not_the_text_s_is_marked() -> None:
     side = view_of("e\u0301 x", student="byte-level, NFC").student
     shown = [runs_of(side, k) for k in range(len(side))]
-    assert [s.endswith("~") for s in shown] == [not exact for exact in side.spelling.exact]
+    assert [s.endswith("~") for s in shown] == [not exact for exact in side.tokenized.exact]
     assert any(s.endswith("~") for s in shown)
 
 
@@ -139,8 +139,8 @@ def test_a_chunk_counts_where_both_sides_score_all_of_it() -> None:
 
 def test_bytes_without_a_token_are_not_scored() -> None:
     view = view_of("ax", "characters", "byte-level, bytes missing")
-    spelling = view.teacher.spelling
-    none = replace(view.teacher, spelling=replace(spelling, ids=spelling.ids[:0], ends=spelling.ends[:0]))
+    tokenized = view.teacher.tokenized
+    none = replace(view.teacher, tokenized=replace(tokenized, ids=tokenized.ids[:0], ends=tokenized.ends[:0]))
     view = View(*(replace(side, logp_N=np.full(len(side), -1.0)) for side in (view.student, none)))
     assert view.score is not None
     assert view.score.scored_bytes == 0

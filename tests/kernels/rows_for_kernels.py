@@ -72,7 +72,7 @@ class Spelled:
         return np.frombuffer(b"".join(self.tokens), np.uint8)
 
     @property
-    def event_V(self) -> np.ndarray:
+    def is_special(self) -> np.ndarray:
         return np.array([not t for t in self.tokens])
 
 

@@ -177,11 +177,13 @@ def teacher_rows() -> Tensor:
         (FORMS[3], "bucket", 1e-5),
     ],
 )
-def test_row_divergence(form: MixedKL, rest: Rest, leak: float) -> None:
+def test_row_divergence(form: MixedKL, rest: Rest, smoothing: float) -> None:
     kept_V, kept_W = kept_events(131, 70, DEVICE)
     teacher = teacher_rows()
     assert_same(
-        lambda backend, z: backend.row_divergence(z, teacher, kept_V, kept_W, form, rest=rest, leak=leak),
+        lambda backend, z: backend.row_divergence(
+            z, teacher, kept_V, kept_W, form, rest=rest, smoothing=smoothing
+        ),
         rows_like(3, 131, 4),
     )
 
@@ -262,10 +264,10 @@ def test_row_divergence_of_one_vocabulary_without_a_rest() -> None:
     kept = KeptEvents(every, every[:0], 50)
     teacher = rows_like(1, 50, 1).to(DEVICE)
     assert_same(
-        lambda backend, z: backend.row_divergence(z, teacher, kept, kept, FORMS[0], leak=0.0),
+        lambda backend, z: backend.row_divergence(z, teacher, kept, kept, FORMS[0], smoothing=0.0),
         rows_like(1, 50, 2),
     )
-    value, mass = cuda.row_divergence(teacher, teacher, kept, kept, FORMS[0], leak=0.0)
+    value, mass = cuda.row_divergence(teacher, teacher, kept, kept, FORMS[0], smoothing=0.0)
     assert value.item() == pytest.approx(0.0, abs=1e-14)
     assert mass.item() == pytest.approx(1.0)
 

@@ -313,8 +313,10 @@ def test_certain_rows_that_are_nearly_equal_have_a_divergence_that_is_nearly_zer
     logits, logits_T = (logits_of(4, 50, s) for s in (1, 2))
     for x in (logits, logits_T):
         x[:, 7] = 25.0
-    exact, _ = reference.row_divergence(logits, logits_T, every, every, FORMS[name], leak=0.0)
-    single, _ = backend.row_divergence(logits.float(), logits_T.float(), every, every, FORMS[name], leak=0.0)
+    exact, _ = reference.row_divergence(logits, logits_T, every, every, FORMS[name], smoothing=0.0)
+    single, _ = backend.row_divergence(
+        logits.float(), logits_T.float(), every, every, FORMS[name], smoothing=0.0
+    )
     allowed = 1e-6 if backend is reference else 1e-12
     assert (single.double() - exact).abs().max() <= allowed + 1e-3 * exact.abs().max()
 
@@ -325,7 +327,7 @@ def test_equal_rows_have_no_divergence_and_no_gradient(backend: ModuleType) -> N
     logits = odd(logits_of(4, 700, 1)).float()
     for form in FORMS.values():
         value, _, grad = outcome(
-            lambda x, form=form: backend.row_divergence(x, logits, every, every, form, leak=0.0), logits
+            lambda x, form=form: backend.row_divergence(x, logits, every, every, form, smoothing=0.0), logits
         )
         assert value.abs().max() < 1e-6
         assert grad.abs().max() < 1e-6

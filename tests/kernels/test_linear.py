@@ -18,7 +18,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 from gold.kernels import BACKENDS
 from gold.kernels import lm_head as linear
-from gold.kernels.lm_head import Rows, byte_tables, spans, summed, token_logp, token_loss
+from gold.kernels.lm_head import LazyLogits, byte_tables, spans, summed, token_logp, token_loss
 from gold.models.causal import as_rows
 from tests.kernels.rows_for_kernels import FORCED, random_layout
 
@@ -158,7 +158,7 @@ def test_each_row_is_multiplied_once_forward(monkeypatch):
     model, hidden = llama(), states()
     model.lm_head.register_forward_hook(lambda *_: seen.append(1))
     rows = as_rows(model, hidden)
-    made = Rows(
+    made = LazyLogits(
         hidden, lambda h, *w: seen.append(h.shape[0]) or rows.head(h, *w), WIDTH, weights=rows.weights
     )
     token_loss(made, TARGET, WEIGHT, STOPS, linear.backend_for(hidden.device)).backward()
@@ -229,16 +229,16 @@ def test_a_matrix_that_is_trained_or_wrapped_stays_where_it_is():
 
 def test_parameters_that_nobody_lists_are_an_error():
     matrix = torch.randn(WIDTH, HIDDEN, requires_grad=True)
-    rows = Rows(states(), lambda h: h @ matrix.T, WIDTH)
+    rows = LazyLogits(states(), lambda h: h @ matrix.T, WIDTH)
     with pytest.raises(ValueError, match="parameters that need a gradient"):
         token_loss(rows, TARGET, WEIGHT, STOPS, linear.backend_for(matrix.device))
 
 
 def test_numbers_beside_the_rows_get_their_gradient():
     hidden, beside = states(), torch.linspace(-1.0, 1.0, COUNT).requires_grad_(True)
-    rows = Rows(hidden, lambda h: h * 2.0, HIDDEN)
+    rows = LazyLogits(hidden, lambda h: h * 2.0, HIDDEN)
 
-    def value(block: Rows, part: int, x: Tensor) -> tuple[Tensor, ...]:
+    def value(block: LazyLogits, part: int, x: Tensor) -> tuple[Tensor, ...]:
         return (part * block.logits().sum(-1) * x.exp()).sum(), block.logits().sum(-1)
 
     index = [(torch.tensor([4, 0, 9]), 1), (torch.tensor([0, 1]), 2)]
@@ -261,7 +261,7 @@ def test_numbers_beside_the_rows_get_their_gradient():
 def test_no_rows_are_one_empty_block():
     assert spans(0, 4) == [slice(0, 0)]
     assert spans(5, 4) == [slice(0, 4), slice(4, 5)]
-    rows = Rows.of_logits(torch.zeros(0, WIDTH, requires_grad=True))
+    rows = LazyLogits.of_logits(torch.zeros(0, WIDTH, requires_grad=True))
     none = torch.zeros(0, dtype=torch.int64)
     value = token_loss(rows, none, none.float(), STOPS, linear.backend_for(none.device))
     assert value.item() == 0.0

@@ -17,7 +17,7 @@ from gold.bytes import plan as paths
 from gold.demo.models import character_tokenizer
 from gold.kernels import BACKENDS, layout
 from gold.kernels import lm_head as linear
-from gold.kernels.lm_head import Rows, byte_tables
+from gold.kernels.lm_head import LazyLogits, byte_tables
 from gold.losses import OBJECTIVES, Loss, View
 from gold.losses.mixture import FurtherTeacher, Mix
 from gold.tokenize.vocabulary import Vocabulary
@@ -43,9 +43,9 @@ NAMES = sorted(VOCABULARIES)
 
 
 def aligned_text(pair: VocabularyPair, ids: list[int], stopped: bool) -> AlignedText:
-    spelling = pair.student.spell(ids)
+    tokenized = pair.student.decode(ids)
     whole = np.array([*ids, 1] if stopped else ids, np.int32)
-    return AlignedText(whole, spelling, pair.read(spelling), stopped)
+    return AlignedText(whole, tokenized, pair.read(tokenized), stopped)
 
 
 def states(count: int, width: int, seed: int) -> torch.Tensor:
@@ -64,7 +64,11 @@ def test_any_ids_of_any_pair_give_finite_losses_and_gradients(mine, theirs, data
     logits = states(rows, pair.student.size, 1).requires_grad_(True)
     backend = BACKENDS["cpu"]
     view = View(
-        batch, Rows.of_logits(logits), Rows.of_logits(states(rows_T, pair.teacher.size, 2)), backend, backend
+        batch,
+        LazyLogits.of_logits(logits),
+        LazyLogits.of_logits(states(rows_T, pair.teacher.size, 2)),
+        backend,
+        backend,
     )
     loss = OBJECTIVES["reverse_kl"]()(view)
     assert torch.isfinite(loss.total)
@@ -94,21 +98,21 @@ def test_a_text_in_stretches_has_the_same_loss(data, top_k, several, block_rows)
     logits = states(int(batch.row_starts[-1]), pair.student.size, 1).requires_grad_(True)
     backend = BACKENDS["cpu"]
 
-    def teacher(read: AlignedBatch, seed: int) -> Rows:
+    def teacher(read: AlignedBatch, seed: int) -> LazyLogits:
         found = states(int(read.teacher_row_starts[-1]), read.vocabularies.teacher.size, seed)
         # What was written is mostly told, so that inside a token both what is told and what is not counts.
         found += 4 * torch.nn.functional.one_hot(read.target_T.clamp(min=0), found.shape[1])
         if top_k is None or not len(found):
-            return Rows.of_logits(found)
+            return LazyLogits.of_logits(found)
         logp, ids = torch.log_softmax(found, dim=-1).topk(top_k, dim=-1)
-        return Rows.of_top_k(ids, logp, found.shape[1])
+        return LazyLogits.of_top_k(ids, logp, found.shape[1])
 
     mix = {
         "mix": Mix("linear", {"a": 0.5, "b": 0.5}),
         "further": (FurtherTeacher(beside, teacher(beside, 3), backend),),
     }
     view = View(
-        batch, Rows.of_logits(logits), teacher(batch, 2), backend, backend, **(mix if several else {})
+        batch, LazyLogits.of_logits(logits), teacher(batch, 2), backend, backend, **(mix if several else {})
     )
 
     def found() -> tuple[Loss, list[torch.Tensor]]:
@@ -138,8 +142,8 @@ def test_a_frozen_matrix_is_put_in_order_once_for_all_stretches_of_a_text(monkey
         copies.append(matrix[columns])
         return lambda states: states @ copies[-1].T
 
-    teacher = Rows(hidden, lambda states: states @ matrix.T, pair.teacher.size, reordered=reordered)
-    view = View(batch, Rows.of_logits(logits), teacher, BACKENDS["cpu"], BACKENDS["cpu"])
+    teacher = LazyLogits(hidden, lambda states: states @ matrix.T, pair.teacher.size, reordered=reordered)
+    view = View(batch, LazyLogits.of_logits(logits), teacher, BACKENDS["cpu"], BACKENDS["cpu"])
     monkeypatch.setattr(linear, "BLOCK_BYTES", 4 * pair.student.size * 5)
     plain = OBJECTIVES["reverse_kl"]()(view)
     assert not copies
@@ -156,7 +160,7 @@ def test_a_model_agrees_with_itself_whatever_the_tokenizer(name, text):
     pair = VocabularyPair(VOCABULARIES[name], VOCABULARIES[name])
     one = aligned_text(pair, pair.student.encode(text).ids.tolist(), True)
     batch = AlignedBatch([one], pair, CPU)
-    logits = Rows.of_logits(states(len(one.ids), pair.student.size, 3))
+    logits = LazyLogits.of_logits(states(len(one.ids), pair.student.size, 3))
     loss = OBJECTIVES["reverse_kl"]()(View(batch, logits, logits, BACKENDS["cpu"], BACKENDS["cpu"]))
     assert batch.supervised_bytes.numel() == len(text.encode()) + 1
     assert abs(loss.total.item()) < 1e-12
@@ -170,7 +174,7 @@ def test_tables_are_the_definition_on_a_whole_vocabulary(name, backend):
     one = aligned_text(pair, vocabulary.encode("the dog's 12 é").ids.tolist(), True)
     batch = AlignedBatch([one], pair, CPU)
     logits = states(len(one.ids), vocabulary.size + 3, 4)
-    table, _, _ = byte_tables(Rows.of_logits(logits), batch.layout_S, BACKENDS[backend])
+    table, _, _ = byte_tables(LazyLogits.of_logits(logits), batch.layout_S, BACKENDS[backend])
     spelled = [vocabulary.token_bytes(i) or None for i in range(vocabulary.size)]
     expected = oracle.byte_table(spelled, [1], logits, one.student.ids.tolist(), one.student.data, True)
     torch.testing.assert_close(table.exp(), expected, rtol=1e-9, atol=1e-14)
@@ -212,9 +216,9 @@ def test_a_text_of_no_bytes_and_no_end_asks_nothing_of_a_teacher_that_tells_some
     assert batch.teacher_row_starts.tolist() == [0, 2, 2]
     logits = states(3, pair.student.size, 1).requires_grad_(True)
     ids = batch.target_T.clamp(min=0)[:, None]
-    teacher = Rows.of_top_k(ids, torch.full((2, 1), -0.5), pair.teacher.size)
+    teacher = LazyLogits.of_top_k(ids, torch.full((2, 1), -0.5), pair.teacher.size)
     loss = OBJECTIVES["reverse_kl"]()(
-        View(batch, Rows.of_logits(logits), teacher, BACKENDS["cpu"], BACKENDS["cpu"])
+        View(batch, LazyLogits.of_logits(logits), teacher, BACKENDS["cpu"], BACKENDS["cpu"])
     )
     (grad,) = torch.autograd.grad(loss.total, logits)
     assert torch.isfinite(grad).all()
@@ -225,9 +229,9 @@ def test_a_text_that_neither_side_has_a_token_for_is_no_row_and_no_chunk():
     """The letter that kernels are compiled with is one, for models whose vocabulary is only digits."""
     digits = Vocabulary.load(character_tokenizer(), stop_ids=[2])
     pair = VocabularyPair(digits, digits)
-    spelling = digits.encode("a")
+    tokenized = digits.encode("a")
     batch = AlignedBatch(
-        [AlignedText(np.array([2], np.int32), spelling, pair.read(spelling), True)], pair, CPU
+        [AlignedText(np.array([2], np.int32), tokenized, pair.read(tokenized), True)], pair, CPU
     )
     assert batch.one_to_one_bytes.tolist() == [False, True]
     _, row, event = batch.path

@@ -43,7 +43,7 @@ def test_rollouts_know_their_own_log_probability_and_why_they_stopped(model):
         assert stop not in rollout.ids[:-1]
         assert rollout.stopped or len(rollout.ids) == 12
         kept = rollout.ids[:-1] if rollout.stopped else rollout.ids
-        np.testing.assert_array_equal(rollout.spelling.ids, kept)
+        np.testing.assert_array_equal(rollout.tokenized.ids, kept)
         expected = next_logp(model, rollout.prompt_ids, rollout.ids.tolist())
         np.testing.assert_allclose(rollout.logp, expected, atol=1e-4)
 

@@ -29,7 +29,7 @@ from gold.cli import main
 from gold.demo.models import SPECIAL, _with_bos, tiny_model
 from gold.errors import ConfigError
 from gold.evaluate import EvaluationPlan, evaluate
-from gold.kernels.lm_head import Rows, likeliest
+from gold.kernels.lm_head import LazyLogits, likeliest
 from gold.models.causal import LanguageModel
 from gold.rollout.hf import Sampling
 from gold.teachers.cached import UnaskedTeacher, record
@@ -40,7 +40,7 @@ RECIPE = Recipe(
     sampling=Sampling(max_new_tokens=10),
     steps=3,
     prompts_per_step=3,
-    per_prompt=2,
+    num_generations=2,
     lr=3e-3,
     warmup_steps=1,
 )
@@ -108,7 +108,7 @@ def test_the_likeliest_tokens_of_a_row_and_the_rest(seed: int, top_k: int, gaps:
         logits[:, 3] = 1.0
     also = torch.from_numpy(rng.integers(-1, 9, (4, 3)))
     size = int(rng.integers(4, 10))
-    ids, logp, rest = likeliest(Rows.of_logits(logits), top_k, also, size)
+    ids, logp, rest = likeliest(LazyLogits.of_logits(logits), top_k, also, size)
     expected = torch.log_softmax(logits, -1)
     for n in range(4):
         known = [int(i) for i in ids[n] if i >= 0]
@@ -129,18 +129,18 @@ def test_its_rows_are_the_teachers_own_within_the_stated_bound(
     assert cached.gives == ("top_k" if top_k else "tokens")
     asked = asking(teacher)
     stops = list(teacher.vocabulary.stop_ids)
-    for whole, kept, spelling, stop in zip(
+    for whole, kept, tokenized, stop in zip(
         teacher.score(*asked), cached.score(*asked), *asked[1:], strict=True
     ):
         size = whole.width
         exact = torch.log_softmax(whole.head(whole.hidden_ND).double(), -1)
         back = kept.head(kept.hidden_ND)
-        assert (kept.partial, len(kept)) == (True, len(spelling.ids) + stop)
+        assert (kept.partial, len(kept)) == (True, len(tokenized.ids) + stop)
         known = torch.isfinite(back[:, :size])
         least = torch.zeros_like(known)
         least.scatter_(1, exact.topk(top_k).indices, True)
         least[:, stops] = True
-        least[torch.arange(len(spelling.ids)), spelling.ids.astype(np.int64)] = True
+        least[torch.arange(len(tokenized.ids)), tokenized.ids.astype(np.int64)] = True
         assert torch.equal(known, least)
         assert (torch.abs(back[:, :size] - exact)[known] <= 7.1e-5 * (5.0 - exact[known])).all()
         torch.testing.assert_close(back.exp().sum(-1), torch.ones(len(back), dtype=torch.float64))
@@ -182,7 +182,7 @@ def test_texts_without_tokens(teacher: LocalTeacher, tmp_path: Path) -> None:
     cached = CachedTeacher(teacher, tmp_path)
     rows = cached.score([Prompt("a", text="1"), Prompt("b", text="2")], [empty, empty], [False, True])
     assert [len(each) for each in rows] == [0, 1]
-    assert Rows.joined(rows).hidden_ND.shape[0] == 1
+    assert LazyLogits.joined(rows).hidden_ND.shape[0] == 1
 
 
 def test_a_damaged_text_is_asked_for_again(teacher: LocalTeacher, tmp_path: Path) -> None:

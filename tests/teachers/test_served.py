@@ -35,7 +35,7 @@ from gold.cli import main
 from gold.config import Config
 from gold.doctor.server import examine_noise, examine_own, examine_server
 from gold.evaluate import EvaluationPlan, evaluate
-from gold.kernels.lm_head import Rows, token_logp
+from gold.kernels.lm_head import LazyLogits, token_logp
 from gold.models.causal import LanguageModel, save_model
 from gold.rollout.hf import Sampling, sample
 from gold.teachers.dialects import VLLM, Asked, OpenAI, SGLang
@@ -78,7 +78,7 @@ def rollouts(student: LanguageModel) -> list[Any]:
 
 def _ended(rollout: Any, student: LanguageModel, stopped: bool) -> Any:
     stop = np.array(student.vocabulary.stop_ids[:1], np.int32)
-    return np.concatenate((rollout.spelling.ids, stop)) if stopped else rollout.spelling.ids
+    return np.concatenate((rollout.tokenized.ids, stop)) if stopped else rollout.tokenized.ids
 
 
 def served(folder: Path, url: str, **options: Any) -> ServedTeacher:
@@ -89,7 +89,9 @@ def served(folder: Path, url: str, **options: Any) -> ServedTeacher:
     return made
 
 
-def graded(teacher: Any, student: LanguageModel, rollouts: list[Any]) -> list[tuple[Rows, torch.Tensor]]:
+def graded(
+    teacher: Any, student: LanguageModel, rollouts: list[Any]
+) -> list[tuple[LazyLogits, torch.Tensor]]:
     """The rows of each text, and its targets, −1 for the stop event."""
     pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
     texts = [read(r, pair) for r in rollouts]
@@ -164,7 +166,7 @@ def test_texts_of_no_tokens_are_not_asked_for(teacher: LanguageModel, folder: Pa
         rows = there.score([Prompt("a", text="1"), Prompt("b", text="2")], [empty, empty], [False, True])
         assert [len(r) for r in rows] == [0, 1]
         assert len(server.requests) == 1
-        assert Rows.joined(rows).hidden_ND.shape[0] == 1
+        assert LazyLogits.joined(rows).hidden_ND.shape[0] == 1
 
 
 def test_several_stop_ids_are_one_event_as_far_as_they_are_known(
@@ -569,7 +571,7 @@ RECIPE = Recipe(
     sampling=Sampling(max_new_tokens=10),
     steps=3,
     prompts_per_step=3,
-    per_prompt=2,
+    num_generations=2,
     lr=3e-3,
     warmup_steps=1,
 )

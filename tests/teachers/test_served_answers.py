@@ -25,7 +25,7 @@ from gold import CachedTeacher, ConfigError, Prompt, Recipe, ServedTeacher, Teac
 from gold.doctor.server import examine_noise, examine_server
 from gold.errors import TrainingError
 from gold.evaluate import EvaluationPlan, evaluate
-from gold.kernels.lm_head import Rows, impossible_rows
+from gold.kernels.lm_head import LazyLogits, impossible_rows
 from gold.models.causal import LanguageModel
 from gold.rollout.hf import Sampling
 from gold.teachers.dialects import VLLM, Asked, Dialect, OpenAI, SGLang
@@ -40,7 +40,7 @@ RECIPE = Recipe(
     sampling=Sampling(max_new_tokens=6),
     steps=1,
     prompts_per_step=2,
-    per_prompt=2,
+    num_generations=2,
     lr=3e-3,
     warmup_steps=1,
 )
@@ -215,7 +215,7 @@ def test_rows_that_tell_their_own_event_as_impossible() -> None:
     ids = torch.tensor([[3, 4], [3, 4], [3, 4], [7, 8], [7, 8], [7, -1]])
     logp = torch.tensor([[-1, never], [never, -1], [-1, -1], [never, -1], [never, never], [-1, never]])
     target, stops = torch.tensor([3, 3, 5, -1, -1, -1]), torch.tensor([7, 8])
-    rows = Rows.of_top_k(ids, logp, 10)
+    rows = LazyLogits.of_top_k(ids, logp, 10)
     # A token that is not told of may be anything.
     assert impossible_rows(rows, target, stops).tolist() == [False, True, False, False, True, False]
 
@@ -229,10 +229,12 @@ def test_a_cache_gives_back_probabilities_of_0(
     text, prompt = vocabulary.encode("12"), Prompt("a", text="1")
 
     class Served(ServedTeacher):
-        def score(self, prompts: Any, spellings: Any, stopped: Any) -> list[Rows]:
+        def score(self, prompts: Any, tokenized_texts: Any, stopped: Any) -> list[LazyLogits]:
             ids = torch.tensor([[int(text.ids[0]), 9, 8], [int(text.ids[1]), 9, 8]])
             return [
-                Rows.of_top_k(ids, torch.tensor([[-0.5, -2.0, zero], [zero, -2.0, -0.5]]), vocabulary.size)
+                LazyLogits.of_top_k(
+                    ids, torch.tensor([[-0.5, -2.0, zero], [zero, -2.0, -0.5]]), vocabulary.size
+                )
             ]
 
     plain = Served(folder, url="http://127.0.0.1:1/v1", model="m", top_k=2)

@@ -25,7 +25,7 @@ from gold.config import Config
 from gold.data import Prompt, load_prompts
 from gold.demo.models import tiny_model, word_tokenizer
 from gold.errors import ConfigError, DataError, TeacherError
-from gold.kernels.lm_head import Rows
+from gold.kernels.lm_head import LazyLogits
 from gold.losses.mixture import Mix, mixed_rows, mixture
 from gold.models.causal import LanguageModel, save_model
 from gold.rollout.hf import Sampling
@@ -37,9 +37,9 @@ from gold.train.recipe import Recipe, Term
 
 RECIPE = Recipe(
     steps=3,
-    per_prompt=2,
+    num_generations=2,
     prompts_per_step=4,
-    sequences_per_forward=4,
+    micro_batch_size=4,
     rollout_batch=8,
     lr=3e-3,
     warmup_steps=1,
@@ -78,7 +78,7 @@ def gradient(monkeypatch: pytest.MonkeyPatch) -> Any:
                 steps=1,
                 on_policy=0.0,
                 prompts_per_step=len(prompts),
-                clip_norm=1e9,
+                max_grad_norm=1e9,
                 objectives=(term or Term("forward_kl"),),
             )
         return found[0], done.steps[0]
@@ -123,7 +123,7 @@ def test_what_one_teacher_rules_out_a_log_linear_mixture_rules_out() -> None:
 
 def test_rows_of_one_vocabulary_are_mixed_without_rows_of_no_token() -> None:
     logits = [torch.randn(3, 5, generator=torch.Generator().manual_seed(n)) for n in range(2)]
-    mixed = mixed_rows([Rows.of_logits(x) for x in logits], 4, Mix("linear", {"a": 0.25, "b": 0.75}))
+    mixed = mixed_rows([LazyLogits.of_logits(x) for x in logits], 4, Mix("linear", {"a": 0.25, "b": 0.75}))
     expected = 0.25 * logits[0][:, :4].softmax(-1) + 0.75 * logits[1][:, :4].softmax(-1)
     torch.testing.assert_close(mixed.head(mixed.hidden_ND).exp(), expected)
     assert len(mixed.select(torch.tensor([2, 0]))) == 2
@@ -209,9 +209,9 @@ def test_each_teacher_reads_its_own_prompts_alone() -> None:
     read: dict[str, set[str]] = {"a": set(), "b": set()}
 
     class Watched(LocalTeacher):
-        def score(self, prompts: Any, spellings: Any, stopped: Any) -> list[Rows]:
+        def score(self, prompts: Any, tokenized_texts: Any, stopped: Any) -> list[LazyLogits]:
             read[self.label] |= {p.key for p in prompts}
-            return super().score(prompts, spellings, stopped)
+            return super().score(prompts, tokenized_texts, stopped)
 
     teachers = {"a": Watched(tiny.tiny_teacher()), "b": Watched(tiny.tiny_teacher(3))}
     for name, teacher in teachers.items():
@@ -294,10 +294,10 @@ def test_the_student_never_reads_what_teachers_are_told() -> None:
     class Deaf(LocalTeacher):
         """Reads the context, and grades as if it had not."""
 
-        def score(self, prompts: Any, spellings: Any, stopped: Any) -> list[Rows]:
+        def score(self, prompts: Any, tokenized_texts: Any, stopped: Any) -> list[LazyLogits]:
             seen.extend(prompt_text(p) for p in prompts)
             asked = [replace(p, text=str(p.text).removeprefix(f"{p.reference} =")) for p in prompts]
-            return super().score(asked, spellings, stopped)
+            return super().score(asked, tokenized_texts, stopped)
 
     done = run(Deaf(tiny.tiny_teacher()), told(plain), heldout=told(heldout), verifier=tiny.TASK, steps=2)
     assert set(seen) <= {f"{p.reference} ={p.text}" for p in [*plain, *heldout]}
@@ -377,7 +377,7 @@ def test_a_run_with_an_average_that_broke_off_goes_on_as_if_it_had_not(tmp_path:
     class Flaky(LocalTeacher):
         asked = 0
 
-        def score(self, *given_: Any) -> list[Rows]:
+        def score(self, *given_: Any) -> list[LazyLogits]:
             self.asked += 1
             if self.asked == self.fails:
                 raise TeacherError("gone")

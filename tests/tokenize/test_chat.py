@@ -305,15 +305,15 @@ def test_the_completion_of_a_plain_text_goes_on_with_it(family, completion):
     prompt = Prompt("a", "24 +7 =", completion=completion)
     rollout = completed(model, prompt, 100)
     assert not begins_anew(prompt)
-    whole = model.vocabulary.spell([*rollout.prompt_ids, *rollout.ids[:-1]])
+    whole = model.vocabulary.decode([*rollout.prompt_ids, *rollout.ids[:-1]])
     assert whole.data == f"24 +7 ={completion}".encode()
-    assert rollout.spelling.data == completion.encode()
-    assert rollout.spelling.exact.all()
+    assert rollout.tokenized.data == completion.encode()
+    assert rollout.tokenized.exact.all()
     # What another model wrote behind the same text is read in the same way.
     student = reader(byte_level()).vocabulary
     pair = VocabularyPair(student, model.vocabulary)
-    theirs = read(replace(rollout, spelling=student.encode(completion)), pair).teacher
-    assert pair.same or theirs.ids.tolist() == rollout.spelling.ids.tolist()
+    theirs = read(replace(rollout, tokenized=student.encode(completion)), pair).teacher
+    assert pair.same or theirs.ids.tolist() == rollout.tokenized.ids.tolist()
 
 
 @pytest.mark.parametrize("family", ["metaspace-always", "metaspace-legacy"])
@@ -323,7 +323,7 @@ def test_the_completion_of_messages_has_the_space_that_the_tokenizer_puts_there(
     rollout = completed(model, prompt, 100)
     assert begins_anew(prompt)
     assert model.tokenizer.convert_ids_to_tokens(int(rollout.ids[0])).startswith("▁")
-    assert rollout.spelling.data == b"hello"
+    assert rollout.tokenized.data == b"hello"
 
 
 def test_a_completion_is_tokenised_apart_from_its_prompt():
@@ -338,7 +338,7 @@ def test_a_completion_is_tokenised_apart_from_its_prompt():
 def test_what_looks_like_a_special_token_in_a_given_completion_is_text():
     model = reader(TOKENIZER)
     rollout = completed(model, chat_with_completion("a<|im_end|><|im_start|>b"), 100)
-    assert rollout.spelling.data == b"a<|im_end|><|im_start|>b"
+    assert rollout.tokenized.data == b"a<|im_end|><|im_start|>b"
     control = {TOKENIZER.convert_tokens_to_ids(token) for token in SPECIAL}
     assert control.isdisjoint(rollout.ids[:-1].tolist())
     assert rollout.ids[-1] == TOKENIZER.eos_token_id

@@ -29,7 +29,7 @@ def test_characters_are_bytes_in_order_of_their_symbols() -> None:
     vocabulary = Vocabulary.load(character_level())
     spelled = [vocabulary.token_bytes(i) for i in range(2, 258)]
     assert sorted(spelled) == [bytes([b]) for b in range(256)]
-    assert vocabulary.event_V.tolist() == [True, True] + [False] * 256
+    assert vocabulary.is_special.tolist() == [True, True] + [False] * 256
 
 
 def test_byte_fallback_pieces_are_bytes_and_lower_lines_are_spaces() -> None:
@@ -70,28 +70,28 @@ def test_byte_level_is_found_wherever_it_is() -> None:
         vocabulary = Vocabulary.load(tokenizer)
         assert vocabulary.family == "byte-level"
         assert vocabulary.token_bytes(tokenizer.token_to_id("Ġthe")) == b" the"
-    spelling = Vocabulary.load(in_normalizer).encode("é the dog\n")
-    assert spelling.exact.all()
+    tokenized = Vocabulary.load(in_normalizer).encode("é the dog\n")
+    assert tokenized.exact.all()
 
 
 def test_strings_that_no_text_gives_are_events() -> None:
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "a b": 2, "": 3, "日": 4}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    assert Vocabulary.load(tokenizer).event_V.tolist() == [False, False, True, True, True]
+    assert Vocabulary.load(tokenizer).is_special.tolist() == [False, False, True, True, True]
 
 
 def test_dummy_prefix_is_dropped_at_the_start_only() -> None:
     vocabulary = Vocabulary.load(sentencepiece_bpe(prefix="prepend"))
-    spelling = vocabulary.encode("the the")
-    assert [vocabulary.token_bytes(i) for i in spelling.ids] == [b" the", b" the"]
-    assert (spelling.ends.tolist(), spelling.exact.tolist(), spelling.repaired_bytes) == (
+    tokenized = vocabulary.encode("the the")
+    assert [vocabulary.token_bytes(i) for i in tokenized.ids] == [b" the", b" the"]
+    assert (tokenized.ends.tolist(), tokenized.exact.tolist(), tokenized.repaired_bytes) == (
         [3, 7],
         [False, True],
         0,
     )
-    assert vocabulary.spell(spelling.ids).data == b"the the"
-    assert vocabulary.spell(spelling.ids, at_start=False).data == b" the the"
-    assert vocabulary.spell([BOS_ID, *spelling.ids]).ends.tolist() == [0, 3, 7]
+    assert vocabulary.decode(tokenized.ids).data == b"the the"
+    assert vocabulary.decode(tokenized.ids, at_start=False).data == b" the the"
+    assert vocabulary.decode([BOS_ID, *tokenized.ids]).ends.tolist() == [0, 3, 7]
     assert vocabulary.encode("the the", at_start=False).exact.all()
     lone = vocabulary.encode("🙂")
     assert (vocabulary.token_bytes(lone.ids[0]), lone.ends[0], lone.exact[0]) == (b" ", 0, False)
@@ -120,26 +120,26 @@ def test_a_word_stands_for_a_space_and_its_characters_and_what_continues_it_for_
     assert [vocabulary.token_bytes(i) for i in range(2, 11)] == [
         *(b" the", b" dog", b"s", b",", "中".encode(), b" cafe", b"(", b"##", b"#")
     ]
-    spelling = vocabulary.encode("The dogs, 中中 CAFÉ\tcafe\u0301 the")
+    tokenized = vocabulary.encode("The dogs, 中中 CAFÉ\tcafe\u0301 the")
     rows = [
-        (spelling.data[a:b].decode(), bool(exact))
-        for a, b, exact in zip(spelling.starts, spelling.ends, spelling.exact, strict=True)
+        (tokenized.data[a:b].decode(), bool(exact))
+        for a, b, exact in zip(tokenized.starts, tokenized.ends, tokenized.exact, strict=True)
     ]
     assert rows == [
         *[("The", False), (" dog", True), ("s", True), (",", True), (" 中", False), ("中", True)],
         *[(" CAFÉ", False), ("\tcafe\u0301", False), (" the", True)],
     ]
-    assert spelling.repaired_bytes == 3 + 4 + 6 + 7
-    assert vocabulary.spell(spelling.ids).data == "the dogs,中中 cafe cafe the".encode()
+    assert tokenized.repaired_bytes == 3 + 4 + 6 + 7
+    assert vocabulary.decode(tokenized.ids).data == "the dogs,中中 cafe cafe the".encode()
     assert vocabulary.encode("the dogs").repaired_bytes == 0
 
 
 def test_an_unknown_word_has_no_bytes_and_stands_on_its_text() -> None:
     vocabulary = Vocabulary.load(word_piece_of("the", "dog"))
-    spelling = vocabulary.encode("the ☃☃ dog")
-    assert spelling.ids.tolist() == [2, 0, 3]
-    assert (spelling.ends.tolist(), spelling.exact.tolist()) == ([3, 10, 14], [False, False, True])
-    assert (spelling.repaired_bytes, vocabulary.spell([2, 0, 3]).data) == (7, b"the dog")
+    tokenized = vocabulary.encode("the ☃☃ dog")
+    assert tokenized.ids.tolist() == [2, 0, 3]
+    assert (tokenized.ends.tolist(), tokenized.exact.tolist()) == ([3, 10, 14], [False, False, True])
+    assert (tokenized.repaired_bytes, vocabulary.decode([2, 0, 3]).data) == (7, b"the dog")
 
 
 def test_words_that_only_white_space_separates_have_it_before_them_whatever_they_begin_with() -> None:
@@ -163,10 +163,10 @@ def test_the_end_of_a_word_is_a_space_where_white_space_is_dropped() -> None:
     vocabulary = Vocabulary.load(tokenizer)
     assert vocabulary.family == "word ends"
     assert [vocabulary.token_bytes(i) for i in range(4)] == [b"a", b"a ", b"b ", b"</w>"]
-    spelling = vocabulary.encode("ab  a a")
-    assert spelling.ends.tolist() == [1, 4, 6, 7]
-    assert spelling.exact.tolist() == [True, False, True, False]
-    again = vocabulary.spell(spelling.ids)
+    tokenized = vocabulary.encode("ab  a a")
+    assert tokenized.ends.tolist() == [1, 4, 6, 7]
+    assert tokenized.exact.tolist() == [True, False, True, False]
+    again = vocabulary.decode(tokenized.ids)
     assert (again.data, again.ends.tolist(), again.exact.tolist()) == (
         b"ab a a",
         [1, 3, 5, 6],
@@ -206,9 +206,9 @@ def test_where_words_are_not_marked_the_ids_do_not_tell_the_spaces() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     vocabulary = Vocabulary.load(tokenizer)
     assert vocabulary.family == "plain"
-    spelling = vocabulary.encode("a b")
-    assert (spelling.ends.tolist(), spelling.repaired_bytes) == ([1, 3], 2)
-    assert vocabulary.spell(spelling.ids).data == b"ab"
+    tokenized = vocabulary.encode("a b")
+    assert (tokenized.ends.tolist(), tokenized.repaired_bytes) == ([1, 3], 2)
+    assert vocabulary.decode(tokenized.ids).data == b"ab"
 
 
 def test_another_character_can_stand_for_a_space() -> None:

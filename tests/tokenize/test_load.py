@@ -265,7 +265,7 @@ def test_the_roles_of_an_encoding() -> None:
     spelled = Vocabulary.load(encoding(O200K))
     assert spelled.token_bytes(spelled.size - 2) == b""  # a hole between the special tokens
     assert spelled.encode("<|endoftext|>").repaired_bytes == 0
-    assert not spelled.event_V[spelled.encode("<|endoftext|>").ids].any()
+    assert not spelled.is_special[spelled.encode("<|endoftext|>").ids].any()
 
 
 def test_patterns_are_said_in_the_dialect_of_tokenizers() -> None:
@@ -408,7 +408,7 @@ def test_the_roles_of_a_gguf_file(tmp_path: Path) -> None:
     assert open_source(tmp_path).stop_ids == (1, 0, turn)
     vocabulary = Vocabulary.load(tmp_path)
     assert vocabulary.encode("a<think>").ids[-1] == vocabulary.tokenizer.token_to_id("<think>")
-    assert not vocabulary.event_V[vocabulary.encode("<|turn|><bos>").ids].any()
+    assert not vocabulary.is_special[vocabulary.encode("<|turn|><bos>").ids].any()
 
 
 def test_unused_tokens_of_a_gguf_file_have_no_string(tmp_path: Path) -> None:
@@ -417,7 +417,7 @@ def test_unused_tokens_of_a_gguf_file_have_no_string(tmp_path: Path) -> None:
         {**spec["added_tokens"][0], "id": len(listed(spec)[0]) + 5, "content": "<late>"}
     )
     vocabulary = Vocabulary.load(byte_level_gguf(tmp_path / "m.gguf", spec, "gpt-2"))
-    assert vocabulary.event_V[vocabulary.size - 6 : vocabulary.size - 1].all()
+    assert vocabulary.is_special[vocabulary.size - 6 : vocabulary.size - 1].all()
     assert vocabulary.encode("[PAD410]").repaired_bytes == 0
 
 
@@ -620,7 +620,7 @@ def test_named_roles_take_the_place_of_those_found(tmp_path: Path) -> None:
     assert (found.stop_ids, found.bos_id, found.pad_id) == ((turn,), 1, 0)
     vocabulary = Vocabulary.load(tmp_path, stop_ids=[0], roles=Roles(stop=("<|turn|>", "<think>")))
     assert vocabulary.stop_ids == (turn, tokenizer.token_to_id("<think>"))
-    assert (vocabulary.bos_id, vocabulary.event_V[list(vocabulary.stop_ids)].all()) == (0, True)
+    assert (vocabulary.bos_id, vocabulary.is_special[list(vocabulary.stop_ids)].all()) == (0, True)
 
 
 @pytest.mark.parametrize(

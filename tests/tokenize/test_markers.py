@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from gold.align import align_tokens, byte_equal_pairs
 from gold.align.batch import VocabularyPair
 from gold.bytes.plan import BytePlan, ByteTrie
-from gold.tokenize.vocabulary import Spelling, Vocabulary
+from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 MARKERS = ("<think>", "</think>")
 KINDS = ("special", "added", "absent")
@@ -40,20 +40,20 @@ def side(family: str, kind: str) -> Vocabulary:
     return Vocabulary.load(tokenizer, stop_ids=[EOS_ID]).with_markers()
 
 
-def written(vocabulary: Vocabulary, pieces: tuple[str, ...]) -> Spelling:
+def written(vocabulary: Vocabulary, pieces: tuple[str, ...]) -> TokenizedText:
     """What a model writes: markers by its own token where it has one, everything else as text."""
     own = {token: vocabulary.tokenizer.token_to_id(token) for token in MARKERS}
     ids: list[int] = []
     for place, piece in enumerate(pieces):
         marker = own.get(piece)
         ids += [marker] if marker is not None else vocabulary.encode(piece, at_start=place == 0).ids.tolist()
-    return vocabulary.spell(ids)
+    return vocabulary.decode(ids)
 
 
-def controls(vocabulary: Vocabulary, spelling: Spelling) -> list[int]:
+def controls(vocabulary: Vocabulary, tokenized: TokenizedText) -> list[int]:
     """The special tokens among the ids of a text."""
     special = {i for i, t in vocabulary.tokenizer.get_added_tokens_decoder().items() if t.special}
-    return [i for i in spelling.ids.tolist() if i in special]
+    return [i for i in tokenized.ids.tolist() if i in special]
 
 
 @pytest.mark.parametrize("families", list(product(FAMILIES, FAMILIES)), ids=" / ".join)
@@ -89,7 +89,7 @@ def test_characters_that_look_like_a_marker_never_become_a_special_token(kinds: 
         assert not controls(pair.student, mine)
         assert not controls(pair.teacher, pair.read(mine))
         letters = [i for c in "<think>a</think>" for i in pair.student.encode(c, at_start=False).ids.tolist()]
-        assert not controls(pair.teacher, pair.read(pair.student.spell(letters)))
+        assert not controls(pair.teacher, pair.read(pair.student.decode(letters)))
 
 
 @given(st.data(), st.sampled_from(list(FAMILIES)), st.sampled_from(list(FAMILIES)))
@@ -99,9 +99,9 @@ def test_special_tokens_are_handed_over_and_never_made(data: st.DataObject, mine
     ids = data.draw(st.lists(st.integers(0, pair.student.size - 1) | st.sampled_from([5, 9]), max_size=12))
     specials = list(pair.student.markers.values()) or [BOS_ID]
     ids = [specials[-i % len(specials)] if i % 3 == 0 else i for i in ids]
-    spelling = pair.student.spell(ids)
-    read = pair.read(spelling)
-    assert read.data == spelling.data
+    tokenized = pair.student.decode(ids)
+    read = pair.read(tokenized)
+    assert read.data == tokenized.data
     handed = [pair.markers[i] for i in ids if i in pair.markers]
     assert controls(pair.teacher, read) == handed or pair.same
     exact = zip(read.ids.tolist(), read.starts.tolist(), read.ends.tolist(), read.exact.tolist(), strict=True)
@@ -112,9 +112,9 @@ def test_special_tokens_are_handed_over_and_never_made(data: st.DataObject, mine
 @given(st.sampled_from(list(FAMILIES)), text)
 def test_text_gives_the_same_ids_with_markers_as_without(family: str, given: str) -> None:
     vocabulary = side(family, "special")
-    spelling = vocabulary.encode(given)
-    assert not controls(vocabulary, spelling)
-    assert spelling.ids.tolist() == vocabulary.without_markers().encode(given).ids.tolist()
+    tokenized = vocabulary.encode(given)
+    assert not controls(vocabulary, tokenized)
+    assert tokenized.ids.tolist() == vocabulary.without_markers().encode(given).ids.tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -126,8 +126,8 @@ def test_a_special_marker_and_an_added_one_are_compared_as_the_same_bytes(family
     assert theirs.ids.tolist() == mine.ids.tolist()
     tries = ByteTrie.of(pair.student), ByteTrie.of(pair.teacher)
     plans = [
-        BytePlan.of(side, trie, [spelling], [True])
-        for side, trie, spelling in zip((pair.student, pair.teacher), tries, (mine, theirs), strict=True)
+        BytePlan.of(side, trie, [tokenized], [True])
+        for side, trie, tokenized in zip((pair.student, pair.teacher), tries, (mine, theirs), strict=True)
     ]
     for name in ("order", "low", "high", "own", "children", "byte", "outside", "stops"):
         assert np.array_equal(getattr(tries[0], name), getattr(tries[1], name)), name
@@ -150,8 +150,8 @@ def test_roles_and_tokens_without_a_row_stay_events() -> None:
     assert plain.markers == {"<think>": first, "<image>": first + 2}
     marked = plain.with_markers(rows=first + 2)
     assert marked.token_bytes(first) == b"<think>"
-    assert np.flatnonzero(marked.event_V).tolist() == [BOS_ID, EOS_ID, first + 1, first + 2, first + 3]
-    assert plain.event_V[first]
+    assert np.flatnonzero(marked.is_special).tolist() == [BOS_ID, EOS_ID, first + 1, first + 2, first + 3]
+    assert plain.is_special[first]
     assert marked.without_markers() is plain
     assert plain.without_markers() is plain
     assert marked.with_markers() is marked
@@ -184,6 +184,6 @@ def test_a_marker_that_the_tokenizers_merges_build_is_not_given_for_text() -> No
     tokenizer.add_special_tokens([built])
     vocabulary = Vocabulary.load(tokenizer, stop_ids=[EOS_ID]).with_markers()
     assert vocabulary.token_bytes(vocabulary.markers[built]) == built.encode()
-    spelling = vocabulary.encode("over the lazy dog")
-    assert vocabulary.markers[built] not in spelling.ids
-    assert spelling.exact.all()
+    tokenized = vocabulary.encode("over the lazy dog")
+    assert vocabulary.markers[built] not in tokenized.ids
+    assert tokenized.exact.all()

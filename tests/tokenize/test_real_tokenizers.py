@@ -56,35 +56,35 @@ def test_every_token_of_every_text_is_exact_but_where_the_tokenizer_changes_the_
     found = vocabulary(name)
     assert found.stop_ids
     for case in ADVERSARIAL:
-        spelling = found.encode(case, at_start=False)
-        assert not found.event_V[spelling.ids].any()
+        tokenized = found.encode(case, at_start=False)
+        assert not found.is_special[tokenized.ids].any()
         lossy = {"smollm2-135m-instruct": ("\U00050000",), "qwen3": ("½",)}.get(name, ())
         rewritten = {"qwen3": "\x80𝕳"}.get(name, "") + ("▁" if found.family == "byte-fallback" else "")
         if not any(c in case for c in (*lossy, *rewritten)):
-            assert spelling.exact.all(), case
-            assert found.spell(spelling.ids, at_start=False).data == case.encode()
+            assert tokenized.exact.all(), case
+            assert found.decode(tokenized.ids, at_start=False).data == case.encode()
 
 
 @parametrized(*NAMES, *LOSSY, "smollm2-135m-instruct")
 def test_what_looks_like_a_control_token_is_text(name: str) -> None:
     found = vocabulary(name)
-    contents = [found.label(i) for i in np.flatnonzero(found.event_V).tolist()]
+    contents = [found.label(i) for i in np.flatnonzero(found.is_special).tolist()]
     for case in (*contents[:300], "".join(contents[:300]), *ADVERSARIAL):
         ids = found.encode(case).ids
-        assert set(ids[found.event_V[ids]].tolist()) <= {found.unk_id} - {*found.stop_ids, found.bos_id}
+        assert set(ids[found.is_special[ids]].tolist()) <= {found.unk_id} - {*found.stop_ids, found.bos_id}
 
 
 @parametrized("bert")
 def test_words_of_bert_are_spelled_with_the_space_before_them(name: str) -> None:
     found = vocabulary(name)
     text = "The dogs' café, it's 3.14 and unbelievable!"
-    spelling = found.encode(text)
-    pieces = [found.token_bytes(i) for i in spelling.ids]
+    tokenized = found.encode(text)
+    pieces = [found.token_bytes(i) for i in tokenized.ids]
     assert b"".join(pieces) == b" the dogs' cafe, it' s 3. 14 and unbelievable!"
-    changed = [text.encode()[a:b] for a, b in zip(spelling.starts, spelling.ends, strict=True)]
+    changed = [text.encode()[a:b] for a, b in zip(tokenized.starts, tokenized.ends, strict=True)]
     differ = {(own, given) for own, given in zip(pieces, changed, strict=True) if own != given}
     assert differ == {(b" the", b"The"), (b" cafe", " café".encode()), (b" s", b"s"), (b" 14", b"14")}
-    assert spelling.repaired_bytes == 3 + 6 + 1 + 2
+    assert tokenized.repaired_bytes == 3 + 6 + 1 + 2
     chinese = found.encode("日本", at_start=False)
     assert chinese.exact.all()
 
@@ -92,10 +92,10 @@ def test_words_of_bert_are_spelled_with_the_space_before_them(name: str) -> None
 @parametrized("clip")
 def test_words_of_clip_are_spelled_with_the_space_behind_them(name: str) -> None:
     found = vocabulary(name)
-    spelling = found.encode("a photo of a cat")
-    assert [found.token_bytes(i) for i in spelling.ids] == [b"a ", b"photo ", b"of ", b"a ", b"cat "]
-    assert spelling.exact.tolist() == [True] * 4 + [False]
-    assert found.spell(spelling.ids).data == spelling.data
+    tokenized = found.encode("a photo of a cat")
+    assert [found.token_bytes(i) for i in tokenized.ids] == [b"a ", b"photo ", b"of ", b"a ", b"cat "]
+    assert tokenized.exact.tolist() == [True] * 4 + [False]
+    assert found.decode(tokenized.ids).data == tokenized.data
 
 
 @pytest.mark.assets("bert", "qwen3")
@@ -114,14 +114,14 @@ def test_bert_and_qwen3_share_what_they_spell_alike() -> None:
 def test_decomposed_text_is_repaired_by_whole_characters(name: str) -> None:
     found = vocabulary(name)
     for case in DECOMPOSED:
-        spelling = found.encode(case, at_start=False)
-        assert spelling.ends[-1] == len(case.encode())
-        assert bool(spelling.repaired_bytes) == (name == "qwen3")
+        tokenized = found.encode(case, at_start=False)
+        assert tokenized.ends[-1] == len(case.encode())
+        assert bool(tokenized.repaired_bytes) == (name == "qwen3")
     if name == "qwen3":
-        spelling = found.encode("the cafe\u0301 is open")
-        changed = spelling.data[spelling.starts[~spelling.exact][0] : spelling.ends[~spelling.exact][-1]]
+        tokenized = found.encode("the cafe\u0301 is open")
+        changed = tokenized.data[tokenized.starts[~tokenized.exact][0] : tokenized.ends[~tokenized.exact][-1]]
         assert changed.endswith("e\u0301".encode())
-        assert spelling.repaired_bytes == len(changed) < 8
+        assert tokenized.repaired_bytes == len(changed) < 8
 
 
 @parametrized(*NAMES, *LOSSY, "smollm2-135m-instruct")
@@ -130,10 +130,10 @@ def test_decomposed_text_is_repaired_by_whole_characters(name: str) -> None:
 def test_random_texts_and_ids_lie_on_their_bytes(name: str, draw: st.DataObject) -> None:
     found = vocabulary(name)
     given = draw.draw(st.one_of(text, data))
-    spelling = found.encode(given)
-    for i in np.flatnonzero(spelling.exact).tolist():
-        assert found.token_bytes(spelling.ids[i]) == spelling.data[spelling.starts[i] : spelling.ends[i]]
-    sampled = found.spell(draw.draw(ids_of(found)), at_start=False)
+    tokenized = found.encode(given)
+    for i in np.flatnonzero(tokenized.exact).tolist():
+        assert found.token_bytes(tokenized.ids[i]) == tokenized.data[tokenized.starts[i] : tokenized.ends[i]]
+    sampled = found.decode(draw.draw(ids_of(found)), at_start=False)
     read = found.encode(sampled.data, at_start=False)
     shared = {0, len(sampled.data)} | (set(sampled.ends.tolist()) & set(read.ends.tolist()))
     assert {0, *align_tokens(sampled, read).ends_C.tolist()} == (shared if len(sampled) else {0})
@@ -144,16 +144,16 @@ def test_random_texts_and_ids_lie_on_their_bytes(name: str, draw: st.DataObject)
 @given(before=text, after=text)
 def test_hard_ends_stay_ends_whatever_follows(name: str, before: str, after: str) -> None:
     found = vocabulary(name)
-    spelling = found.encode(before)
-    hard = set(spelling.ends[found.hard_ends(spelling)].tolist())
+    tokenized = found.encode(before)
+    hard = set(tokenized.ends[found.stable_ends(tokenized)].tolist())
     assert hard <= set(found.encode(before + after).ends.tolist())
 
 
 @parametrized("qwen3", "llama3_1")
 def test_hard_ends_are_found_at_digits(name: str) -> None:
     found = vocabulary(name)
-    spelling = found.encode("so 123456 is")
-    hard = spelling.ends[found.hard_ends(spelling)].tolist()
+    tokenized = found.encode("so 123456 is")
+    hard = tokenized.ends[found.stable_ends(tokenized)].tolist()
     assert hard == ([4, 5, 6, 7, 8, 9] if name == "qwen3" else [6, 9])
 
 
@@ -166,7 +166,7 @@ def test_transformers_objects_give_the_same_bytes(name: str) -> None:
     )
     built = Vocabulary.load(tokenizer)
     file = vocabulary(name)
-    assert built.event_V[list(built.stop_ids)].all()
+    assert built.is_special[list(built.stop_ids)].all()
     shown = built.differences(file, texts=ADVERSARIAL[:4])
     # transformers takes Gemma's <mask> for special, its file does not.
     known = ["id 4: b'' here, b'<mask>' there"] if name.startswith("gemma3") else []
@@ -197,7 +197,7 @@ def test_longest_prefixes_are_as_many_as_counted_before() -> None:
     }
     for (student, teacher), counts in counted.items():
         found = longest_prefixes(vocabulary(student), vocabulary(teacher))
-        text = ~vocabulary(teacher).event_V
+        text = ~vocabulary(teacher).is_special
         itself, none = text & (found.rest_bytes_W == 0), text & (found.ids_W < 0)
         one_byte = ~itself & (found.prefix_bytes_W == 1)
         shorter = text & ~itself & ~none & ~one_byte
@@ -209,7 +209,7 @@ def test_longest_prefixes_are_as_many_as_counted_before() -> None:
 @parametrized("smollm2-135m-instruct")
 def test_bytes_that_smollm2_lacks_are_seen(name: str) -> None:
     found = vocabulary(name)
-    spelling = found.encode("a\x04b\U00050000c")
-    assert b"".join(found.token_bytes(i) for i in spelling.ids) == b"ab\x90\x80\x80c"
-    assert spelling.exact.tolist() == [True, False, False, True, True, True]
-    assert spelling.ends.tolist() == [1, 3, 5, 6, 7, 8]
+    tokenized = found.encode("a\x04b\U00050000c")
+    assert b"".join(found.token_bytes(i) for i in tokenized.ids) == b"ab\x90\x80\x80c"
+    assert tokenized.exact.tolist() == [True, False, False, True, True, True]
+    assert tokenized.ends.tolist() == [1, 3, 5, 6, 7, 8]

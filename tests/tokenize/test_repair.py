@@ -31,15 +31,15 @@ from gold.tokenize.repair import (
     stretches_less_gone,
     true_ends,
 )
-from gold.tokenize.vocabulary import Spelling, Vocabulary
+from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 CHARACTERS = Vocabulary.load(families()["characters"])
 NFC = Vocabulary.load(families()["byte-level, NFC"])
 
 
-def stretches(vocabulary: Vocabulary, spelling: Spelling) -> list[tuple[bytes, bytes, bool]]:
-    rows = zip(spelling.ids, spelling.starts, spelling.ends, spelling.exact, strict=True)
-    return [(vocabulary.token_bytes(i), spelling.data[a:b], bool(exact)) for i, a, b, exact in rows]
+def stretches(vocabulary: Vocabulary, tokenized: TokenizedText) -> list[tuple[bytes, bytes, bool]]:
+    rows = zip(tokenized.ids, tokenized.starts, tokenized.ends, tokenized.exact, strict=True)
+    return [(vocabulary.token_bytes(i), tokenized.data[a:b], bool(exact)) for i, a, b, exact in rows]
 
 
 # Invalid UTF-8
@@ -65,8 +65,8 @@ def test_replaced_bytes_keep_their_place(given: bytes) -> None:
 
 
 def test_invalid_bytes_by_hand() -> None:
-    spelling = CHARACTERS.encode(b"a\xffb\xe2\x82c")
-    assert stretches(CHARACTERS, spelling) == [
+    tokenized = CHARACTERS.encode(b"a\xffb\xe2\x82c")
+    assert stretches(CHARACTERS, tokenized) == [
         (b"a", b"a", True),
         (b"\xef", b"", False),
         (b"\xbf", b"", False),
@@ -77,7 +77,7 @@ def test_invalid_bytes_by_hand() -> None:
         (b"\xbd", b"\xe2\x82", False),
         (b"c", b"c", True),
     ]
-    assert spelling.repaired_bytes == 3
+    assert tokenized.repaired_bytes == 3
 
 
 def test_a_replacement_character_in_the_text_is_no_repair() -> None:
@@ -85,9 +85,9 @@ def test_a_replacement_character_in_the_text_is_no_repair() -> None:
 
 
 def test_lone_surrogates_are_invalid_bytes() -> None:
-    spelling = CHARACTERS.encode("a\ud800")
-    assert spelling.data == b"a\xed\xa0\x80"
-    assert spelling.repaired_bytes == 3
+    tokenized = CHARACTERS.encode("a\ud800")
+    assert tokenized.data == b"a\xed\xa0\x80"
+    assert tokenized.repaired_bytes == 3
 
 
 # Normalisers
@@ -109,9 +109,9 @@ def test_composed_characters_by_hand() -> None:
 
 def test_a_character_is_never_cut_from_its_marks() -> None:
     # Reordering keeps the q, but the edge after it lies inside one character.
-    spelling = NFC.encode("q\u0307\u0323z")
-    assert spelling.ends[:-1].max() == 5
-    assert set(spelling.ends.tolist()) <= {0, 5, 6}
+    tokenized = NFC.encode("q\u0307\u0323z")
+    assert tokenized.ends[:-1].max() == 5
+    assert set(tokenized.ends.tolist()) <= {0, 5, 6}
 
 
 def test_what_a_normaliser_removes_belongs_to_the_next_token() -> None:
@@ -129,9 +129,9 @@ def test_what_a_normaliser_removes_belongs_to_the_next_token() -> None:
 
 @given(text)
 def test_nfc_repairs_only_what_nfc_changes(given: str) -> None:
-    spelling = NFC.encode(given)
+    tokenized = NFC.encode(given)
     changed = unicodedata.normalize("NFC", given) != given
-    assert bool(spelling.repaired_bytes) == changed
+    assert bool(tokenized.repaired_bytes) == changed
 
 
 NORMALIZERS = {
@@ -180,27 +180,27 @@ def test_the_same_text_decomposed_meets_at_every_word(given: str) -> None:
 def test_dropped_bytes_belong_to_the_next_token(given: str, lacking: bytes) -> None:
     tokenizer = without_bytes(byte_level_bpe(vocab_size=300), b"x" + lacking)
     vocabulary = Vocabulary.load(tokenizer)
-    spelling = vocabulary.encode(given)
+    tokenized = vocabulary.encode(given)
     kept = given.encode().translate(None, b"x" + lacking)
-    assert b"".join(vocabulary.token_bytes(i) for i in spelling.ids) == kept
+    assert b"".join(vocabulary.token_bytes(i) for i in tokenized.ids) == kept
     if not kept:
         return
     # Each token's stretch is its own bytes with what was dropped before them; at the end, after them too.
-    for own, stretch, exact in stretches(vocabulary, spelling):
+    for own, stretch, exact in stretches(vocabulary, tokenized):
         assert stretch.translate(None, b"x" + lacking) == own
         assert exact == (own == stretch)
 
 
 def test_an_unknown_token_stands_on_what_it_replaces_and_is_repaired() -> None:
     vocabulary = Vocabulary.load(sentencepiece_bpe(known=range(0)))
-    spelling = vocabulary.encode("the\u2603\u2603dog")
-    unknown = int(np.flatnonzero(spelling.ids == vocabulary.unk_id)[0])
-    rows = stretches(vocabulary, spelling)
+    tokenized = vocabulary.encode("the\u2603\u2603dog")
+    unknown = int(np.flatnonzero(tokenized.ids == vocabulary.unk_id)[0])
+    rows = stretches(vocabulary, tokenized)
     assert rows[unknown] == (b"", "\u2603\u2603".encode(), False)
-    assert spelling.repaired_bytes == 6
+    assert tokenized.repaired_bytes == 6
     assert all(exact for i, (_, _, exact) in enumerate(rows) if i != unknown)
     # Spelled from the ids alone, nothing is known of it.
-    assert vocabulary.spell(spelling.ids).data == b"thedog"
+    assert vocabulary.decode(tokenized.ids).data == b"thedog"
 
 
 def test_an_unknown_last_character_is_the_unknown_token_s() -> None:
@@ -353,20 +353,22 @@ def test_offsets_behind_a_normaliser_are_not_trusted() -> None:
     pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     vocabulary = Vocabulary.load(unigram(pre_tokenizer, character_map()))
     for written in ("\u200bthe \u2603 dog", "\u200b½½ \u2603 dog", "ﬁ…① \u2603 dog"):
-        spelling = vocabulary.encode(written)
-        dog = [vocabulary.token_bytes(i) for i in spelling.ids].index(b" dog")
-        assert spelling.data[spelling.starts[dog] : spelling.ends[dog]] == b" dog"
-        assert spelling.exact[dog]
-        assert spelling.data[spelling.starts[dog - 1] : spelling.ends[dog - 1]].strip() == "\u2603".encode()
+        tokenized = vocabulary.encode(written)
+        dog = [vocabulary.token_bytes(i) for i in tokenized.ids].index(b" dog")
+        assert tokenized.data[tokenized.starts[dog] : tokenized.ends[dog]] == b" dog"
+        assert tokenized.exact[dog]
+        assert (
+            tokenized.data[tokenized.starts[dog - 1] : tokenized.ends[dog - 1]].strip() == "\u2603".encode()
+        )
 
 
 def test_white_space_and_unknown_characters_that_are_dropped_are_not_taken_for_each_other() -> None:
     pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     vocabulary = Vocabulary.load(unigram(pre_tokenizer))
-    spelling = vocabulary.encode("\u2603 ")
+    tokenized = vocabulary.encode("\u2603 ")
     # The space that is put before the text, and the unknown character; what stands behind it is dropped.
-    assert [vocabulary.token_bytes(i) for i in spelling.ids] == [b" ", b""]
-    assert spelling.ends.tolist() == [0, 4]
+    assert [vocabulary.token_bytes(i) for i in tokenized.ids] == [b" ", b""]
+    assert tokenized.ends.tolist() == [0, 4]
 
 
 # The cost of long texts

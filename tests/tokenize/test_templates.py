@@ -107,7 +107,7 @@ def test_without_a_template_it_is_the_plain_transcript(tmp_path: Path) -> None:
     vocabulary = Vocabulary.load(str(tmp_path / "tokenizer.json"))
     bos, *ids = prompt_ids(PromptTokenizer.of(vocabulary), prompt([("user", "a <eos> b")]))
     assert bos == vocabulary.bos_id
-    assert vocabulary.spell(ids).data == b"User: a <eos> b\n\nAssistant:"
+    assert vocabulary.decode(ids).data == b"User: a <eos> b\n\nAssistant:"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_without_settings_the_roles_name_the_special_tokens() -> None:
     vocabulary = Vocabulary(byte_level_bpe(), stop_ids=[EOS_ID], bos_id=BOS_ID, chat_template=template)
     ids = prompt_ids(PromptTokenizer.of(vocabulary), prompt([("user", "the <eos> dog")]))
     assert (ids[0], ids[-1]) == (BOS_ID, EOS_ID)
-    assert vocabulary.spell(ids[1:-1]).data == b"the <eos> dog"
+    assert vocabulary.decode(ids[1:-1]).data == b"the <eos> dog"
     assert ids.count(EOS_ID) == 1
 
 

@@ -30,38 +30,38 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gold.align import align_tokens
 from gold.errors import VocabularyError
-from gold.tokenize.vocabulary import Spelling, Vocabulary
+from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 VOCABULARIES = {name: Vocabulary.load(tokenizer) for name, tokenizer in families().items()}
 any_vocabulary = st.sampled_from(list(VOCABULARIES.values()))
 each_vocabulary = pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), ids=VOCABULARIES.keys())
 
 
-def check(vocabulary: Vocabulary, spelling: Spelling) -> None:
+def check(vocabulary: Vocabulary, tokenized: TokenizedText) -> None:
     """What every spelling promises."""
-    ends, starts = spelling.ends.tolist(), spelling.starts.tolist()
-    assert spelling.ids.dtype == np.int32
-    assert spelling.ends.dtype == np.int64
+    ends, starts = tokenized.ends.tolist(), tokenized.starts.tolist()
+    assert tokenized.ids.dtype == np.int32
+    assert tokenized.ends.dtype == np.int64
     assert ends == sorted(ends)
-    assert ends[-1:] in ([len(spelling.data)], [])
+    assert ends[-1:] in ([len(tokenized.data)], [])
     for index, start, end, exact in zip(
-        spelling.ids.tolist(), starts, ends, spelling.exact.tolist(), strict=True
+        tokenized.ids.tolist(), starts, ends, tokenized.exact.tolist(), strict=True
     ):
         if exact:
-            assert vocabulary.token_bytes(index) == spelling.data[start:end]
-    exact_bytes = sum(int(b - a) for a, b, exact in zip(starts, ends, spelling.exact, strict=True) if exact)
+            assert vocabulary.token_bytes(index) == tokenized.data[start:end]
+    exact_bytes = sum(int(b - a) for a, b, exact in zip(starts, ends, tokenized.exact, strict=True) if exact)
     # Only a token with the space put before the text is neither exact nor counted.
     first = next((end for end in ends if end), 0)
-    assert 0 <= len(spelling.data) - spelling.repaired_bytes - exact_bytes <= first
+    assert 0 <= len(tokenized.data) - tokenized.repaired_bytes - exact_bytes <= first
     if not vocabulary.dummy_prefix:
-        assert spelling.repaired_bytes == len(spelling.data) - exact_bytes
+        assert tokenized.repaired_bytes == len(tokenized.data) - exact_bytes
 
 
 @given(any_vocabulary, st.one_of(text, data), st.booleans())
 def test_encode_lies_on_the_given_bytes(vocabulary: Vocabulary, given: str | bytes, at_start: bool) -> None:
-    spelling = vocabulary.encode(given, at_start=at_start)
-    assert spelling.data == (given.encode() if isinstance(given, str) else given)
-    check(vocabulary, spelling)
+    tokenized = vocabulary.encode(given, at_start=at_start)
+    assert tokenized.data == (given.encode() if isinstance(given, str) else given)
+    check(vocabulary, tokenized)
 
 
 FAITHFUL = [
@@ -75,16 +75,16 @@ FAITHFUL = [
 def test_without_rewriting_every_token_is_exact(name: str, given: str) -> None:
     vocabulary = VOCABULARIES[name]
     # Unigram takes the name of a byte piece for the piece, and that of the unknown token for it.
-    spelling = vocabulary.encode(given.replace("▁", "_").replace("<0x", "").replace(UNK, ""))
-    assert spelling.repaired_bytes == 0
-    assert np.flatnonzero(~spelling.exact).tolist() in ([], [0])
-    assert spelling.exact.all() or vocabulary.dummy_prefix
+    tokenized = vocabulary.encode(given.replace("▁", "_").replace("<0x", "").replace(UNK, ""))
+    assert tokenized.repaired_bytes == 0
+    assert np.flatnonzero(~tokenized.exact).tolist() in ([], [0])
+    assert tokenized.exact.all() or vocabulary.dummy_prefix
 
 
 @given(any_vocabulary, text, st.booleans())
 def test_text_never_becomes_a_special_token(vocabulary: Vocabulary, given: str, at_start: bool) -> None:
     ids = vocabulary.encode(given, at_start=at_start).ids
-    assert set(ids[vocabulary.event_V[ids]].tolist()) <= {vocabulary.unk_id}
+    assert set(ids[vocabulary.is_special[ids]].tolist()) <= {vocabulary.unk_id}
 
 
 @each_vocabulary
@@ -103,14 +103,14 @@ def test_what_looks_like_a_special_token_is_text(vocabulary: Vocabulary, at_star
             wide,
             f"\u200b{name}",
         ):
-            spelling = vocabulary.encode(written, at_start=at_start)
-            events = spelling.ids[vocabulary.event_V[spelling.ids]]
+            tokenized = vocabulary.encode(written, at_start=at_start)
+            events = tokenized.ids[vocabulary.is_special[tokenized.ids]]
             assert set(events.tolist()) <= {vocabulary.unk_id}
-            assert len(spelling)
-            check(vocabulary, spelling)
+            assert len(tokenized)
+            check(vocabulary, tokenized)
             if not len(events) and written == name:
-                spelled = b"".join(vocabulary.token_bytes(i) for i in spelling.ids)
-                if spelling.exact[1:].all():
+                spelled = b"".join(vocabulary.token_bytes(i) for i in tokenized.ids)
+                if tokenized.exact[1:].all():
                     assert spelled.strip() == name.encode()
 
 
@@ -118,7 +118,7 @@ def test_what_looks_like_a_special_token_is_text(vocabulary: Vocabulary, at_star
 def test_encode_gives_the_tokenizer_s_own_ids(vocabulary: Vocabulary, given: str) -> None:
     own: Tokenizer = vocabulary._tokenizer
     ids = own.encode(given, add_special_tokens=False).ids
-    if {vocabulary.unk_id} >= set(np.array(ids)[vocabulary.event_V[ids]].tolist()) and UNK not in given:
+    if {vocabulary.unk_id} >= set(np.array(ids)[vocabulary.is_special[ids]].tolist()) and UNK not in given:
         assert vocabulary.encode(given).ids.tolist() == ids
 
 
@@ -127,22 +127,22 @@ def test_spell_concatenates_the_bytes_of_any_ids(
     draw: st.DataObject, vocabulary: Vocabulary, at_start: bool
 ) -> None:
     ids = draw.draw(ids_of(vocabulary))
-    spelling = vocabulary.spell(ids, at_start=at_start)
+    tokenized = vocabulary.decode(ids, at_start=at_start)
     joined = b"".join(vocabulary.token_bytes(i) for i in ids)
     if at_start and vocabulary.dummy_prefix:
         joined = joined.removeprefix(b" ")
     if vocabulary.family.endswith("word ends"):
         joined = joined.removesuffix(b" ")
-    assert spelling.data == joined
-    assert spelling.ids.tolist() == ids
-    check(vocabulary, spelling)
+    assert tokenized.data == joined
+    assert tokenized.ids.tolist() == ids
+    check(vocabulary, tokenized)
 
 
 @given(st.data(), any_vocabulary, any_vocabulary)
 def test_any_sampled_ids_can_be_read_by_any_other_tokenizer(
     draw: st.DataObject, student: Vocabulary, teacher: Vocabulary
 ) -> None:
-    sampled = student.spell(draw.draw(ids_of(student)))
+    sampled = student.decode(draw.draw(ids_of(student)))
     read = teacher.encode(sampled.data)
     check(teacher, read)
     alignment = align_tokens(sampled, read)
@@ -158,12 +158,12 @@ def test_any_sampled_ids_can_be_read_by_any_other_tokenizer(
 
 @given(any_vocabulary, st.one_of(text, data))
 def test_equal_tokenizers_give_one_chunk_per_token(vocabulary: Vocabulary, given: str | bytes) -> None:
-    spelling = vocabulary.encode(given)
-    alignment = align_tokens(spelling, spelling)
+    tokenized = vocabulary.encode(given)
+    alignment = align_tokens(tokenized, tokenized)
     assert alignment.ends_C.tolist() == sorted(
-        set(spelling.ends.tolist()) - ({0} if spelling.data else set())
+        set(tokenized.ends.tolist()) - ({0} if tokenized.data else set())
     )
-    if (spelling.ends > spelling.starts).all():
+    if (tokenized.ends > tokenized.starts).all():
         assert alignment.one_to_one_C.all()
 
 
@@ -182,13 +182,13 @@ def test_a_stretch_rewritten_by_itself_is_what_its_tokens_spell(name: str, given
         given = given.replace(mark, "")
     # UnicodeScripts drops some characters that have none.
     given = "".join(c for c in given if unicodedata.category(c) not in ("Cn", "Co"))
-    spelling = vocabulary.encode(given)
+    tokenized = vocabulary.encode(given)
     group: list[int] = []
-    for i, (start, end) in enumerate(zip(spelling.starts.tolist(), spelling.ends.tolist(), strict=True)):
-        group.append(spelling.ids[i])
-        if start == end and i < len(spelling) - 1:
+    for i, (start, end) in enumerate(zip(tokenized.starts.tolist(), tokenized.ends.tolist(), strict=True)):
+        group.append(tokenized.ids[i])
+        if start == end and i < len(tokenized) - 1:
             continue  # its end lies inside of what changed: the next token has the stretch of both
-        own, stretch = b"".join(map(vocabulary.token_bytes, group)), spelling.data[start:end]
+        own, stretch = b"".join(map(vocabulary.token_bytes, group)), tokenized.data[start:end]
         if vocabulary.unk_id not in group:
             try:
                 assert own.decode().split() == vocabulary._rewrite(stretch.decode()).split()
@@ -202,25 +202,25 @@ def test_encoding_and_spelling_agree(vocabulary: Vocabulary, given: str) -> None
     encoded = vocabulary.encode(given, at_start=False)
     # A text of which the vocabulary has no byte at all has no tokens, and none that is not exact.
     if encoded.exact.all() and not encoded.repaired_bytes:
-        spelled = vocabulary.spell(encoded.ids, at_start=False)
+        spelled = vocabulary.decode(encoded.ids, at_start=False)
         assert (spelled.data, spelled.ends.tolist()) == (encoded.data, encoded.ends.tolist())
 
 
 @given(any_vocabulary, text, text)
 def test_hard_ends_stay_ends_whatever_follows(vocabulary: Vocabulary, before: str, after: str) -> None:
-    spelling = vocabulary.encode(before, at_start=False)
-    hard = set(spelling.ends[vocabulary.hard_ends(spelling)].tolist())
+    tokenized = vocabulary.encode(before, at_start=False)
+    hard = set(tokenized.ends[vocabulary.stable_ends(tokenized)].tolist())
     assert hard <= set(vocabulary.encode(before + after, at_start=False).ends.tolist())
 
 
 def test_hard_ends_of_digits_by_hand() -> None:
     digits, groups = VOCABULARIES["byte-level, digits"], VOCABULARIES["byte-level, groups of digits"]
-    spelling = digits.encode("a 12 b")
+    tokenized = digits.encode("a 12 b")
     assert [
-        e for e, hard in zip(spelling.ends.tolist(), digits.hard_ends(spelling), strict=True) if hard
+        e for e, hard in zip(tokenized.ends.tolist(), digits.stable_ends(tokenized), strict=True) if hard
     ] == [3, 4]
-    spelling = groups.encode("a 12345 b")
-    hard = {e for e, hard in zip(spelling.ends.tolist(), groups.hard_ends(spelling), strict=True) if hard}
+    tokenized = groups.encode("a 12345 b")
+    hard = {e for e, hard in zip(tokenized.ends.tolist(), groups.stable_ends(tokenized), strict=True) if hard}
     assert hard == {5}
 
 
@@ -234,16 +234,16 @@ def test_hard_ends_of_words_by_hand() -> None:
         ("word ends", set()),
     ):
         vocabulary = VOCABULARIES[name]
-        spelling = vocabulary.encode(given + "a")
-        assert set(spelling.ends[vocabulary.hard_ends(spelling)].tolist()) == expected
+        tokenized = vocabulary.encode(given + "a")
+        assert set(tokenized.ends[vocabulary.stable_ends(tokenized)].tolist()) == expected
         # The last token has the white space behind it until a next one comes.
         cut_short = vocabulary.encode(given)
-        assert not vocabulary.hard_ends(cut_short)[-1]
+        assert not vocabulary.stable_ends(cut_short)[-1]
 
 
 def test_without_a_pre_tokenizer_no_end_is_hard() -> None:
     vocabulary = VOCABULARIES["byte-fallback"]
-    assert not vocabulary.hard_ends(vocabulary.encode("a 12 b. c\n\nd")).any()
+    assert not vocabulary.stable_ends(vocabulary.encode("a 12 b. c\n\nd")).any()
 
 
 def test_an_end_where_an_added_token_could_begin_is_not_hard() -> None:
@@ -251,9 +251,9 @@ def test_an_end_where_an_added_token_could_begin_is_not_hard() -> None:
     added = byte_level_bpe(digits=True)
     added.add_tokens(["1x>"])
     with_token = Vocabulary.load(added)
-    spelling = plain.encode("b1")
-    assert plain.hard_ends(spelling).tolist()[-1]
-    assert not with_token.hard_ends(with_token.encode("b1")).tolist()[-1]
+    tokenized = plain.encode("b1")
+    assert plain.stable_ends(tokenized).tolist()[-1]
+    assert not with_token.stable_ends(with_token.encode("b1")).tolist()[-1]
 
 
 # Unknown characters
@@ -266,9 +266,9 @@ def test_an_unknown_token_that_ends_a_sequence_never_stands_for_text() -> None:
     tokenizer.add_special_tokens([EOS])
     assert Vocabulary.load(tokenizer).encode("the <eos> dog the").ids.tolist() == [1, 0, 0, 1]
     vocabulary = Vocabulary.load(tokenizer, stop_ids=[0])
-    spelling = vocabulary.encode("the <eos> dog the")
-    assert (spelling.ids.tolist(), spelling.ends.tolist()) == ([1, 1], [3, 17])
-    assert spelling.repaired_bytes == 14
+    tokenized = vocabulary.encode("the <eos> dog the")
+    assert (tokenized.ids.tolist(), tokenized.ends.tolist()) == ([1, 1], [3, 17])
+    assert tokenized.repaired_bytes == 14
     assert vocabulary.encode("<eos>").repaired_bytes == 5
 
 
@@ -300,7 +300,7 @@ def test_roles_and_events_of_a_bare_tokenizer() -> None:
         None,
         2,
     )
-    assert np.flatnonzero(vocabulary.event_V).tolist() == [0, 1, 2]
+    assert np.flatnonzero(vocabulary.is_special).tolist() == [0, 1, 2]
     assert vocabulary.token_bytes(EOS_ID) == b""
     assert vocabulary.family == "byte-fallback"
 
@@ -311,7 +311,7 @@ def test_an_added_token_with_a_role_is_an_event_even_if_it_is_not_marked_special
     stop = tokenizer.token_to_id("<end>")
     assert Vocabulary.load(tokenizer).encode("a<end>").ids[-1] == stop
     vocabulary = Vocabulary.load(tokenizer, stop_ids=[stop])
-    assert vocabulary.event_V[stop]
+    assert vocabulary.is_special[stop]
     assert stop not in vocabulary.encode("a<end>").ids
 
 
@@ -324,10 +324,10 @@ def test_a_special_token_that_merges_can_build_is_spelled_out() -> None:
     tokenizer = byte_level_bpe(["abab abab"] * 4, vocab_size=262)
     tokenizer.add_special_tokens(["ab"])
     vocabulary = Vocabulary.load(tokenizer)
-    assert vocabulary.event_V[tokenizer.token_to_id("ab")]
-    spelling = vocabulary.encode("ab xaby")
-    assert [vocabulary.token_bytes(i) for i in spelling.ids] == [b"a", b"b", b" ", b"x", b"a", b"b", b"y"]
-    assert spelling.exact.all()
+    assert vocabulary.is_special[tokenizer.token_to_id("ab")]
+    tokenized = vocabulary.encode("ab xaby")
+    assert [vocabulary.token_bytes(i) for i in tokenized.ids] == [b"a", b"b", b" ", b"x", b"a", b"b", b"y"]
+    assert tokenized.exact.all()
 
 
 def test_the_tokenizer_is_left_as_it_was() -> None:
@@ -346,7 +346,7 @@ def test_ids_with_holes_keep_their_numbers() -> None:
     )
     vocabulary = Vocabulary.load(Tokenizer.from_str(json.dumps(description)))
     assert vocabulary.size == 421
-    assert vocabulary.event_V[400:420].all()
+    assert vocabulary.is_special[400:420].all()
     assert vocabulary.encode("a<end>").ids[-1] == 420
 
 
@@ -354,11 +354,11 @@ def test_ids_outside_are_refused_unless_they_are_rows() -> None:
     vocabulary = VOCABULARIES["characters"]
     size = vocabulary.size
     with pytest.raises(VocabularyError, match=f"id {size} at position 1 is outside the {size} ids"):
-        vocabulary.spell([5, size])
+        vocabulary.decode([5, size])
     with pytest.raises(VocabularyError, match="id -1 at position 0"):
-        vocabulary.spell([-1], rows=size + 10)
-    spelling = vocabulary.spell([5, size, 5], rows=size + 1)
-    assert spelling.ends.tolist() == [1, 1, 2]
+        vocabulary.decode([-1], rows=size + 10)
+    tokenized = vocabulary.decode([5, size, 5], rows=size + 1)
+    assert tokenized.ends.tolist() == [1, 1, 2]
     with pytest.raises(VocabularyError, match=f"id {size} is outside"):
         vocabulary.token_bytes(size)
 

@@ -74,7 +74,7 @@ def losses(make: Any, checkpointing: bool = False) -> list[dict[str, Any]]:
     recipe = Recipe(
         objectives=(Term("reverse_kl"), Term("opd"), Term("reference_kl")),
         sampling=Sampling(max_new_tokens=12),
-        per_prompt=2,
+        num_generations=2,
         prompts_per_step=2,
         lr=0.0,
         gradient_checkpointing=checkpointing,
@@ -82,7 +82,7 @@ def losses(make: Any, checkpointing: bool = False) -> list[dict[str, Any]]:
     terms = terms_of(recipe, teachers, pairs)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     loop = Loop(student, teachers, pairs, TASK.prompts("train", 4, 0), recipe, terms, None, accelerator)
-    return [loop.advance() for _ in range(2)]
+    return [loop.train_step() for _ in range(2)]
 
 
 @pytest.mark.parametrize("make", [gpt2, opt, mixtral])

@@ -33,7 +33,7 @@ def loop_of(dtype: torch.dtype, lr: float = 1e-5, decay: float | None = None) ->
         (Term("sft"), Term("reverse_kl")),
         sampling=Sampling(max_new_tokens=10),
         on_policy=0.0,
-        per_prompt=1,
+        num_generations=1,
         prompts_per_step=4,
         warmup_steps=0,
         schedule="constant",
@@ -55,7 +55,7 @@ def test_nearly_all_weights_move_at_the_default_rate() -> None:
     loop = loop_of(torch.bfloat16)
     before = [m.clone() for m in loop.masters.values()]
     for _ in range(3):
-        loop.advance()
+        loop.train_step()
     used = [(b, m) for b, m in zip(before, loop.masters.values(), strict=True) if not torch.equal(b, m)]
     # Rows of tokens that no text has are given no gradient.
     table = loop.student.lm.get_input_embeddings().weight
@@ -71,7 +71,7 @@ def test_a_bfloat16_student_follows_the_float32_one() -> None:
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
         loop = loop_of(dtype, lr=1e-4)
-        losses[dtype] = [loop.advance()["loss"] for _ in range(16)]
+        losses[dtype] = [loop.train_step()["loss"] for _ in range(16)]
     gained = {dtype: sum(found[:4]) - sum(found[-4:]) for dtype, found in losses.items()}
     assert gained[torch.float32] > 0
     assert gained[torch.bfloat16] == pytest.approx(gained[torch.float32], rel=0.05)
@@ -94,13 +94,13 @@ def test_small_steps_add_up() -> None:
 def test_a_resumed_run_of_16_bits_is_bit_for_bit_the_same(tmp_path: Path) -> None:
     whole = loop_of(torch.bfloat16, decay=0.5)
     for _ in range(2):
-        whole.advance()
+        whole.train_step()
     save_checkpoint(tmp_path, whole.step, whole.write, 1)
     again = loop_of(torch.bfloat16, decay=0.5)
     again.resume(tmp_path, None, Silent())
     for _ in range(2):
-        whole.advance()
-        again.advance()
+        whole.train_step()
+        again.train_step()
     for one, other in zip(whole.masters.values(), again.masters.values(), strict=True):
         assert torch.equal(one, other)
     assert whole.teachers is not None
@@ -113,7 +113,7 @@ def test_a_resumed_run_of_16_bits_is_bit_for_bit_the_same(tmp_path: Path) -> Non
 def test_an_average_follows_the_copies() -> None:
     loop = loop_of(torch.bfloat16, decay=0.5)
     before = [p.clone() for p in loop._own[0].model.lm.parameters()]
-    loop.advance()
+    loop.train_step()
     after = list(loop._own[0].model.lm.parameters())
     for old, new, master in zip(before, after, loop.masters.values(), strict=True):
         assert new.dtype == torch.float32

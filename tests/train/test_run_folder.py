@@ -441,7 +441,7 @@ FULL = {
     "data": {"prompts": "p.jsonl"},
     "rollout": {"batch": 8, "max_new_tokens": 10, "temperature": 1.0},
     "optimizer": {"lr": 1e-5},
-    "train": {"steps": 10, "seed": 0, "checkpoint_every": 5, "sequences_per_forward": 8, "precision": "no"},
+    "train": {"steps": 10, "seed": 0, "checkpoint_every": 5, "micro_batch_size": 8, "precision": "no"},
     "evaluate": {"every": 50, "prompts": 8},
     "output": "o",
 }
@@ -470,7 +470,7 @@ def changed_at(tree: dict, key: str, value: object) -> dict:
         ("teacher.cache.path", "d", "free"),
         ("train.steps", 20, "noted"),
         ("train.checkpoint_every", 9, "noted"),
-        ("train.sequences_per_forward", 4, "noted"),
+        ("train.micro_batch_size", 4, "noted"),
         ("rollout.batch", 4, "noted"),
         ("evaluate.every", 5, "noted"),
         ("evaluate.prompts", 4, "noted"),

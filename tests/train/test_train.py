@@ -28,9 +28,9 @@ from tests.kernels.rows_for_kernels import BACKENDS_HERE
 
 RECIPE = Recipe(
     steps=3,
-    per_prompt=2,
+    num_generations=2,
     prompts_per_step=4,
-    sequences_per_forward=8,
+    micro_batch_size=8,
     rollout_batch=8,
     lr=3e-3,
     warmup_steps=1,
@@ -89,8 +89,8 @@ def test_the_loss_falls_and_evaluations_show_it(objective: str) -> None:
 )
 def test_losses_are_divided_by_the_count_of_the_whole_step(objectives: tuple[Term, ...]) -> None:
     recipe = changed(objectives=objectives, on_policy=0.6, steps=1, prompts_per_step=6, lr=1e-2)
-    at_once = run(replace(recipe, sequences_per_forward=64))
-    in_parts = run(replace(recipe, sequences_per_forward=3, rollout_batch=5))
+    at_once = run(replace(recipe, micro_batch_size=64))
+    in_parts = run(replace(recipe, micro_batch_size=3, rollout_batch=5))
     # The gradient's norm, not only the weights: AdamW's first step hardly depends on the gradient's size.
     for name, value in at_once.steps[0].items():
         if isinstance(value, float) and not name.endswith("_s"):
@@ -101,22 +101,20 @@ def test_losses_are_divided_by_the_count_of_the_whole_step(objectives: tuple[Ter
 def test_a_baseline_is_of_the_whole_step() -> None:
     """Whatever microbatches the step is cut into."""
     recipe = changed(
-        objectives=(Term("token_pg", baseline="others"),), steps=1, prompts_per_step=6, per_prompt=1
+        objectives=(Term("token_pg", baseline="others"),), steps=1, prompts_per_step=6, num_generations=1
     )
-    losses = [
-        run(replace(recipe, sequences_per_forward=n), verifier=None).steps[0]["loss"] for n in (6, 2, 1)
-    ]
+    losses = [run(replace(recipe, micro_batch_size=n), verifier=None).steps[0]["loss"] for n in (6, 2, 1)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
     plain = run(replace(recipe, objectives=(Term("token_pg"),)), verifier=None).steps[0]["loss"]
     assert abs(plain - losses[0]) > 0.1 * abs(plain)
 
 
-@pytest.mark.parametrize(("share", "per_prompt"), [(0.5, 4), (0.25, 2), (0.9, 8), (0.0, 4), (1.0, 4)])
-def test_lambda_is_the_share_of_sequences(share: float, per_prompt: int) -> None:
-    recipe = changed(on_policy=share, per_prompt=per_prompt)
+@pytest.mark.parametrize(("share", "num_generations"), [(0.5, 4), (0.25, 2), (0.9, 8), (0.0, 4), (1.0, 4)])
+def test_lambda_is_the_share_of_sequences(share: float, num_generations: int) -> None:
+    recipe = changed(on_policy=share, num_generations=num_generations)
     written = sum(recipe.student_writes(step, place) for step in range(500) for place in range(8))
-    sequences = written * per_prompt + (4000 - written)
-    assert written * per_prompt / sequences == pytest.approx(share, abs=0.03)
+    sequences = written * num_generations + (4000 - written)
+    assert written * num_generations / sequences == pytest.approx(share, abs=0.03)
     assert [recipe.student_writes(7, n) for n in range(8)] == [recipe.student_writes(7, n) for n in range(8)]
 
 
@@ -126,7 +124,7 @@ ON_ANY_DEVICE = [
     Term("forward_kl", support="shared"),
     *map(Term, ("span_pg", "token_pg", "alm", "uld", "gold", "x_token", "sft")),
 ]
-ONE_STEP = changed(steps=1, prompts_per_step=2, per_prompt=1, precision="no")
+ONE_STEP = changed(steps=1, prompts_per_step=2, num_generations=1, precision="no")
 
 
 def one_step(term: Term) -> Recipe:
@@ -225,7 +223,7 @@ def test_the_reward_moves_the_student() -> None:
         def score(self, prompt: Prompt, completion: str) -> float:
             return float(len(completion) < 10)
 
-    recipe = changed(objectives=(Term("reward"),), steps=20, per_prompt=8, lr=1e-2)
+    recipe = changed(objectives=(Term("reward"),), steps=20, num_generations=8, lr=1e-2)
     done = run(recipe, teacher=None, verifier=Short())
     rewards = [record["reward_mean"] for record in done.steps]
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5

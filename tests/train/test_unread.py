@@ -32,13 +32,13 @@ SHORT = [p for p in tiny.prompts() if len(f"{p.text}{p.completion}") + 1 <= ROOM
 LONG = [p for p in tiny.prompts() if len(f"{p.text}{p.completion}") + 1 > ROOM][:3]
 RECIPE = Recipe(
     steps=1,
-    per_prompt=2,
+    num_generations=2,
     on_policy=0.0,
-    sequences_per_forward=2,
+    micro_batch_size=2,
     rollout_batch=8,
     lr=3e-3,
     warmup_steps=0,
-    clip_norm=1e9,
+    max_grad_norm=1e9,
     sampling=Sampling(max_new_tokens=30),
 )
 
@@ -113,9 +113,11 @@ def test_what_the_student_writes_too_long_is_left_out() -> None:
     sent: list[int] = []
     score = teacher.score
 
-    def scored(prompts: Any, spellings: Any, stopped: Any) -> Any:
-        sent.extend(len(teacher.prompt_ids(p)) + s.ids.size for p, s in zip(prompts, spellings, strict=True))
-        return score(prompts, spellings, stopped)
+    def scored(prompts: Any, tokenized_texts: Any, stopped: Any) -> Any:
+        sent.extend(
+            len(teacher.prompt_ids(p)) + s.ids.size for p, s in zip(prompts, tokenized_texts, strict=True)
+        )
+        return score(prompts, tokenized_texts, stopped)
 
     teacher.score = scored  # type: ignore[method-assign]
     done = run(teacher, SHORT, progress=notes, **changes)
@@ -141,7 +143,7 @@ def test_of_very_many_prompts_one_that_the_student_cannot_read_ends_no_run(
     recipe = replace(RECIPE, prompts_per_step=5, on_policy=1.0, sampling=Sampling(max_new_tokens=8))
     teacher = with_context(tiny.tiny_teacher(), 1024)
     done = distill(student, teacher, [*both.values(), hard, easy], recipe, progress=notes)
-    assert done.steps[0]["unread"] >= recipe.per_prompt
+    assert done.steps[0]["unread"] >= recipe.num_generations
     assert any("prompt hard" in note for note in notes.notes)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gold.kernels.cpu import loops
 from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
-from gold.kernels.reference import LEAK, MixedKL, Rest
+from gold.kernels.reference import SMOOTHING, MixedKL, Rest
 
 Array = NDArray[Any]
 
@@ -55,14 +55,14 @@ def row_divergence(
     divergence: MixedKL,
     *,
     rest: Rest = "bucket",
-    leak: float = LEAK,
+    smoothing: float = SMOOTHING,
     only_common: bool = False,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.row_divergence``. With ``overwrite`` the forward pass already leaves the gradient there."""
     mine, theirs = _both_plain(logits_NV, logits_NW)
     bucket = rest == "bucket"
-    shape = (*_form(divergence), bucket, leak if bucket else 0.0, only_common)
+    shape = (*_form(divergence), bucket, smoothing if bucket else 0.0, only_common)
     value, mass = _RowDivergence.apply(mine, theirs, kept_V, kept_W, shape, overwrite)
     return value, mass
 
@@ -327,7 +327,7 @@ class _ColumnLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, columns: Columns, overwrite: bool) -> Tensor:
         rows = logits_NV.shape[0]
-        event, starts = columns.event_V.numpy(), columns.starts.numpy()
+        event, starts = columns.is_special.numpy(), columns.starts.numpy()
         out = np.empty((rows, columns.events), _real(logits_NV))
         _on_rows(loops.columns_forward, rows, _array(logits_NV), out[0:0, 0], event, starts, out)
         result = torch.from_numpy(out)

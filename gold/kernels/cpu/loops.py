@@ -390,7 +390,7 @@ def _terms(lp, lq, p, q, student, student_mix, teacher, teacher_mix, out):
 @compiled
 def divergence(
     row_lo, row_hi, logits, logits_T, like, ids_V, stops_V, left_V, ids_W, stops_W, left_W,
-    student, student_mix, teacher, teacher_mix, above, bucket, leak, only_common, results, grad,
+    student, student_mix, teacher, teacher_mix, above, bucket, smoothing, only_common, results, grad,
 ):  # fmt: skip
     """``reference.row_divergence``: value and mass into ``results``, and the value's gradient, if that has rows."""
     real = like.dtype.type
@@ -414,12 +414,16 @@ def divergence(
                 put_row(grad, n, e)
             continue
         if bucket:
-            shift = real(math.log1p(-leak))
+            shift = real(math.log1p(-smoothing))
             for k in range(events):
                 lp[k] += shift
                 lq[k] += shift
-            lp[events] = math.log((1.0 - leak) * rest + leak) if rest + leak > 0.0 else -math.inf
-            lq[events] = math.log((1.0 - leak) * rest_T + leak) if rest_T + leak > 0.0 else -math.inf
+            lp[events] = (
+                math.log((1.0 - smoothing) * rest + smoothing) if rest + smoothing > 0.0 else -math.inf
+            )
+            lq[events] = (
+                math.log((1.0 - smoothing) * rest_T + smoothing) if rest_T + smoothing > 0.0 else -math.inf
+            )
         else:
             # Against their own largest: all that is kept may be next to nothing of the row.
             top, top_T = row_max(lp), row_max(lq)
@@ -437,11 +441,11 @@ def divergence(
         if grad.shape[0] == 0:
             continue
         if bucket:
-            slope = out[events] / p[events] * real(1.0 - leak) if p[events] > 0.0 else real(0.0)
+            slope = out[events] / p[events] * real(1.0 - smoothing) if p[events] > 0.0 else real(0.0)
             mean = range_sum(out, 0, events) + rest * slope
             over, rest_slope = real(1.0 / total), slope - real(mean)
             scale = over * rest_slope
-            single = real(mean) / real(1.0 - leak)
+            single = real(mean) / real(1.0 - smoothing)
         else:
             mean = range_sum(out, 0, events)
             scale, single = real(0.0), real(mean)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
-from gold.kernels.reference import LEAK, MixedKL, Rest, hybrid_of, widened
+from gold.kernels.reference import SMOOTHING, MixedKL, Rest, hybrid_of, widened
 
 # Sizes are powers of two. They were chosen by arithmetic and the compiler's register counts, not yet measured: 2,048
 # float32 values are 16 a thread with 4 warps, and 64 registers leave room for 8 programs on a multiprocessor.
@@ -82,14 +82,14 @@ def row_divergence(
     divergence: MixedKL,
     *,
     rest: Rest = "bucket",
-    leak: float = LEAK,
+    smoothing: float = SMOOTHING,
     only_common: bool = False,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.row_divergence``. Columns are gone through in the order of ``logits_NV``; the teacher's are read
     beside them, side by side where its events stand in the same order."""
     value_N, mass_N = _RowDivergence.apply(
-        logits_NV, logits_NW.detach(), kept_V, kept_W, divergence, rest, leak, only_common, overwrite
+        logits_NV, logits_NW.detach(), kept_V, kept_W, divergence, rest, smoothing, only_common, overwrite
     )
     return value_N, mass_N
 
@@ -281,13 +281,13 @@ class _RowDivergence(torch.autograd.Function):
         kept_W: KeptEvents,
         divergence: MixedKL,
         rest: Rest,
-        leak: float,
+        smoothing: float,
         only_common: bool,
         overwrite: bool,
     ) -> tuple[Tensor, Tensor]:
         rows, width = logits_NV.shape
         dtype = _arithmetic(logits_NV)
-        leak = leak if rest == "bucket" else 0.0
+        smoothing = smoothing if rest == "bucket" else 0.0
         form = {
             "STUDENT": divergence.student != 0,
             "TEACHER": divergence.teacher != 0,
@@ -310,7 +310,7 @@ class _RowDivergence(torch.autograd.Function):
                 _side_of_rows, rows,
                 logits, kept.stops, others, kept_there.stops, leaves, side, rows, *logits.stride(),
                 *others.stride(), kept.stops.numel(), kept_there.stops.numel(), tiles,
-                COMMON=only_common, BUCKET=rest == "bucket", LEAK=leak, LOG_KEPT=math.log1p(-leak),
+                COMMON=only_common, BUCKET=rest == "bucket", SMOOTHING=smoothing, LOG_KEPT=math.log1p(-smoothing),
                 JOIN=JOIN,
             )  # fmt: skip
             sides.append(side)
@@ -328,7 +328,7 @@ class _RowDivergence(torch.autograd.Function):
             TEACHER_WEIGHT=divergence.teacher, ABOVE=divergence.above_nats, BUCKET=rest == "bucket",
             JOIN=JOIN,
         )  # fmt: skip
-        ctx.form, ctx.weight, ctx.rest, ctx.leak = form, divergence.student, rest, leak
+        ctx.form, ctx.weight, ctx.rest, ctx.smoothing = form, divergence.student, rest, smoothing
         ctx.only_common, ctx.overwrite = only_common, overwrite
         mass = sides[0][5].clone()
         ctx.mark_non_differentiable(mass)
@@ -346,7 +346,7 @@ class _RowDivergence(torch.autograd.Function):
             logits_NV, logits_NW, grad_logits, partner_V, *sides, slopes, grads[0].contiguous(),
             rows, *logits_NV.stride(), *logits_NW.stride(), *grad_logits.stride(), width,
             **ctx.form, COMMON=ctx.only_common, STUDENT_WEIGHT=ctx.weight, BUCKET=ctx.rest == "bucket",
-            LOG_KEPT=math.log1p(-ctx.leak), TILE=BACK_TILE,
+            LOG_KEPT=math.log1p(-ctx.smoothing), TILE=BACK_TILE,
         )  # fmt: skip
         return grad_logits, *(None,) * 8
 
@@ -462,18 +462,18 @@ class _ColumnLogsumexp(torch.autograd.Function):
             leaf_top.shape[1], events, LEAF=LEAF, RANGES=RANGES, STEP=STEP,
         )  # fmt: skip
         ctx.overwrite = overwrite
-        ctx.save_for_backward(logits_NV, columns.event_V.int(), out_NE)
+        ctx.save_for_backward(logits_NV, columns.is_special.int(), out_NE)
         return out_NE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, event_V, out_NE = ctx.saved_tensors
+        logits_NV, is_special, out_NE = ctx.saved_tensors
         rows, width = logits_NV.shape
         grad_logits = logits_NV.detach() if ctx.overwrite else torch.empty_like(logits_NV)
         _run(
             _columns_backward, rows * triton.cdiv(width, BACK_TILE),
-            logits_NV, grad_logits, event_V, out_NE, grads[0].contiguous(), *logits_NV.stride(),
+            logits_NV, grad_logits, is_special, out_NE, grads[0].contiguous(), *logits_NV.stride(),
             *grad_logits.stride(), width, out_NE.shape[1], TILE=BACK_TILE,
         )  # fmt: skip
         return grad_logits, None, None
@@ -946,7 +946,7 @@ def _if_common(z, y, other):
 def _side_of_rows(
     logits, stops, other_logits, other_stops, leaves, side, rows, stride_n, stride_v, other_stride_n,
     other_stride_v, stop_count, other_stop_count, tiles,
-    COMMON: tl.constexpr, BUCKET: tl.constexpr, LEAK: tl.constexpr, LOG_KEPT: tl.constexpr, JOIN: tl.constexpr,
+    COMMON: tl.constexpr, BUCKET: tl.constexpr, SMOOTHING: tl.constexpr, LOG_KEPT: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
     """Of each row: what is subtracted from a logit, first and second, for its event's log-probability (0, 1); that of
     the stop event and of the rest, if that is one (2, 3); of what is left, before the leak (4); and the probability of
@@ -977,7 +977,7 @@ def _side_of_rows(
     left = left_top - base + _log(left_total) - log_base
     rest = tl.full((), float("-inf"), dtype)
     if BUCKET:
-        rest = _log(tl.exp(left) + LEAK)
+        rest = _log(tl.exp(left) + SMOOTHING)
     tl.store(side + n, base)
     tl.store(side + rows + n, log_base)
     tl.store(side + 2 * rows + n, stop_top - base + _log(stop_total) - log_base)

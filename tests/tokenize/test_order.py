@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gold.bytes.order import byte_order, equal_groups
+from gold.tokenize.order import byte_order, equal_groups
 
 # Tokens that agree up to any byte and differ there, or end: several of the words in which bytes are compared.
 begins = st.builds(
