@@ -172,7 +172,7 @@ def _aligned(folder: Path, count: int) -> Iterator[tuple[str, str]]:
 
 
 def _cached(folder: Path) -> dict[str, str]:
-    """Hashes of the files of a teacher cache."""
+    """Hashes of the records in a teacher cache; before them a shard names the teacher by its folder."""
     prompts = folder / "prompts.jsonl"
     given: list[Prompt] = TASK.prompts("train", 40, 5)
     lines = [{"prompt": p.text, "completion": p.completion, "id": p.key} for p in given]
@@ -188,7 +188,7 @@ def _cached(folder: Path) -> dict[str, str]:
     settings.write_text(json.dumps(told), encoding="utf-8")
     _printed("cache", "build", settings)
     return {
-        file.relative_to(kept).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        file.relative_to(kept).as_posix(): hashlib.sha256(file.read_bytes().partition(b"\xf6row")[2]).hexdigest()
         for file in sorted(kept.rglob("*"))
         if file.is_file() and file.suffix not in (".json", ".lock") and not file.name.startswith(".")
     }
