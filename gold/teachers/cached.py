@@ -122,7 +122,9 @@ class CachedTeacher:
         """Has the teacher's chat template write the day that the cache began on, under which its texts are kept; that
         day, None where an older cache does not say it."""
         kept = self.cache.origin.date
-        self.teacher.rendering.day = day = date.fromisoformat(kept) if kept else None
+        day = date.fromisoformat(kept) if kept else None
+        if day is not None:
+            self.teacher.rendering.pin_day(day)
         return day
 
     @property

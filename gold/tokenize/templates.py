@@ -47,8 +47,8 @@ _TAKEN = frozenset(
 class Rendering:
     """What a chat template is given beside the messages.
 
-    ``arguments`` are names and values that the template asks for, such as ``enable_thinking``. ``day`` is the one that
-    a template which prints the date writes; None: today's, and so another one tomorrow. A run sets it at its start.
+    ``arguments`` are names and values that the template asks for, such as ``enable_thinking``. ``day`` is the date that
+    a template writes if it prints one; None: today's, which changes tomorrow. A run pins it at its start (`pin_day`).
 
     Raises: ConfigError for arguments that no template can be given.
     """
@@ -58,6 +58,10 @@ class Rendering:
 
     def __post_init__(self) -> None:
         check_arguments(self.arguments)
+
+    def pin_day(self, day: date) -> None:
+        """Every later rendering writes this day."""
+        self.day = day
 
 
 def check_arguments(arguments: object) -> None:

@@ -359,14 +359,14 @@ def pin_date(
     """The day that all chat templates which print the date write from now on: the one that a run has kept, else the one
     that its teacher's cache began on, else today. What a cache holds is read by the day of that cache in any case."""
     members = teachers.members.values() if teachers else ()
-    days = [(t.teacher.rendering, t.pin_date()) for t in members if isinstance(t, CachedTeacher)]
-    day = kept or next((day for _, day in days if day), None) or date.today()
+    cached = [t for t in members if isinstance(t, CachedTeacher)]
+    day = kept or next(filter(None, (t.pin_date() for t in cached)), None) or date.today()
     if accelerator is not None and accelerator.num_processes > 1:
         day = gather_object([day])[0]  # midnight may be between two processes
-    by_cache = [id(rendering) for rendering, kept_day in days if kept_day]
     for reader in readers_of(student, teachers):
-        if id(reader.rendering) not in by_cache:
-            reader.rendering.day = day
+        reader.rendering.pin_day(day)
+    for teacher in cached:
+        teacher.pin_date()
     return day
 
 
