@@ -188,7 +188,9 @@ def _cached(folder: Path) -> dict[str, str]:
     settings.write_text(json.dumps(told), encoding="utf-8")
     _printed("cache", "build", settings)
     return {
-        file.relative_to(kept).as_posix(): hashlib.sha256(file.read_bytes().partition(b"\xf6row")[2]).hexdigest()
+        file.relative_to(kept).as_posix(): hashlib.sha256(
+            file.read_bytes().partition(b"\xf6row")[2]
+        ).hexdigest()
         for file in sorted(kept.rglob("*"))
         if file.is_file() and file.suffix not in (".json", ".lock") and not file.name.startswith(".")
     }
