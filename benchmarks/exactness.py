@@ -29,7 +29,7 @@ from gold.data import Prompt
 from gold.kernels import BACKENDS
 from gold.kernels.lm_head import LazyLogits, byte_tables
 from gold.kernels.projection import OBSERVED, needed_rows, piece_events, piece_target
-from gold.losses import View
+from gold.losses import LossInputs
 from gold.losses.prefix import prefix_positions
 from gold.models.causal import LanguageModel, PaddedStates, load_model, rows_of
 from gold.rollout.hf import Sampling, sample
@@ -306,8 +306,8 @@ def sampled(model: ToyModel, rng: np.random.Generator, longest: int) -> list[int
     return ids
 
 
-def viewed(pair: VocabularyPair, ids: Sequence[int], student: ToyModel, teacher: ToyModel) -> View:
-    """The view of one text that stopped."""
+def viewed(pair: VocabularyPair, ids: Sequence[int], student: ToyModel, teacher: ToyModel) -> LossInputs:
+    """The inputs of one text that stopped."""
     tokenized = pair.student.decode(ids)
     whole = np.array([*ids, pair.student.stop_ids[0]], np.int32)
     text = AlignedText(whole, tokenized, pair.read(tokenized), True)
@@ -315,7 +315,7 @@ def viewed(pair: VocabularyPair, ids: Sequence[int], student: ToyModel, teacher:
         LazyLogits.of_logits(model.states(own.tolist(), own.size + 1))
         for model, own in ((student, text.student.ids), (teacher, text.teacher.ids))
     )
-    return View(AlignedBatch([text], pair, CPU), rows, rows_T, BACKENDS["cpu"], BACKENDS["cpu"])
+    return LossInputs(AlignedBatch([text], pair, CPU), rows, rows_T, BACKENDS["cpu"], BACKENDS["cpu"])
 
 
 def toy_bytes(name: str, kind: str, seeds: int) -> dict[str, Any]:
@@ -325,9 +325,9 @@ def toy_bytes(name: str, kind: str, seeds: int) -> dict[str, Any]:
     for seed in range(seeds):
         model = KINDS[kind](vocabulary, seed, never=("<junk>",), scale=1.5)
         ids = sampled(model, rng, 6)
-        view = viewed(pair, ids, model, model)
-        table, _, _ = byte_tables(view.student, view.batch.layout_S, view.backend)
-        data = view.batch.texts[0].student.data
+        inputs = viewed(pair, ids, model, model)
+        table, _, _ = byte_tables(inputs.student, inputs.batch.layout_S, inputs.backend)
+        data = inputs.batch.texts[0].student.data
         exact = marginals(toy_prob(model), vocabulary, pair.student_trie, ids, data)
         errors.append(byte_errors(table, exact))
     return {"vocabulary": name, "segmentations": kind, **summary(errors, EXACT_TOY)}
@@ -346,8 +346,8 @@ def toy_prefix(mine: str, theirs: str, kind: str, seeds: int) -> dict[str, Any]:
         ):  # a text of which the teacher's own tokens have no probability
             text = pair.teacher.decode(sampled(teacher, rng, LONGEST)).data
         ids = pair.student.encode(text).ids.tolist()
-        view = viewed(pair, ids, ToyModel(pair.student, seed), teacher)
-        found = prefix_errors(view, toy_prob(teacher), partial(own_tokens, view, all_texts(teacher)))
+        inputs = viewed(pair, ids, ToyModel(pair.student, seed), teacher)
+        found = prefix_errors(inputs, toy_prob(teacher), partial(own_tokens, inputs, all_texts(teacher)))
         for name, chosen in (("synced", found["synced"] > 0), ("interior", found["synced"] == 0)):
             if chosen.any():
                 states[name].append({k: v[chosen] for k, v in found.items() if k != "synced"})
@@ -370,11 +370,11 @@ def all_texts(model: ToyModel) -> dict[bytes, float]:
     return found
 
 
-def own_tokens(view: View, texts: dict[bytes, float], e: int, observed: int) -> Probs:
+def own_tokens(inputs: LossInputs, texts: dict[bytes, float], e: int, observed: int) -> Probs:
     """The events at byte e of a student that writes exactly these texts, always in its tokenizer's own tokens."""
-    pair = view.batch.vocabularies
+    pair = inputs.batch.vocabularies
     pieces, size = pair.pieces, pair.pieces.ids.size
-    text = view.batch.texts[0].student
+    text = inputs.batch.texts[0].student
     row = text.starts.tolist().index(e) if e in text.starts.tolist() else None
     token = text.data[e : int(text.ends[row])] if row is not None and observed >= 0 else None
     prob = np.zeros(size + 4)
@@ -395,7 +395,7 @@ def own_tokens(view: View, texts: dict[bytes, float], e: int, observed: int) -> 
 
 
 def prefix_errors(
-    view: View,
+    inputs: LossInputs,
     next_prob: NextProb,
     law: Callable[[int, int], Probs] | None = None,
     **limits: Any,
@@ -406,12 +406,12 @@ def prefix_errors(
     ``moved_error`` its distance from the exact one; ``tv_own_tokens``: of the whole target from what ``law`` says.
     ``synced``: 1 where a token of the teacher begins too.
     """
-    batch, pair = view.batch, view.batch.vocabularies
+    batch, pair = inputs.batch, inputs.batch.vocabularies
     positions = prefix_positions(batch, interior=True, where="everywhere")
     pieces = batch.piece_batch(positions)
     span = slice(0, len(pieces))
     needed = needed_rows(pieces.teacher, span)
-    rows, backend = view.teacher_rows.select(needed), view.teacher_backend
+    rows, backend = inputs.teacher_rows.select(needed), inputs.teacher_backend
     with torch.no_grad():
         nothing_apart = torch.full_like(pieces.short, -1)
         joint = piece_events(rows, needed, pieces.teacher, nothing_apart, span, backend).joint
@@ -537,8 +537,8 @@ def real_prefix(student: LanguageModel, teacher: LanguageModel, limits: dict[str
             states_along(student, prompts[0], text.student.ids),
             states_along(teacher, prompts[1], text.teacher.ids),
         )
-        view = View(AlignedBatch([text], pair, CPU), rows, rows_T, BACKENDS["cpu"], BACKENDS["cpu"])
-        targets.append(prefix_errors(view, model_prob(teacher, prompts[1]), **limits))
+        inputs = LossInputs(AlignedBatch([text], pair, CPU), rows, rows_T, BACKENDS["cpu"], BACKENDS["cpu"])
+        targets.append(prefix_errors(inputs, model_prob(teacher, prompts[1]), **limits))
     states: dict[str, Any] = {}
     for name, wanted in (("synced", 1.0), ("interior", 0.0)):
         chosen = [{k: v[t["synced"] == wanted] for k, v in t.items() if k != "synced"} for t in targets]

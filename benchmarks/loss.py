@@ -47,7 +47,7 @@ from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.errors import GoldError
 from gold.kernels import BACKENDS, backend_for
 from gold.kernels.lm_head import LazyLogits
-from gold.losses import OBJECTIVES, Objective, View
+from gold.losses import OBJECTIVES, LossInputs, Objective
 from gold.models.causal import as_rows, pick_device
 from gold.tokenize.vocabulary import Vocabulary
 
@@ -179,12 +179,12 @@ class Inputs:
         """The text with no index array made yet."""
         return AlignedBatch([self.text], self.pair, self.hidden_S.device, self.hidden_T.device)
 
-    def view(self) -> View:
+    def loss_inputs(self) -> LossInputs:
         """What an objective sees."""
         backend = BACKENDS["reference"] if self.exact else backend_for(self.hidden_S.device)
         if self.logits_S is not None and self.logits_T is not None:
             mine, theirs = LazyLogits.of_logits(self.logits_S), LazyLogits.of_logits(self.logits_T)
-            return View(self.batch(), mine, theirs, backend, backend)
+            return LossInputs(self.batch(), mine, theirs, backend, backend)
         mine, theirs = (
             as_rows(model, hidden)
             for hidden, model in (
@@ -192,7 +192,7 @@ class Inputs:
                 (self.hidden_T, _Embeddings(self.matrix_T)),
             )
         )
-        return View(self.batch(), mine, theirs, backend, backend)
+        return LossInputs(self.batch(), mine, theirs, backend, backend)
 
     @cached_property
     def in_float64(self) -> Inputs:
@@ -631,7 +631,7 @@ def naive_jsd(inputs: Inputs) -> Tensor:
 
 
 def _objective(objective: Objective) -> Callable[[Inputs], Tensor]:
-    return lambda inputs: objective(inputs.view()).total
+    return lambda inputs: objective(inputs.loss_inputs()).total
 
 
 def _from_states(function: peers.FromStates) -> Callable[[Inputs], Tensor]:

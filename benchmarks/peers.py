@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from gold.align.batch import AlignedBatch, VocabularyPair
-from gold.losses import Loss, Objective, View
+from gold.losses import Loss, LossInputs, Objective
 
-OneText = Callable[[View, int, Tensor, Tensor], Tensor]
+OneText = Callable[[LossInputs, int, Tensor, Tensor], Tensor]
 FromStates = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Student's states [N, D] and output matrix [V, D], then the teacher's, of one vocabulary: the sum over rows."""
 
@@ -94,8 +94,8 @@ def _of_trl() -> Iterator[tuple[str, Objective]]:
     def across(config: SimpleNamespace) -> OneText:
         functions: dict[tuple[VocabularyPair, torch.device], ULDLoss] = {}
 
-        def of_text(view: View, b: int, mine: Tensor, theirs: Tensor) -> Tensor:
-            pair, text, device = view.batch.vocabularies, view.batch.texts[b], mine.device
+        def of_text(inputs: LossInputs, b: int, mine: Tensor, theirs: Tensor) -> Tensor:
+            pair, text, device = inputs.batch.vocabularies, inputs.batch.texts[b], mine.device
             # Its map of the two vocabularies is made once a run.
             if (pair, device) not in functions:
                 tokenizers = pair.student._tokenizer, pair.teacher._tokenizer
@@ -128,7 +128,7 @@ def _of_trl() -> Iterator[tuple[str, Objective]]:
 
         return of_text
 
-    def jsd(view: View, b: int, mine: Tensor, theirs: Tensor) -> Tensor:
+    def jsd(inputs: LossInputs, b: int, mine: Tensor, theirs: Tensor) -> Tensor:
         value: Tensor = GOLDTrainer.generalized_jsd_loss(mine[None], theirs[None], beta=0.5, reduction="sum")
         return value
 
@@ -152,16 +152,16 @@ def _texts(batch: AlignedBatch) -> float:
     return float(len(batch.texts))
 
 
-def _by_text(of_text: OneText) -> Callable[[View], Loss]:
-    def loss(view: View) -> Loss:
-        batch = view.batch
-        logits, logits_T = (rows.head(rows.hidden_ND) for rows in (view.student, view.teacher_rows))
+def _by_text(of_text: OneText) -> Callable[[LossInputs], Loss]:
+    def loss(inputs: LossInputs) -> Loss:
+        batch = inputs.batch
+        logits, logits_T = (rows.head(rows.hidden_ND) for rows in (inputs.student, inputs.teacher_rows))
         total = logits.new_zeros(())
         for b in range(len(batch.texts)):
             mine = logits[int(batch.row_starts[b]) : int(batch.row_starts[b + 1])]
             theirs = logits_T[int(batch.teacher_row_starts[b]) : int(batch.teacher_row_starts[b + 1])]
             if mine.shape[0]:
-                total = total + of_text(view, b, mine, theirs)
+                total = total + of_text(inputs, b, mine, theirs)
         return Loss(total)
 
     return loss

@@ -24,7 +24,7 @@ from gold.data import load_prompts, split_by_hash
 from gold.kernels import backend_for
 from gold.kernels.lm_head import LazyLogits, likeliest
 from gold.losses import OBJECTIVES
-from gold.losses.types import View
+from gold.losses.types import LossInputs
 from gold.models.causal import LanguageModel, load_model, rows_of
 from gold.rollout.hf import Rollout, Sampling, sample
 from gold.teachers.cached import CachedTeacher
@@ -94,7 +94,7 @@ class Compared:
         logits = self.logits.clone().requires_grad_(True)
         backend = backend_for(logits.device)
         objective = OBJECTIVES["reverse_kl"]()
-        loss = objective(View(batch, LazyLogits.of_logits(logits), theirs, backend, backend))
+        loss = objective(LossInputs(batch, LazyLogits.of_logits(logits), theirs, backend, backend))
         count = objective.count(batch)
         (grad,) = torch.autograd.grad(loss.total / count, logits)
         untold = 0.0

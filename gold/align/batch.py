@@ -111,7 +111,7 @@ class AlignedBatch:
     Rows are model states, all texts concatenated: a text of n tokens has rows 0 … n − 1, row k predicting token k, and
     one more for the stop event if it stopped.
 
-    ``beside``: the same texts as further teachers read them, where they are compared with all as one; a byte is
+    ``other_batches``: the same texts as further teachers read them, where they are compared with all as one; a byte is
     supervised where all of them say what comes next.
     """
 
@@ -121,13 +121,13 @@ class AlignedBatch:
         vocabularies: VocabularyPair,
         device: torch.device,
         teacher_device: torch.device | None = None,
-        beside: Sequence[AlignedBatch] = (),
+        other_batches: Sequence[AlignedBatch] = (),
     ) -> None:
         self.texts = tuple(texts)
         self.vocabularies = vocabularies
         self.device = device
         self.teacher_device = teacher_device or device
-        self.beside = tuple(beside)
+        self.other_batches = tuple(other_batches)
         self._alignments = [align_tokens(t.student, t.teacher) for t in self.texts]
 
     @property
@@ -335,7 +335,7 @@ class AlignedBatch:
     def supervised_bytes(self) -> Tensor:
         """Byte positions where both sides say what comes next, ascending."""
         known = self.layout_S.supervised
-        for batch in (self, *self.beside):
+        for batch in (self, *self.other_batches):
             known = known & batch.layout_T.supervised.to(self.device)
         return torch.nonzero(known)[:, 0]
 

@@ -42,10 +42,10 @@ def aligned_batch(
     vocabularies: VocabularyPair,
     student: torch.device,
     teacher: Teacher | None,
-    beside: Sequence[AlignedBatch] = (),
+    other_batches: Sequence[AlignedBatch] = (),
 ) -> AlignedBatch:
-    """A microbatch on the devices of both models; ``beside``: as further teachers read it."""
-    return AlignedBatch(texts, vocabularies, student, teacher.device if teacher else None, beside)
+    """A microbatch on the devices of both models; ``other_batches``: as further teachers read it."""
+    return AlignedBatch(texts, vocabularies, student, teacher.device if teacher else None, other_batches)
 
 
 def student_states(model: LanguageModel, rollouts: Sequence[Rollout]) -> PaddedStates:

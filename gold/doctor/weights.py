@@ -18,7 +18,7 @@ from gold.doctor.sample import JUDGED, SAMPLE
 from gold.errors import GoldError
 from gold.kernels import backend_for
 from gold.kernels.lm_head import LazyLogits, token_logp
-from gold.losses import OBJECTIVES, View
+from gold.losses import OBJECTIVES, LossInputs
 from gold.models.causal import LanguageModel, PaddedStates, rows_of
 from gold.rollout.hf import completed
 from gold.teachers.local import LocalTeacher
@@ -65,7 +65,7 @@ def divergence(
     with torch.no_grad():
         mine = rows_of(student.lm, student_states(student, rollouts))
         backends = backend_for(student.device), backend_for(teacher.device)
-        value = objective(View(batch, mine, LazyLogits.joined(theirs), *backends))
+        value = objective(LossInputs(batch, mine, LazyLogits.joined(theirs), *backends))
     student.lm.train(was_training)
     return float(value.total) / max(1, sum(len(r.tokenized.data) for r in rollouts))
 

@@ -16,7 +16,7 @@ import numpy as np
 from gold import terminal
 from gold.errors import ConfigError, DataError, GoldError
 from gold.files import json_value, open_file
-from gold.inspect.view import Side, View, describe, summary
+from gold.inspect.view import AlignmentView, TokenizedSide, describe, summary
 from gold.tokenize.markers import read_as, shared_markers
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
@@ -34,7 +34,7 @@ class Scorer(Protocol):
     vocabularies: tuple[Vocabulary, Vocabulary]
     tokenizers: tuple[Any, Any]
 
-    def score(self, view: View) -> View:
+    def score(self, view: AlignmentView) -> AlignmentView:
         """The text with both models' log-probabilities."""
         ...
 
@@ -107,7 +107,7 @@ def run_align(
         _draw(view, out, color)
 
 
-def _draw(view: View, out: TextIO, color: bool) -> None:
+def _draw(view: AlignmentView, out: TextIO, color: bool) -> None:
     from gold.inspect.terminal import show_alignment
 
     if isinstance(out, io.TextIOWrapper):
@@ -135,7 +135,7 @@ class _Pair:
             else (Vocabulary.load(names[0]).with_markers(), Vocabulary.load(names[1]).with_markers())
         )
 
-    def view(self, given: _Given) -> View:
+    def view(self, given: _Given) -> AlignmentView:
         """One text as both sides read it."""
         try:
             view = self._read(given)
@@ -143,7 +143,7 @@ class _Pair:
         except GoldError as error:
             raise type(error)(f"{given.where}{error}") from None
 
-    def _read(self, given: _Given) -> View:
+    def _read(self, given: _Given) -> AlignmentView:
         student, teacher = self.vocabularies
         beside: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         if given.ids is None:
@@ -165,7 +165,7 @@ class _Pair:
                 side["prompt_ids"] = _prompt_ids(name, tokenizer, given.prompt, rendering)
                 side["stop_ids"] = vocabulary.stop_ids
         sides = [
-            Side(name, vocabulary, tokenized, _shared(vocabulary, tokenized, others), **more)
+            TokenizedSide(name, vocabulary, tokenized, _shared(vocabulary, tokenized, others), **more)
             for name, vocabulary, tokenized, others, more in zip(
                 self.names,
                 self.vocabularies,
@@ -175,7 +175,7 @@ class _Pair:
                 strict=True,
             )
         ]
-        return View(*sides)
+        return AlignmentView(*sides)
 
     @cached_property
     def _same(self) -> bool:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from gold.inspect.view import Side, View, event_name, prompt_runs, token_runs
+from gold.inspect.view import AlignmentView, TokenizedSide, event_name, prompt_runs, token_runs
 
 _LEVELS = 9
 """A token's shade says how many nats it cost, up to so many."""
@@ -18,7 +18,7 @@ _TAGS = {"text": "{}", "mark": "<i>{}</i>", "event": "<em>{}</em>"}
 _HERE = Path(__file__).parent
 
 
-def page(view: View) -> str:
+def page(view: AlignmentView) -> str:
     """The page, as HTML.
 
     Every chunk shows the student's tokens over the teacher's; pointing at it, touching it or walking to it with the
@@ -76,7 +76,7 @@ def _shades() -> str:
     )
 
 
-def _data(view: View) -> dict[str, Any]:
+def _data(view: AlignmentView) -> dict[str, Any]:
     """What the details are made of, of the chunks that are drawn: numbers, and bytes in base 64 or hexadecimal."""
     chunks = view.alignment.chunks[: view.drawn]
     ends = view.alignment.ends_C[: view.drawn].tolist()
@@ -90,7 +90,7 @@ def _data(view: View) -> dict[str, Any]:
     }
 
 
-def _side_data(side: Side, count: int) -> dict[str, Any]:
+def _side_data(side: TokenizedSide, count: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "ids": side.tokenized.ids[:count].tolist(),
         "ends": side.tokenized.ends[:count].tolist(),
@@ -103,12 +103,12 @@ def _side_data(side: Side, count: int) -> dict[str, Any]:
     return found
 
 
-def _own_bytes(side: Side, k: int) -> bytes:
+def _own_bytes(side: TokenizedSide, k: int) -> bytes:
     token = int(side.tokenized.ids[k])
     return side.vocabulary.token_bytes(token) if token < side.vocabulary.size else b""
 
 
-def _lines(view: View) -> Iterator[str]:
+def _lines(view: AlignmentView) -> Iterator[str]:
     """The chunks of each line of the text; a browser lays out only the lines that are in sight."""
     student, teacher = view.sides
     ends = view.alignment.ends_C.tolist()
@@ -132,7 +132,7 @@ def _lines(view: View) -> Iterator[str]:
         yield f'<div class="line">{"".join(line)}</div>\n'
 
 
-def _tokens(side: Side, view: View, last: int) -> Iterator[str]:
+def _tokens(side: TokenizedSide, view: AlignmentView, last: int) -> Iterator[str]:
     """Each token that is drawn."""
     count = int(view.alignment.chunks[view.drawn - 1, last]) if view.drawn else 0
     start = 0
@@ -148,7 +148,7 @@ def _tagged(runs: Iterable[tuple[str, str]]) -> str:
     return "".join(_TAGS[kind].format(escape(run)) for run, kind in runs)
 
 
-def _event(view: View, student: Iterable[int], teacher: Iterable[int]) -> str:
+def _event(view: AlignmentView, student: Iterable[int], teacher: Iterable[int]) -> str:
     names = [
         escape(event_name(side.vocabulary, ids)) if ids else "–"
         for side, ids in zip(view.sides, (tuple(student), tuple(teacher)), strict=True)
@@ -159,7 +159,7 @@ def _event(view: View, student: Iterable[int], teacher: Iterable[int]) -> str:
     )
 
 
-def _summary(view: View) -> str:
+def _summary(view: AlignmentView) -> str:
     found, sides = view.coverage, view.sides
     shares = found.student_tokens, found.teacher_tokens
     rows = [
@@ -194,7 +194,7 @@ def _summary(view: View) -> str:
     )
 
 
-def _prompts(view: View) -> str:
+def _prompts(view: AlignmentView) -> str:
     if view.student.prompt_ids is None:
         return ""
     shown = "".join(
@@ -217,7 +217,7 @@ def _legend(scored: bool) -> str:
     )
 
 
-def _undrawn(view: View) -> str:
+def _undrawn(view: AlignmentView) -> str:
     if view.drawn == len(view.alignment):
         return ""
     return f"<p>The picture ends at byte {view.alignment.starts_C[view.drawn]} of {len(view.data)}.</p>"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from gold.errors import DataError
-from gold.inspect.view import Side, View
+from gold.inspect.view import AlignmentView, TokenizedSide
 from gold.kernels.lm_head import token_statistics
 from gold.models.causal import LanguageModel, PaddedStates, load_model, output_width, rows_of
 from gold.tokenize.chat import adds_bos
@@ -42,7 +42,7 @@ class PairScorer:
         """Both tokenizers, with their chat templates."""
         return self.student.tokenizer, self.teacher.tokenizer
 
-    def score(self, view: View) -> View:
+    def score(self, view: AlignmentView) -> AlignmentView:
         """The text with the log-probability of each token, the entropy before it, and the stop event's log-probability
         where there is one.
 
@@ -52,7 +52,7 @@ class PairScorer:
 
         Raises: DataError for a text that does not fit a model's context, or has ids that a model has no row for.
         """
-        return View(_scored(self.student, view.student), _scored(self.teacher, view.teacher))
+        return AlignmentView(_scored(self.student, view.student), _scored(self.teacher, view.teacher))
 
 
 def _load(source: str) -> LanguageModel:
@@ -63,7 +63,7 @@ def _load(source: str) -> LanguageModel:
 
 
 @torch.no_grad()
-def _scored(model: LanguageModel, side: Side) -> Side:
+def _scored(model: LanguageModel, side: TokenizedSide) -> TokenizedSide:
     ids = side.tokenized.ids
     if side.prompt_ids is None and side.bos_id is None and adds_bos(model.tokenizer):
         side = replace(side, bos_id=model.tokenizer.bos_token_id)

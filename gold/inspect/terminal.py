@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from gold.inspect.view import Side, View, event_name, prompt_runs, summary, token_runs
+from gold.inspect.view import AlignmentView, TokenizedSide, event_name, prompt_runs, summary, token_runs
 
 _BETWEEN_TOKENS, _BETWEEN_CHUNKS, _GOES_ON = "¦", " ┃ ", "⋯"
 _LABELS = ("student ", "teacher ")
@@ -27,7 +27,7 @@ _LEFT_TO_RIGHT = "\u200e"
 _LEAST_ROOM = 16
 
 
-def show_alignment(view: View, console: Console) -> None:
+def show_alignment(view: AlignmentView, console: Console) -> None:
     """Prints the prompts, if there are any, the picture and the summary of one alignment.
 
     Chunks stand between `┃`, the tokens of a chunk between `¦`. White space is visible; bytes that are no character by
@@ -58,7 +58,7 @@ def show_alignment(view: View, console: Console) -> None:
         console.print(line, soft_wrap=not console.is_terminal)
 
 
-def _undrawn(view: View) -> Iterator[str]:
+def _undrawn(view: AlignmentView) -> Iterator[str]:
     if view.drawn < len(view.alignment):
         at = view.alignment.starts_C[view.drawn]
         yield f"the picture ends at byte {at} of {len(view.data)}; --json has all of them"
@@ -76,7 +76,7 @@ class _Cell:
         return max(cell_len(row.plain) for row in self.rows)
 
 
-def _lines(view: View, room: int) -> Iterator[tuple[Text, Text]]:
+def _lines(view: AlignmentView, room: int) -> Iterator[tuple[Text, Text]]:
     """The two rows of each line of the picture, as many cells in a line as there is room for."""
     above, below, used = Text(), Text(), 0
     for cell in _cells(view, max(room, _LEAST_ROOM)):
@@ -96,7 +96,7 @@ def _lines(view: View, room: int) -> Iterator[tuple[Text, Text]]:
         yield above, below
 
 
-def _cells(view: View, room: int) -> Iterator[_Cell]:
+def _cells(view: AlignmentView, room: int) -> Iterator[_Cell]:
     student, teacher = view.sides
     if student.bos_id is not None or teacher.bos_id is not None:
         yield _event(view, *([] if side.bos_id is None else [side.bos_id] for side in view.sides))
@@ -117,7 +117,7 @@ def _cells(view: View, room: int) -> Iterator[_Cell]:
 class _Row:
     """The tokens of one side in one chunk."""
 
-    def __init__(self, side: Side, first: int, last: int, style: str) -> None:
+    def __init__(self, side: TokenizedSide, first: int, last: int, style: str) -> None:
         self.side, self.first, self.style = side, first, style
         self.ends = side.tokenized.ends[first:last].tolist()
         self.starts = [int(side.tokenized.ends[first - 1]) if first else 0, *self.ends][: last - first]
@@ -193,7 +193,7 @@ def _fold(data: bytes, start: int, end: int, rows: tuple[_Row, _Row], room: int)
     return nearest if nearest > (start + last) / 2 else last
 
 
-def _event(view: View, student: Sequence[int], teacher: Sequence[int]) -> _Cell:
+def _event(view: AlignmentView, student: Sequence[int], teacher: Sequence[int]) -> _Cell:
     names = [
         Text(event_name(side.vocabulary, ids) if ids else "–", _EVENT)
         for side, ids in zip(view.sides, (student, teacher), strict=True)

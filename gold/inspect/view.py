@@ -24,7 +24,7 @@ _WHITE_SPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "⍽
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class TokenizedSide:
     """One side of a text.
 
     `name` is what the user calls it. `shared` is the share of its tokens whose bytes are one token of the other
@@ -64,11 +64,11 @@ class Score:
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class AlignmentView:
     """One text, as both sides read it."""
 
-    student: Side
-    teacher: Side
+    student: TokenizedSide
+    teacher: TokenizedSide
 
     @cached_property
     def alignment(self) -> Alignment:
@@ -81,7 +81,7 @@ class View:
         return self.student.tokenized.data
 
     @property
-    def sides(self) -> tuple[Side, Side]:
+    def sides(self) -> tuple[TokenizedSide, TokenizedSide]:
         """Student, teacher."""
         return self.student, self.teacher
 
@@ -123,7 +123,7 @@ class View:
         )
 
 
-def describe(view: View) -> dict[str, Any]:
+def describe(view: AlignmentView) -> dict[str, Any]:
     """A text as JSON: ids and byte ends of both sides, and chunks as half-open ranges of their tokens.
 
     A side has the keys `bos_id` and `stop_ids` where these events are beside the text, `prompt_ids` where there is a
@@ -142,7 +142,7 @@ def describe(view: View) -> dict[str, Any]:
     return found if view.score is None else found | {"score": asdict(view.score)}
 
 
-def summary(view: View) -> list[str]:
+def summary(view: AlignmentView) -> list[str]:
     """Lines that say how finely both sides agree, and how probable the text is to both where they have scored it."""
     (student, teacher), found = view.sides, view.coverage
     repaired = [side.tokenized.repaired_bytes for side in view.sides]
@@ -195,7 +195,7 @@ def event_name(vocabulary: Vocabulary, ids: Iterable[int]) -> str:
     return "⟨" + "/".join(_shown_string(vocabulary, index) for index in ids) + "⟩"
 
 
-def token_runs(side: Side, index: int, first: int, last: int) -> Iterator[tuple[str, str]]:
+def token_runs(side: TokenizedSide, index: int, first: int, last: int) -> Iterator[tuple[str, str]]:
     """What is shown for the bytes of the text from `first` to `last` of one token: "text", "mark" and "event" runs.
 
     A token of no width is the name of its event, else `∅`. One whose own bytes are not the text's is followed by `~`,
@@ -216,7 +216,7 @@ def token_runs(side: Side, index: int, first: int, last: int) -> Iterator[tuple[
         yield "~", "event"
 
 
-def prompt_runs(side: Side) -> Iterator[tuple[str, str]]:
+def prompt_runs(side: TokenizedSide) -> Iterator[tuple[str, str]]:
     """The prompt of one side in runs of "text", "mark" (a stand-in, see `visible`) and "event" (its name).
 
     Spaces are spaces here, and a line ends after each stand-in of a line break.
@@ -239,7 +239,7 @@ def prompt_runs(side: Side) -> Iterator[tuple[str, str]]:
                 yield shown.replace("⏎", "⏎\n") if mark else shown, "mark" if mark else "text"
 
 
-def _describe_side(side: Side) -> dict[str, Any]:
+def _describe_side(side: TokenizedSide) -> dict[str, Any]:
     found: dict[str, Any] = {
         "ids": side.tokenized.ids.tolist(),
         "ends": side.tokenized.ends.tolist(),

@@ -14,7 +14,7 @@ from gold.losses.divergences import (
     skew_reverse_kl,
 )
 from gold.losses.table import OBJECTIVES, SUPPORTS, DivergenceRow, Objective, Row, find
-from gold.losses.types import Loss, Need, View
+from gold.losses.types import Loss, LossInputs, Need
 
 __all__ = [
     "DIVERGENCES",
@@ -23,10 +23,10 @@ __all__ = [
     "Divergence",
     "DivergenceRow",
     "Loss",
+    "LossInputs",
     "Need",
     "Objective",
     "Row",
-    "View",
     "entropy_aware_kl",
     "find",
     "forward_kl",

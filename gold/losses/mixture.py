@@ -18,7 +18,7 @@ Rule = Literal["linear", "log_linear"]
 
 
 @dataclass(frozen=True)
-class FurtherTeacher:
+class OtherTeacher:
     """One more teacher of a microbatch: the same texts as it reads them, and its states over them."""
 
     batch: AlignedBatch

@@ -13,12 +13,12 @@ from torch import Tensor
 from gold.kernels.lm_head import byte_tables
 from gold.losses.types import (
     Loss,
-    Scores,
-    View,
+    LossInputs,
+    TargetLogp,
     possible,
     sequence_logp,
-    student_scores,
-    teacher_scores,
+    student_target_logp,
+    teacher_target_logp,
 )
 
 Positive = Annotated[float, Field(gt=0)]
@@ -28,7 +28,7 @@ Horizon = Literal["text", "span"]
 
 
 def span_pg(
-    view: View,
+    inputs: LossInputs,
     *,
     clip: Positive | None = None,
     baseline: Baseline = "none",
@@ -45,14 +45,14 @@ def span_pg(
 
     Source: Lu, "On-Policy Distillation", Thinking Machines 2025, for one token per span; Gu et al. 2306.08543.
     """
-    mine, theirs = student_scores(view), teacher_scores(view)
-    credit = span_credit(view, mine.event.detach(), theirs)
-    total = policy_loss(view, mine, credit, "span_pg", clip, baseline, importance_cap, noncanonical_penalty)
-    return Loss(total, {"span_reverse_kl": -credit.reward.sum()}, sequence_logp(view.batch, mine, theirs))
+    mine, theirs = student_target_logp(inputs), teacher_target_logp(inputs)
+    credit = span_credit(inputs, mine.event.detach(), theirs)
+    total = policy_loss(inputs, mine, credit, "span_pg", clip, baseline, importance_cap, noncanonical_penalty)
+    return Loss(total, {"span_reverse_kl": -credit.reward.sum()}, sequence_logp(inputs.batch, mine, theirs))
 
 
 def token_pg(
-    view: View,
+    inputs: LossInputs,
     *,
     horizon: Horizon = "text",
     clip: Positive | None = None,
@@ -72,27 +72,29 @@ def token_pg(
 
     Source: as for ``span_pg``; the probability of a prefix is that of Phan et al. 2410.09303.
     """
-    mine = student_scores(view)
-    credit, theirs = token_credit(view, mine.event.detach(), horizon)
-    total = policy_loss(view, mine, credit, "token_pg", clip, baseline, importance_cap, noncanonical_penalty)
-    return Loss(total, {"span_reverse_kl": -credit.reward.sum()}, sequence_logp(view.batch, mine, theirs))
+    mine = student_target_logp(inputs)
+    credit, theirs = token_credit(inputs, mine.event.detach(), horizon)
+    total = policy_loss(
+        inputs, mine, credit, "token_pg", clip, baseline, importance_cap, noncanonical_penalty
+    )
+    return Loss(total, {"span_reverse_kl": -credit.reward.sum()}, sequence_logp(inputs.batch, mine, theirs))
 
 
-def reward(view: View, *, importance_cap: Positive | None = None) -> Loss:
+def reward(inputs: LossInputs, *, importance_cap: Positive | None = None) -> Loss:
     """Policy gradient of a task reward: ``−Σ A log π(a)`` over sampled tokens, the stop id included, with A the reward
     of the rollout less its group's mean, over the group's standard deviation.
 
     Source: Shao et al. 2402.03300, section 4.1, without clipping: rollouts are used once, by the policy that made them.
     """
-    batch = view.batch
-    mine = student_scores(view)
+    batch = inputs.batch
+    mine = student_target_logp(inputs)
     given = torch.tensor([t.advantage for t in batch.texts], dtype=mine.event.dtype, device=mine.event.device)
     # The sampled id itself, of several stop ids the one that was drawn.
-    mine = Scores(mine.target, mine.target)
+    mine = TargetLogp(mine.target, mine.target)
     inside = batch.sampled_row_mask
     advantage = torch.where(inside, given[batch.row_text], 0.0)
     credit = Credit(advantage, advantage, torch.where(inside, batch.row_text, -1))
-    return Loss(policy_loss(view, mine, credit, "reward", None, "none", importance_cap, 0.0))
+    return Loss(policy_loss(inputs, mine, credit, "reward", None, "none", importance_cap, 0.0))
 
 
 @dataclass(frozen=True)
@@ -112,14 +114,14 @@ class Credit:
 
 
 @torch.no_grad()
-def span_credit(view: View, event: Tensor, theirs: Scores) -> Credit:
+def span_credit(inputs: LossInputs, event: Tensor, theirs: TargetLogp) -> Credit:
     """The credit of ``span_pg``, given the student's log-probability of each row's event; a span's reward is given at
     its last row."""
-    span_S, span_T, spans = view.batch.spans
+    span_S, span_T, spans = inputs.batch.spans
     if not spans:
         return Credit(event * 0.0, event * 0.0, span_S)
-    total_S = view.backend.chunk_sums(event, span_S, spans)
-    total_T = view.teacher_backend.chunk_sums(theirs.event, span_T, spans).to(total_S)
+    total_S = inputs.backend.chunk_sums(event, span_S, spans)
+    total_T = inputs.teacher_backend.chunk_sums(theirs.event, span_T, spans).to(total_S)
     inside = span_S >= 0
     advantage = torch.where(inside, (total_T - total_S)[span_S.clamp(min=0)], 0.0)
     last = inside.clone()
@@ -128,28 +130,28 @@ def span_credit(view: View, event: Tensor, theirs: Scores) -> Credit:
 
 
 @torch.no_grad()
-def token_credit(view: View, event: Tensor, horizon: Horizon) -> tuple[Credit, Scores]:
+def token_credit(inputs: LossInputs, event: Tensor, horizon: Horizon) -> tuple[Credit, TargetLogp]:
     """The credit of ``token_pg``, given the student's log-probability of each row's event, and the teacher's scores.
     What the teacher says nothing of has no reward, and is credited with those that follow."""
-    batch = view.batch
-    table, target, stop = byte_tables(view.teacher_rows, batch.layout_T, view.teacher_backend)
+    batch = inputs.batch
+    table, target, stop = byte_tables(inputs.teacher_rows, batch.layout_T, inputs.teacher_backend)
     position, row, happened = (x.to(table.device) for x in batch.path)
     step = torch.where(batch.observed_path.to(table.device), possible(table[position, happened]), 0.0)
-    gained = view.teacher_backend.chunk_sums(step, row, event.shape[0]).to(event)
+    gained = inputs.teacher_backend.chunk_sums(step, row, event.shape[0]).to(event)
     stretch = batch.row_text if horizon == "text" else batch.spans[0]
     stretch = torch.where(batch.sampled_row_mask, stretch, -1)
     reward = torch.where(batch.observed_rows & (stretch >= 0), gained - event, 0.0)
     credit = Credit(_reward_to_go(reward, stretch), reward, stretch)
-    return credit, Scores.of(target, stop, batch.target_T < 0)
+    return credit, TargetLogp.of(target, stop, batch.target_T < 0)
 
 
-def sampled_credit(view: View, name: str, options: Mapping[str, Any]) -> Credit:
+def sampled_credit(inputs: LossInputs, name: str, options: Mapping[str, Any]) -> Credit:
     """The credit of ``span_pg`` or ``token_pg`` as it was when the texts were drawn: what a baseline is made of before
-    the student's states are there. The view's student is not read."""
-    event = view.batch.sampling_logprobs
+    the student's states are there. ``inputs.student`` is not read."""
+    event = inputs.batch.sampling_logprobs
     if name == "span_pg":
-        return span_credit(view, event, teacher_scores(view))
-    return token_credit(view, event, options["horizon"])[0]
+        return span_credit(inputs, event, teacher_target_logp(inputs))
+    return token_credit(inputs, event, options["horizon"])[0]
 
 
 def means_of_others(
@@ -175,8 +177,8 @@ def means_of_others(
 
 
 def policy_loss(
-    view: View,
-    mine: Scores,
+    inputs: LossInputs,
+    mine: TargetLogp,
     credit: Credit,
     name: str,
     clip: float | None,
@@ -186,16 +188,16 @@ def policy_loss(
 ) -> Tensor:
     """``−Σ w A log π(a)`` over the rows that count, without gradient through w and A.
 
-    ``baseline`` "others": A less its mean over the step's other texts at the same token of theirs, ``view.baselines``
+    ``baseline`` "others": A less its mean over the step's other texts at the same token of theirs, ``inputs.baselines``
     of this objective; without these the microbatch counts as the step. ``noncanonical_penalty``: nats taken off A at
     tokens that the student's tokenizer would not have put there. ``clip``: A is kept within ± that.
     ``importance_cap``: w is the product, over the stretch that A is about, of π(a) over the probability that a was
     drawn with, at most that; else 1. The order is this one.
     """
-    batch, inside, advantage = view.batch, credit.inside, credit.advantage
+    batch, inside, advantage = inputs.batch, credit.inside, credit.advantage
     with torch.no_grad():
         if baseline == "others":
-            others = view.baselines.get(name)
+            others = inputs.baselines.get(name)
             if others is None:
                 number = batch.row_number
                 size = int(number.max()) + 1 if number.numel() else 0
@@ -208,7 +210,7 @@ def policy_loss(
         if importance_cap is not None:
             stretches = int(credit.stretch.max()) + 1 if credit.stretch.numel() else 0
             log_ratio = mine.target.detach().double() - batch.sampling_logprobs
-            ratio = view.backend.chunk_sums(log_ratio, credit.stretch, stretches).exp()
+            ratio = inputs.backend.chunk_sums(log_ratio, credit.stretch, stretches).exp()
             ratio = torch.cat((ratio.clamp(max=importance_cap), ratio.new_zeros(1)))  # the last is that of −1
             advantage = advantage * ratio[credit.stretch].to(advantage)
     return -(advantage[inside] * mine.event[inside]).sum()

@@ -11,11 +11,11 @@ from gold.align.batch import AlignedBatch
 from gold.kernels.projection import piece_divergence
 from gold.losses.divergences import Divergence, form_of
 from gold.losses.supports import HalfLife, Where, fading
-from gold.losses.types import Loss, View
+from gold.losses.types import Loss, LossInputs
 
 
 def prefix_divergence(
-    view: View,
+    inputs: LossInputs,
     divergence: Divergence,
     *,
     interior: bool = True,
@@ -34,16 +34,16 @@ def prefix_divergence(
 
     Source: prefix marginals for distillation, 2607.22334; the pieces and the cover terms as derived in docs/method.md.
     """
-    at = prefix_positions(view.batch, interior, where)
-    pieces = view.batch.piece_batch(at)
+    at = prefix_positions(inputs.batch, interior, where)
+    pieces = inputs.batch.piece_batch(at)
     total, parts = piece_divergence(
-        view.student,
-        view.teacher_rows,
+        inputs.student,
+        inputs.teacher_rows,
         pieces,
         form_of(divergence) or divergence,
-        (view.backend, view.teacher_backend),
+        (inputs.backend, inputs.teacher_backend),
         mask_white=white_space == "mask",
-        weight=None if half_life is None else fading(view.batch.byte_offsets[at], half_life),
+        weight=None if half_life is None else fading(inputs.batch.byte_offsets[at], half_life),
     )
     sums = {name: part.sum() for name, part in parts.items()}
     sums["white_space"] = sums.pop("white")

@@ -29,7 +29,7 @@ from gold.kernels.lm_head import LazyLogits, SharedEvents, token_logp
 from gold.losses.divergences import Share, form_of, forward_kl, jsd
 from gold.losses.policy import Credit, Positive, policy_loss
 from gold.losses.supports import states_divergence
-from gold.losses.types import Loss, View, sequence_logp, student_scores, teacher_scores
+from gold.losses.types import Loss, LossInputs, sequence_logp, student_target_logp, teacher_target_logp
 
 EXCEPTIONS: Mapping[str, Mapping[str, str]] = {
     "uld": {
@@ -57,7 +57,7 @@ EXCEPTIONS: Mapping[str, Mapping[str, str]] = {
 """Clauses of the contract that an objective cannot hold by its nature, with the reason."""
 
 
-def gkd(view: View, *, beta: Share = 0.5) -> Loss:
+def gkd(inputs: LossInputs, *, beta: Share = 0.5) -> Loss:
     """Generalised Jensen–Shannon divergence token by token, of models that share one vocabulary.
 
     β weighs the teacher in the mixture; 0 is forward KL, 1 reverse KL. Stop ids are tokens like others, padding rows of
@@ -65,11 +65,11 @@ def gkd(view: View, *, beta: Share = 0.5) -> Loss:
 
     Source: Agarwal et al. 2306.13649, equations 1 and 2; at temperature 1.
     """
-    _one_vocabulary(view, "gkd")
-    return Loss(states_divergence(view, partial(jsd, beta=beta)).total)
+    _one_vocabulary(inputs, "gkd")
+    return Loss(states_divergence(inputs, partial(jsd, beta=beta)).total)
 
 
-def opd(view: View, *, clip: Positive | None = None, importance_cap: Positive | None = None) -> Loss:
+def opd(inputs: LossInputs, *, clip: Positive | None = None, importance_cap: Positive | None = None) -> Loss:
     """On-policy distillation by policy gradient, of models that share one vocabulary: every sampled token has the
     advantage ``A = log q(a) − log π(a)``, its own negative reverse KL, and no credit from later ones.
 
@@ -78,20 +78,20 @@ def opd(view: View, *, clip: Positive | None = None, importance_cap: Positive | 
 
     Source: Lu, "On-Policy Distillation", Thinking Machines 2025; there A holds π as it was sampled, here as it is now.
     """
-    _one_vocabulary(view, "opd")
-    batch = view.batch
-    mine, theirs = student_scores(view), teacher_scores(view)
+    _one_vocabulary(inputs, "opd")
+    batch = inputs.batch
+    mine, theirs = student_target_logp(inputs), teacher_target_logp(inputs)
     with torch.no_grad():
         inside = batch.sampled_row_mask
         advantage = torch.where(inside, theirs.event.to(mine.event) - mine.event, 0.0)
         row = torch.arange(inside.numel(), device=inside.device)
         credit = Credit(advantage, advantage, torch.where(inside, row, -1))
-    total = policy_loss(view, mine, credit, "opd", clip, "none", importance_cap, 0.0)
+    total = policy_loss(inputs, mine, credit, "opd", clip, "none", importance_cap, 0.0)
     logp = sequence_logp(batch, mine, theirs)
     return Loss(total, {"reverse_kl": -advantage.sum()}, logp)
 
 
-def uld(view: View) -> Loss:
+def uld(inputs: LossInputs) -> Loss:
     """Universal logit distillation: the L1 distance between both sides' probabilities in falling order, position by
     position.
 
@@ -101,12 +101,12 @@ def uld(view: View) -> Loss:
     Source: Boizard et al. 2402.12030, the Wasserstein term of the ULD loss in its closed form for uniform cost; at
     temperature 1. Their loss adds cross-entropy on the text; weigh ``sft`` for it.
     """
-    rows_S, rows_T, in_step = _positions(view.batch)
-    total = sorted_distance(view.student.select(rows_S), view.teacher_rows.select(rows_T), view.backend)
+    rows_S, rows_T, in_step = _positions(inputs.batch)
+    total = sorted_distance(inputs.student.select(rows_S), inputs.teacher_rows.select(rows_T), inputs.backend)
     return Loss(total, {"out_of_step": (~in_step).sum()})
 
 
-def gold_hybrid(view: View, *, beta: Share = 0.5, matched_share: Share | None = None) -> Loss:
+def gold_hybrid(inputs: LossInputs, *, beta: Share = 0.5, matched_share: Share | None = None) -> Loss:
     """General on-policy logit distillation: per chunk, a JSD(β) on tokens of equal bytes plus the sorted L1 distance of
     all other probabilities.
 
@@ -117,9 +117,9 @@ def gold_hybrid(view: View, *, beta: Share = 0.5, matched_share: Share | None = 
     Source: Patiño et al., "Unlocking On-Policy Distillation for Any Model Family", Hugging Face 2025, with the rows
     that predict the chunk's tokens. Tokens are matched by their bytes, there by their strings.
     """
-    batch, pair, divergence = view.batch, view.batch.vocabularies, partial(jsd, beta=beta)
+    batch, pair, divergence = inputs.batch, inputs.batch.vocabularies, partial(jsd, beta=beta)
     if pair.same:
-        loss = states_divergence(view, divergence)
+        loss = states_divergence(inputs, divergence)
         share = 1.0 if matched_share is None else matched_share
         return Loss(
             share * loss.total, {"matched": loss.total.detach(), "unmatched": loss.total.detach() * 0.0}
@@ -128,31 +128,31 @@ def gold_hybrid(view: View, *, beta: Share = 0.5, matched_share: Share | None = 
     if matched_share is None:
         matched_share = (events.ids_W.numel() + events.stops_W.numel()) / pair.teacher.size
     row_S, before_S = _last_rows(
-        view.student, chunks.chunk_S, chunks.count, batch.target_S, batch.stops_S, view.backend
+        inputs.student, chunks.chunk_S, chunks.count, batch.target_S, batch.stops_S, inputs.backend
     )
     with torch.no_grad():
         row_T, before_T = _last_rows(
-            view.teacher_rows,
+            inputs.teacher_rows,
             chunks.chunk_T,
             chunks.count,
             batch.target_T,
             batch.stops_T,
-            view.teacher_backend,
+            inputs.teacher_backend,
         )
     total, matched, unmatched = scaled_comparison(
-        view.student.select(row_S),
-        view.teacher_rows.select(row_T),
+        inputs.student.select(row_S),
+        inputs.teacher_rows.select(row_T),
         before_S,
         before_T,
         events,
         form_of(divergence) or divergence,
         matched_share,
-        view.backend,
+        inputs.backend,
     )
     return Loss(total, {"matched": matched.sum(), "unmatched": unmatched.sum()})
 
 
-def alm(view: View, *, temperature: Positive = 100.0) -> Loss:
+def alm(inputs: LossInputs, *, temperature: Positive = 100.0) -> Loss:
     """Approximate likelihood matching: per chunk, the KL divergence between two coins that show the chunk's tokens with
     each side's likelihood of them, to the power of 1 / temperature.
 
@@ -162,11 +162,11 @@ def alm(view: View, *, temperature: Positive = 100.0) -> Loss:
     Source: Minixhofer et al. 2503.20083, the binarised f-divergence, with f that of KL; the 1e-6 is that of their
     implementation. Chunks are the finest that both tokenizers respect, and are not debiased by what may follow them.
     """
-    batch, chunks = view.batch, _chunks(view.batch)
-    mine, theirs = student_scores(view), teacher_scores(view)
-    total_S = view.backend.chunk_sums(mine.event, chunks.chunk_S, chunks.count)
+    batch, chunks = inputs.batch, _chunks(inputs.batch)
+    mine, theirs = student_target_logp(inputs), teacher_target_logp(inputs)
+    total_S = inputs.backend.chunk_sums(mine.event, chunks.chunk_S, chunks.count)
     with torch.no_grad():
-        total_T = view.teacher_backend.chunk_sums(theirs.event, chunks.chunk_T, chunks.count).to(total_S)
+        total_T = inputs.teacher_backend.chunk_sums(theirs.event, chunks.chunk_T, chunks.count).to(total_S)
         log_a = total_T.double() / temperature - _CERTAIN
         a, log_not_a = log_a.exp(), torch.log(-torch.expm1(log_a))
     log_b = total_S.double() / temperature - _CERTAIN
@@ -176,7 +176,7 @@ def alm(view: View, *, temperature: Positive = 100.0) -> Loss:
     return Loss(value.sum().to(mine.event.dtype), parts, logp)
 
 
-def x_token(view: View, *, variant: Literal["p_kl", "h_kl"] = "p_kl") -> Loss:
+def x_token(inputs: LossInputs, *, variant: Literal["p_kl", "h_kl"] = "p_kl") -> Loss:
     """Forward KL through a sparse matrix from student tokens to teacher tokens, per chunk, between mean rows.
 
     ``p_kl``: the student's row is taken to the teacher's tokens by the matrix, the stop event to itself; both sides are
@@ -188,16 +188,16 @@ def x_token(view: View, *, variant: Literal["p_kl", "h_kl"] = "p_kl") -> Loss:
     over a chunk (of the teacher, of logarithms; here of probabilities on both sides) and keeps the teacher's 8192
     likeliest tokens of a batch; here all that are reached count, so that a text's loss does not depend on its batch.
     """
-    batch, pair = view.batch, view.batch.vocabularies
+    batch, pair = inputs.batch, inputs.batch.vocabularies
     if pair.same:
-        return Loss(states_divergence(view, forward_kl).total)
+        return Loss(states_divergence(inputs, forward_kl).total)
     chunks = _chunks(batch)
     kept_S, kept_T = chunks.chunk_S >= 0, chunks.chunk_T >= 0
-    sides = view.student.select(kept_S), view.teacher_rows.select(kept_T)
+    sides = inputs.student.select(kept_S), inputs.teacher_rows.select(kept_T)
     rows = Chunks(chunks.chunk_S[kept_S], chunks.chunk_T[kept_T], chunks.count)
     if variant == "h_kl":
         events = SharedEvents(*_tensors(batch, *pair.relaxed_ids), batch.stops_S, batch.stops_T)
-        total, matched, unmatched = mean_comparison(*sides, rows, events, forward_kl, view.backend)
+        total, matched, unmatched = mean_comparison(*sides, rows, events, forward_kl, inputs.backend)
         return Loss(total, {"matched": matched.sum(), "unmatched": unmatched.sum()})
     weights = pair.token_weights
     ids_V, ids_W = _tensors(batch, weights.ids_V, weights.ids_W)
@@ -220,8 +220,8 @@ def whole_chunks(batch: AlignedBatch) -> float:
     return float(_chunks(batch).count)
 
 
-def _one_vocabulary(view: View, name: str) -> None:
-    if not view.batch.vocabularies.same:
+def _one_vocabulary(inputs: LossInputs, name: str) -> None:
+    if not inputs.batch.vocabularies.same:
         raise ValueError(f"{name} compares models token by token, and these have two vocabularies")
 
 

@@ -29,8 +29,8 @@ from gold.kernels.lm_head import (
 from gold.kernels.reference import finite_where_either_is
 from gold.kernels.tables import common_events
 from gold.losses.divergences import Divergence, form_of, reverse_kl
-from gold.losses.mixture import FurtherTeacher
-from gold.losses.types import Loss, Scores, View, possible, sequence_logp
+from gold.losses.mixture import OtherTeacher
+from gold.losses.types import Loss, LossInputs, TargetLogp, possible, sequence_logp
 
 Where = Literal["everywhere", "one_to_one"]
 HalfLife = Annotated[float, Field(gt=0)]
@@ -38,7 +38,11 @@ TopK = Annotated[int, Field(ge=1)]
 
 
 def bytes_divergence(
-    view: View, divergence: Divergence, *, where: Where = "everywhere", half_life: HalfLife | None = None
+    inputs: LossInputs,
+    divergence: Divergence,
+    *,
+    where: Where = "everywhere",
+    half_life: HalfLife | None = None,
 ) -> Loss:
     """Divergence between next-byte distributions at every byte of the texts, and at the stop event.
 
@@ -48,10 +52,10 @@ def bytes_divergence(
 
     Several teachers are one distribution: the mixture of their tables, on the events that all of them resolve.
     """
-    batch = view.batch
+    batch = inputs.batch
     at, weight = byte_positions(batch, where), fading(batch.byte_offsets, half_life)
-    first = FurtherTeacher(batch, view.teacher_rows, view.teacher_backend)
-    teachers = [_Teacher.of(teacher) for teacher in (first, *view.further)]
+    first = OtherTeacher(batch, inputs.teacher_rows, inputs.teacher_backend)
+    teachers = [_Teacher.of(teacher) for teacher in (first, *inputs.other_teachers)]
     partial = any(teacher.rows.partial for teacher in teachers)
 
     def compare(block: LazyLogits, window: _Window) -> tuple[Tensor, ...]:
@@ -62,7 +66,7 @@ def bytes_divergence(
         path = positions[inside] - place.start, events[inside]
         # The student's logits are kept until their gradient is made: a teacher that does not need them goes first.
         sides = [] if partial else [_teacher_side(teacher, place, path, here) for teacher in teachers]
-        table, *mine = byte_tables(block, window.layout, view.backend, keep=True)
+        table, *mine = byte_tables(block, window.layout, inputs.backend, keep=True)
         if partial:
             sides = [_teacher_side(teacher, place, path, here, table.detach()) for teacher in teachers]
         resolved, resolved_T = window.layout.resolved[here], sides[0].resolved
@@ -71,40 +75,40 @@ def bytes_divergence(
         logp = common_events(table[here], resolved, resolved_T)
         # Leaked before they are mixed, so that there is always an event that all of them allow.
         tables = [common_events(side.logq.to(logp), resolved_T, resolved) for side in sides]
-        logq = tables[0] if view.mix is None else view.mix.of(tables)
+        logq = tables[0] if inputs.mix is None else inputs.mix.of(tables)
         logp, logq = finite_where_either_is(logp, logq)
         value = divergence(logp, logq) * weight[place][here].to(logp)
         wanted = logp.gather(1, logq.argmax(-1, keepdim=True))[:, 0].exp()
         own = (mine[0][window.own], mine[1][window.own], table[path])
         return value.sum(), wanted, logp[:, -1].exp(), *own, *(x for side in sides for x in side.scores)
 
-    blocks = [(window.rows, window) for window in _windows(batch, view.student, teachers)]
-    total, wanted, rest, *scores = summed(compare, view.student, blocks)
+    blocks = [(window.rows, window) for window in _windows(batch, inputs.student, teachers)]
+    total, wanted, rest, *scores = summed(compare, inputs.student, blocks)
     parts = {"wanted": wanted.sum(), "missed": (wanted < 0.01).sum(), "rest": rest.sum()}
     mine, *theirs = zip(scores[::3], scores[1::3], scores[2::3], strict=True)
-    if partial and view.mix is None:
+    if partial and inputs.mix is None:
         scored = (
-            Scores.of(*side[:2], at)
+            TargetLogp.of(*side[:2], at)
             for side, at in ((mine, batch.stop_rows), (theirs[0], batch.target_T < 0))
         )
         return Loss(total, parts, sequence_logp(batch, *scored))
-    return Loss(total, parts, _path_logp(view, mine[2], [side[2] for side in theirs]))
+    return Loss(total, parts, _path_logp(inputs, mine[2], [side[2] for side in theirs]))
 
 
-def _path_logp(view: View, mine: Tensor, theirs: Sequence[Tensor]) -> dict[str, Tensor]:
+def _path_logp(inputs: LossInputs, mine: Tensor, theirs: Sequence[Tensor]) -> dict[str, Tensor]:
     """As ``sequence_logp``, from the byte tables' log-probabilities of what did happen: [events of ``batch.path``] of
     the student and of each teacher. So both say how likely their text is to begin with the bytes of one that was cut
     off, whatever token runs across its end."""
-    batch = view.batch
+    batch = inputs.batch
     _, row, event = batch.path
     told = batch.sampled_row_mask[row]
-    for side in (batch, *(teacher.batch for teacher in view.further)):
+    for side in (batch, *(teacher.batch for teacher in inputs.other_teachers)):
         told = told & side.observed_path
     mine, *theirs = (possible(x.to(mine))[told].sum() for x in (mine, *theirs))
     found = {"student_logp": mine, "logp_bytes": (event[told] != STOP_EVENT).sum()}
-    if view.mix is None:
+    if inputs.mix is None:
         return {**found, "teacher_logp": theirs[0]}
-    shares = view.mix.weights
+    shares = inputs.mix.weights
     found |= {f"teacher_logp[{name}]": logp for name, logp in zip(shares, theirs, strict=True)}
     found["teacher_logp"] = torch.stack([w * x for w, x in zip(shares.values(), theirs, strict=True)]).sum()
     return found
@@ -159,7 +163,7 @@ class _Teacher:
     layout: ByteLayout
 
     @classmethod
-    def of(cls, teacher: FurtherTeacher) -> _Teacher:
+    def of(cls, teacher: OtherTeacher) -> _Teacher:
         rows, layout = in_byte_order(teacher.rows, teacher.batch.layout_T)
         return cls(teacher.batch, rows, teacher.backend, teacher.batch.begins_T, layout)
 
@@ -202,7 +206,7 @@ def _teacher_side(
 
 
 def states_divergence(
-    view: View,
+    inputs: LossInputs,
     divergence: Divergence,
     *,
     rest: Literal["bucket", "renormalise"] = "bucket",
@@ -218,13 +222,13 @@ def states_divergence(
 
     Source: Agarwal et al. 2306.13649, equation 2, for the plain form.
     """
-    rows_S, rows_T, offsets = state_rows(view.batch, where)
+    rows_S, rows_T, offsets = state_rows(inputs.batch, where)
     total, mass = shared_divergence(
-        view.student.select(rows_S),
-        view.teacher_rows.select(rows_T),
-        view.batch.shared_events,
+        inputs.student.select(rows_S),
+        inputs.teacher_rows.select(rows_T),
+        inputs.batch.shared_events,
         form_of(divergence) or divergence,
-        view.backend,
+        inputs.backend,
         renormalise=rest == "renormalise",
         top_k=top_k,
         top_k_of_teacher=top_k_of == "teacher",
@@ -233,23 +237,23 @@ def states_divergence(
     return Loss(total, {"shared_mass": mass.sum()})
 
 
-def reference_kl(view: View) -> Loss:
+def reference_kl(inputs: LossInputs) -> Loss:
     """Reverse KL, token by token, from the student to what it was before training: a leash, whatever the teacher says.
 
     At every state of texts that the student wrote; padding rows of the output matrix included, as both have them.
     """
-    batch = view.batch
-    if view.reference is None:
-        raise ValueError("reference_kl needs the student's rows before training, and the view has none")
+    batch = inputs.batch
+    if inputs.reference is None:
+        raise ValueError("reference_kl needs the student's rows before training, and the inputs have none")
     rows = batch.sampled_rows
-    every = torch.arange(view.student.width, device=batch.device)
+    every = torch.arange(inputs.student.width, device=batch.device)
     none = every[:0]
     total, _ = shared_divergence(
-        view.student.select(rows),
-        view.reference.select(rows),
+        inputs.student.select(rows),
+        inputs.reference.select(rows),
         SharedEvents(every, every, none, none, everything=True),
         form_of(reverse_kl) or reverse_kl,
-        view.backend,
+        inputs.backend,
         renormalise=False,
     )
     return Loss(total)

@@ -44,7 +44,7 @@ from gold.losses.supports import (
     states_divergence,
 )
 from gold.losses.text import sft
-from gold.losses.types import Loss, Need, View
+from gold.losses.types import Loss, LossInputs, Need
 
 Options = dict[str, Any]
 Arguments = Mapping[str, tuple[Any, Any]]
@@ -53,26 +53,26 @@ Arguments = Mapping[str, tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective with its options: ``objective(view)`` is its sum over a microbatch, ``count(batch)`` its divisor."""
+    """An objective with its options: ``objective(inputs)`` sums over a microbatch, ``count(batch)`` is the divisor."""
 
     name: str
-    loss: Callable[[View], Loss]
+    loss: Callable[[LossInputs], Loss]
     needs: Need
     unit: str
     count: Callable[[AlignedBatch], float]
     options: Mapping[str, Any] = field(default_factory=dict)
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
-    def __call__(self, view: View) -> Loss:
+    def __call__(self, inputs: LossInputs) -> Loss:
         """The objective's sum over a microbatch."""
-        return self.loss(view)
+        return self.loss(inputs)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: call it, with options where it has some, for an objective that can be applied to a view.
+    """A row of the table: call it, with options where it has some, for an objective applied to `LossInputs`.
 
-    ``loss(view, **options)`` and ``count(batch)``, in the objective's ``unit``. ``on_policy``: it learns from texts
+    ``loss(inputs, **options)`` and ``count(batch)``, in the objective's ``unit``. ``on_policy``: it learns from texts
     that the student wrote, as samples of the policy itself. ``own_vocabulary``: it compares models that share one.
     ``exceptions``: clauses of the contract that it cannot hold by its nature, each with the reason.
     """
@@ -114,7 +114,7 @@ class Row:
 class Support:
     """Events on which a divergence can compare two models: the function that does, and what it is counted in.
 
-    ``loss(view, divergence, **options)``; ``count(batch, **options)``. ``exceptions`` as for a row.
+    ``loss(inputs, divergence, **options)``; ``count(batch, **options)``. ``exceptions`` as for a row.
     """
 
     loss: Callable[..., Loss]

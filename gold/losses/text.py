@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from gold.kernels.lm_head import token_loss
-from gold.losses.types import Loss, View
+from gold.losses.types import Loss, LossInputs
 
 
-def sft(view: View) -> Loss:
+def sft(inputs: LossInputs) -> Loss:
     """Negative log-likelihood of the tokens of completions that came from a data set, the stop id included. With texts
     of the teacher this is sequence-level distillation.
 
     Source: Kim and Rush 1606.07947, section 3.2, for the teacher's texts.
     """
-    batch = view.batch
+    batch = inputs.batch
     given = (~batch.sampled_row_mask).float()
-    return Loss(token_loss(view.student, batch.target_S, given, batch.stops_S, view.backend))
+    return Loss(token_loss(inputs.student, batch.target_S, given, batch.stops_S, inputs.backend))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gold.align.batch import AlignedBatch
 from gold.kernels.lm_head import LazyLogits, token_logp
-from gold.losses.mixture import FurtherTeacher, Mix
+from gold.losses.mixture import Mix, OtherTeacher
 
 Need = Literal["nothing", "tokens", "top_k", "rows"]
 """What an objective asks of a teacher, each including those before: nothing, log-probabilities of given tokens, those
@@ -20,12 +20,12 @@ of its k likeliest tokens with the mass of all others, or full rows."""
 
 
 @dataclass(frozen=True)
-class View:
+class LossInputs:
     """One microbatch as a loss sees it: the texts with their index arrays, and the models' states over them.
 
     ``teacher`` is None for objectives that need no teacher; ``reference``, the student before training with one row for
     each of the student's, for all but those that ask for it. With a ``mix`` the teacher is the first of several, and
-    ``further`` are the others, in its order. ``baselines``: of a policy gradient, by name, what is taken off the
+    ``other_teachers`` are the others, in its order. ``baselines``: of a policy gradient, by name, what is taken off the
     advantage of each row of the student, in nats.
     """
 
@@ -36,7 +36,7 @@ class View:
     teacher_backend: ModuleType
     reference: LazyLogits | None = None
     mix: Mix | None = None
-    further: tuple[FurtherTeacher, ...] = ()
+    other_teachers: tuple[OtherTeacher, ...] = ()
     baselines: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -46,7 +46,7 @@ class View:
         Raises: ValueError if there are none.
         """
         if self.teacher is None:
-            raise ValueError("this objective needs a teacher's rows, and the view has no teacher")
+            raise ValueError("this objective needs a teacher's rows, and the inputs have none")
         return self.teacher
 
 
@@ -75,34 +75,34 @@ def possible(logp: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Scores:
+class TargetLogp:
     """One side's log-probability of each row's own event, its token or the stop, and of its id alone, in nats: [N]."""
 
     event: Tensor
     target: Tensor
 
     @classmethod
-    def of(cls, target: Tensor, stop: Tensor, is_stop: Tensor) -> Scores:
+    def of(cls, target: Tensor, stop: Tensor, is_stop: Tensor) -> TargetLogp:
         """From the log-probabilities of tokens and of the stop event; what is ruled out is ``possible`` here."""
         return cls(possible(torch.where(is_stop, stop, target)), target)
 
 
-def student_scores(view: View) -> Scores:
+def student_target_logp(inputs: LossInputs) -> TargetLogp:
     """The student's log-probability of what it wrote, with gradient."""
-    batch = view.batch
-    target, stop = token_logp(view.student, batch.target_S, batch.stops_S, view.backend)
-    return Scores.of(target, stop, batch.stop_rows)
+    batch = inputs.batch
+    target, stop = token_logp(inputs.student, batch.target_S, batch.stops_S, inputs.backend)
+    return TargetLogp.of(target, stop, batch.stop_rows)
 
 
 @torch.no_grad()
-def teacher_scores(view: View) -> Scores:
+def teacher_target_logp(inputs: LossInputs) -> TargetLogp:
     """The teacher's log-probability of the same texts in its own tokens, without gradient."""
-    batch = view.batch
-    target, stop = token_logp(view.teacher_rows, batch.target_T, batch.stops_T, view.teacher_backend)
-    return Scores.of(target, stop, batch.target_T < 0)
+    batch = inputs.batch
+    target, stop = token_logp(inputs.teacher_rows, batch.target_T, batch.stops_T, inputs.teacher_backend)
+    return TargetLogp.of(target, stop, batch.target_T < 0)
 
 
-def sequence_logp(batch: AlignedBatch, student: Scores, teacher: Scores) -> dict[str, Tensor]:
+def sequence_logp(batch: AlignedBatch, student: TargetLogp, teacher: TargetLogp) -> dict[str, Tensor]:
     """Sums over the spans of sampled texts of both sides' log-probability, stop events included, and their bytes.
 
     What follows the last span of a text that was cut off is left out: of single tokens nobody can tell how likely the

@@ -29,8 +29,8 @@ from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.files import read_json
 from gold.kernels import backend_for
 from gold.kernels.lm_head import LazyLogits, impossible_rows
-from gold.losses import DivergenceRow, Need, Objective, View, find
-from gold.losses.mixture import FurtherTeacher, mixed_rows
+from gold.losses import DivergenceRow, LossInputs, Need, Objective, find
+from gold.losses.mixture import OtherTeacher, mixed_rows
 from gold.losses.policy import means_of_others, sampled_credit
 from gold.models.causal import (
     LanguageModel,
@@ -260,7 +260,7 @@ class Loop:
             batch = AlignedBatch([text], pair, self.student.device, device)
             size = int(batch.teacher_row_starts[-1]), pair.teacher.size
             kind = teacher.model.lm.dtype if isinstance(teacher, LocalTeacher) else torch.float32
-            view = View(
+            inputs = LossInputs(
                 batch,
                 LazyLogits.of_logits(logits.clone().requires_grad_(True)),
                 LazyLogits.of_logits(torch.zeros(size, dtype=kind, device=device)),
@@ -269,7 +269,7 @@ class Loop:
                 LazyLogits.of_logits(logits),
             )
             for term in self.terms:
-                total = term.objective(view).total
+                total = term.objective(inputs).total
                 # A teacher that cannot write the letter makes it infinite.
                 if total.requires_grad and total.isfinite():
                     total.backward()
@@ -455,8 +455,10 @@ class Loop:
         for name in reversed(names):
             teacher = self.teachers.members[name] if self.teachers else None
             texts = texts_of[name] if texts_of else [read(r, self.pairs[name]) for r in rollouts]
-            beside = tuple(reversed(batches)) if name == names[0] else ()
-            batches.append(aligned_batch(texts, self.pairs[name], self.student.device, teacher, beside))
+            other_batches = tuple(reversed(batches)) if name == names[0] else ()
+            batches.append(
+                aligned_batch(texts, self.pairs[name], self.student.device, teacher, other_batches)
+            )
         return _Group(names, rollouts, tuple(reversed(batches)))
 
     def _counts(self, groups: Sequence[_Group]) -> dict[str, float]:
@@ -490,7 +492,7 @@ class Loop:
             name, options = term.objective.name, term.objective.options
             if options.get("baseline") != "others":
                 continue
-            credits = [sampled_credit(self._view(g, NO_ROWS, None), name, options) for g in groups]
+            credits = [sampled_credit(self._inputs(g, NO_ROWS, None), name, options) for g in groups]
             numbers = [g.batch.row_number for g in groups]
             for group, mean in zip(
                 groups, means_of_others(credits, numbers, size, self._added_up), strict=True
@@ -549,13 +551,13 @@ class Loop:
                 reference = rows_of(self.reference, states)
 
         def then(rows: LazyLogits) -> tuple[Tensor, dict[str, Tensor]]:
-            view = self._view(group, rows, reference)
+            inputs = self._inputs(group, rows, reference)
             total = rows.hidden_ND.new_zeros((), dtype=torch.float32)
             parts: dict[str, Tensor] = {}
             for term in self.terms:
                 if not counts[term.label]:
                     continue
-                value = term.objective(view)
+                value = term.objective(inputs)
                 share = term.weight * value.total / counts[term.label]
                 total = total + share
                 parts[term.label] = value.total.detach()
@@ -585,24 +587,26 @@ class Loop:
         loss: Tensor = self.module(states, lambda rows: 0.0 * rows.logits().sum())
         return loss
 
-    def _view(self, group: _Group, rows: LazyLogits, reference: LazyLogits | None) -> View:
+    def _inputs(self, group: _Group, rows: LazyLogits, reference: LazyLogits | None) -> LossInputs:
         """A microbatch as its objectives see it."""
         if not group.rows:
-            return View(group.batch, rows, None, self.backend, self.backend, reference)
+            return LossInputs(group.batch, rows, None, self.backend, self.backend, reference)
         names, backends = group.names, self.teacher_backends
         theirs = [LazyLogits.joined(group.rows[name]) for name in names]
         mix = self.teachers.mix if self.teachers else None
         if mix is not None and any(t.label.endswith("_bytes") for t in self.terms):
-            further = tuple(
-                FurtherTeacher(batch, own, backends[name])
+            other_teachers = tuple(
+                OtherTeacher(batch, own, backends[name])
                 for name, batch, own in zip(names[1:], group.batches[1:], theirs[1:], strict=True)
             )
             first = backends[names[0]]
-            return View(group.batch, rows, theirs[0], self.backend, first, reference, mix, further)
+            return LossInputs(
+                group.batch, rows, theirs[0], self.backend, first, reference, mix, other_teachers
+            )
         # Of one vocabulary, the mixture's rows are rows like any other teacher's.
         mixed = theirs[0] if mix is None else mixed_rows(theirs, group.batch.vocabularies.student.size, mix)
         first, given = backends[names[0]], group.baselines
-        return View(group.batch, rows, mixed, self.backend, first, reference, baselines=given)
+        return LossInputs(group.batch, rows, mixed, self.backend, first, reference, baselines=given)
 
     def _record(
         self, sums: Mapping[str, float], counts: Mapping[str, float], update: dict[str, Any], clock: _Clock

@@ -1,7 +1,7 @@
 """The contract, clause by clause: what is asked of an objective, how far it is from that, and how far it may be.
 
-A clause takes an objective, any function from a view to a loss with the same declarations, so that losses of other
-toolkits can be put to it too.
+A clause takes an objective, any function from `LossInputs` to a `Loss` with the same declarations, so that losses of
+other toolkits can be put to it too.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from gold.align.batch import AlignedText, VocabularyPair
 from gold.kernels import lm_head as linear
-from gold.losses import OBJECTIVES, DivergenceRow, Objective, View
+from gold.losses import OBJECTIVES, DivergenceRow, LossInputs, Objective
 from tests.contract import source
 from tests.contract.toys import (
     ToyModel,
     aligned,
+    inputs_of,
     random_texts,
     student_rows,
     teacher_rows,
     toy_vocabulary,
-    view_of,
 )
 
 STUDENT = toy_vocabulary(["a+b", "b+ ", "ab+b"], cut=None)
@@ -62,10 +62,10 @@ class Clause:
     measure: Callable[[Objective], Outcome | None]
 
 
-def gradient(objective: Objective, view: View) -> tuple[float, Tensor]:
+def gradient(objective: Objective, inputs: LossInputs) -> tuple[float, Tensor]:
     """An objective's sum, and its gradient with respect to the student's logits."""
-    logits = view.student.hidden_ND.detach().requires_grad_(True)
-    value = objective(replace(view, student=replace(view.student, hidden_ND=logits))).total
+    logits = inputs.student.hidden_ND.detach().requires_grad_(True)
+    value = objective(replace(inputs, student=replace(inputs.student, hidden_ND=logits))).total
     if not value.requires_grad:
         return float(value), torch.zeros_like(logits)
     (grad,) = torch.autograd.grad(value, logits, allow_unused=True)
@@ -106,7 +106,7 @@ def equal_models(objective: Objective) -> Outcome | None:
         return None
     texts = texts_for(objective, SAME, 8)
     model = ToyModel(STUDENT, 3, extra=2)
-    value, grad = gradient(objective, view_of(SAME, texts, model, model))
+    value, grad = gradient(objective, inputs_of(SAME, texts, model, model))
     return Outcome(max(abs(value), float(grad.abs().max())), 1e-10)
 
 
@@ -124,7 +124,7 @@ def one_vocabulary(objective: Objective) -> Outcome | None:
         objective = row(**row.moved("tokens", objective.options))
     texts = random_texts(SAME, 6, 2)
     student, teacher = models_for(SAME)
-    value, _ = gradient(objective, view_of(SAME, texts, student, teacher))
+    value, _ = gradient(objective, inputs_of(SAME, texts, student, teacher))
     rows, rows_T = student_rows(student, texts), teacher_rows(teacher, texts)
     targets = [int(i) for t in texts for i in t.ids]
     expected = plain(torch.log_softmax(rows, -1), torch.log_softmax(rows_T, -1), targets, objective.options)
@@ -180,8 +180,8 @@ def teacher_matters(objective: Objective) -> Outcome | None:
     pair = pair_for(objective)
     texts = [aligned(pair, [*STUDENT.encode(t).ids.tolist(), STUDENT.stop_ids[0]]) for t in ("ab a", "b ab")]
     student = ToyModel(STUDENT, 3)
-    views = (view_of(pair, texts, student, ToyModel(pair.teacher, seed)) for seed in (4, 5))
-    grads = [gradient(objective, view)[1] for view in views]
+    inputs_list = (inputs_of(pair, texts, student, ToyModel(pair.teacher, seed)) for seed in (4, 5))
+    grads = [gradient(objective, inputs)[1] for inputs in inputs_list]
     return Outcome(float((grads[0] - grads[1]).abs().max()), least=1e-3)
 
 
@@ -202,7 +202,9 @@ def names_of_ids(objective: Objective) -> Outcome | None:
             )
             for t in texts_for(objective, pair)
         ]
-        value, grad = gradient(objective, view_of(renamed, texts, ToyModel(student, 3), ToyModel(teacher, 4)))
+        value, grad = gradient(
+            objective, inputs_of(renamed, texts, ToyModel(student, 3), ToyModel(teacher, 4))
+        )
         results.append((value, grad[:, [_renamed(i, STUDENT, student) for i in range(STUDENT.size)]]))
     (value, grad), (value_2, grad_2) = results
     return Outcome(max(abs(value - value_2), float((grad - grad_2).abs().max())), 1e-10)
@@ -219,8 +221,8 @@ def order_and_company(objective: Objective) -> Outcome | None:
     student, teacher = models_for(pair)
 
     def of(chosen: Sequence[AlignedText]) -> tuple[float, float]:
-        view = view_of(pair, chosen, student, teacher)
-        return float(objective(view).total), objective.count(view.batch)
+        inputs = inputs_of(pair, chosen, student, teacher)
+        return float(objective(inputs).total), objective.count(inputs.batch)
 
     whole, turned = of(texts), of(texts[::-1])
     single = [of([t]) for t in texts]
@@ -236,13 +238,13 @@ def padding(objective: Objective) -> Outcome | None:
     texts = texts_for(objective, pair)
     student, teacher = models_for(pair)
     rows, rows_T = student_rows(student, texts), teacher_rows(teacher, texts)
-    value, grad = gradient(objective, view_of(pair, texts, rows, rows_T))
+    value, grad = gradient(objective, inputs_of(pair, texts, rows, rows_T))
     padded = [torch.nn.functional.pad(x, (0, n), value=-300.0) for x, n in ((rows, 3), (rows_T, 5))]
-    view = view_of(pair, texts, *padded)
-    if view.reference is not None:
-        wider = torch.nn.functional.pad(view.reference.hidden_ND, (0, 3), value=-300.0)
-        view = replace(view, reference=linear.LazyLogits.of_logits(wider))
-    value_2, grad_2 = gradient(objective, view)
+    inputs = inputs_of(pair, texts, *padded)
+    if inputs.reference is not None:
+        wider = torch.nn.functional.pad(inputs.reference.hidden_ND, (0, 3), value=-300.0)
+        inputs = replace(inputs, reference=linear.LazyLogits.of_logits(wider))
+    value_2, grad_2 = gradient(objective, inputs)
     found = [
         value - value_2,
         *(grad - grad_2[:, : STUDENT.size]).flatten(),
@@ -267,14 +269,14 @@ def proper(objective: Objective) -> Outcome | None:
             mine, theirs = rows.clone(), rows_T.clone()
             mine[:, own] += liked
             theirs[:, own_T] += liked_T
-            view = view_of(pair, texts, mine, theirs)
-            values.append(float(objective(view).total) / max(1.0, objective.count(view.batch)))
+            inputs = inputs_of(pair, texts, mine, theirs)
+            values.append(float(objective(inputs).total) / max(1.0, objective.count(inputs.batch)))
     texts = [aligned(SAME, STUDENT.encode("a" * n).ids.tolist()) for n in (1, 2, 3, 4)]
     rows = student_rows(ToyModel(STUDENT, 0), texts)
     swapped = list(range(STUDENT.size))
     b, space = (int(STUDENT.encode(t).ids[0]) for t in "b ")
     swapped[b], swapped[space] = space, b
-    values.append(float(objective(view_of(SAME, texts, rows, rows[:, swapped])).total))
+    values.append(float(objective(inputs_of(SAME, texts, rows, rows[:, swapped])).total))
     return Outcome(min(values), least=1e-9)
 
 
@@ -290,9 +292,9 @@ def finite_differences(objective: Objective) -> Outcome | None:
         return None  # no gradient goes through an advantage: the expectation is held by enumeration
     pair = pair_for(objective)
     texts = texts_for(objective, pair, 3, seed=7)
-    view = view_of(pair, texts, *models_for(pair, extra=0))
-    _, grad = gradient(objective, view)
-    logits = view.student.hidden_ND.detach()
+    inputs = inputs_of(pair, texts, *models_for(pair, extra=0))
+    _, grad = gradient(objective, inputs)
+    logits = inputs.student.hidden_ND.detach()
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for _ in range(6):
@@ -300,7 +302,7 @@ def finite_differences(objective: Objective) -> Outcome | None:
         ends = [
             float(
                 objective(
-                    replace(view, student=replace(view.student, hidden_ND=logits + s * direction))
+                    replace(inputs, student=replace(inputs.student, hidden_ND=logits + s * direction))
                 ).total
             )
             for s in (1e-5, -1e-5)
@@ -352,8 +354,8 @@ def learning(objective: Objective) -> Outcome | None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
         texts = [aligned(pair, _drawn(student, stops, generator)) for _ in range(16)]
-        view = view_of(pair, texts, student, teacher)
-        loss = objective(view).total / max(1.0, objective.count(view.batch))
+        inputs = inputs_of(pair, texts, student, teacher)
+        loss = objective(inputs).total / max(1.0, objective.count(inputs.batch))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -371,12 +373,12 @@ def blocks_of_rows(objective: Objective) -> Outcome | None:
     """9. Deviation when one row of logits is made at a time instead of all."""
     pair = pair_for(objective)
     texts = texts_for(objective, pair)
-    view = view_of(pair, texts, *models_for(pair))
-    value, grad = gradient(objective, view)
+    inputs = inputs_of(pair, texts, *models_for(pair))
+    value, grad = gradient(objective, inputs)
     before = linear.BLOCK_BYTES
     try:
         linear.BLOCK_BYTES = 1
-        value_2, grad_2 = gradient(objective, view)
+        value_2, grad_2 = gradient(objective, inputs)
     finally:
         linear.BLOCK_BYTES = before
     return Outcome(max(abs(value - value_2), float((grad - grad_2).abs().max())), 1e-10)
@@ -402,7 +404,7 @@ def edges(objective: Objective) -> Outcome | None:
             rows[0], rows_T[0] = 0.0, 0.0
             rows[1] = -60.0
             rows[1, int(texts[0].ids[0])] = 60.0
-        value, grad = gradient(objective, view_of(pair, texts, rows, rows_T))
+        value, grad = gradient(objective, inputs_of(pair, texts, rows, rows_T))
         broken += (not math.isfinite(value)) + int((~torch.isfinite(grad)).sum())
     return Outcome(float(broken), 0.0)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from gold.align.batch import AlignedText, VocabularyPair
 from gold.losses import Objective
 from gold.tokenize.vocabulary import Vocabulary
-from tests.contract.toys import aligned, toy_vocabulary, view_of
+from tests.contract.toys import aligned, inputs_of, toy_vocabulary
 
 NEVER = -40.0
 """The logit of what a model never writes."""
@@ -93,12 +93,12 @@ def expected(
         ids = student.ids[x]
         text = text_of(pair, ids)
         rows = student.rows(ids).requires_grad_(True)
-        view = view_of(
+        inputs = inputs_of(
             pair, [text], rows, teacher.rows((*text.teacher.ids.tolist(), pair.teacher.stop_ids[0]))
         )
-        loss = objective(view).total
+        loss = objective(inputs).total
         value += probability * float(loss.detach())
-        count += probability * objective.count(view.batch)
+        count += probability * objective.count(inputs.batch)
         if loss.requires_grad:
             (grad,) = torch.autograd.grad(loss, rows)
             for k in range(len(ids)):

@@ -31,11 +31,11 @@ from tests.contract.toys import (
     ToyModel,
     aligned,
     batch_of,
+    inputs_of,
     random_texts,
     student_rows,
     teacher_rows,
     toy_vocabulary,
-    view_of,
 )
 from tests.kernels.rows_for_kernels import BACKENDS_HERE, FORCED
 
@@ -99,10 +99,10 @@ def test_bytes_sum_up_to_the_token_level_divergence_where_no_token_begins_anothe
     total = 0.0
     for v in allowed[:2]:
         text = aligned(pair, [v])
-        value, _ = gradient(objective, view_of(pair, [text], logits[:1], logits_T[:1]))
+        value, _ = gradient(objective, inputs_of(pair, [text], logits[:1], logits_T[:1]))
         total += float(p[v]) * value
     stop = aligned(pair, [allowed[2]])
-    value, _ = gradient(objective, view_of(pair, [stop], logits[:1], logits_T[:1]))
+    value, _ = gradient(objective, inputs_of(pair, [stop], logits[:1], logits_T[:1]))
     total += float(p[allowed[2]]) * value
     assert total == pytest.approx(float(expected), rel=1e-9)
 
@@ -117,8 +117,8 @@ def test_every_back_end_computes_the_same(name, backend):
     pair = pair_for(objective)
     texts = texts_for(objective, pair)[:2]
     rows = student_rows(ToyModel(pair.student, 3), texts), teacher_rows(ToyModel(pair.teacher, 4), texts)
-    expected, grad = gradient(objective, view_of(pair, texts, *rows, "reference"))
-    value, found = gradient(objective, view_of(pair, texts, *rows, backend))
+    expected, grad = gradient(objective, inputs_of(pair, texts, *rows, "reference"))
+    value, found = gradient(objective, inputs_of(pair, texts, *rows, backend))
     assert value == pytest.approx(expected, rel=1e-12)
     torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-12)
 
@@ -144,8 +144,8 @@ def test_special_ids_without_a_row_are_inert(name, backend):
     masked = [x.clone() for x in rows]
     for x in masked:
         x[:, -2:] = -torch.inf
-    expected, grad = gradient(objective, view_of(pair, texts, *masked, backend))
-    value, grad_cut = gradient(objective, view_of(pair, texts, *(x[:, :-2] for x in rows), backend))
+    expected, grad = gradient(objective, inputs_of(pair, texts, *masked, backend))
+    value, grad_cut = gradient(objective, inputs_of(pair, texts, *(x[:, :-2] for x in rows), backend))
     assert value == pytest.approx(expected, rel=1e-12)
     torch.testing.assert_close(grad_cut, grad[:, :-2])
 
@@ -159,7 +159,7 @@ def test_a_token_whose_beginning_is_no_token_costs_no_infinity(kind):
         pair = VocabularyPair(student, teacher)
         text = aligned(pair, [*student.encode("abcabc").ids.tolist(), student.stop_ids[0]])
         value, grad = gradient(
-            OBJECTIVES[kind](), view_of(pair, [text], ToyModel(student, 1), ToyModel(teacher, 2))
+            OBJECTIVES[kind](), inputs_of(pair, [text], ToyModel(student, 1), ToyModel(teacher, 2))
         )
         assert 0 < value < 100
         assert torch.isfinite(grad).all()
@@ -198,8 +198,8 @@ def test_byte_tables_are_the_definition(backend):
             (ToyModel(TEACHER, 4), batch.layout_T, TEACHER, "teacher"),
         ):
             rows_of = student_rows if side == "student" else teacher_rows
-            view = view_of(PAIR, texts, rows_of(model, texts), rows_of(model, texts), backend)
-            table, _, _ = byte_tables(view.student, layout, BACKENDS[backend])
+            inputs = inputs_of(PAIR, texts, rows_of(model, texts), rows_of(model, texts), backend)
+            table, _, _ = byte_tables(inputs.student, layout, BACKENDS[backend])
             expected = torch.cat(
                 [
                     oracle.byte_table(
@@ -269,7 +269,7 @@ def test_the_expected_gradient_of_span_pg_is_that_of_the_spans_reverse_kl():
     for ids, logp in everything:
         text = aligned(pair, list(ids))
         batch = batch_of(pair, [text])
-        sampled = sampled + logp.detach().exp() * objective(view_of(pair, [text], student, teacher)).total
+        sampled = sampled + logp.detach().exp() * objective(inputs_of(pair, [text], student, teacher)).total
         # Exact: each span's reverse KL given what came before it, which has no gradient.
         span_S, span_T, spans = batch.spans
         rows = torch.stack([student.logp(ids[:k])[ids[k]] for k in range(len(ids))])
@@ -309,7 +309,7 @@ def test_spans_end_where_the_teacher_cuts_whatever_comes_next():
 
 def test_an_objective_returns_what_it_says():
     loss = OBJECTIVES["reverse_kl"]()(
-        view_of(PAIR, random_texts(PAIR, 3, 1), ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
+        inputs_of(PAIR, random_texts(PAIR, 3, 1), ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
     )
     assert isinstance(loss, Loss)
     assert set(loss.sequence_logp) == {"student_logp", "teacher_logp", "logp_bytes"}
@@ -325,9 +325,9 @@ def test_rows_are_projected_a_block_at_a_time_with_the_same_result(name, block_r
     objective = VARIANTS[name]
     pair = pair_for(objective)
     texts = texts_for(objective, pair)
-    view = view_of(pair, texts, ToyModel(STUDENT, 3), ToyModel(pair.teacher, 4))
-    value, grad = gradient(objective, view)
-    widest = max(view.student.width, view.teacher.width)
+    inputs = inputs_of(pair, texts, ToyModel(STUDENT, 3), ToyModel(pair.teacher, 4))
+    value, grad = gradient(objective, inputs)
+    widest = max(inputs.student.width, inputs.teacher.width)
     monkeypatch.setattr("gold.kernels.lm_head.BLOCK_BYTES", 4 * widest * block_rows)
     seen: list[int] = []
 
@@ -335,9 +335,9 @@ def test_rows_are_projected_a_block_at_a_time_with_the_same_result(name, block_r
         seen.append(hidden.shape[0])
         return hidden
 
-    counted = {side: replace(getattr(view, side), head=head) for side in ("student", "teacher")}
-    value_blocks, grad_blocks = gradient(objective, replace(view, **counted))
+    counted = {side: replace(getattr(inputs, side), head=head) for side in ("student", "teacher")}
+    value_blocks, grad_blocks = gradient(objective, replace(inputs, **counted))
     assert value_blocks == pytest.approx(value, rel=1e-12)
     torch.testing.assert_close(grad_blocks, grad)
     # The narrower side may take a row or two more than the wider one.
-    assert max(seen) <= block_rows * widest // min(view.student.width, view.teacher.width)
+    assert max(seen) <= block_rows * widest // min(inputs.student.width, inputs.teacher.width)

@@ -11,7 +11,7 @@ from torch import Tensor
 from gold.align.batch import VocabularyPair
 from gold.kernels.lm_head import LazyLogits
 from gold.losses import DIVERGENCES, OBJECTIVES
-from tests.contract.toys import ToyModel, random_texts, teacher_rows, toy_vocabulary, view_of
+from tests.contract.toys import ToyModel, inputs_of, random_texts, teacher_rows, toy_vocabulary
 
 STUDENT = toy_vocabulary(["a+b", "b+ ", "ab+b"], cut=None)
 TEACHER = toy_vocabulary(["a+a", "b+a", "ba+a"])
@@ -44,11 +44,11 @@ def test_rows_of_the_likeliest_tokens_keep_all_mass():
 @pytest.mark.parametrize("support", ["bytes", "shared"])
 def test_all_tokens_known_is_full_rows(name, support):
     texts = random_texts(PAIR, 6, 1)
-    view = view_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
+    inputs = inputs_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
     rows = teacher_rows(ToyModel(TEACHER, 4), texts)
-    known = replace(view, teacher=likeliest(rows, rows.shape[1]))
+    known = replace(inputs, teacher=likeliest(rows, rows.shape[1]))
     objective = OBJECTIVES[name](support=support)
-    assert float(objective(known).total) == pytest.approx(float(objective(view).total), rel=1e-3, abs=1e-3)
+    assert float(objective(known).total) == pytest.approx(float(objective(inputs).total), rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
@@ -56,16 +56,16 @@ def test_all_tokens_known_is_full_rows(name, support):
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_fewer_tokens_give_something_finite_and_never_more_than_all(name, support, k):
     texts = random_texts(PAIR, 6, 1)
-    view = view_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
-    logits = view.student.hidden_ND.requires_grad_(True)
+    inputs = inputs_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
+    logits = inputs.student.hidden_ND.requires_grad_(True)
     teacher = likeliest(teacher_rows(ToyModel(TEACHER, 4), texts), k)
-    value = OBJECTIVES[name](support=support)(replace(view, teacher=teacher)).total
+    value = OBJECTIVES[name](support=support)(replace(inputs, teacher=teacher)).total
     (grad,) = torch.autograd.grad(value, logits)
     assert torch.isfinite(grad).all()
     assert value.item() >= 0
     if support == "shared" and name != "entropy_aware_kl":
         # Fewer events told apart: a coarser comparison of the same two distributions.
-        whole = OBJECTIVES[name](support=support)(view).total
+        whole = OBJECTIVES[name](support=support)(inputs).total
         assert value.item() <= whole.item() + 1e-9
 
 
@@ -74,12 +74,12 @@ def test_equal_models_give_nothing_to_learn_from_the_likeliest_tokens(name):
     """On tokens exactly; on bytes, the tail's own first bytes are hidden: by no more than the tail's mass allows."""
     texts = random_texts(SAME, 8, 1)
     model = ToyModel(STUDENT, 3)
-    view = view_of(SAME, texts, model, model)
+    inputs = inputs_of(SAME, texts, model, model)
     rows = teacher_rows(model, texts)
-    exact = OBJECTIVES[name](support="tokens")(replace(view, teacher=likeliest(rows, 3))).total
+    exact = OBJECTIVES[name](support="tokens")(replace(inputs, teacher=likeliest(rows, 3))).total
     assert abs(float(exact)) < 1e-12
     errors = [
-        float(OBJECTIVES[name]()(replace(view, teacher=likeliest(rows, k))).total)
+        float(OBJECTIVES[name]()(replace(inputs, teacher=likeliest(rows, k))).total)
         for k in (2, 5, rows.shape[1])
     ]
     assert errors[0] > errors[1] > errors[2] - 1e-12
@@ -91,15 +91,15 @@ def test_what_is_not_told_is_left_to_the_student():
     among the likeliest, the rest of it would seem certain: the loss is thrice the true one, the gradient half noise."""
     texts = random_texts(PAIR, 8, 1)
     logits = teacher_rows(ToyModel(TEACHER, 4), texts)
-    view = view_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
-    logp, sent = torch.log_softmax(logits, -1), view.batch.target_T.clamp(min=0)[:, None]
+    inputs = inputs_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
+    logp, sent = torch.log_softmax(logits, -1), inputs.batch.target_T.clamp(min=0)[:, None]
     found, ids = logp.topk(2, dim=-1)
     ids = torch.cat((sent, ids.masked_fill(ids == sent, -1)), dim=-1)
     told = LazyLogits.of_top_k(ids, torch.cat((logp.gather(1, sent), found), dim=-1), logits.shape[1])
     values, grads = [], []
-    for seen in (view, replace(view, teacher=told)):
-        mine = view.student.hidden_ND.detach().clone().requires_grad_(True)
-        student = replace(view.student, hidden_ND=mine)
+    for seen in (inputs, replace(inputs, teacher=told)):
+        mine = inputs.student.hidden_ND.detach().clone().requires_grad_(True)
+        student = replace(inputs.student, hidden_ND=mine)
         value = OBJECTIVES["reverse_kl"](support="bytes")(replace(seen, student=student)).total
         (grad,) = torch.autograd.grad(value, mine)
         values.append(value.item())

@@ -17,10 +17,10 @@ from support.tokenizers import EOS_ID, families
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.kernels import BACKENDS
 from gold.kernels.lm_head import LazyLogits
-from gold.losses import OBJECTIVES, View
+from gold.losses import OBJECTIVES, LossInputs
 from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.clauses import needs_one_vocabulary, variants
-from tests.contract.toys import CPU, ToyModel, aligned, toy_vocabulary, view_of
+from tests.contract.toys import CPU, ToyModel, aligned, inputs_of, toy_vocabulary
 from tests.kernels.rows_for_kernels import FORCED
 
 STUDENTS = ("byte-level", "characters", "byte-fallback, prepend")
@@ -110,7 +110,7 @@ def every_objective_is_finite(names, student, teacher, given_texts, out_S, out_T
             continue
         leaf = logits.clone().requires_grad_(True)
         backend = BACKENDS["cpu"]
-        view = View(
+        inputs = LossInputs(
             batch,
             LazyLogits.of_logits(leaf),
             LazyLogits.of_logits(logits_T),
@@ -118,7 +118,7 @@ def every_objective_is_finite(names, student, teacher, given_texts, out_S, out_T
             backend,
             LazyLogits.of_logits(before),
         )
-        loss = objective(view)
+        loss = objective(inputs)
         count = objective.count(batch)
         assert math.isfinite(count), name
         found = {"total": loss.total, **loss.parts, **loss.sequence_logp}
@@ -142,8 +142,8 @@ def test_a_cut_inside_a_character_leaves_the_rest_of_the_text_to_token_pg():
     assert OBJECTIVES["token_pg"]().count(batch) == 6
     logits = logits_of(8, pair.student.size, 1, 0.0).requires_grad_(True)
     rows_T, backend = logits_of(len(cut.teacher), pair.teacher.size, 2, 0.0), BACKENDS["cpu"]
-    view = View(batch, LazyLogits.of_logits(logits), LazyLogits.of_logits(rows_T), backend, backend)
-    (grad,) = torch.autograd.grad(OBJECTIVES["token_pg"]()(view).total, logits)
+    inputs = LossInputs(batch, LazyLogits.of_logits(logits), LazyLogits.of_logits(rows_T), backend, backend)
+    (grad,) = torch.autograd.grad(OBJECTIVES["token_pg"]()(inputs).total, logits)
     assert grad[:6].abs().sum(-1).min() > 0
     assert not grad[6:].any()
 
@@ -172,7 +172,7 @@ def test_no_objective_takes_what_is_no_number_for_nothing(name, backend):
             for m, s in zip(models, (texts[0].student, texts[0].teacher), strict=True)
         ]
         rows[broken][:, 3] = math.nan
-        assert torch.isnan(VARIANTS[name](view_of(pair, texts, *rows, backend)).total)
+        assert torch.isnan(VARIANTS[name](inputs_of(pair, texts, *rows, backend)).total)
 
 
 SAME = toy_vocabulary(["a+b", "b+ ", "ab+b"], cut=None)
@@ -188,7 +188,7 @@ def test_rows_that_only_one_output_matrix_has_cost_what_they_weigh(name, backend
     models = ToyModel(SAME, 3), ToyModel(SAME, 4)
     rows, rows_T = (m.states(texts[0].student.ids, len(texts[0].ids)) for m in models)
     objective = OBJECTIVES[name](support="tokens")
-    plain = float(objective(view_of(pair, texts, rows, rows_T, backend)).total)
+    plain = float(objective(inputs_of(pair, texts, rows, rows_T, backend)).total)
     for more in ((3, 0), (0, 3), (2, 3)):
         for weight, most in ((-40.0, 1e-2), (0.0, 50.0)):
             sides = (
@@ -197,7 +197,7 @@ def test_rows_that_only_one_output_matrix_has_cost_what_they_weigh(name, backend
             )
             mine, theirs = sides
             mine = mine.clone().requires_grad_(True)
-            value = objective(view_of(pair, texts, mine, theirs, backend)).total
+            value = objective(inputs_of(pair, texts, mine, theirs, backend)).total
             assert float(value.detach()) == pytest.approx(plain, abs=most)
             assert torch.isfinite(torch.autograd.grad(value, mine)[0]).all()
 
@@ -219,7 +219,7 @@ def test_what_one_side_rules_out_has_a_price(name, support, backend):
         rows[:, b] -= gap
         rows_T[:, b_T] -= gap_T
         rows.requires_grad_(True)
-        total = objective(view_of(pair, texts, rows, rows_T, backend)).total
+        total = objective(inputs_of(pair, texts, rows, rows_T, backend)).total
         assert torch.isfinite(torch.autograd.grad(total, rows)[0]).all()
         return float(total.detach())
 

@@ -20,11 +20,11 @@ from tests.contract.toys import (
     ToyModel,
     aligned,
     batch_of,
+    inputs_of,
     random_texts,
     student_rows,
     teacher_rows,
     toy_vocabulary,
-    view_of,
 )
 
 STUDENT = toy_vocabulary(["a+b"], letters="ab ", cut=None)
@@ -56,7 +56,7 @@ def test_the_expected_gradient_of_token_pg_is_exact():
     sampled, exact = (torch.zeros((), dtype=torch.float64) for _ in range(2))
     for ids, logp in oracle.sequences(student.logp, STUDENT.stop_ids, 4):
         text = aligned(PAIR, list(ids))
-        sampled = sampled + logp.detach().exp() * objective(view_of(PAIR, [text], student, teacher)).total
+        sampled = sampled + logp.detach().exp() * objective(inputs_of(PAIR, [text], student, teacher)).total
         exact = exact + logp.exp() * (logp - log_prob_of_bytes(teacher, text))
     leaves = list(student.rows.values())
     pairs = zip(
@@ -78,7 +78,7 @@ def test_for_equal_models_the_expected_gradient_of_token_pg_is_zero():
     total = torch.zeros((), dtype=torch.float64)
     for ids, logp in oracle.sequences(student.logp, letters.stop_ids, 4):
         text = aligned(pair, list(ids))
-        total = total + logp.detach().exp() * objective(view_of(pair, [text], student, teacher)).total
+        total = total + logp.detach().exp() * objective(inputs_of(pair, [text], student, teacher)).total
     grads = torch.autograd.grad(total, list(student.rows.values()), allow_unused=True)
     assert max(g.abs().max() for g in grads if g is not None) < 1e-12
 
@@ -89,9 +89,9 @@ def test_a_clipped_advantage_bounds_every_token():
     rows = student_rows(student, texts).requires_grad_(True)
     for name in ("span_pg", "token_pg"):
         free, tight = (
-            torch.autograd.grad(OBJECTIVES[name](clip=clip)(view_of(PAIR, texts, rows, teacher)).total, rows)[
-                0
-            ]
+            torch.autograd.grad(
+                OBJECTIVES[name](clip=clip)(inputs_of(PAIR, texts, rows, teacher)).total, rows
+            )[0]
             for clip in (None, 0.1)
         )
         # A token's gradient is its advantage times (onehot − softmax), whose entries are below 1.
@@ -113,7 +113,7 @@ def test_the_baseline_is_the_mean_of_the_other_texts_at_the_same_token():
         others = [gap[j] for j in range(len(number)) if number[j] == number[i] and owner[j] != owner[i]]
         advantage.append(gap[i] - (sum(others) / len(others) if others else 0.0))
     expected = -(torch.stack([torch.as_tensor(a) for a in advantage]) * logp).sum()
-    found = OBJECTIVES["span_pg"](baseline="others")(view_of(SAME, texts, rows, teacher)).total
+    found = OBJECTIVES["span_pg"](baseline="others")(inputs_of(SAME, texts, rows, teacher)).total
     torch.testing.assert_close(found, expected)
 
 
@@ -130,11 +130,11 @@ def test_importance_weights_are_ratios_up_to_the_cap():
     assert (ratio == 1.5).any()
     assert (ratio < 1.0).any()
     expected = -(ratio * (logq - logp).detach() * logp).sum()
-    found = OBJECTIVES["span_pg"](importance_cap=1.5)(view_of(SAME, [text], rows, teacher)).total
+    found = OBJECTIVES["span_pg"](importance_cap=1.5)(inputs_of(SAME, [text], rows, teacher)).total
     torch.testing.assert_close(found, expected)
     lost = replace(text, sampling_logprobs=None)
     with pytest.raises(ValueError, match="log-probabilities that the ids were drawn with"):
-        OBJECTIVES["span_pg"](importance_cap=1.5)(view_of(SAME, [lost], rows, teacher))
+        OBJECTIVES["span_pg"](importance_cap=1.5)(inputs_of(SAME, [lost], rows, teacher))
 
 
 def test_a_weight_is_the_product_over_the_span():
@@ -147,9 +147,9 @@ def test_a_weight_is_the_product_over_the_span():
     text = replace(text, sampling_logprobs=drawn.numpy())
     span = batch_of(PAIR, [text]).spans[0]
     assert 1 < len(set(span.tolist())) < len(span)
-    view = view_of(PAIR, [text], rows, teacher)
+    inputs = inputs_of(PAIR, [text], rows, teacher)
     plain, weighed = (
-        torch.autograd.grad(OBJECTIVES["span_pg"](importance_cap=cap)(view).total, rows)[0]
+        torch.autograd.grad(OBJECTIVES["span_pg"](importance_cap=cap)(inputs).total, rows)[0]
         for cap in (None, 9.0)
     )
     for c in set(span.tolist()):
@@ -177,7 +177,7 @@ def test_the_expected_gradient_at_another_temperature_is_that_at_temperature_1(n
             drawn = tempered(student, drawn_at, ids)
             text = aligned(pair, list(ids), sampling_logprobs=drawn, advantage=float(number % 3) - 1.0)
             objective = OBJECTIVES[name](importance_cap=cap, **options)
-            total = total + np.exp(drawn.sum()) * objective(view_of(pair, [text], student, teacher)).total
+            total = total + np.exp(drawn.sum()) * objective(inputs_of(pair, [text], student, teacher)).total
         grads = torch.autograd.grad(total, list(student.rows.values()), allow_unused=True)
         totals.append(torch.cat([g for g in grads if g is not None]))
     assert totals[0].norm() > 0.1
@@ -193,7 +193,7 @@ def test_the_baseline_of_a_step_changes_no_expected_gradient(name):
     drawn = list(oracle.sequences(student.logp, STUDENT.stop_ids, 2))
     texts = [aligned(pair, list(ids), sampling_logprobs=tempered(student, 1.0, ids)) for ids, _ in drawn]
     probability = [float(logp.detach().exp()) for _, logp in drawn]
-    views = [view_of(pair, [text], student, teacher) for text in texts]
+    inputs_list = [inputs_of(pair, [text], student, teacher) for text in texts]
     leaves = list(student.rows.values())
 
     def gradient(total: Tensor) -> Tensor:
@@ -203,18 +203,19 @@ def test_the_baseline_of_a_step_changes_no_expected_gradient(name):
         )
 
     plain = sum(
-        p * gradient(OBJECTIVES[name]()(view).total) for p, view in zip(probability, views, strict=True)
+        p * gradient(OBJECTIVES[name]()(inputs).total)
+        for p, inputs in zip(probability, inputs_list, strict=True)
     )
     objective = OBJECTIVES[name](baseline="others")
-    credits = [sampled_credit(view, name, objective.options) for view in views]
+    credits = [sampled_credit(inputs, name, objective.options) for inputs in inputs_list]
     expected = torch.zeros_like(plain)
     for step in itertools.product(range(len(texts)), repeat=3):
         # The loss is linear in the advantages: of a step the first text's share is enough, the three are alike.
-        numbers = [views[i].batch.row_number for i in step]
+        numbers = [inputs_list[i].batch.row_number for i in step]
         mean, *_ = means_of_others([credits[i] for i in step], numbers, 4, lambda sums: sums)
         weight = np.prod([probability[i] for i in step])
-        view = replace(views[step[0]], baselines={name: mean})
-        expected = expected + weight * gradient(objective(view).total)
+        inputs = replace(inputs_list[step[0]], baselines={name: mean})
+        expected = expected + weight * gradient(objective(inputs).total)
     torch.testing.assert_close(expected, plain, rtol=1e-9, atol=1e-9)
     assert float(mean.abs().max()) > 0.01
 
@@ -251,7 +252,7 @@ def test_only_tokens_that_the_tokenizer_would_not_give_pay_the_penalty():
         text = aligned(SAME, ids)
         rows = student_rows(ToyModel(STUDENT, 3), [text]).requires_grad_(True)
         without, beside = (
-            OBJECTIVES["span_pg"](noncanonical_penalty=p)(view_of(SAME, [text], rows, teacher)).total
+            OBJECTIVES["span_pg"](noncanonical_penalty=p)(inputs_of(SAME, [text], rows, teacher)).total
             for p in (0.0, 2.0)
         )
         logp = torch.log_softmax(rows, -1).gather(1, torch.tensor(ids)[:, None]).sum()

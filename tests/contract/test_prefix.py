@@ -20,7 +20,7 @@ from gold.bytes import pieces
 from gold.kernels import BACKENDS, projection
 from gold.kernels.layout import STOP_EVENT
 from gold.kernels.lm_head import LazyLogits, byte_tables
-from gold.losses import DIVERGENCES, OBJECTIVES, View
+from gold.losses import DIVERGENCES, OBJECTIVES, LossInputs
 from gold.losses.prefix import prefix_positions
 from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.toys import (
@@ -28,11 +28,11 @@ from tests.contract.toys import (
     ToyModel,
     aligned,
     batch_of,
+    inputs_of,
     random_texts,
     student_rows,
     teacher_rows,
     toy_vocabulary,
-    view_of,
 )
 
 MERGED = toy_vocabulary(["a+b", "b+ ", "ab+b"], cut=None)
@@ -140,18 +140,18 @@ def expected_events(pair: VocabularyPair, text: AlignedText, models, e: int) -> 
     )
 
 
-def computed_events(view: View, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def computed_events(inputs: LossInputs, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of both sides' events at the positions, and what was moved."""
-    batch = view.batch.piece_batch(positions)
+    batch = inputs.batch.piece_batch(positions)
     everything = slice(0, len(batch))
     if not len(batch):
         return torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0)
     needed, needed_T = (projection.needed_rows(s, everything) for s in (batch.student, batch.teacher))
     joint, _ = projection.piece_events(
-        view.student.select(needed), needed, batch.student, batch.short, everything, view.backend
+        inputs.student.select(needed), needed, batch.student, batch.short, everything, inputs.backend
     )
     logq, _, moved = projection.piece_target(
-        view.teacher_rows.select(needed_T), needed_T, batch, everything, view.teacher_backend
+        inputs.teacher_rows.select(needed_T), needed_T, batch, everything, inputs.teacher_backend
     )
     return joint - torch.logsumexp(joint, -1, keepdim=True), logq, moved
 
@@ -174,12 +174,12 @@ def test_events_are_those_of_the_definition(name):
     for seed in range(4):
         texts = random_texts(pair, 6, seed)
         student, teacher = ToyModel(pair.student, 3, extra=2), ToyModel(pair.teacher, 4)
-        view = view_of(pair, texts, student, teacher)
-        positions = prefix_positions(view.batch, interior=True, where="everywhere")
-        mine, theirs, moved = computed_events(view, positions)
+        inputs = inputs_of(pair, texts, student, teacher)
+        positions = prefix_positions(inputs.batch, interior=True, where="everywhere")
+        mine, theirs, moved = computed_events(inputs, positions)
         for p, position in enumerate(positions.tolist()):
-            b = int(np.searchsorted(view.batch.position_starts, position, "right")) - 1
-            e = position - int(view.batch.position_starts[b])
+            b = int(np.searchsorted(inputs.batch.position_starts, position, "right")) - 1
+            e = position - int(inputs.batch.position_starts[b])
             models = student_rows(student, texts[b : b + 1]), teacher_rows(teacher, texts[b : b + 1])
             row, row_T, share = expected_events(pair, texts[b], models, e)
             assert float(moved[p]) == pytest.approx(share, rel=1e-9, abs=1e-15)
@@ -225,14 +225,14 @@ def test_events_begin_with_the_bytes_of_the_byte_table(mine, theirs, data, stopp
     rows, rows_T = int(batch.row_starts[-1]), int(batch.teacher_row_starts[-1])
     logits = states(rows, pair.student.size, 1).requires_grad_(True)
     backend = BACKENDS["reference"]
-    view = View(
+    inputs = LossInputs(
         batch,
         LazyLogits.of_logits(logits),
         LazyLogits.of_logits(states(rows_T, pair.teacher.size, 2)),
         backend,
         backend,
     )
-    loss = OBJECTIVES["forward_kl"](support="prefix", interior=True)(view)
+    loss = OBJECTIVES["forward_kl"](support="prefix", interior=True)(inputs)
     assert 0 <= loss.total.item() < 50 * max(rows, 1)
     if not len(prefix_positions(batch, interior=True, where="everywhere")):
         return
@@ -240,11 +240,11 @@ def test_events_begin_with_the_bytes_of_the_byte_table(mine, theirs, data, stopp
     assert torch.isfinite(grad).all()
 
     positions = prefix_positions(batch, interior=True, where="everywhere")
-    mine_E, theirs_E, _ = computed_events(view, positions)
+    mine_E, theirs_E, _ = computed_events(inputs, positions)
     text = tokenized.data
     for events, side_rows, layout in (
-        (mine_E, view.student, batch.layout_S),
-        (theirs_E, view.teacher_rows, batch.layout_T),
+        (mine_E, inputs.student, batch.layout_S),
+        (theirs_E, inputs.teacher_rows, batch.layout_T),
     ):
         table = byte_tables(side_rows, layout, backend)[0][positions].detach().exp()
         prob = events.detach().exp()
@@ -310,17 +310,17 @@ def test_events_are_exact_where_no_other_segmentation_of_the_past_has_mass(name)
     for seed in range(6):
         models = [ToyModel(v, seed, never=("<junk>",)) for v in (pair.student, pair.teacher)]
         texts = random_texts(pair, 3, seed, longest=5)
-        view = view_of(pair, texts, *models)
-        positions = prefix_positions(view.batch, interior=True, where="everywhere")
-        computed = computed_events(view, positions)
+        inputs = inputs_of(pair, texts, *models)
+        positions = prefix_positions(inputs.batch, interior=True, where="everywhere")
+        computed = computed_events(inputs, positions)
         for side, layout, rows, model, vocabulary in (
-            (0, view.batch.layout_S, view.student, models[0], pair.student),
-            (1, view.batch.layout_T, view.teacher_rows, models[1], pair.teacher),
+            (0, inputs.batch.layout_S, inputs.student, models[0], pair.student),
+            (1, inputs.batch.layout_T, inputs.teacher_rows, models[1], pair.teacher),
         ):
-            rest = byte_tables(rows, layout, view.backend)[0][:, 257].exp()
+            rest = byte_tables(rows, layout, inputs.backend)[0][:, 257].exp()
             for p, position in enumerate(positions.tolist()):
-                b = int(np.searchsorted(view.batch.position_starts, position, "right")) - 1
-                start = int(view.batch.position_starts[b])
+                b = int(np.searchsorted(inputs.batch.position_starts, position, "right")) - 1
+                start = int(inputs.batch.position_starts[b])
                 e, text = position - start, texts[b].student
                 row = next((i for i, s in enumerate(text.starts.tolist()) if s == e), None)
                 token = None if row is None else text.data[e : int(text.ends[row])]
@@ -349,14 +349,14 @@ def test_every_divergence_can_be_taken(kind):
     objective = OBJECTIVES[kind](support="prefix", interior=True)
     same, other = PAIRS["merged from itself"], PAIRS["other from merged"]
     model = ToyModel(MERGED, 3, extra=2)
-    assert abs(float(objective(view_of(same, random_texts(same, 8, 1), model, model)).total)) < 1e-12
+    assert abs(float(objective(inputs_of(same, random_texts(same, 8, 1), model, model)).total)) < 1e-12
     texts = random_texts(other, 6, 1)
     student = student_rows(ToyModel(OTHER, 3), texts).requires_grad_(True)
     teacher = teacher_rows(ToyModel(MERGED, 4), texts)
     certain = torch.full_like(teacher, -torch.inf)
     certain[:, MERGED.encode("a").ids[0]] = 0.0
     for rows in (teacher, torch.where(teacher > 0, teacher, -torch.inf), certain):
-        value = objective(view_of(other, texts, student, rows)).total
+        value = objective(inputs_of(other, texts, student, rows)).total
         (grad,) = torch.autograd.grad(value, student)
         assert 0 < value.item() < 20 * len(student)
         assert torch.isfinite(grad).all()
@@ -373,19 +373,19 @@ def known_only(logits: Tensor, k: int) -> LazyLogits:
 def test_of_teachers_that_know_their_likeliest_tokens_the_others_are_rest(name):
     pair = PAIRS[name]
     texts = random_texts(pair, 6, 1)
-    view = view_of(pair, texts, ToyModel(pair.student, 3), ToyModel(pair.teacher, 4))
+    inputs = inputs_of(pair, texts, ToyModel(pair.student, 3), ToyModel(pair.teacher, 4))
     rows = teacher_rows(ToyModel(pair.teacher, 4), texts)
     objective = OBJECTIVES["reverse_kl"](support="prefix", interior=True)
-    whole = objective(view).total.item()
-    known = replace(view, teacher=known_only(rows, rows.shape[1]))
+    whole = objective(inputs).total.item()
+    known = replace(inputs, teacher=known_only(rows, rows.shape[1]))
     assert objective(known).total.item() == pytest.approx(whole, rel=1e-4)
-    logits = view.student.hidden_ND.requires_grad_(True)
+    logits = inputs.student.hidden_ND.requires_grad_(True)
     for k in (1, 2, 4):
-        value = objective(replace(view, teacher=known_only(rows, k))).total
+        value = objective(replace(inputs, teacher=known_only(rows, k))).total
         assert 0 <= value.item() < 100
         assert torch.isfinite(torch.autograd.grad(value, logits)[0]).all()
-    positions = prefix_positions(view.batch, interior=True, where="everywhere")
-    _, target, _ = computed_events(replace(view, teacher=known_only(rows, 2)), positions)
+    positions = prefix_positions(inputs.batch, interior=True, where="everywhere")
+    _, target, _ = computed_events(replace(inputs, teacher=known_only(rows, 2)), positions)
     torch.testing.assert_close(target.exp().sum(-1), torch.ones(len(positions), dtype=torch.float64))
 
 
@@ -396,8 +396,8 @@ def test_a_token_on_the_path_that_is_not_known_weighs_as_much_as_all_unknown_one
     assert [MERGED.token_bytes(int(i)) for i in text.teacher.ids] == [b"a", b"a"]
     known = torch.tensor([[int(MERGED.encode("ab").ids[0])], [int(MERGED.encode("a").ids[0])]])
     teacher = LazyLogits.of_top_k(known, torch.tensor([[0.6], [0.9]]).double().log(), MERGED.size)
-    view = view_of(pair, [text], ToyModel(LETTERS, 1), torch.zeros(2, MERGED.size))
-    _, target, _ = computed_events(replace(view, teacher=teacher), torch.tensor([1]))
+    inputs = inputs_of(pair, [text], ToyModel(LETTERS, 1), torch.zeros(2, MERGED.size))
+    _, target, _ = computed_events(replace(inputs, teacher=teacher), torch.tensor([1]))
     expected = {b"b": 0.6, b"a": 0.4 * 0.9, "rest": 0.4 * 0.1}
     for event, prob in expected.items():
         assert target[0, column(pair, event)].exp().item() == pytest.approx(prob, rel=1e-6)
@@ -409,7 +409,7 @@ def test_mass_that_a_student_cannot_spell_is_counted():
     pair = VocabularyPair(poor, LETTERS)
     texts = [aligned(pair, [*poor.encode("aab").ids.tolist(), poor.stop_ids[0]])]
     teacher = teacher_rows(ToyModel(LETTERS, 4), texts)
-    loss = OBJECTIVES["reverse_kl"](support="prefix")(view_of(pair, texts, ToyModel(poor, 3), teacher))
+    loss = OBJECTIVES["reverse_kl"](support="prefix")(inputs_of(pair, texts, ToyModel(poor, 3), teacher))
     space = int(LETTERS.encode(" ").ids[0])
     at = [0, 1, 3]  # a, ab, stop: the states that both begin at
     expected = torch.softmax(teacher, -1)[at, space].sum()
@@ -427,9 +427,9 @@ def test_targets_of_white_space_alone_are_counted_and_may_be_left_out(choice):
     teacher[1] = torch.where(torch.arange(teacher.shape[1]) == space, 20.0, -20.0)
     student = student_rows(ToyModel(MERGED, 3), texts).requires_grad_(True)
     objective = OBJECTIVES["forward_kl"](support="prefix", white_space=choice)
-    view = view_of(pair, texts, student, teacher)
-    loss = objective(view)
-    assert objective.count(view.batch) == 3
+    inputs = inputs_of(pair, texts, student, teacher)
+    loss = objective(inputs)
+    assert objective.count(inputs.batch) == 3
     assert loss.parts["white_space"].item() == 1
     (grad,) = torch.autograd.grad(loss.total, student)
     assert (grad[1].abs().max() > 1e-6) == (choice == "keep")
@@ -457,8 +457,8 @@ def test_the_example_of_the_documentation():
         ("b", [0.8, 0.1, 0.1, 0.0], [0.6, 0.3, 0.1, 0.0]),
     ):
         text = aligned(pair, [student._tokenizer.token_to_id(token)])
-        view = view_of(pair, [text], mine[:1], theirs[: len(token)])
-        events, events_T, _ = computed_events(view, torch.tensor([0]))
+        inputs = inputs_of(pair, [text], mine[:1], theirs[: len(token)])
+        events, events_T, _ = computed_events(inputs, torch.tensor([0]))
         assert events[0, :4].exp().tolist() == pytest.approx(expected, abs=1e-12)
         assert events_T[0, :4].exp().tolist() == pytest.approx(expected_T, abs=1e-12)
 
@@ -478,10 +478,10 @@ def test_which_states_are_compared():
 def test_nothing_to_compare_is_nothing():
     pair = VocabularyPair(toy_vocabulary(["a+b"], cut=None), toy_vocabulary(["b+a"], cut=None))
     text = aligned(pair, [int(i) for t in ("ab", "a") for i in pair.student.encode(t).ids])
-    view = view_of(pair, [text], ToyModel(pair.student, 1), ToyModel(pair.teacher, 2))
+    inputs = inputs_of(pair, [text], ToyModel(pair.student, 1), ToyModel(pair.teacher, 2))
     objective = OBJECTIVES["reverse_kl"](support="prefix", where="one_to_one")
-    assert objective.count(view.batch) == 0
-    loss = objective(view)
+    assert objective.count(inputs.batch) == 0
+    loss = objective(inputs)
     assert loss.total.item() == 0
     assert {name: part.item() for name, part in loss.parts.items()} == dict.fromkeys(loss.parts, 0.0)
 
@@ -498,7 +498,7 @@ def test_a_better_student_is_nearer_to_the_teacher():
         student = torch.full((1, MERGED.size), -8.0, dtype=torch.float64)
         student[0, int(MERGED.encode(liked).ids[0])] = 8.0
         values.append(
-            OBJECTIVES["reverse_kl"](support="prefix")(view_of(pair, texts, student, teacher)).total.item()
+            OBJECTIVES["reverse_kl"](support="prefix")(inputs_of(pair, texts, student, teacher)).total.item()
         )
     assert values[0] < 1e-2
     assert values[1] > 1

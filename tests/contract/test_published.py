@@ -17,17 +17,17 @@ from gold.align.batch import AlignedText, VocabularyPair
 from gold.align.decomposition import likeliest_pairs
 from gold.errors import ConfigError
 from gold.kernels.reference import sorted_l1
-from gold.losses import OBJECTIVES, Objective, View
+from gold.losses import OBJECTIVES, LossInputs, Objective
 from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.toys import (
     ToyModel,
     aligned,
     batch_of,
+    inputs_of,
     random_texts,
     student_rows,
     teacher_rows,
     toy_vocabulary,
-    view_of,
 )
 
 STUDENT = toy_vocabulary(["a+b", "b+ ", "ab+b"], cut=None)
@@ -54,13 +54,13 @@ def pair_of(name: str) -> VocabularyPair:
     return PAIR if name in ACROSS else SAME
 
 
-def value_of(objective: Objective, view: View) -> float:
-    return float(objective(view).total)
+def value_of(objective: Objective, inputs: LossInputs) -> float:
+    return float(objective(inputs).total)
 
 
-def gradient(objective: Objective, view: View) -> tuple[float, Tensor]:
-    logits = view.student.hidden_ND.detach().requires_grad_(True)
-    value = objective(replace(view, student=replace(view.student, hidden_ND=logits))).total
+def gradient(objective: Objective, inputs: LossInputs) -> tuple[float, Tensor]:
+    logits = inputs.student.hidden_ND.detach().requires_grad_(True)
+    value = objective(replace(inputs, student=replace(inputs.student, hidden_ND=logits))).total
     (grad,) = torch.autograd.grad(value, logits)
     return float(value.detach()), grad
 
@@ -132,8 +132,10 @@ def merged(rows: list[list[float]], tokens: list[int], ids: list[int]) -> list[f
     return [before * x for x in rows[tokens[-1]]]
 
 
-def slow_gold(view: View, student: Tensor, teacher: Tensor, beta: float, share: float | None) -> float:
-    (text,) = view.batch.texts
+def slow_gold(
+    inputs: LossInputs, student: Tensor, teacher: Tensor, beta: float, share: float | None
+) -> float:
+    (text,) = inputs.batch.texts
     rows_S, rows_T = probabilities(student), probabilities(teacher)
     shared = set(named(STUDENT, rows_S[0])) & set(named(TEACHER, rows_T[0]))
     total = 0.0
@@ -148,12 +150,12 @@ def slow_gold(view: View, student: Tensor, teacher: Tensor, beta: float, share: 
     return total
 
 
-def one_view(seed: int, extra: tuple[int, int] = (2, 1)) -> tuple[View, Tensor, Tensor]:
-    """A text of several chunks with its view and rows."""
+def one_input(seed: int, extra: tuple[int, int] = (2, 1)) -> tuple[LossInputs, Tensor, Tensor]:
+    """A text of several chunks with its inputs and rows."""
     text = random_texts(PAIR, 6, seed, longest=9)[seed % 6]
     student = student_rows(ToyModel(STUDENT, 3, extra=extra[0]), [text])
     teacher = teacher_rows(ToyModel(TEACHER, 4, extra=extra[1]), [text])
-    return view_of(PAIR, [text], student, teacher), student, teacher
+    return inputs_of(PAIR, [text], student, teacher), student, teacher
 
 
 SEEDS = range(6)
@@ -161,38 +163,38 @@ SEEDS = range(6)
 
 def test_the_toy_texts_have_chunks_of_every_kind():
     shapes = {
-        (len(s) > 1, len(t) > 1) for seed in SEEDS for s, t in slow_chunks(one_view(seed)[0].batch.texts[0])
+        (len(s) > 1, len(t) > 1) for seed in SEEDS for s, t in slow_chunks(one_input(seed)[0].batch.texts[0])
     }
     assert shapes == {(False, False), (False, True), (True, False), (True, True)}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_uld_is_its_formula(seed):
-    view, student, teacher = one_view(seed)
+    inputs, student, teacher = one_input(seed)
     expected = sum(
         slow_l1(p, q) for p, q in zip(probabilities(student), probabilities(teacher), strict=False)
     )
-    assert value_of(OBJECTIVES["uld"](), view) == pytest.approx(expected, rel=1e-12)
-    assert OBJECTIVES["uld"]().count(view.batch) == min(len(student), len(teacher))
+    assert value_of(OBJECTIVES["uld"](), inputs) == pytest.approx(expected, rel=1e-12)
+    assert OBJECTIVES["uld"]().count(inputs.batch) == min(len(student), len(teacher))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("beta", "share"), [(0.5, None), (0.1, 0.3), (0.0, None), (1.0, 0.7)])
 def test_gold_is_the_chain_rule_the_divergence_and_the_sorted_distance(seed, beta, share):
-    view, student, teacher = one_view(seed)
+    inputs, student, teacher = one_input(seed)
     options = {"beta": beta} if share is None else {"beta": beta, "matched_share": share}
     objective = OBJECTIVES["gold"](**options)
-    assert value_of(objective, view) == pytest.approx(
-        slow_gold(view, student, teacher, beta, share), rel=1e-10
+    assert value_of(objective, inputs) == pytest.approx(
+        slow_gold(inputs, student, teacher, beta, share), rel=1e-10
     )
-    assert objective.count(view.batch) == len(slow_chunks(view.batch.texts[0]))
+    assert objective.count(inputs.batch) == len(slow_chunks(inputs.batch.texts[0]))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("temperature", [100.0, 1.0])
 def test_alm_is_its_formula(seed, temperature):
-    view, student, teacher = one_view(seed)
-    (text,) = view.batch.texts
+    inputs, student, teacher = one_input(seed)
+    (text,) = inputs.batch.texts
     rows_S, rows_T = probabilities(student), probabilities(teacher)
     expected = 0.0
     for tokens_S, tokens_T in slow_chunks(text):
@@ -205,14 +207,14 @@ def test_alm_is_its_formula(seed, temperature):
             )
         )
         expected += a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b))
-    loss = OBJECTIVES["alm"](temperature=temperature)(view)
+    loss = OBJECTIVES["alm"](temperature=temperature)(inputs)
     assert float(loss.total) == pytest.approx(expected, rel=1e-9)
     if text.stopped:
         gap = loss.sequence_logp["student_logp"] - loss.sequence_logp["teacher_logp"]
         assert float(loss.parts["log_ratio"]) == pytest.approx(float(gap))
 
 
-def slow_means(view: View, student: Tensor, teacher: Tensor) -> list[tuple[list[float], list[float]]]:
+def slow_means(inputs: LossInputs, student: Tensor, teacher: Tensor) -> list[tuple[list[float], list[float]]]:
     """Mean probabilities of the rows of each chunk."""
     rows_S, rows_T = probabilities(student), probabilities(teacher)
     return [
@@ -220,42 +222,42 @@ def slow_means(view: View, student: Tensor, teacher: Tensor) -> list[tuple[list[
             [sum(column) / len(tokens) for column in zip(*(rows[i] for i in tokens), strict=True)]
             for rows, tokens in ((rows_S, tokens_S), (rows_T, tokens_T))
         )
-        for tokens_S, tokens_T in slow_chunks(view.batch.texts[0])
+        for tokens_S, tokens_T in slow_chunks(inputs.batch.texts[0])
     ]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_p_kl_is_forward_kl_behind_the_matrix(seed):
-    view, student, teacher = one_view(seed)
+    inputs, student, teacher = one_input(seed)
     weights = PAIR.token_weights
     reached = sorted(set(weights.ids_W.tolist()))
     expected = 0.0
-    for p, q in slow_means(view, student, teacher):
+    for p, q in slow_means(inputs, student, teacher):
         taken = dict.fromkeys(reached, 0.0)
         for v, w, weight in zip(weights.ids_V, weights.ids_W, weights.weight_E, strict=True):
             taken[int(w)] += float(weight) * p[int(v)]
         mine = [*(taken[w] for w in reached), p[STUDENT.stop_ids[0]]]
         theirs = [*(q[w] for w in reached), q[TEACHER.stop_ids[0]]]
         expected += slow_kl([x / sum(theirs) for x in theirs], [x / sum(mine) for x in mine])
-    assert value_of(OBJECTIVES["x_token"](), view) == pytest.approx(expected, rel=1e-10)
+    assert value_of(OBJECTIVES["x_token"](), inputs) == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_h_kl_is_forward_kl_on_relaxed_pairs_and_the_sorted_distance_of_the_rest(seed):
-    view, student, teacher = one_view(seed)
+    inputs, student, teacher = one_input(seed)
     ids_V, ids_W = likeliest_pairs(PAIR.token_weights, STUDENT)
     pairs = [
         *zip(ids_V.tolist(), ids_W.tolist(), strict=True),
         (STUDENT.stop_ids[0], TEACHER.stop_ids[0]),
     ]
     expected = 0.0
-    for p, q in slow_means(view, student, teacher):
+    for p, q in slow_means(inputs, student, teacher):
         expected += slow_kl([q[w] for _, w in pairs], [p[v] for v, _ in pairs])
         used_V, used_W = (set(ids) for ids in zip(*pairs, strict=True))
         expected += slow_l1(
             [x for v, x in enumerate(p) if v not in used_V], [x for w, x in enumerate(q) if w not in used_W]
         )
-    loss = OBJECTIVES["x_token"](variant="h_kl")(view)
+    loss = OBJECTIVES["x_token"](variant="h_kl")(inputs)
     assert float(loss.total) == pytest.approx(expected, rel=1e-10)
     assert float(loss.parts["matched"] + loss.parts["unmatched"]) == pytest.approx(float(loss.total))
 
@@ -282,9 +284,9 @@ def test_gkd_is_its_formula(beta):
             strict=True,
         )
     )
-    view = view_of(SAME, texts, student, teacher)
-    assert value_of(OBJECTIVES["gkd"](beta=beta), view) == pytest.approx(expected, rel=1e-12)
-    assert OBJECTIVES["gkd"]().count(view.batch) == len(student_rows(student, texts))
+    inputs = inputs_of(SAME, texts, student, teacher)
+    assert value_of(OBJECTIVES["gkd"](beta=beta), inputs) == pytest.approx(expected, rel=1e-12)
+    assert OBJECTIVES["gkd"]().count(inputs.batch) == len(student_rows(student, texts))
 
 
 def test_opd_is_its_formula():
@@ -299,31 +301,31 @@ def test_opd_is_its_formula():
                 reverse_kl = float((logp[row, token] - logq[row, token]).detach())
                 expected = expected + reverse_kl * logp[row, token]
             row += 1
-    value, grad = gradient(OBJECTIVES["opd"](), view_of(SAME, texts, student, teacher))
+    value, grad = gradient(OBJECTIVES["opd"](), inputs_of(SAME, texts, student, teacher))
     assert value == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(grad, torch.autograd.grad(expected, logits)[0])
-    clipped, _ = gradient(OBJECTIVES["opd"](clip=1e-9), view_of(SAME, texts, student, teacher))
+    clipped, _ = gradient(OBJECTIVES["opd"](clip=1e-9), inputs_of(SAME, texts, student, teacher))
     assert abs(clipped) < 1e-6
 
 
 @over(["gold", "x_token", "x_token/h_kl"])
 def test_with_one_vocabulary_they_are_the_plain_token_level_divergence(name):
     texts = random_texts(SAME, 6, 2)
-    view = view_of(SAME, texts, ToyModel(STUDENT, 3, extra=2), ToyModel(STUDENT, 4, extra=1))
+    inputs = inputs_of(SAME, texts, ToyModel(STUDENT, 3, extra=2), ToyModel(STUDENT, 4, extra=1))
     beta = 0.5 if name == "gold" else 0.0
     plain = OBJECTIVES["gkd"](beta=beta)
-    value, grad = gradient(ACROSS[name], view)
-    expected, grad_plain = gradient(plain, view)
+    value, grad = gradient(ACROSS[name], inputs)
+    expected, grad_plain = gradient(plain, inputs)
     assert value == pytest.approx(expected, rel=1e-12)
     torch.testing.assert_close(grad, grad_plain)
-    assert ACROSS[name].count(view.batch) == plain.count(view.batch)
+    assert ACROSS[name].count(inputs.batch) == plain.count(inputs.batch)
 
 
 @over(["gkd", "opd"])
 def test_token_by_token_needs_one_vocabulary(name):
-    view = view_of(PAIR, random_texts(PAIR, 1, 1), ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
+    inputs = inputs_of(PAIR, random_texts(PAIR, 1, 1), ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
     with pytest.raises(ValueError, match=f"{name} compares models token by token, and these have two"):
-        PUBLISHED[name](view)
+        PUBLISHED[name](inputs)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +350,7 @@ def test_options_that_cannot_be(name, options, told):
 def test_equal_models_on_the_same_ids_have_nothing_to_learn(name):
     texts = random_texts(SAME, 8, 1)
     model = ToyModel(STUDENT, 3, extra=2)
-    value, grad = gradient(PUBLISHED[name], view_of(SAME, texts, model, model))
+    value, grad = gradient(PUBLISHED[name], inputs_of(SAME, texts, model, model))
     assert abs(value) < 1e-12
     assert grad.abs().max() < 1e-12
 
@@ -372,7 +374,7 @@ def test_numbers_at_the_edge_give_no_nan(name, dtype):
     for scale in (1.0, -1.0):
         teacher[0] *= scale
         value, grad = gradient(
-            PUBLISHED[name], view_of(pair, texts, student, teacher.nan_to_num(neginf=-torch.inf))
+            PUBLISHED[name], inputs_of(pair, texts, student, teacher.nan_to_num(neginf=-torch.inf))
         )
         assert np.isfinite(value)
         assert torch.isfinite(grad).all()
@@ -384,8 +386,8 @@ def test_texts_that_are_empty_or_of_one_token(name):
     a, stop, junk = (pair.student._tokenizer.token_to_id(t) for t in ("a", "<eos>", "<junk>"))
     for ids in ([stop], [a], [a, stop], [junk], [junk, stop], []):
         texts = [aligned(pair, ids), aligned(pair, [a, a, stop])]
-        view = view_of(pair, texts, ToyModel(pair.student, 3), ToyModel(pair.teacher, 4))
-        value, grad = gradient(PUBLISHED[name], view)
+        inputs = inputs_of(pair, texts, ToyModel(pair.student, 3), ToyModel(pair.teacher, 4))
+        value, grad = gradient(PUBLISHED[name], inputs)
         assert np.isfinite(value)
         assert torch.isfinite(grad).all()
     nothing = batch_of(pair, [aligned(pair, [])])
@@ -401,23 +403,23 @@ def test_a_chunk_of_events_alone_is_not_compared(name):
     models = ToyModel(student, 3), ToyModel(TEACHER, 4)
     text = aligned(pair, [own, stop])
     assert ACROSS[name].count(batch_of(pair, [text])) == 1
-    value = value_of(ACROSS[name], view_of(pair, [text], *models))
+    value = value_of(ACROSS[name], inputs_of(pair, [text], *models))
     # The stop event is compared, after what each side has read.
     rows = student_rows(models[0], [text])[1:], teacher_rows(models[1], [text])
     empty = aligned(pair, [stop])
-    assert value == pytest.approx(value_of(ACROSS[name], view_of(pair, [empty], *rows)), rel=1e-12)
+    assert value == pytest.approx(value_of(ACROSS[name], inputs_of(pair, [empty], *rows)), rel=1e-12)
 
 
 @over(sorted(PUBLISHED.keys() - {"opd"}))
 def test_gradients_agree_with_finite_differences(name):
     pair = pair_of(name)
     text = aligned(pair, [*STUDENT.encode("bab ").ids.tolist(), STUDENT.stop_ids[0]])
-    view = view_of(pair, [text], ToyModel(pair.student, 3, extra=1), ToyModel(pair.teacher, 4))
+    inputs = inputs_of(pair, [text], ToyModel(pair.student, 3, extra=1), ToyModel(pair.teacher, 4))
 
     def value(logits: Tensor) -> Tensor:
-        return PUBLISHED[name](replace(view, student=replace(view.student, hidden_ND=logits))).total
+        return PUBLISHED[name](replace(inputs, student=replace(inputs.student, hidden_ND=logits))).total
 
-    logits = view.student.hidden_ND.detach().clone().requires_grad_(True)
+    logits = inputs.student.hidden_ND.detach().clone().requires_grad_(True)
     (grad,) = torch.autograd.grad(value(logits), logits)
     step = 1e-6
     for place in range(logits.numel()):
@@ -436,8 +438,8 @@ def test_single_precision_is_close_to_double(name):
         student_rows(ToyModel(pair.student, 3, scale=3.0), texts),
         teacher_rows(ToyModel(pair.teacher, 4, scale=3.0), texts),
     )
-    value, grad = gradient(PUBLISHED[name], view_of(pair, texts, *rows))
-    single, grad_single = gradient(PUBLISHED[name], view_of(pair, texts, *(x.float() for x in rows)))
+    value, grad = gradient(PUBLISHED[name], inputs_of(pair, texts, *rows))
+    single, grad_single = gradient(PUBLISHED[name], inputs_of(pair, texts, *(x.float() for x in rows)))
     assert single == pytest.approx(value, rel=1e-5)
     torch.testing.assert_close(grad_single.double(), grad, rtol=1e-4, atol=1e-5)
 
@@ -447,9 +449,9 @@ def test_single_precision_is_close_to_double(name):
 def test_no_block_of_logits_is_larger_than_allowed(name, block_rows, monkeypatch):
     """Not even for a chunk of more tokens than that, neither forward nor backward."""
     texts = [aligned(PAIR, STUDENT.encode("ba" * 6).ids.tolist())]
-    view = view_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
-    value, grad = gradient(ACROSS[name], view)
-    widest = max(view.student.width, view.teacher_rows.width)
+    inputs = inputs_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
+    value, grad = gradient(ACROSS[name], inputs)
+    widest = max(inputs.student.width, inputs.teacher_rows.width)
     monkeypatch.setattr("gold.kernels.lm_head.BLOCK_BYTES", 4 * widest * block_rows)
     seen: list[int] = []
 
@@ -457,11 +459,11 @@ def test_no_block_of_logits_is_larger_than_allowed(name, block_rows, monkeypatch
         seen.append(hidden.shape[0])
         return hidden
 
-    counted = {side: replace(getattr(view, side), head=head) for side in ("student", "teacher")}
-    value_blocks, grad_blocks = gradient(ACROSS[name], replace(view, **counted))
+    counted = {side: replace(getattr(inputs, side), head=head) for side in ("student", "teacher")}
+    value_blocks, grad_blocks = gradient(ACROSS[name], replace(inputs, **counted))
     assert value_blocks == pytest.approx(value, rel=1e-12)
     torch.testing.assert_close(grad_blocks, grad)
-    assert max(seen) <= block_rows * widest // min(view.student.width, view.teacher_rows.width)
+    assert max(seen) <= block_rows * widest // min(inputs.student.width, inputs.teacher_rows.width)
 
 
 def test_sorted_l1_pads_the_shorter_side_and_has_no_gradient_at_equality():
@@ -496,24 +498,24 @@ def late(rows: list[list[float]], tokens: list[int], ids: list[int]) -> list[flo
     return [x * math.prod(after[i][ids[i]] for i in tokens[1:]) for x in after[tokens[0]]]
 
 
-def certain_view() -> tuple[View, Tensor, Tensor]:
+def certain_inputs() -> tuple[LossInputs, Tensor, Tensor]:
     text = aligned(LATE_PAIR, [*LATE_S.encode("cabcc").ids.tolist(), LATE_S.stop_ids[0]])
     assert [len(text.student), len(text.teacher)] == [4, 3]
     rows = certain_rows(LATE_S, text.student.ids), certain_rows(LATE_T, text.teacher.ids)
-    return view_of(LATE_PAIR, [text], *rows), *rows
+    return inputs_of(LATE_PAIR, [text], *rows), *rows
 
 
 @over(["gold", "gold/0", "gold/1, half", "alm", "alm/1"])
 def test_models_that_agree_with_certainty_have_nothing_to_learn(name):
-    view, _, _ = certain_view()
-    value, grad = gradient(ACROSS[name], view)
+    inputs, _, _ = certain_inputs()
+    value, grad = gradient(ACROSS[name], inputs)
     assert abs(value) < 1e-9
     assert grad.abs().max() < 1e-9
 
 
 def test_rows_one_position_late_would_have_given_a_third():
-    view, *rows = certain_view()
-    (text,) = view.batch.texts
+    inputs, *rows = certain_inputs()
+    (text,) = inputs.batch.texts
     sides = [
         (probabilities(r), ids_with_stop(text, side, v))
         for r, side, v in zip(rows, ("student", "teacher"), (LATE_S, LATE_T), strict=True)
@@ -551,10 +553,10 @@ def test_the_exceptions_are_declared():
 def test_clause_2_with_one_vocabulary_they_are_another_objective(name):
     """Neither value nor direction of the gradient is that of a divergence between tokens."""
     texts = random_texts(SAME, 6, 2)
-    view = view_of(SAME, texts, ToyModel(STUDENT, 3), ToyModel(STUDENT, 4))
-    value, grad = gradient(ACROSS[name], view)
+    inputs = inputs_of(SAME, texts, ToyModel(STUDENT, 3), ToyModel(STUDENT, 4))
+    value, grad = gradient(ACROSS[name], inputs)
     for plain in (OBJECTIVES["gkd"](beta=b) for b in (0.0, 0.5, 1.0)):
-        other, plain_grad = gradient(plain, view)
+        other, plain_grad = gradient(plain, inputs)
         assert value != pytest.approx(other, rel=0.1)
         assert torch.cosine_similarity(grad.flatten(), plain_grad.flatten(), dim=0) < 0.9
 
@@ -579,14 +581,14 @@ def swapped(rows: Tensor, a: int, b: int) -> Tensor:
 def test_clause_6_sorted_distances_ignore_which_token_is_meant():
     texts = random_texts(SAME, 4, 2)
     student = student_rows(ToyModel(STUDENT, 3), texts)
-    view = view_of(SAME, texts, student, swapped(student, token(STUDENT, b"a"), token(STUDENT, b"b")))
-    assert value_of(OBJECTIVES["uld"](), view) == pytest.approx(0.0, abs=1e-12)
-    assert value_of(OBJECTIVES["gkd"](), view) > 0.1
+    inputs = inputs_of(SAME, texts, student, swapped(student, token(STUDENT, b"a"), token(STUDENT, b"b")))
+    assert value_of(OBJECTIVES["uld"](), inputs) == pytest.approx(0.0, abs=1e-12)
+    assert value_of(OBJECTIVES["gkd"](), inputs) > 0.1
     # GOLD: tokens that only one side has.
     one, student, teacher = one_token()
     turned = swapped(teacher, token(TEACHER, b"ba"), token(TEACHER, b"aa"))
     values = [
-        value_of(OBJECTIVES["gold"](), view_of(PAIR, [one], student, rows)) for rows in (teacher, turned)
+        value_of(OBJECTIVES["gold"](), inputs_of(PAIR, [one], student, rows)) for rows in (teacher, turned)
     ]
     assert (teacher - turned).abs().max() > 0.1
     assert values[0] == pytest.approx(values[1], rel=1e-12)
@@ -601,21 +603,21 @@ def test_a_kl_divergence_between_parts_of_distributions_can_be_negative(name):
         student[:, token(STUDENT, b"ab")] = 5.0
     else:
         teacher[:, token(TEACHER, b"ba")] = 5.0
-    assert float(ACROSS[name](view_of(PAIR, [one], student, teacher)).parts["matched"]) < -0.01
+    assert float(ACROSS[name](inputs_of(PAIR, [one], student, teacher)).parts["matched"]) < -0.01
 
 
 def test_clause_6_interior_beta_stays_a_divergence_on_parts():
     """Why it is the default: every event adds at least 0, whatever the masses are."""
     for seed in range(20):
-        view, *_ = one_view(seed)
-        assert float(OBJECTIVES["gold"]()(view).parts["matched"]) >= 0
+        inputs, *_ = one_input(seed)
+        assert float(OBJECTIVES["gold"]()(inputs).parts["matched"]) >= 0
 
 
 def test_clause_6_alm_sees_the_sampled_chunk_alone():
     one, student, teacher = one_token()
     turned = swapped(teacher, token(TEACHER, b"b"), token(TEACHER, b" "))
     values = [
-        value_of(OBJECTIVES["alm"](), view_of(PAIR, [one], student, rows)) for rows in (teacher, turned)
+        value_of(OBJECTIVES["alm"](), inputs_of(PAIR, [one], student, rows)) for rows in (teacher, turned)
     ]
     assert (teacher - turned).abs().max() > 0.1
     assert values[0] == pytest.approx(values[1], rel=1e-12)
@@ -637,8 +639,8 @@ def test_projected_tokens_are_not_told_apart():
     for name, prob in (("a", rows[1, a]), ("b", rows[1, b]), ("<eos>", rows[1, stop])):
         target[0, letters._tokenizer.token_to_id(name)] = prob
     for row in rows:
-        view = view_of(pair, [one], torch.log(row[None]), torch.log(target))
-        assert value_of(OBJECTIVES["x_token"](), view) == pytest.approx(0.0, abs=1e-9)
+        inputs = inputs_of(pair, [one], torch.log(row[None]), torch.log(target))
+        assert value_of(OBJECTIVES["x_token"](), inputs) == pytest.approx(0.0, abs=1e-9)
 
 
 def all_texts(letters: str = "ab", longest: int = 4) -> dict[str, float]:
@@ -673,17 +675,17 @@ def self_distances() -> dict[str, float]:
     )
     pair, texts = VocabularyPair(student, teacher), all_texts()
     models = reader(student, texts), reader(teacher, texts)
-    views = [
+    inputs_list = [
         (
-            view_of(pair, [aligned(pair, [*student.encode(t).ids.tolist(), student.stop_ids[0]])], *models),
+            inputs_of(pair, [aligned(pair, [*student.encode(t).ids.tolist(), student.stop_ids[0]])], *models),
             prob,
         )
         for t, prob in texts.items()
     ]
     objectives = {**ACROSS, "reverse_kl": OBJECTIVES["reverse_kl"](), "span_pg": OBJECTIVES["span_pg"]()}
     return {
-        name: sum(prob * value_of(o, v) for v, prob in views)
-        / sum(prob * o.count(v.batch) for v, prob in views)
+        name: sum(prob * value_of(o, v) for v, prob in inputs_list)
+        / sum(prob * o.count(v.batch) for v, prob in inputs_list)
         for name, o in objectives.items()
     }
 

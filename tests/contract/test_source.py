@@ -9,7 +9,7 @@ from support import oracle
 from gold.align.batch import VocabularyPair
 from gold.losses import OBJECTIVES
 from tests.contract import source
-from tests.contract.toys import ToyModel, aligned, view_of
+from tests.contract.toys import ToyModel, aligned, inputs_of
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def gradients(pair: VocabularyPair, seed: int) -> tuple[torch.Tensor, torch.Tens
     objective = OBJECTIVES["reverse_kl"]()
     within = across = torch.zeros((), dtype=torch.float64)
     for ids, logp in oracle.sequences(student.logp, pair.student.stop_ids, 3):
-        total = objective(view_of(pair, [aligned(pair, list(ids))], student, teacher)).total
+        total = objective(inputs_of(pair, [aligned(pair, list(ids))], student, teacher)).total
         within = within + logp.detach().exp() * total
         across = across + logp.exp() * total.detach()
     leaves = list(student.rows.values())

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from gold.losses import OBJECTIVES, View
+from gold.losses import OBJECTIVES, LossInputs
 from tests.contract.test_published import (
     PAIR,
     SAME,
     SEEDS,
     STUDENT,
     TEACHER,
-    certain_view,
+    certain_inputs,
     slow_chunks,
     value_of,
 )
-from tests.contract.toys import ToyModel, random_texts, student_rows, teacher_rows, view_of
+from tests.contract.toys import ToyModel, inputs_of, random_texts, student_rows, teacher_rows
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     gkd_trainer = pytest.importorskip("trl.experimental.gkd.gkd_trainer", exc_type=ImportError)
 
 
-def trl_uld(view: View, student: Tensor, teacher: Tensor, strategy: str, **config: object) -> float:
+def trl_uld(inputs: LossInputs, student: Tensor, teacher: Tensor, strategy: str, **config: object) -> float:
     """What TRL's GOLD loss is on these rows, whole completions behind one prompt token, stop event included."""
     settings = SimpleNamespace(
         uld_crossentropy_weight=0.0,
@@ -42,8 +42,8 @@ def trl_uld(view: View, student: Tensor, teacher: Tensor, strategy: str, **confi
         **config,
     )
     loss = gold_trainer.ULDLoss(settings)
-    (text,) = view.batch.texts
-    pair = view.batch.vocabularies
+    (text,) = inputs.batch.texts
+    pair = inputs.batch.vocabularies
     if getattr(settings, "uld_use_hybrid_loss", False):
         ids_V, ids_W = (x.tolist() for x in pair.shared_ids)
         ids_V, ids_W = [*ids_V, pair.student.stop_ids[0]], [*ids_W, pair.teacher.stop_ids[0]]
@@ -80,10 +80,10 @@ def test_gold_is_trl_s_with_rows_that_predict_the_chunk(seed, beta, share):
     )
     student = student_rows(ToyModel(STUDENT, 3), [text])
     teacher = teacher_rows(ToyModel(TEACHER, 4), [text])
-    view = view_of(PAIR, [text], student, teacher)
+    inputs = inputs_of(PAIR, [text], student, teacher)
     weights = (None, None) if share is None else (share, 1 - share)
     theirs = trl_uld(
-        view,
+        inputs,
         student,
         teacher,
         "bayesian",
@@ -93,16 +93,16 @@ def test_gold_is_trl_s_with_rows_that_predict_the_chunk(seed, beta, share):
         beta=beta,
     )
     mine = value_of(
-        OBJECTIVES["gold"](beta=beta, **({} if share is None else {"matched_share": share})), view
+        OBJECTIVES["gold"](beta=beta, **({} if share is None else {"matched_share": share})), inputs
     )
     assert mine == pytest.approx(theirs, rel=1e-9)
 
 
 def test_trl_s_default_rows_are_late():
-    view, *rows = certain_view()
-    assert trl_uld(view, *rows, "bayesian") == pytest.approx(0.0, abs=1e-9)
+    inputs, *rows = certain_inputs()
+    assert trl_uld(inputs, *rows, "bayesian") == pytest.approx(0.0, abs=1e-9)
     # One of the three chunks of the text has two tokens.
-    assert trl_uld(view, *rows, "observed") == pytest.approx(1.0, abs=1e-6)
+    assert trl_uld(inputs, *rows, "observed") == pytest.approx(1.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
@@ -112,5 +112,5 @@ def test_gkd_is_trl_s_generalised_jsd(beta):
     theirs = gkd_trainer.GKDTrainer.generalized_jsd_loss(
         student[None], teacher[None], beta=beta, reduction="sum"
     )
-    mine = value_of(OBJECTIVES["gkd"](beta=beta), view_of(SAME, texts, student, teacher))
+    mine = value_of(OBJECTIVES["gkd"](beta=beta), inputs_of(SAME, texts, student, teacher))
     assert mine == pytest.approx(float(theirs), rel=1e-9)

@@ -1,4 +1,4 @@
-"""Toy tokenizers that really disagree, toy models over them, and views of texts for the objectives."""
+"""Toy tokenizers that really disagree, toy models over them, and inputs of texts for the objectives."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.kernels import BACKENDS
 from gold.kernels.lm_head import LazyLogits
-from gold.losses import View
+from gold.losses import LossInputs
 from gold.tokenize.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")
 BACKEND = "cpu"
-"""The kernels of views that ask for none."""
+"""The kernels of inputs that ask for none."""
 
 
 def toy_vocabulary(
@@ -115,17 +115,17 @@ def batch_of(pair: VocabularyPair, texts: Sequence[AlignedText]) -> AlignedBatch
     return AlignedBatch(texts, pair, CPU)
 
 
-def view_of(
+def inputs_of(
     pair: VocabularyPair,
     texts: Sequence[AlignedText],
     student: Tensor | ToyModel,
     teacher: Tensor | ToyModel,
     backend: str | None = None,
-) -> View:
-    """The view of a batch; models give their own states, tensors are taken as all rows."""
+) -> LossInputs:
+    """The inputs of a loss; models give their own states, tensors are taken as all rows."""
     batch = batch_of(pair, texts)
     backend = backend or BACKEND
-    return View(
+    return LossInputs(
         batch,
         LazyLogits.of_logits(student_rows(student, texts) if isinstance(student, ToyModel) else student),
         LazyLogits.of_logits(teacher_rows(teacher, texts) if isinstance(teacher, ToyModel) else teacher),

@@ -23,7 +23,7 @@ from gold.cli import app
 from gold.errors import DataError, VocabularyError
 from gold.inspect import command
 from gold.inspect.command import run_align
-from gold.inspect.view import View
+from gold.inspect.view import AlignmentView
 from gold.tokenize.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[2]
@@ -373,7 +373,7 @@ class Scorer:
         self.vocabularies = Vocabulary.load(student), Vocabulary.load(teacher)
         self.tokenizers = None, None
 
-    def score(self, view: View) -> View:
+    def score(self, view: AlignmentView) -> AlignmentView:
         from dataclasses import replace
 
         if b"bad" in view.data:
@@ -381,7 +381,7 @@ class Scorer:
         student = np.full(len(view.student), -0.5)
         student[:1] = np.nan
         teacher = np.full(len(view.teacher), -0.5)
-        return View(replace(view.student, logp_N=student), replace(view.teacher, logp_N=teacher))
+        return AlignmentView(replace(view.student, logp_N=student), replace(view.teacher, logp_N=teacher))
 
 
 def test_a_scored_text_has_its_log_probabilities(names: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from support.views import view_of
 
 from gold.inspect import view as view_module
 from gold.inspect.page import page
-from gold.inspect.view import Side, View, token_runs
+from gold.inspect.view import AlignmentView, TokenizedSide, token_runs
 from gold.tokenize.vocabulary import Vocabulary
 
 EVIL = "<script>document.title = 'run'</script>\n<img src=x onerror=alert(1)> </script><!-- & \"'` {{x}} <eos>\x00"
@@ -58,10 +58,10 @@ class Reader(HTMLParser):
         return "".join(text for open, text in self.texts if [k for k in open if k in kinds] == list(kinds))
 
 
-def scored(view: View) -> View:
+def scored(view: AlignmentView) -> AlignmentView:
     logp = [-np.linspace(0.25, 12.0, len(side)) for side in view.sides]
     logp[0][:1] = np.nan
-    return View(
+    return AlignmentView(
         *(replace(side, logp_N=x, entropy_N=-x / 2) for side, x in zip(view.sides, logp, strict=True))
     )
 
@@ -87,7 +87,7 @@ TAGS = {
 }
 
 
-def assert_holds(content: str, view: View) -> None:
+def assert_holds(content: str, view: AlignmentView) -> None:
     read = Reader(content)
     starts = [0, *view.student.tokenized.ends.tolist()]
     tokens = [
@@ -117,10 +117,10 @@ def test_no_token_is_markup() -> None:
     text = f"a</span></button>{EVIL}</script> <!-- b"
     tokenized = vocabulary.encode(text)
     assert len(tokenized) < 12
-    side = Side("s", vocabulary, tokenized, 1.0, prompt_ids=tuple(tokenized.ids.tolist()))
-    content = page(View(side, side))
+    side = TokenizedSide("s", vocabulary, tokenized, 1.0, prompt_ids=tuple(tokenized.ids.tolist()))
+    content = page(AlignmentView(side, side))
     assert Reader(content).tags <= TAGS | {"details", "summary", "h3", "pre"}
-    assert_holds(page(View(replace(side, prompt_ids=None), side)), View(side, side))
+    assert_holds(page(AlignmentView(replace(side, prompt_ids=None), side)), AlignmentView(side, side))
 
 
 def test_nothing_is_fetched_and_nothing_else_is_run() -> None:
@@ -140,7 +140,7 @@ def test_nothing_is_fetched_and_nothing_else_is_run() -> None:
 
 def test_names_are_escaped() -> None:
     view = view_of("a")
-    content = page(View(replace(view.student, name="<b>&"), view.teacher))
+    content = page(AlignmentView(replace(view.student, name="<b>&"), view.teacher))
     assert "<b>" not in content
     assert "&lt;b&gt;&amp;" in content
 
@@ -206,7 +206,7 @@ def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, View]:
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AlignmentView]:
     view = scored(view_of(TEXT, "byte-level, NFC", "characters", bos_id=BOS_ID, stop_ids=(EOS_ID,)))
     file = tmp_path_factory.mktemp("page") / "page.html"
     file.write_text(page(view), encoding="utf-8")
@@ -218,7 +218,7 @@ def details(window: Browser) -> str:
     return text
 
 
-def expected_details(view: View, c: int) -> list[str]:
+def expected_details(view: AlignmentView, c: int) -> list[str]:
     """Ids, bytes, offsets and log-probabilities of both sides' tokens in a chunk, as the page writes them."""
     found = [f"Chunk {c + 1} of {len(view.alignment)}"]
     s0, s1, t0, t1 = view.alignment.chunks[c].tolist()
@@ -237,7 +237,7 @@ def expected_details(view: View, c: int) -> list[str]:
     return found
 
 
-def assert_told(window: Browser, view: View, c: int) -> None:
+def assert_told(window: Browser, view: AlignmentView, c: int) -> None:
     told = details(window)
     for part in expected_details(view, c):
         assert part in told
@@ -247,7 +247,7 @@ def assert_told(window: Browser, view: View, c: int) -> None:
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_every_way_to_a_chunk_shows_its_tokens(
-    window: Browser, shown: tuple[Path, View], width: int, dark: bool
+    window: Browser, shown: tuple[Path, AlignmentView], width: int, dark: bool
 ) -> None:
     file, view = shown
     window.messages("performance")
@@ -299,7 +299,7 @@ def requests(window: Browser, page: str) -> list[str]:
 
 @needs_browser
 def test_a_token_that_is_not_the_text_s_shows_its_own_bytes(
-    window: Browser, shown: tuple[Path, View]
+    window: Browser, shown: tuple[Path, AlignmentView]
 ) -> None:
     file, view = shown
     tokenized = view.student.tokenized

@@ -17,7 +17,7 @@ from gold.cli import app
 from gold.errors import DataError, ModelError
 from gold.inspect import score
 from gold.inspect.score import PairScorer
-from gold.inspect.view import Side, View, describe
+from gold.inspect.view import AlignmentView, TokenizedSide, describe
 from gold.kernels.lm_head import LazyLogits
 from gold.models.causal import LanguageModel, PaddedStates
 
@@ -35,12 +35,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(student), str(teacher)
 
 
-def view_of(scorer: PairScorer, text: str | bytes = TEXT, **beside: object) -> View:
+def view_of(scorer: PairScorer, text: str | bytes = TEXT, **beside: object) -> AlignmentView:
     sides = [
-        Side("model", vocabulary, vocabulary.encode(text), 1.0, **beside)  # type: ignore[arg-type]
+        TokenizedSide("model", vocabulary, vocabulary.encode(text), 1.0, **beside)  # type: ignore[arg-type]
         for vocabulary in scorer.vocabularies
     ]
-    return View(*sides)
+    return AlignmentView(*sides)
 
 
 @torch.no_grad()
@@ -70,10 +70,12 @@ def test_a_prompt_is_before_the_text_and_the_stop_event_after_it(scorer: PairSco
     prompts = [tuple(v.encode(" 12 +").ids.tolist()) for v in scorer.vocabularies]
     view = view_of(scorer)
     sides = [
-        Side("model", s.vocabulary, s.tokenized, 1.0, prompt_ids=p, stop_ids=s.vocabulary.stop_ids)
+        TokenizedSide("model", s.vocabulary, s.tokenized, 1.0, prompt_ids=p, stop_ids=s.vocabulary.stop_ids)
         for s, p in zip(view.sides, prompts, strict=True)
     ]
-    for model, side in zip((scorer.student, scorer.teacher), scorer.score(View(*sides)).sides, strict=True):
+    for model, side in zip(
+        (scorer.student, scorer.teacher), scorer.score(AlignmentView(*sides)).sides, strict=True
+    ):
         assert side.prompt_ids is not None
         logp, stops = plain_logp(model, [*side.prompt_ids, *side.tokenized.ids.tolist()])
         assert side.logp_N == pytest.approx(logp[len(side.prompt_ids) - 1 :], abs=1e-4)
@@ -122,7 +124,7 @@ def test_what_a_model_rules_out_has_no_probability(
         stop_ids = scorer.student.vocabulary.stop_ids, scorer.teacher.vocabulary.stop_ids
         view = view_of(scorer, text)
         sides = (replace(side, stop_ids=ids) for side, ids in zip(view.sides, stop_ids, strict=True))
-        shown = scorer.score(View(*sides))
+        shown = scorer.score(AlignmentView(*sides))
         assert all(side.stop_logp is None for side in shown.sides)
         json.dumps(describe(shown), allow_nan=False)
 
@@ -131,9 +133,9 @@ def test_what_a_model_cannot_read_is_named(scorer: PairScorer) -> None:
     with pytest.raises(DataError, match=r"model: the text takes \d+ tokens, its context is \d+"):
         scorer.score(view_of(scorer, "7" * 5000))
     vocabulary = scorer.student.vocabulary
-    beyond = Side("model", vocabulary, vocabulary.decode([vocabulary.size + 3], rows=10_000), 1.0)
+    beyond = TokenizedSide("model", vocabulary, vocabulary.decode([vocabulary.size + 3], rows=10_000), 1.0)
     with pytest.raises(DataError, match=f"id {vocabulary.size + 3} has no row"):
-        scorer.score(View(beyond, beyond))
+        scorer.score(AlignmentView(beyond, beyond))
 
 
 def test_the_command_scores(folders: tuple[str, str], tmp_path: Path) -> None:

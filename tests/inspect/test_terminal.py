@@ -27,7 +27,7 @@ from support.views import view_of
 from gold.inspect import view as view_module
 from gold.inspect.command import run_align
 from gold.inspect.terminal import _lines, show_alignment
-from gold.inspect.view import Side, View, visible
+from gold.inspect.view import AlignmentView, TokenizedSide, visible
 from gold.tokenize.vocabulary import Vocabulary
 
 PAIRS = [
@@ -38,7 +38,7 @@ PAIRS = [
 ]
 
 
-def picture(view: View, width: int = 80) -> str:
+def picture(view: AlignmentView, width: int = 80) -> str:
     out = io.StringIO()
     show_alignment(view, Console(file=out, width=width, highlight=False, emoji=False, markup=False))
     return out.getvalue()
@@ -89,7 +89,7 @@ def test_a_wide_chunk_goes_on_at_the_same_byte_of_both_rows(text: str, room: int
     other = replace(tokenized, ids=tokenized.ids[: len(keep)], ends=keep, exact=tokenized.exact[: len(keep)])
     inner = replace(tokenized, ends=tokenized.ends.copy())
     inner.ends[:-1] -= inner.ends[:-1] % 7 == len(tokenized.data) % 7
-    view = View(replace(student, tokenized=inner), replace(student, tokenized=other))
+    view = AlignmentView(replace(student, tokenized=inner), replace(student, tokenized=other))
     for above, below in _lines(view, room):
         assert max(cell_len(above.plain.rstrip()), cell_len(below.plain.rstrip())) <= max(room, 24)
         a, b = (bytes_of(own_text(row)) for row in (above, below))
@@ -115,7 +115,9 @@ def test_a_chunk_wider_than_the_terminal() -> None:
         exact=tokenized.exact[: len(ends)],
     )
     one = replace(tokenized, ids=tokenized.ids[:1], ends=tokenized.ends[-1:], exact=tokenized.exact[:1])
-    shown = picture(View(replace(view.student, tokenized=fours), replace(view.student, tokenized=one)), 40)
+    shown = picture(
+        AlignmentView(replace(view.student, tokenized=fours), replace(view.student, tokenized=one)), 40
+    )
     assert rows(shown) == [
         ("xyzx¦yzxy¦zxyz¦xyzx¦yzxy¦zxyz¦", "xyzxyzxyzxyzxyzxyzxyzxyz⋯"),
         ("xyzx¦yzxy¦zxyz¦xyzx¦yzxy¦zxyz¦", "⋯xyzxyzxyzxyzxyzxyzxyzxyz⋯"),
@@ -134,7 +136,7 @@ def test_a_chunk_goes_on_after_whole_characters() -> None:
         ends=side.tokenized.ends[-1:],
         exact=side.tokenized.exact[:1],
     )
-    view = View(replace(side, tokenized=whole), replace(side, tokenized=whole))
+    view = AlignmentView(replace(side, tokenized=whole), replace(side, tokenized=whole))
     assert "\\x" not in picture(view)
 
 
@@ -180,8 +182,8 @@ def test_columns_are_counted_in_cells() -> None:
 def test_scripts_from_right_to_left_keep_the_order_of_tokens() -> None:
     text = "שלום עולם"
     hebrew = Vocabulary(byte_level_bpe([text] * 3, 320))
-    side = Side("hebrew", hebrew, hebrew.encode(text), 1.0)
-    ((above, _),) = rows(picture(View(side, side)))
+    side = TokenizedSide("hebrew", hebrew, hebrew.encode(text), 1.0)
+    ((above, _),) = rows(picture(AlignmentView(side, side)))
     assert above == " ┃ ".join(f"{word}\u200e" for word in ("שלום", "·עולם"))
     assert "\u200e" not in picture(view_of("the dog"))
 
@@ -189,13 +191,15 @@ def test_scripts_from_right_to_left_keep_the_order_of_tokens() -> None:
 def test_events_stand_beside_the_text_and_repeated_ones_are_counted() -> None:
     view = view_of("a", bos_id=BOS_ID, stop_ids=(EOS_ID,))
     assert rows(picture(view))[0] == ("⟨<bos>⟩ ┃ a ┃ ⟨<eos>⟩",) * 2
-    assert rows(picture(View(view.student, replace(view.teacher, bos_id=None))))[0][1].startswith("–       ┃")
+    assert rows(picture(AlignmentView(view.student, replace(view.teacher, bos_id=None))))[0][1].startswith(
+        "–       ┃"
+    )
     vocabulary = view.student.vocabulary
     pads = replace(view.student, tokenized=vocabulary.decode([*view.student.tokenized.ids, *[EOS_ID] * 12]))
-    assert rows(picture(View(pads, view.teacher)))[0][0] == "⟨<bos>⟩ ┃ a¦⟨<eos>⟩×12 ┃ ⟨<eos>⟩"
+    assert rows(picture(AlignmentView(pads, view.teacher)))[0][0] == "⟨<bos>⟩ ┃ a¦⟨<eos>⟩×12 ┃ ⟨<eos>⟩"
     inside = vocabulary.decode([vocabulary.encode(c).ids[0] if c else EOS_ID for c in ("a", "", "b")])
     two = view_of("ab", "characters", "characters")
-    shown = rows(picture(View(replace(view.student, tokenized=inside), two.teacher)))
+    shown = rows(picture(AlignmentView(replace(view.student, tokenized=inside), two.teacher)))
     assert shown[0] == ("⟨<bos>⟩ ┃ a ┃ ⟨<eos>⟩¦b ┃ ⟨<eos>⟩", "–       ┃ a ┃ b         ┃ –")
 
 

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from support.tokenizers import EOS_ID, byte_level_bpe, with_added
 from support.views import view_of, vocabulary_of
 
-from gold.inspect.view import Side, View, describe, event_name, prompt_runs, summary, token_runs, visible
+from gold.inspect.view import (
+    AlignmentView,
+    TokenizedSide,
+    describe,
+    event_name,
+    prompt_runs,
+    summary,
+    token_runs,
+    visible,
+)
 from gold.tokenize.vocabulary import Vocabulary
 
 # Stand-ins
@@ -60,7 +69,7 @@ def test_what_is_shown_can_be_printed(data: bytes) -> None:
 # Tokens
 
 
-def runs_of(side: Side, index: int) -> str:
+def runs_of(side: TokenizedSide, index: int) -> str:
     start = int(side.tokenized.ends[index - 1]) if index else 0
     return "".join(run for run, _ in token_runs(side, index, start, int(side.tokenized.ends[index])))
 
@@ -68,7 +77,7 @@ def runs_of(side: Side, index: int) -> str:
 def test_tokens_without_bytes_have_names() -> None:
     vocabulary = Vocabulary(with_added(byte_level_bpe()), stop_ids=[EOS_ID])
     turn = vocabulary.tokenizer.token_to_id("<|turn|>")
-    side = Side("s", vocabulary, vocabulary.decode([turn, 40, 1000], rows=2000), 1.0)
+    side = TokenizedSide("s", vocabulary, vocabulary.decode([turn, 40, 1000], rows=2000), 1.0)
     assert runs_of(side, 0) == "⟨<|turn|>⟩"
     assert runs_of(side, 2) == "⟨#1000⟩"
     assert event_name(vocabulary, (EOS_ID, turn)) == "⟨<eos>/<|turn|>⟩"
@@ -90,7 +99,7 @@ def test_a_token_that_is_not_the_text_s_is_marked() -> None:
 def test_a_prompt_has_its_events_by_name_and_its_lines() -> None:
     vocabulary = vocabulary_of("byte-level")
     ids = (0, *vocabulary.encode("a  b\n\x1b").ids.tolist(), EOS_ID)
-    side = Side("s", vocabulary, vocabulary.encode(""), 1.0, prompt_ids=ids)
+    side = TokenizedSide("s", vocabulary, vocabulary.encode(""), 1.0, prompt_ids=ids)
     runs = list(prompt_runs(side))
     assert "".join(run for run, _ in runs) == "⟨<bos>⟩a  b⏎\n\\x1b⟨<eos>⟩"
     assert [run for run, kind in runs if kind == "event"] == ["⟨<bos>⟩", "⟨<eos>⟩"]
@@ -104,7 +113,9 @@ def test_chunks_conserve_log_probability(text: str, random: object, stopped: boo
     view = view_of(text, stop_ids=(EOS_ID,) if stopped else ())
     logp = [-np.array([random.random() for _ in range(len(side))]) for side in view.sides]  # type: ignore[attr-defined]
     stop = -0.5 if stopped else None
-    view = View(*(replace(side, logp_N=x, stop_logp=stop) for side, x in zip(view.sides, logp, strict=True)))
+    view = AlignmentView(
+        *(replace(side, logp_N=x, stop_logp=stop) for side, x in zip(view.sides, logp, strict=True))
+    )
     assert view.chunk_logp is not None
     assert view.score is not None
     sums = [float(x.sum()) for x in view.chunk_logp]
@@ -120,7 +131,7 @@ def test_a_chunk_counts_where_both_sides_score_all_of_it() -> None:
     view = view_of("The dog sleeps.")
     logp = [np.full(len(side), -1.0) for side in view.sides]
     logp[0][0] = np.nan
-    view = View(*(replace(side, logp_N=x) for side, x in zip(view.sides, logp, strict=True)))
+    view = AlignmentView(*(replace(side, logp_N=x) for side, x in zip(view.sides, logp, strict=True)))
     assert view.score is not None
     first = view.alignment.chunks[0]
     assert view.score.scored_bytes == len(view.data) - int(view.alignment.ends_C[0])
@@ -132,7 +143,7 @@ def test_a_chunk_counts_where_both_sides_score_all_of_it() -> None:
     assert found["score"]["scored_bytes"] == view.score.scored_bytes
     assert any(line.startswith(f"scored: {view.score.scored_bytes} of ") for line in summary(view))
 
-    turned = View(view.teacher, view.student)
+    turned = AlignmentView(view.teacher, view.student)
     assert turned.score is not None
     assert turned.score.scored_bytes == view.score.scored_bytes
 
@@ -141,7 +152,7 @@ def test_bytes_without_a_token_are_not_scored() -> None:
     view = view_of("ax", "characters", "byte-level, bytes missing")
     tokenized = view.teacher.tokenized
     none = replace(view.teacher, tokenized=replace(tokenized, ids=tokenized.ids[:0], ends=tokenized.ends[:0]))
-    view = View(*(replace(side, logp_N=np.full(len(side), -1.0)) for side in (view.student, none)))
+    view = AlignmentView(*(replace(side, logp_N=np.full(len(side), -1.0)) for side in (view.student, none)))
     assert view.score is not None
     assert view.score.scored_bytes == 0
 

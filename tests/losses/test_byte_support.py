@@ -18,8 +18,8 @@ from gold.demo.models import character_tokenizer
 from gold.kernels import BACKENDS, layout
 from gold.kernels import lm_head as linear
 from gold.kernels.lm_head import LazyLogits, byte_tables
-from gold.losses import OBJECTIVES, Loss, View
-from gold.losses.mixture import FurtherTeacher, Mix
+from gold.losses import OBJECTIVES, Loss, LossInputs
+from gold.losses.mixture import Mix, OtherTeacher
 from gold.tokenize.vocabulary import Vocabulary
 from tests.kernels.rows_for_kernels import FORCED
 
@@ -63,14 +63,14 @@ def test_any_ids_of_any_pair_give_finite_losses_and_gradients(mine, theirs, data
     rows, rows_T = int(batch.row_starts[-1]), int(batch.teacher_row_starts[-1])
     logits = states(rows, pair.student.size, 1).requires_grad_(True)
     backend = BACKENDS["cpu"]
-    view = View(
+    inputs = LossInputs(
         batch,
         LazyLogits.of_logits(logits),
         LazyLogits.of_logits(states(rows_T, pair.teacher.size, 2)),
         backend,
         backend,
     )
-    loss = OBJECTIVES["reverse_kl"]()(view)
+    loss = OBJECTIVES["reverse_kl"]()(inputs)
     assert torch.isfinite(loss.total)
     assert (loss.total > 0) == bool(batch.supervised_bytes.numel())
     # Every byte that both sides spell exactly is compared, and the stop event.
@@ -91,7 +91,7 @@ def test_a_text_in_stretches_has_the_same_loss(data, top_k, several, block_rows)
     words = st.sampled_from(["the dog", " then", "s 123", "é"]).map(lambda w: mine.encode(w).ids.tolist())
     ids = st.lists(token | words, max_size=8).map(lambda parts: [i for part in parts for i in part])
     drawn = data.draw(st.lists(st.tuples(ids, st.booleans()), max_size=3))
-    batch, beside = (
+    batch, other_batches = (
         AlignedBatch([aligned_text(each, ids, stopped) for ids, stopped in drawn], each, CPU)
         for each in (pair, other)
     )
@@ -109,14 +109,14 @@ def test_a_text_in_stretches_has_the_same_loss(data, top_k, several, block_rows)
 
     mix = {
         "mix": Mix("linear", {"a": 0.5, "b": 0.5}),
-        "further": (FurtherTeacher(beside, teacher(beside, 3), backend),),
+        "other_teachers": (OtherTeacher(other_batches, teacher(other_batches, 3), backend),),
     }
-    view = View(
+    inputs = LossInputs(
         batch, LazyLogits.of_logits(logits), teacher(batch, 2), backend, backend, **(mix if several else {})
     )
 
     def found() -> tuple[Loss, list[torch.Tensor]]:
-        loss = OBJECTIVES["reverse_kl"]()(view)
+        loss = OBJECTIVES["reverse_kl"]()(inputs)
         wanted = loss.total.requires_grad and logits.numel()
         return loss, list(torch.autograd.grad(loss.total, logits)) if wanted else []
 
@@ -143,12 +143,12 @@ def test_a_frozen_matrix_is_put_in_order_once_for_all_stretches_of_a_text(monkey
         return lambda states: states @ copies[-1].T
 
     teacher = LazyLogits(hidden, lambda states: states @ matrix.T, pair.teacher.size, reordered=reordered)
-    view = View(batch, LazyLogits.of_logits(logits), teacher, BACKENDS["cpu"], BACKENDS["cpu"])
+    inputs = LossInputs(batch, LazyLogits.of_logits(logits), teacher, BACKENDS["cpu"], BACKENDS["cpu"])
     monkeypatch.setattr(linear, "BLOCK_BYTES", 4 * pair.student.size * 5)
-    plain = OBJECTIVES["reverse_kl"]()(view)
+    plain = OBJECTIVES["reverse_kl"]()(inputs)
     assert not copies
     monkeypatch.setattr(linear, "SCATTERED", {"cpu"})
-    in_order = OBJECTIVES["reverse_kl"]()(view)
+    in_order = OBJECTIVES["reverse_kl"]()(inputs)
     assert len(copies) == 1
     torch.testing.assert_close(in_order.total, plain.total)
     torch.testing.assert_close(dict(in_order.sequence_logp), dict(plain.sequence_logp))
@@ -161,7 +161,7 @@ def test_a_model_agrees_with_itself_whatever_the_tokenizer(name, text):
     one = aligned_text(pair, pair.student.encode(text).ids.tolist(), True)
     batch = AlignedBatch([one], pair, CPU)
     logits = LazyLogits.of_logits(states(len(one.ids), pair.student.size, 3))
-    loss = OBJECTIVES["reverse_kl"]()(View(batch, logits, logits, BACKENDS["cpu"], BACKENDS["cpu"]))
+    loss = OBJECTIVES["reverse_kl"]()(LossInputs(batch, logits, logits, BACKENDS["cpu"], BACKENDS["cpu"]))
     assert batch.supervised_bytes.numel() == len(text.encode()) + 1
     assert abs(loss.total.item()) < 1e-12
 
@@ -218,7 +218,7 @@ def test_a_text_of_no_bytes_and_no_end_asks_nothing_of_a_teacher_that_tells_some
     ids = batch.target_T.clamp(min=0)[:, None]
     teacher = LazyLogits.of_top_k(ids, torch.full((2, 1), -0.5), pair.teacher.size)
     loss = OBJECTIVES["reverse_kl"]()(
-        View(batch, LazyLogits.of_logits(logits), teacher, BACKENDS["cpu"], BACKENDS["cpu"])
+        LossInputs(batch, LazyLogits.of_logits(logits), teacher, BACKENDS["cpu"], BACKENDS["cpu"])
     )
     (grad,) = torch.autograd.grad(loss.total, logits)
     assert torch.isfinite(grad).all()

@@ -7,7 +7,7 @@ from typing import Any
 
 from support.tokenizers import EOS_ID, families
 
-from gold.inspect.view import Side, View
+from gold.inspect.view import AlignmentView, TokenizedSide
 from gold.tokenize.vocabulary import Vocabulary
 
 
@@ -19,8 +19,8 @@ def vocabulary_of(name: str) -> Vocabulary:
 
 def view_of(
     text: str | bytes, student: str = "byte-level", teacher: str = "byte-fallback", **beside: Any
-) -> View:
+) -> AlignmentView:
     """A text as two of the families read it, both with the same things beside it."""
     vocabularies = [vocabulary_of(name) for name in (student, teacher)]
-    sides = [Side(v.family, v, v.encode(text), 0.5, **beside) for v in vocabularies]
-    return View(*sides)
+    sides = [TokenizedSide(v.family, v, v.encode(text), 0.5, **beside) for v in vocabularies]
+    return AlignmentView(*sides)
