@@ -32,8 +32,8 @@ from gold.models.causal import LanguageModel, load_model, save_model
 from gold.rollout.hf import sample
 from gold.teachers import LocalTeacher, SelfTeacher, Teacher, Teachers
 from gold.train.loop import distill
-from gold.train.progress import Silent
 from gold.train.recipe import Recipe, Term
+from gold.train.trackers import Trackers
 
 SUMS, TURNED = "sums", "turned"
 
@@ -174,7 +174,7 @@ def trained(
         seed=seed,
         lr=plan.text_lr if teacher is None else plan.lr,
     )
-    distill(student, teacher, prompts, recipe, progress=Silent())
+    distill(student, teacher, prompts, recipe, progress=Trackers())
     return student
 
 

@@ -25,8 +25,8 @@ from gold.models.causal import load_model
 from gold.rollout.hf import Sampling
 from gold.teachers.local import LocalTeacher
 from gold.train.loop import distill
-from gold.train.progress import Silent
 from gold.train.recipe import Recipe, Term
+from gold.train.trackers import Tracker
 
 STUDENT, TEACHER = "smollm2-135m-instruct", "gemma3-270m"
 WAYS: dict[str, Term] = {
@@ -38,16 +38,17 @@ WAYS: dict[str, Term] = {
 MEASURES = ("reverse_kl_per_byte", "forward_kl_per_byte", "bits_per_byte")
 
 
-class _CpuSeconds(Silent):
+class _CpuSeconds(Tracker):
     """Processor seconds of the steps, evaluations left out."""
 
     def __init__(self) -> None:
         self.started = time.process_time()
         self.last = 0.0
 
-    def step(self, record: Any) -> None:
-        """See ``Progress.step``."""
-        self.last = time.process_time() - self.started
+    def log(self, kind: str, record: Any) -> None:
+        """Notes the time of a step."""
+        if kind == "train":
+            self.last = time.process_time() - self.started
 
 
 def run(way: str | None, seed: int, given: argparse.Namespace) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from gold.errors import (
     TrainingError,
     VocabularyError,
 )
+from gold.version import __version__
 
 if TYPE_CHECKING:
     from gold.align import Alignment, align_tokens
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from gold.tokenize.vocabulary import TokenizedText, Vocabulary
     from gold.train.loop import distill
     from gold.train.recipe import Recipe, Term
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Alignment",

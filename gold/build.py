@@ -51,10 +51,10 @@ from gold.train.loop import (
     read_date,
     readers_of,
 )
-from gold.train.progress import Progress
 from gold.train.recipe import Recipe, Term
 from gold.train.run_folder import RunFolder
 from gold.train.step import average_file, pairs_of, terms_of
+from gold.train.trackers import Tracker
 
 if TYPE_CHECKING:
     from gold.config import StudentConfig
@@ -157,7 +157,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     allow_changed: bool = False,
-    progress: Progress | None = None,
+    progress: Tracker | None = None,
 ) -> Run:
     """The run that a configuration describes: loads prompts and models, trains, evaluates, saves; see ``Saving``.
 
@@ -221,7 +221,7 @@ def inputs_of(config: Config, data: RunData, known: Inputs | None = None) -> dic
     return found
 
 
-def _draw(output: Path, progress: Progress | None) -> None:
+def _draw(output: Path, progress: Tracker | None) -> None:
     """The run's pictures; a machine without matplotlib is told how to get them later."""
     try:
         plot_run(output)
@@ -231,7 +231,7 @@ def _draw(output: Path, progress: Progress | None) -> None:
 
 
 def evaluate_source(
-    source: str | Path, overrides: Sequence[str] = (), progress: Progress | None = None
+    source: str | Path, overrides: Sequence[str] = (), progress: Tracker | None = None
 ) -> Evaluation:
     """The student of a configuration, or the trained student of a run folder, on the held-out prompts.
 
@@ -282,7 +282,7 @@ def evaluate_source(
 
 
 def _models(
-    config: Config, student: StudentConfig, data: RunData, progress: Progress | None, judged: bool = True
+    config: Config, student: StudentConfig, data: RunData, progress: Tracker | None, judged: bool = True
 ) -> tuple[LanguageModel, Teachers]:
     """Student and teachers; ``judged``: each pair, and the server of a teacher that is served, are examined first."""
     named = config.named_teachers
@@ -343,7 +343,7 @@ def _is_kept(teacher: Teacher) -> bool:
 def _examine(
     config: Config,
     prompts: Sequence[Prompt],
-    progress: Progress | None,
+    progress: Tracker | None,
     name: str,
     served: ServedTeacher,
     student: LanguageModel,
@@ -366,7 +366,7 @@ def _beside(
 
 
 def build_cache(
-    config: Config, progress: Progress, told: Callable[[int, int, int], None] = lambda *_: None
+    config: Config, progress: Tracker, told: Callable[[int, int, int], None] = lambda *_: None
 ) -> list[CachedTeacher]:
     """The teachers of a configuration that have a cache, which holds all completions of their training prompts now.
 
@@ -446,7 +446,7 @@ def _unasked(config: TeacherConfig, side: Side) -> UnaskedTeacher:
 
 
 def _cached(
-    config: TeacherConfig, teacher: LocalTeacher | ServedTeacher | UnaskedTeacher, progress: Progress | None
+    config: TeacherConfig, teacher: LocalTeacher | ServedTeacher | UnaskedTeacher, progress: Tracker | None
 ) -> Teacher:
     """A teacher behind its cache, where the configuration names one."""
     cache = config.cache
@@ -644,7 +644,7 @@ def run_texts(prompts: Sequence[Prompt]) -> list[str]:
 def _consult(
     config: Config,
     prompts: Sequence[Prompt],
-    progress: Progress | None,
+    progress: Tracker | None,
     name: str,
     student: Side,
     teacher: Side,
@@ -658,7 +658,7 @@ def _consult(
 
 
 def _judge(
-    config: Config, prompts: Sequence[Prompt], checks: Sequence[Check], progress: Progress | None, name: str
+    config: Config, prompts: Sequence[Prompt], checks: Sequence[Check], progress: Tracker | None, name: str
 ) -> None:
     """Notes what was found of a teacher, as far as the run minds it.
 
@@ -686,7 +686,7 @@ def _judge(
 def _load(
     student: StudentConfig | TeacherConfig,
     teachers: Mapping[str, StudentConfig | TeacherConfig],
-    progress: Progress | None,
+    progress: Tracker | None,
     consult: Mapping[str, Callable[[Side, Side], None]],
 ) -> tuple[LanguageModel, dict[str, LanguageModel]]:
     """Student (or any one model) and teachers, loaded once the files and the tokenizers of all are found good.

@@ -9,17 +9,20 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import support.tiny_models as tiny
 from typer.testing import CliRunner
 
-from gold import losses
+from gold import Recipe, distill, losses
 from gold.cli import app
 from gold.config import Config
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.errors import ConfigError
 from gold.models.causal import save_model
+from gold.rollout.hf import Sampling
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -320,15 +323,30 @@ def test_the_table_of_told_tails_is_its_record():
         assert others == [pytest.approx(found[name], abs=0.0051) for name in names]
 
 
+def extending_code(name: str) -> dict[str, Any]:
+    """What the block of docs/extending.md defines that mentions a name."""
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    code = re.findall(r"^<!-- tested -->\n```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    defined: dict[str, Any] = {}
+    exec(compile(next(block for block in code if name in block), "extending.md", "exec"), defined)
+    return defined
+
+
+def test_the_tracker_of_the_extending_page_works(tmp_path):
+    tracker = extending_code("LossFile")["LossFile"](tmp_path / "loss.csv")
+    recipe = Recipe(steps=2, prompts_per_step=2, num_generations=1, sampling=Sampling(max_new_tokens=4))
+    done = distill(tiny.tiny_student(), tiny.tiny_teacher(), tiny.prompts(4), recipe, trackers=[tracker])
+    rows = (tmp_path / "loss.csv").read_text().splitlines()
+    assert rows == [f"{record['step']},{record['loss']}" for record in done.steps]
+
+
 def test_the_objective_of_the_extending_page_works(monkeypatch):
     from tests.contract.test_contract import PAIR, STUDENT, TEACHER
     from tests.contract.toys import ToyModel, random_texts, view_of
 
-    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^<!-- tested -->\n```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     monkeypatch.setattr(losses, "OBJECTIVES", dict(losses.OBJECTIVES))
     table = losses.OBJECTIVES
-    exec(compile(code, "extending.md", "exec"), {})
+    extending_code("squared_gap")
     view = view_of(PAIR, random_texts(PAIR, 4, 1), ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
     whole, single = table["squared_gap"](), table["squared_gap"](all_chunks=False)
     assert 0 < single(view).total.item() < whole(view).total.item()

@@ -33,6 +33,7 @@ from gold.doctor.checks import Check, Report
 from gold.doctor.report import print_report
 from gold.errors import ConfigError, DataError
 from gold.train.progress import Lines, Live, Quiet
+from gold.train.trackers import RunInfo
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\x9b31m\x7f\r\u202egpj\u2066\u2028fake\ud800\b"
 STEERING = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u061c\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -109,10 +110,11 @@ def test_the_progress_of_a_run_steers_nothing(
     monkeypatch.setenv("TERM", "dumb")
     shown = kind()
     header = {"student": f"{EVIL} [link=http://x]s[/link]", "teacher": "[red]t[/red]\nerror: fake"}
-    with shown.running(header, 1, 0):
-        shown.step(STEP)
-        shown.note(f"note {EVIL}\nerror: fake [bold]x[/bold]")
-        shown.evaluation({"step": 1, "accuracy": 0.5})
+    shown.start(RunInfo({}, header, steps=1))
+    shown.log("train", STEP)
+    shown.note(f"note {EVIL}\nerror: fake [bold]x[/bold]")
+    shown.log("eval", {"step": 1, "accuracy": 0.5})
+    shown.finish()
     printed = capsys.readouterr()
     for text in (printed.out, printed.err):
         assert not any(each.startswith("error: ") for each in harmless(text).splitlines())

@@ -6,13 +6,12 @@ are spent four ways, on-policy distillation and three usual alternatives, two pr
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from gold.rollout.hf import Sampling, sample
 from gold.train.loop import Saving, distill
 from gold.train.progress import Quiet
 from gold.train.recipe import Recipe, Term
+from gold.train.trackers import RunInfo
 
 TASK = RunningSums()
 SAMPLING = Sampling(max_new_tokens=20)
@@ -262,19 +262,14 @@ class CpuSeconds(Quiet):
     def __init__(self) -> None:
         self.spent, self._since = [0.0], time.process_time()
 
-    @contextlib.contextmanager
-    def running(self, header: Mapping[str, str], steps: int, done: int) -> Iterator[None]:
-        """See ``Progress.running``."""
+    def start(self, run: RunInfo) -> None:
+        """Counts what came before the run."""
         self.spent[0] = time.process_time() - self._since
-        yield
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """See ``Progress.step``."""
-        self.spent.append(self.spent[-1] + time.process_time() - self._since)
-        self._since = time.process_time()
-
-    def evaluation(self, record: Mapping[str, Any]) -> None:
-        """See ``Progress.evaluation``."""
+    def log(self, kind: str, record: Mapping[str, Any]) -> None:
+        """Counts a step, or leaves an evaluation out."""
+        if kind == "train":
+            self.spent.append(self.spent[-1] + time.process_time() - self._since)
         self._since = time.process_time()
 
 

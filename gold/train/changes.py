@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gold.errors import DataError
+from gold.version import __version__
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numba", "numpy")
 DIGITS = "results may differ in their last digits"
@@ -135,8 +136,6 @@ def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> li
 def environment() -> dict[str, Any]:
     """Versions, devices, command line and start time of this process, as JSON holds them."""
     import torch
-
-    from gold import __version__
 
     versions: dict[str, str | None] = {"python": platform.python_version(), "gold": __version__}
     for package in PACKAGES:

@@ -36,10 +36,11 @@ from gold.train.changes import Inputs
 from gold.train.checkpoint import is_write_failure, prune, reach_disk, remove_leftovers, save_checkpoint
 from gold.train.inputs import of_run
 from gold.train.interrupt import Interrupt, ended_by
-from gold.train.progress import Lasting, Progress, Quiet, Silent
+from gold.train.progress import Lasting, Quiet
 from gold.train.recipe import Recipe
 from gold.train.run_folder import RunFolder, check_end, remedy_for, why_bad
 from gold.train.step import Loop, pairs_of, terms_of
+from gold.train.trackers import RunInfo, Tracker, Trackers
 
 DATE_FILE = "template_date.txt"
 """Of a run folder: the day that chat templates write, where one of them prints the date."""
@@ -86,7 +87,8 @@ def distill(
     saving: Saving = Saving(),
     settings: Mapping[str, Any] | None = None,
     inputs: Inputs | None = None,
-    progress: Progress | None = None,
+    progress: Tracker | None = None,
+    trackers: Sequence[Tracker] = (),
 ) -> Run:
     """Trains ``student``, in place, on its own completions of ``prompts``, graded by ``teacher``; returns the run.
 
@@ -103,6 +105,8 @@ def distill(
         settings: what ``config.yaml`` of the run folder holds; the recipe, where it is left out.
         inputs: what ``inputs.json`` of the run folder holds, see ``gold.train.inputs``; digests of what is given, where
             it is left out.
+        progress: what a person sees of the run; notes on stderr, where it is left out.
+        trackers: further receivers of every metric and note, see ``gold.train.trackers``.
 
     Raises:
         ConfigError: objectives that the teacher, the data or the number of processes cannot serve.
@@ -119,8 +123,8 @@ def distill(
     teacher = load_model(teacher) if isinstance(teacher, (str, Path)) else teacher
     teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
     accelerator = _accelerator(recipe.precision, student.device)
-    # All processes do and find the same; one of them tells.
-    progress = Lasting(progress or Quiet()) if accelerator.is_main_process else Silent()
+    # All processes do and find the same; one of them logs.
+    tracker = Trackers(*([Lasting(progress or Quiet()), *trackers] if accelerator.is_main_process else []))
     evaluation = evaluation or EvaluationPlan(
         max_new_tokens=recipe.sampling.max_new_tokens, rollout_batch=recipe.rollout_batch
     )
@@ -140,7 +144,7 @@ def distill(
     )
     raise_refused(checks)
     for note in notes_of(checks):
-        progress.note(note)
+        tracker.note(note)
     if any(t.objective.needs != "nothing" for t in terms):
         check_kept(teachers, student, pairs, prompts, recipe)
     loop = Loop(student, teachers, pairs, prompts, recipe, terms, verifier, accelerator)
@@ -148,32 +152,32 @@ def distill(
     with contextlib.ExitStack() as stack:
         stack.callback(student.lm.eval)
         folder: RunFolder | None = None
+        arguments = {r.role: dict(r.rendering.arguments) for r in readers if r.rendering.arguments}
+        settings = settings or {
+            "recipe": asdict(recipe),
+            "student": student.name,
+            "teacher": _names(teachers),
+            **({"template_kwargs": arguments} if arguments else {}),
+        }
         if saving.output and accelerator.is_main_process:
-            arguments = {r.role: dict(r.rendering.arguments) for r in readers if r.rendering.arguments}
-            settings = settings or {
-                "recipe": asdict(recipe),
-                "student": student.name,
-                "teacher": _names(teachers),
-                **({"template_kwargs": arguments} if arguments else {}),
-            }
             inputs = of_run(student, teachers, prompts, heldout) if inputs is None else inputs
-            folder = stack.enter_context(_open_folder(saving, settings, inputs, progress))
+            folder = stack.enter_context(_open_folder(saving, settings, inputs, tracker))
+            tracker.members.append(folder)
             if any(check.check == "date" for check in checks):
                 _write_date(folder.path, day)
         accelerator.wait_for_everyone()
         if saving.output and saving.resume:
-            loop.resume(saving.output / "checkpoints", folder, progress)
+            loop.resume(saving.output / "checkpoints", folder, tracker)
             if folder and loop.step == recipe.steps:
                 # What was killed between its last save and what that removes.
                 remove_leftovers(folder.checkpoints)
                 prune(folder.checkpoints, loop.step, saving.keep_last)
         if folder:
             run.steps, run.evaluations = folder.records("train"), folder.records("eval")
-        stack.enter_context(progress.running(loop.header(), recipe.steps, loop.step))
+        stack.callback(tracker.finish)
+        tracker.start(RunInfo(settings, loop.header(), recipe.steps, loop.step))
         if (seconds := loop.prepare()) > 1.0:
-            progress.note(
-                f"the kernels were made ready in {seconds:.0f} s; what was compiled is kept for later runs"
-            )
+            tracker.note(f"kernels compiled in {seconds:.0f} s; cached for later runs")
         interrupt = stack.enter_context(Interrupt())
 
         def look() -> None:
@@ -184,11 +188,9 @@ def distill(
             result = loop.evaluate(heldout, evaluation)
             record = {"step": loop.step, **result.measures, "evaluate_s": time.perf_counter() - started}
             run.evaluations.append(record)
-            progress.evaluation(record)
-            if folder:
-                folder.append("eval", record)
-                for shown in result.samples:
-                    folder.append("sample", {"step": loop.step, **shown})
+            tracker.log("eval", record)
+            for sample in result.samples:
+                tracker.log("sample", {"step": loop.step, **sample})
 
         def keep() -> None:
             """A checkpoint after the current step."""
@@ -220,7 +222,7 @@ def distill(
             except TeacherError as error:
                 stop(error)
             if number := loop.signal_anywhere(interrupt.caught):
-                progress.note(
+                tracker.note(
                     f"interrupted {f'after step {loop.step}' if loop.step else 'before the first step'}"
                 )
                 raise ended_by(number)
@@ -230,11 +232,9 @@ def distill(
             except GoldError as error:
                 stop(error)
             run.steps.append(record)
-            progress.step(record)
-            if folder:
-                folder.append("train", record)
+            tracker.log("train", record)
             for warning in loop.warnings(record):
-                progress.note(warning)
+                tracker.note(warning)
             last = loop.step == recipe.steps
             if due():
                 try:
@@ -247,7 +247,7 @@ def distill(
                 keep()
             if interrupted:
                 kept = "; its checkpoint is kept, resume the run with --resume" if saving.output else ""
-                progress.note(f"interrupted after step {loop.step}{kept}")
+                tracker.note(f"interrupted after step {loop.step}{kept}")
                 raise ended_by(interrupted)
             if hopeless:
                 raise TrainingError(
@@ -441,16 +441,14 @@ def _precision(wanted: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
 
 
-def _open_folder(
-    saving: Saving, settings: Mapping[str, Any], inputs: Inputs, progress: Progress
-) -> RunFolder:
+def _open_folder(saving: Saving, settings: Mapping[str, Any], inputs: Inputs, tracker: Tracker) -> RunFolder:
     assert saving.output is not None
     if saving.resume:
         folder = RunFolder.resume(saving.output, settings, inputs, saving.allow_changed)
     else:
         folder = RunFolder.create(saving.output, settings, saving.overwrite, inputs)
     for note in folder.notes:
-        progress.note(note)
+        tracker.note(note)
     return folder
 
 

@@ -1,14 +1,14 @@
-"""What a person sees of a run while it goes on."""
+"""A run in the terminal: trackers that print."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, TextIO
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
 
 from gold import terminal
+from gold.train.trackers import RunInfo, Tracker
 
 SHOWN = (
     ("reverse_kl_per_byte", "reverse KL/byte", "{:.4f}"),
@@ -21,138 +21,73 @@ SHOWN = (
 )
 
 
-class Progress(Protocol):
-    """Told of everything that happens in a run, as it happens."""
-
-    def running(
-        self, header: Mapping[str, str], steps: int, done: int
-    ) -> contextlib.AbstractContextManager[Any]:
-        """Around the whole run."""
-        ...
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        """After a step, with its metrics."""
-        ...
-
-    def evaluation(self, record: Mapping[str, Any]) -> None:
-        """After an evaluation, with its measures."""
-        ...
+class Quiet(Tracker):
+    """Shows notes alone, on stderr."""
 
     def note(self, text: str) -> None:
-        """Something a person should know."""
-        ...
-
-
-class Quiet:
-    """Shows nothing but notes, on stderr."""
-
-    @contextlib.contextmanager
-    def running(self, header: Mapping[str, str], steps: int, done: int) -> Iterator[None]:
-        """See ``Progress.running``."""
-        yield
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        """See ``Progress.step``."""
-
-    def evaluation(self, record: Mapping[str, Any]) -> None:
-        """See ``Progress.evaluation``."""
-
-    def note(self, text: str) -> None:
-        """See ``Progress.note``."""
         terminal.show_note(text)
 
 
-class Silent(Quiet):
-    """Shows nothing at all."""
+class Lasting(Tracker):
+    """Passes on to another tracker until its terminal closes or its pipe's reader ends; the run goes on."""
 
-    def note(self, text: str) -> None:
-        """See ``Progress.note``."""
-
-
-class Lasting:
-    """Another progress, and nothing at all once nobody can see it any more: its terminal was closed, or what it was
-    piped into has ended. A run goes on, or keeps what it has, all the same."""
-
-    def __init__(self, inner: Progress) -> None:
+    def __init__(self, inner: Tracker) -> None:
         self.inner, self.ended = inner, False
 
-    @contextlib.contextmanager
-    def _seen(self) -> Iterator[None]:
+    def _pass(self, method: Callable[..., None], *arguments: Any) -> None:
+        if self.ended:
+            return
         try:
-            yield
+            method(*arguments)
         except OSError as error:
             if error.errno not in (errno.EIO, errno.EPIPE):
                 raise
             self.ended = True
             terminal.silence()  # what is left to be written would be an error again when the program ends
 
-    @contextlib.contextmanager
-    def running(self, header: Mapping[str, str], steps: int, done: int) -> Iterator[None]:
-        """See ``Progress.running``."""
-        stack = contextlib.ExitStack()
-        with self._seen():
-            stack.enter_context(self.inner.running(header, steps, done))
-        try:
-            yield
-        except BaseException:
-            with self._seen():
-                stack.__exit__(*sys.exc_info())
-            raise
-        with self._seen():
-            stack.close()
+    def start(self, run: RunInfo) -> None:
+        self._pass(self.inner.start, run)
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """See ``Progress.step``."""
-        if not self.ended:
-            with self._seen():
-                self.inner.step(record)
-
-    def evaluation(self, record: Mapping[str, Any]) -> None:
-        """See ``Progress.evaluation``."""
-        if not self.ended:
-            with self._seen():
-                self.inner.evaluation(record)
+    def log(self, kind: str, record: Mapping[str, Any]) -> None:
+        self._pass(self.inner.log, kind, record)
 
     def note(self, text: str) -> None:
-        """See ``Progress.note``."""
-        if not self.ended:
-            with self._seen():
-                self.inner.note(text)
+        self._pass(self.inner.note, text)
+
+    def finish(self) -> None:
+        self._pass(self.inner.finish)
 
 
-class Lines(Quiet):
-    """A header, a line now and then, a line per evaluation: for logs and pipes."""
+class Lines(Tracker):
+    """A header, a line every few steps, a line per evaluation: for logs and pipes."""
 
     def __init__(self, stream: TextIO | None = None, every: int = 10) -> None:
         self.stream, self.every, self.steps = stream or sys.stdout, every, 0
 
-    @contextlib.contextmanager
-    def running(self, header: Mapping[str, str], steps: int, done: int) -> Iterator[None]:
-        """See ``Progress.running``."""
-        self.steps = steps
-        for name, value in header.items():
+    def start(self, run: RunInfo) -> None:
+        self.steps = run.steps
+        for name, value in run.header.items():
             self._print(f"{name:>10}  {value}")
-        yield
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """See ``Progress.step``."""
-        if record["step"] % self.every == 0 or record["step"] == self.steps:
-            self._print(step_line(record, self.steps))
-
-    def evaluation(self, record: Mapping[str, Any]) -> None:
-        """See ``Progress.evaluation``."""
-        self._print(evaluation_line(record))
+    def log(self, kind: str, record: Mapping[str, Any]) -> None:
+        if kind == "train":
+            self._step(record)
+        elif kind == "eval":
+            self._print(evaluation_line(record))
 
     def note(self, text: str) -> None:
-        """See ``Progress.note``."""
         self._print(f"note: {text}")
+
+    def _step(self, record: Mapping[str, Any]) -> None:
+        if record["step"] % self.every == 0 or record["step"] == self.steps:
+            self._print(f"step {record['step']:>5}/{self.steps}  {step_summary(record)}")
 
     def _print(self, text: str) -> None:
         terminal.show(text, stream=self.stream)
 
 
 class Live(Lines):
-    """A bar that moves on a terminal, evaluations above it."""
+    """A progress bar on a terminal, evaluations above it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,14 +95,11 @@ class Live(Lines):
         self._bar: Any = None
         self._task: Any = None
 
-    @contextlib.contextmanager
-    def running(self, header: Mapping[str, str], steps: int, done: int) -> Iterator[None]:
-        """See ``Progress.running``."""
+    def start(self, run: RunInfo) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.text import Text
 
-        self.steps = steps
-        for name, value in header.items():
+        for name, value in run.header.items():
             self.console.print(Text.assemble((f"{name:>10}", "bold"), f"  {terminal.line(value)}"))
         columns = (
             BarColumn(24),
@@ -175,13 +107,16 @@ class Live(Lines):
             TimeRemainingColumn(),
             TextColumn("{task.description}", markup=False),
         )
-        with Progress(*columns, console=self.console, transient=True) as self._bar:
-            self._task = self._bar.add_task("", total=steps, completed=done)
-            yield
+        self._bar = Progress(*columns, console=self.console, transient=True)
+        self._bar.start()
+        self._task = self._bar.add_task("", total=run.steps, completed=run.done)
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
         self._bar = None
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """See ``Progress.step``."""
+    def _step(self, record: Mapping[str, Any]) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], description=step_summary(record))
 
@@ -189,8 +124,8 @@ class Live(Lines):
         self.console.print(terminal.line(text))
 
 
-def for_terminal() -> Progress:
-    """A moving bar where stdout is a terminal, plain lines elsewhere."""
+def for_terminal() -> Tracker:
+    """A progress bar where stdout is a terminal, plain lines elsewhere."""
     return Live() if sys.stdout.isatty() else Lines()
 
 
@@ -205,11 +140,6 @@ def step_summary(record: Mapping[str, Any]) -> str:
     if record.get("teacher_retries"):
         parts.append(f"{record['teacher_retries']} retries")
     return "  ".join(parts)
-
-
-def step_line(record: Mapping[str, Any], steps: int) -> str:
-    """A step in a line."""
-    return f"step {record['step']:>5}/{steps}  {step_summary(record)}"
 
 
 def evaluation_line(record: Mapping[str, Any]) -> str:

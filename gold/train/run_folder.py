@@ -44,6 +44,7 @@ from gold.train.changes import (
     told,
 )
 from gold.train.checkpoint import newest_step
+from gold.train.trackers import Tracker
 from gold.yaml_file import read_yaml
 
 FILE_OF_KIND = {"train": "metrics.jsonl", "eval": "metrics.jsonl", "sample": "samples.jsonl"}
@@ -77,7 +78,7 @@ _Dumper.add_implicit_resolver(
 )
 
 
-class RunFolder:
+class RunFolder(Tracker):
     """A run's folder, to read or to write; the first write locks it against every other process.
 
     Only the main process of a distributed run writes. Close it, or use it in a `with` statement.
@@ -314,7 +315,7 @@ class RunFolder:
                 "place as output, and resume (--resume)"
             )
 
-    def append(self, kind: str, record: Mapping[str, Any]) -> None:
+    def log(self, kind: str, record: Mapping[str, Any]) -> None:
         """Write one line: `train` and `eval` to metrics.jsonl, `sample` to samples.jsonl.
 
         `record` needs an integer `step`. Scalars of NumPy and torch become numbers, NaN and infinities null.

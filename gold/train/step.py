@@ -52,9 +52,9 @@ from gold.train.checkpoint import Checkpoint, latest_checkpoint
 from gold.train.diagnosis import why_not_finite
 from gold.train.interrupt import NAMES
 from gold.train.optimizer import MasterAdamW
-from gold.train.progress import Progress
 from gold.train.recipe import Recipe
 from gold.train.run_folder import RunFolder, why_bad
+from gold.train.trackers import Tracker
 
 Answer = TypeVar("Answer")
 NO_ROWS = LazyLogits.of_logits(torch.zeros(0, 1))
@@ -710,7 +710,7 @@ class Loop:
             torch.save(average.model.lm.state_dict(), folder / average_file(name))
         (folder / "state.json").write_text(json.dumps({"step": self.step, "bad_steps": self.bad_steps}))
 
-    def resume(self, checkpoints: Path, folder: RunFolder | None, progress: Progress) -> None:
+    def resume(self, checkpoints: Path, folder: RunFolder | None, tracker: Tracker) -> None:
         """The state of the newest whole checkpoint; the first step where there is none.
 
         Raises:
@@ -719,9 +719,9 @@ class Loop:
         """
         found, notes = latest_checkpoint(checkpoints)
         for note in notes:
-            progress.note(note)
+            tracker.note(note)
         if found is None:
-            progress.note("no checkpoint yet: the run starts at its first step")
+            tracker.note("no checkpoint yet: the run starts at its first step")
         else:
             if found.step > self.recipe.steps:
                 raise ConfigError(
@@ -735,10 +735,10 @@ class Loop:
             for name, average in averages_of(self.teachers).items():
                 with _read_of(found.path / average_file(name)):
                     average.load(found.path / average_file(name))
-            progress.note(f"resumed after step {self.step}")
+            tracker.note(f"resumed after step {self.step}")
         if folder:
             for note in folder.rewind(self.step if found else -1):
-                progress.note(note)
+                tracker.note(note)
         self.accelerator.wait_for_everyone()
 
     def signal_anywhere(self, number: int) -> int:

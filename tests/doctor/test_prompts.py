@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import support.tiny_models as tiny
 from support.tokenizers import BOS, EOS, byte_level_bpe, sentencepiece_bpe
+from support.trackers import Recorder
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import gold.teachers.cached
@@ -43,7 +44,6 @@ from gold.tokenize.chat import prompt_ids
 from gold.tokenize.templates import PromptTokenizer, Rendering, rendered
 from gold.tokenize.vocabulary import Vocabulary
 from gold.train.loop import Saving, distill, read_date
-from gold.train.progress import Quiet
 from gold.train.recipe import Recipe
 
 TURNS = (
@@ -314,15 +314,6 @@ def test_the_day_that_a_template_writes_is_the_renderings() -> None:
     assert "date" not in checks_of([Prompt("a", "text")], reader("student", DATED))
 
 
-class Notes(Quiet):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        """See ``Progress.note``."""
-        self.notes.append(text)
-
-
 NUMBERS = "{{ strftime_now('%Y %m %d') }}{% for m in messages %}{{ m.content }}{% endfor %} ="
 TALKS = [chat(("user", f" {n} +{n}"), key=str(n)) for n in range(4)]
 
@@ -337,9 +328,9 @@ def test_a_run_keeps_its_day_and_goes_on_with_it(tmp_path: Path, monkeypatch: py
         sampling=Sampling(max_new_tokens=4),
     )
 
-    def run(day: str, resume: bool) -> tuple[list[int], Notes]:
+    def run(day: str, resume: bool) -> tuple[list[int], Recorder]:
         monkeypatch.setattr(gold.train.loop, "date", a_day(day))
-        student, notes = tiny.tiny_student(), Notes()
+        student, notes = tiny.tiny_student(), Recorder()
         student.tokenizer.chat_template = NUMBERS
         saving = Saving(tmp_path / "run", resume=resume)
         distill(student, tiny.tiny_teacher(), TALKS, recipe, saving=saving, progress=notes)

@@ -71,7 +71,7 @@ def a_run(folder, steps=60):
             )
             if step % 20 == 0:
                 band = {"accuracy_low": 0.4, "accuracy_high": 0.6}
-                run.append("eval", {"step": step, "accuracy": 0.5, **band, "reverse_kl_per_byte": 1 / step})
+                run.log("eval", {"step": step, "accuracy": 0.5, **band, "reverse_kl_per_byte": 1 / step})
     return folder
 
 

@@ -17,6 +17,7 @@ import support.tiny_models as tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.trackers import Recorder
 
 import gold.train.step
 from gold.build import diagnose_run, evaluate_source, load_data
@@ -32,7 +33,6 @@ from gold.rollout.hf import Sampling
 from gold.teachers import LocalTeacher, SelfTeacher, Teachers
 from gold.tokenize.chat import prompt_text
 from gold.train.loop import Run, Saving, distill
-from gold.train.progress import Silent
 from gold.train.recipe import Recipe, Term
 
 RECIPE = Recipe(
@@ -51,7 +51,7 @@ RULES = ("linear", "log_linear")
 def run(teacher: Any, prompts: Sequence[Prompt], student: LanguageModel | None = None, **changes: Any) -> Run:
     options = {name: changes.pop(name) for name in ("heldout", "saving", "verifier") if name in changes}
     recipe = replace(RECIPE, **changes)
-    return distill(student or tiny.tiny_student(), teacher, prompts, recipe, progress=Silent(), **options)
+    return distill(student or tiny.tiny_student(), teacher, prompts, recipe, progress=Recorder(), **options)
 
 
 def weights(model: LanguageModel) -> torch.Tensor:
@@ -343,11 +343,8 @@ def test_an_average_follows_by_its_formula() -> None:
     teacher, expected = SelfTeacher(student, 0.7), weights(student).double()
     states: list[torch.Tensor] = []
 
-    class Watch(Silent):
-        def step(self, record: Any) -> None:
-            states.append(weights(student).double())
-
-    distill(student, teacher, told(tiny.prompts()), replace(RECIPE, steps=4), progress=Watch())
+    seen = Recorder(lambda _: states.append(weights(student).double()))
+    distill(student, teacher, told(tiny.prompts()), replace(RECIPE, steps=4), progress=seen)
     for state in states:
         expected = 0.7 * expected + 0.3 * state
     torch.testing.assert_close(weights(teacher.model).double(), expected, rtol=1e-5, atol=1e-6)
@@ -564,14 +561,9 @@ def test_a_run_from_a_file_with_several_teachers(tmp_path: Path) -> None:
     memory = of["memory"]
     assert "2 teachers" in memory.found
     assert report.verdict != "fail"
-    header: dict[str, str] = {}
-
-    class Header(Silent):
-        def running(self, given_: Any, steps: int, done: int) -> Any:
-            header.update(given_)
-            return super().running(given_, steps, done)
-
-    done = train_as_configured(Config.load(path), progress=Header())
+    seen = Recorder()
+    done = train_as_configured(Config.load(path), progress=seen)
+    header = seen.run.header
     assert "itself, averaged, decay 0.5" in header["teacher own"]
     assert header["teachers"] == "each prompt has its own"
     assert done.steps[-1]["applied"]

@@ -9,6 +9,7 @@ import pytest
 import support.tiny_models as tiny
 import torch
 from accelerate import Accelerator
+from support.trackers import Recorder
 
 from gold.errors import CheckpointError, ConfigError
 from gold.rollout.hf import Sampling
@@ -16,7 +17,6 @@ from gold.teachers.ema import SelfTeacher
 from gold.teachers.several import Teachers
 from gold.train.checkpoint import save_checkpoint
 from gold.train.optimizer import MasterAdamW
-from gold.train.progress import Silent
 from gold.train.recipe import Recipe, Term
 from gold.train.step import Loop, pairs_of, terms_of
 
@@ -97,7 +97,7 @@ def test_a_resumed_run_of_16_bits_is_bit_for_bit_the_same(tmp_path: Path) -> Non
         whole.train_step()
     save_checkpoint(tmp_path, whole.step, whole.write, 1)
     again = loop_of(torch.bfloat16, decay=0.5)
-    again.resume(tmp_path, None, Silent())
+    again.resume(tmp_path, None, Recorder())
     for _ in range(2):
         whole.train_step()
         again.train_step()

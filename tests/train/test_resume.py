@@ -97,7 +97,7 @@ def train(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Gol
 
 
 MOMENTS: dict[str, tuple[str, int, bool]] = {
-    "in the middle of the first evaluation's lines": ("gold.train.run_folder:RunFolder.append", 2, False),
+    "in the middle of the first evaluation's lines": ("gold.train.run_folder:RunFolder.log", 2, False),
     "in the second step's rollouts, before any checkpoint": ("gold.train.step:sample", 2, False),
     "in the first checkpoint, half-written": ("gold.train.step:save_model", 1, True),
     "in the update of step 3": ("torch.optim:AdamW.step", 3, False),
@@ -109,7 +109,7 @@ MOMENTS: dict[str, tuple[str, int, bool]] = {
         2,
         False,
     ),
-    "in the lines of the last evaluation": ("gold.train.run_folder:RunFolder.append", 11, True),
+    "in the lines of the last evaluation": ("gold.train.run_folder:RunFolder.log", 11, True),
     "while the student is saved": ("gold.train.loop:save_model", 1, True),
 }
 QUICK = {

@@ -58,7 +58,7 @@ def test_a_rewound_run_holds_exactly_the_lines_up_to_the_step(tmp_path_factory, 
             stream.write(half.replace(b"\n", b""))
     with RunFolder.open(run.path) as again:
         again.rewind(step)
-        again.append("train", {"step": step + 1, "place": -1, "text": ""})
+        again.log("train", {"step": step + 1, "place": -1, "text": ""})
         kept = [r for kind in ("train", "eval", "sample") for r in again.records(kind) if r["place"] >= 0]
     expected = [(kind, at, place) for place, (kind, at) in enumerate(records) if at <= step]
     assert sorted((r["place"], r["kind"], r["step"]) for r in kept) == [(p, k, s) for k, s, p in expected]
@@ -67,28 +67,28 @@ def test_a_rewound_run_holds_exactly_the_lines_up_to_the_step(tmp_path_factory, 
 
 def test_rewinding_changes_no_byte_of_the_lines_that_stay(run):
     for step in range(4):
-        run.append("train", {"step": step, "loss": 1 / 3 * step})
+        run.log("train", {"step": step, "loss": 1 / 3 * step})
     before = (run.path / "metrics.jsonl").read_bytes()
     run.rewind(2)
     assert (run.path / "metrics.jsonl").read_bytes() == b"".join(before.splitlines(True)[:3])
 
 
 def test_appending_after_a_half_line_is_refused(run):
-    run.append("train", {"step": 1})
+    run.log("train", {"step": 1})
     run.close()
     with open(run.path / "metrics.jsonl", "ab") as stream:
         stream.write(b'{"kind": "tr')
     with RunFolder.open(run.path) as again:
         assert again.records("train") == [{"kind": "train", "step": 1}]
         with pytest.raises(CheckpointError, match="ends in a half-written line"):
-            again.append("train", {"step": 2})
+            again.log("train", {"step": 2})
         again.rewind(1)
-        again.append("train", {"step": 2})
+        again.log("train", {"step": 2})
         assert [r["step"] for r in again.records("train")] == [1, 2]
 
 
 def test_a_broken_line_in_the_middle_is_named_not_dropped(run):
-    run.append("train", {"step": 1})
+    run.log("train", {"step": 1})
     run.close()
     with open(run.path / "metrics.jsonl", "ab") as stream:
         stream.write(b'{"kind":\n{"kind": "train", "step": 2}\n')
@@ -113,7 +113,7 @@ TAILS = st.lists(
 def test_a_broken_end_is_left_out_by_readers_and_dropped_by_a_resumption(tmp_path_factory, count, tail, cut):
     with RunFolder.create(tmp_path_factory.mktemp("a") / "run", CONFIG) as run:
         for step in range(count):
-            run.append("train", {"step": step})
+            run.log("train", {"step": step})
     file = run.path / "metrics.jsonl"
     whole = file.read_bytes() if count else b""
     junk = b"\n".join(tail) + (b"" if cut else b"\n") if tail else b""
@@ -124,7 +124,7 @@ def test_a_broken_end_is_left_out_by_readers_and_dropped_by_a_resumption(tmp_pat
         notes = again.rewind(8)
         assert [f"{len(junk):,} bytes" in note for note in notes] == ([True] if junk else [])
         assert file.read_bytes() == whole
-        again.append("train", {"step": 9})
+        again.log("train", {"step": 9})
         assert [r["step"] for r in again.records("train")] == [*range(count), 9]
 
 
@@ -145,7 +145,7 @@ def test_every_scalar_becomes_json(run):
         "path": Path("a/b"),
         "nested": {"x": (1, np.int64(2))},
     }
-    run.append("train", record)
+    run.log("train", record)
     assert lines(run) == [
         {
             "kind": "train",
@@ -178,7 +178,7 @@ def test_what_is_no_record_is_refused(run, kind, record, message):
 
 
 def test_a_full_disk_leaves_no_half_line(run, monkeypatch):
-    run.append("train", {"step": 1})
+    run.log("train", {"step": 1})
     whole = (run.path / "metrics.jsonl").read_bytes()
     write, calls = os.write, []
 
@@ -192,7 +192,7 @@ def test_a_full_disk_leaves_no_half_line(run, monkeypatch):
     with pytest.raises(
         CheckpointError, match=r"metrics\.jsonl at step 2: No space left on device; free some space"
     ):
-        run.append("train", {"step": 2})
+        run.log("train", {"step": 2})
     assert (run.path / "metrics.jsonl").read_bytes() == whole
 
 
@@ -225,7 +225,7 @@ def test_text_that_looks_like_a_number_stays_text_in_either_yaml(tmp_path):
 
 
 def test_an_existing_run_is_not_overwritten_unless_asked(run):
-    run.append("train", {"step": 1})
+    run.log("train", {"step": 1})
     (run.path / "notes.txt").write_text("mine")
     run.close()
     with pytest.raises(ConfigError, match=r"already holds a run; resume it \(--resume\)"):
@@ -296,13 +296,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_a_run_that_never_took_a_step_is_begun_anew_and_says_so(run):
-    run.append("eval", {"step": 0})
+    run.log("eval", {"step": 0})
     run.close()
     with RunFolder.create(run.path, CONFIG) as again:
         (note,) = again.notes
         assert "before its first step" in note
         assert again.records("eval") == []
-        again.append("train", {"step": 1})
+        again.log("train", {"step": 1})
     for mark in ("metrics.jsonl", "checkpoints/step-000001/x", "student/x"):
         with pytest.raises(ConfigError, match=r"already holds a run.*--overwrite"):
             RunFolder.check_new(run.path)
@@ -327,7 +327,7 @@ def test_what_is_no_run_is_not_overwritten(tmp_path, held):
 
 
 def test_a_run_under_way_elsewhere_is_not_overwritten(run):
-    run.append("train", {"step": 1})
+    run.log("train", {"step": 1})
     with pytest.raises(CheckpointError, match="another process"):
         RunFolder.create(run.path, CONFIG, overwrite=True)
     assert run.records("train")
@@ -335,14 +335,14 @@ def test_a_run_under_way_elsewhere_is_not_overwritten(run):
 
 @pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
 def test_a_folder_that_is_gone_is_one_line_and_nothing_is_written_elsewhere(run, tmp_path, how):
-    run.append("train", {"step": 1})
+    run.log("train", {"step": 1})
     if how == "removed":
         shutil.rmtree(run.path)
     else:
         run.path.rename(tmp_path / "moved")
     if how == "replaced":
         run.path.mkdir()
-    for act in (lambda: run.append("train", {"step": 2}), run.sync, run.check_place):
+    for act in (lambda: run.log("train", {"step": 2}), run.sync, run.check_place):
         with pytest.raises(CheckpointError, match="was moved or removed"):
             act()
     with pytest.raises(CheckpointError) if how != "replaced" else contextlib.nullcontext():
@@ -373,7 +373,7 @@ SPOILED = {
 @pytest.mark.parametrize("how", SPOILED)
 @pytest.mark.parametrize("name", ["config.yaml", "environment.json", "inputs.json", "metrics.jsonl", ".lock"])
 def test_a_broken_file_is_one_line(run, name, how):
-    run.append("train", {"step": 1})
+    run.log("train", {"step": 1})
     run.close()
     (run.path / name).unlink()
     SPOILED[how](run.path / name)
@@ -382,7 +382,7 @@ def test_a_broken_file_is_one_line(run, name, how):
     try:
         with RunFolder.resume(run.path, CONFIG, INPUTS) as again:
             again.rewind(1)
-            again.append("train", {"step": 2})
+            again.log("train", {"step": 2})
             assert again.records("train")
     except GoldError as error:
         told = str(error)
@@ -564,11 +564,11 @@ import sys
 from gold.train.run_folder import RunFolder
 run = RunFolder.open({str(tmp_path / "run")!r})
 print(len(run.records("train")))
-run.append("train", {{"step": 2}})
+run.log("train", {{"step": 2}})
 print("written", flush=True)
 sys.stdin.read()
 """
-    run.append("train", {"step": 1})
+    run.log("train", {"step": 1})
     command = [sys.executable, "-c", code]
     refused = subprocess.run(command, capture_output=True, text=True, input="")
     assert refused.stdout == "1\n"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import support.tiny_models as tiny
 import torch
+from support.trackers import Recorder
 
 from gold.build import evaluate_source
 from gold.data import Prompt
@@ -22,7 +23,6 @@ from gold.models.causal import LanguageModel, rows_of
 from gold.rollout.hf import Sampling, rollout_seeds
 from gold.train import step as loop
 from gold.train.loop import Run, Saving, check_recipe, distill
-from gold.train.progress import Quiet
 from gold.train.recipe import Recipe, Term
 from tests.kernels.rows_for_kernels import BACKENDS_HERE
 
@@ -232,17 +232,11 @@ def test_the_reward_moves_the_student() -> None:
 def test_one_vocabulary_goes_token_by_token() -> None:
     sharp = tiny_model(character_tokenizer(), "teacher", layers=1, width=32, seed=9)
     student = tiny_model(character_tokenizer(), "student", layers=1, width=32, seed=8)
-    header: dict[str, str] = {}
-
-    class Header(Quiet):
-        def running(self, given: Any, steps: int, done: int) -> Any:
-            header.update(given)
-            return super().running(given, steps, done)
-
-    done = run(changed(steps=1), student, teacher=sharp, progress=Header())
+    seen = Recorder()
+    done = run(changed(steps=1), student, teacher=sharp, progress=seen)
     record = done.steps[0]
     assert "reverse_kl_tokens" in record
-    assert "token by token" in header["objective"]
+    assert "token by token" in seen.run.header["objective"]
     assert record["shared_mass"] == pytest.approx(1.0, abs=1e-4)
     itself = tiny_model(character_tokenizer(), "teacher", layers=1, width=32, seed=8)
     student = tiny_model(character_tokenizer(), "student", layers=1, width=32, seed=8)
@@ -288,18 +282,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_step_that_is_not_finite_is_not_applied(poisoned: Any, value: float) -> None:
     poisoned(value, range(1, 3))
     states: list[torch.Tensor] = []
-    told: list[str] = []
     student = tiny.tiny_student()
-
-    class Watch(Quiet):
-        def step(self, record: Any) -> None:
-            states.append(weights(student).clone())
-
-        def note(self, text: str) -> None:
-            told.append(text)
-
-    done = run(changed(steps=4), student, progress=Watch())
-    assert sum("NaN or infinite" in text for text in told) == 2
+    seen = Recorder(lambda _: states.append(weights(student).clone()))
+    done = run(changed(steps=4), student, progress=seen)
+    assert sum("NaN or infinite" in text for text in seen.notes) == 2
     assert [record["applied"] for record in done.steps] == [True, False, False, True]
     assert [record["bad_steps"] for record in done.steps] == [0, 1, 2, 0]
     assert torch.equal(states[0], states[2])
@@ -428,7 +414,7 @@ def test_the_student_loads_with_transformers_alone(tmp_path: Path) -> None:
 
 
 def test_saving_draws_no_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run(saving=Saving(tmp_path / "run"), progress=Notes())
+    run(saving=Saving(tmp_path / "run"), progress=Recorder())
     assert capfd.readouterr().err == ""
 
 
@@ -453,16 +439,6 @@ def test_a_bare_loops_seeds_are_all_different() -> None:
     assert seeds == [seed for step in range(3) for seed in rollout_seeds(0, step, range(4))]
 
 
-class Notes(Quiet):
-    """Keeps what a run tells."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.texts.append(text)
-
-
 @pytest.mark.parametrize(
     ("objective", "start", "warned"),
     [
@@ -478,9 +454,9 @@ def test_a_start_that_reverse_kl_cannot_move_is_told_with_what_helps(objective, 
     else:
         with torch.no_grad():
             student.lm.get_output_embeddings().weight.mul_(30.0)
-    told = Notes()
-    distill(student, teacher, tiny.prompts(), changed(objectives=(Term(objective),), steps=2), progress=told)
-    found = [t for t in told.texts if "what the teacher wants" in t]
+    seen = Recorder()
+    distill(student, teacher, tiny.prompts(), changed(objectives=(Term(objective),), steps=2), progress=seen)
+    found = [t for t in seen.notes if "what the teacher wants" in t]
     assert len(found) == warned
     assert all("forward_kl" in t and "rollout.on_policy=0" in t for t in found)
 

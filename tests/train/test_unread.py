@@ -12,6 +12,7 @@ import support.tiny_models as tiny
 import torch
 from support.processes import Command
 from support.server import ModelServer
+from support.trackers import Recorder
 
 from gold.cache.store import ScoreCache
 from gold.data import Prompt
@@ -22,7 +23,6 @@ from gold.teachers import CachedTeacher, LocalTeacher, ServedTeacher, Teachers
 from gold.teachers.cached import UnaskedTeacher, record
 from gold.teachers.protocol import Teacher
 from gold.train.loop import Run, distill
-from gold.train.progress import Quiet, Silent
 from gold.train.recipe import Recipe, Term
 from tests.train.test_processes import assert_near, launch
 
@@ -43,17 +43,6 @@ RECIPE = Recipe(
 )
 
 
-class Notes(Quiet):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        """See ``Progress.note``."""
-        self.notes.append(text)
-
-
 def with_context(model: LanguageModel, tokens: int = ROOM) -> LanguageModel:
     model.lm.config.max_position_embeddings = tokens
     return model
@@ -66,7 +55,7 @@ def narrow() -> LanguageModel:
 def run(teacher: Any, prompts: list[Prompt], *, heldout: list[Prompt] | None = None, **changes: Any) -> Run:
     options = {name: changes.pop(name) for name in ("progress", "verifier") if name in changes}
     recipe = replace(RECIPE, prompts_per_step=len(prompts), **changes)
-    options.setdefault("progress", Silent())
+    options.setdefault("progress", Recorder())
     return distill(tiny.tiny_student(), teacher, prompts, recipe, heldout=heldout or [], **options)
 
 
@@ -106,7 +95,7 @@ def test_what_the_teacher_cannot_read_is_as_if_it_were_not_there(term: Term) -> 
 
 def test_what_the_student_writes_too_long_is_left_out() -> None:
     """The student's own completions, some of which its teacher has no room for."""
-    notes = Notes()
+    notes = Recorder()
     room = max(len(p.text or "") for p in SHORT) + 25
     changes: dict[str, Any] = {"on_policy": 1.0, "steps": 6, "sampling": Sampling(max_new_tokens=12)}
     teacher = LocalTeacher(with_context(tiny.tiny_teacher(), room))
@@ -138,7 +127,7 @@ def test_of_very_many_prompts_one_that_the_student_cannot_read_ends_no_run(
     both = {p.key: replace(p, completion=None) for p in SHORT}
     # The longest by its letters is looked at, and is not the longest in tokens.
     hard, easy = Prompt("hard", text=" 5" * 70), Prompt("easy", text=" 11 +1" * 25)
-    student, notes = tiny.tiny_student(), Notes()
+    student, notes = tiny.tiny_student(), Recorder()
     assert len(student.prompt_ids(easy)) + 8 <= 128 < len(student.prompt_ids(hard)) + 8
     recipe = replace(RECIPE, prompts_per_step=5, on_policy=1.0, sampling=Sampling(max_new_tokens=8))
     teacher = with_context(tiny.tiny_teacher(), 1024)
@@ -148,7 +137,7 @@ def test_of_very_many_prompts_one_that_the_student_cannot_read_ends_no_run(
 
 
 def test_a_step_of_which_nothing_is_left_changes_nothing_and_is_no_bad_one() -> None:
-    notes = Notes()
+    notes = Recorder()
     done = run(narrow(), LONG, steps=3, bad_steps_allowed=0, progress=notes)
     assert [(r["step"], r["unread"], r["applied"], r["bad_steps"]) for r in done.steps] == [
         (n, 3, False, 0) for n in (1, 2, 3)

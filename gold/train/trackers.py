@@ -1,0 +1,67 @@
+"""Where a run's metrics go: each step and each evaluation is one dict, handed to a list of trackers.
+
+A tracker needs four methods; a class that derives from `Tracker` inherits empty ones. The run folder (`run_folder.py`)
+and the terminal (`progress.py`) are trackers, `gold.distill(..., trackers=[...])` takes more.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a tracker learns before the first step.
+
+    `config` is what config.yaml holds, `header` describes the run in a few named lines, `done` counts the steps taken
+    before a resumption.
+    """
+
+    config: Mapping[str, Any]
+    header: Mapping[str, str]
+    steps: int
+    done: int = 0
+
+
+class Tracker(Protocol):
+    """Receives a run's metrics, in the main process alone. An exception that it raises ends the run."""
+
+    def start(self, run: RunInfo) -> None:
+        """Before the first step; notes may come earlier. A resumed run logs again the steps after its checkpoint."""
+        return
+
+    def log(self, kind: str, record: Mapping[str, Any]) -> None:
+        """A record with an integer `step`; `kind` is `train` (a step), `eval` (an evaluation's measures) or `sample`
+        (one completion of an evaluation)."""
+        return
+
+    def note(self, text: str) -> None:
+        """A line for people: a warning, a resumption, an interruption."""
+        return
+
+    def finish(self) -> None:
+        """After the last step, or when the run ends early; only if it was started."""
+        return
+
+
+class Trackers(Tracker):
+    """Several trackers as one; each call reaches them in order. Without any it is silent."""
+
+    def __init__(self, *members: Tracker) -> None:
+        self.members = list(members)
+
+    def start(self, run: RunInfo) -> None:
+        for member in self.members:
+            member.start(run)
+
+    def log(self, kind: str, record: Mapping[str, Any]) -> None:
+        for member in self.members:
+            member.log(kind, record)
+
+    def note(self, text: str) -> None:
+        for member in self.members:
+            member.note(text)
+
+    def finish(self) -> None:
+        for member in self.members:
+            member.finish()
