@@ -30,7 +30,7 @@ from gold.demo.models import character_tokenizer, learn_answers, tiny_model, wor
 from gold.demo.running_sums import RunningSums
 from gold.evaluate import EvaluationPlan
 from gold.models.causal import LanguageModel, save_model
-from gold.rollout.hf import Sampling
+from gold.rollout.types import Sampling
 from gold.train.loop import distill
 from gold.train.recipe import Recipe, Term
 

@@ -32,7 +32,9 @@ from gold.kernels.projection import OBSERVED, needed_rows, piece_events, piece_t
 from gold.losses import LossInputs
 from gold.losses.prefix import prefix_positions
 from gold.models.causal import LanguageModel, PaddedStates, load_model, rows_of
-from gold.rollout.hf import Sampling, sample
+from gold.rollout.engine import sample
+from gold.rollout.hf import HuggingFaceEngine
+from gold.rollout.types import Sampling
 from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.toys import ToyModel, toy_vocabulary
 
@@ -497,7 +499,7 @@ def own_samples(model: LanguageModel) -> list[tuple[list[int], list[int]]]:
     prompts = [Prompt(key=str(i), text=prompt) for i, (prompt, _) in enumerate(TEXTS)]
     seeds = [(0, i) for i in range(len(prompts))]
     texts = []
-    for rollout in sample(model, prompts, Sampling(max_new_tokens=12), seeds=seeds):
+    for rollout in sample(HuggingFaceEngine(model), model, prompts, Sampling(max_new_tokens=12), seeds=seeds):
         events = np.flatnonzero(model.vocabulary.is_special[rollout.ids])
         ids = rollout.ids[: int(events[0])] if events.size else rollout.ids
         texts.append((list(rollout.prompt_ids), ids.tolist()))

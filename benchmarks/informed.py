@@ -29,7 +29,8 @@ from gold.demo.models import learn_answers, tiny_model, word_tokenizer
 from gold.demo.run import SAMPLING, TASK, DemoPlan, make_teacher
 from gold.evaluate import wilson
 from gold.models.causal import LanguageModel, load_model, save_model
-from gold.rollout.hf import sample
+from gold.rollout.engine import sample
+from gold.rollout.hf import HuggingFaceEngine
 from gold.teachers import LocalTeacher, SelfTeacher, Teacher, Teachers
 from gold.train.loop import distill
 from gold.train.recipe import Recipe, Term
@@ -85,7 +86,13 @@ def answered(name: str, split: str, count: int, seed: int) -> list[Prompt]:
 def accuracy(model: LanguageModel, prompts: Sequence[Prompt], told: bool = False) -> float:
     """Share of prompts answered right, greedily; ``told``: behind the solution, as a teacher reads them."""
     asked = [p.for_teacher if told else p for p in prompts]
-    found = sample(model, asked, replace(SAMPLING, temperature=0.0), seeds=[(0,)] * len(asked), batch=256)
+    found = sample(
+        HuggingFaceEngine(model, 256),
+        model,
+        asked,
+        replace(SAMPLING, temperature=0.0),
+        seeds=[(0,)] * len(asked),
+    )
     return mean(float(r.stopped and r.text == r.prompt.reference) for r in found)
 
 

@@ -22,7 +22,7 @@ from benchmarks.record import device_name, write_record
 from gold.data import load_prompts, split_by_hash
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.models.causal import load_model
-from gold.rollout.hf import Sampling
+from gold.rollout.types import Sampling
 from gold.teachers.local import LocalTeacher
 from gold.train.loop import distill
 from gold.train.recipe import Recipe, Term

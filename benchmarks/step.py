@@ -45,7 +45,7 @@ from benchmarks.record import RESULTS, command_line, device_name, write_record
 from gold.data import Prompt, load_prompts
 from gold.errors import GoldError
 from gold.models.causal import LanguageModel, load_model, pick_device, wrap_model
-from gold.rollout.hf import Sampling
+from gold.rollout.types import Sampling
 from gold.teachers.several import Teachers
 from gold.train.recipe import Recipe, Term
 from gold.train.step import Loop, pairs_of, terms_of

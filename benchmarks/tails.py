@@ -26,7 +26,9 @@ from gold.kernels.lm_head import LazyLogits, likeliest
 from gold.losses import OBJECTIVES
 from gold.losses.types import LossInputs
 from gold.models.causal import LanguageModel, load_model, rows_of
-from gold.rollout.hf import Rollout, Sampling, sample
+from gold.rollout.engine import sample
+from gold.rollout.hf import HuggingFaceEngine
+from gold.rollout.types import Rollout, Sampling
 from gold.teachers.cached import CachedTeacher
 from gold.teachers.local import LocalTeacher
 
@@ -49,9 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     teacher = LocalTeacher(model)
     _, heldout = split_by_hash(load_prompts("data/openings.jsonl"), 0.2)
     prompts = heldout[: given.texts]
-    rollouts = sample(
-        student, prompts, Sampling(max_new_tokens=given.tokens), seeds=[(0, n) for n in range(len(prompts))]
-    )
+    sampling, seeds = Sampling(max_new_tokens=given.tokens), [(0, n) for n in range(len(prompts))]
+    rollouts = sample(HuggingFaceEngine(student), student, prompts, sampling, seeds=seeds)
     compared = Compared(student, teacher, rollouts)
     whole, grad, _ = compared.outcome(teacher)
     print(f"all tokens: {whole:.4f} nats per byte")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import gold
 from gold.models.causal import load_model
-from gold.rollout.hf import Sampling
+from gold.rollout.types import Sampling
 from gold.train.loop import Saving
 from gold.train.recipe import Recipe
 

@@ -17,7 +17,9 @@ from gold.kernels import backend_for
 from gold.kernels.lm_head import LazyLogits
 from gold.losses import OBJECTIVES, View
 from gold.models.causal import LanguageModel, load_model, rows_of
-from gold.rollout.hf import Sampling, rollout_seeds, sample
+from gold.rollout.engine import sample
+from gold.rollout.hf import HuggingFaceEngine
+from gold.rollout.types import Sampling
 from gold.teachers import LocalTeacher
 
 
@@ -28,9 +30,11 @@ def train(student: LanguageModel, teacher: LocalTeacher, prompts: list[Prompt], 
     objective = OBJECTIVES["reverse_kl"](support="bytes")
     optimizer = torch.optim.AdamW(student.lm.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     sampling = Sampling(max_new_tokens=24)
+    engine = HuggingFaceEngine(student)
     for step in range(steps):
         # The student writes, the teacher reads the same bytes in its own tokens.
-        rollouts = sample(student, prompts, sampling, seeds=rollout_seeds(0, step, range(len(prompts))))
+        seeds = [(0, step, n) for n in range(len(prompts))]
+        rollouts = sample(engine, student, prompts, sampling, seeds=seeds)
         texts = [read(rollout, pair) for rollout in rollouts]
         batch = AlignedBatch(texts, pair, student.device, teacher.device)
         teacher_states = LazyLogits.joined(teacher_rows(teacher, rollouts, texts))

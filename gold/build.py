@@ -25,7 +25,7 @@ from gold.inspect.plots import plot_run
 from gold.losses import Need
 from gold.models.causal import LanguageModel, load_model, pick_device
 from gold.models.files import check_files
-from gold.rollout.hf import Sampling
+from gold.rollout.types import Sampling
 from gold.tasks import load_task
 from gold.teachers.cached import CachedTeacher, UnaskedTeacher, record
 from gold.teachers.ema import SelfTeacher

@@ -20,7 +20,9 @@ from gold.kernels import backend_for
 from gold.kernels.lm_head import LazyLogits, prefix_logp, token_logp
 from gold.losses.types import IMPOSSIBLE, possible
 from gold.models.causal import LanguageModel, rows_of
-from gold.rollout.hf import Rollout, Sampling, completed, sample
+from gold.rollout.engine import RolloutEngine, completed, sample
+from gold.rollout.hf import HuggingFaceEngine
+from gold.rollout.types import Rollout, Sampling, Segment
 from gold.teachers.cached import CachedTeacher
 from gold.teachers.local import LocalTeacher, misfit_of
 from gold.teachers.protocol import Teacher
@@ -85,6 +87,7 @@ def evaluate(
     *,
     plan: EvaluationPlan = EvaluationPlan(),
     verifier: Verifier | None = None,
+    engine: RolloutEngine | None = None,
 ) -> Evaluation:
     """The student on held-out prompts.
 
@@ -116,7 +119,8 @@ def evaluate(
     sampling = Sampling(max_new_tokens=plan.max_new_tokens)
     repeated = [p for p in prompts for _ in range(plan.num_generations)]
     seeds = [(plan.seed, 2**31, n) for n in range(len(repeated))]
-    rollouts = sample(student, repeated, sampling, seeds=seeds, batch=plan.rollout_batch)
+    engine = engine or HuggingFaceEngine(student, plan.rollout_batch)
+    rollouts = sample(engine, student, repeated, sampling, seeds=seeds)
     measures = _writing(student, rollouts)
     samples = [
         {"prompt": prompt_text(r.prompt), "completion": r.text, "stopped": r.stopped}
@@ -171,7 +175,8 @@ def evaluate(
                 room = plan.max_new_tokens
                 own = [n for n in graded if not misfit_of(member, prompts[n].for_teacher, room)]
                 asked, streams = [prompts[n].for_teacher for n in own], [seeds[n] for n in own]
-                theirs = sample(member.model, asked, sampling, seeds=streams, batch=plan.rollout_batch)
+                their_engine = HuggingFaceEngine(member.model, plan.rollout_batch)
+                theirs = sample(their_engine, member.model, asked, sampling, seeds=streams)
                 taught = [
                     _as_student(r, prompts[n], student, pairs[name]) for n, r in zip(own, theirs, strict=True)
                 ]
@@ -200,7 +205,7 @@ def evaluate(
         scores = [verifier.score(r.prompt, r.text) if r.stopped else 0.0 for r in rollouts]
         measures["score"] = float(np.mean(scores))
         greedy = replace(sampling, temperature=0.0)
-        best = sample(student, prompts, greedy, seeds=seeds[: len(prompts)], batch=plan.rollout_batch)
+        best = sample(engine, student, prompts, greedy, seeds=seeds[: len(prompts)])
         right = [bool(r.stopped and verifier.score(r.prompt, r.text) >= 1.0) for r in best]
         measures |= _accuracy("accuracy", right)
         for name in teachers.routes if teachers else ():
@@ -315,7 +320,7 @@ def _as_student(rollout: Rollout, prompt: Prompt, student: LanguageModel, pair: 
         np.zeros(ids.size, np.float32),
         tokenized,
         rollout.stopped,
-        sampled=False,
+        (Segment(0, ids.size, False),),
     )
 
 

@@ -10,7 +10,9 @@ import torch
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.evaluate import EvaluationPlan, bootstrap_ratio, evaluate, wilson
-from gold.rollout.hf import Sampling, sample
+from gold.rollout.engine import sample
+from gold.rollout.hf import HuggingFaceEngine
+from gold.rollout.types import Sampling
 from gold.teachers import LocalTeacher
 
 TASK = RunningSums()
@@ -71,7 +73,9 @@ def test_reverse_kl_per_byte_is_its_definition(longest, mine, theirs):
     found = evaluate(student, LocalTeacher(teacher), PROMPTS, plan=plan).measures
     repeated = [p for p in PROMPTS for _ in range(2)]
     seeds = [(0, 2**31, n) for n in range(len(repeated))]
-    rollouts = sample(student, repeated, Sampling(max_new_tokens=longest), seeds=seeds)
+    rollouts = sample(
+        HuggingFaceEngine(student), student, repeated, Sampling(max_new_tokens=longest), seeds=seeds
+    )
     gap = size = 0.0
     for rollout in rollouts:
         data = rollout.tokenized.data

@@ -9,7 +9,7 @@ import torch
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.kernels.lm_head import LazyLogits
 from gold.models.causal import LanguageModel, PaddedStates
-from gold.rollout.hf import Rollout
+from gold.rollout.types import Rollout
 from gold.teachers.protocol import Teacher
 from gold.tokenize.chat import begins_anew
 
@@ -24,7 +24,7 @@ def read(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
         rollout.stopped,
         rollout.sampled,
         rollout.advantage,
-        rollout.logp if rollout.sampled else None,
+        rollout.sampling_logprobs if rollout.sampled else None,
         anew,
     )
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gold.data import Prompt
 from gold.models.causal import LanguageModel, wrap_model
-from gold.rollout.hf import completed
+from gold.rollout.engine import completed
 
 ALPHABET = "0123456789 +-="
 SPECIAL = ("<pad>", "<bos>", "<eos>")

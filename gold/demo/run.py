@@ -26,7 +26,9 @@ from gold.demo.running_sums import RunningSums
 from gold.errors import ConfigError, TrainingError
 from gold.evaluate import EvaluationPlan, wilson
 from gold.models.causal import LanguageModel, load_model, save_model
-from gold.rollout.hf import Sampling, sample
+from gold.rollout.engine import sample
+from gold.rollout.hf import HuggingFaceEngine
+from gold.rollout.types import Sampling
 from gold.train.loop import Saving, distill
 from gold.train.progress import Quiet
 from gold.train.recipe import Recipe, Term
@@ -331,7 +333,7 @@ def _taught(teacher: LanguageModel, prompts: Sequence[Prompt], seed: int, greedy
     asked = [p for p in prompts for _ in range(1 if greedy else 4)]
     sampling = replace(SAMPLING, temperature=0.0) if greedy else SAMPLING
     seeds = [(seed, 10**6, n) for n in range(len(asked))]
-    rollouts = sample(teacher, asked, sampling, seeds=seeds, batch=400)
+    rollouts = sample(HuggingFaceEngine(teacher, 400), teacher, asked, sampling, seeds=seeds)
     taught = [
         replace(r.prompt, key=f"{r.prompt.key} {n}", completion=r.text)
         for n, r in enumerate(rollouts)
@@ -351,7 +353,7 @@ def _heldout(plan: DemoPlan) -> list[Prompt]:
 def _accuracy(model: LanguageModel, prompts: Sequence[Prompt]) -> float:
     greedy = replace(SAMPLING, temperature=0.0)
     seeds = [(0, n) for n in range(len(prompts))]
-    rollouts = sample(model, prompts, greedy, seeds=seeds, batch=256)
+    rollouts = sample(HuggingFaceEngine(model, 256), model, prompts, greedy, seeds=seeds)
     return sum(TASK.score(r.prompt, r.text) for r in rollouts if r.stopped) / len(prompts)
 
 

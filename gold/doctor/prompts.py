@@ -15,7 +15,7 @@ from typing import Any
 from gold.data import Prompt
 from gold.doctor.checks import Check
 from gold.errors import DataError
-from gold.rollout.hf import encode_prompt
+from gold.rollout.engine import encode_prompt
 from gold.tokenize.chat import (
     dropped_roles,
     has_chat_template,

@@ -18,7 +18,7 @@ from gold.doctor.weights import divergence
 from gold.errors import DataError, TeacherError
 from gold.kernels.lm_head import token_logp
 from gold.models.causal import LanguageModel, rows_of
-from gold.rollout.hf import completed
+from gold.rollout.engine import completed
 from gold.teachers.dialects import Known, OpenAI
 from gold.teachers.http import RefusedError, is_near
 from gold.teachers.served import ServedTeacher

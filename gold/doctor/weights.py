@@ -20,7 +20,7 @@ from gold.kernels import backend_for
 from gold.kernels.lm_head import LazyLogits, token_logp
 from gold.losses import OBJECTIVES, LossInputs
 from gold.models.causal import LanguageModel, PaddedStates, rows_of
-from gold.rollout.hf import completed
+from gold.rollout.engine import completed
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 

@@ -1,196 +1,76 @@
-"""Prompts in, rollouts out: what the student wrote, as ids and bytes, how likely it found it, and why it stopped."""
+"""The rollout engine in this process: transformers' ``generate`` on the student itself."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from gold.data import Prompt
-from gold.errors import DataError, ModelError
-from gold.models.causal import LanguageModel, generate, output_width
-from gold.tokenize.chat import begins_anew
-from gold.tokenize.vocabulary import TokenizedText
+from gold.errors import ModelError
+from gold.models.causal import LanguageModel, generate
+from gold.rollout.engine import Generation, Request
+from gold.rollout.types import Sampling
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn. The defaults draw from the model itself; at ``temperature`` 0 the likeliest token."""
+class HuggingFaceEngine:
+    """A rollout engine that generates with ``model`` itself, ``batch`` sequences at a time, prompts of like length
+    together. A model that pads wrongly gets prompts of one length, or one at a time (``LanguageModel.completes``)."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 128
+    def __init__(self, model: LanguageModel, batch: int = 32) -> None:
+        self.model, self.batch, self.version = model, batch, 0
 
+    def push(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Notes the version: the model is the one that is trained, so its weights are there already."""
+        self.version = version
 
-@dataclass(frozen=True)
-class Rollout:
-    """One completion of a prompt.
+    def close(self) -> None:
+        """Nothing: the model is not the engine's own."""
 
-    ``ids`` as sampled, the stop id last where it ``stopped``; ``logp`` the log-probability of each under the
-    distribution that it was drawn from, in nats (temperature and top-p included); ``tokenized`` the bytes of the ids
-    but the stop id. ``sampled`` is False where the completion came from a data set, and ``logp`` is then zero.
-    """
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        """See ``RolloutEngine.generate``.
 
-    prompt: Prompt
-    prompt_ids: tuple[int, ...]
-    ids: NDArray[np.int32]
-    logp: NDArray[np.float32]
-    tokenized: TokenizedText
-    stopped: bool
-    sampled: bool = True
-    reward: float | None = None
-    advantage: float = 0.0
+        Raises:
+            ModelError: a model that does not generate right; see ``LanguageModel.cannot_write``.
+        """
+        model = self.model
+        if model.cannot_write:
+            raise ModelError(
+                f"model {model.name}: it can be read, and teach, but generate does not work: {model.cannot_write}"
+            )
+        generations: dict[int, Generation] = {}
+        was_training = model.lm.training
+        model.lm.eval()
+        try:
+            for chosen in self._batches(requests):
+                drawn = _generate(model, [requests[i] for i in chosen])
+                generations.update(
+                    zip(chosen, (Generation(*each, self.version) for each in drawn), strict=True)
+                )
+        finally:
+            model.lm.train(was_training)
+        return [generations[i] for i in range(len(requests))]
 
-    @property
-    def text(self) -> str:
-        """The completion for people: bytes that are no valid UTF-8 show as U+FFFD."""
-        return self.tokenized.data.decode("utf-8", "replace")
-
-    def rewarded(self, reward: float, advantage: float) -> Rollout:
-        """The same rollout with its task reward and its advantage over its group."""
-        return replace(self, reward=reward, advantage=advantage)
-
-
-@torch.no_grad()
-def sample(
-    model: LanguageModel,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    *,
-    seeds: Sequence[tuple[int, ...]],
-    batch: int = 32,
-) -> list[Rollout]:
-    """One rollout per prompt, in order, drawn from ``model`` under its own template.
-
-    ``seeds`` names the random stream of each rollout, so that what is drawn depends neither on how prompts are batched
-    nor on which process draws it. ``batch`` sequences are generated together, prompts of like length side by side; of
-    one length, or each alone, where the model is another else (``LanguageModel.completes``).
-
-    Raises:
-        DataError: a prompt that leaves no room in the model's context; the message names its key.
-        ModelError: a model that can be read, and not written with; see ``LanguageModel.cannot_write``.
-    """
-    if model.cannot_write:
-        raise ModelError(
-            f"model {model.name}: it can be read, and teach, but generate does not work: {model.cannot_write}"
-        )
-    encoded = [encode_prompt(model, prompt, sampling.max_new_tokens) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
-    rollouts: dict[int, Rollout] = {}
-    was_training = model.lm.training
-    model.lm.eval()
-    try:
-        for chosen in _batches(model, order, encoded, batch):
-            drawn = _generate(model, [encoded[i] for i in chosen], sampling, [seeds[i] for i in chosen])
-            for i, (ids, logp, stopped) in zip(chosen, drawn, strict=True):
-                text, anew = ids[:-1] if stopped else ids, begins_anew(prompts[i])
-                tokenized = model.vocabulary.decode(text, at_start=anew, rows=output_width(model.lm))
-                rollouts[i] = Rollout(prompts[i], encoded[i], ids, logp, tokenized, stopped)
-    finally:
-        model.lm.train(was_training)
-    return [rollouts[i] for i in range(len(prompts))]
+    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Indices of the requests that are generated together."""
+        size = 1 if self.model.completes == "one" else self.batch
+        padded = self.model.completes == "together"
+        groups: dict[object, list[int]] = {}
+        for i in sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i)):
+            r = requests[i]
+            key = r.sampling, r.stop_ids, None if padded else len(r.prompt_ids)
+            groups.setdefault(key, []).append(i)
+        return [g[first : first + size] for g in groups.values() for first in range(0, len(g), size)]
 
 
-def _batches(
-    model: LanguageModel, order: Sequence[int], encoded: Sequence[Sequence[int]], size: int
-) -> Iterator[list[int]]:
-    """Prompts that the model completes together, at most ``size``."""
-    mixed = model.completes == "together"
-    size = 1 if model.completes == "one" else size
-    for _, alike in itertools.groupby(order, key=lambda i: 0 if mixed else len(encoded[i])):
-        together = list(alike)
-        for first in range(0, len(together), size):
-            yield together[first : first + size]
-
-
-def completed(model: LanguageModel, prompt: Prompt, max_new_tokens: int) -> Rollout:
-    """The data set's own completion of a prompt as a rollout: the model's ids of its bytes, then its first stop id.
-
-    Raises:
-        DataError: the prompt has no completion, or it is too long for the model.
-    """
-    if prompt.completion is None:
-        raise DataError(f"prompt {prompt.key}: it has no completion; add one, or set rollout.on_policy to 1")
-    anew = begins_anew(prompt)
-    tokenized = model.vocabulary.encode(prompt.completion, at_start=anew)
-    stopped = tokenized.ids.size < max_new_tokens
-    if not stopped:
-        tokenized = model.vocabulary.decode(tokenized.ids[:max_new_tokens], at_start=anew)
-    stop = np.array(model.vocabulary.stop_ids[:1], np.int32)
-    ids = np.concatenate((tokenized.ids, stop)) if stopped else tokenized.ids
-    encoded = encode_prompt(model, prompt, ids.size)
-    return Rollout(prompt, encoded, ids, np.zeros(ids.size, np.float32), tokenized, stopped, sampled=False)
-
-
-def advantages(rewards: NDArray[np.float64], group: int) -> NDArray[np.float64]:
-    """Reward less its group's mean, over the group's standard deviation; 0 where a group's rewards are all equal.
-
-    Groups are runs of ``group`` rollouts of one prompt.
-
-    Source: Shao et al. 2402.03300, section 4.1.2.
-    """
-    grouped = rewards.reshape(-1, group)
-    deviation = grouped.std(axis=1, keepdims=True)
-    centred = grouped - grouped.mean(axis=1, keepdims=True)
-    return np.where(deviation > 1e-8, centred / np.maximum(deviation, 1e-8), 0.0).reshape(-1)
-
-
-class ReadsPrompts(Protocol):
-    """A side that reads prompts up to so many tokens with their completions, as far as that is known."""
-
-    @property
-    def name(self) -> str:
-        """What to call it."""
-        ...
-
-    @property
-    def context(self) -> int | None:
-        """Longest sequence in tokens."""
-        ...
-
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The ids that it reads before a completion."""
-        ...
-
-
-def encode_prompt(model: ReadsPrompts, prompt: Prompt, room: int) -> tuple[int, ...]:
-    """The ids that the model reads before a completion of up to ``room`` tokens.
-
-    Raises:
-        DataError: they leave no such room in the model's context, or there is none; the message names the prompt's key.
-    """
-    try:
-        ids = model.prompt_ids(prompt)
-    except DataError as error:
-        raise DataError(f"prompt {prompt.key}: {error}") from error
-    if not ids:
-        raise DataError(
-            f"prompt {prompt.key}: it is empty for model {model.name}, which has no token to begin a text with"
-        )
-    if model.context is not None and len(ids) + room > model.context:
-        raise DataError(
-            f"prompt {prompt.key}: {len(ids)} tokens and {room} new ones do not fit the {model.context} tokens of "
-            f"model {model.name}; shorten the prompt or lower rollout.max_new_tokens"
-        )
-    return tuple(ids)
-
-
-def _generate(
-    model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    seeds: Sequence[tuple[int, ...]],
-) -> list[tuple[NDArray[np.int32], NDArray[np.float32], bool]]:
-    uniform = np.stack([np.random.default_rng(seed).random(sampling.max_new_tokens) for seed in seeds])
+def _generate(model: LanguageModel, requests: Sequence[Request]) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+    sampling, stops = requests[0].sampling, list(requests[0].stop_ids)
+    uniform = np.stack([np.random.default_rng(r.seed).random(sampling.max_new_tokens) for r in requests])
+    prompts = [r.prompt_ids for r in requests]
     draw = _Draw(torch.from_numpy(uniform).to(model.device), max(map(len, prompts)), sampling)
-    stops = list(model.vocabulary.stop_ids)
     drawn = generate(model.lm, prompts, sampling.max_new_tokens, stops, model.pad_id, draw).cpu().numpy()
     logp = torch.stack(draw.logp, dim=1).float().cpu().numpy()
     is_stop = np.isin(drawn, stops)
@@ -242,11 +122,3 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     prob = torch.softmax(ordered, dim=-1)
     outside = torch.cumsum(prob, dim=-1) - prob >= top_p
     return logits.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), -torch.inf)
-
-
-Seed = tuple[int, ...]
-
-
-def rollout_seeds(seed: int, step: int, numbers: Sequence[int]) -> list[Seed]:
-    """The random stream of each rollout: a function of the run's seed, the step, and the rollout's number in it."""
-    return [(seed, step, int(n)) for n in numbers]

@@ -14,7 +14,7 @@ from gold.errors import DataError
 from gold.kernels.lm_head import LazyLogits
 from gold.losses import Need
 from gold.models.causal import LanguageModel, PaddedStates, rows_of
-from gold.rollout.hf import ReadsPrompts
+from gold.rollout.engine import PromptModel
 from gold.tokenize.chat import teacher_prompt_ids
 from gold.tokenize.templates import Rendering
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
@@ -108,7 +108,7 @@ class LocalTeacher:
         return [results[i] for i in range(len(prompts))]
 
 
-def misfit_of(teacher: ReadsPrompts, prompt: Prompt, tokens: int) -> str:
+def misfit_of(teacher: PromptModel, prompt: Prompt, tokens: int) -> str:
     """Why a teacher cannot read so many tokens behind a prompt, "" where it can: they do not fit its context, or it
     cannot read the prompt itself."""
     try:
@@ -120,7 +120,7 @@ def misfit_of(teacher: ReadsPrompts, prompt: Prompt, tokens: int) -> str:
     return _too_long(teacher, prompt, length)
 
 
-def _too_long(teacher: ReadsPrompts, prompt: Prompt, length: int) -> str:
+def _too_long(teacher: PromptModel, prompt: Prompt, length: int) -> str:
     return (
         f"prompt {prompt.key}: with its completion it takes {length} tokens of teacher {teacher.name}, whose context "
         f"is {teacher.context}"

@@ -10,7 +10,7 @@ import torch
 from gold.align.collate import student_states
 from gold.kernels.lm_head import LazyLogits, token_logp
 from gold.models.causal import LanguageModel, rows_of
-from gold.rollout.hf import Rollout
+from gold.rollout.types import Rollout
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from gold.errors import CheckpointError, ConfigError, DataError, GoldError, Teac
 from gold.evaluate import EvaluationPlan, Verifier
 from gold.losses.sampling import unfit_sampling
 from gold.models.causal import LanguageModel, load_model, save_model
-from gold.rollout.hf import completed
+from gold.rollout.engine import RolloutEngine, completed
 from gold.teachers.cached import CachedTeacher, UnaskedTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
@@ -89,6 +89,7 @@ def distill(
     inputs: Inputs | None = None,
     progress: Tracker | None = None,
     trackers: Sequence[Tracker] = (),
+    engine: RolloutEngine | None = None,
 ) -> Run:
     """Trains ``student``, in place, on its own completions of ``prompts``, graded by ``teacher``; returns the run.
 
@@ -107,6 +108,8 @@ def distill(
             it is left out.
         progress: what a person sees of the run; notes on stderr, where it is left out.
         trackers: further receivers of every metric and note, see ``gold.train.trackers``.
+        engine: generates the completions with the weights that it is given after every step; the student itself, where
+            it is left out.
 
     Raises:
         ConfigError: objectives that the teacher, the data or the number of processes cannot serve.
@@ -147,7 +150,7 @@ def distill(
         tracker.note(note)
     if any(t.objective.needs != "nothing" for t in terms):
         check_kept(teachers, student, pairs, prompts, recipe)
-    loop = Loop(student, teachers, pairs, prompts, recipe, terms, verifier, accelerator)
+    loop = Loop(student, teachers, pairs, prompts, recipe, terms, verifier, accelerator, engine)
     run = Run(student, saving.output, is_main_process=accelerator.is_main_process)
     with contextlib.ExitStack() as stack:
         stack.callback(student.lm.eval)

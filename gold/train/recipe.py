@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gold.rollout.hf import Sampling
+from gold.rollout.types import Sampling
 
 
 @dataclass(frozen=True, init=False)

@@ -41,7 +41,9 @@ from gold.models.causal import (
     rows_of,
     save_model,
 )
-from gold.rollout.hf import Rollout, advantages, completed, encode_prompt, sample
+from gold.rollout.engine import RolloutEngine, completed, encode_prompt, sample
+from gold.rollout.hf import HuggingFaceEngine
+from gold.rollout.types import Rollout, group_advantages
 from gold.teachers.ema import SelfTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
@@ -157,9 +159,11 @@ class Loop:
         terms: Sequence[BoundTerm],
         verifier: Verifier | None,
         accelerator: Accelerator,
+        engine: RolloutEngine | None = None,
     ) -> None:
         self.student, self.teachers, self.pairs, self.verifier = student, teachers, pairs, verifier
         self.prompts, self.recipe, self.terms, self.accelerator = prompts, recipe, terms, accelerator
+        self.engine = engine or HuggingFaceEngine(student, recipe.rollout_batch)
         self.order = PromptOrder(len(prompts), recipe.seed)
         self.now: Callable[[], float] = partial(_wall_s, student.device)
         self.step = 0
@@ -389,20 +393,29 @@ class Loop:
                 given.append(completed(self.student, prompt, recipe.sampling.max_new_tokens))
         drawn: list[Rollout] = []
         if draws:
+            self._push()
             with self.accelerator.autocast():
                 drawn = sample(
+                    self.engine,
                     self.student,
                     [prompt for prompt, _ in draws],
                     recipe.sampling,
                     seeds=[seed for _, seed in draws],
-                    batch=recipe.rollout_batch,
                 )
         if self.verifier is not None and drawn:
             verifier = self.verifier
             rewards = np.array([verifier.score(r.prompt, r.text) if r.stopped else 0.0 for r in drawn])
-            scaled = advantages(rewards, recipe.num_generations)
-            drawn = [r.rewarded(float(x), float(a)) for r, x, a in zip(drawn, rewards, scaled, strict=True)]
+            scaled = group_advantages(rewards, recipe.num_generations)
+            drawn = [
+                replace(r, reward=float(x), advantage=float(a))
+                for r, x, a in zip(drawn, rewards, scaled, strict=True)
+            ]
         return drawn + given, unreadable
+
+    def _push(self) -> None:
+        """Has the engine generate with the weights as they are now."""
+        if self.engine.version != self.step:
+            self.engine.push(self.student.lm.state_dict(), self.step)
 
     def _together(self, ask: Callable[[], Answer]) -> Answer:
         """What the teacher is asked for; where one process does not get it, none goes on, since they would wait for
@@ -530,10 +543,7 @@ class Loop:
     def _without(self, group: _Group, lost: set[int]) -> _Group:
         """The group with texts of no bytes in the place of those that are lost: nothing of these counts."""
         nothing = self.student.vocabulary.encode(b"")
-        rollouts = [
-            replace(r, ids=r.ids[:0], logp=r.logp[:0], tokenized=nothing, stopped=False) if n in lost else r
-            for n, r in enumerate(group.rollouts)
-        ]
+        rollouts = [r.without_text(nothing) if n in lost else r for n, r in enumerate(group.rollouts)]
         rows = {
             name: [r.select(slice(0)) if n in lost else r for n, r in enumerate(each)]
             for name, each in group.rows.items()
@@ -698,7 +708,16 @@ class Loop:
 
     def evaluate(self, heldout: Sequence[Prompt], plan: EvaluationPlan) -> Evaluation:
         """The student as it is on the held-out prompts; every process does the same, so that all know the result."""
-        look = partial(evaluate, self.student, self.teachers, heldout, plan=plan, verifier=self.verifier)
+        look = partial(
+            evaluate,
+            self.student,
+            self.teachers,
+            heldout,
+            plan=plan,
+            verifier=self.verifier,
+            engine=self.engine,
+        )
+        self._push()
         with self.accelerator.autocast():
             return self._together(look)
 
@@ -858,7 +877,7 @@ def _writing(
         "repaired": sum(t.teacher.repaired_bytes for b in batches for t in b.texts),
         "stopped": sum(r.stopped for r in drawn),
         "drawn_tokens": sum(r.ids.size for r in drawn),
-        "sampling_logprobs": sum(float(r.logp.sum()) for r in drawn),
+        "sampling_logprobs": sum(float(r.sampling_logprobs.sum()) for r in drawn),
         "sampled_tokens": sum(o.numel() for o in own),
         "canonical": sum(float(o.sum()) for o in own),
         "repetition": sum(repetition(r.tokenized.data) for r in drawn),

@@ -18,7 +18,9 @@ from gold.data import Prompt
 from gold.errors import ModelError
 from gold.kernels.lm_head import token_logp
 from gold.models.causal import LanguageModel, PaddedStates, generate, rows_of
-from gold.rollout.hf import Rollout, Sampling, sample
+from gold.rollout.engine import sample
+from gold.rollout.hf import HuggingFaceEngine
+from gold.rollout.types import Rollout, Sampling
 
 PROMPTS = [Prompt(str(n), text=text) for n, text in enumerate(("1", "12+34-5", "7+8=15 12 13"))]
 TOLERANCE = 2e-4
@@ -53,7 +55,7 @@ def plain_logp(model: LanguageModel, ids: list[int]) -> torch.Tensor:
 
 def sampled(model: LanguageModel, batch: int) -> list[Rollout]:
     seeds = [(0, n) for n in range(len(PROMPTS))]
-    return sample(model, PROMPTS, Sampling(max_new_tokens=4), seeds=seeds, batch=batch)
+    return sample(HuggingFaceEngine(model, batch), model, PROMPTS, Sampling(max_new_tokens=4), seeds=seeds)
 
 
 def is_one_distribution(model: LanguageModel) -> None:
@@ -72,13 +74,16 @@ def is_one_distribution(model: LanguageModel) -> None:
         rows = rows_of(model.lm, student_states(model, together))
     target = torch.cat([torch.from_numpy(r.ids).long() for r in together])
     again = token_logp(rows, target, torch.tensor(model.vocabulary.stop_ids))[0]
-    drawn = torch.cat([torch.from_numpy(r.logp) for r in together])
+    drawn = torch.cat([torch.from_numpy(r.sampling_logprobs) for r in together])
     torch.testing.assert_close(again, drawn, atol=TOLERANCE, rtol=TOLERANCE)
     for one, other in zip(together, alone, strict=True):
         np.testing.assert_array_equal(one.ids, other.ids)
         expected = plain_logp(model, [*one.prompt_ids, *one.ids.tolist()])[len(one.prompt_ids) - 1 :]
         np.testing.assert_allclose(
-            one.logp, expected[np.arange(one.ids.size), one.ids].numpy(), atol=TOLERANCE, rtol=TOLERANCE
+            one.sampling_logprobs,
+            expected[np.arange(one.ids.size), one.ids].numpy(),
+            atol=TOLERANCE,
+            rtol=TOLERANCE,
         )
 
 

@@ -10,7 +10,9 @@ from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.errors import DataError
 from gold.models.causal import PaddedStates, rows_of
-from gold.rollout.hf import Sampling, advantages, completed, nucleus, sample
+from gold.rollout.engine import completed, sample
+from gold.rollout.hf import HuggingFaceEngine, nucleus
+from gold.rollout.types import Sampling, group_advantages
 from tests.contract.toys import CPU
 
 PROMPTS = RunningSums().prompts("train", 6, 0)
@@ -26,6 +28,10 @@ def seeds(count, first=0):
     return [(7, n) for n in range(first, first + count)]
 
 
+def draw(model, prompts, sampling, seeds, batch=32):
+    return sample(HuggingFaceEngine(model, batch), model, prompts, sampling, seeds=seeds)
+
+
 def next_logp(model, prompt_ids, ids):
     """Log-probability of each id given those before it, by one plain forward pass of the whole model."""
     whole = torch.tensor([[*prompt_ids, *ids]])
@@ -35,7 +41,7 @@ def next_logp(model, prompt_ids, ids):
 
 @torch.no_grad()
 def test_rollouts_know_their_own_log_probability_and_why_they_stopped(model):
-    rollouts = sample(model, PROMPTS, Sampling(max_new_tokens=12), seeds=seeds(6))
+    rollouts = draw(model, PROMPTS, Sampling(max_new_tokens=12), seeds(6))
     stop = model.vocabulary.stop_ids[0]
     assert any(r.stopped for r in rollouts) or any(len(r.ids) == 12 for r in rollouts)
     for rollout in rollouts:
@@ -45,31 +51,31 @@ def test_rollouts_know_their_own_log_probability_and_why_they_stopped(model):
         kept = rollout.ids[:-1] if rollout.stopped else rollout.ids
         np.testing.assert_array_equal(rollout.tokenized.ids, kept)
         expected = next_logp(model, rollout.prompt_ids, rollout.ids.tolist())
-        np.testing.assert_allclose(rollout.logp, expected, atol=1e-4)
+        np.testing.assert_allclose(rollout.sampling_logprobs, expected, atol=1e-4)
 
 
 def test_nothing_is_inherited_from_a_checkpoints_generation_settings(model):
     """generate fills what a call leaves out from the checkpoint and from its own defaults: top-k 50 for one."""
-    plain = sample(model, PROMPTS, Sampling(max_new_tokens=8), seeds=seeds(6))
+    plain = draw(model, PROMPTS, Sampling(max_new_tokens=8), seeds(6))
     own = model.lm.generation_config
     model.lm.generation_config = GenerationConfig(
         do_sample=True, top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=5.0, max_length=3, num_beams=1
     )
     try:
-        marked = sample(model, PROMPTS, Sampling(max_new_tokens=8), seeds=seeds(6))
+        marked = draw(model, PROMPTS, Sampling(max_new_tokens=8), seeds(6))
         assert model.lm.generation_config.top_k == 1
     finally:
         model.lm.generation_config = own
     for a, b in zip(plain, marked, strict=True):
         np.testing.assert_array_equal(a.ids, b.ids)
-        np.testing.assert_array_equal(a.logp, b.logp)
+        np.testing.assert_array_equal(a.sampling_logprobs, b.sampling_logprobs)
 
 
 def test_the_first_token_is_drawn_from_the_whole_distribution(model):
     """Frequencies of 4,000 draws against the model's probabilities, the rare tokens beyond any top-k included."""
     prompt = PROMPTS[0]
     count = 4000
-    drawn = sample(model, [prompt] * count, Sampling(max_new_tokens=1), seeds=seeds(count), batch=1000)
+    drawn = draw(model, [prompt] * count, Sampling(max_new_tokens=1), seeds(count), batch=1000)
     with torch.no_grad():
         prob = torch.softmax(model.lm(torch.tensor([drawn[0].prompt_ids])).logits[0, -1].double(), -1).numpy()
     frequency = np.bincount([r.ids[0] for r in drawn], minlength=prob.size)
@@ -80,10 +86,10 @@ def test_the_first_token_is_drawn_from_the_whole_distribution(model):
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(model):
-    together = sample(model, PROMPTS, Sampling(max_new_tokens=8), seeds=seeds(6), batch=6)
-    apart = sample(model, PROMPTS, Sampling(max_new_tokens=8), seeds=seeds(6), batch=2)
-    turned = sample(model, PROMPTS[::-1], Sampling(max_new_tokens=8), seeds=seeds(6)[::-1], batch=4)[::-1]
-    other = sample(model, PROMPTS, Sampling(max_new_tokens=8), seeds=seeds(6, 100))
+    together = draw(model, PROMPTS, Sampling(max_new_tokens=8), seeds(6), batch=6)
+    apart = draw(model, PROMPTS, Sampling(max_new_tokens=8), seeds(6), batch=2)
+    turned = draw(model, PROMPTS[::-1], Sampling(max_new_tokens=8), seeds(6)[::-1], batch=4)[::-1]
+    other = draw(model, PROMPTS, Sampling(max_new_tokens=8), seeds(6, 100))
     for a, b, c in zip(together, apart, turned, strict=True):
         np.testing.assert_array_equal(a.ids, b.ids)
         np.testing.assert_array_equal(a.ids, c.ids)
@@ -93,12 +99,12 @@ def test_what_is_drawn_depends_on_the_seed_alone(model):
 @torch.no_grad()
 def test_temperature_and_top_p_are_those_of_the_log_probabilities(model):
     sampling = Sampling(temperature=0.5, top_p=0.6, max_new_tokens=1)
-    rollouts = sample(model, [PROMPTS[0]] * 200, sampling, seeds=seeds(200))
+    rollouts = draw(model, [PROMPTS[0]] * 200, sampling, seeds(200))
     logits = model.lm(torch.tensor([rollouts[0].prompt_ids])).logits[0, -1].float()
     logp = torch.log_softmax(nucleus(logits[None] / 0.5, 0.6), -1)[0]
     for rollout in rollouts:
-        assert rollout.logp[0] == pytest.approx(logp[rollout.ids[0]].item(), abs=1e-4)
-    likeliest = sample(model, PROMPTS[:1], Sampling(temperature=0.0, max_new_tokens=1), seeds=seeds(1))
+        assert rollout.sampling_logprobs[0] == pytest.approx(logp[rollout.ids[0]].item(), abs=1e-4)
+    likeliest = draw(model, PROMPTS[:1], Sampling(temperature=0.0, max_new_tokens=1), seeds(1))
     assert likeliest[0].ids[0] == logits.argmax()
 
 
@@ -145,12 +151,12 @@ def test_a_completion_of_the_data_ends_with_the_stop_id_unless_it_is_cut(model):
 
 def test_a_prompt_that_leaves_no_room_is_named(model):
     with pytest.raises(DataError, match=r"prompt long: \d+ tokens and 8 new ones do not fit the 128 tokens"):
-        sample(model, [Prompt("long", text=" 10" * 130)], Sampling(max_new_tokens=8), seeds=seeds(1))
+        draw(model, [Prompt("long", text=" 10" * 130)], Sampling(max_new_tokens=8), seeds(1))
 
 
 def test_advantages_compare_a_group_with_itself():
     rewards = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
-    scaled = advantages(rewards, 4)
+    scaled = group_advantages(rewards, 4)
     np.testing.assert_allclose(scaled[:4].mean(), 0, atol=1e-12)
     np.testing.assert_allclose(scaled[:4].std(), 1)
     np.testing.assert_array_equal(scaled[4:], 0)

@@ -31,7 +31,7 @@ from gold.errors import ConfigError
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.kernels.lm_head import LazyLogits, likeliest
 from gold.models.causal import LanguageModel
-from gold.rollout.hf import Sampling
+from gold.rollout.types import Sampling
 from gold.teachers.cached import UnaskedTeacher, record
 from gold.train.loop import Saving, distill
 

@@ -37,7 +37,9 @@ from gold.doctor.server import examine_noise, examine_own, examine_server
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.kernels.lm_head import LazyLogits, token_logp
 from gold.models.causal import LanguageModel, save_model
-from gold.rollout.hf import Sampling, sample
+from gold.rollout.engine import sample
+from gold.rollout.hf import HuggingFaceEngine
+from gold.rollout.types import Sampling, Segment
 from gold.teachers.dialects import VLLM, Asked, OpenAI, SGLang
 from gold.teachers.http import BadAnswerError, Call, Server, _pause_s, _tls
 from gold.train.loop import Saving, distill
@@ -67,13 +69,18 @@ def folder(teacher: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def rollouts(student: LanguageModel) -> list[Any]:
     drawn = sample(
+        HuggingFaceEngine(student),
         student,
         tiny.prompts(6),
         Sampling(max_new_tokens=12),
         seeds=[(n,) for n in range(6)],
     )
     # Ends that were sampled are rare with random weights; here every other text has one.
-    return [replace(r, stopped=bool(n % 2), ids=_ended(r, student, bool(n % 2))) for n, r in enumerate(drawn)]
+    ended = [_ended(r, student, bool(n % 2)) for n, r in enumerate(drawn)]
+    return [
+        replace(r, stopped=bool(n % 2), ids=ids, segments=(Segment(0, ids.size, True),))
+        for n, (r, ids) in enumerate(zip(drawn, ended, strict=True))
+    ]
 
 
 def _ended(rollout: Any, student: LanguageModel, stopped: bool) -> Any:

@@ -27,7 +27,7 @@ from gold.errors import TrainingError
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.kernels.lm_head import LazyLogits, impossible_rows
 from gold.models.causal import LanguageModel
-from gold.rollout.hf import Sampling
+from gold.rollout.types import Sampling
 from gold.teachers.dialects import VLLM, Asked, Dialect, OpenAI, SGLang
 from gold.teachers.http import BadAnswerError, Server, _tls, is_near
 from gold.train.loop import distill

@@ -29,7 +29,7 @@ from gold.errors import ConfigError, DataError, TeacherError
 from gold.kernels.lm_head import LazyLogits
 from gold.losses.mixture import Mix, mixed_rows, mixture
 from gold.models.causal import LanguageModel, save_model
-from gold.rollout.hf import Sampling
+from gold.rollout.types import Sampling
 from gold.teachers import LocalTeacher, SelfTeacher, Teachers
 from gold.tokenize.chat import prompt_text
 from gold.train.loop import Run, Saving, distill

@@ -16,7 +16,7 @@ from gold.align.batch import VocabularyPair
 from gold.align.collate import read
 from gold.data import Prompt
 from gold.errors import DataError
-from gold.rollout.hf import completed
+from gold.rollout.engine import completed
 from gold.tokenize.chat import adds_bos, begins_anew, has_chat_template, prompt_ids, prompt_text
 from gold.tokenize.vocabulary import Vocabulary
 

@@ -23,7 +23,7 @@ from transformers import (
 from gold.demo.models import character_tokenizer
 from gold.errors import ModelError
 from gold.models.causal import LanguageModel, PaddedStates, recompute_activations, rows_of, wrap_model
-from gold.rollout.hf import Sampling
+from gold.rollout.types import Sampling
 from gold.teachers.several import Teachers
 from gold.train.recipe import Recipe, Term
 from gold.train.step import Loop, pairs_of, terms_of

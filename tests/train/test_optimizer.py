@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from support.trackers import Recorder
 
 from gold.errors import CheckpointError, ConfigError
-from gold.rollout.hf import Sampling
+from gold.rollout.types import Sampling
 from gold.teachers.ema import SelfTeacher
 from gold.teachers.several import Teachers
 from gold.train.checkpoint import save_checkpoint

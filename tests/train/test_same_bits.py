@@ -15,7 +15,7 @@ import support.tiny_models as tiny
 import torch
 from support.processes import Command
 
-from gold.rollout.hf import Sampling
+from gold.rollout.types import Sampling
 from gold.train.loop import Saving, distill
 from gold.train.recipe import Recipe, Term
 

@@ -20,7 +20,7 @@ from gold.errors import ConfigError, DataError, TeacherError, TrainingError
 from gold.kernels import BACKENDS
 from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
 from gold.models.causal import LanguageModel, rows_of
-from gold.rollout.hf import Sampling, rollout_seeds
+from gold.rollout.types import Sampling
 from gold.train import step as loop
 from gold.train.loop import Run, Saving, check_recipe, distill
 from gold.train.recipe import Recipe, Term
@@ -431,12 +431,6 @@ def test_a_student_from_gguf_trains_and_saves(tmp_path: Path) -> None:
     assert not torch.equal(weights(student), before)
     loaded = load_model(tmp_path / "run" / "student", device="cpu")
     assert torch.equal(weights(loaded), weights(student))
-
-
-def test_a_bare_loops_seeds_are_all_different() -> None:
-    seeds = [seed for step in range(3) for seed in rollout_seeds(0, step, range(4))]
-    assert len(set(seeds)) == 12
-    assert seeds == [seed for step in range(3) for seed in rollout_seeds(0, step, range(4))]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from gold.cache.store import ScoreCache
 from gold.data import Prompt
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.models.causal import LanguageModel
-from gold.rollout.hf import Sampling
+from gold.rollout.types import Sampling
 from gold.teachers import CachedTeacher, LocalTeacher, ServedTeacher, Teachers
 from gold.teachers.cached import UnaskedTeacher, record
 from gold.teachers.protocol import Teacher
