@@ -31,20 +31,25 @@ if TYPE_CHECKING:
 class AlignedText:
     """One completion: the student's ids as sampled, both sides' spellings of its bytes, and what is known of it.
 
-    ``ids`` holds the stop id last where the text ``stopped``; the spellings never do. ``advantage`` is the task reward
-    relative to its group. ``sampled`` is False for a completion that came from a data set. ``sampling_logprobs`` is the
-    log-probability that each id was drawn with, where that is known. ``at_start``: it begins a sequence, as in
-    ``Vocabulary.encode``.
+    ``ids`` holds the stop id last where the text ``stopped``; the tokenized texts never do. ``sampled``: which ids the
+    student wrote, one flag for all or one for each. ``advantage`` is the task reward relative to its group.
+    ``sampling_logprobs`` is the log-probability that each id was drawn with, where that is known. ``at_start``: it
+    begins a sequence, as in ``Vocabulary.encode``.
     """
 
     ids: NDArray[np.int32]
     student: TokenizedText
     teacher: TokenizedText
     stopped: bool
-    sampled: bool = True
+    sampled: bool | NDArray[np.bool_] = True
     advantage: float = 0.0
     sampling_logprobs: NDArray[np.float32] | None = None
     at_start: bool = True
+
+    @property
+    def sampled_mask(self) -> NDArray[np.bool_]:
+        """Which ids the student wrote."""
+        return np.broadcast_to(self.sampled, self.ids.shape)
 
 
 @dataclass(frozen=True)
@@ -203,8 +208,8 @@ class AlignedBatch:
     @cached_property
     def sampled_row_mask(self) -> Tensor:
         """Which student rows belong to texts that the student wrote."""
-        chosen = torch.tensor([t.sampled for t in self.texts], dtype=torch.bool, device=self.device)
-        return chosen[self.row_text]
+        masks = [t.sampled_mask for t in self.texts]
+        return _ids(masks, self.device).bool()
 
     @cached_property
     def sampled_rows(self) -> Tensor:
@@ -219,7 +224,7 @@ class AlignedBatch:
         """
         parts = []
         for text in self.texts:
-            if text.sampled and text.sampling_logprobs is None:
+            if text.sampled_mask.any() and text.sampling_logprobs is None:
                 raise ValueError("importance weights need the log-probabilities that the ids were drawn with")
             parts.append(
                 np.zeros(len(text.ids)) if text.sampling_logprobs is None else text.sampling_logprobs
@@ -485,7 +490,7 @@ class AlignedBatch:
         theirs: list[NDArray[np.int64]] = []
         spans = 0
         for text, alignment in zip(self.texts, self._alignments, strict=True):
-            if not text.sampled:
+            if text.ids.size and not text.sampled_mask.any():
                 mine.append(np.full(text.student.ids.size + text.stopped, -1))
                 theirs.append(np.full(text.teacher.ids.size + text.stopped, -1))
                 continue

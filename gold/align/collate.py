@@ -22,7 +22,7 @@ def read(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
         rollout.tokenized,
         vocabularies.read(rollout.tokenized, at_start=anew),
         rollout.stopped,
-        rollout.sampled,
+        rollout.sampled_mask,
         rollout.advantage,
         rollout.sampling_logprobs if rollout.sampled else None,
         anew,

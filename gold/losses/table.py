@@ -270,7 +270,7 @@ def span_tokens(batch: AlignedBatch) -> float:
 
 def data_tokens(batch: AlignedBatch) -> float:
     """Student tokens of completions from a data set, stop ids included."""
-    return float(sum(len(t.ids) for t in batch.texts if not t.sampled))
+    return float((~batch.sampled_row_mask).sum())
 
 
 def told_tokens(batch: AlignedBatch) -> float:
@@ -280,7 +280,7 @@ def told_tokens(batch: AlignedBatch) -> float:
 
 def sampled_tokens(batch: AlignedBatch) -> float:
     """Student tokens of sampled completions, stop ids included."""
-    return float(sum(len(t.ids) for t in batch.texts if t.sampled))
+    return float(batch.sampled_row_mask.sum())
 
 
 UNRESOLVED = (
