@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -47,7 +48,7 @@ def test_a_scripted_engine_trains_a_student_and_gets_its_weights_after_every_ste
     weights = [pushed for _, pushed in engine.pushed]
     assert "lm_head.weight" in weights[0]  # a tied matrix under each of its names
     head = [pushed["lm_head.weight"] for pushed in weights]
-    assert all(not torch.equal(a, b) for a, b in zip(head, head[1:], strict=False))
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(head))
     assert torch.equal(head[-1], student.lm.get_output_embeddings().weight)
     # Evaluations before and after, and twelve completions in between, each of its own random stream.
     assert len(engine.requests) == 2 + 3 * 4 + 2
@@ -63,11 +64,6 @@ def test_an_engine_that_fails_ends_the_run_with_its_own_words() -> None:
         def generate(self, requests):
             raise TeacherError("the engine is gone")
 
+    student, recipe = tiny.tiny_student(), replace(RECIPE, steps=1)
     with pytest.raises(TeacherError, match="after step 0: the engine is gone"):
-        gold.distill(
-            tiny.tiny_student(),
-            tiny.tiny_teacher(),
-            tiny.prompts(),
-            replace(RECIPE, steps=1),
-            engine=Gone(lambda _: []),
-        )
+        gold.distill(student, tiny.tiny_teacher(), tiny.prompts(), recipe, engine=Gone(lambda _: []))
