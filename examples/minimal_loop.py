@@ -15,7 +15,7 @@ from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.kernels import backend_for
 from gold.kernels.lm_head import LazyLogits
-from gold.losses import OBJECTIVES, View
+from gold.losses import OBJECTIVES, LossInputs
 from gold.models.causal import LanguageModel, load_model, rows_of
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
@@ -40,7 +40,9 @@ def train(student: LanguageModel, teacher: LocalTeacher, prompts: list[Prompt], 
         teacher_states = LazyLogits.joined(teacher_rows(teacher, rollouts, texts))
         student_rows = rows_of(student.lm, student_states(student, rollouts))
         # Both become next-byte distributions along the text, and their divergence is the loss.
-        loss = objective(View(batch, student_rows, teacher_states, *backends)).total / objective.count(batch)
+        loss = objective(LossInputs(batch, student_rows, teacher_states, *backends)).total / objective.count(
+            batch
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.lm.parameters(), 1.0)
         optimizer.step()
