@@ -106,10 +106,10 @@ def time_scoring(teacher: ServedTeacher, prompts: Sequence[Prompt], rounds: int)
     ended = [True] * len(texts)
     asked = [teacher.asked(p, t.ids.tolist(), True) for p, t in zip(prompts, texts, strict=True)]
     bodies = [
-        json.dumps(teacher.dialect.call(teacher.model, each).body).encode()
+        json.dumps(teacher.dialect.call(teacher.served_model, each).body).encode()
         for each in sorted(asked, key=lambda each: -len(each.ids))
     ]
-    path = teacher.dialect.call(teacher.model, asked[0]).path
+    path = teacher.dialect.call(teacher.served_model, asked[0]).path
     before = teacher.retries
     seconds: dict[str, list[float]] = {"client": [], "bare": []}
     busy: dict[str, list[float]] = {"client": [], "bare": []}

@@ -32,7 +32,7 @@ from gold.teachers.ema import SelfTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
-from gold.teachers.several import Teachers, averages_of, check_routes
+from gold.teachers.several import Teachers, check_routes
 from gold.tokenize.chat import prompt_text
 from gold.tokenize.roles import Roles
 from gold.tokenize.templates import Rendering
@@ -53,7 +53,7 @@ from gold.train.loop import (
 )
 from gold.train.recipe import Recipe, Term
 from gold.train.run_folder import RunFolder
-from gold.train.step import average_file, pairs_of, terms_of
+from gold.train.step import average_file, load_average, pairs_of, terms_of
 from gold.train.trackers import Tracker
 
 if TYPE_CHECKING:
@@ -267,11 +267,13 @@ def evaluate_source(
         for note in notes_of(checks):
             progress.note(note)
     if trained is not None:
-        for name, teacher in averages_of(teachers).items():
+        for name, teacher in teachers.members.items():
+            if teacher.state() is None:
+                continue
             checkpoint, _ = latest_checkpoint(folder / "checkpoints")
             if checkpoint is None:
                 raise ConfigError(f"{folder}: no checkpoint holds the weights that teacher {name} came to")
-            teacher.load(checkpoint.path / average_file(name))
+            load_average(teacher, checkpoint.path / average_file(name))
     return evaluate(
         trained_student,
         teachers,
@@ -316,7 +318,7 @@ def _models(
     for name, server in served.items() if judged else ():
         kept = members[name]
         if isinstance(kept, CachedTeacher) and _is_kept(kept):
-            kept.before_asking = partial(_examine, config, graded[name], progress, name, server, mine)
+            kept.check_before_asking(partial(_examine, config, graded[name], progress, name, server, mine))
         else:
             _judge(config, graded[name], _beside(config, graded[name], name, server, mine), progress, name)
     members |= {name: _cached(named[name], LocalTeacher(model), progress) for name, model in loaded.items()}
@@ -460,7 +462,7 @@ def _cached(
                 f"cache {cache.path}: {len(damage)} of its parts are damaged or cut short; what they held counts as "
                 "missing; gold cache verify names them"
             )
-        if not cached.asks:
+        if not cached.complete:
             progress.note(
                 f"cache {cache.path}: the teacher is not asked; evaluations leave out what it would say of the student"
             )
@@ -533,14 +535,14 @@ def _files(config: Config) -> list[Check]:
     return checks
 
 
-@dataclass(frozen=True)
-class _Absent:
+@dataclass
+class _Absent(Teacher):
     """A teacher as far as a run asks about it before it is loaded."""
 
     name: str
     gives: Need
     vocabulary: Vocabulary
-    device: str = "cpu"
+    device: Any = None
 
 
 def _of_run(config: Config, data: RunData, sides: Mapping[str, tuple[Side, ...]]) -> list[Check]:

@@ -23,8 +23,6 @@ from gold.models.causal import LanguageModel, rows_of
 from gold.rollout.engine import RolloutEngine, completed, sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Rollout, Sampling, Segment
-from gold.teachers.cached import CachedTeacher
-from gold.teachers.local import LocalTeacher, misfit_of
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.chat import begins_anew, prompt_text
@@ -114,7 +112,7 @@ def evaluate(
     """
     prompts = list(prompts)
     teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
-    if teachers and any(isinstance(t, CachedTeacher) and not t.asks for t in teachers.members.values()):
+    if teachers and not all(t.complete for t in teachers.members.values()):
         teachers = None  # what the student writes now is in no cache
     sampling = Sampling(max_new_tokens=plan.max_new_tokens)
     repeated = [p for p in prompts for _ in range(plan.num_generations)]
@@ -167,16 +165,16 @@ def evaluate(
             }
             for n, shown in enumerate(samples)
         ]
-        if all(isinstance(t, LocalTeacher) for t in teachers.members.values()):
+        writers = {n: t.model for n, t in teachers.members.items() if t.model and t.gives == "rows"}
+        if len(writers) == len(teachers.members):
             scored = []
             for name, member in teachers.members.items():
-                assert isinstance(member, LocalTeacher)
                 graded = [n for n, p in enumerate(prompts) if name in teachers.of(p)]
                 room = plan.max_new_tokens
-                own = [n for n in graded if not misfit_of(member, prompts[n].for_teacher, room)]
-                asked, streams = [prompts[n].for_teacher for n in own], [seeds[n] for n in own]
-                their_engine = HuggingFaceEngine(member.model, plan.rollout_batch)
-                theirs = sample(their_engine, member.model, asked, sampling, seeds=streams)
+                own = [n for n in graded if not member.misfit(prompts[n], room)]
+                asked, streams = [member.adapt_prompt(prompts[n]) for n in own], [seeds[n] for n in own]
+                their_engine = HuggingFaceEngine(writers[name], plan.rollout_batch)
+                theirs = sample(their_engine, writers[name], asked, sampling, seeds=streams)
                 taught = [
                     _as_student(r, prompts[n], student, pairs[name]) for n, r in zip(own, theirs, strict=True)
                 ]

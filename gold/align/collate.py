@@ -60,14 +60,13 @@ def student_states(model: LanguageModel, rollouts: Sequence[Rollout]) -> PaddedS
 
 
 def misfit(teacher: Teacher, rollout: Rollout, text: AlignedText) -> str:
-    """Why the teacher cannot read a rollout behind its prompt, "" where it can or does not say."""
-    ask = getattr(teacher, "misfit", None)
-    return str(ask(rollout.prompt.for_teacher, text.teacher)) if ask is not None else ""
+    """Why the teacher cannot score a rollout after its prompt, "" where it can."""
+    return teacher.misfit(rollout.prompt, text.teacher.ids.size)
 
 
 def teacher_rows(
     teacher: Teacher, rollouts: Sequence[Rollout], texts: Sequence[AlignedText]
 ) -> list[LazyLogits]:
-    """The teacher's states over each text, in its own tokens and template, behind what it alone is told."""
+    """The teacher's rows for each text, in its own tokens and template."""
     prompts = [r.prompt.for_teacher for r in rollouts]
     return teacher.score(prompts, [t.teacher for t in texts], [t.stopped for t in texts])

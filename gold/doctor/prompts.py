@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
+from operator import attrgetter
 from typing import Any
 
 from gold.data import Prompt
@@ -40,7 +41,7 @@ class PromptReader:
     """A side that reads prompts, with or without its weights.
 
     ``role`` is "student", "teacher" or "teacher NAME"; ``grades`` says which prompts a teacher reads. ``context`` is
-    None where nobody knows it.
+    None where nobody knows it. A teacher reads ``adapt`` of a prompt.
     """
 
     role: str
@@ -50,6 +51,7 @@ class PromptReader:
     rendering: Rendering
     context: int | None
     grades: Callable[[Prompt], bool] = lambda prompt: True
+    adapt: Callable[[Prompt], Prompt] = attrgetter("for_teacher")
 
     @property
     def teaches(self) -> bool:
@@ -58,7 +60,7 @@ class PromptReader:
 
     def seen(self, prompt: Prompt) -> Prompt:
         """The prompt as this side has it."""
-        return prompt.for_teacher if self.teaches else prompt
+        return self.adapt(prompt) if self.teaches else prompt
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The ids that it reads before a completion of a prompt as it has it.

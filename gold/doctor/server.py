@@ -154,7 +154,7 @@ def _tokenization(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> Check:
     # What a tokenizer reads nothing of, a server may refuse.
     texts = [text for text in texts if teacher.vocabulary.encode(text).ids.size]
     try:
-        theirs = teacher.server.ask([teacher.dialect.tokenize(teacher.model, text) for text in texts])
+        theirs = teacher.server.ask([teacher.dialect.tokenize(teacher.served_model, text) for text in texts])
     except RefusedError as error:
         return Check(
             "tokenization", "warn", f"not compared: {error}", "make sure that the tokenizers are the same"
@@ -187,7 +187,7 @@ def _template(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> list[Check]:
         return []
     messages = talks[0].messages or ()
     arguments = teacher.rendering.arguments
-    if (call := teacher.dialect.template(teacher.model, messages, arguments)) is None:
+    if (call := teacher.dialect.template(teacher.served_model, messages, arguments)) is None:
         return []
     try:
         (theirs,) = teacher.server.ask([call])

@@ -18,10 +18,10 @@ from gold.cache.store import Origin, ScoreCache, find_origin
 from gold.data import Prompt
 from gold.errors import ConfigError, DataError, TeacherError
 from gold.kernels.lm_head import LazyLogits, likeliest
-from gold.losses import Need
-from gold.teachers.local import LocalTeacher, batches_by_length, misfit_of
+from gold.teachers.local import LocalTeacher, batches_by_length
+from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
-from gold.tokenize.chat import begins_anew, teacher_prompt_ids
+from gold.tokenize.chat import begins_anew
 from gold.tokenize.templates import PromptTokenizer, Rendering
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
@@ -40,17 +40,18 @@ _ADVICE = (
 )
 
 
-class UnaskedTeacher:
-    """The tokenizer of a teacher that is not there: neither its weights nor a server.
+class UnaskedTeacher(Teacher):
+    """The tokenizer of a teacher that cannot be asked: neither its weights nor a server.
 
-    ``path`` is a folder or a Hub id that has tokenizer files; ``rows`` of the model's output matrix and its
-    ``context`` in tokens, where they are known; ``template_kwargs`` as of ``load_model``.
+    ``path`` is a folder or a Hub id with tokenizer files; ``rows`` of the model's output matrix and its ``context`` in
+    tokens, where they are known; ``template_kwargs`` as of ``load_model``.
 
     Raises:
-        VocabularyError: a tokenizer that is not there, or that cannot be spelled in bytes.
+        VocabularyError: a tokenizer that is not there, or whose tokens have no bytes.
     """
 
-    gives: Need = "nothing"
+    gives = "nothing"
+    complete = False
 
     def __init__(
         self,
@@ -68,34 +69,16 @@ class UnaskedTeacher:
         self.rendering = Rendering(dict(template_kwargs or {}))
         self.device = torch.device(device)
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """See ``chat.teacher_prompt_ids``."""
-        return teacher_prompt_ids(self.tokenizer, prompt, self.name, self.rendering)
 
-    def misfit(self, prompt: Prompt, tokenized: TokenizedText) -> str:
-        """See ``Teacher``."""
-        return misfit_of(self, prompt, tokenized.ids.size)
-
-    def score(
-        self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
-    ) -> list[LazyLogits]:
-        """See ``Teacher.score``; there is nobody to ask.
-
-        Raises:
-            TeacherError: always.
-        """
-        raise TeacherError(f"teacher {self.name}: is not there to be asked")
-
-
-class CachedTeacher:
-    """A teacher in front of which a folder keeps what it says.
+class CachedTeacher(Teacher):
+    """A teacher with a folder in front of it that keeps its scores.
 
     A text that is in the cache is not asked for; one that is not is asked for once, and kept. Either way its rows are
-    what the cache gives back: a run that finds everything computes what the run did that asked for everything. The
-    rows are partial, whatever the teacher gives: ``top_k`` tokens of each (of a served teacher, what it was told to
-    give; otherwise as many as the cache has, or 20 in a new one), the one in the text and the stop ids, and the mass of
-    all others. ``revision`` tells a served model from others of its name. ``before_asking``, where it is set, is called
-    once, before the first text that is asked for. Of an ``UnaskedTeacher`` a text that is missing is an error.
+    decoded from the cache: a run that finds everything computes what the run did that asked for everything. The rows
+    are partial, whatever the teacher gives: ``top_k`` tokens of each (of a served teacher, what it was asked for;
+    otherwise as many as the cache has, or 20 in a new one), the one in the text and the stop ids, and the mass of all
+    others. ``revision`` tells a served model from others of its name. Of an ``UnaskedTeacher`` a text that is missing
+    is an error.
 
     Raises:
         ConfigError: the cache is another teacher's, or of another revision, vocabulary or top_k.
@@ -111,59 +94,40 @@ class CachedTeacher:
         revision: str | None = None,
     ) -> None:
         self.teacher = teacher
-        self.asks = not isinstance(teacher, UnaskedTeacher)
         self.cache = _opened(teacher, Path(folder), top_k, revision)
+        origin = self.cache.origin
+        self.name = f"{teacher.name if teacher.complete else origin.teacher} in cache {self.cache.folder}"
+        self.gives = "top_k" if origin.top_k else "tokens"
+        self.vocabulary, self.device, self.context = teacher.vocabulary, teacher.device, teacher.context
+        self.tokenizer, self.rendering, self.model = teacher.tokenizer, teacher.rendering, teacher.model
+        self.complete = teacher.complete
+        self.pinned_date = date.fromisoformat(origin.date) if origin.date else None
+        if self.pinned_date:
+            self.pin_date(self.pinned_date)
         self.found = self.asked = 0
-        self.pin_date()
-        self.before_asking: Callable[[], None] | None = None
-        self._width = max(1, self.cache.origin.top_k) + 1 + len(self.vocabulary.stop_ids)
+        self._check: Callable[[], None] | None = None
+        self._width = max(1, origin.top_k) + 1 + len(self.vocabulary.stop_ids)
 
-    def pin_date(self) -> date | None:
-        """Has the teacher's chat template write the day that the cache began on, under which its texts are kept; that
-        day, None where an older cache does not say it."""
-        kept = self.cache.origin.date
-        day = date.fromisoformat(kept) if kept else None
-        if day is not None:
-            self.teacher.rendering.pin_day(day)
-        return day
+    def check_before_asking(self, check: Callable[[], None]) -> None:
+        """Has ``check`` called once, before the first text that is asked for; its ConfigError ends the run."""
+        self._check = check
 
     @property
-    def name(self) -> str:
-        """The teacher's name, and the folder's."""
-        whose = self.teacher.name if self.asks else self.cache.origin.teacher
-        return f"{whose} in cache {self.cache.folder}"
+    def retries(self) -> int | None:
+        """How many requests a served teacher has repeated so far."""
+        return self.teacher.retries
 
-    @property
-    def gives(self) -> Need:
-        """The likeliest tokens of each row, or log-probabilities of given tokens alone."""
-        return "top_k" if self.cache.origin.top_k else "tokens"
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The teacher's vocabulary."""
-        return self.teacher.vocabulary
-
-    @property
-    def device(self) -> torch.device:
-        """Where its rows are."""
-        return self.teacher.device
-
-    @property
-    def retries(self) -> Any:
-        """How many requests a served teacher has sent again so far."""
-        return self.teacher.retries  # type: ignore[union-attr]
+    def adapt_prompt(self, prompt: Prompt) -> Prompt:
+        """See ``Teacher.adapt_prompt``."""
+        return self.teacher.adapt_prompt(prompt)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The ids that the teacher reads before the completion.
-
-        Raises:
-            DataError: there are none, or its template refuses the messages.
-        """
+        """See ``Teacher.prompt_ids``."""
         return self.teacher.prompt_ids(prompt)
 
-    def misfit(self, prompt: Prompt, tokenized: TokenizedText) -> str:
-        """See ``Teacher``."""
-        return self.teacher.misfit(prompt, tokenized)
+    def misfit(self, prompt: Prompt, tokens: int) -> str:
+        """See ``Teacher.misfit``."""
+        return self.teacher.misfit(prompt, tokens)
 
     def score(
         self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
@@ -178,8 +142,7 @@ class CachedTeacher:
         kept = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
         chosen = [i for i in _firsts(keys) if kept[keys[i]] is None]
         if chosen:
-            if not self.asks:
-                self.check(prompts, tokenized_texts, stopped)
+            self.check_kept(prompts, tokenized_texts, stopped)
             asked = self._ask(
                 [prompts[i] for i in chosen],
                 [tokenized_texts[i] for i in chosen],
@@ -200,15 +163,11 @@ class CachedTeacher:
         keys = self._keys(prompts, tokenized_texts, stopped)
         return [i for i in _firsts(keys) if keys[i] not in self.cache]
 
-    def check(
+    def check_kept(
         self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
     ) -> None:
-        """Nothing, where all these texts are kept.
-
-        Raises:
-            TeacherError: some are not; the message says how many.
-        """
-        if lacking := self.missing(prompts, tokenized_texts, stopped):
+        """See ``Teacher.check_kept``; the message says how many texts are missing."""
+        if not self.complete and (lacking := self.missing(prompts, tokenized_texts, stopped)):
             raise TeacherError(
                 f"cache {self.cache.folder}: lacks {len(lacking):,} of {len(prompts):,} texts, that of prompt "
                 f"{prompts[lacking[0]].key} for one, and there is nobody to ask; {_ADVICE}"
@@ -227,12 +186,12 @@ class CachedTeacher:
         self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
     ) -> list[tuple[int, bytes]]:
         """The number of rows of each text, and its scores as they are kept."""
-        if self.before_asking is not None:
+        if self._check is not None:
             try:
-                self.before_asking()
+                self._check()
             except ConfigError as error:  # a run that has begun keeps a checkpoint
                 raise TeacherError(str(error)) from error
-            self.before_asking = None
+            self._check = None
         stops = torch.tensor(self.vocabulary.stop_ids, device=self.device)
         results = []
         answers = self.teacher.score(prompts, tokenized_texts, stopped)
@@ -288,7 +247,7 @@ def record(
     for first in range(0, len(prompts), _CHUNK):
         chunk = [prompt.for_teacher for prompt in prompts[first : first + _CHUNK]]
         spelled = [_completion(teacher, prompt) for prompt in chunk]
-        reasons = [teacher.misfit(p, s) for p, s in zip(chunk, spelled, strict=True)]
+        reasons = [teacher.misfit(p, s.ids.size) for p, s in zip(chunk, spelled, strict=True)]
         unread += filter(None, reasons)
         done += sum(map(bool, reasons))
         fits = [not reason for reason in reasons]
@@ -330,7 +289,7 @@ def _opened(
                 f"cache {folder}: its top_k is to be {top_k}, and the server is asked for {teacher.top_k}; leave it out"
             )
         top_k = teacher.top_k
-        revision = f"served as {teacher.model}" + (f", {revision}" if revision else "")
+        revision = f"served as {teacher.served_model}" + (f", {revision}" if revision else "")
     elif isinstance(teacher, UnaskedTeacher):
         if known is None:
             return ScoreCache.open(folder)  # which says what is wrong

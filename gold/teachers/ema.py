@@ -1,11 +1,10 @@
-"""The student as its own teacher: its weights as they were, or a moving average of them."""
+"""The student as its own teacher: its initial weights, or a moving average of its weights."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -18,11 +17,11 @@ from gold.teachers.local import LocalTeacher
 
 
 class SelfTeacher(LocalTeacher):
-    """A copy of the student that grades it; it has something to teach where its prompts say more than the student's.
+    """A copy of the student that grades it; useful where its prompts contain more than the student's.
 
-    The copy is made here and now. With ``decay`` 1 it stays as it is; below, a run makes it follow the student: after
-    every optimizer step ``θ_T ← decay · θ_T + (1 − decay) · θ_S`` over the weights that are trained, beginning at the
-    student's own. It is as large as the student; weights of 16 bits are averaged, and kept, in float32.
+    The copy is made when this is created. With ``decay`` 1 it stays as it is; below, it averages the student: after
+    every optimizer step ``θ_T ← decay · θ_T + (1 − decay) · θ_S`` over the trained weights, starting from the
+    student's. It is as large as the student; 16-bit weights are averaged, and kept, in float32.
 
     Raises:
         ConfigError: a decay outside 0 to 1.
@@ -33,7 +32,7 @@ class SelfTeacher(LocalTeacher):
 
     def __init__(self, student: LanguageModel, decay: float = 1.0, *, batch_tokens: int = 16384) -> None:
         if not 0.0 <= decay <= 1.0:
-            raise ConfigError(f"decay of a teacher that follows its student: expected 0 to 1, got {decay}")
+            raise ConfigError(f"decay of a self teacher: expected 0 to 1, got {decay}")
         lm = copy.deepcopy(student.lm)
         # In 16 bits a hundredth of a small difference is rounded away.
         if decay < 1.0 and next(lm.parameters()).dtype in (torch.bfloat16, torch.float16):
@@ -45,20 +44,18 @@ class SelfTeacher(LocalTeacher):
         self.decay = decay
 
     @torch.no_grad()
-    def follow(self, student: Any, masters: Mapping[Tensor, Tensor] = MappingProxyType({})) -> None:
-        """One step of the average towards the student's transformers model, or the float32 copies of its weights."""
+    def ema_update(self, student: Any, masters: Mapping[Tensor, Tensor] = MappingProxyType({})) -> None:
+        """One step of the average towards the student's weights, or their float32 master copies."""
         if self.decay == 1.0:
             return
-        pairs = zip(self.model.lm.parameters(), student.parameters(), strict=True)
-        for mine, theirs in pairs:
+        for mine, theirs in zip(self.model.lm.parameters(), student.parameters(), strict=True):
             if theirs.requires_grad:
                 mine.lerp_(masters.get(theirs, theirs).detach().to(mine), 1.0 - self.decay)
 
-    def load(self, file: Path) -> None:
-        """Takes the weights that a checkpoint holds, bit for bit."""
-        self.model.lm.load_state_dict(torch.load(file, map_location=self.device, weights_only=True))
+    def state(self) -> dict[str, Tensor] | None:
+        """The averaged weights; None where they do not change."""
+        return None if self.decay == 1.0 else self.model.lm.state_dict()
 
-    def equals(self, student: Any) -> bool:
-        """Whether it has, bit for bit, the weights of the student's transformers model."""
-        pairs = zip(self.model.lm.parameters(), student.parameters(), strict=True)
-        return all((a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b) for a, b in pairs)
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restores the weights bit for bit."""
+        self.model.lm.load_state_dict(state)

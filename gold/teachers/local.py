@@ -1,4 +1,4 @@
-"""A teacher in this process: any causal model, frozen, with a dtype and device of its own."""
+"""A teacher in this process: a frozen causal model with its own dtype and device."""
 
 from __future__ import annotations
 
@@ -12,69 +12,35 @@ import torch
 from gold.data import Prompt
 from gold.errors import DataError
 from gold.kernels.lm_head import LazyLogits
-from gold.losses import Need
 from gold.models.causal import LanguageModel, PaddedStates, rows_of
-from gold.rollout.engine import PromptModel
-from gold.tokenize.chat import teacher_prompt_ids
-from gold.tokenize.templates import Rendering
-from gold.tokenize.vocabulary import TokenizedText, Vocabulary
+from gold.teachers.protocol import Teacher
+from gold.tokenize.vocabulary import TokenizedText
 
 
-class LocalTeacher:
-    """A language model that grades completions.
+class LocalTeacher(Teacher):
+    """A language model that scores completions.
 
-    ``batch_tokens`` bounds the padded tokens of one forward pass; texts of like length are scored together.
+    ``batch_tokens`` bounds the padded tokens of one forward pass; texts of similar length are scored together.
     """
 
-    gives: Need = "rows"
+    model: LanguageModel
 
     def __init__(self, model: LanguageModel, *, batch_tokens: int = 16384) -> None:
-        self.model = model
-        self.batch_tokens = batch_tokens
+        self.model, self.batch_tokens = model, batch_tokens
+        self.name, self.gives, self.vocabulary = model.name, "rows", model.vocabulary
+        self.device, self.dtype, self.context = model.device, model.lm.dtype, model.context
+        self.tokenizer, self.rendering = model.tokenizer, model.rendering
         model.lm.eval()
         model.lm.requires_grad_(False)
 
-    @property
-    def name(self) -> str:
-        """Where the model came from."""
-        return self.model.name
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The model's vocabulary."""
-        return self.model.vocabulary
-
-    @property
-    def rendering(self) -> Rendering:
-        """What the model's chat template is given beside messages."""
-        return self.model.rendering
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model's weights are."""
-        return self.model.device
-
     @cached_property
     def revision(self) -> str:
-        """The SHA-256 of its weights, which no other state of it has."""
+        """The SHA-256 of its weights."""
         digest = sha256()
         for name, tensor in sorted(self.model.lm.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
-
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """See ``chat.teacher_prompt_ids``."""
-        return teacher_prompt_ids(self.model.tokenizer, prompt, self.name, self.rendering)
-
-    @property
-    def context(self) -> int:
-        """Longest sequence in tokens that the model was built for."""
-        return self.model.context
-
-    def misfit(self, prompt: Prompt, tokenized: TokenizedText) -> str:
-        """See ``Teacher``."""
-        return misfit_of(self, prompt, tokenized.ids.size)
 
     @torch.no_grad()
     def score(
@@ -83,18 +49,19 @@ class LocalTeacher:
         """See ``Teacher.score``.
 
         Raises:
-            DataError: prompt and completion together do not fit the teacher's context.
+            DataError: a prompt that it cannot read, or that does not fit its context together with the completion.
         """
         encoded = [self.prompt_ids(prompt) for prompt in prompts]
-        lengths = [len(p) + s.ids.size for p, s in zip(encoded, tokenized_texts, strict=True)]
-        for prompt, length in zip(prompts, lengths, strict=True):
-            if length > self.context:
+        sizes = [tokenized.ids.size for tokenized in tokenized_texts]
+        lengths = [len(ids) + size for ids, size in zip(encoded, sizes, strict=True)]
+        for prompt, size, length in zip(prompts, sizes, lengths, strict=True):
+            if length > self.model.context:
                 raise DataError(
-                    f"{_too_long(self, prompt, length)}; shorten the prompt or lower rollout.max_new_tokens"
+                    f"{self.misfit(prompt, size)}; shorten the prompt or lower rollout.max_new_tokens"
                 )
         results: dict[int, LazyLogits] = {}
         for chosen in batches_by_length(lengths, self.batch_tokens):
-            rows = [tokenized_texts[i].ids.size + bool(stopped[i]) for i in chosen]
+            rows = [sizes[i] + bool(stopped[i]) for i in chosen]
             states = PaddedStates.of(
                 [encoded[i] for i in chosen],
                 [tokenized_texts[i].ids for i in chosen],
@@ -106,25 +73,6 @@ class LocalTeacher:
             for i, hidden in zip(chosen, whole.hidden_ND.split(rows), strict=True):
                 results[i] = replace(whole, hidden_ND=hidden)
         return [results[i] for i in range(len(prompts))]
-
-
-def misfit_of(teacher: PromptModel, prompt: Prompt, tokens: int) -> str:
-    """Why a teacher cannot read so many tokens behind a prompt, "" where it can: they do not fit its context, or it
-    cannot read the prompt itself."""
-    try:
-        length = len(teacher.prompt_ids(prompt)) + tokens
-    except DataError as error:
-        return str(error)
-    if teacher.context is None or length <= teacher.context:
-        return ""
-    return _too_long(teacher, prompt, length)
-
-
-def _too_long(teacher: PromptModel, prompt: Prompt, length: int) -> str:
-    return (
-        f"prompt {prompt.key}: with its completion it takes {length} tokens of teacher {teacher.name}, whose context "
-        f"is {teacher.context}"
-    )
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

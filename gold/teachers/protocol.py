@@ -1,47 +1,133 @@
-"""What a teacher is."""
+"""The protocol of a teacher: what training, evaluation, the prompt checks and the run folder ask of one."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import date
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from gold.data import Prompt
+from gold.errors import DataError, TeacherError
 from gold.kernels.lm_head import LazyLogits
 from gold.losses import Need
+from gold.tokenize.chat import prompt_ids
+from gold.tokenize.templates import Rendering
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
+
+if TYPE_CHECKING:
+    from gold.models.causal import LanguageModel
 
 
 class Teacher(Protocol):
-    """Reads each prompt in its own template and grades completions in its own tokens.
+    """Reads prompts in its own chat template and scores completions in its own tokens.
 
-    One that asks again after failures counts them in ``retries``; the metrics of a run show them then. One that cannot
-    read every text has a method ``misfit(prompt, tokenized)``, which says why it cannot read a completion behind its
-    prompt, "" where it can: such a text is not sent to it, and counts for no objective (see ``reading.misfit``).
+    A subclass sets ``name``, ``gives``, ``vocabulary`` and ``device``, and implements ``score``; everything else has a
+    default. With a ``tokenizer`` its prompts are checked before a run; with a ``model`` that gives full rows,
+    evaluations also measure the forward KL on its samples.
     """
 
-    @property
-    def name(self) -> str:
-        """What to call it in a run's header."""
-        ...
+    name: str
+    """What run headers and error messages call it."""
+    gives: Need
+    """The most that it gives; an objective that needs more is refused before the run."""
+    vocabulary: Vocabulary
+    device: torch.device
+    """Where its rows are."""
+    dtype: torch.dtype = torch.float32
+    """The dtype of its rows."""
+    context: int | None = None
+    """Its longest sequence in tokens, None where it is unknown."""
+    tokenizer: Any = None
+    """The tokenizer of its prompts, with its chat template."""
+    rendering: Rendering | None = None
+    """The arguments of its chat template."""
+    model: LanguageModel | None = None
+    """Its model, where that is in this process."""
+    pinned_date: date | None = None
+    """The day that its chat template must print, None where any day will do."""
+    complete: bool = True
+    """Whether it scores any text; a cache without a model behind it scores only the texts that it holds."""
 
     @property
-    def gives(self) -> Need:
-        """The most it can give; an objective that needs more is refused before the run."""
-        ...
+    def retries(self) -> int | None:
+        """How many requests have been repeated so far; None for a teacher that makes none."""
+        return None
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """Its own vocabulary."""
-        ...
+    def adapt_prompt(self, prompt: Prompt) -> Prompt:
+        """The prompt as this teacher reads it: by default with its teacher context."""
+        return prompt.for_teacher
 
-    @property
-    def device(self) -> torch.device:
-        """Where its rows are."""
-        ...
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The ids that it reads before the completion.
+
+        Raises:
+            DataError: there are none, or its template refuses the messages; the message names the prompt's key.
+        """
+        try:
+            ids = prompt_ids(self.tokenizer, self.adapt_prompt(prompt), self.rendering)
+        except DataError as error:
+            raise DataError(f"prompt {prompt.key}: for teacher {self.name}: {error}") from error
+        if not ids:
+            raise DataError(f"prompt {prompt.key}: it is empty for teacher {self.name}")
+        return ids
+
+    def misfit(self, prompt: Prompt, tokens: int) -> str:
+        """Why it cannot score a completion of so many tokens after a prompt, "" where it can.
+
+        Such a text is not sent to it and counts for no objective.
+        """
+        if self.tokenizer is None:
+            return ""
+        try:
+            length = len(self.prompt_ids(prompt)) + tokens
+        except DataError as error:
+            return str(error)
+        if self.context is None or length <= self.context:
+            return ""
+        return (
+            f"prompt {prompt.key}: with its completion it takes {length} tokens of teacher {self.name}, whose context "
+            f"is {self.context}"
+        )
 
     def score(
         self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
     ) -> list[LazyLogits]:
-        """The teacher's states over each completion: one per token of ``tokenized_texts`` (in the teacher's tokens),
-        and one more for the stop event where the text ``stopped``; without gradient."""
-        ...
+        """The teacher's rows for each completion, without gradient: one per token of ``tokenized_texts`` (in the
+        teacher's tokens), and one more for the end where the text ``stopped``.
+
+        Raises:
+            DataError: a prompt that it cannot read.
+            TeacherError: it cannot answer now; a run keeps a checkpoint and ends.
+        """
+        raise TeacherError(f"teacher {self.name}: is not there to be asked")
+
+    def check_kept(
+        self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
+    ) -> None:
+        """Checks that a teacher that is not ``complete`` can score all these texts.
+
+        Raises:
+            TeacherError: it lacks some.
+        """
+        return
+
+    def ema_update(self, student: Any, masters: Mapping[Tensor, Tensor]) -> None:
+        """Called after each optimizer step with the student's transformers model and the float32 master copies of its
+        weights (by weight); for teachers that average the student."""
+        return
+
+    def state(self) -> dict[str, Tensor] | None:
+        """What a checkpoint keeps of it, None for a teacher that does not change."""
+        return None
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restores what ``state`` returned."""
+        return
+
+    def pin_date(self, day: date) -> None:
+        """Fixes the day that its chat template prints, if it has none of its own."""
+        if self.rendering is not None:
+            self.rendering.pin_day(self.pinned_date or day)

@@ -17,11 +17,10 @@ import torch
 from gold.data import Prompt
 from gold.errors import ConfigError, TeacherError
 from gold.kernels.lm_head import LazyLogits
-from gold.losses import Need
 from gold.teachers.dialects import VLLM, Asked, Dialect, Forgotten, Known, OpenAI, SGLang
 from gold.teachers.http import RefusedError, Server
-from gold.teachers.local import misfit_of
-from gold.tokenize.chat import has_chat_template, teacher_prompt_ids
+from gold.teachers.protocol import Teacher
+from gold.tokenize.chat import has_chat_template
 from gold.tokenize.roles import Roles
 from gold.tokenize.templates import PromptTokenizer, Rendering, rendered
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
@@ -31,7 +30,7 @@ _CERTAIN = 3
 """Texts that begin with a probability of 1 past the prefix cache too, after which that is believed."""
 
 
-class ServedTeacher:
+class ServedTeacher(Teacher):
     """A model behind a server that grades completions.
 
     It reads each prompt in its own template, by the tokenizer files in ``path``, a folder or a Hub id, which must be
@@ -50,6 +49,8 @@ class ServedTeacher:
         VocabularyError: a tokenizer that is not there, or that cannot be spelled in bytes.
         TeacherError: a tokenizer without a stop id.
     """
+
+    rendering: Rendering
 
     def __init__(
         self,
@@ -70,9 +71,10 @@ class ServedTeacher:
         device: str | torch.device = "cpu",
     ) -> None:
         self.server = Server(url, concurrency, timeout_s, retries, _key(key_env))
-        self.path, self.model, self.api, self.top_k = str(path), model, api, top_k
+        self.path, self.served_model, self.api, self.top_k = str(path), model, api, top_k
+        self.name = f"{model} at {self.server.url}"
         self.context = context
-        self.gives: Need = "top_k" if top_k else "tokens"
+        self.gives = "top_k" if top_k else "tokens"
         self.device = torch.device(device)
         self.vocabulary = Vocabulary.load(path, roles=roles).with_markers(rows)
         self.tokenizer = PromptTokenizer.of(self.vocabulary)
@@ -89,18 +91,9 @@ class ServedTeacher:
         self._looked = False
 
     @property
-    def name(self) -> str:
-        """The model's name at its server."""
-        return f"{self.model} at {self.server.url}"
-
-    @property
     def retries(self) -> int:
         """How many requests have been sent again so far."""
         return self.server.tally.retries
-
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """See ``chat.teacher_prompt_ids``."""
-        return teacher_prompt_ids(self.tokenizer, prompt, self.name, self.rendering)
 
     def learn_context(self) -> None:
         """Takes the server's own limit of a sequence where that is lower than what is known, as vLLM tells it.
@@ -108,7 +101,7 @@ class ServedTeacher:
         Raises:
             TeacherError: the server does not answer.
         """
-        call = self.dialect.context(self.model)
+        call = self.dialect.context(self.served_model)
         if call is None:
             return
         with suppress(RefusedError):  # an older server
@@ -116,15 +109,15 @@ class ServedTeacher:
             if own is not None:
                 self.context = own if self.context is None else min(own, self.context)
 
-    def misfit(self, prompt: Prompt, tokenized: TokenizedText) -> str:
-        """See ``Teacher``. Its end is sent with a text, and servers want room for one token more."""
-        return misfit_of(self, prompt, tokenized.ids.size + 2)
+    def misfit(self, prompt: Prompt, tokens: int) -> str:
+        """See ``Teacher.misfit``; the end is sent with a text, and servers want room for one token more."""
+        return super().misfit(prompt, tokens + 2)
 
     def asked(self, prompt: Prompt, ids: Sequence[int], stopped: bool) -> Asked:
         """What a completion's ids, and its end where it ``stopped``, are asked as."""
         before = self.prompt_ids(prompt)
         stops = self.vocabulary.stop_ids
-        own_turn = prompt.messages is not None and has_chat_template(self.tokenizer)
+        own_turn = self.adapt_prompt(prompt).messages is not None and has_chat_template(self.tokenizer)
         end = [self._turn_end if own_turn and self._turn_end is not None else stops[0]] if stopped else []
         return Asked(
             (*before, *map(int, ids), *end), len(before), min(self.top_k, self.vocabulary.size), stops
@@ -153,19 +146,19 @@ class ServedTeacher:
         if isinstance(self.dialect, VLLM):
             chosen = VLLM(chosen=True)
             with suppress(RefusedError):
-                if self.server.ask([chosen.choices(self.model, asked)])[0]:
+                if self.server.ask([chosen.choices(self.served_model, asked)])[0]:
                     return chosen
         return self.dialect
 
     def _ask(self, asked: Sequence[Asked]) -> list[list[Known]]:
         """What the server knows of each; asked a second time past its prefix cache where it has forgotten."""
-        answers = self.server.ask([self.dialect.call(self.model, self._past(a)) for a in asked])
+        answers = self.server.ask([self.dialect.call(self.served_model, self._past(a)) for a in asked])
         lost = [n for n, answer in enumerate(answers) if isinstance(answer, Forgotten)]
         if lost:
             again = [replace(asked[n], salt=token_urlsafe()) for n in lost]
             self.server.tally.retries += len(lost)
             try:
-                found = self.server.ask([self.dialect.call(self.model, a) for a in again])
+                found = self.server.ask([self.dialect.call(self.served_model, a) for a in again])
             except RefusedError as error:
                 raise TeacherError(
                     f"{error}; it was asked past its prefix cache, of which it tells nothing: start it with "

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
 
 from gold.data import Prompt, did_you_mean
 from gold.errors import ConfigError, DataError
 from gold.losses.mixture import Mix, Rule
 from gold.models.causal import LanguageModel
-from gold.teachers.ema import SelfTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 
@@ -71,11 +73,13 @@ class Teachers:
         """How much a teacher counts for the prompts that it grades; over those of one prompt this sums to one."""
         return 1.0 if self.mix is None else self.mix.weights[name]
 
-
-def averages_of(teachers: Teachers | None) -> dict[str, SelfTeacher]:
-    """The teachers that follow the student, by name."""
-    members = teachers.members if teachers else {}
-    return {n: t for n, t in members.items() if isinstance(t, SelfTeacher) and t.decay < 1.0}
+    def frozen_copy(self, lm: Any) -> Any:
+        """The transformers model of a member that does not change and equals ``lm`` bit for bit; None where there is
+        none."""
+        for teacher in self.members.values():
+            if teacher.model is not None and teacher.state() is None and _equal(teacher.model.lm, lm):
+                return teacher.model.lm
+        return None
 
 
 def check_routes(prompts: Iterable[Prompt], names: Iterable[str]) -> None:
@@ -107,3 +111,14 @@ def _shares(members: Mapping[str, Teacher], weights: Mapping[str, float]) -> dic
             )
     total = math.fsum(weights.values())
     return {name: weights[name] / total for name in members}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two models have the same configuration and, bit for bit, the same weights."""
+    if one is other or type(one) is not type(other) or one.config.to_dict() != other.config.to_dict():
+        return False
+    mine, theirs = list(one.parameters()), list(other.parameters())
+    return len(mine) == len(theirs) and all(
+        (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
+        for a, b in zip(mine, theirs, strict=True)
+    )

@@ -117,8 +117,6 @@ def of_run(
     heldout: Sequence[Prompt],
 ) -> dict[str, dict[str, Any]]:
     """The digests of all that a run from Python is given, by name."""
-    from gold.teachers.local import LocalTeacher
-
     found = {
         "student": of_model(student),
         "training prompts": of_prompts(prompts, "given in Python"),
@@ -126,11 +124,10 @@ def of_run(
     }
     for name, teacher in teachers.members.items() if teachers else ():
         key = f"teacher.{name}" if teachers and teachers.several else "teacher"
-        inner: Any = getattr(teacher, "teacher", teacher)  # behind a cache
-        if isinstance(inner, LocalTeacher):
-            found[key] = of_model(inner.model)
-        elif hasattr(inner, "vocabulary"):
-            found[key] = {"from": teacher.name, "digests": {"tokenizer": inner.vocabulary.fingerprint}}
+        if teacher.model is not None:
+            found[key] = of_model(teacher.model)
+        else:
+            found[key] = {"from": teacher.name, "digests": {"tokenizer": teacher.vocabulary.fingerprint}}
     return found
 
 

@@ -27,11 +27,9 @@ from gold.evaluate import EvaluationPlan, Verifier
 from gold.losses.sampling import unfit_sampling
 from gold.models.causal import LanguageModel, load_model, save_model
 from gold.rollout.engine import RolloutEngine, completed
-from gold.teachers.cached import CachedTeacher, UnaskedTeacher
-from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
-from gold.teachers.served import ServedTeacher
 from gold.teachers.several import Teachers
+from gold.tokenize.templates import Rendering
 from gold.train.changes import Inputs
 from gold.train.checkpoint import is_write_failure, prune, reach_disk, remove_leftovers, save_checkpoint
 from gold.train.inputs import of_run
@@ -332,18 +330,18 @@ def readers_of(student: LanguageModel, teachers: Teachers | None) -> list[Prompt
         )
     ]
     for name, teacher in teachers.members.items() if teachers else ():
-        reader = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
-        if not isinstance(reader, LocalTeacher | ServedTeacher | UnaskedTeacher):
+        if teacher.tokenizer is None:
             continue
         readers.append(
             PromptReader(
                 f"teacher {name}" if teachers and teachers.several else "teacher",
-                reader.name,
-                reader.model.tokenizer if isinstance(reader, LocalTeacher) else reader.tokenizer,
-                reader.vocabulary,
-                reader.rendering,
-                reader.context,
+                teacher.name,
+                teacher.tokenizer,
+                teacher.vocabulary,
+                teacher.rendering or Rendering(),
+                teacher.context,
                 partial(_grades, teachers, name),
+                teacher.adapt_prompt,
             )
         )
     return readers
@@ -361,15 +359,14 @@ def pin_date(
 ) -> date:
     """The day that all chat templates which print the date write from now on: the one that a run has kept, else the one
     that its teacher's cache began on, else today. What a cache holds is read by the day of that cache in any case."""
-    members = teachers.members.values() if teachers else ()
-    cached = [t for t in members if isinstance(t, CachedTeacher)]
-    day = kept or next(filter(None, (t.pin_date() for t in cached)), None) or date.today()
+    members = list(teachers.members.values()) if teachers else []
+    day = kept or next((t.pinned_date for t in members if t.pinned_date), None) or date.today()
     if accelerator is not None and accelerator.num_processes > 1:
         day = gather_object([day])[0]  # midnight may be between two processes
-    for reader in readers_of(student, teachers):
-        reader.rendering.pin_day(day)
-    for teacher in cached:
-        teacher.pin_date()
+    student.rendering.pin_day(day)
+    # Those with a day of their own last: a model may stand behind several.
+    for teacher in sorted(members, key=lambda t: t.pinned_date is not None):
+        teacher.pin_date(day)
     return day
 
 
@@ -406,7 +403,7 @@ def check_kept(
         TeacherError: it will; the message says how many.
     """
     members = teachers.members if teachers else {}
-    unasked = {n: t for n, t in members.items() if isinstance(t, CachedTeacher) and not t.asks}
+    unasked = {n: t for n, t in members.items() if not t.complete}
     if teachers is None or not unasked or recipe.on_policy > 0:
         return
     order = PromptOrder(len(prompts), recipe.seed)
@@ -419,7 +416,7 @@ def check_kept(
         kept = [
             (r.prompt.for_teacher, t) for r, t in zip(given, texts, strict=True) if not misfit(teacher, r, t)
         ]
-        teacher.check([p for p, _ in kept], [t.teacher for _, t in kept], [t.stopped for _, t in kept])
+        teacher.check_kept([p for p, _ in kept], [t.teacher for _, t in kept], [t.stopped for _, t in kept])
 
 
 def _names(teachers: Teachers | None) -> Any:

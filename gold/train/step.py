@@ -44,10 +44,8 @@ from gold.models.causal import (
 from gold.rollout.engine import RolloutEngine, completed, encode_prompt, sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Rollout, group_advantages
-from gold.teachers.ema import SelfTeacher
-from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
-from gold.teachers.several import Teachers, averages_of
+from gold.teachers.several import Teachers
 from gold.tokenize.vocabulary import Vocabulary
 from gold.train.alarms import Alarms, repetition
 from gold.train.checkpoint import Checkpoint, latest_checkpoint
@@ -178,8 +176,8 @@ class Loop:
         self.reference: Any = None
         if any(t.objective.name == "reference_kl" for t in terms):
             # A teacher that is the student as it is now need not be held twice.
-            held = [t.model.lm for t in self._own if t.decay == 1.0 and t.equals(student.lm)]
-            self.reference = held[0] if held else copy.deepcopy(student.lm).eval().requires_grad_(False)
+            held = teachers.frozen_copy(student.lm) if teachers else None
+            self.reference = held or copy.deepcopy(student.lm).eval().requires_grad_(False)
         if recipe.gradient_checkpointing:
             recompute_activations(student.lm)
         # Policy and gradient are of one distribution: no dropout, nor whatever else is random in train mode.
@@ -200,17 +198,10 @@ class Loop:
         )
 
     @property
-    def _own(self) -> list[SelfTeacher]:
-        """The teachers that are the student itself."""
-        return (
-            [t for t in self.teachers.members.values() if isinstance(t, SelfTeacher)] if self.teachers else []
-        )
-
-    @property
     def _retries(self) -> int | None:
         """How often teachers have been asked again so far, None where no teacher counts that."""
         members = self.teachers.members.values() if self.teachers else ()
-        counts = [getattr(teacher, "retries", None) for teacher in members]
+        counts = [teacher.retries for teacher in members]
         return sum(n for n in counts if n is not None) if any(n is not None for n in counts) else None
 
     def header(self) -> dict[str, str]:
@@ -235,7 +226,7 @@ class Loop:
         lines = {}
         for name, t in self.teachers.members.items():
             share = f", weight {self.teachers.weight(name):.3g}" if self.teachers.mix else ""
-            own = _own_code(t.model) if isinstance(t, LocalTeacher) else ""
+            own = _own_code(t.model) if t.model else ""
             line = f"{t.name} ({_told(t.vocabulary)}, {t.device}{share}{own})"
             lines[f"teacher {name}" if self.teachers.several else "teacher"] = line
         if self.teachers.several:
@@ -263,11 +254,11 @@ class Loop:
             device = teacher.device if teacher else self.student.device
             batch = AlignedBatch([text], pair, self.student.device, device)
             size = int(batch.teacher_row_starts[-1]), pair.teacher.size
-            kind = teacher.model.lm.dtype if isinstance(teacher, LocalTeacher) else torch.float32
+            dtype = teacher.dtype if teacher else torch.float32
             inputs = LossInputs(
                 batch,
                 LazyLogits.of_logits(logits.clone().requires_grad_(True)),
-                LazyLogits.of_logits(torch.zeros(size, dtype=kind, device=device)),
+                LazyLogits.of_logits(torch.zeros(size, dtype=dtype, device=device)),
                 self.backend,
                 self.teacher_backends.get(name, self.backend),
                 LazyLogits.of_logits(logits),
@@ -336,8 +327,8 @@ class Loop:
                 for group_ in self.optimizer.param_groups:
                     group_["lr"] = lr
                 self.optimizer.step()
-                for average in averages_of(self.teachers).values():
-                    average.follow(self.student.lm, self.masters)
+                for teacher in self.teachers.members.values() if self.teachers else ():
+                    teacher.ema_update(self.student.lm, self.masters)
             self.optimizer.zero_grad(set_to_none=True)
         update: dict[str, Any] = {"lr": lr, "grad_norm": norm, "applied": applied}
         if not finite:
@@ -725,8 +716,9 @@ class Loop:
         """Everything that the next step depends on; the random draws and the data's place follow from the step."""
         save_model(self.student, folder / "student")
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-        for name, average in averages_of(self.teachers).items():
-            torch.save(average.model.lm.state_dict(), folder / average_file(name))
+        for name, teacher in self.teachers.members.items() if self.teachers else ():
+            if (state := teacher.state()) is not None:
+                torch.save(state, folder / average_file(name))
         (folder / "state.json").write_text(json.dumps({"step": self.step, "bad_steps": self.bad_steps}))
 
     def resume(self, checkpoints: Path, folder: RunFolder | None, tracker: Tracker) -> None:
@@ -751,9 +743,10 @@ class Loop:
             load_weights(self.student, found.path / "student")
             with _read_of(found.path / "optimizer.pt"):
                 load_optimizer(self.optimizer, found.path / "optimizer.pt", self.student.device)
-            for name, average in averages_of(self.teachers).items():
-                with _read_of(found.path / average_file(name)):
-                    average.load(found.path / average_file(name))
+            for name, teacher in self.teachers.members.items() if self.teachers else ():
+                if teacher.state() is not None:
+                    with _read_of(found.path / average_file(name)):
+                        load_average(teacher, found.path / average_file(name))
             tracker.note(f"resumed after step {self.step}")
         if folder:
             for note in folder.rewind(self.step if found else -1):
@@ -779,6 +772,11 @@ class Loop:
             [values.get(n, 0.0) for n in names], dtype=torch.float64, device=self.accelerator.device
         )
         return dict(zip(names, self.accelerator.reduce(tensor, "sum").tolist(), strict=True))
+
+
+def load_average(teacher: Teacher, file: Path) -> None:
+    """Restores a teacher from its file in a checkpoint."""
+    teacher.load_state(torch.load(file, map_location=teacher.device, weights_only=True))
 
 
 def average_file(name: str) -> str:
