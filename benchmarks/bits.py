@@ -30,7 +30,6 @@ from gold.demo.models import character_tokenizer, learn_answers, tiny_model, wor
 from gold.demo.running_sums import RunningSums
 from gold.evaluate import EvaluationPlan
 from gold.models.causal import LanguageModel, save_model
-from gold.rollout.types import Sampling
 from gold.train.loop import distill
 from gold.train.recipe import Recipe, Term
 
@@ -120,7 +119,7 @@ def _trained(terms: tuple[Term, ...], on_policy: float, teacher: LanguageModel) 
     student = _student()
     recipe = Recipe(
         objectives=terms,
-        sampling=Sampling(max_new_tokens=12),
+        max_new_tokens=12,
         num_generations=2,
         on_policy=on_policy,
         steps=3,

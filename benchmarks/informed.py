@@ -171,12 +171,12 @@ def trained(
     """The student after a run; without a teacher it learns the prompts' own completions."""
     recipe = Recipe(
         (Term(term if teacher is not None else "sft"),),
-        sampling=SAMPLING,
+        max_new_tokens=SAMPLING.max_new_tokens,
         num_generations=1,
         on_policy=0.0 if teacher is None else 1.0,
         prompts_per_step=48,
         micro_batch_size=48,
-        rollout_batch=64,
+        generation_batch_size=64,
         steps=steps or plan.steps,
         seed=seed,
         lr=plan.text_lr if teacher is None else plan.lr,

@@ -22,7 +22,6 @@ from benchmarks.record import device_name, write_record
 from gold.data import load_prompts, split_by_hash
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.models.causal import load_model
-from gold.rollout.types import Sampling
 from gold.teachers.local import LocalTeacher
 from gold.train.loop import distill
 from gold.train.recipe import Recipe, Term
@@ -60,7 +59,7 @@ def run(way: str | None, seed: int, given: argparse.Namespace) -> dict[str, Any]
     if way is not None:
         recipe = Recipe(
             objectives=(WAYS[way],),
-            sampling=Sampling(max_new_tokens=given.tokens),
+            max_new_tokens=given.tokens,
             num_generations=1,
             prompts_per_step=4,
             micro_batch_size=4,

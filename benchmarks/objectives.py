@@ -114,11 +114,11 @@ def run(job: Job, folder: Path, plan: DemoPlan) -> dict[str, Any]:
         prompts = _taught(teacher, prompts, plan.seed, greedy=way.text == "greedy")
     recipe = Recipe(
         objectives=way.terms,
-        sampling=SAMPLING,
+        max_new_tokens=SAMPLING.max_new_tokens,
         num_generations=way.num_generations,
         prompts_per_step=48 // way.num_generations,
         on_policy=way.on_policy,
-        rollout_batch=64,
+        generation_batch_size=64,
         micro_batch_size=48,
         steps=job.steps,
         seed=job.seed,
@@ -127,7 +127,7 @@ def run(job: Job, folder: Path, plan: DemoPlan) -> dict[str, Any]:
     heldout = _heldout(plan)[: plan.watched if job.seed == TUNING_SEED else None]
     clock = CpuSeconds()
     evaluation = EvaluationPlan(
-        max_new_tokens=SAMPLING.max_new_tokens, samples=0, rollout_batch=256, micro_batch_size=128
+        max_new_tokens=SAMPLING.max_new_tokens, samples=0, generation_batch_size=256, micro_batch_size=128
     )
     done = distill(
         student,

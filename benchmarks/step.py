@@ -45,7 +45,6 @@ from benchmarks.record import RESULTS, command_line, device_name, write_record
 from gold.data import Prompt, load_prompts
 from gold.errors import GoldError
 from gold.models.causal import LanguageModel, load_model, pick_device, wrap_model
-from gold.rollout.types import Sampling
 from gold.teachers.several import Teachers
 from gold.train.recipe import Recipe, Term
 from gold.train.step import Loop, pairs_of, terms_of
@@ -311,7 +310,7 @@ class GoldSteps:
         self.meter = meter
         recipe = Recipe(
             objectives=(Term("reverse_kl"),),
-            sampling=Sampling(max_new_tokens=size.new_tokens),
+            max_new_tokens=size.new_tokens,
             num_generations=1,
             prompts_per_step=len(prompts),
             micro_batch_size=len(prompts),

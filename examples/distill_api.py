@@ -8,7 +8,6 @@ from pathlib import Path
 
 import gold
 from gold.models.causal import load_model
-from gold.rollout.types import Sampling
 from gold.train.loop import Saving
 from gold.train.recipe import Recipe
 
@@ -18,7 +17,7 @@ if __name__ == "__main__":
         load_model(student),
         load_model(teacher),
         gold.load_prompts(prompts),
-        Recipe(steps=5, prompts_per_step=4, num_generations=2, lr=3e-5, sampling=Sampling(max_new_tokens=16)),
+        Recipe(steps=5, prompts_per_step=4, num_generations=2, lr=3e-5, max_new_tokens=16),
         saving=Saving(Path(output)),
     )
     print(

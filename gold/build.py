@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gold.cache.store import find_origin
-from gold.config import Config, TeacherConfig, check_data
+from gold.config import Config, TeacherConfig
 from gold.data import Prompt, load_prompts, split_by_hash
 from gold.doctor.checks import Check, Report, examine
 from gold.doctor.prompts import PromptReader, examine_prompts, notes_of, raise_refused
@@ -22,10 +22,9 @@ from gold.doctor.sizes import StepMemory
 from gold.errors import ConfigError, GoldError, ModelError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.inspect.plots import plot_run
-from gold.losses import Need
+from gold.losses import Need, find
 from gold.models.causal import LanguageModel, load_model, pick_device
 from gold.models.files import check_files
-from gold.rollout.types import Sampling
 from gold.tasks import load_task
 from gold.teachers.cached import CachedTeacher, UnaskedTeacher, record
 from gold.teachers.ema import SelfTeacher
@@ -51,7 +50,7 @@ from gold.train.loop import (
     read_date,
     readers_of,
 )
-from gold.train.recipe import Recipe, Term
+from gold.train.recipe import Recipe
 from gold.train.run_folder import RunFolder
 from gold.train.step import average_file, load_average, pairs_of, terms_of
 from gold.train.trackers import Tracker
@@ -98,12 +97,9 @@ def load_data(config: Config) -> RunData:
             train, heldout = split_by_hash(train, data.heldout_share)
     else:
         raise ConfigError("data: neither prompts nor task is given: name a JSONL file or a task")
-    check_data(
-        config,
-        has_completions=all(p.completion is not None for p in train),
-        has_verifier=verifier is not None,
-        has_context=any(p.teacher_context is not None for p in train),
-    )
+    check_recipe(config.recipe, train, verifier, 1)
+    if config.teacher is not None and config.teacher.self is not None:
+        _check_context(config.recipe, train)
     if config.route is not None:
         check_routes([*train, *heldout], config.teachers)
         if idle := sorted(config.teachers.keys() - {p.route for p in train}):
@@ -113,30 +109,14 @@ def load_data(config: Config) -> RunData:
     return RunData(train, heldout, config.evaluate.prompts, verifier)
 
 
-def recipe_of(config: Config) -> Recipe:
-    """The part of a configuration that decides what the training loop computes."""
-    rollout, optimizer, train = config.rollout, config.optimizer, config.train
-    return Recipe(
-        objectives=tuple(Term(t.name, t.weight, **t.options) for t in config.objectives),
-        sampling=Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens),
-        num_generations=rollout.num_generations,
-        on_policy=rollout.on_policy,
-        rollout_batch=rollout.batch,
-        steps=train.steps,
-        prompts_per_step=train.prompts_per_step,
-        micro_batch_size=train.micro_batch_size,
-        seed=train.seed,
-        lr=optimizer.lr,
-        betas=optimizer.betas,
-        weight_decay=optimizer.weight_decay,
-        warmup_steps=optimizer.warmup_steps,
-        schedule=optimizer.schedule,
-        final_lr_share=optimizer.final_lr_share,
-        max_grad_norm=optimizer.max_grad_norm,
-        precision=train.precision,
-        gradient_checkpointing=train.gradient_checkpointing,
-        bad_steps_allowed=train.bad_steps_allowed,
-    )
+def _check_context(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
+    """Nothing, unless the student is its own teacher and both see the same prompts."""
+    grades = all(find(term.name).needs != "nothing" for term in recipe.objectives if term.weight)
+    if grades and not any(p.teacher_context is not None for p in prompts):
+        raise ConfigError(
+            "teacher.self: the student would learn from itself what it knows already: give prompts a "
+            "teacher_context, or name another teacher"
+        )
 
 
 def evaluation_of(config: Config) -> EvaluationPlan:
@@ -146,7 +126,7 @@ def evaluation_of(config: Config) -> EvaluationPlan:
         max_new_tokens=config.rollout.max_new_tokens,
         samples=config.evaluate.samples,
         micro_batch_size=config.evaluate.micro_batch_size,
-        rollout_batch=config.rollout.batch,
+        generation_batch_size=config.rollout.generation_batch_size,
         seed=config.train.seed,
     )
 
@@ -187,7 +167,7 @@ def train(
         student,
         teachers,
         data.train,
-        recipe_of(config),
+        config.recipe,
         heldout=data.heldout,
         verifier=data.verifier,
         evaluation=evaluation_of(config),
@@ -566,7 +546,7 @@ def _of_run(config: Config, data: RunData, sides: Mapping[str, tuple[Side, ...]]
         readers.append(reader)
     checks = []
     recipe, student = (
-        recipe_of(config),
+        config.recipe,
         cast(LanguageModel, readers[0]),
     )  # as far as its vocabulary and prompts go
     what = "objectives"
@@ -581,7 +561,7 @@ def _of_run(config: Config, data: RunData, sides: Mapping[str, tuple[Side, ...]]
             check_kept(Teachers(absent | alone, config.mix), student, pairs, data.train, recipe)
     except GoldError as error:
         checks.append(Check(what, "fail", str(error)))
-    return [*checks, *examine_prompts(data.train, data.heldout, readers, recipe.sampling.max_new_tokens)]
+    return [*checks, *examine_prompts(data.train, data.heldout, readers, recipe.max_new_tokens)]
 
 
 def _is_graded_by(route: str | None, name: str, prompt: Prompt) -> bool:

@@ -129,7 +129,7 @@ def _line_of(error: BaseException) -> object | None:
     kind = type(error).__name__
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in str(error):
         reason = " ".join(str(error).split())[:200]
-        knobs = "train.micro_batch_size, evaluate.micro_batch_size and rollout.batch"
+        knobs = "train.micro_batch_size, evaluate.micro_batch_size and rollout.generation_batch_size"
         return f"out of memory{f': {reason}' if reason else ''}; {knobs} say how much is held at a time"
     if kind == "PanicException":  # of a library in Rust, and no Exception
         return f"a tokenizer failed in the library that runs it: {' '.join(str(error).split())[:300]}"

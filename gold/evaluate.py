@@ -44,7 +44,7 @@ class EvaluationPlan:
     max_new_tokens: int = 128
     samples: int = 4
     micro_batch_size: int = 16
-    rollout_batch: int = 32
+    generation_batch_size: int = 32
     seed: int = 0
 
 
@@ -117,7 +117,7 @@ def evaluate(
     sampling = Sampling(max_new_tokens=plan.max_new_tokens)
     repeated = [p for p in prompts for _ in range(plan.num_generations)]
     seeds = [(plan.seed, 2**31, n) for n in range(len(repeated))]
-    engine = engine or HuggingFaceEngine(student, plan.rollout_batch)
+    engine = engine or HuggingFaceEngine(student, plan.generation_batch_size)
     rollouts = sample(engine, student, repeated, sampling, seeds=seeds)
     measures = _writing(student, rollouts)
     samples = [
@@ -173,7 +173,7 @@ def evaluate(
                 room = plan.max_new_tokens
                 own = [n for n in graded if not member.misfit(prompts[n], room)]
                 asked, streams = [member.adapt_prompt(prompts[n]) for n in own], [seeds[n] for n in own]
-                their_engine = HuggingFaceEngine(writers[name], plan.rollout_batch)
+                their_engine = HuggingFaceEngine(writers[name], plan.generation_batch_size)
                 theirs = sample(their_engine, writers[name], asked, sampling, seeds=streams)
                 taught = [
                     _as_student(r, prompts[n], student, pairs[name]) for n, r in zip(own, theirs, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gold.config import Config, check_data, describe
+from gold.config import Config, describe
 from gold.errors import ConfigError
+from gold.schema import RENAMED
+from gold.train.recipe import Recipe, Term
 from gold.train.run_folder import _Dumper
 
 MINIMAL: dict[str, Any] = {
@@ -249,9 +252,9 @@ def test_a_configuration_does_not_change() -> None:
         ({"data": {}}, "data: neither prompts nor task is given"),
         ({"data": {"prompts": "a", **TASK}}, "data: both prompts and task are given"),
         ({"data": {"heldout": "a", **TASK}}, "leave data.heldout out"),
-        ({"objectives": []}, "objectives: the list is empty"),
-        ({"objectives": [{"name": "jsd", "weight": 0}]}, "objectives: every weight is 0"),
-        ({"objectives": [{"name": "reward"}]}, "objectives: reward needs a task with a verifier"),
+        ({"objectives": []}, "objectives: none has a weight"),
+        ({"objectives": [{"name": "jsd", "weight": 0}]}, "objectives: none has a weight"),
+        ({"objectives": [{"name": "reward"}]}, "objectives: reward needs a verifier"),
         ({"data": TASK, "objectives": [{"name": "reward"}], "rollout": {"num_generations": 1}}, "at least 2"),
         (
             {"objectives": [{"name": "span_pg"}], "rollout": {"temperature": 0.7}},
@@ -322,17 +325,6 @@ def test_the_default_is_on_policy_reverse_kl_on_bytes() -> None:
     assert (config.rollout.temperature, config.rollout.top_p) == (1.0, 1.0)
 
 
-def test_data_without_completions_or_verifier_is_refused() -> None:
-    mixed = Config.model_validate(changed(rollout={"on_policy": 0.5}))
-    check_data(mixed, has_completions=True, has_verifier=False)
-    with pytest.raises(ConfigError, match=r"at 0\.5 the data's completions are used, and there are none"):
-        check_data(mixed, has_completions=False, has_verifier=False)
-    rewarded = Config.model_validate(changed(data=TASK, objectives=[{"name": "reward"}]))
-    check_data(rewarded, has_completions=False, has_verifier=True)
-    with pytest.raises(ConfigError, match="a task with a verifier"):
-        check_data(rewarded, has_completions=False, has_verifier=False)
-
-
 # Files
 
 
@@ -383,16 +375,42 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_problem_names_the_line_of_its_key(saved: Path) -> None:
-    saved.write_text(saved.read_text() + "train:\n  steps: 3\n  sead: 0\nobjectives:\n- name: kl\n")
-    with pytest.raises(ConfigError) as caught:
-        Config.load(saved)
-    lines = saved.read_text().splitlines()
-    sead, name = lines.index("  sead: 0") + 1, lines.index("- name: kl") + 1
-    first, second = str(caught.value).splitlines()
-    assert first.startswith(
-        f"{saved}:{name}: objectives.0.name: unknown objective 'kl'; choose one of reverse_kl,"
-    )
-    assert second == f"{saved}:{sead}: train.sead: unknown key; did you mean seed?"
+    minimal = saved.read_text()
+    for wrong, said in (
+        ("train:\n  steps: 3\n  sead: 0\n", "train.sead: unknown key; did you mean seed?"),
+        (
+            "train:\n  steps: 3\nobjectives:\n- weight: 1\n  name: kl\n",
+            "objectives.0.name: unknown objective",
+        ),
+        ("train: {seed: 0}\nrollout:\n  top_p: 0.5\nobjectives: [{name: span_pg}]\n", ""),
+    ):
+        saved.write_text(minimal + wrong)
+        line = len((minimal + wrong).splitlines()) - (not said)
+        assert load_problem(saved).startswith(f"{saved}:{line}: {said}")
+
+
+@pytest.mark.parametrize(("old", "new"), [pair for pair in RENAMED.items() if pair[0] != "recipe.sampling"])
+def test_a_renamed_key_is_told_its_name(saved: Path, old: str, new: str) -> None:
+    if old.startswith("recipe."):
+        with pytest.raises(ConfigError) as caught:
+            Recipe(**{old.split(".")[1]: 1})
+        assert new.removeprefix("recipe.") in str(caught.value)
+    else:
+        assert f"{old}: unknown key; did you mean {new}?" in load_problem(saved, f"{old}=1")
+
+
+def test_an_argument_of_a_recipe_is_judged_as_its_key() -> None:
+    for changes, said in (
+        ({"lr": -1}, "lr: must be > 0, got -1"),
+        ({"schedule": "cosin"}, "did you mean cosine?"),
+        ({"stepz": 3}, "stepz: unknown key; did you mean steps?"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            Recipe(**changes)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="weight: must be >= 0"):
+        Term("jsd", -1)
+    assert Config.model_validate(MINIMAL).recipe == Recipe((Term("reverse_kl").resolved(),))
+    assert Recipe(steps=3).replace(lr=1).steps == 3
 
 
 def test_a_missing_key_names_the_line_of_its_section(saved: Path) -> None:

@@ -24,7 +24,7 @@ HOME_OF = {
     "gguf": ("gold.models.causal",),
     "httpx2": ("gold.teachers.http",),
     "matplotlib": ("gold.inspect.plots", "gold.demo"),
-    "pydantic": ("gold.config", "gold.losses"),
+    "pydantic": ("gold.config", "gold.losses", "gold.schema", "gold.train.recipe"),
     "rapidfuzz": ("gold.tokenize.repair",),
     "reasoning_gym": ("gold.tasks",),
     "rich": ("gold.terminal", "gold.inspect.terminal", "gold.doctor.report", "gold.train.progress"),
@@ -280,6 +280,17 @@ def test_importing_gold_loads_nothing_heavy() -> None:
         "typer",
     }
     assert not loaded_by("import gold") & heavy
+
+
+@pytest.mark.parametrize("module", ["gold.config", "gold.schema", "gold.train.recipe"])
+def test_importing_the_configuration_loads_nothing_heavy(module: str) -> None:
+    heavy = {"torch", "transformers", "accelerate", "numba", "numpy", "tokenizers"}
+    assert not loaded_by(f"import {module}; from gold import Config, Recipe, Term; Recipe(steps=3)") & heavy
+
+
+def test_a_misspelt_key_is_refused_before_anything_heavy_is_loaded() -> None:
+    code = "from gold import Config\ntry: Config.model_validate({'trian': {}})\nexcept ValueError: pass"
+    assert not loaded_by(code) & {"torch", "transformers", "numba", "numpy", "tokenizers"}
 
 
 HELP = "import gold.cli, sys; sys.argv = ['gold', {}]\ntry: gold.cli.main()\nexcept SystemExit: pass"

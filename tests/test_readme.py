@@ -22,7 +22,6 @@ from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.errors import ConfigError
 from gold.models.causal import save_model
-from gold.rollout.hf import Sampling
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -334,7 +333,7 @@ def extending_code(name: str) -> dict[str, Any]:
 
 def test_the_tracker_of_the_extending_page_works(tmp_path):
     tracker = extending_code("LossFile")["LossFile"](tmp_path / "loss.csv")
-    recipe = Recipe(steps=2, prompts_per_step=2, num_generations=1, sampling=Sampling(max_new_tokens=4))
+    recipe = Recipe(steps=2, prompts_per_step=2, num_generations=1, max_new_tokens=4)
     done = distill(tiny.tiny_student(), tiny.tiny_teacher(), tiny.prompts(4), recipe, trackers=[tracker])
     rows = (tmp_path / "loss.csv").read_text().splitlines()
     assert rows == [f"{record['step']},{record['loss']}" for record in done.steps]

@@ -219,10 +219,9 @@ def spend(name: str, out: Path, plan: DemoPlan) -> Spent:
     way = WAYS[name]
     student = load_model(out / "student-start")
     teacher = load_model(out / "teacher") if name in ASKING else None
-    recipe = replace(
-        way.recipe,
-        sampling=SAMPLING,
-        rollout_batch=BATCH,
+    recipe = way.recipe.replace(
+        max_new_tokens=SAMPLING.max_new_tokens,
+        generation_batch_size=BATCH,
         micro_batch_size=BATCH,
         steps=plan.steps,
         seed=plan.seed,
@@ -241,7 +240,7 @@ def spend(name: str, out: Path, plan: DemoPlan) -> Spent:
         heldout=heldout[: plan.watched],
         verifier=TASK,
         evaluation=EvaluationPlan(
-            max_new_tokens=SAMPLING.max_new_tokens, rollout_batch=128, micro_batch_size=128
+            max_new_tokens=SAMPLING.max_new_tokens, generation_batch_size=128, micro_batch_size=128
         ),
         saving=Saving(
             out / name, evaluate_every=plan.evaluate_every, checkpoint_every=plan.steps, keep_last=1

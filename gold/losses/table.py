@@ -74,6 +74,7 @@ class Row:
 
     ``loss(inputs, **options)`` and ``count(batch)``, in the objective's ``unit``. ``on_policy``: it learns from texts
     that the student wrote, as samples of the policy itself. ``own_vocabulary``: it compares models that share one.
+    ``needs_verifier``: it learns from the scores of completions.
     ``exceptions``: clauses of the contract that it cannot hold by its nature, each with the reason.
     """
 
@@ -84,6 +85,7 @@ class Row:
     count: Callable[[AlignedBatch], float]
     on_policy: bool = False
     own_vocabulary: bool = False
+    needs_verifier: bool = False
     exceptions: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -133,6 +135,7 @@ class DivergenceRow:
     needs: Need = "top_k"
     on_policy: bool = False
     own_vocabulary: bool = False
+    needs_verifier: bool = False
 
     @property
     def arguments(self) -> Arguments:
@@ -319,7 +322,7 @@ _ROWS: tuple[Row | DivergenceRow, ...] = (
         },
     ),
     Row("sft", sft, "nothing", "token", data_tokens),
-    Row("reward", reward, "nothing", "token", sampled_tokens, on_policy=True),
+    Row("reward", reward, "nothing", "token", sampled_tokens, on_policy=True, needs_verifier=True),
     Row("reference_kl", reference_kl, "nothing", "token", sampled_tokens),
     Row("gkd", gkd, "top_k", "state", synced_states, own_vocabulary=True),
     Row("opd", opd, "tokens", "token", sampled_tokens, on_policy=True, own_vocabulary=True),

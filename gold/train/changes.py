@@ -49,8 +49,8 @@ MAY_CHANGE: dict[str, str | None] = {
     "evaluate.num_generations": _MEASURED,
     "evaluate.micro_batch_size": DIGITS,
     # Other batches are other sums.
-    "rollout.batch": DIGITS,
-    "recipe.rollout_batch": DIGITS,
+    "rollout.generation_batch_size": DIGITS,
+    "recipe.generation_batch_size": DIGITS,
     "train.micro_batch_size": DIGITS,
     "recipe.micro_batch_size": DIGITS,
     "train.gradient_checkpointing": DIGITS,

@@ -24,7 +24,6 @@ from gold.data import Prompt, PromptOrder
 from gold.doctor.prompts import PromptReader, examine_prompts, notes_of, raise_refused
 from gold.errors import CheckpointError, ConfigError, DataError, GoldError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier
-from gold.losses.sampling import unfit_sampling
 from gold.models.causal import LanguageModel, load_model, save_model
 from gold.rollout.engine import RolloutEngine, completed
 from gold.teachers.protocol import Teacher
@@ -35,7 +34,7 @@ from gold.train.checkpoint import is_write_failure, prune, reach_disk, remove_le
 from gold.train.inputs import of_run
 from gold.train.interrupt import Interrupt, ended_by
 from gold.train.progress import Lasting, Quiet
-from gold.train.recipe import Recipe
+from gold.train.recipe import Recipe, problems
 from gold.train.run_folder import RunFolder, check_end, remedy_for, why_bad
 from gold.train.step import Loop, pairs_of, terms_of
 from gold.train.trackers import RunInfo, Tracker, Trackers
@@ -127,7 +126,7 @@ def distill(
     # All processes do and find the same; one of them logs.
     tracker = Trackers(*([Lasting(progress or Quiet()), *trackers] if accelerator.is_main_process else []))
     evaluation = evaluation or EvaluationPlan(
-        max_new_tokens=recipe.sampling.max_new_tokens, rollout_batch=recipe.rollout_batch
+        max_new_tokens=recipe.max_new_tokens, generation_batch_size=recipe.generation_batch_size
     )
     pairs = pairs_of(student, teachers)
     terms = terms_of(recipe, teachers, pairs)
@@ -139,7 +138,7 @@ def distill(
         prompts,
         heldout,
         readers,
-        max(recipe.sampling.max_new_tokens, evaluation.max_new_tokens),
+        max(recipe.max_new_tokens, evaluation.max_new_tokens),
         share=(accelerator.process_index, accelerator.num_processes),
         gathered=gather_object,
     )
@@ -155,7 +154,7 @@ def distill(
         folder: RunFolder | None = None
         arguments = {r.role: dict(r.rendering.arguments) for r in readers if r.rendering.arguments}
         settings = settings or {
-            "recipe": asdict(recipe),
+            "recipe": recipe.model_dump(mode="json"),
             "student": student.name,
             "teacher": _names(teachers),
             **({"template_kwargs": arguments} if arguments else {}),
@@ -296,7 +295,12 @@ def _prompts(given: Sequence[Prompt | str]) -> list[Prompt]:
 def check_recipe(
     recipe: Recipe, prompts: Sequence[Prompt], verifier: Verifier | None, processes: int
 ) -> None:
-    """Nothing, where the data can serve the recipe."""
+    """Nothing, where the recipe can be trained on these prompts.
+
+    Raises:
+        DataError: no prompts, or none with the completions that the recipe needs.
+        ConfigError: settings that do not go together.
+    """
     if not prompts:
         raise DataError("no prompts to train on; give at least one")
     if recipe.prompts_per_step < processes:
@@ -308,18 +312,8 @@ def check_recipe(
             f"prompt {lacking[0]} (one of {len(lacking)}) has no completion, and rollout.on_policy is "
             f"{recipe.on_policy:g}; give every prompt one, or set it to 1"
         )
-    options = {t.name: t.options for t in recipe.objectives if t.weight}
-    drawing = recipe.sampling
-    for problem in unfit_sampling(
-        options,
-        temperature=drawing.temperature,
-        top_p=drawing.top_p,
-        num_generations=recipe.num_generations,
-        on_policy=recipe.on_policy,
-    ):
-        raise ConfigError(problem)
-    if verifier is None and any(t.name == "reward" and t.weight for t in recipe.objectives):
-        raise ConfigError("objective reward needs a verifier; train on a task, or leave the objective out")
+    if found := list(problems(recipe, has_verifier=verifier is not None)):
+        raise ConfigError(*found)
 
 
 def readers_of(student: LanguageModel, teachers: Teachers | None) -> list[PromptReader]:
@@ -411,7 +405,7 @@ def check_kept(
     needed = [prompts[i] for i in sorted(set().union(*steps))]
     for name, teacher in unasked.items():
         mine = [p for p in needed if name in teachers.of(p)]
-        given = [completed(student, p, recipe.sampling.max_new_tokens) for p in mine]
+        given = [completed(student, p, recipe.max_new_tokens) for p in mine]
         texts = [read(rollout, pairs[name]) for rollout in given]
         kept = [
             (r.prompt.for_teacher, t) for r, t in zip(given, texts, strict=True) if not misfit(teacher, r, t)

@@ -1,64 +1,164 @@
-"""What a training run does, as plain values: the part of a configuration that the training loop reads."""
+"""What a training run does: the sections of a configuration that decide what the training loop computes."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
+from pydantic import ConfigDict, Field
 
-from gold.rollout.types import Sampling
+from gold.errors import ConfigError
+from gold.schema import (
+    CountInt,
+    Decay,
+    NonNegative,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Share,
+    Text,
+    closest,
+)
+
+if TYPE_CHECKING:
+    from gold.rollout.types import Sampling
 
 
-@dataclass(frozen=True, init=False)
-class Term:
-    """One term of the loss: an objective by name, its weight, its options: ``Term("jsd", beta=0.1)``."""
+class Term(Section):
+    """One term of the loss; besides these keys the objective's own options: `gold objectives` lists them."""
 
-    name: str
-    weight: float
-    options: dict[str, Any] = field(hash=False)
+    model_config = ConfigDict(extra="allow")
 
-    def __init__(self, name: str, weight: float = 1.0, **options: Any) -> None:
-        for field_, value in (("name", name), ("weight", weight), ("options", options)):
-            object.__setattr__(self, field_, value)
+    name: Text = "reverse_kl"
+    """what is minimised"""
+    weight: NonNegative = 1.0
+    """factor of this term"""
+
+    def __init__(self, name: str = "reverse_kl", weight: float = 1.0, **options: Any) -> None:
+        super().__init__(**{"name": name, "weight": weight, **options})
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The objective's own options."""
+        return dict(self.__pydantic_extra__ or {})
+
+    def resolved(self) -> Term:
+        """The term with all of its objective's options written out.
+
+        Raises:
+            ConfigError: an unknown objective or option, or a value that the option cannot take; begins with the key.
+        """
+        from gold.losses import find
+
+        try:
+            row = find(self.name)
+        except ConfigError as error:
+            raise ConfigError(f"name: {error}") from None
+        for option in self.options:
+            if option not in row.arguments and (meant := closest(option, list(Term.model_fields))):
+                raise ConfigError(f"{option}: unknown key{meant}")
+        return Term(self.name, self.weight, **row.resolve(self.options))
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides what a run computes, given the models and the prompts.
+class Rollout(Section):
+    """How the student generates."""
 
-    ``on_policy`` is λ: the share of sequences that the student writes, in expectation; the others are the data's
-    completions. A prompt has ``num_generations`` sequences of the student or one of the data (``student_writes``).
-    ``precision``: ``auto`` is bf16 on a GPU that has it, else none.
+    temperature: PositiveFloat = 1.0
+    """sampling temperature"""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """nucleus sampling: the smallest set of tokens with this mass"""
+    max_new_tokens: PositiveInt = 128
+    """length limit of a completion, in student tokens"""
+    num_generations: PositiveInt = 4
+    """completions per prompt"""
+    on_policy: Share = 1.0
+    """λ: expected share of sequences that the student writes; the rest are the data's completions, one a prompt"""
+    generation_batch_size: PositiveInt = 32
+    """sequences generated together"""
+
+
+class Optimizer(Section):
+    """AdamW and its schedule."""
+
+    lr: PositiveFloat = 1e-5
+    """highest learning rate"""
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
+    """decay rates of AdamW's two moments"""
+    weight_decay: NonNegative = 0.0
+    """decoupled weight decay"""
+    warmup_steps: CountInt = 10
+    """steps of linear warm-up"""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """decay after the warm-up"""
+    final_lr_share: Share = 0.1
+    """share of `lr` that is left at the last step"""
+    max_grad_norm: PositiveFloat = 1.0
+    """largest norm of the gradient"""
+
+
+class Training(Section):
+    """The training loop."""
+
+    steps: PositiveInt = 100
+    """optimizer steps"""
+    prompts_per_step: PositiveInt = 8
+    """prompts per optimizer step"""
+    micro_batch_size: PositiveInt = 8
+    """sequences per forward and backward pass; the rest is accumulated"""
+    seed: CountInt = 0
+    """seed of prompt order and sampling"""
+    precision: Literal["auto", "no", "bf16"] = "auto"
+    """mixed precision; auto: bf16 on a GPU that has it, else none"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    bad_steps_allowed: CountInt = 3
+    """steps in a row with NaN or infinite loss or gradient before training stops"""
+
+
+Objectives = Annotated[tuple[Term, ...], Field(strict=False)]
+
+
+class Recipe(Training, Optimizer, Rollout):
+    """Everything that decides what a run computes, given the models and the prompts: ``Recipe(steps=200, lr=3e-5)``.
+
+    The arguments are the keys of a configuration's sections `rollout`, `optimizer` and `train`, and its `objectives`.
+    A prompt has ``num_generations`` sequences of the student or one of the data (``student_writes``).
+
+    Raises:
+        ConfigError: an unknown argument or a value that it cannot take.
     """
 
-    objectives: tuple[Term, ...] = (Term("reverse_kl"),)
-    sampling: Sampling = field(default_factory=Sampling)
-    num_generations: int = 4
-    on_policy: float = 1.0
-    rollout_batch: int = 32
-    steps: int = 100
-    prompts_per_step: int = 8
-    micro_batch_size: int = 8
-    seed: int = 0
-    lr: float = 1e-5
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    warmup_steps: int = 10
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    final_lr_share: float = 0.1
-    max_grad_norm: float = 1.0
-    precision: Literal["auto", "no", "bf16"] = "auto"
-    gradient_checkpointing: bool = False
-    bad_steps_allowed: int = 3
+    objectives: Objectives = Field(default=(Term(),), kw_only=False)
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, objectives: Sequence[Term] = (Term(),), **settings: Any) -> None:
+            super().__init__(objectives=objectives, **settings)
+
+        __init__.__pydantic_base_init__ = True
+
+    def replace(self, **changes: Any) -> Recipe:
+        """The recipe with other values for some arguments."""
+        return Recipe(**{**dict(self), **changes})
+
+    @property
+    def sampling(self) -> Sampling:
+        """How completions are drawn."""
+        from gold.rollout.types import Sampling
+
+        return Sampling(self.temperature, self.top_p, self.max_new_tokens)
 
     def student_writes(self, step: int, place: int) -> bool:
-        """Whether the student completes the prompt at a place of a step; else its own completion is read.
+        """Whether the student completes the prompt at a place of a step; else the data's completion is used.
 
         True with probability ``λ / (λ + num_generations (1 − λ))``, so that λ of the sequences are the student's: such
         a prompt has ``num_generations``, any other has one. A function of the seed, the step and the place.
         """
+        import numpy as np  # a configuration is described without it
+
         share = self.on_policy / (self.on_policy + self.num_generations * (1.0 - self.on_policy))
         return bool(np.random.default_rng((self.seed, step, place, 1)).random() < share)
 
@@ -72,3 +172,36 @@ class Recipe:
         done = (step - self.warmup_steps + 1) / max(1, self.steps - self.warmup_steps)
         left = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return self.lr * (self.final_lr_share + (1.0 - self.final_lr_share) * left)
+
+
+def problems(recipe: Recipe, has_verifier: bool) -> Iterator[str]:
+    """One line for each setting of a recipe that its objectives cannot be trained with; a line begins with the key."""
+    from gold.losses import find
+
+    active = {term.name: term.options for term in recipe.objectives if term.weight}
+    if not active:
+        yield "objectives: none has a weight above 0: nothing would be learned"
+    for name in sorted(active):
+        row = find(name)
+        if row.needs_verifier and not has_verifier:
+            yield f"objectives: {name} needs a verifier: train on a task (data.task), or leave {name} out"
+        if row.needs_verifier and recipe.num_generations == 1:
+            yield (
+                f"rollout.num_generations: {name} compares completions of one prompt: it needs at least 2, got 1"
+            )
+        if name == "sft" and recipe.on_policy == 1:
+            yield f"rollout.on_policy: {name} learns the data's completions, and at 1 none is used: set it below 1"
+        if not row.on_policy:
+            continue
+        if recipe.on_policy == 0:
+            yield f"rollout.on_policy: {name} needs completions that the student writes, got 0"
+        if recipe.top_p != 1:
+            yield (
+                f"rollout.top_p: {name} is a policy gradient over all tokens, and importance weights cannot recover "
+                f"tokens that are never sampled: set it to 1, got {recipe.top_p:g}"
+            )
+        if recipe.temperature != 1 and active[name].get("importance_cap") is None:
+            yield (
+                f"rollout.temperature: {name} is a policy gradient at temperature 1: set it to 1, or give the "
+                f"objective an importance_cap, got {recipe.temperature:g}"
+            )

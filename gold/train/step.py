@@ -161,7 +161,7 @@ class Loop:
     ) -> None:
         self.student, self.teachers, self.pairs, self.verifier = student, teachers, pairs, verifier
         self.prompts, self.recipe, self.terms, self.accelerator = prompts, recipe, terms, accelerator
-        self.engine = engine or HuggingFaceEngine(student, recipe.rollout_batch)
+        self.engine = engine or HuggingFaceEngine(student, recipe.generation_batch_size)
         self.order = PromptOrder(len(prompts), recipe.seed)
         self.now: Callable[[], float] = partial(_wall_s, student.device)
         self.step = 0
@@ -215,7 +215,7 @@ class Loop:
             **self._header_of_teachers(),
             "objective": names + (" (one vocabulary: token by token)" if by_token else ""),
             "step": f"{recipe.prompts_per_step} prompts × {recipe.num_generations}, λ = {recipe.on_policy:g}, "
-            f"up to {recipe.sampling.max_new_tokens} tokens, {self.accelerator.num_processes} process(es), "
+            f"up to {recipe.max_new_tokens} tokens, {self.accelerator.num_processes} process(es), "
             f"precision {self.accelerator.mixed_precision}",
             "kernels": self.backend.__name__.rpartition(".")[2],
         }
@@ -372,7 +372,7 @@ class Loop:
             prompt = self.prompts[index]
             writes = recipe.student_writes(self.step, place)
             try:
-                encode_prompt(self.student, prompt, recipe.sampling.max_new_tokens)
+                encode_prompt(self.student, prompt, recipe.max_new_tokens)
             except DataError as error:
                 unreadable += [str(error)] * (recipe.num_generations if writes else 1)
                 continue
@@ -381,7 +381,7 @@ class Loop:
                     (prompt, (recipe.seed, self.step, place, 0, n)) for n in range(recipe.num_generations)
                 ]
             else:
-                given.append(completed(self.student, prompt, recipe.sampling.max_new_tokens))
+                given.append(completed(self.student, prompt, recipe.max_new_tokens))
         drawn: list[Rollout] = []
         if draws:
             self._push()
@@ -491,7 +491,7 @@ class Loop:
 
     def _set_baselines(self, groups: Sequence[_Group]) -> None:
         """What terms take off the advantages of each microbatch: a mean over the whole step, all processes' texts."""
-        size = self.recipe.sampling.max_new_tokens
+        size = self.recipe.max_new_tokens
         for term in self.terms:
             name, options = term.objective.name, term.objective.options
             if options.get("baseline") != "others":

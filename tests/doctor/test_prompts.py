@@ -37,7 +37,6 @@ from gold.doctor.prompts import (
 from gold.doctor.side import read_side
 from gold.errors import ConfigError, DataError
 from gold.models.causal import wrap_model
-from gold.rollout.types import Sampling
 from gold.teachers import CachedTeacher, LocalTeacher, ServedTeacher
 from gold.teachers.cached import UnaskedTeacher
 from gold.tokenize.chat import prompt_ids
@@ -325,7 +324,7 @@ def test_a_run_keeps_its_day_and_goes_on_with_it(tmp_path: Path, monkeypatch: py
         num_generations=1,
         lr=1e-3,
         warmup_steps=0,
-        sampling=Sampling(max_new_tokens=4),
+        max_new_tokens=4,
     )
 
     def run(day: str, resume: bool) -> tuple[list[int], Recorder]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from support.engines import ScriptedEngine
 import gold
 from gold.errors import TeacherError
 from gold.evaluate import EvaluationPlan
-from gold.rollout.types import Sampling
 
 RECIPE = gold.Recipe(
     steps=3,
@@ -21,7 +19,7 @@ RECIPE = gold.Recipe(
     num_generations=2,
     lr=1e-2,
     warmup_steps=1,
-    sampling=Sampling(max_new_tokens=6),
+    max_new_tokens=6,
 )
 
 
@@ -64,6 +62,6 @@ def test_an_engine_that_fails_ends_the_run_with_its_own_words() -> None:
         def generate(self, requests):
             raise TeacherError("the engine is gone")
 
-    student, recipe = tiny.tiny_student(), replace(RECIPE, steps=1)
+    student, recipe = tiny.tiny_student(), RECIPE.replace(steps=1)
     with pytest.raises(TeacherError, match="after step 0: the engine is gone"):
         gold.distill(student, tiny.tiny_teacher(), tiny.prompts(), recipe, engine=Gone(lambda _: []))

@@ -73,7 +73,7 @@ def run_settings(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
                 "heldout": 6,
             }
         },
-        "rollout": {"max_new_tokens": 10, "num_generations": 2, "batch": 8},
+        "rollout": {"max_new_tokens": 10, "num_generations": 2, "generation_batch_size": 8},
         "optimizer": {"lr": 3e-3, "warmup_steps": 2},
         "train": {"steps": 8, "prompts_per_step": 4, "micro_batch_size": 4, "checkpoint_every": 2},
         "evaluate": {"every": 3, "prompts": 6, "samples": 2},

@@ -31,22 +31,19 @@ from gold.errors import ConfigError
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.kernels.lm_head import LazyLogits, likeliest
 from gold.models.causal import LanguageModel
-from gold.rollout.types import Sampling
 from gold.teachers.cached import UnaskedTeacher, record
 from gold.train.loop import Saving, distill
 
 RECIPE = Recipe(
     (Term("forward_kl"), Term("span_pg", weight=0.5)),
-    sampling=Sampling(max_new_tokens=10),
+    max_new_tokens=10,
     steps=3,
     prompts_per_step=3,
     num_generations=2,
     lr=3e-3,
     warmup_steps=1,
 )
-OFF_POLICY = replace(
-    RECIPE, objectives=(Term("forward_kl"),), on_policy=0.0, sampling=Sampling(max_new_tokens=60)
-)
+OFF_POLICY = RECIPE.replace(objectives=(Term("forward_kl"),), on_policy=0.0, max_new_tokens=60)
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +299,7 @@ def test_one_cache_teaches_students_of_two_families_without_the_teacher(
     ]
     record(builder := CachedTeacher(teacher, tmp_path / "c"), prompts)
     builder.cache.close()
-    recipe = replace(OFF_POLICY, steps=8, prompts_per_step=6)
+    recipe = OFF_POLICY.replace(steps=8, prompts_per_step=6)
     for make in (tiny.tiny_student, sentencepiece_student):
         alone = CachedTeacher(UnaskedTeacher(files), tmp_path / "c")
         run = distill(make(), alone, prompts, recipe)
@@ -320,16 +317,16 @@ def test_what_is_missing_is_counted_before_anything_is_trained(
     prompts = tiny.prompts(12)
     record(CachedTeacher(teacher, tmp_path / "c"), prompts[:5])
     alone = CachedTeacher(UnaskedTeacher(files), tmp_path / "c")
-    recipe = replace(OFF_POLICY, steps=4)
+    recipe = OFF_POLICY.replace(steps=4)
     line = r"cache .*: lacks 7 of 12 texts, that of prompt .* = for one, and there is nobody to ask; gold cache build"
     with pytest.raises(TeacherError, match=line):
         distill(tiny.tiny_student(), alone, prompts, recipe, saving=Saving(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     # Only what the steps will read is asked for.
     with pytest.raises(TeacherError, match=r"lacks \d of 6 texts"):
-        distill(tiny.tiny_student(), alone, prompts, replace(recipe, steps=2))
+        distill(tiny.tiny_student(), alone, prompts, recipe.replace(steps=2))
     # Without an objective that needs the teacher there is nothing to miss.
-    distill(tiny.tiny_student(), alone, prompts, replace(recipe, objectives=(Term("sft"),)))
+    distill(tiny.tiny_student(), alone, prompts, recipe.replace(objectives=(Term("sft"),)))
     # What the student writes is in no cache.
     with pytest.raises(TeacherError, match=r"lacks \d of 6 texts"):
         distill(tiny.tiny_student(), alone, prompts, RECIPE)

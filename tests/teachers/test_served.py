@@ -575,7 +575,7 @@ def test_an_error_of_any_length_is_one_short_line(teacher: LanguageModel) -> Non
 
 RECIPE = Recipe(
     (Term("reverse_kl"), Term("span_pg", weight=0.5)),
-    sampling=Sampling(max_new_tokens=10),
+    max_new_tokens=10,
     steps=3,
     prompts_per_step=3,
     num_generations=2,
@@ -643,7 +643,7 @@ def test_a_fault_that_stays_ends_a_run_in_one_line_with_what_it_had_learned(
 ) -> None:
     kept = []
     for fault in ("500", "NaN", "oversized", "redirect"):  # one of each kind
-        student, recipe = tiny.tiny_student(), replace(RECIPE, steps=2)
+        student, recipe = tiny.tiny_student(), RECIPE.replace(steps=2)
         with ModelServer(teacher, faults=lambda n, fault=fault: fault if n >= 6 else None) as server:
             there = served(folder, server.url, retries=0)
             with pytest.raises(TeacherError, match=r"^after step 1: server http") as error:
@@ -700,7 +700,7 @@ LOSSES = {
 def test_a_run_whose_server_goes_away_again_and_again_is_the_run_of_one_that_stays(
     teacher: LanguageModel, folder: Path, tmp_path: Path
 ) -> None:
-    recipe, plan = replace(RECIPE, steps=4), EvaluationPlan(max_new_tokens=10)
+    recipe, plan = RECIPE.replace(steps=4), EvaluationPlan(max_new_tokens=10)
 
     def run(output: Path, resume: bool) -> dict[str, torch.Tensor]:
         saving = Saving(output, resume=resume, evaluate_every=2, checkpoint_every=3)

@@ -27,7 +27,6 @@ from gold.errors import TrainingError
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.kernels.lm_head import LazyLogits, impossible_rows
 from gold.models.causal import LanguageModel
-from gold.rollout.types import Sampling
 from gold.teachers.dialects import VLLM, Asked, Dialect, OpenAI, SGLang
 from gold.teachers.http import BadAnswerError, Server, _tls, is_near
 from gold.train.loop import distill
@@ -37,7 +36,7 @@ IDS = (1, 5, 6)
 KNOWN: list[dict[int, Any]] = [{5: -1.5, 4: -0.5}, {6: -0.25, 2: -2.0}]
 RECIPE = Recipe(
     (Term("reverse_kl"),),
-    sampling=Sampling(max_new_tokens=6),
+    max_new_tokens=6,
     steps=1,
     prompts_per_step=2,
     num_generations=2,
@@ -149,7 +148,7 @@ def test_a_text_of_probability_0_is_counted_told_of_and_left_out(
     teacher: LanguageModel, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     objectives = (Term("reverse_kl"), Term("span_pg", weight=0.5))
-    recipe = replace(RECIPE, objectives=objectives)
+    recipe = RECIPE.replace(objectives=objectives)
     with Cutting(teacher) as server:
         lost: list[tuple[int, ...]] = []
 

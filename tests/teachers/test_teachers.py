@@ -29,7 +29,6 @@ from gold.errors import ConfigError, DataError, TeacherError
 from gold.kernels.lm_head import LazyLogits
 from gold.losses.mixture import Mix, mixed_rows, mixture
 from gold.models.causal import LanguageModel, save_model
-from gold.rollout.types import Sampling
 from gold.teachers import LocalTeacher, SelfTeacher, Teachers
 from gold.tokenize.chat import prompt_text
 from gold.train.loop import Run, Saving, distill
@@ -40,17 +39,17 @@ RECIPE = Recipe(
     num_generations=2,
     prompts_per_step=4,
     micro_batch_size=4,
-    rollout_batch=8,
+    generation_batch_size=8,
     lr=3e-3,
     warmup_steps=1,
-    sampling=Sampling(max_new_tokens=8),
+    max_new_tokens=8,
 )
 RULES = ("linear", "log_linear")
 
 
 def run(teacher: Any, prompts: Sequence[Prompt], student: LanguageModel | None = None, **changes: Any) -> Run:
     options = {name: changes.pop(name) for name in ("heldout", "saving", "verifier") if name in changes}
-    recipe = replace(RECIPE, **changes)
+    recipe = RECIPE.replace(**changes)
     return distill(student or tiny.tiny_student(), teacher, prompts, recipe, progress=Recorder(), **options)
 
 
@@ -344,7 +343,7 @@ def test_an_average_follows_by_its_formula() -> None:
     states: list[torch.Tensor] = []
 
     seen = Recorder(lambda _: states.append(weights(student).double()))
-    distill(student, teacher, told(tiny.prompts()), replace(RECIPE, steps=4), progress=seen)
+    distill(student, teacher, told(tiny.prompts()), RECIPE.replace(steps=4), progress=seen)
     for state in states:
         expected = 0.7 * expected + 0.3 * state
     torch.testing.assert_close(weights(teacher.model).double(), expected, rtol=1e-5, atol=1e-6)

@@ -23,7 +23,6 @@ from transformers import (
 from gold.demo.models import character_tokenizer
 from gold.errors import ModelError
 from gold.models.causal import LanguageModel, PaddedStates, recompute_activations, rows_of, wrap_model
-from gold.rollout.types import Sampling
 from gold.teachers.several import Teachers
 from gold.train.recipe import Recipe, Term
 from gold.train.step import Loop, pairs_of, terms_of
@@ -73,7 +72,7 @@ def losses(make: Any, checkpointing: bool = False) -> list[dict[str, Any]]:
     pairs = pairs_of(student, teachers)
     recipe = Recipe(
         objectives=(Term("reverse_kl"), Term("opd"), Term("reference_kl")),
-        sampling=Sampling(max_new_tokens=12),
+        max_new_tokens=12,
         num_generations=2,
         prompts_per_step=2,
         lr=0.0,

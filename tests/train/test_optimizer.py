@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from support.trackers import Recorder
 
 from gold.errors import CheckpointError, ConfigError
-from gold.rollout.types import Sampling
 from gold.teachers.ema import SelfTeacher
 from gold.teachers.several import Teachers
 from gold.train.checkpoint import save_checkpoint
@@ -31,7 +30,7 @@ def loop_of(dtype: torch.dtype, lr: float = 1e-5, decay: float | None = None) ->
     teachers = Teachers(members)
     recipe = Recipe(
         (Term("sft"), Term("reverse_kl")),
-        sampling=Sampling(max_new_tokens=10),
+        max_new_tokens=10,
         on_policy=0.0,
         num_generations=1,
         prompts_per_step=4,

@@ -9,7 +9,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -394,5 +393,5 @@ def test_what_was_replaced_between_stop_and_resumption_is_named_and_refused(
 def test_the_keys_that_may_change_are_keys() -> None:
     served = {"path": "t", "served": {"url": "http://x", "model": "m"}, "cache": {"path": "c"}}
     settings = tiny.run_settings(Path("a"), Path("b"), teacher=served)
-    keys = {**_flat(Config.model_validate(settings).to_dict()), **_flat(asdict(Recipe()), "recipe")}
+    keys = {**_flat(Config.model_validate(settings).to_dict()), **_flat(Recipe().model_dump(), "recipe")}
     assert [pattern for pattern in MAY_CHANGE if not any(fnmatchcase(key, pattern) for key in keys)] == []

@@ -15,7 +15,6 @@ import support.tiny_models as tiny
 import torch
 from support.processes import Command
 
-from gold.rollout.types import Sampling
 from gold.train.loop import Saving, distill
 from gold.train.recipe import Recipe, Term
 
@@ -59,10 +58,10 @@ def test_in_one_process(tmp_path: Path) -> None:
         num_generations=2,
         prompts_per_step=4,
         micro_batch_size=8,
-        rollout_batch=8,
+        generation_batch_size=8,
         lr=3e-3,
         warmup_steps=1,
-        sampling=Sampling(max_new_tokens=10),
+        max_new_tokens=10,
     )
     models = tiny.tiny_student, tiny.tiny_teacher
     kept = Saving(output=tmp_path / "whole", checkpoint_every=1, keep_last=9)

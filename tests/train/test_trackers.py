@@ -1,7 +1,6 @@
 """What trackers receive of a run, and when."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,19 +8,16 @@ import support.tiny_models as tiny
 from support.trackers import Recorder
 
 from gold import Recipe, distill
-from gold.rollout.hf import Sampling
 from gold.train.loop import Saving
 from gold.train.trackers import RunInfo, Trackers
 
-RECIPE = Recipe(
-    steps=2, prompts_per_step=2, num_generations=1, warmup_steps=0, sampling=Sampling(max_new_tokens=4)
-)
+RECIPE = Recipe(steps=2, prompts_per_step=2, num_generations=1, warmup_steps=0, max_new_tokens=4)
 
 
 def train(seen: Recorder, output: Path, steps: int, resume: bool = False) -> None:
     saving = Saving(output, evaluate_every=2, checkpoint_every=2, resume=resume)
     student, teacher, heldout = tiny.tiny_student(), tiny.tiny_teacher(), tiny.heldout(2)
-    recipe = replace(RECIPE, steps=steps)
+    recipe = RECIPE.replace(steps=steps)
     distill(student, teacher, tiny.prompts(4), recipe, heldout=heldout, saving=saving, trackers=[seen])
 
 

@@ -20,7 +20,6 @@ from gold.errors import ConfigError, DataError, TeacherError, TrainingError
 from gold.kernels import BACKENDS
 from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
 from gold.models.causal import LanguageModel, rows_of
-from gold.rollout.types import Sampling
 from gold.train import step as loop
 from gold.train.loop import Run, Saving, check_recipe, distill
 from gold.train.recipe import Recipe, Term
@@ -31,10 +30,10 @@ RECIPE = Recipe(
     num_generations=2,
     prompts_per_step=4,
     micro_batch_size=8,
-    rollout_batch=8,
+    generation_batch_size=8,
     lr=3e-3,
     warmup_steps=1,
-    sampling=Sampling(max_new_tokens=10),
+    max_new_tokens=10,
 )
 PHASES = ("rollout_s", "read_s", "teacher_s", "student_s", "update_s")
 
@@ -49,7 +48,7 @@ def weights(model: LanguageModel) -> torch.Tensor:
 
 
 def changed(**changes: Any) -> Recipe:
-    return replace(RECIPE, **changes)
+    return RECIPE.replace(**changes)
 
 
 # Learning
@@ -89,8 +88,8 @@ def test_the_loss_falls_and_evaluations_show_it(objective: str) -> None:
 )
 def test_losses_are_divided_by_the_count_of_the_whole_step(objectives: tuple[Term, ...]) -> None:
     recipe = changed(objectives=objectives, on_policy=0.6, steps=1, prompts_per_step=6, lr=1e-2)
-    at_once = run(replace(recipe, micro_batch_size=64))
-    in_parts = run(replace(recipe, micro_batch_size=3, rollout_batch=5))
+    at_once = run(recipe.replace(micro_batch_size=64))
+    in_parts = run(recipe.replace(micro_batch_size=3, generation_batch_size=5))
     # The gradient's norm, not only the weights: AdamW's first step hardly depends on the gradient's size.
     for name, value in at_once.steps[0].items():
         if isinstance(value, float) and not name.endswith("_s"):
@@ -103,9 +102,9 @@ def test_a_baseline_is_of_the_whole_step() -> None:
     recipe = changed(
         objectives=(Term("token_pg", baseline="others"),), steps=1, prompts_per_step=6, num_generations=1
     )
-    losses = [run(replace(recipe, micro_batch_size=n), verifier=None).steps[0]["loss"] for n in (6, 2, 1)]
+    losses = [run(recipe.replace(micro_batch_size=n), verifier=None).steps[0]["loss"] for n in (6, 2, 1)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
-    plain = run(replace(recipe, objectives=(Term("token_pg"),)), verifier=None).steps[0]["loss"]
+    plain = run(recipe.replace(objectives=(Term("token_pg"),)), verifier=None).steps[0]["loss"]
     assert abs(plain - losses[0]) > 0.1 * abs(plain)
 
 
@@ -366,13 +365,9 @@ def test_what_the_teacher_or_the_data_lack_is_refused_at_once() -> None:
         run(changed(objectives=(Term("reward"),)), untouched, verifier=None)
     with pytest.raises(TeacherError, match="there is no teacher"):
         run(student=untouched, teacher=None)
-    for sampling, said in (
-        (Sampling(temperature=0.7, max_new_tokens=10), "temperature 1: set it to 1"),
-        (Sampling(temperature=0.0, max_new_tokens=10), "got 0"),
-        (Sampling(top_p=0.5, max_new_tokens=10), r"rollout.top_p: .* set it to 1"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            run(changed(objectives=(Term("span_pg"),), sampling=sampling), untouched)
+    for key, value in (("temperature", 0.7), ("top_p", 0.5)):
+        with pytest.raises(ConfigError, match=rf"rollout\.{key}: .* set it to 1"):
+            run(changed(objectives=(Term("span_pg"),), **{key: value}), untouched)
     with pytest.raises(ConfigError, match="sft learns the data's completions"):
         run(changed(objectives=(Term("sft"),)), untouched)
     with pytest.raises(ConfigError, match="nothing would be learned"):
@@ -426,7 +421,7 @@ def test_a_student_from_gguf_trains_and_saves(tmp_path: Path) -> None:
 
     student = load_model(assets_folder() / "gguf", gguf_file="smollm2-135m-instruct.gguf", device="cpu")
     before = weights(student).clone()
-    recipe = changed(steps=1, prompts_per_step=2, lr=1e-5, sampling=Sampling(max_new_tokens=4))
+    recipe = changed(steps=1, prompts_per_step=2, lr=1e-5, max_new_tokens=4)
     run(recipe, student, verifier=None, saving=Saving(tmp_path / "run"))
     assert not torch.equal(weights(student), before)
     loaded = load_model(tmp_path / "run" / "student", device="cpu")

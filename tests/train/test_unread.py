@@ -18,7 +18,6 @@ from gold.cache.store import ScoreCache
 from gold.data import Prompt
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.models.causal import LanguageModel
-from gold.rollout.types import Sampling
 from gold.teachers import CachedTeacher, LocalTeacher, ServedTeacher, Teachers
 from gold.teachers.cached import UnaskedTeacher, record
 from gold.teachers.protocol import Teacher
@@ -35,11 +34,11 @@ RECIPE = Recipe(
     num_generations=2,
     on_policy=0.0,
     micro_batch_size=2,
-    rollout_batch=8,
+    generation_batch_size=8,
     lr=3e-3,
     warmup_steps=0,
     max_grad_norm=1e9,
-    sampling=Sampling(max_new_tokens=30),
+    max_new_tokens=30,
 )
 
 
@@ -54,7 +53,7 @@ def narrow() -> LanguageModel:
 
 def run(teacher: Any, prompts: list[Prompt], *, heldout: list[Prompt] | None = None, **changes: Any) -> Run:
     options = {name: changes.pop(name) for name in ("progress", "verifier") if name in changes}
-    recipe = replace(RECIPE, prompts_per_step=len(prompts), **changes)
+    recipe = RECIPE.replace(prompts_per_step=len(prompts), **changes)
     options.setdefault("progress", Recorder())
     return distill(tiny.tiny_student(), teacher, prompts, recipe, heldout=heldout or [], **options)
 
@@ -97,7 +96,7 @@ def test_what_the_student_writes_too_long_is_left_out() -> None:
     """The student's own completions, some of which its teacher has no room for."""
     notes = Recorder()
     room = max(len(p.text or "") for p in SHORT) + 25
-    changes: dict[str, Any] = {"on_policy": 1.0, "steps": 6, "sampling": Sampling(max_new_tokens=12)}
+    changes: dict[str, Any] = {"on_policy": 1.0, "steps": 6, "max_new_tokens": 12}
     teacher = LocalTeacher(with_context(tiny.tiny_teacher(), room))
     sent: list[int] = []
     score = teacher.score
@@ -129,7 +128,7 @@ def test_of_very_many_prompts_one_that_the_student_cannot_read_ends_no_run(
     hard, easy = Prompt("hard", text=" 5" * 70), Prompt("easy", text=" 11 +1" * 25)
     student, notes = tiny.tiny_student(), Recorder()
     assert len(student.prompt_ids(easy)) + 8 <= 128 < len(student.prompt_ids(hard)) + 8
-    recipe = replace(RECIPE, prompts_per_step=5, on_policy=1.0, sampling=Sampling(max_new_tokens=8))
+    recipe = RECIPE.replace(prompts_per_step=5, on_policy=1.0, max_new_tokens=8)
     teacher = with_context(tiny.tiny_teacher(), 1024)
     done = distill(student, teacher, [*both.values(), hard, easy], recipe, progress=notes)
     assert done.steps[0]["unread"] >= recipe.num_generations
