@@ -1,4 +1,4 @@
-"""The command line. Commands import what they need when they run, so that asking for help stays quick."""
+"""The command line. Commands import what they need when they run, so that help stays quick."""
 
 from __future__ import annotations
 
@@ -6,104 +6,58 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 import gold
 from gold import terminal
 from gold.errors import GoldError
 
-app = typer.Typer(
-    name="gold",
-    help="On-policy distillation between language models that do not share a tokenizer.",
-    no_args_is_help=True,
-    add_completion=False,
-    # An error that gold raises is one line; any other keeps Python's own traceback.
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-cache = typer.Typer(
-    help="Keep what a teacher says of texts in a folder, for students of any tokenizer to learn from.",
-    no_args_is_help=True,
-)
-app.add_typer(cache, name="cache")
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="changes, such as train.steps=30", show_default=False),
-]
-
-
-_SOURCE = "folder, tokenizer.json, GGUF file, SentencePiece model, tekken.json, tiktoken:NAME or Hub id"
-
-_FORMATS = """\
-The picture
-  ┃ between chunks: here the tokens of both sides end together     ¦ between the tokens of a chunk
-  · ⏎ ⇥ white space   \\x1b a byte or character that shows nothing by itself   ◌ before a mark that combines
-  ⟨…⟩ an event   ∅ a token without bytes of the text   ~ a token whose own bytes are not the text's   ⋯ goes on below
-
-The JSON, one object per text
-  {"bytes": n, "student": {"ids": […], "ends": […], "repaired_bytes": n}, "teacher": {…},
-   "chunks": [[s0, s1, t0, t1], …], "repaired_bytes": n, "coverage": {…}}
-  Student tokens s0 up to s1 (exclusive) and teacher tokens t0 up to t1 spell the same bytes. "ends" are the byte
-  offsets of the text at which the tokens end: a chunk ends at ends[s1 - 1] of the student, ends[t1 - 1] of the teacher.
-  A side has "bos_id" and "stop_ids" for events beside the text, "prompt_ids" with --chat, and with --score "logp"
-  and "entropy" (nats; null for a token that has none) and "stop_logp"; the text has "score" then.
-"""
-
-
-class _WithKeys(TyperCommand):
-    """A command whose help ends with the keys of a configuration."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help, then the keys."""
-        super().format_help(ctx, formatter)
-        from gold.config import describe
-
-        terminal.show_lines(f"Keys of a configuration\n\n{describe()}")
-
-
-class _WithFormats(TyperCommand):
-    """A command whose help ends with what its picture and its JSON mean."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help, then the formats."""
-        super().format_help(ctx, formatter)
-        terminal.show_lines(_FORMATS)
-
-
-# What the system says where gold can do nothing about it: no room, no right, no such name, no more open files.
-_OF_THE_SYSTEM = {
-    *(
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EIO,
-        errno.EROFS,
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.ENOMEM,
-    ),
-    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
+# Errors of the system that are no bug: no space, no permission, no such name, no more open files.
+_SYSTEM_ERRORS = {
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EMFILE", "ENFILE", "ENOMEM"),
+        *("EACCES", "EPERM", "ENAMETOOLONG", "ELOOP"),
+    )
 }
 
 
+def _line_of(error: BaseException) -> object | None:
+    """What is printed of an error that is no bug of gold's; None for one that may be."""
+    if isinstance(error, GoldError):
+        return error
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, str) else None
+    if isinstance(error, OSError):
+        if error.errno not in _SYSTEM_ERRORS:
+            return None
+        return f"cannot write or read {error.filename or 'standard output'}: {error.strerror}"
+    kind = type(error).__name__
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        reason = " ".join(str(error).split())[:200]
+        keys = "train.micro_batch_size, evaluate.micro_batch_size and rollout.generation_batch_size"
+        return f"out of memory{f': {reason}' if reason else ''}; {keys} say how much is held at a time"
+    if kind == "PanicException":  # of a library in Rust, and no Exception
+        return f"a tokenizer failed in the library that runs it: {' '.join(str(error).split())[:300]}"
+    return None
+
+
 @contextmanager
-def _told() -> Iterator[None]:
+def _reported() -> Iterator[None]:
     """Errors that are no bugs become lines on stderr and exit code 1, Ctrl-C exit code 130."""
     try:
         yield
     except KeyboardInterrupt:
         terminal.show("interrupted", stream=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # whoever read has enough
+    except BrokenPipeError:  # the reader of a pipe has closed it
         terminal.silence()
         raise SystemExit(128 + signal.SIGPIPE) from None
     except BaseException as error:
@@ -116,24 +70,74 @@ def _told() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
-def _line_of(error: BaseException) -> object | None:
-    """What is said of an error that is no bug of gold's; None for one that may be."""
-    if isinstance(error, GoldError):
-        return error
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, str) else None
-    if isinstance(error, OSError):
-        if error.errno not in _OF_THE_SYSTEM:
-            return None
-        return f"cannot write or read {error.filename or 'standard output'}: {error.strerror}"
-    kind = type(error).__name__
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        reason = " ".join(str(error).split())[:200]
-        knobs = "train.micro_batch_size, evaluate.micro_batch_size and rollout.generation_batch_size"
-        return f"out of memory{f': {reason}' if reason else ''}; {knobs} say how much is held at a time"
-    if kind == "PanicException":  # of a library in Rust, and no Exception
-        return f"a tokenizer failed in the library that runs it: {' '.join(str(error).split())[:300]}"
-    return None
+_FORMATS = """\
+The picture
+  ┃ between chunks: tokens of both sides end here     ¦ between the tokens of a chunk
+  · ⏎ ⇥ white space   \\x1b a byte or character that has no glyph   ◌ before a combining mark
+  ⟨…⟩ a special token   ∅ a token without bytes of the text   ~ a token whose bytes are not the text's   ⋯ continues
+
+The JSON, one object per text
+  {"bytes": n, "student": {"ids": […], "ends": […], "repaired_bytes": n}, "teacher": {…},
+   "chunks": [[s0, s1, t0, t1], …], "repaired_bytes": n, "coverage": {…}}
+  Student tokens s0 up to s1 (exclusive) and teacher tokens t0 up to t1 decode to the same bytes. "ends" are the byte
+  offsets of the text at which the tokens end: a chunk ends at ends[s1 - 1] of the student, ends[t1 - 1] of the teacher.
+  A side has "bos_id" and "stop_ids" for special tokens around the text, "prompt_ids" with --chat, and with --score
+  "logp" and "entropy" (nats; null for a token that has none) and "stop_logp"; the text has "score" then.
+"""
+
+
+def _keys() -> str:
+    from gold.config import describe
+
+    return f"Keys of a configuration\n\n{describe()}"
+
+
+_APPENDIX: dict[str | None, Callable[[], str]] = {"align": lambda: _FORMATS, "train": _keys}
+
+
+class _WithAppendix(TyperCommand):
+    """A command whose help ends with a text that keeps its lines."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, then the appendix."""
+        super().format_help(ctx, formatter)
+        terminal.show_lines(_APPENDIX[self.name]())
+
+
+class _Group(TyperGroup):
+    """The commands, whose errors are reported."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        with _reported():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="gold",
+    cls=_Group,
+    help="On-policy distillation between language models that do not share a tokenizer.",
+    no_args_is_help=True,
+    add_completion=False,
+    # An error that gold raises is one line; any other keeps Python's own traceback.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cache = typer.Typer(
+    help="Keep a teacher's scores of texts in a folder, for students with any tokenizer to learn from.",
+    no_args_is_help=True,
+)
+app.add_typer(cache, name="cache")
+
+_SOURCE = "folder, tokenizer.json, GGUF file, SentencePiece model, tekken.json, tiktoken:NAME or Hub id"
+Source = Annotated[str, typer.Option(metavar="SOURCE", help=_SOURCE, show_default=False)]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a run", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="changes, such as train.steps=30", show_default=False),
+]
+CacheFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a cache", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -152,74 +156,63 @@ def _root(
     pass
 
 
-@app.command(cls=_WithFormats)
+@app.command(cls=_WithAppendix)
 def align(
-    student: Annotated[str, typer.Option(metavar="SOURCE", help=_SOURCE, show_default=False)],
-    teacher: Annotated[str, typer.Option(metavar="SOURCE", help=_SOURCE, show_default=False)],
+    student: Source,
+    teacher: Source,
     text: Annotated[
         str | None,
-        typer.Argument(metavar="TEXT", help="the text itself; - or none: standard input", show_default=False),
+        typer.Argument(metavar="TEXT", help="the text; - or nothing: standard input", show_default=False),
     ] = None,
-    file: Annotated[
-        Path | None, typer.Option("--file", metavar="FILE", help="file that holds the text")
-    ] = None,
+    file: Annotated[Path | None, typer.Option(metavar="FILE", help="file that holds the text")] = None,
     jsonl: Annotated[
         Path | None,
-        typer.Option("--jsonl", metavar="FILE", help="JSON lines with `text`, each answered by JSON"),
+        typer.Option(metavar="FILE", help="JSON lines with `text`; one line of JSON is printed for each"),
     ] = None,
     chat: Annotated[
         Path | None,
-        typer.Option(
-            "--chat", metavar="FILE", help="JSON list of messages; the last, the assistant's, is the text"
-        ),
+        typer.Option(metavar="FILE", help="JSON list of messages; the last, the assistant's, is the text"),
     ] = None,
     student_template_kwargs: Annotated[
         str | None,
         typer.Option(
-            "--student-template-kwargs",
-            metavar="JSON",
-            help='what its chat template is given, as {"enable_thinking": false}',
+            metavar="JSON", help='arguments of the student\'s chat template, as {"enable_thinking": false}'
         ),
     ] = None,
     teacher_template_kwargs: Annotated[
-        str | None, typer.Option("--teacher-template-kwargs", metavar="JSON", help="the same of the teacher")
+        str | None, typer.Option(metavar="JSON", help="arguments of the teacher's chat template")
     ] = None,
     ids: Annotated[
         str | None,
-        typer.Option(
-            "--ids", metavar="IDS", help='the student\'s own ids, "1 2 3" or "[1, 2, 3]", canonical or not'
-        ),
+        typer.Option(metavar="IDS", help='the student\'s ids, "1 2 3" or "[1, 2, 3]", canonical or not'),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print ids, byte ends and chunks as JSON")] = False,
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="write a page to look at in a browser")
-    ] = None,
+    as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write an HTML page")] = None,
     score: Annotated[
         bool,
         typer.Option(
             "--score", help="log-probabilities of both models; the sources are folders with weights"
         ),
     ] = False,
-    no_color: Annotated[bool, typer.Option("--no-color", help="no colours, in a terminal either")] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="no colours")] = False,
 ) -> None:
     """Show how two tokenizers cut one text, and the chunks on which they agree."""
-    with _told():
-        from gold.inspect.command import run_align
+    from gold.inspect.command import run_align
 
-        run_align(
-            text,
-            student=student,
-            teacher=teacher,
-            file=file,
-            jsonl=jsonl,
-            chat=chat,
-            template_kwargs=(student_template_kwargs, teacher_template_kwargs),
-            ids=ids,
-            as_json=as_json,
-            html=html,
-            color=not no_color,
-            load_scorer=_load_scorer if score else None,
-        )
+    run_align(
+        text,
+        student=student,
+        teacher=teacher,
+        file=file,
+        jsonl=jsonl,
+        chat=chat,
+        template_kwargs=(student_template_kwargs, teacher_template_kwargs),
+        ids=ids,
+        as_json=as_json,
+        html=html,
+        color=not no_color,
+        load_scorer=_load_scorer if score else None,
+    )
 
 
 def _load_scorer(student: str, teacher: str) -> Any:
@@ -240,17 +233,14 @@ def doctor(
         str | None,
         typer.Argument(metavar="TEACHER", help="folder, tokenizer.json or Hub id", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the checks as JSON")] = False,
+    as_json: AsJson = False,
     weights: Annotated[bool, typer.Option("--weights", help="load both models and try them too")] = False,
     sequences: Annotated[
         int | None,
-        typer.Option(
-            "--sequences", min=1, help="in a forward pass; else the run's, or 8", show_default=False
-        ),
+        typer.Option(min=1, help="of a forward pass; default: the run's, or 8", show_default=False),
     ] = None,
     tokens: Annotated[
-        int | None,
-        typer.Option("--tokens", min=1, help="of a sequence; else the run's, or 256", show_default=False),
+        int | None, typer.Option(min=1, help="of a sequence; default: the run's, or 256", show_default=False)
     ] = None,
 ) -> None:
     """Check whether a pair can be trained and what stands in its way; exit code 1 if it cannot.
@@ -262,29 +252,28 @@ def doctor(
     (9 hidden + 4 inner + 3 (queries + keys)) × 4
     logits: 6 blocks of at most 128 MiB
     """
-    with _told():
-        if teacher is None:
-            from gold.build import diagnose_run
+    if teacher is None:
+        from gold.build import diagnose_run
 
-            report = diagnose_run(Path(student), weights=weights, sequences=sequences, tokens=tokens)
-        else:
-            from gold.doctor.report import diagnose, load_pair
+        report = diagnose_run(Path(student), weights=weights, sequences=sequences, tokens=tokens)
+    else:
+        from gold.doctor.report import diagnose, load_pair
 
-            load = partial(load_pair, student, teacher) if weights else None
-            report = diagnose(student, teacher, load=load, sequences=sequences or 8, tokens=tokens or 256)
-        from gold.doctor.report import print_report
+        load = partial(load_pair, student, teacher) if weights else None
+        report = diagnose(student, teacher, load=load, sequences=sequences or 8, tokens=tokens or 256)
+    from gold.doctor.report import print_report
 
-        print_report(report, as_json=as_json)
+    print_report(report, as_json=as_json)
     if report.verdict == "fail":
         raise typer.Exit(1)
 
 
-@app.command(cls=_WithKeys)
+@app.command(cls=_WithAppendix)
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see the keys below")],
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on from the last checkpoint of the run folder")
+        bool, typer.Option("--resume", help="continue from the last checkpoint of the run folder")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="remove the run that is in the run folder first")
@@ -293,50 +282,42 @@ def train(
         bool,
         typer.Option(
             "--allow-changed",
-            help="resume although keys, prompts or models have changed, and keep in environment.json which",
+            help="resume although keys, prompts or models have changed; environment.json records which",
         ),
     ] = False,
 ) -> None:
-    """Train a student from a teacher as a configuration says, into a run folder."""
-    with _told():
-        from gold.config import Config
+    """Train the student of a configuration; everything is written to its run folder."""
+    from gold.config import Config
 
-        settings = Config.load(config, overrides or [])
-        if resume and not overwrite:
-            from gold.train.run_folder import ended
+    settings = Config.load(config, overrides or [])
+    if resume and not overwrite:
+        from gold.train.run_folder import ended
 
-            if said := ended(settings.output, settings.to_dict(), settings.train.steps):
-                if os.environ.get("RANK", "0") == "0":  # one of several processes tells
-                    terminal.show(said)
-                return
-        from gold.build import train as run
-        from gold.train.progress import for_terminal
+        if said := ended(settings.output, settings.to_dict(), settings.train.steps):
+            if os.environ.get("RANK", "0") == "0":  # one of several processes
+                terminal.show(said)
+            return
+    from gold.build import train as run
+    from gold.train.progress import for_terminal
 
-        run(
-            settings,
-            resume=resume,
-            overwrite=overwrite,
-            allow_changed=allow_changed,
-            progress=for_terminal(),
-        )
+    run(settings, resume=resume, overwrite=overwrite, allow_changed=allow_changed, progress=for_terminal())
 
 
 @app.command("eval")
 def evaluate(
     source: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="YAML file, or a run folder")],
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, samples included")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a student on held-out prompts: accuracy, bits per byte, KL per byte, lengths."""
-    with _told():
-        from gold.build import evaluate_source
-        from gold.train.progress import Quiet
+    from gold.build import evaluate_source
+    from gold.train.progress import Quiet
 
-        found = evaluate_source(source, overrides or [], Quiet())
-        if as_json:
-            terminal.show_json({"measures": found.measures, "samples": found.samples})
-        else:
-            terminal.show(*_measure_lines(found.measures))
+    found = evaluate_source(source, overrides or [], Quiet())
+    if as_json:
+        terminal.show_json({"measures": found.measures, "samples": found.samples})
+    else:
+        terminal.show(*_measure_lines(found.measures))
 
 
 def _measure_lines(measures: Mapping[str, float]) -> Iterator[str]:
@@ -356,66 +337,51 @@ def objectives(
         str | None, typer.Argument(metavar="NAME", help="only this one", show_default=False)
     ] = None,
 ) -> None:
-    """List what can be minimised: what each objective needs of a teacher, and its options with their defaults."""
-    with _told():
-        from gold.losses.describe import describe_objectives
+    """List the objectives: what each needs of a teacher, and its options with their defaults."""
+    from gold.losses.describe import describe_objectives
 
-        terminal.show(*describe_objectives(name))
+    terminal.show(*describe_objectives(name))
 
 
 @app.command()
-def plot(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
-) -> None:
+def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]) -> None:
     """Draw the learning curves of a run as PNG files."""
-    with _told():
-        from gold.inspect.plots import plot_run
+    from gold.inspect.plots import plot_run
 
-        terminal.show(*plot_run(run))
+    terminal.show(*plot_run(run))
 
 
 @cache.command("build")
-def cache_build(
-    config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="YAML file of a run; its student is not looked at")
-    ],
-    overrides: Overrides = None,
-) -> None:
-    """Score the completions of a run's training prompts into teacher.cache.path; what is there is not asked again."""
-    with _told():
-        from gold.config import Config
+def cache_build(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Score the completions of a run's training prompts into teacher.cache.path, those that are not in it yet.
 
-        settings = Config.load(config, overrides or [])
-        from gold.build import build_cache
-        from gold.cache.command import summary, teller
-        from gold.train.progress import Lines
+    The student of the configuration is not needed.
+    """
+    from gold.config import Config
 
-        for teacher in build_cache(settings, Lines(), teller()):
-            terminal.show(summary(teacher.cache))
+    settings = Config.load(config, overrides or [])
+    from gold.build import build_cache
+    from gold.cache.command import summary, teller
+    from gold.train.progress import Lines
 
-
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a cache")]
+    for teacher in build_cache(settings, Lines(), teller()):
+        terminal.show(summary(teacher.cache))
 
 
 @cache.command("info")
-def cache_info(
-    folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
-) -> None:
-    """Say whose scores a cache holds, of how much text, and what they take."""
-    with _told():
-        from gold.cache.command import run_info
+def cache_info(folder: CacheFolder, as_json: AsJson = False) -> None:
+    """Show which teacher's scores a cache holds, of how much text, and its size."""
+    from gold.cache.command import run_info
 
-        run_info(folder, as_json)
+    run_info(folder, as_json)
 
 
 @cache.command("verify")
-def cache_verify(folder: Folder) -> None:
+def cache_verify(folder: CacheFolder) -> None:
     """Read every byte of a cache and name what is damaged or cut short; exit code 1 if anything is."""
-    with _told():
-        from gold.cache.command import run_verify
+    from gold.cache.command import run_verify
 
-        whole = run_verify(folder)
-    if not whole:
+    if not run_verify(folder):
         raise typer.Exit(1)
 
 
@@ -424,39 +390,35 @@ def cache_merge(
     into: Annotated[Path, typer.Argument(metavar="INTO", help="folder of a cache, new or not")],
     sources: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="caches of the same teacher")],
 ) -> None:
-    """Add to a cache what it lacks of others; what is damaged is left out, and what is there twice taken once."""
-    with _told():
-        from gold.cache.command import run_merge
+    """Add what other caches hold to a cache; damaged parts and duplicates are left out."""
+    from gold.cache.command import run_merge
 
-        run_merge(into, sources)
+    run_merge(into, sources)
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="run folder of the demo")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="run folder of the demo")] = Path("runs/demo"),
 ) -> None:
     """Make two tiny models with different tokenizers, distil one into the other, compare; offline."""
-    with _told():
-        from gold.demo.run import main as run
+    from gold.demo.run import main as run
 
-        run(out)
+    run(out)
 
 
 def main() -> None:
     """The `gold` command."""
     terminal.prepare()
-    with _told():
+    with _reported():
         try:
             code = app(standalone_mode=False)
             sys.stdout.flush()
         except Exception as error:
-            if not hasattr(error, "format_message"):  # of the reader of the command line: wrong usage
+            if not hasattr(error, "format_message"):  # everything but wrong usage
                 sys.excepthook = terminal.show_traceback
                 raise
             context = getattr(error, "ctx", None)
-            asked = f"; try {context.command_path} --help" if context is not None else ""
-            terminal.show_error(f"{error.format_message().rstrip('.')}{asked}")
+            hint = f"; try {context.command_path} --help" if context is not None else ""
+            terminal.show_error(f"{error.format_message().rstrip('.')}{hint}")
             code = 2
     raise SystemExit(code if isinstance(code, int) else 0)

@@ -461,12 +461,12 @@ TWO = {"math": {"path": "m"}, "code": {"path": "c"}}
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"teachers": TWO}, "teachers: a route says .* give one of the two, neither is given"),
+        ({"teachers": TWO}, "teachers: a route .* give one of the two, neither is given"),
         ({"teachers": TWO, "route": "f", "mix": "linear"}, "both are given"),
         ({"teachers": TWO, "route": "f", "teacher": {"path": "t"}}, "teachers: teacher is given too"),
         ({"teacher": {"path": "t"}, "route": "f"}, "route: there is one teacher"),
         ({"teacher": {"path": "t"}, "mix": "linear"}, "mix: there is one teacher"),
-        ({"teachers": TWO, "route": "prompt"}, "route: prompt has a meaning of its own"),
+        ({"teachers": TWO, "route": "prompt"}, "route: prompt has another meaning"),
         ({"teachers": TWO, "mix": "average"}, "mix: expected linear | log_linear, got"),
         ({"teachers": {**TWO, "a b": {"path": "x"}}, "route": "f"}, "teachers.a b: a name has letters"),
         ({"teachers": {**TWO, "c": {"path": "x", "weight": 0}}, "mix": "linear"}, "weight: must be > 0, got 0"),
