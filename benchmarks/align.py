@@ -167,7 +167,7 @@ def measure(
     def tokenizing() -> None:
         for vocabulary in (student, teacher):
             for text in texts:
-                vocabulary._tokenizer.encode(text, add_special_tokens=False)
+                vocabulary.tokenizer.encode(text, add_special_tokens=False)
 
     chunks = gold()
     rows = [_rows(alignment) for alignment in chunks]

@@ -47,12 +47,12 @@ class Subject:
         self.pieces = [data[start:end] for start, end in pairwise(offsets)]
         self.events = frozenset(np.flatnonzero(vocabulary.is_special).tolist())
         self.id_of = {piece: index for index, piece in enumerate(self.pieces) if piece}
-        self.tokenizer = vocabulary._tokenizer
+        self.tokenizer = vocabulary.tokenizer
         if self.tokenizer.truncation or self.tokenizer.padding:
             self.tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
-        self.space_after = vocabulary._family.word_space == "after"
+        self.space_after = vocabulary.space_after_words
         unk = None if vocabulary.unk_id is None else self.tokenizer.id_to_token(vocabulary.unk_id)
         self.unk = None if unk is None else unk.encode()
         added = self.tokenizer.get_added_tokens_decoder().values()

@@ -98,7 +98,7 @@ def _of_trl() -> Iterator[tuple[str, Objective]]:
             pair, text, device = inputs.batch.vocabularies, inputs.batch.texts[b], mine.device
             # Its map of the two vocabularies is made once a run.
             if (pair, device) not in functions:
-                tokenizers = pair.student._tokenizer, pair.teacher._tokenizer
+                tokenizers = pair.student.tokenizer, pair.teacher.tokenizer
                 functions[pair, device] = ULDLoss(config, *tokenizers, device=device)
             function = functions[pair, device]
             sides = []

@@ -33,6 +33,7 @@ from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
 from gold.teachers.several import Teachers, check_routes
 from gold.tokenize.chat import prompt_text
+from gold.tokenize.compare import differences
 from gold.tokenize.roles import Roles
 from gold.tokenize.templates import Rendering
 from gold.tokenize.vocabulary import Vocabulary
@@ -703,7 +704,7 @@ def _load(
         )
         if (of_file := sides[name]) is not None and progress is not None:
             own = made.vocabulary.without_markers()
-            for difference in of_file.vocabulary.differences(own, texts=SAMPLE_TEXTS):
+            for difference in differences(of_file.vocabulary, own, texts=SAMPLE_TEXTS):
                 progress.note(f"model {made.name}: the loaded tokenizer and its file differ: {difference}")
     for name, ask in consult.items():
         if name in teachers and (mine is None or sides[name] is None):

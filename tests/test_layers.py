@@ -25,7 +25,7 @@ HOME_OF = {
     "httpx2": ("gold.teachers.http",),
     "matplotlib": ("gold.inspect.plots", "gold.demo"),
     "pydantic": ("gold.config", "gold.losses", "gold.schema", "gold.train.recipe"),
-    "rapidfuzz": ("gold.tokenize.repair",),
+    "rapidfuzz": ("gold.tokenize.rewriting",),
     "reasoning_gym": ("gold.tasks",),
     "rich": ("gold.terminal", "gold.inspect.terminal", "gold.doctor.report", "gold.train.progress"),
     "tiktoken": ("gold.tokenize.convert.tiktoken",),

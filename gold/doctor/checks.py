@@ -14,6 +14,7 @@ from gold.align.overlap import byte_equal_pairs, longest_prefixes
 from gold.doctor.sample import JUDGED, SAMPLE
 from gold.doctor.side import Side
 from gold.doctor.sizes import StepMemory
+from gold.tokenize.compare import differences
 from gold.tokenize.families import BYTE_FALLBACK, BYTE_LEVEL
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
@@ -207,7 +208,7 @@ def _vocabularies(student: Side, teacher: Side, pairs: tuple[np.ndarray, np.ndar
         return Check(
             name,
             "warn",
-            f"almost the same (here is the student): {'; '.join(mine.differences(theirs, limit=2))}",
+            f"almost the same (here is the student): {'; '.join(differences(mine, theirs, limit=2))}",
             "the pair is trained as two vocabularies; if one file and the same stop ids fit both models, use them",
         )
     size = "the same size but other content" if mine.size == theirs.size else "two"

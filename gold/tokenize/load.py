@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from gold.errors import VocabularyError
 from gold.files import open_file, read_bytes, read_json, read_json_object, read_text
+from gold.tokenize.components import check_growth, leading_bos
 from gold.tokenize.convert.gguf import gguf_tokenizer, read_metadata, role_ids
 from gold.tokenize.convert.older_files import FILES, older_tokenizer
 from gold.tokenize.convert.sentencepiece import read_model, tokenizer_of
@@ -26,7 +27,7 @@ from gold.tokenize.convert.tiktoken import (
     tekken_roles,
     tekken_tokenizer,
 )
-from gold.tokenize.families import MOST_IDS, check_growth, leading_event
+from gold.tokenize.families import MOST_IDS
 from gold.tokenize.foreign import foreign
 from gold.tokenize.roles import Roles, id_of_role, turn_ends
 
@@ -105,7 +106,7 @@ def _no_id(ids: Iterable[Any]) -> str | None:
 
 def _open(source: Any) -> Source:
     if isinstance(source, Tokenizer):
-        return Source(source, "tokenizers.Tokenizer", bos_id=leading_event(source))
+        return Source(source, "tokenizers.Tokenizer", bos_id=leading_bos(source))
     if isinstance(source, str | os.PathLike):
         return _from_name(os.fspath(source))
     if isinstance(backend := getattr(source, "backend_tokenizer", None), Tokenizer):
@@ -218,7 +219,7 @@ def _from_file(path: Path) -> Source:
         tokenizer = _read_tokenizer(path)
     except VocabularyError as error:
         raise VocabularyError(str(error) if name in str(error) else f"{name}: {error}") from None
-    return Source(tokenizer, name, bos_id=leading_event(tokenizer))
+    return Source(tokenizer, name, bos_id=leading_bos(tokenizer))
 
 
 def _from_gguf(path: Path) -> Source:

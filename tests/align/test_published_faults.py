@@ -16,6 +16,7 @@ from support.tokenizers import (
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from gold.align import align_tokens, byte_equal_pairs
+from gold.tokenize.compare import differences
 from gold.tokenize.families import byte_alphabet
 from gold.tokenize.vocabulary import Vocabulary
 
@@ -158,7 +159,7 @@ def test_a_wrong_vocabulary_of_the_same_or_a_smaller_size_is_seen() -> None:
     smaller = Vocabulary.load(byte_level_bpe(vocab_size=390))
     for other in (swapped, smaller):
         assert other.fingerprint != BYTE_LEVEL.fingerprint
-        assert BYTE_LEVEL.differences(other)
+        assert differences(BYTE_LEVEL, other)
 
 
 def test_padded_rows_are_no_tokens_and_no_error() -> None:

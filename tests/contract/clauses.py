@@ -211,7 +211,7 @@ def names_of_ids(objective: Objective) -> Outcome | None:
 
 
 def _renamed(index: int, old: Any, new: Any) -> int:
-    return int(new._tokenizer.token_to_id(old._tokenizer.id_to_token(index)))
+    return int(new.tokenizer.token_to_id(old.tokenizer.id_to_token(index)))
 
 
 def order_and_company(objective: Objective) -> Outcome | None:
@@ -389,7 +389,7 @@ def edges(objective: Objective) -> Outcome | None:
     texts, texts cut short, batches of nothing that counts."""
     pair = pair_for(objective)
     student, teacher = models_for(pair)
-    junk = {s: s._tokenizer.token_to_id("<junk>") for s in (pair.student, pair.teacher)}
+    junk = {s: s.tokenizer.token_to_id("<junk>") for s in (pair.student, pair.teacher)}
     stop, a = STUDENT.stop_ids[0], STUDENT.encode("a").ids.tolist()
     kind = objective.name != "sft"
     batches = [texts_for(objective, pair, 4, seed=11)]

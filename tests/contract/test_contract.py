@@ -89,7 +89,7 @@ def test_bytes_sum_up_to_the_token_level_divergence_where_no_token_begins_anothe
     pair = VocabularyPair(vocabulary, vocabulary)
     student, teacher = ToyModel(vocabulary, 1), ToyModel(vocabulary, 2)
     # Only tokens that are no prefix of another: ab, bb, stop.
-    allowed = [vocabulary._tokenizer.token_to_id(t) for t in ("ab", "bb", "<eos>")]
+    allowed = [vocabulary.tokenizer.token_to_id(t) for t in ("ab", "bb", "<eos>")]
     logits, logits_T = (torch.full((2, vocabulary.size), -torch.inf, dtype=torch.float64) for _ in range(2))
     for model, target in ((student, logits), (teacher, logits_T)):
         target[:, allowed] = model.states([allowed[0]], 2)[:, allowed]

@@ -210,7 +210,7 @@ def test_what_one_side_rules_out_has_a_price(name, support, backend):
     pair = VocabularyPair(SAME, SAME if support == "tokens" else toy_vocabulary(["a+a", "b+a", "ba+a"]))
     texts = [aligned(pair, [*SAME.encode("a a").ids.tolist(), SAME.stop_ids[0]])]
     models = ToyModel(pair.student, 3), ToyModel(pair.teacher, 4)
-    b, b_T = (v._tokenizer.token_to_id("b") for v in (pair.student, pair.teacher))
+    b, b_T = (v.tokenizer.token_to_id("b") for v in (pair.student, pair.teacher))
     objective = OBJECTIVES[name](support=support)
 
     def value(gap: float, gap_T: float) -> float:

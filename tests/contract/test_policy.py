@@ -238,7 +238,7 @@ def test_a_canonical_text_is_one_wherever_it_begins_and_ends():
 
 
 def test_only_tokens_that_the_tokenizer_would_not_give_pay_the_penalty():
-    a, b = (STUDENT._tokenizer.token_to_id(t) for t in "ab")
+    a, b = (STUDENT.tokenizer.token_to_id(t) for t in "ab")
     own, other = STUDENT.encode("ab").ids.tolist(), [a, b]
     assert own != other
     assert batch_of(SAME, [aligned(SAME, [*own, 0]), aligned(SAME, other)]).canonical_rows.tolist() == [

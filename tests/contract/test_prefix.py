@@ -445,7 +445,7 @@ def test_the_example_of_the_documentation():
     def row(vocabulary: Vocabulary, **prob: float) -> Tensor:
         logits = torch.full((vocabulary.size,), -torch.inf, dtype=torch.float64)
         for token, p in prob.items():
-            index = vocabulary.stop_ids[0] if token == "stop" else vocabulary._tokenizer.token_to_id(token)
+            index = vocabulary.stop_ids[0] if token == "stop" else vocabulary.tokenizer.token_to_id(token)
             logits[index] = np.log(p)
         return logits
 
@@ -456,7 +456,7 @@ def test_the_example_of_the_documentation():
         ("ab", [0.5, 0.1, 0.1, 0.3], [0.18, 0.3, 0.1, 0.42]),
         ("b", [0.8, 0.1, 0.1, 0.0], [0.6, 0.3, 0.1, 0.0]),
     ):
-        text = aligned(pair, [student._tokenizer.token_to_id(token)])
+        text = aligned(pair, [student.tokenizer.token_to_id(token)])
         inputs = inputs_of(pair, [text], mine[:1], theirs[: len(token)])
         events, events_T, _ = computed_events(inputs, torch.tensor([0]))
         assert events[0, :4].exp().tolist() == pytest.approx(expected, abs=1e-12)

@@ -367,7 +367,7 @@ def test_numbers_at_the_edge_give_no_nan(name, dtype):
         (student, pair.student, texts[0].student.ids[0]),
         (teacher, pair.teacher, texts[0].teacher.ids[0]),
     ):
-        rows[:, vocabulary._tokenizer.token_to_id("<junk>")] = -torch.inf
+        rows[:, vocabulary.tokenizer.token_to_id("<junk>")] = -torch.inf
         rows[0] = -60.0
         rows[0, int(first)] = 60.0
         rows[-1] = 0.0
@@ -383,7 +383,7 @@ def test_numbers_at_the_edge_give_no_nan(name, dtype):
 @over(sorted(PUBLISHED))
 def test_texts_that_are_empty_or_of_one_token(name):
     pair = pair_of(name)
-    a, stop, junk = (pair.student._tokenizer.token_to_id(t) for t in ("a", "<eos>", "<junk>"))
+    a, stop, junk = (pair.student.tokenizer.token_to_id(t) for t in ("a", "<eos>", "<junk>"))
     for ids in ([stop], [a], [a, stop], [junk], [junk, stop], []):
         texts = [aligned(pair, ids), aligned(pair, [a, a, stop])]
         inputs = inputs_of(pair, texts, ToyModel(pair.student, 3), ToyModel(pair.teacher, 4))
@@ -399,7 +399,7 @@ def test_a_chunk_of_events_alone_is_not_compared(name):
     """A special token that only the student has: alone in a text it has no counterpart."""
     student = toy_vocabulary(["a+b", "b+ ", "ab+b"], cut=None, unused=1)
     pair = VocabularyPair(student, TEACHER)
-    own, stop = (student._tokenizer.token_to_id(t) for t in ("<unused0>", "<eos>"))
+    own, stop = (student.tokenizer.token_to_id(t) for t in ("<unused0>", "<eos>"))
     models = ToyModel(student, 3), ToyModel(TEACHER, 4)
     text = aligned(pair, [own, stop])
     assert ACROSS[name].count(batch_of(pair, [text])) == 1
@@ -637,7 +637,7 @@ def test_projected_tokens_are_not_told_apart():
     )
     target = torch.zeros(1, letters.size, dtype=torch.float64)
     for name, prob in (("a", rows[1, a]), ("b", rows[1, b]), ("<eos>", rows[1, stop])):
-        target[0, letters._tokenizer.token_to_id(name)] = prob
+        target[0, letters.tokenizer.token_to_id(name)] = prob
     for row in rows:
         inputs = inputs_of(pair, [one], torch.log(row[None]), torch.log(target))
         assert value_of(OBJECTIVES["x_token"](), inputs) == pytest.approx(0.0, abs=1e-9)

@@ -77,7 +77,7 @@ class ToyModel:
         key = tuple(vocabulary.token_bytes(i) for i in context)
         if key not in self.rows:
             names = [
-                vocabulary.token_bytes(i) or vocabulary._tokenizer.id_to_token(i).encode()
+                vocabulary.token_bytes(i) or vocabulary.tokenizer.id_to_token(i).encode()
                 for i in range(vocabulary.size)
             ]
             names += [b"padding %d" % i for i in range(self.extra)]
@@ -87,7 +87,7 @@ class ToyModel:
                 stop = torch.zeros(len(names), dtype=torch.bool)
                 stop[list(vocabulary.stop_ids)] = True
                 logits = logits.masked_fill(~stop, -torch.inf)
-            logits[[vocabulary._tokenizer.token_to_id(name) for name in self.never]] = -torch.inf
+            logits[[vocabulary.tokenizer.token_to_id(name) for name in self.never]] = -torch.inf
             self.rows[key] = logits.requires_grad_(self.requires_grad)
         return self.rows[key]
 

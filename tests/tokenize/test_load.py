@@ -650,7 +650,7 @@ def test_reading_tokenizer_files_loads_no_model_library(tmp_path: Path) -> None:
     tekken_files(tmp_path)
     byte_level_gguf(tmp_path / "m.gguf", toy(), "gpt-2", chat_template="{{ messages }}")
     code = (
-        "import sys\nfrom gold.align import Vocabulary\n"
+        "import sys\nfrom gold import Vocabulary\n"
         f"for name in ('m.gguf', 'tekken.json'): Vocabulary.load({str(tmp_path)!r} + '/' + name)\n"
         "heavy = {'torch', 'transformers', 'gguf', 'tiktoken', 'huggingface_hub'} & set(sys.modules)\n"
         "assert not heavy, heavy"

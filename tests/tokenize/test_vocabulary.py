@@ -30,6 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gold.align import align_tokens
 from gold.errors import VocabularyError
+from gold.tokenize.compare import differences
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 VOCABULARIES = {name: Vocabulary.load(tokenizer) for name, tokenizer in families().items()}
@@ -90,7 +91,7 @@ def test_text_never_becomes_a_special_token(vocabulary: Vocabulary, given: str, 
 @each_vocabulary
 @pytest.mark.parametrize("at_start", [True, False])
 def test_what_looks_like_a_special_token_is_text(vocabulary: Vocabulary, at_start: bool) -> None:
-    added = vocabulary._tokenizer.get_added_tokens_decoder().values()
+    added = vocabulary.tokenizer.get_added_tokens_decoder().values()
     for name in [token.content for token in added if token.special]:
         wide = "".join(chr(ord(c) + 0xFEE0) for c in name)  # the same after NFKC
         for written in (
@@ -116,7 +117,7 @@ def test_what_looks_like_a_special_token_is_text(vocabulary: Vocabulary, at_star
 
 @given(any_vocabulary, text)
 def test_encode_gives_the_tokenizer_s_own_ids(vocabulary: Vocabulary, given: str) -> None:
-    own: Tokenizer = vocabulary._tokenizer
+    own: Tokenizer = vocabulary.tokenizer
     ids = own.encode(given, add_special_tokens=False).ids
     if {vocabulary.unk_id} >= set(np.array(ids)[vocabulary.is_special[ids]].tolist()) and UNK not in given:
         assert vocabulary.encode(given).ids.tolist() == ids
@@ -191,7 +192,7 @@ def test_a_stretch_rewritten_by_itself_is_what_its_tokens_spell(name: str, given
         own, stretch = b"".join(map(vocabulary.token_bytes, group)), tokenized.data[start:end]
         if vocabulary.unk_id not in group:
             try:
-                assert own.decode().split() == vocabulary._rewrite(stretch.decode()).split()
+                assert own.decode().split() == vocabulary._encoder.rewrite(stretch.decode()).split()
             except UnicodeDecodeError:  # part of a character that stayed the same
                 assert own.strip() == stretch.strip()
         group = []
@@ -427,7 +428,7 @@ def test_fingerprints_are_equal_for_equal_content_and_in_every_process() -> None
     assert first.fingerprint == second.fingerprint
     assert first.fingerprint != Vocabulary.load(byte_level_bpe(vocab_size=399)).fingerprint
     program = (
-        "from support.tokenizers import character_level; from gold.align import Vocabulary; "
+        "from support.tokenizers import character_level; from gold import Vocabulary; "
         "print(Vocabulary.load(character_level()).fingerprint)"
     )
     folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
@@ -442,19 +443,19 @@ def test_fingerprints_are_equal_for_equal_content_and_in_every_process() -> None
 
 def test_differences_name_what_differs() -> None:
     first = Vocabulary.load(byte_level_bpe())
-    assert first.differences(Vocabulary.load(byte_level_bpe()), texts=["Hello world"]) == []
+    assert differences(first, Vocabulary.load(byte_level_bpe()), texts=["Hello world"]) == []
     tokenizer = byte_level_bpe()
     tokenizer.add_special_tokens(["<end>"])
     longer = Vocabulary.load(tokenizer, stop_ids=[400])
-    assert first.differences(longer) == ["size: 400 here, 401 there", "stop ids: [] here, [400] there"]
+    assert differences(first, longer) == ["size: 400 here, 401 there", "stop ids: [] here, [400] there"]
     renamed = json.loads(byte_level_bpe().to_str())
     vocab = renamed["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     other = Vocabulary.load(Tokenizer.from_str(json.dumps(renamed)))
     mine = sorted((vocab["a"], vocab["b"]))
     a = mine[0]
-    assert first.differences(other, limit=1) == [f"id {a}: b'a' here, b'b' there", "and 1 more ids"]
-    assert first.differences(other, texts=["ab"])[2:] == [
+    assert differences(first, other, limit=1) == [f"id {a}: b'a' here, b'b' there", "and 1 more ids"]
+    assert differences(first, other, texts=["ab"])[2:] == [
         f"text 'ab' from token 0 on: {mine} here, {mine[::-1]} there"
     ]
 
@@ -468,7 +469,7 @@ def test_a_vocabulary_survives_pickling(vocabulary: Vocabulary) -> None:
 
 def test_importing_the_package_loads_no_heavy_library() -> None:
     program = (
-        "import sys; import gold.inspect.command; from gold.align import Vocabulary, align_tokens; "
+        "import sys; import gold.inspect.command; from gold import Vocabulary, align_tokens; "
         "print([name for name in ('torch', 'transformers', 'numba', 'rapidfuzz', 'rich') if name in sys.modules])"
     )
     root = str(Path(__file__).parents[2])

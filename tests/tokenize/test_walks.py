@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.texts import ids_of
 from support.tokenizers import byte_level_bpe
 
-from gold.tokenize import vocabulary as vocabulary_module
+from gold.tokenize import text as text_module
 from gold.tokenize.vocabulary import Vocabulary
 from gold.tokenize.walks import _compiled
 
@@ -25,15 +25,15 @@ ids_and_padding = ids_of(VOCABULARY).flatmap(
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     as_it_is = request.param == "python"
     monkeypatch.setattr(
-        vocabulary_module, "walk", lambda function, _: function if as_it_is else _compiled(function)
+        text_module, "walk", lambda function, _: function if as_it_is else _compiled(function)
     )
 
 
 @given(ids_and_padding)
 def test_ends_and_bytes_are_those_of_the_ids_one_after_the_other(ids: list[int]) -> None:
     pieces = [VOCABULARY.token_bytes(i) if i < VOCABULARY.size else b"" for i in ids]
-    stream, ends = VOCABULARY._stream(np.array(ids, np.int32))
-    assert stream == b"".join(pieces)
+    joined, ends = VOCABULARY._table.join(np.array(ids, np.int32))
+    assert joined == b"".join(pieces)
     assert (
         ends.tolist()
         == VOCABULARY.ends(np.array(ids, np.int32)).tolist()
@@ -45,11 +45,11 @@ def test_short_texts_load_no_compiler_and_long_ones_do() -> None:
     code = (
         "import sys, numpy as np\n"
         "from support.tokenizers import byte_level_bpe\n"
-        "from gold.align import Vocabulary, align_tokens\n"
+        "from gold import Vocabulary, align_tokens\n"
         "vocabulary = Vocabulary.load(byte_level_bpe())\n"
         "for tokens in (1 << 14, 1 << 16):\n"
-        "    spelling = vocabulary.spell(np.full(tokens, 9))\n"
-        "    print('numba' in sys.modules, len(align_tokens(spelling, spelling)))\n"
+        "    tokenized = vocabulary.decode(np.full(tokens, 9))\n"
+        "    print('numba' in sys.modules, len(align_tokens(tokenized, tokenized)))\n"
     )
     path = [str(p) for p in sys.path if p]
     done = subprocess.run(

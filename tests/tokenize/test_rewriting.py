@@ -22,22 +22,15 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from gold.align import align_tokens
 from gold.errors import VocabularyError
-from gold.tokenize.repair import (
-    compose,
-    decode_replacing,
-    edit_boundaries,
-    rewriting_boundaries,
-    settle_by_bytes,
-    stretches_less_gone,
-    true_ends,
-)
+from gold.tokenize.rewriting import compose, decode_replacing, edit_boundaries, rewriting_boundaries
+from gold.tokenize.token_ends import settle_by_bytes, spans_less_missing, true_ends
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 CHARACTERS = Vocabulary.load(families()["characters"])
 NFC = Vocabulary.load(families()["byte-level, NFC"])
 
 
-def stretches(vocabulary: Vocabulary, tokenized: TokenizedText) -> list[tuple[bytes, bytes, bool]]:
+def covered(vocabulary: Vocabulary, tokenized: TokenizedText) -> list[tuple[bytes, bytes, bool]]:
     rows = zip(tokenized.ids, tokenized.starts, tokenized.ends, tokenized.exact, strict=True)
     return [(vocabulary.token_bytes(i), tokenized.data[a:b], bool(exact)) for i, a, b, exact in rows]
 
@@ -48,7 +41,7 @@ def stretches(vocabulary: Vocabulary, tokenized: TokenizedText) -> list[tuple[by
 @given(data)
 def test_replaced_bytes_keep_their_place(given: bytes) -> None:
     decoded, back = decode_replacing(given)
-    assert decoded == given.decode("utf-8", "replace") == Vocabulary.text_of(given)
+    assert decoded == given.decode("utf-8", "replace")
     if back is None:
         assert decoded.encode() == given
         return
@@ -66,7 +59,7 @@ def test_replaced_bytes_keep_their_place(given: bytes) -> None:
 
 def test_invalid_bytes_by_hand() -> None:
     tokenized = CHARACTERS.encode(b"a\xffb\xe2\x82c")
-    assert stretches(CHARACTERS, tokenized) == [
+    assert covered(CHARACTERS, tokenized) == [
         (b"a", b"a", True),
         (b"\xef", b"", False),
         (b"\xbf", b"", False),
@@ -95,7 +88,7 @@ def test_lone_surrogates_are_invalid_bytes() -> None:
 
 def test_composed_characters_by_hand() -> None:
     vocabulary = Vocabulary.load(byte_level_bpe(["abc"], vocab_size=258, normalizer=normalizers.NFC()))
-    assert stretches(vocabulary, vocabulary.encode("cafe\u0301 か\u3099s")) == [
+    assert covered(vocabulary, vocabulary.encode("cafe\u0301 か\u3099s")) == [
         *[(c, c, True) for c in (b"c", b"a", b"f")],
         (b"\xc3", b"", False),
         (b"\xa9", "e\u0301".encode(), False),
@@ -119,7 +112,7 @@ def test_what_a_normaliser_removes_belongs_to_the_next_token() -> None:
         [normalizers.NFD(), normalizers.StripAccents(), normalizers.Replace("x", "")]
     )
     vocabulary = Vocabulary.load(byte_level_bpe(["abc"], vocab_size=258, normalizer=stripped))
-    assert stretches(vocabulary, vocabulary.encode("axbe\u0301cx")) == [
+    assert covered(vocabulary, vocabulary.encode("axbe\u0301cx")) == [
         (b"a", b"a", True),
         (b"b", b"xb", False),
         (b"e", "e\u0301".encode(), False),
@@ -186,7 +179,7 @@ def test_dropped_bytes_belong_to_the_next_token(given: str, lacking: bytes) -> N
     if not kept:
         return
     # Each token's stretch is its own bytes with what was dropped before them; at the end, after them too.
-    for own, stretch, exact in stretches(vocabulary, tokenized):
+    for own, stretch, exact in covered(vocabulary, tokenized):
         assert stretch.translate(None, b"x" + lacking) == own
         assert exact == (own == stretch)
 
@@ -195,7 +188,7 @@ def test_an_unknown_token_stands_on_what_it_replaces_and_is_repaired() -> None:
     vocabulary = Vocabulary.load(sentencepiece_bpe(known=range(0)))
     tokenized = vocabulary.encode("the\u2603\u2603dog")
     unknown = int(np.flatnonzero(tokenized.ids == vocabulary.unk_id)[0])
-    rows = stretches(vocabulary, tokenized)
+    rows = covered(vocabulary, tokenized)
     assert rows[unknown] == (b"", "\u2603\u2603".encode(), False)
     assert tokenized.repaired_bytes == 6
     assert all(exact for i, (_, _, exact) in enumerate(rows) if i != unknown)
@@ -205,14 +198,14 @@ def test_an_unknown_token_stands_on_what_it_replaces_and_is_repaired() -> None:
 
 def test_an_unknown_last_character_is_the_unknown_token_s() -> None:
     vocabulary = Vocabulary.load(sentencepiece_bpe(known=range(0)))
-    rows = stretches(vocabulary, vocabulary.encode("the\u2603"))
+    rows = covered(vocabulary, vocabulary.encode("the\u2603"))
     assert rows[-1] == (b"", "\u2603".encode(), False)
     assert all(exact for _, _, exact in rows[:-1])
 
 
 def test_swallowed_spaces_are_repaired() -> None:
     vocabulary = Vocabulary.load(with_added(byte_level_bpe()))
-    assert stretches(vocabulary, vocabulary.encode("a  <pause>  b")) == [
+    assert covered(vocabulary, vocabulary.encode("a  <pause>  b")) == [
         (b"a", b"a", True),
         (b"<pause>", b"  <pause>  ", False),
         (b"b", b"b", True),
@@ -344,7 +337,7 @@ def test_unknown_tokens_share_what_is_gone_a_character_each(
     characters, gone = np.array([0, 1, 4, 7, 8]), np.array([False, *[True] * 6, False])
     stops = np.array([1, *[1] * len(unknown), 2])
     vague = np.array([False, *[True] * len(unknown), False])
-    first, last = stretches_less_gone(stops, vague, gone, characters)
+    first, last = spans_less_missing(stops, vague, gone, characters)
     assert list(zip(first.tolist(), last.tolist(), strict=True)) == [(0, 1), *expected, (7, 8)]
 
 
