@@ -22,10 +22,9 @@ from gold.tokenize.chat import (
     has_chat_template,
     prompt_ids,
     prompt_text,
-    rendered_prompt,
     specials_in,
 )
-from gold.tokenize.templates import Rendering, template_of
+from gold.tokenize.templates import Rendering, rendered, template_of
 from gold.tokenize.vocabulary import Vocabulary
 
 MOST = 2000
@@ -185,7 +184,7 @@ def _look_at(
     if prompt.messages is None or not has_chat_template(reader.tokenizer):
         return
     tally.conversations += 1
-    text = rendered_prompt(reader.tokenizer, prompt.messages, reader.rendering)
+    text = rendered(reader.tokenizer, prompt.messages, reader.rendering, add_generation_prompt=True)
     if tally.conversations == 1:
         tally.dated = _reads_date(reader, prompt, text)
     roles = tuple(message["role"] for message in prompt.messages)
@@ -208,7 +207,7 @@ def _reads_date(reader: PromptReader, prompt: Prompt, text: str) -> bool:
         return False
     other = (reader.rendering.day or date.today()) + timedelta(days=399)  # another day, month and year
     then = Rendering(reader.rendering.arguments, other)
-    return rendered_prompt(reader.tokenizer, prompt.messages or (), then) != text
+    return rendered(reader.tokenizer, prompt.messages or (), then, add_generation_prompt=True) != text
 
 
 def _size(prompt: Prompt) -> int:

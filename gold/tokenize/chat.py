@@ -2,8 +2,8 @@
 
 What a user wrote is text. Where a message contains the text of a special token, the ids of that text are used, never
 the token: otherwise a prompt could end its own turn. "Special" are the tokens that the tokenizer declares so; other
-added tokens (`<think>` of some families) are part of a message's vocabulary, as they are in a completion's. What a
-model itself writes with a special token, such as the `<think>` of other families: see `gold.tokenize.markers`.
+added tokens (`<think>` of some families) are part of a message's vocabulary, as they are in a completion's. For special
+tokens that a model itself writes, such as the `<think>` of other families, see `gold.tokenize.markers`.
 
 A completion is tokenised apart from its prompt, by each model in its own tokens.
 
@@ -24,8 +24,8 @@ from gold.errors import DataError
 from gold.tokenize.templates import Rendering, rendered, template_of
 
 # A model without a chat template reads a conversation as this plain transcript, one blank line between the turns; the
-# completion goes on after "Assistant:". System and developer messages stand without a name, in front.
-TRANSCRIPT_NAMES = {
+# completion follows "Assistant:". System and developer messages come first, without a name.
+_TRANSCRIPT_NAMES = {
     "user": "User: ",
     "assistant": "Assistant: ",
     "tool": "Tool: ",
@@ -35,11 +35,10 @@ TRANSCRIPT_NAMES = {
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt, rendering: Rendering | None = None) -> list[int]:
-    """The ids that a model reads before the completion, with never more than one BOS in front.
+    """The ids that a model reads before the completion, with at most one BOS in front.
 
     A text comes after the BOS, where the tokenizer puts one in front of texts. Messages go through the tokenizer's
     chat template, with the prompt for an answer at the end; without a template they are read as a plain transcript.
-    `rendering` is what the template is given beside the messages.
 
     Raises:
         DataError: the template refuses the messages, or a message contains the text of a special token and the
@@ -48,7 +47,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, rendering: Rendering | None = Non
     if prompt.messages is None or not has_chat_template(tokenizer):
         bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         return [*bos, *_text_ids(tokenizer, prompt_text(prompt))]
-    if any(_special(tokenizer).pattern.search(message["content"]) for message in prompt.messages):
+    if specials_in(tokenizer, prompt):
         ids = _guarded_ids(tokenizer, prompt.messages, rendering)
     else:
         ids = _template_ids(tokenizer, prompt.messages, rendering)
@@ -61,7 +60,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, rendering: Rendering | None = Non
 def teacher_prompt_ids(
     tokenizer: Any, prompt: Prompt, teacher: str, rendering: Rendering | None = None
 ) -> list[int]:
-    """The ids that a teacher of this name reads before the completion.
+    """The ids that the teacher of this name reads before the completion.
 
     Raises:
         DataError: there are none, or its template refuses the messages; the message names the prompt's key.
@@ -79,7 +78,7 @@ def prompt_text(prompt: Prompt) -> str:
     """A prompt for people and logs, and for models without a chat template: its text, or a plain transcript."""
     if prompt.messages is None:
         return prompt.text or ""
-    turns = [TRANSCRIPT_NAMES[message["role"]] + message["content"].strip() for message in prompt.messages]
+    turns = [_TRANSCRIPT_NAMES[message["role"]] + message["content"].strip() for message in prompt.messages]
     return "\n\n".join([*(turn for turn in turns if turn), "Assistant:"])
 
 
@@ -87,13 +86,13 @@ def begins_anew(prompt: Prompt) -> bool:
     """Whether a completion of the prompt is a text of its own, before which some tokenizers put a space (Llama-2).
 
     After messages it is: such models' templates leave that space to the tokenizer ("[/INST]", then "▁Yes"). What comes
-    after a plain text goes on with it, and a space there is one that the model wrote.
+    after a plain text continues it, and a space there is one that the model wrote.
     """
     return prompt.messages is not None
 
 
 def has_chat_template(tokenizer: Any) -> bool:
-    """Whether messages go through a template of the tokenizer's own."""
+    """Whether the tokenizer has a chat template."""
     return template_of(tokenizer) is not None
 
 
@@ -107,28 +106,17 @@ def specials_in(tokenizer: Any, prompt: Prompt) -> list[str]:
 def dropped_roles(
     tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None = None
 ) -> list[int]:
-    """The places of the messages that a tokenizer's template does not show, whatever they say; empty without one.
+    """The indices of the messages that a tokenizer's template does not show, whatever they say; empty without one.
 
-    Each content is a mark of characters that no template knows, so that a short one is not found by chance.
+    Each content is replaced by a mark that no template knows, so that a short one is not found by chance.
 
     Raises:
         DataError: the template refuses such messages.
     """
     if not has_chat_template(tokenizer):
         return []
-    marks = [_mark(place) for place in range(len(messages))]
-    marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
-    text = _apply(tokenizer, marked, rendering)
-    return [place for place, mark in enumerate(marks) if mark not in text]
-
-
-def rendered_prompt(tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None = None) -> str:
-    """The messages as the tokenizer's template writes them, with the prompt for an answer at the end.
-
-    Raises:
-        DataError: the template refuses them.
-    """
-    return _apply(tokenizer, messages, rendering)
+    text = rendered(tokenizer, _marked(messages), rendering, add_generation_prompt=True)
+    return [place for place in range(len(messages)) if _mark(place) not in text]
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -152,20 +140,47 @@ class _Special:
     id_of: dict[str, int]
     pattern: re.Pattern[str]
     unknown: int | None
-    copy: "_Copy | None" = None
+    guard: "_Guard | None" = None
 
     def in_ids(self, ids: Sequence[int]) -> bool:
         """Whether special tokens other than the unknown one, which stands for text, are among the ids."""
         return not (set(self.id_of.values()) - {self.unknown}).isdisjoint(ids)
 
 
-@dataclass
-class _Copy:
+class _Guard:
     """A copy of a fast tokenizer that finds a stand-in for each special token in texts, but no special token."""
 
-    backend: Any
-    stand_in_of: dict[str, str]
-    id_of: dict[int, int]  # the special token's id by its stand-in's
+    def __init__(self, tokenizer: Any, special: _Special) -> None:
+        original = getattr(tokenizer, "backend_tokenizer", None)
+        if original is None:
+            raise _UnfollowedTemplateError("this kind of tokenizer always reads it as one")
+        self._special = special
+        self._backend = copy.deepcopy(original)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        self.stand_in_of = {text: chr(0x100000 + place) for place, text in enumerate(special.id_of)}
+        added = self._backend.get_added_tokens_decoder()
+        tokens = {text: added.get(i, AddedToken(text, normalized=False)) for text, i in special.id_of.items()}
+        flags = ("single_word", "lstrip", "rstrip", "normalized")
+        self._backend.add_tokens(
+            [
+                AddedToken(
+                    self.stand_in_of[text], special=False, **{flag: getattr(t, flag) for flag in flags}
+                )
+                for text, t in tokens.items()
+            ]
+        )
+        self._id_of = {
+            self._backend.token_to_id(self.stand_in_of[text]): index for text, index in special.id_of.items()
+        }
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text, with the special token's for each stand-in."""
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        if self._special.in_ids(ids):
+            raise _UnfollowedTemplateError("the tokenizer always reads it as one")
+        return [self._id_of.get(index, index) for index in ids]
 
 
 class _UnfollowedTemplateError(Exception):
@@ -205,16 +220,8 @@ def _text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _template_ids(tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None) -> list[int]:
-    return list(tokenizer.encode(_apply(tokenizer, messages, rendering), add_special_tokens=False))
-
-
-def _apply(tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None) -> str:
-    try:
-        return rendered(tokenizer, messages, rendering, add_generation_prompt=True)
-    except Exception as error:
-        # Jinja's errors, and whatever a template raises: it is the template that judges the messages.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"the model's chat template refuses the messages: {reason}") from error
+    text = rendered(tokenizer, messages, rendering, add_generation_prompt=True)
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _guarded_ids(tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None) -> list[int]:
@@ -229,7 +236,7 @@ def _guarded_ids(tokenizer: Any, messages: Sequence[Message], rendering: Renderi
     plain = [{**message, "content": pattern.sub("x", message["content"])} for message in messages]
     try:
         ids = _stand_in_ids(tokenizer, messages, rendering)
-        # Held against the ordinary way, on the same messages without the special-looking parts.
+        # Compared with the ordinary way, on the same messages without the special-looking parts.
         if _stand_in_ids(tokenizer, plain, rendering) != _template_ids(tokenizer, plain, rendering):
             raise _UnfollowedTemplateError("the tokenizer treats its special tokens in an unusual way")
     except _UnfollowedTemplateError as error:
@@ -242,66 +249,34 @@ def _guarded_ids(tokenizer: Any, messages: Sequence[Message], rendering: Renderi
 
 
 def _mark(place: int) -> str:
-    """A text for the content of a message: private-use characters have no case, are no white space, and no template
-    knows them."""
+    """A mark for the content of a message: private-use characters have no case, and no template knows them."""
     return "\uf8e0" + "".join(chr(0xE000 + byte) for byte in place.to_bytes(4, "big")) + "\uf8e1"
 
 
+def _marked(messages: Sequence[Message]) -> list[Message]:
+    return [{**message, "content": _mark(place)} for place, message in enumerate(messages)]
+
+
 def _stand_in_ids(tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None) -> list[int]:
-    text = _apply(tokenizer, messages, rendering)
+    text = rendered(tokenizer, messages, rendering, add_generation_prompt=True)
     if re.search("[\ue000-\uf8ff\U00100000-\U0010fffd]", text):
         raise _UnfollowedTemplateError("private-use characters stand beside it")
     contents = {_mark(place): message["content"] for place, message in enumerate(messages)}
-    marked_messages = [{**m, "content": mark} for m, mark in zip(messages, contents, strict=True)]
-    marked = _apply(tokenizer, marked_messages, rendering)
-    pieces = re.split("(\uf8e0[^\uf8e1]*\uf8e1)", marked)
+    marked = rendered(tokenizer, _marked(messages), rendering, add_generation_prompt=True)
+    parts = re.split("(\uf8e0[^\uf8e1]*\uf8e1)", marked)
     # Many templates trim the white space around contents.
-    choices = [[contents[p], contents[p].strip()] if p in contents else [p] for p in pieces]
+    choices = [[contents[p], contents[p].strip()] if p in contents else [p] for p in parts]
     pattern = "".join("(" + "|".join(map(re.escape, texts)) + ")" for texts in choices)
     match = re.fullmatch(pattern, text)
     if match is None:
         raise _UnfollowedTemplateError("the model's chat template changes the message")
 
     special = _special(tokenizer)
-    copied = _copy_of(tokenizer)
+    guard = special.guard = special.guard or _Guard(tokenizer, special)
     guarded = "".join(
-        part
-        if piece in contents
-        else special.pattern.sub(lambda found: copied.stand_in_of[found.group()], part)
-        for piece, part in zip(pieces, match.groups(), strict=True)
+        found
+        if part in contents
+        else special.pattern.sub(lambda token: guard.stand_in_of[token.group()], found)
+        for part, found in zip(parts, match.groups(), strict=True)
     )
-    ids = copied.backend.encode(guarded, add_special_tokens=False).ids
-    if special.in_ids(ids):
-        raise _UnfollowedTemplateError("the tokenizer always reads it as one")
-    return [copied.id_of.get(index, index) for index in ids]
-
-
-def _copy_of(tokenizer: Any) -> _Copy:
-    special = _special(tokenizer)
-    if special.copy is None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise _UnfollowedTemplateError("this kind of tokenizer always reads it as one")
-        backend = copy.deepcopy(backend)
-        backend.no_truncation()
-        backend.no_padding()
-        stand_in_of = {text: chr(0x100000 + place) for place, text in enumerate(special.id_of)}
-        added = backend.get_added_tokens_decoder()
-        stand_ins = []
-        for text, index in special.id_of.items():
-            flags = added.get(index, AddedToken(text, normalized=False))
-            stand_ins.append(
-                AddedToken(
-                    stand_in_of[text],
-                    single_word=flags.single_word,
-                    lstrip=flags.lstrip,
-                    rstrip=flags.rstrip,
-                    normalized=flags.normalized,
-                    special=False,
-                )
-            )
-        backend.add_tokens(stand_ins)
-        backend.encode_special_tokens = True
-        id_of = {backend.token_to_id(stand_in_of[text]): index for text, index in special.id_of.items()}
-        special.copy = _Copy(backend, stand_in_of, id_of)
-    return special.copy
+    return guard.ids(guarded)

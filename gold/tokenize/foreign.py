@@ -1,4 +1,4 @@
-"""Calls of libraries that others' files drive: what they raise, panics of Rust too, is a line that names the file."""
+"""Calls of tokenizers on files that others wrote: errors and panics become one line that names the file."""
 
 import os
 import sys
@@ -13,12 +13,11 @@ _REDIRECTED = threading.RLock()
 
 @contextmanager
 def foreign(name: str, kinds: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Around calls of tokenizers for what comes from a file of that name.
+    """A context for calls of tokenizers on what a file of that name holds.
 
-    A panic is printed by the library itself, at length, so stderr leads nowhere meanwhile.
+    The library prints a panic itself, at length, so stderr is discarded meanwhile.
 
-    Raises: VocabularyError for a panic, for a bare `Exception`, which is all that the library has otherwise, and for
-    the other `kinds`.
+    Raises: VocabularyError for a panic, for a bare `Exception`, which the library raises otherwise, and for `kinds`.
     """
     try:
         with _without_stderr():
@@ -35,6 +34,11 @@ def foreign(name: str, kinds: tuple[type[Exception], ...] = ()) -> Iterator[None
 def is_panic(error: BaseException) -> bool:
     """Whether a library in Rust has met a bug of its own; it is no `Exception`."""
     return type(error).__name__ == "PanicException"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type if there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager

@@ -18,18 +18,16 @@ from gold.tokenize.convert.gguf import gguf_tokenizer, read_metadata, role_ids
 from gold.tokenize.convert.older_files import FILES, older_tokenizer
 from gold.tokenize.convert.sentencepiece import read_model, tokenizer_of
 from gold.tokenize.convert.tiktoken import (
-    check_probes,
     encoding_tokenizer,
     is_encoding,
     is_tekken,
     named_encoding,
-    ranked_tokenizer,
     tekken_roles,
     tekken_tokenizer,
 )
 from gold.tokenize.families import MOST_IDS
-from gold.tokenize.foreign import foreign
-from gold.tokenize.roles import Roles, id_of_role, turn_ends
+from gold.tokenize.foreign import first_line, foreign
+from gold.tokenize.roles import Roles, default_template, id_of_role, token_content, turn_ends
 
 _SETTINGS = (
     "tokenizer_config.json",
@@ -48,7 +46,7 @@ _TIKTOKEN_ENDS = ("<|return|>", "<|call|>", "<|endoftext|>")
 
 @dataclass(frozen=True)
 class Source:
-    """A live tokenizer, and what its source tells of its special tokens: roles, and the template for conversations."""
+    """A live tokenizer, and what its source says of its special tokens: roles, and the chat template."""
 
     tokenizer: Tokenizer
     name: str
@@ -66,7 +64,7 @@ def open_source(source: Any, stop_ids: Iterable[int] = (), roles: Roles | None =
     and a mistral_common tokenizer.
 
     A sequence ends with the source's EOS, the ids in generation_config.json, the token that its chat template writes
-    after an answer, and the given `stop_ids`. What `roles` names takes the place of all that was found for that role.
+    after an answer, and the given `stop_ids`. A role that `roles` names replaces everything found for that role.
 
     Raises: VocabularyError if there is none, if it cannot be read, or has no token of a name in `roles`.
     """
@@ -77,16 +75,14 @@ def open_source(source: Any, stop_ids: Iterable[int] = (), roles: Roles | None =
         raise VocabularyError(f"{found.name}: {error}") from None
     with foreign(found.name), suppress(Exception):  # an unknown character may be an error
         found.tokenizer.encode(_PROBE)
-    stops = [*found.stop_ids, *stop_ids]
-    bos, pad = found.bos_id, found.pad_id
-    if roles is not None:
 
-        def index(role: str, token: str) -> int:
-            return id_of_role(found.tokenizer, role, token, found.name)
+    def index(role: str, token: str) -> int:
+        return id_of_role(found.tokenizer, role, token, found.name)
 
-        stops = stops if roles.stop is None else [index("stop", token) for token in roles.stop]
-        bos = bos if roles.bos is None else index("bos", roles.bos)
-        pad = pad if roles.pad is None else index("pad", roles.pad)
+    roles = roles or Roles()
+    stops = [*found.stop_ids, *stop_ids] if roles.stop is None else [index("stop", t) for t in roles.stop]
+    bos = found.bos_id if roles.bos is None else index("bos", roles.bos)
+    pad = found.pad_id if roles.pad is None else index("pad", roles.pad)
     if (bad := _no_id([*stops, *(i for i in (bos, pad) if i is not None)])) is not None:
         raise VocabularyError(
             f"{found.name}: the id of a stop, BOS or pad token is {bad}, which no token has"
@@ -112,7 +108,7 @@ def _open(source: Any) -> Source:
     if isinstance(backend := getattr(source, "backend_tokenizer", None), Tokenizer):
         return _from_hugging_face(source, backend)
     if is_encoding(source):
-        return _from_encoding(source)
+        return _from_encoding(source, f"tiktoken {getattr(source, 'name', 'encoding')}")
     if (found := _from_mistral(source)) is not None:
         return found
     raise VocabularyError(
@@ -129,7 +125,7 @@ def _from_name(name: str) -> Source:
         return _from_file(path)
     scheme, colon, encoding = name.partition(":")
     if colon and scheme == "tiktoken":
-        return replace(_from_encoding(named_encoding(encoding)), name=name)
+        return replace(_open(named_encoding(encoding)), name=name)
     if not _HUB_ID.fullmatch(name) or path.suffix in (".json", ".gguf", ".model"):
         raise VocabularyError(f"no tokenizer at {name}: no such file or folder")
     return _from_folder(_from_hub(name))
@@ -145,10 +141,8 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # the Hub's client has many, and for all of them the name is what matters
-        reason = str(error).strip().splitlines()
         raise VocabularyError(
-            f"no tokenizer {name!r}: it is no file or folder, and the Hub answers: "
-            f"{reason[0] if reason else type(error).__name__}"
+            f"no tokenizer {name!r}: it is no file or folder, and the Hub answers: {first_line(error)}"
         ) from None
 
 
@@ -156,26 +150,23 @@ def _from_folder(folder: Path) -> Source:
     config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
     generation = _read_json(folder / "generation_config.json")
     found = _in_folder(folder, config)
-    tokenizer = found.tokenizer
     file = folder / "chat_template.jinja"
     template = (
         read_text(file, VocabularyError) if file.exists() else default_template(config.get("chat_template"))
     )
-    template = template or found.chat_template
     named = _as_list(generation.get("eos_token_id"))
     if (bad := _no_id(named)) is not None:
         file = folder / "generation_config.json"
         raise VocabularyError(f"{file}: eos_token_id has {bad}; expected an id or a list of ids")
-    stops = [_id_of(tokenizer, config.get("eos_token")), *named]
-    bos = _id_of(tokenizer, config.get("bos_token"))
-    pad = _id_of(tokenizer, config.get("pad_token"))
+    ids = {role: _id_of(found.tokenizer, config.get(f"{role}_token")) for role in ("eos", "bos", "pad")}
+    ends = turn_ends(template or found.chat_template, config, found.tokenizer)
     return Source(
-        tokenizer,
+        found.tokenizer,
         str(folder),
-        stop_ids=_distinct([*stops, *found.stop_ids, *_turn_ends(tokenizer, template, config)]),
-        bos_id=found.bos_id if bos is None else bos,
-        pad_id=found.pad_id if pad is None else pad,
-        chat_template=template,
+        stop_ids=_distinct([ids["eos"], *named, *found.stop_ids, *ends]),
+        bos_id=found.bos_id if ids["bos"] is None else ids["bos"],
+        pad_id=found.pad_id if ids["pad"] is None else ids["pad"],
+        chat_template=template or found.chat_template,
     )
 
 
@@ -235,7 +226,7 @@ def _from_gguf(path: Path) -> Source:
     return Source(
         tokenizer,
         str(path),
-        _distinct([*stops, *_turn_ends(tokenizer, template, tokens)]),
+        _distinct([*stops, *turn_ends(template, tokens, tokenizer)]),
         ids.get("bos"),
         ids.get("padding"),
         template,
@@ -246,8 +237,7 @@ def _with_ids(tokenizer: Tokenizer, name: str, ids: Mapping[str, int]) -> Source
     return Source(tokenizer, name, _distinct([ids.get("eos")]), ids.get("bos"), ids.get("pad"))
 
 
-def _from_encoding(encoding: Any) -> Source:
-    name = f"tiktoken {getattr(encoding, 'name', 'encoding')}"
+def _from_encoding(encoding: Any, name: str) -> Source:
     try:
         tokenizer = encoding_tokenizer(encoding)
     except VocabularyError as error:
@@ -266,19 +256,13 @@ def _from_mistral(source: Any) -> Source | None:
         name = type(inner).__name__
         model: Any = getattr(inner, "_model", None)
         if is_encoding(model) and hasattr(inner, "_all_special_tokens"):
-            return _from_tekkenizer(inner, model)
+            special = {str(t["token_str"]): int(t["rank"]) for t in inner._all_special_tokens}
+            tokenizer = encoding_tokenizer(model, special)
+            return _with_ids(tokenizer, name, tekken_roles(tokenizer))
         if hasattr(model, "serialized_model_proto"):
             pieces, roles = read_model(model.serialized_model_proto(), name)
             return _with_ids(tokenizer_of(pieces), name, roles)
     return None
-
-
-def _from_tekkenizer(source: Any, encoding: Any) -> Source:
-    special = {str(token["token_str"]): int(token["rank"]) for token in source._all_special_tokens}
-    count = len(special)
-    tokenizer = ranked_tokenizer(encoding._mergeable_ranks, encoding._pat_str, special, first_id=count)
-    check_probes(tokenizer, lambda text: [count + i for i in encoding.encode_ordinary(text)])
-    return _with_ids(tokenizer, type(source).__name__, tekken_roles(tokenizer))
 
 
 def _from_hugging_face(source: Any, backend: Tokenizer) -> Source:
@@ -287,28 +271,11 @@ def _from_hugging_face(source: Any, backend: Tokenizer) -> Source:
     return Source(
         backend,
         str(getattr(source, "name_or_path", "") or type(source).__name__),
-        _distinct([*_as_list(source.eos_token_id), *_turn_ends(backend, template, tokens)]),
+        _distinct([*_as_list(source.eos_token_id), *turn_ends(template, tokens, backend)]),
         source.bos_token_id,
         source.pad_token_id,
         template,
     )
-
-
-def default_template(templates: Any) -> str | None:
-    """The chat template among those that settings hold: one, or several by name, of which one is the default."""
-    if isinstance(templates, list):
-        templates = {t.get("name"): t.get("template") for t in templates if isinstance(t, dict)}
-    if isinstance(templates, dict):
-        templates = templates.get("default")
-    return templates if isinstance(templates, str) and templates else None
-
-
-def _turn_ends(tokenizer: Tokenizer, template: str | None, config: Mapping[str, Any]) -> tuple[int, ...]:
-    if template is None:
-        return ()
-    tokens = {name: _content(token) for name, token in config.items() if str(name).endswith("_token")}
-    added = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
-    return turn_ends(template, {name: token for name, token in tokens.items() if token is not None}, added)
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
@@ -335,13 +302,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_json_object(path, VocabularyError) if path.exists() else {}
 
 
-def _content(token: Any) -> str | None:
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
-
-
 def _id_of(tokenizer: Tokenizer, token: Any) -> int | None:
-    content = _content(token)
+    content = token_content(token)
     index: int | None = None if content is None else tokenizer.token_to_id(content)
     return index
 

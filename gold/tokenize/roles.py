@@ -1,4 +1,4 @@
-"""The roles of special tokens: those that a user names, and what a chat template writes after an assistant's answer."""
+"""The roles of special tokens: named by a user, by a tokenizer's settings, or written by its chat template."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -8,17 +8,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from gold.errors import VocabularyError
-from gold.tokenize.sandbox import compiled_template
 
-# How turns end in the families that we know, for templates that cannot be rendered here.
+# How turns end in well-known families, for templates that cannot be rendered here.
 _TURN_ENDS = (
-    "<|im_end|>",
-    "<end_of_turn>",
-    "<turn|>",
-    "<|eot_id|>",
-    "<|eot|>",
-    "<|return|>",
-    "<|end_of_turn|>",
+    *("<|im_end|>", "<end_of_turn>", "<turn|>", "<|eot_id|>", "<|eot|>", "<|return|>", "<|end_of_turn|>"),
 )
 # Words that no template knows, trims or cuts.
 _QUESTION, _ANSWER = "QuestionOfTheUser", "AnswerOfTheAssistant"
@@ -28,8 +21,7 @@ _QUESTION, _ANSWER = "QuestionOfTheUser", "AnswerOfTheAssistant"
 class Roles:
     """Special tokens by role, as a user names them: token strings. None leaves a role to the tokenizer's files.
 
-    `stop` takes the place of all stop ids that were found, `bos` that of the token in front of a text, `pad` that of
-    the token that fills batches.
+    `stop` replaces all stop ids that were found, `bos` the token in front of a text, `pad` the one that fills batches.
     """
 
     stop: Sequence[str] | None = None
@@ -51,23 +43,38 @@ def id_of_role(tokenizer: Tokenizer, role: str, token: str, name: str) -> int:
     return index
 
 
-def turn_ends(template: str, tokens: Mapping[str, str], added: Mapping[str, int]) -> tuple[int, ...]:
-    """The ids of the added token that a chat template writes after an assistant's answer, none if it writes none.
+def token_content(token: Any) -> str | None:
+    """The string of a special token in settings, which is a string or an object with `content`."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def default_template(templates: Any) -> str | None:
+    """The chat template among those that settings hold: one, or several by name, of which one is the default."""
+    if isinstance(templates, list):
+        templates = {t.get("name"): t.get("template") for t in templates if isinstance(t, dict)}
+    if isinstance(templates, dict):
+        templates = templates.get("default")
+    return templates if isinstance(templates, str) and templates else None
+
+
+def turn_ends(template: str | None, settings: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The id of the added token that a chat template writes after an assistant's answer, none if it writes none.
 
     A question and an answer are rendered, and if nothing follows the answer there, with a second question behind it
-    (some families end a turn by beginning the next one). `tokens` are the template's variables such as `bos_token`,
-    `added` the ids of all added tokens. Of a template that cannot be rendered, the endings that it mentions are taken.
+    (some families end a turn by beginning the next one). `settings` hold the template's variables such as `bos_token`.
+    If the template cannot be rendered, the well-known endings that it mentions are taken.
     """
+    if template is None:
+        return ()
+    named = {name: token_content(token) for name, token in settings.items() if str(name).endswith("_token")}
+    tokens = {name: token for name, token in named.items() if token is not None}
+    added = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
     conversation = [("user", _QUESTION), ("assistant", _ANSWER), ("user", _QUESTION)]
-    endings = [token for token in added if token and token != tokens.get("bos_token")]
-    try:
-        compiled = compiled_template(template)
-        texts = [_rendered(compiled, tokens, turns) for turns in (conversation[:2], conversation)]
-    except Exception:  # whatever Jinja finds wrong with it
-        texts = []
+    texts = [_rendered(template, tokens, turns) for turns in (conversation[:2], conversation)]
     for text in filter(None, texts):
         rest = text.rpartition(_ANSWER)[2].lstrip()
-        found = [token for token in endings if rest.startswith(token)]
+        found = [t for t in added if t and t != tokens.get("bos_token") and rest.startswith(t)]
         if found:
             return (added[max(found, key=len)],)
     if any(texts):
@@ -75,15 +82,17 @@ def turn_ends(template: str, tokens: Mapping[str, str], added: Mapping[str, int]
     return tuple(added[token] for token in _TURN_ENDS if token in added and token in template)
 
 
-def _rendered(template: Any, tokens: Mapping[str, str], turns: Sequence[tuple[str, str]]) -> str | None:
-    """The conversation with the answer in it, its contents as texts or else as lists of parts; None if it refuses."""
+def _rendered(template: str, tokens: Mapping[str, str], turns: Sequence[tuple[str, str]]) -> str | None:
+    """The conversation, its contents as texts or else as lists of parts; None if the template refuses both."""
+    from gold.tokenize.sandbox import compiled_template
+
     for parts in (False, True):
         messages = [
             {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
             for role, text in turns
         ]
         try:
-            text: str = template.render(
+            text: str = compiled_template(template).render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=False, **tokens
             )
         except Exception:  # Jinja's errors, and whatever a template raises

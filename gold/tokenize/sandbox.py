@@ -1,9 +1,10 @@
-"""Chat templates, programs that others wrote: rendered as transformers renders them, in a sandbox with an end.
+"""Chat templates, programs that others wrote: compiled as transformers compiles them, in a sandbox with a work limit.
 
-A rendering may do so much work: a pass through a loop counts as 64, a call or filter
-as 512, what is made as its characters or items
-(a list that holds another twice counts it twice). Work that is out of proportion is refused before it is done, and so
-is a rendering that has kept the processor for twenty seconds.
+A rendering has a budget of work: a pass through a loop costs 64, a call or filter 512, a made value its
+characters or items (a list that holds another twice counts it twice). Work out of proportion is refused before
+it is done, and so is a rendering that has used the processor for twenty seconds.
+
+This module imports jinja2; the others import it when they render.
 """
 
 import json
@@ -15,12 +16,19 @@ from datetime import datetime
 from functools import lru_cache, wraps
 from typing import Any
 
+from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
 MOST_WORK = 2**27
 MOST_SECONDS = 20.0
 LONGEST_TEMPLATE = 2**20
 
 _PASS, _CALL = 64, 512
-_COUNTED = "counted"
 _CHECKED_EVERY = 2**14
 _WIDEST = 10_000
 """Columns, decimals and the like that a template may ask for."""
@@ -35,7 +43,7 @@ _MULTIPLY = {"join", "indent", "wordwrap", "tojson", "xmlattr"}
 
 
 class _Work(threading.local):
-    """What the rendering of this thread has left."""
+    """What is left of the budget of this thread's rendering."""
 
     left, until, checked = MOST_WORK, float("inf"), 0
 
@@ -46,18 +54,18 @@ class _Work(threading.local):
     def spend(self, amount: int) -> None:
         self.left -= amount
         if self.left < 0:
-            raise _refusal("it does more work, or writes more, than any template for conversations")
+            raise SecurityError("it does more work, or writes more, than any template for conversations")
         if self.checked - self.left > _CHECKED_EVERY:
             self.checked = self.left
             if time.thread_time() > self.until:
-                raise _refusal(f"it takes more than {MOST_SECONDS:g} seconds")
+                raise SecurityError(f"it takes more than {MOST_SECONDS:g} seconds")
 
 
 _work = _Work()
 
 
 class CompiledTemplate:
-    """A template that is ready to be rendered, in any thread."""
+    """A template that can be rendered in any thread."""
 
     def __init__(self, template: Any) -> None:
         self._template = template
@@ -65,7 +73,8 @@ class CompiledTemplate:
     def render(self, **values: Any) -> str:
         """The text that the template makes of the values.
 
-        Raises: jinja2.TemplateError where it refuses them or works without end, and whatever else a program raises.
+        Raises: jinja2.TemplateError where it refuses them or exceeds the work limit, and whatever else a program
+        raises.
         """
         _work.begin()
         text: str = self._template.render(**values)
@@ -74,171 +83,158 @@ class CompiledTemplate:
 
 @lru_cache(maxsize=64)
 def compiled_template(template: str) -> CompiledTemplate:
-    """A Jinja template as transformers sets it up, in a sandbox: whoever made the folder wrote the program.
+    """The compiled template.
 
     Raises: jinja2.TemplateError for one that cannot be read; so does its `render` for messages that it refuses.
     """
     if len(template) > LONGEST_TEMPLATE:
-        raise _refusal(f"it has more than {LONGEST_TEMPLATE:,} characters")
+        raise SecurityError(f"it has more than {LONGEST_TEMPLATE:,} characters")
     _work.begin()
     environment = _environment()
     try:
         tree = environment.parse(template)
-        _count(tree)
+        _WorkCounter().visit(tree)
+        tree.set_environment(environment)
         code = environment.compile(tree)
     except (RecursionError, MemoryError, SyntaxError, ValueError):
-        raise _refusal("it is nested too deeply") from None
+        raise SecurityError("it is nested too deeply") from None
     return CompiledTemplate(
         environment.template_class.from_code(environment, code, environment.make_globals(None))
     )
 
 
-def _refusal(reason: str) -> Exception:
-    from jinja2.exceptions import SecurityError
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant wrote; its content is rendered unchanged."""
 
-    return SecurityError(reason)
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class _Counted(Extension):
+    """What `_WorkCounter` puts in the place of expressions whose work is counted."""
+
+    @property
+    def step(self) -> bool:  # reading it is ten times as fast as a call in the sandbox
+        _work.spend(_PASS)
+        return True
+
+    def concat(self, *parts: Any) -> str:
+        return _joined(map(str, map(_sized, parts)))
+
+    def all(self, *items: Any) -> list[Any]:
+        return list(items)
+
+    def each(self, *items: Any) -> tuple[Any, ...]:
+        return items
+
+
+class _WorkCounter(NodeTransformer):
+    """Puts counting into each pass of a loop, each `~`, and each list and tuple that is not constant."""
+
+    def visit_For(self, node: nodes.For) -> nodes.For:
+        self.generic_visit(node)
+        step = nodes.ExtensionAttribute(_Counted.identifier, "step")
+        node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
+        if node.test is not None:
+            node.test = nodes.And(step, node.test)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
+        self.generic_visit(node)
+        return self._call("concat", node.nodes)
+
+    def visit_List(self, node: nodes.List) -> nodes.Expr:
+        self.generic_visit(node)
+        return node if self._is_constant(node.items) else self._call("all", node.items)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
+        self.generic_visit(node)
+        return node if node.ctx != "load" or self._is_constant(node.items) else self._call("each", node.items)
+
+    @staticmethod
+    def _call(name: str, arguments: Iterable[nodes.Expr]) -> nodes.Call:
+        function = nodes.ExtensionAttribute(_Counted.identifier, name)
+        return nodes.Call(function, list(arguments), [], None, None)
+
+    @staticmethod
+    def _is_constant(items: Iterable[nodes.Expr]) -> bool:
+        return all(isinstance(item, nodes.Const) for item in items)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """The sandbox of transformers, with counted work."""
+
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        _work.spend(_CALL)
+        inner = getattr(__obj, "__wrapped__", __obj)  # the sandbox has its own format
+        owner = getattr(inner, "__self__", None)
+        if isinstance(owner, str | bytes | int):
+            named = [value for name, value in kwargs.items() if not name.startswith("_")]  # not the context's
+            _forecast(inner.__name__, owner, (*args, *named))
+        elif args and __obj is __context.resolve_or_missing("strftime_now"):
+            _forecast("format", args[0], ())
+        return _sized(super().call(__context, __obj, *args, **kwargs), spend=True)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        _work.spend(1)
+        if operator == "%" and isinstance(left, str):
+            _forecast("format", left, (right,))
+        for one, other in ((left, right), (right, left)) if operator == "*" else ():
+            if isinstance(other, int) and not isinstance(one, int | float):
+                _work.spend(len(one) * max(other, 0))
+        if isinstance(left, int) and isinstance(right, int):
+            bits = right if operator == "**" else 1
+            if left.bit_length() * bits > _WIDEST or right.bit_length() > _WIDEST:
+                raise SecurityError("it calculates with numbers that are too large")
+        return _sized(super().call_binop(context, operator, left, right), spend=True)
+
+
+class _PlainNamespace(Namespace):
+    """A namespace without names that mean something to Python."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__()
+        for name, value in values.items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"a namespace has no names that begin with _, such as {name}")
+        super().__setitem__(name, value)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
 
 
 @lru_cache(maxsize=1)
-def _environment() -> Any:
-    from jinja2 import TemplateError, nodes
-    from jinja2.exceptions import SecurityError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-
-    class Generation(Extension):
-        """`{% generation %}` marks what the assistant wrote; what stands in it is rendered as it is."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            return nodes.Scope(
-                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-            )
-
-    class Counted(Extension):
-        """What stands in the place of expressions whose work is counted; `Limited.call` counts the calls."""
-
-        @property
-        def step(self) -> bool:  # reading it is ten times as fast as a call in the sandbox
-            _work.spend(_PASS)
-            return True
-
-        def concat(self, *parts: Any) -> str:
-            return _joined(map(str, map(_sized, parts)))
-
-        def all(self, *items: Any) -> list[Any]:
-            return list(items)
-
-        def each(self, *items: Any) -> tuple[Any, ...]:
-            return items
-
-    Counted.identifier = _COUNTED
-
-    class Limited(ImmutableSandboxedEnvironment):
-        """The sandbox of transformers, with counted work."""
-
-        intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
-
-        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-            _work.spend(_CALL)
-            inner = getattr(__obj, "__wrapped__", __obj)  # the sandbox has its own format
-            owner = getattr(inner, "__self__", None)
-            if isinstance(owner, str | bytes | int):
-                named = [
-                    value for name, value in kwargs.items() if not name.startswith("_")
-                ]  # not the context's
-                _forecast(inner.__name__, owner, (*args, *named))
-            elif args and __obj is __context.resolve_or_missing("strftime_now"):
-                _forecast("format", args[0], ())
-            return _sized(super().call(__context, __obj, *args, **kwargs), spend=True)
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _work.spend(1)
-            if operator == "%" and isinstance(left, str):
-                _forecast("format", left, (right,))
-            for one, other in ((left, right), (right, left)) if operator == "*" else ():
-                if isinstance(other, int) and not isinstance(one, int | float):
-                    _work.spend(len(one) * max(other, 0))
-            if isinstance(left, int) and isinstance(right, int):
-                bits = right if operator == "**" else 1
-                if left.bit_length() * bits > _WIDEST or right.bit_length() > _WIDEST:
-                    raise _refusal("it calculates with numbers that are too large")
-            return _sized(super().call_binop(context, operator, left, right), spend=True)
-
-    class PlainNamespace(Namespace):
-        """A namespace without names that mean something to Python."""
-
-        def __init__(self, **values: Any) -> None:
-            super().__init__()
-            for name, value in values.items():
-                self[name] = value
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            if name.startswith("_"):
-                raise SecurityError(f"a namespace has no names that begin with _, such as {name}")
-            super().__setitem__(name, value)
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
-
-    environment = Limited(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, Counted, loopcontrols], finalize=_sized
+def _environment() -> _Sandbox:
+    environment = _Sandbox(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, _Counted, loopcontrols],
+        finalize=_sized,
     )
-    environment.filters["tojson"] = as_json
+    environment.filters["tojson"] = _as_json
     environment.filters = {name: _counted(name, does) for name, does in environment.filters.items()}
     environment.globals |= {
-        "raise_exception": refuse,
+        "raise_exception": _refuse,
         "strftime_now": lambda form: datetime.now().strftime(form),
-        "namespace": PlainNamespace,
+        "namespace": _PlainNamespace,
         "dict": lambda *values, **named: dict(*values, **named),
     }
     del environment.globals["lipsum"]
     environment.concat = _joined  # type: ignore[method-assign]
     return environment
-
-
-def _count(tree: Any) -> None:
-    """Puts what counts work into a template: into each pass of a loop, each `~` and each list."""
-    from jinja2 import nodes
-    from jinja2.visitor import NodeTransformer
-
-    def call(name: str, *arguments: Any) -> Any:
-        return nodes.Call(nodes.ExtensionAttribute(_COUNTED, name), list(arguments), [], None, None)
-
-    step = nodes.ExtensionAttribute(_COUNTED, "step")
-
-    class Counter(NodeTransformer):
-        def visit_For(self, node: Any) -> Any:
-            self.generic_visit(node)
-            node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
-            if node.test is not None:
-                node.test = nodes.And(step, node.test)
-            return node
-
-        def visit_Concat(self, node: Any) -> Any:
-            self.generic_visit(node)
-            return call("concat", *node.nodes)
-
-        def visit_List(self, node: Any) -> Any:
-            self.generic_visit(node)
-            return node if _is_constant(node.items) else call("all", *node.items)
-
-        def visit_Tuple(self, node: Any) -> Any:
-            self.generic_visit(node)
-            return node if node.ctx != "load" or _is_constant(node.items) else call("each", *node.items)
-
-    def _is_constant(items: Iterable[Any]) -> bool:
-        return all(isinstance(item, nodes.Const) for item in items)
-
-    Counter().visit(tree)
-    tree.set_environment(tree.environment)
 
 
 def _counted(name: str, does: Callable[..., Any]) -> Callable[..., Any]:
@@ -261,14 +257,14 @@ def _forecast(name: str, subject: Any, arguments: Iterable[Any]) -> None:
     """Refuses what a method or filter of that name would make too large; counts what it multiplies."""
     given = list(arguments)
     if name in _TAKE_WIDTHS and any(isinstance(one, int) and one > _WIDEST for one in given):
-        raise _refusal(f"{name} to more than {_WIDEST:,} places")
+        raise SecurityError(f"{name} to more than {_WIDEST:,} places")
     if name in ("format", "format_map") and isinstance(subject, str):
         if _WIDE.search(subject):
-            raise _refusal(f"a format of 10,000 places or more, {subject[:40]!r}")
+            raise SecurityError(f"a format of 10,000 places or more, {subject[:40]!r}")
         for one in given:
             _sized(one)
     if name == "translate":
-        raise _refusal("translate is not offered")
+        raise SecurityError("translate is not offered")
     if name == "replace" and len(given) > 1 and all(isinstance(one, str) for one in (subject, *given[:2])):
         _work.spend(subject.count(given[0]) * len(given[1]))
     if name in _MULTIPLY:
@@ -301,7 +297,7 @@ def _weight(value: Any, weight_of: dict[int, int]) -> int:
         inner = (*value, *value.values()) if isinstance(value, dict) else value
         known = 1 + sum(_weight(one, weight_of) for one in inner)
         if known > MOST_WORK:
-            raise _refusal("it makes a value that is larger than any conversation")
+            raise SecurityError("it makes a value that is larger than any conversation")
         weight_of[id(value)] = known
     return known
 

@@ -1,7 +1,7 @@
-"""Chat templates rendered as transformers renders them but without importing that, and a tokenizer with its template.
+"""Chat templates, rendered as transformers renders them but without importing it, and a tokenizer with its template.
 
-Every tokenizer's messages are rendered here, one of transformers' own too: whoever looks at a prompt sees what a run
-reads, and what day it is for a template is decided by the run.
+The messages of every tokenizer are rendered here, also of transformers' own: `gold doctor` and `gold align` show the
+prompts that a run reads, and a run decides which day a template writes.
 """
 
 import json
@@ -10,42 +10,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import AddedToken
 
 from gold.errors import ConfigError, DataError
 from gold.files import read_json
-from gold.tokenize.sandbox import compiled_template
-
-if TYPE_CHECKING:
-    from gold.tokenize.vocabulary import Vocabulary
+from gold.tokenize.roles import default_template, token_content
+from gold.tokenize.vocabulary import Vocabulary
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
-
-_TAKEN = frozenset(
-    (
-        *(
-            "messages",
-            "tools",
-            "documents",
-            "add_generation_prompt",
-            "conversation",
-            "chat_template",
-            "tokenize",
-        ),
-        *("continue_final_message", "return_dict", "padding", "truncation", "max_length", "return_tensors"),
-        *("strftime_now", "raise_exception", "namespace", "dict", "range", "lipsum", "cycler", "joiner"),
-        *("additional_special_tokens", "extra_special_tokens", *_NAMED),
-    )
-)
+_TAKEN = {
+    *("messages", "tools", "documents", "add_generation_prompt", "conversation", "chat_template", "tokenize"),
+    *("continue_final_message", "return_dict", "padding", "truncation", "max_length", "return_tensors"),
+    *("strftime_now", "raise_exception", "namespace", "dict", "range", "lipsum", "cycler", "joiner"),
+    *("additional_special_tokens", "extra_special_tokens", *_NAMED),
+}
 """Names that a template knows already, or that are options of transformers and never reach it."""
 
 
 @dataclass(eq=False)
 class Rendering:
-    """What a chat template is given beside the messages.
+    """What a chat template is given besides the messages.
 
     ``arguments`` are names and values that the template asks for, such as ``enable_thinking``. ``day`` is the date that
     a template writes if it prints one; None: today's, which changes tomorrow. A run pins it at its start (`pin_day`).
@@ -65,9 +52,9 @@ class Rendering:
 
 
 def check_arguments(arguments: object) -> None:
-    """Nothing, where a chat template can be given these arguments: names that mean nothing else, and values of JSON.
+    """Refuses arguments that a chat template cannot be given: names that are taken, values that are not JSON.
 
-    Raises: ConfigError that names the first that it cannot.
+    Raises: ConfigError that names the first of them.
     """
     if not isinstance(arguments, Mapping):
         raise ConfigError(f"template_kwargs: expected names and values, got {type(arguments).__name__}")
@@ -87,9 +74,7 @@ def check_arguments(arguments: object) -> None:
 
 def template_of(tokenizer: Any) -> str | None:
     """The chat template of a tokenizer, the default one where it has several; None without one."""
-    from gold.tokenize.load import default_template  # it imports the readers of all formats
-
-    return default_template(getattr(tokenizer, "chat_template", None)) or None
+    return default_template(getattr(tokenizer, "chat_template", None))
 
 
 def rendered(
@@ -101,54 +86,57 @@ def rendered(
 ) -> str:
     """The messages as a tokenizer's chat template writes them.
 
-    Raises: whatever the template raises; it is a program.
+    Raises: DataError if the template refuses them.
     """
+    from gold.tokenize.sandbox import compiled_template
+
     rendering = rendering or Rendering()
     now = datetime.now() if rendering.day is None else datetime.combine(rendering.day, time())
-    text: str = compiled_template(template_of(tokenizer) or "").render(
-        messages=[dict(message) for message in messages],
-        tools=None,
-        documents=None,
-        add_generation_prompt=add_generation_prompt,
-        strftime_now=lambda form: now.strftime(form),
-        **{**tokenizer.special_tokens_map, **rendering.arguments},
-    )
-    return text
+    try:
+        return compiled_template(template_of(tokenizer) or "").render(
+            messages=[dict(message) for message in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            strftime_now=lambda form: now.strftime(form),
+            **{**tokenizer.special_tokens_map, **rendering.arguments},
+        )
+    except Exception as error:  # Jinja's, and whatever a template raises: it is a program
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"the model's chat template refuses the messages: {reason}") from error
 
 
 class PromptTokenizer:
-    """As much of the interface of a Hugging Face tokenizer as `gold.tokenize.chat` needs of one.
+    """The part of the interface of a Hugging Face tokenizer that `gold.tokenize.chat` needs.
 
     `settings` are those of a folder in Hugging Face format: the strings of special tokens, and whether texts begin with
     a BOS. Without any, the strings are those of the vocabulary's roles.
     """
 
-    def __init__(self, vocabulary: "Vocabulary", settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, vocabulary: Vocabulary, settings: Mapping[str, Any] | None = None) -> None:
         self.chat_template = vocabulary.chat_template
         self.backend_tokenizer = vocabulary.tokenizer
         self._size: int = vocabulary.tokenizer.get_vocab_size()  # which goes through all of them each time
         self.bos_token_id, self.unk_token_id = vocabulary.bos_id, vocabulary.unk_id
         if settings is None:
-            roles = {
-                "bos": vocabulary.bos_id,
-                "eos": (*vocabulary.stop_ids, None)[0],
-                "pad": vocabulary.pad_id,
-            }
-            settings = {f"{role}_token": vocabulary.label(i) for role, i in roles.items() if i is not None}
+            eos = (*vocabulary.stop_ids, None)[0]
+            roles = {"bos_token": vocabulary.bos_id, "eos_token": eos, "pad_token": vocabulary.pad_id}
+            settings = {name: vocabulary.label(i) for name, i in roles.items() if i is not None}
         self.add_bos_token = settings.get("add_bos_token")
-        named = {name: _content(settings.get(name)) for name in _NAMED}
+        named = {name: token_content(settings.get(name)) for name in _NAMED}
         self.special_tokens_map = {name: token for name, token in named.items() if token is not None}
 
     @classmethod
-    def of(cls, vocabulary: "Vocabulary") -> "PromptTokenizer":
-        """The tokenizer of a vocabulary, with what the folder that it was read from says of special tokens.
+    def of(cls, vocabulary: Vocabulary) -> "PromptTokenizer":
+        """The tokenizer of a vocabulary, with the settings in the folder that it was loaded from.
 
         Raises: DataError for a file that cannot be read.
         """
         files = [Path(vocabulary.name) / f for f in ("special_tokens_map.json", "tokenizer_config.json")]
-        if not any(file.exists() for file in files):
+        contents = [read_json(file, DataError) for file in files if file.exists()]
+        if not contents:
             return cls(vocabulary)
-        return cls(vocabulary, _object(files[0]) | _object(files[1]))
+        return cls(vocabulary, {k: v for c in contents if isinstance(c, dict) for k, v in c.items()})
 
     def __len__(self) -> int:
         return self._size
@@ -180,15 +168,3 @@ class PromptTokenizer:
         finally:
             backend.encode_special_tokens = before
         return ids
-
-
-def _content(token: Any) -> str | None:
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
-
-
-def _object(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    content = read_json(file, DataError)
-    return content if isinstance(content, dict) else {}

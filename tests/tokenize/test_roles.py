@@ -1,6 +1,7 @@
 """What a chat template writes after an assistant's answer, whatever the template looks like."""
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from benchmarks.assets import tokenizer_path
 from gold.tokenize.load import open_source
@@ -11,14 +12,15 @@ NAMES = (
     *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|return|>", "<|channel|>", "<|message|>"),
     *("<|user|>", "<|assistant|>", "<|eot", "<|eot_id|>", "<think>", "</think>", "<end_of_turn>"),
 )
-ADDED = {token: index for index, token in enumerate(NAMES)}
+TOKENIZER = Tokenizer(models.BPE())
+TOKENIZER.add_special_tokens(list(NAMES))
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
 )
 
 
 def ends(template: str) -> list[str]:
-    return [NAMES[index] for index in turn_ends(template, TOKENS, ADDED)]
+    return [NAMES[index] for index in turn_ends(template, TOKENS, TOKENIZER)]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,6 @@ def test_a_template_reaches_nothing_outside() -> None:
 def test_the_templates_of_real_models(name: str, expected: str) -> None:
     found = open_source(tokenizer_path(name))
     assert found.chat_template is not None
-    added = {token.content: index for index, token in found.tokenizer.get_added_tokens_decoder().items()}
-    assert turn_ends(found.chat_template, TOKENS, added) == (added[expected],)
-    assert added[expected] in found.stop_ids
+    index = found.tokenizer.token_to_id(expected)
+    assert turn_ends(found.chat_template, TOKENS, found.tokenizer) == (index,)
+    assert index in found.stop_ids

@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 from gold.errors import VocabularyError
 from gold.files import open_file
-from gold.tokenize.convert.merges import merges_of_ranked
-from gold.tokenize.convert.pretokenizers import BOS_FIRST, byte_level_tokenizer, known_words
+from gold.tokenize.convert.construct import (
+    SPACE,
+    add_tokens,
+    bpe_model,
+    merges_of_ranked,
+    space_decoder,
+    word_piece_tokenizer,
+)
+from gold.tokenize.convert.pretokenizers import BOS_FIRST, known_words, named_byte_level
 from gold.tokenize.convert.sentencepiece import (
     CONTROL,
     NORMAL,
@@ -195,13 +202,12 @@ def _vocab(tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, int]:
     return vocab
 
 
-def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> None:
-    def of(*wanted: int) -> list[AddedToken]:
-        found = [token for token, kind in zip(tokens, kinds, strict=True) if kind in wanted and token]
-        return [AddedToken(token, normalized=False) for token in found]
+def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
+    def of(*wanted: int) -> list[str]:
+        return [token for token, kind in zip(tokens, kinds, strict=True) if kind in wanted]
 
-    tokenizer.add_special_tokens(of(UNKNOWN, CONTROL))
-    tokenizer.add_tokens(of(USER_DEFINED))
+    add_tokens(tokenizer, of(UNKNOWN, CONTROL), of(USER_DEFINED))
+    return tokenizer
 
 
 def _byte_level(
@@ -220,9 +226,7 @@ def _byte_level(
             raise VocabularyError("it lists no merges (tokenizer.ggml.merges)")
         ranked = [token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL]
         merges = merges_of_ranked(ranked, ranked)
-    tokenizer = byte_level_tokenizer(_vocab(tokens, kinds), merges, str(name))
-    _add_tokens(tokenizer, tokens, kinds)
-    return tokenizer
+    return _add_tokens(named_byte_level(_vocab(tokens, kinds), merges, str(name)), tokens, kinds)
 
 
 def _merged_pieces(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
@@ -231,25 +235,19 @@ def _merged_pieces(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Se
     if merges is None:
         raise VocabularyError("it has neither scores nor merges (tokenizer.ggml.scores, .merges)")
     unknown = role_ids(metadata).get("unknown")
-    try:
-        model = models.BPE(
-            vocab=_vocab(tokens, kinds),
-            merges=merges,
-            unk_token=None if unknown is None else tokens[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-            ignore_merges=True,
-        )
-    except Exception as error:  # tokenizers raises bare Exception
-        raise VocabularyError(f"its merges do not fit its tokens: {error}") from None
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    model = bpe_model(
+        _vocab(tokens, kinds),
+        merges,
+        unk_token=None if unknown is None else tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+        ignore_merges=True,
     )
-    _add_tokens(tokenizer, tokens, kinds)
-    return tokenizer
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")
+    tokenizer.decoder = space_decoder(strips=False)
+    return _add_tokens(tokenizer, tokens, kinds)
 
 
 def _word_pieces(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
@@ -262,14 +260,8 @@ def _word_pieces(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequ
     unknown = role_ids(metadata).get("unknown", 100)
     lowers = bool(metadata.get(f"{_KEY}normalizer.lowercase", True))
     strips = bool(metadata.get(f"{_KEY}normalizer.strip_accents", lowers))
-    model = models.WordPiece(
-        vocab=_vocab(pieces, kinds), unk_token=pieces[unknown] if unknown < len(pieces) else "[UNK]"
-    )
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowers, strip_accents=strips)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
+    unk_token = pieces[unknown] if unknown < len(pieces) else "[UNK]"
+    tokenizer = word_piece_tokenizer(_vocab(pieces, kinds), unk_token, lowercase=lowers, strip_accents=strips)
     # Older files do not mark their special tokens.
     roles = {index for index in role_ids(metadata).values() if pieces[index].startswith("[")}
-    _add_tokens(tokenizer, pieces, [CONTROL if i in roles else kind for i, kind in enumerate(kinds)])
-    return tokenizer
+    return _add_tokens(tokenizer, pieces, [CONTROL if i in roles else kind for i, kind in enumerate(kinds)])

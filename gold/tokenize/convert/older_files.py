@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer
 
 from gold.errors import VocabularyError
 from gold.files import read_bytes, read_json_object, read_text
-from gold.tokenize.convert.pretokenizers import byte_level_tokenizer
+from gold.tokenize.convert.construct import add_tokens, word_piece_tokenizer
+from gold.tokenize.convert.pretokenizers import named_byte_level
 from gold.tokenize.convert.sentencepiece import read_model, tokenizer_of
 from gold.tokenize.families import MOST_IDS
+from gold.tokenize.roles import token_content
 
 FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 
@@ -45,7 +47,7 @@ def older_tokenizer(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer,
         if any(token.endswith("</w>") for token in vocab):
             raise _refused(file, "one with marks at the ends of words")
         try:
-            tokenizer = byte_level_tokenizer(vocab, merges, _WORDS_OF.get(named, "gpt-2"))
+            tokenizer = named_byte_level(vocab, merges, _WORDS_OF.get(named, "gpt-2"))
         except VocabularyError as error:
             raise VocabularyError(f"{file}: {error}") from None
         end = (
@@ -71,20 +73,18 @@ def _refused(file: Path, named: str) -> VocabularyError:
 def _word_pieces(file: Path, config: Mapping[str, Any]) -> Tokenizer:
     lines = read_text(file, VocabularyError).removesuffix("\n").split("\n")
     vocab = {line.rstrip("\r"): index for index, line in enumerate(lines)}
-    unknown = _content(config.get("unk_token", "[UNK]"))
+    unknown = token_content(config.get("unk_token", "[UNK]"))
     if unknown not in vocab:
         raise VocabularyError(
             f"{file} has no unknown token {unknown!r}; is it a list of word pieces, one a line?"
         )
-    tokenizer = Tokenizer(models.WordPiece(vocab=vocab, unk_token=unknown))
-    tokenizer.normalizer = normalizers.BertNormalizer(
+    return word_piece_tokenizer(
+        vocab,
+        str(unknown),
         lowercase=bool(config.get("do_lower_case", True)),
         strip_accents=config.get("strip_accents"),
         handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    return tokenizer
 
 
 def _with_named(tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]) -> Tokenizer:
@@ -97,7 +97,7 @@ def _with_named(tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]) -
             by_id.setdefault(str(index), {"content": content})
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     for index, token in by_id.items():
-        if not (index.isdecimal() and len(index) < 10 and isinstance(token, dict) and _content(token)):
+        if not (index.isdecimal() and len(index) < 10 and isinstance(token, dict) and token_content(token)):
             raise VocabularyError(
                 f"{folder}: its added tokens have one that is none, {index[:20]!r}: {str(token)[:60]}"
             )
@@ -110,17 +110,12 @@ def _with_named(tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]) -
             raise VocabularyError(
                 f"{folder}: token {content!r} has id {index} in its settings, {own} in its files"
             )
-    roles = [_content(value) for name, value in config.items() if name.endswith("_token")]
+    roles = [token_content(value) for name, value in config.items() if name.endswith("_token")]
     more = config.get("additional_special_tokens")
-    roles += [_content(value) for value in more] if isinstance(more, list) else []
+    roles += [token_content(value) for value in more] if isinstance(more, list) else []
     known = [token for token in dict.fromkeys(roles) if token and tokenizer.token_to_id(token) is not None]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in known])
+    add_tokens(tokenizer, known)
     return tokenizer
-
-
-def _content(token: Any) -> str | None:
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
 
 
 def _vocab_of(file: Path) -> dict[str, int]:

@@ -1,10 +1,10 @@
-"""Byte-level pre-tokenizers by the names that GGUF files use, and the tokenizers that have them."""
+"""Byte-level pre-tokenizers by the names that GGUF files use."""
 
 from collections.abc import Iterable, Mapping
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
 
-from gold.errors import VocabularyError
+from gold.tokenize.convert.construct import bpe_model, byte_level_tokenizer
 
 # The regular expressions that pre-tokenizers are made of, each cutting what the one before it left.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -126,23 +126,10 @@ def known_words(name: object) -> bool:
     return name in _WORDS
 
 
-def byte_level_tokenizer(vocab: Mapping[str, int], merges: Iterable[tuple[str, str]], name: str) -> Tokenizer:
+def named_byte_level(vocab: Mapping[str, int], merges: Iterable[tuple[str, str]], name: str) -> Tokenizer:
     """The byte-level BPE tokenizer of a vocabulary in the byte alphabet, with the pre-tokenizer of that name.
 
     Raises: VocabularyError if the merges do not fit the vocabulary.
     """
-    try:
-        model = models.BPE(vocab=dict(vocab), merges=list(merges), ignore_merges=name in _WHOLE_WORDS)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise VocabularyError(f"its merges do not fit its tokens: {error}") from None
-    tokenizer = Tokenizer(model)
-    if name in _COMPOSING:
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _WORDS[name]),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    model = bpe_model(vocab, merges, ignore_merges=name in _WHOLE_WORDS)
+    return byte_level_tokenizer(model, _WORDS[name], nfc=name in _COMPOSING)

@@ -5,15 +5,13 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from gold.errors import VocabularyError
-from gold.tokenize.convert.merges import merges_of_ranked
+from gold.tokenize.convert.construct import SPACE, add_tokens, merges_of_ranked, space_decoder
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Kinds of a piece."""
-
-_SPACE = "▁"
 
 
 @dataclass(frozen=True)
@@ -46,18 +44,9 @@ def tokenizer_of(pieces: Pieces) -> Tokenizer:
     tokenizer.normalizer = _normalizer(pieces)
     if pieces.unigram:
         tokenizer.pre_tokenizer = _words(pieces)
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace(_SPACE, " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            *([decoders.Strip(" ", 1, 0)] if pieces.space_first else []),
-        ]
-    )
+    tokenizer.decoder = space_decoder(strips=pieces.space_first)
     special = [pieces.strings[i] for i in named[UNKNOWN] + named[CONTROL]]
-    added = [_as_run(pieces.strings[i]) for i in named[USER_DEFINED]]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special if token])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added if token])
+    add_tokens(tokenizer, special, [_as_run(pieces.strings[i]) for i in named[USER_DEFINED]])
     return tokenizer
 
 
@@ -144,13 +133,13 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 def _bpe(pieces: Pieces, unknown: int | None) -> models.BPE:
     defined = [kind == USER_DEFINED for kind in pieces.kinds]
     strings = [_as_run(s) if own else s for s, own in zip(pieces.strings, defined, strict=True)]
-    runs = [s for s, own in zip(strings, defined, strict=True) if own and s and not s.strip(_SPACE)]
+    runs = [s for s, own in zip(strings, defined, strict=True) if own and s and not s.strip(SPACE)]
     used = [i for i, kind in enumerate(pieces.kinds) if kind != UNUSED and strings[i]]
     normal = [i for i in used if pieces.kinds[i] == NORMAL]
     ranked = [strings[i] for i in sorted(normal, key=lambda i: -pieces.scores[i])]
     parts = {strings[i] for i in used if pieces.kinds[i] in (NORMAL, USER_DEFINED)}
     # All runs have one score; longer ones first, as the published files order them.
-    of_runs = merges_of_ranked(runs, {*runs, _SPACE})
+    of_runs = merges_of_ranked(runs, {*runs, SPACE})
     of_runs.sort(key=lambda pair: (len(pair[0]), len(pair[1])), reverse=True)
     return models.BPE(
         vocab={strings[i]: i for i in used},
@@ -179,7 +168,7 @@ def _words(pieces: Pieces) -> pre_tokenizers.Sequence:
     }
     firsts = [f"{re.escape(s[0])}(?={re.escape(s[1:])})" for s in sorted(silent) if len(s) > 1]
     steps: list[pre_tokenizers.PreTokenizer] = []
-    if not any(_SPACE in string[1:] for string in pieces.strings):
+    if not any(SPACE in string[1:] for string in pieces.strings):
         steps.append(pre_tokenizers.Metaspace(prepend_scheme="never"))
     if firsts:
         steps.append(pre_tokenizers.Split(Regex("|".join(firsts)), "merged_with_previous"))
@@ -193,14 +182,14 @@ def _normalizer(pieces: Pieces) -> normalizers.Sequence:
     if pieces.squeezes:
         steps.append(normalizers.Replace(Regex(r"\A +"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
-    steps.append(normalizers.Replace(" ", _SPACE))
+    steps.append(normalizers.Replace(" ", SPACE))
     if pieces.squeezes:
-        steps.append(normalizers.Replace(Regex(_SPACE + r"+\z"), ""))
+        steps.append(normalizers.Replace(Regex(SPACE + r"+\z"), ""))
     if pieces.space_first:
-        steps.append(normalizers.Prepend(_SPACE))
+        steps.append(normalizers.Prepend(SPACE))
     return normalizers.Sequence(steps)
 
 
 def _as_run(string: str) -> str:
     """The string itself, or for spaces alone as many marks."""
-    return string if string.strip(" ") else _SPACE * len(string)
+    return string if string.strip(" ") else SPACE * len(string)

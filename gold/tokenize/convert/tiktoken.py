@@ -2,14 +2,15 @@
 
 import base64
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from gold.errors import VocabularyError
-from gold.tokenize.convert.merges import merges_of_ranked
+from gold.tokenize.convert.construct import add_tokens, bpe_model, byte_level_tokenizer, merges_of_ranked
 from gold.tokenize.families import MOST_IDS, byte_alphabet
+from gold.tokenize.foreign import first_line
 
 _PARTS_OF_PATTERN = re.compile(
     r"(?P<escaped>\\[pP]\{[^}]*\}|\\.)|(?P<possessive>\{\d+(?:,\d*)?\}\+)(?P<last>(?=[|)])|\Z)?"
@@ -23,6 +24,16 @@ _PROBES = (
     "   \t \n 3.14159 ½ ² \u00a0x\u2028y 🙂👩\u200d👩\u200d👧 e\u0301\u0323",
     " camelCaseHTTPServer __init__ ../path/to//file?x=1&y=2 ",
 )
+_TEKKEN_ROLES = {"bos": "<s>", "eos": "</s>", "pad": "<pad>"}
+# The first versions of the file do not list them; in the order of their ids.
+_OLD_NAMES = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
+    "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] "
+    "[TOOL_CONTENT]"
+)
+_OLD_SPECIAL: list[dict[str, Any]] = [
+    {"rank": rank, "token_str": token} for rank, token in enumerate(_OLD_NAMES.split())
+]
 
 
 def ranked_tokenizer(
@@ -40,24 +51,16 @@ def ranked_tokenizer(
     for token, index in special.items():
         if vocab.setdefault(token, index) != index:
             raise VocabularyError(
-                f"its special token {token!r} with id {index} is spelled like the token with id {vocab[token]}, which "
+                f"its special token {token!r} with id {index} is written like the token with id {vocab[token]}, which "
                 "tokenizers cannot tell apart"
             )
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges_of_ranked(strings, strings), ignore_merges=True)
-    )
+    model = bpe_model(vocab, merges_of_ranked(strings, strings), ignore_merges=True)
     translated = oniguruma(pattern)
     try:
-        words = pre_tokenizers.Split(Regex(translated), "isolated")
+        tokenizer = byte_level_tokenizer(model, [translated])
     except Exception as error:  # tokenizers raises bare Exception
         raise VocabularyError(f"its pattern {pattern!r} cannot be used by tokenizers: {error}") from None
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False) for token in sorted(special, key=special.__getitem__)]
-    )
+    add_tokens(tokenizer, sorted(special, key=special.__getitem__))
     return tokenizer
 
 
@@ -87,13 +90,20 @@ def is_encoding(source: Any) -> bool:
     return all(hasattr(source, name) for name in ("_mergeable_ranks", "_pat_str", "_special_tokens"))
 
 
-def encoding_tokenizer(encoding: Any) -> Tokenizer:
-    """The tokenizer of a `tiktoken.Encoding`, held against it on a few texts.
+def encoding_tokenizer(encoding: Any, special: Mapping[str, int] | None = None) -> Tokenizer:
+    """The tokenizer of a `tiktoken.Encoding`, compared with it on a few texts.
+
+    `special` are special tokens with the first ids, before all others; None: those of the encoding.
 
     Raises: VocabularyError if it cannot be converted, or reads one of the texts differently.
     """
-    tokenizer = ranked_tokenizer(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
-    check_probes(tokenizer, encoding.encode_ordinary)
+    first = 0 if special is None else len(special)
+    special = encoding._special_tokens if special is None else special
+    tokenizer = ranked_tokenizer(encoding._mergeable_ranks, encoding._pat_str, special, first)
+    for text in _PROBES:
+        expected = [first + i for i in encoding.encode_ordinary(text)]
+        if tokenizer.encode(text, add_special_tokens=False).ids != expected:
+            raise VocabularyError(f"converted for tokenizers it reads {text!r} differently")
     return tokenizer
 
 
@@ -112,20 +122,7 @@ def named_encoding(name: str) -> Any:
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # whatever the download meets
-        reason = str(error).strip().splitlines()
-        raise VocabularyError(
-            f"tiktoken cannot fetch the ranks of {name}: {reason[0] if reason else type(error).__name__}"
-        ) from None
-
-
-def check_probes(tokenizer: Tokenizer, encode: Callable[[str], Sequence[int]]) -> None:
-    """Nothing, where a converted tokenizer reads a few texts as the original does.
-
-    Raises: VocabularyError naming the first text that it reads differently.
-    """
-    for text in _PROBES:
-        if tokenizer.encode(text, add_special_tokens=False).ids != list(encode(text)):
-            raise VocabularyError(f"converted for tokenizers it reads {text!r} differently")
+        raise VocabularyError(f"tiktoken cannot fetch the ranks of {name}: {first_line(error)}") from None
 
 
 def is_tekken(content: Any) -> bool:
@@ -168,15 +165,3 @@ def tekken_roles(tokenizer: Tokenizer) -> dict[str, int]:
     """The ids by role, bos, eos and pad, of a tokenizer from `tekken.json`, whose special tokens have fixed names."""
     named = {role: tokenizer.token_to_id(token) for role, token in _TEKKEN_ROLES.items()}
     return {role: index for role, index in named.items() if index is not None}
-
-
-_TEKKEN_ROLES = {"bos": "<s>", "eos": "</s>", "pad": "<pad>"}
-# The first versions of the file do not list them; in the order of their ids.
-_OLD_NAMES = (
-    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
-    "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] "
-    "[TOOL_CONTENT]"
-)
-_OLD_SPECIAL: list[dict[str, Any]] = [
-    {"rank": rank, "token_str": token} for rank, token in enumerate(_OLD_NAMES.split())
-]
