@@ -293,7 +293,7 @@ def test_an_encoding_that_is_read_differently_is_refused() -> None:
 def test_a_special_token_spelled_like_another_token_is_refused() -> None:
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256}
     made = tiktoken.Encoding("x", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"ab": 300})
-    with pytest.raises(VocabularyError, match="special token 'ab' with id 300 .* id 256"):
+    with pytest.raises(VocabularyError, match=r"special token 'ab' with id 300 .* id 256"):
         open_source(made)
 
 
