@@ -1,15 +1,17 @@
-"""Files that others wrote, read whole: bytes, text and JSON. What cannot be used is one line that names the file."""
+"""Files read whole (bytes, text, JSON; what cannot be used is one line that names the file) and written whole."""
 
+import contextlib
 import errno
 import json
+import math
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gold.errors import GoldError
+from gold.errors import DataError, GoldError
 
 MOST_BYTES = 2**28
 """A longer file of settings or of a tokenizer is refused; the longest that are published have an eighth of it."""
@@ -114,6 +116,62 @@ def open_file(path: Path, error: type[GoldError]) -> BinaryIO:
         raise error(f"{path} cannot be read: {kind}")
     os.set_blocking(descriptor, True)
     return open(descriptor, "rb")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Put a new content in place of a file and on the disk, or fail and leave the old one."""
+    partial = path.with_name(f".tmp-{path.name}")
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def append(descriptor: int, data: bytes) -> None:
+    """Add all of the data to the end of an open file, or fail and leave it as it was."""
+    size = os.fstat(descriptor).st_size
+    try:
+        written = 0
+        while written < len(data):
+            written += os.write(descriptor, data[written:])
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, size)
+        raise
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON and YAML hold it: lists, string keys, plain numbers; NaN and infinities as None.
+
+    Raises: DataError for anything that neither holds.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, bool | int | str | None):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # of NumPy and torch
+        return plain(value.tolist())
+    raise DataError(
+        f"a record cannot hold a {type(value).__name__}; give numbers, strings, lists or mappings"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception in one line, its type where it has none."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def safetensors_header(path: Path, error: type[GoldError]) -> tuple[dict[str, Any], int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gold.errors import TrainingError
+
 WINDOW = 5
 """Steps that are averaged, at the start and now."""
 LENGTH_FACTOR = 3.0
@@ -73,3 +75,31 @@ class Alarms:
                     f"the start {before:.0%}; give the policy gradient a noncanonical_penalty, or add reverse_kl"
                 )
         return found
+
+
+def why_bad(record: Mapping[str, Any]) -> str:
+    """The reason why a step was not applied, by its metrics."""
+    if record.get("teacher_impossible") and not record.get("grad_norm"):
+        return "no text that the teacher finds possible"
+    return str(record.get("why", "a NaN or infinite loss or gradient"))
+
+
+def remedy_for(record: Mapping[str, Any]) -> str:
+    """What to do about a step that was not applied, by its metrics."""
+    if record.get("teacher_impossible") and not record.get("grad_norm"):
+        return "let the server tell what is unlikely too (gold doctor says how), or take another teacher"
+    return str(record.get("remedy", "lower optimizer.lr, or look at the last lines of metrics.jsonl"))
+
+
+def check_end(record: Mapping[str, Any]) -> None:
+    """Nothing, where the last step of an ended run, of which this is the record, was applied.
+
+    Raises:
+        TrainingError: it was not, nor were those before it that are counted with it.
+    """
+    if bad := record.get("bad_steps"):
+        raise TrainingError(
+            f"step {record['step']}: the run has ended, but its last {bad} step(s) had {why_bad(record)} "
+            "and were not applied; the student is that of the steps before: use it as it is, or train it anew and "
+            f"{remedy_for(record)}"
+        )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gold.errors import CheckpointError, ConfigError, GoldError
-from gold.files import read_json
+from gold.files import one_line, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -38,9 +38,9 @@ class Checkpoint:
 def save_checkpoint(folder: Path, step: int, writer: Callable[[Path], None], keep_last: int) -> Path:
     """The folder `folder/step-…` that holds everything `writer` wrote into the empty folder it was given.
 
-    The files get into place by one rename, after they and their manifest have reached the disk: a process
-    killed at any moment leaves the earlier checkpoints as they were. Then all but the newest `keep_last` are
-    removed. One process saves at a time; what killed saves left behind is removed first.
+    The files get into place by one rename, after they and their manifest have reached the disk: a process killed at
+    any moment leaves the earlier checkpoints as they were. Then all but the newest `keep_last` are removed. One process
+    saves at a time; what killed saves have left is removed first.
 
     Raises:
         CheckpointError: the disk is full or fails; half-written files are gone, earlier checkpoints intact.
@@ -63,7 +63,7 @@ def save_checkpoint(folder: Path, step: int, writer: Callable[[Path], None], kee
         full = _is_full(folder, error)
         shutil.rmtree(partial, ignore_errors=True)
         if is_write_failure(error):
-            what = f"the disk is full, {_one_line(error)}" if full else _one_line(error)
+            what = f"the disk is full, {one_line(error)}" if full else one_line(error)
             advice = "free some space and resume" if full else "resume once the cause is gone"
             raise CheckpointError(
                 f"cannot save the checkpoint of step {step} in {folder}: {what}; "
@@ -96,39 +96,43 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def newest_step(folder: Path, whole: bool = True) -> int | None:
-    """The step of the newest checkpoint, None where there is none; if it is to be whole, its files are there and as
-    long as its manifest says, and so are taken for whole without being read."""
+    """The step of the newest checkpoint; None where there is none or, if it is to be `whole`, where its files are not
+    as long as its manifest says."""
     for step, path in _checkpoints(folder):
-        fault, files = _read_manifest(path)
-        return step if not whole or (fault is None and _size_fault(path, files) is None) else None
+        return step if not whole or find_fault(path, contents=False) is None else None
     return None
 
 
-def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, held against its manifest; None where nothing is."""
-    fault, files = _read_manifest(path)
-    if fault is None:
-        fault = _size_fault(path, files)
-    if fault is None:
+def find_fault(path: Path, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint folder by its manifest, None where nothing is; without `contents` no hash is
+    computed."""
+    try:
+        files = _read_manifest(path)
         for name, entry in files.items():
-            try:
-                if _sha256(path / name) != entry["sha256"]:
-                    return f"{name} does not have the content that the manifest lists"
-            except OSError as error:
-                return f"{name} cannot be read, {error.strerror or error}"
-    return fault
+            _check_size(path / name, name, entry["bytes"])
+        # A named pipe among the files would keep a reader waiting.
+        for other in path.rglob("*"):
+            if not (other.is_file() or other.is_dir()):
+                return f"{other.relative_to(path)} is no file"
+        for name, entry in files.items() if contents else ():
+            if _sha256(path / name) != entry["sha256"]:
+                return f"{name} does not have the content that the manifest lists"
+    except CheckpointError as fault:
+        return str(fault)
+    except OSError as error:
+        return f"{error.filename or path} cannot be read, {error.strerror or error}"
+    return None
 
 
 def prune(folder: Path, saved_step: int, keep_last: int) -> None:
     """Remove all but the newest `keep_last` whole checkpoints up to the one just saved.
 
-    Later steps than the one just saved are of a past that a resumed run went back behind, so they go too.
+    Later steps than the one just saved are from before a resumption at an earlier step, so they go too.
     """
     kept = 0
     for step, path in _checkpoints(folder):
         # Sizes alone: to read every byte again after each save would cost more than the save.
-        fault, files = _read_manifest(path)
-        if step <= saved_step and kept < keep_last and fault is None and _size_fault(path, files) is None:
+        if step <= saved_step and kept < keep_last and find_fault(path, contents=False) is None:
             kept += 1
             continue
         doomed = path.with_name(f".tmp-remove-{path.name}")
@@ -138,23 +142,19 @@ def prune(folder: Path, saved_step: int, keep_last: int) -> None:
             shutil.rmtree(doomed)
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
-    """What killed saves had left in a checkpoint folder, now removed.
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed saves have left in a checkpoint folder.
 
     Only the process that saves may call it: to another, a save under way looks the same.
     """
-    removed = []
-    for path in sorted(folder.glob(".tmp-*")):
+    for path in folder.glob(".tmp-*"):
         shutil.rmtree(path)
-        removed.append(path)
-    for path in sorted(folder.glob(".old-step-*")):
+    for path in folder.glob(".old-step-*"):
         final = folder / path.name.removeprefix(".old-")
         if final.exists():
             shutil.rmtree(path)
-            removed.append(path)
         else:  # killed between the two renames of _put_in_place
             path.rename(final)
-    return removed
 
 
 def reach_disk(folder: Path) -> None:
@@ -205,45 +205,37 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
-def _read_manifest(path: Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
-    """What is wrong with the manifest, if anything, and the files that it lists."""
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """The files that a manifest lists; CheckpointError where it is broken."""
     if not (path / MANIFEST).exists():
-        return f"it has no {MANIFEST}", {}
-    try:
-        manifest = read_json(path / MANIFEST, CheckpointError)
-    except CheckpointError as error:
-        return str(error), {}
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        return f"its {MANIFEST} is not of format {FORMAT}", {}
+        raise CheckpointError(f"it has no {MANIFEST}")
+    manifest = read_json(path / MANIFEST, CheckpointError)
     name = _NAME.fullmatch(path.name)
-    if name and manifest.get("step") != int(name["step"]):
-        return f"its {MANIFEST} is of another step", {}
-    files: Any = manifest.get("files")
-    if not isinstance(files, dict) or not all(
+    fault = None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        fault = f"is not of format {FORMAT}"
+    elif name and manifest.get("step") != int(name["step"]):
+        fault = "is of another step"
+    elif not isinstance(files := manifest.get("files"), dict) or not all(
         isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"} for entry in files.values()
     ):
-        return f"its {MANIFEST} does not list sizes and hashes", {}
-    if not files:
-        return f"its {MANIFEST} lists no files", {}
-    return None, files
+        fault = "does not list sizes and hashes"
+    elif not files:
+        fault = "lists no files"
+    if fault:
+        raise CheckpointError(f"its {MANIFEST} {fault}")
+    return dict(manifest["files"])
 
 
-def _size_fault(path: Path, files: dict[str, dict[str, Any]]) -> str | None:
-    for name, entry in files.items():
-        try:
-            found = (path / name).stat()
-        except (OSError, ValueError):
-            return f"{name} is missing"
-        if not stat.S_ISREG(found.st_mode):
-            return f"{name} is no file"
-        if found.st_size != entry["bytes"]:
-            return f"{name} has {found.st_size} bytes, the manifest lists {entry['bytes']}"
-    # What is read of a checkpoint is what is there: a named pipe beside the files would keep a reader waiting.
-    with contextlib.suppress(OSError):
-        for other in path.rglob("*"):
-            if not (other.is_file() or other.is_dir()):
-                return f"{other.relative_to(path)} is no file"
-    return None
+def _check_size(file: Path, name: str, size: object) -> None:
+    try:
+        found = file.stat()
+    except (OSError, ValueError):
+        raise CheckpointError(f"{name} is missing") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{name} is no file")
+    if found.st_size != size:
+        raise CheckpointError(f"{name} has {found.st_size} bytes, the manifest lists {size}")
 
 
 def is_write_failure(error: BaseException) -> bool:
@@ -260,12 +252,6 @@ def _is_full(folder: Path, error: BaseException) -> bool:
     with contextlib.suppress(OSError):
         return "No space left" in str(error) or shutil.disk_usage(folder).free < 2**20
     return False
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror is not None:
-        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _sha256(path: Path) -> str:

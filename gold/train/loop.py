@@ -29,13 +29,14 @@ from gold.rollout.engine import RolloutEngine, completed
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.templates import Rendering
+from gold.train.alarms import check_end, remedy_for, why_bad
 from gold.train.changes import Inputs
 from gold.train.checkpoint import is_write_failure, prune, reach_disk, remove_leftovers, save_checkpoint
 from gold.train.inputs import of_run
 from gold.train.interrupt import Interrupt, ended_by
 from gold.train.progress import Lasting, Quiet
 from gold.train.recipe import Recipe, problems
-from gold.train.run_folder import RunFolder, check_end, remedy_for, why_bad
+from gold.train.run_folder import RunFolder
 from gold.train.step import Loop, pairs_of, terms_of
 from gold.train.trackers import RunInfo, Tracker, Trackers
 

@@ -47,13 +47,13 @@ from gold.rollout.types import Rollout, group_advantages
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.vocabulary import Vocabulary
-from gold.train.alarms import Alarms, repetition
+from gold.train.alarms import Alarms, repetition, why_bad
 from gold.train.checkpoint import Checkpoint, latest_checkpoint
 from gold.train.diagnosis import why_not_finite
 from gold.train.interrupt import NAMES
 from gold.train.optimizer import MasterAdamW
 from gold.train.recipe import Recipe
-from gold.train.run_folder import RunFolder, why_bad
+from gold.train.run_folder import RunFolder
 from gold.train.trackers import Tracker
 
 Answer = TypeVar("Answer")

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gold.errors import CheckpointError, ConfigError, DataError, GoldError
-from gold.train import run_folder as run_module
-from gold.train.changes import config_changes
+from gold.train.changes import changes
 from gold.train.checkpoint import save_checkpoint
 from gold.train.run_folder import RunFolder, refuse_model_folder
 
@@ -51,7 +50,7 @@ def test_a_rewound_run_holds_exactly_the_lines_up_to_the_step(tmp_path_factory, 
     records = sorted(records, key=lambda record: record[1])
     with RunFolder.create(tmp_path_factory.mktemp("a") / "run", CONFIG) as run:
         for place, (kind, at) in enumerate(records):
-            run.append(kind, {"step": at, "place": place, "text": "ü\n\u2028"})
+            run.log(kind, {"step": at, "place": place, "text": "ü\n\u2028"})
         run.sync()
     for name in ("metrics.jsonl", "samples.jsonl"):  # what a kill cuts short
         with open(run.path / name, "ab") as stream:
@@ -174,7 +173,7 @@ def test_every_scalar_becomes_json(run):
 )
 def test_what_is_no_record_is_refused(run, kind, record, message):
     with pytest.raises(DataError, match=message):
-        run.append(kind, record)
+        run.log(kind, record)
 
 
 def test_a_full_disk_leaves_no_half_line(run, monkeypatch):
@@ -188,7 +187,7 @@ def test_a_full_disk_leaves_no_half_line(run, monkeypatch):
             return write(descriptor, data[:5])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_module.os, "write", full)
+    monkeypatch.setattr(os, "write", full)
     with pytest.raises(
         CheckpointError, match=r"metrics\.jsonl at step 2: No space left on device; free some space"
     ):
@@ -550,9 +549,9 @@ JSON = st.recursive(
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from("abc"), JSON), st.dictionaries(st.sampled_from("abc"), JSON))
 def test_two_configurations_have_no_changes_exactly_where_they_are_equal(old, new):
-    changes = config_changes(old, new)
-    assert (changes == []) == (json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True))
-    assert all(change.follows is None and not change.free for change in changes)  # none of these keys may
+    found = changes(old, new, {}, {})
+    assert (found == []) == (json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True))
+    assert all(change.kind == "refused" for change in found)  # none of these keys may
 
 
 # -- two processes --
