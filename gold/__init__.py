@@ -5,6 +5,7 @@ The public names live in the modules named below and are loaded when they are fi
 of a module: `gold.align` is always the package, `gold.evaluate` always the module.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from gold.errors import (
     VocabularyError,
 )
 from gold.version import __version__
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # whoever imports gold decides what is shown
 
 if TYPE_CHECKING:
     from gold.align import Alignment, align_tokens

@@ -104,6 +104,9 @@ def prepare() -> None:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     warnings.formatwarning = _warning
     logging.setLogRecordFactory(_Record)
+    logger = logging.getLogger("gold")
+    if not any(isinstance(handler, _Shown) for handler in logger.handlers):
+        logger.addHandler(_Shown(logging.WARNING))
 
 
 def silence() -> None:
@@ -122,6 +125,13 @@ def show_traceback(kind: type[BaseException], error: BaseException, trace: Any) 
 class _Record(logging.LogRecord):
     def getMessage(self) -> str:
         return lines(super().getMessage())
+
+
+class _Shown(logging.Handler):
+    """Shows records on stderr, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        show(f"{record.levelname.lower()}: {record.getMessage()}", stream=sys.stderr)
 
 
 def _warning(message: object, *_: object, **__: object) -> str:

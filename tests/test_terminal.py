@@ -126,6 +126,7 @@ def test_the_progress_of_a_run_steers_nothing(
 def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Any]]:
     """Runs `gold` with arguments, and gives its exit code, stdout and stderr."""
     showing, making = warnings.formatwarning, logging.getLogRecordFactory()
+    handlers = list(logging.getLogger("gold").handlers)
 
     def run(*arguments: object) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["gold", *map(str, arguments)])
@@ -138,6 +139,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     yield run
     warnings.formatwarning = showing
     logging.setLogRecordFactory(making)
+    logging.getLogger("gold").handlers[:] = handlers
 
 
 def put(monkeypatch: pytest.MonkeyPatch, module: str, name: str, does: Callable[..., Any]) -> None:
@@ -250,6 +252,8 @@ def test_measures_pictures_and_warnings(call: Any, monkeypatch: pytest.MonkeyPat
         said = warnings.formatwarning(f"warned of {EVIL}\nerror: fake", UserWarning, "file", 1)
         sys.stderr.write(said)
         logging.getLogger("other").warning("logged %s", EVIL)
+        logging.getLogger("gold.x").info("not shown")
+        logging.getLogger("gold.x").warning("mine %s", EVIL)
         return [Path(f"p{EVIL[:-2]}.png")]
 
     handler = logging.StreamHandler(sys.stderr)
@@ -259,6 +263,8 @@ def test_measures_pictures_and_warnings(call: Any, monkeypatch: pytest.MonkeyPat
     logging.getLogger("other").removeHandler(handler)
     assert done.code == 0
     assert "warning: warned of \\x1b[2J" in done.err
+    assert "warning: mine \\x1b[2J" in done.err
+    assert "not shown" not in done.err
 
 
 # How it ends

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import mmap
 import os
 import stat
 import struct
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
@@ -23,6 +23,8 @@ from zlib import crc32
 import numpy as np
 
 from gold.errors import ConfigError, TeacherError
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 2**30
 """A shard that has grown beyond this is followed by another one."""
@@ -254,10 +256,10 @@ class ScoreCache:
         """Records of texts that are there already."""
         return sum(map(len, self._spare.values()))
 
-    def get(self, key: bytes) -> bytes | None:
+    def get(self, key: bytes, level: int = logging.WARNING) -> bytes | None:
         """The scores of a text as they were added; None where there are none.
 
-        One that is damaged is none, with a warning.
+        A damaged one is none, and is logged.
         """
         while key in self._places:
             place = self._places[key]
@@ -265,7 +267,7 @@ class ScoreCache:
             if data is not None:
                 return data
             self.damage.append(place.damage)
-            warnings.warn(f"cache {place.damage}; it counts as not there", stacklevel=2)
+            logger.log(level, "cache %s; it counts as not there", place.damage)
             spare = self._spare.get(key)
             if spare:
                 self._places[key] = spare.pop(0)
@@ -382,8 +384,7 @@ def merge(into: str | Path, sources: Sequence[str | Path]) -> tuple[ScoreCache, 
         for key in list(source):
             if key in target:
                 continue
-            with warnings.catch_warnings(action="ignore"):  # all of them are returned
-                data = source.get(key)
+            data = source.get(key, logging.DEBUG)  # all damage is returned
             if data is None:
                 continue
             waiting.append((key, source._places[key].rows, data))

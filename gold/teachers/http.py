@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import ssl
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,8 @@ from urllib.parse import urlsplit
 import httpx2
 
 from gold.errors import ConfigError, TeacherError
+
+logger = logging.getLogger(__name__)
 
 MOST_WAIT_S = 300.0
 """A server that asks for a longer pause than this is taken to be gone."""
@@ -157,6 +160,9 @@ class Server:
                         raise self._error(f"{fault}; it asks for a pause of {fault.wait_s:.0f} s") from fault
                     backoff = min(LONGEST_BACKOFF_S, self.first_wait_s * 2**attempt)
                     self.tally.retries += 1
+                    logger.info(
+                        "%s: %s; attempt %d of %d failed", self.url, fault, attempt + 1, self.retries + 1
+                    )
                     # Whoever was refused together must not come back together.
                     await asyncio.sleep(max(fault.wait_s, backoff * random.SystemRandom().uniform(0.5, 1.0)))
         raise AssertionError("unreachable")

@@ -3,6 +3,7 @@
 Whatever is wrong there (no folder, no right to write, a broken file) costs the time to build them again, nothing else.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import numpy.typing as npt
 
 from gold.errors import VocabularyError
 from gold.files import read_bytes
+
+logger = logging.getLogger(__name__)
 
 Int32 = npt.NDArray[np.int32]
 
@@ -63,6 +66,7 @@ def _keep(path: Path, data: bytes) -> None:
             temporary = file.name
             file.write(data)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
+        logger.info("%s is not kept: %s", path, error.strerror or error)
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

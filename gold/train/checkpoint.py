@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from typing import Any
 
 from gold.errors import CheckpointError, ConfigError, GoldError
 from gold.files import one_line, read_json
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -137,9 +140,11 @@ def prune(folder: Path, saved_step: int, keep_last: int) -> None:
             continue
         doomed = path.with_name(f".tmp-remove-{path.name}")
         # Renamed first, so that a kill half-way leaves no checkpoint that looks truncated.
-        with contextlib.suppress(OSError):
+        try:
             path.rename(doomed)
             shutil.rmtree(doomed)
+        except OSError as error:
+            logger.warning("the old checkpoint %s cannot be removed: %s", path, one_line(error))
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import platform
 import re
@@ -43,6 +44,8 @@ from gold.train.checkpoint import newest_step
 from gold.train.records import FILE_OF_KIND, open_to_append, read_lines, record_line
 from gold.train.trackers import Tracker
 from gold.yaml_file import read_yaml
+
+logger = logging.getLogger(__name__)
 
 _FILES = (
     "config.yaml",
@@ -377,6 +380,7 @@ class RunFolder(Tracker):
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 os.close(lock)
                 raise
+            logger.info("%s is not locked: %s", self.path, error.strerror)
         self._lock = lock
         with contextlib.suppress(OSError):  # a full disk: the name is for people
             os.ftruncate(lock, 0)
