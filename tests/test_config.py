@@ -16,7 +16,7 @@ from gold.config import Config, describe
 from gold.errors import ConfigError
 from gold.schema import RENAMED
 from gold.train.recipe import Recipe, Term
-from gold.train.run_folder import _Dumper
+from gold.train.run_folder import config_text
 
 MINIMAL: dict[str, Any] = {
     "student": {"path": "models/student"},
@@ -121,7 +121,7 @@ def test_the_file_in_a_run_folder_gives_the_same_configuration_back(
 ) -> None:
     config = Config.model_validate(tree)
     path = tmp_path_factory.getbasetemp() / "config.yaml"
-    path.write_text(yaml.dump(config.to_dict(), Dumper=_Dumper, allow_unicode=True), encoding="utf-8")
+    path.write_text(config_text(config.to_dict()), encoding="utf-8")
     assert Config.load(path) == config
 
 
@@ -131,7 +131,7 @@ def test_the_file_in_a_run_folder_gives_the_same_configuration_back(
 def test_a_text_that_looks_like_a_number_stays_text(tmp_path: Path, text: str) -> None:
     config = Config.model_validate(changed(output=text))
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.dump(config.to_dict(), Dumper=_Dumper), encoding="utf-8")
+    path.write_text(config_text(config.to_dict()), encoding="utf-8")
     assert Config.load(path) == config
 
 

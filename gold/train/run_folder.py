@@ -76,6 +76,11 @@ _Dumper.add_implicit_resolver(
 )
 
 
+def config_text(config: Mapping[str, Any]) -> str:
+    """The text of config.yaml."""
+    return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 class RunFolder(Tracker):
     """A run's folder, to read or to write; the first write locks it against every other process.
 
@@ -256,8 +261,7 @@ class RunFolder(Tracker):
         for name, value in (("environment.json", environment), ("inputs.json", inputs)):
             replace_text(self.path / name, json.dumps(value, indent=1) + "\n")
         # The configuration comes last: with it the folder is a run.
-        text = yaml.dump(self.config, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-        replace_text(self.path / "config.yaml", text)
+        replace_text(self.path / "config.yaml", config_text(self.config))
 
     def check_place(self) -> None:
         """Nothing, where the folder is still where it was when it was locked.
