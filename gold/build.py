@@ -6,19 +6,20 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gold.cache.store import find_origin
 from gold.config import Config, TeacherConfig
 from gold.data import Prompt, load_prompts, split_by_hash
-from gold.doctor.checks import Check, Report, examine
+from gold.doctor.checks import examine_pair
+from gold.doctor.finding import Finding, Report, judge
 from gold.doctor.prompts import PromptReader, examine_prompts, notes_of, raise_refused
-from gold.doctor.report import diagnose, memory_check
-from gold.doctor.server import examine_noise, examine_own, examine_server
-from gold.doctor.side import Side, read_side, side_of
-from gold.doctor.sizes import StepMemory
+from gold.doctor.report import combined, diagnose
+from gold.doctor.sample import run_texts
+from gold.doctor.server import compare_with_student, examine_noise, examine_server
+from gold.doctor.side import Side, read_side
 from gold.errors import ConfigError, GoldError, ModelError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.inspect.plots import plot_run
@@ -295,13 +296,13 @@ def _models(
     for name, side in sides.items():
         if judged and of_files is None:
             own = mine.vocabulary.without_markers()
-            consult[name](side_of("student", own, mine.tokenizer, rendering=mine.rendering), side)
+            consult[name](Side("student", own, mine.tokenizer, rendering=mine.rendering), side)
     for name, server in served.items() if judged else ():
         kept = members[name]
         if isinstance(kept, CachedTeacher) and _is_kept(kept):
             kept.check_before_asking(partial(_examine, config, graded[name], progress, name, server, mine))
         else:
-            _judge(config, graded[name], _beside(config, graded[name], name, server, mine), progress, name)
+            _judge(config, graded[name], _compared(config, graded[name], name, server, mine), progress, name)
     members |= {name: _cached(named[name], LocalTeacher(model), progress) for name, model in loaded.items()}
     for name, teacher in named.items():
         if teacher.self is not None:
@@ -333,19 +334,15 @@ def _examine(
 ) -> None:
     """The examination of a server, as a whole."""
     _judge(config, prompts, examine_server(served, prompts), progress, name)
-    _judge(config, prompts, _beside(config, prompts, name, served, student), progress, name)
+    _judge(config, prompts, _compared(config, prompts, name, served, student), progress, name)
 
 
-def _beside(
+def _compared(
     config: Config, prompts: Sequence[Prompt], name: str, served: ServedTeacher, student: LanguageModel
-) -> list[Check]:
-    """What a server says beside what the student says."""
-    checks = [examine_noise(served, prompts, student)]
-    # The same files on both sides: it is the student that is served.
-    sources = _source(config.student), _source(config.named_teachers[name])
-    if len(set(map(os.path.realpath, sources))) == 1:
-        checks.append(examine_own(served, prompts, student))
-    return checks
+) -> list[Finding]:
+    """A server's answers compared with the student's; where both have the same files, it serves the student."""
+    sources = {os.path.realpath(_source(model)) for model in (config.student, config.named_teachers[name])}
+    return compare_with_student(served, prompts, student, is_student=len(sources) == 1)
 
 
 def build_cache(
@@ -474,34 +471,14 @@ def diagnose_run(
     data = load_data(config)
     sizes = sequences or config.train.micro_batch_size, tokens or config.rollout.max_new_tokens
     reports = {name: _diagnosed(config, data, name, weights, sizes) for name in config.named_teachers}
-    told = [check.found for report in reports.values() for check in report.checks]
-    files = [check for check in _files(config) if not any(found.endswith(check.found) for found in told)]
-    further = [*files, *_of_run(config, data, {name: r.sides for name, r in reports.items()})]
-    if len(reports) == 1:
-        report = next(iter(reports.values()))
-        return replace(report, checks=[*report.checks, *further])
-    checks = [
-        replace(check, check=f"{name}: {check.check}")
-        for name, report in reports.items()
-        for check in report.checks
-        if check.check != "memory"
-    ]
-    needed = [report.memory for report in reports.values() if report.memory]
-    if len(needed) == len(reports):
-        # They are all held at once.
-        checks.append(memory_check(reduce(StepMemory.beside, needed)))
-    return Report(
-        [*checks, *further],
-        {
-            f"{name}: {kind}": found
-            for name, report in reports.items()
-            for kind, found in report.coverage.items()
-        },
-        [f"{name}: {line}" for name, report in reports.items() for line in report.unchecked],
-    )
+    known = [check.found for report in reports.values() for check in report.checks]
+    files = [check for check in _files(config) if not any(found.endswith(check.found) for found in known)]
+    of_run = _of_run(config, data, {name: r.sides for name, r in reports.items()})
+    report = combined(reports)
+    return replace(report, checks=[*report.checks, *files, *of_run])
 
 
-def _files(config: Config) -> list[Check]:
+def _files(config: Config) -> list[Finding]:
     """What a run would refuse of the models that it loads: files that are missing, broken or another kind's, devices
     that are not there."""
     here = [t for t in config.named_teachers.values() if not (t.self or t.served or _is_unasked(t))]
@@ -512,7 +489,7 @@ def _files(config: Config) -> list[Check]:
             check_files(_path(model), gguf_file=model.gguf_file)
             pick_device(model.device)
         except ModelError as error:
-            checks.append(Check("files", "fail", str(error)))
+            checks.append(Finding("files", "fail", str(error)))
     return checks
 
 
@@ -526,7 +503,7 @@ class _Absent(Teacher):
     device: Any = None
 
 
-def _of_run(config: Config, data: RunData, sides: Mapping[str, tuple[Side, ...]]) -> list[Check]:
+def _of_run(config: Config, data: RunData, sides: Mapping[str, tuple[Side, ...]]) -> list[Finding]:
     """What a run would refuse of its objectives and prompts, and what it would say of them; by both sides' files."""
     if not all(sides.values()):
         return []  # which is a failure of its own
@@ -561,7 +538,7 @@ def _of_run(config: Config, data: RunData, sides: Mapping[str, tuple[Side, ...]]
         if any(term.objective.needs != "nothing" for term in terms):
             check_kept(Teachers(absent | alone, config.mix), student, pairs, data.train, recipe)
     except GoldError as error:
-        checks.append(Check(what, "fail", str(error)))
+        checks.append(Finding(what, "fail", str(error)))
     return [*checks, *examine_prompts(data.train, data.heldout, readers, recipe.max_new_tokens)]
 
 
@@ -606,22 +583,9 @@ def _diagnosed(config: Config, data: RunData, name: str, weights: bool, sizes: t
     checks = examine_server(made, prompts)
     if all(check.status != "fail" for check in checks):
         checks += (
-            _beside(config, prompts, name, made, loaded[0]) if loaded else [examine_noise(made, prompts)]
+            _compared(config, prompts, name, made, loaded[0]) if loaded else [examine_noise(made, prompts)]
         )
     return replace(report, checks=[*report.checks, *checks])
-
-
-def run_texts(prompts: Sequence[Prompt]) -> list[str]:
-    """What a run's texts look like, in 4 kB: completions of some prompts, or the prompts where there are none."""
-    texts: list[str] = []
-    for prompt in prompts[:: max(1, len(prompts) // 64)]:
-        text = prompt.completion or prompt_text(prompt)
-        room = 4096 - sum(map(len, texts))
-        if room <= 0:
-            break
-        if text.strip():
-            texts.append(text[: min(room, 512)])
-    return texts
 
 
 def _consult(
@@ -637,33 +601,26 @@ def _consult(
     Raises:
         ConfigError: the pair cannot be trained, and the run is to stop then.
     """
-    _judge(config, prompts, examine(student, teacher, run_texts(prompts)).checks, progress, name)
+    _judge(config, prompts, examine_pair(student, teacher, run_texts(prompts)).checks, progress, name)
 
 
 def _judge(
-    config: Config, prompts: Sequence[Prompt], checks: Sequence[Check], progress: Tracker | None, name: str
+    config: Config, prompts: Sequence[Prompt], checks: Sequence[Finding], progress: Tracker | None, name: str
 ) -> None:
-    """Notes what was found of a teacher, as far as the run minds it.
+    """Notes the findings about a teacher that concern the run.
 
     Raises:
-        ConfigError: something that the run cannot go on with, and it is to stop then.
+        ConfigError: a failed check, where the run is to stop then.
     """
+    concerns = {term.name for term in config.objectives}
+    concerns |= {str(value) for term in config.objectives for value in term.options.values()}
+    concerns |= {"messages" for prompt in prompts if prompt.messages is not None}
     whose = f"teacher {name}: " if config.teachers else ""
-    failures = [check for check in checks if check.status == "fail"]
-    if config.train.doctor == "stop" and failures:
-        lines = [f"{check.check}: {check.found}; {check.advice}" for check in failures]
-        raise ConfigError(
-            *(f"{whose}this pair cannot be trained: {line} (train.doctor=report goes on)" for line in lines)
-        )
-    minded = {term.name for term in config.objectives}
-    minded |= {str(value) for term in config.objectives for value in term.options.values()}
-    if any(prompt.messages is not None for prompt in prompts):
-        minded.add("messages")
-    # All processes find the same; one of them tells.
+    notes = judge(checks, concerns, stop=config.train.doctor == "stop", whose=whose)
+    # All processes find the same; one of them shows it.
     if progress is not None and os.environ.get("RANK", "0") == "0":
-        for check in checks:
-            if check.status != "pass" and (not check.concerns or minded.intersection(check.concerns)):
-                progress.note(f"{whose}{check.check}: {check.found}; {check.advice}")
+        for note in notes:
+            progress.note(note)
 
 
 def _load(
@@ -711,7 +668,7 @@ def _load(
             both = zip(("student", "teacher"), (loaded[""], loaded[name]), strict=True)
             ask(
                 *(
-                    side_of(role, m.vocabulary.without_markers(), m.tokenizer, rendering=m.rendering)
+                    Side(role, m.vocabulary.without_markers(), m.tokenizer, rendering=m.rendering)
                     for role, m in both
                 )
             )

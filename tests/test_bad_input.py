@@ -11,7 +11,6 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -21,6 +20,7 @@ import torch
 import yaml
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
+from support.command import Ended, run_gold
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -69,19 +69,11 @@ class Bench:
 
         monkeypatch.setattr(gold.build, "load_model", load_model)
 
-    def gold(self, command: str, *arguments: object) -> SimpleNamespace:
+    def gold(self, command: str, *arguments: object) -> Ended:
         """Exit code, stdout and stderr of a command on the configuration."""
         file = tiny.write_settings(self.folder / "run.yaml", self.settings)
-        self.monkeypatch.setattr(sys, "argv", ["gold", command, str(file), *map(str, arguments)])
         self.loaded.clear()
-        self.capfd.readouterr()
-        try:
-            main()
-            code: Any = 0
-        except SystemExit as ended:
-            code = ended.code or 0
-        printed = self.capfd.readouterr()
-        return SimpleNamespace(code=code, out=printed.out, err=printed.err)
+        return run_gold(self.monkeypatch, self.capfd, command, file, *arguments)
 
     def refused(self, *arguments: object, command: str = "train") -> str:
         """The one line of a command that ends with exit code 1."""

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,6 +16,7 @@ from unittest.mock import create_autospec
 
 import pytest
 import yaml
+from support.command import Ended, run_gold
 
 import gold
 from gold.cli import main
@@ -27,22 +29,15 @@ RUN = {
     "output": "runs/one",
 }
 
-Call = Callable[..., SimpleNamespace]
+Call = Callable[..., Ended]
 
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Runs `gold` with arguments and gives its exit code, stdout and stderr."""
 
-    def run(*arguments: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["gold", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return SimpleNamespace(code=ended.value.code or 0, out=printed.out, err=printed.err)
-
-    return run
+    monkeypatch.setenv("COLUMNS", "200")
+    return partial(run_gold, monkeypatch, capsys)
 
 
 @pytest.fixture

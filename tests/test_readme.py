@@ -352,3 +352,9 @@ def test_the_objective_of_the_extending_page_works(monkeypatch):
     assert whole.count(view.batch) == whole(view).parts["chunks"].item()
     with pytest.raises(ConfigError, match="all_chunk: unknown key; did you mean all_chunks"):
         table["squared_gap"](all_chunk=False)
+
+
+def test_every_module_of_test_support_has_a_line():
+    folder = ROOT / "tests" / "support"
+    listed = re.findall(r"^\| (\w+) \|", (folder / "README.md").read_text(), re.MULTILINE)
+    assert listed[1:] == sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")

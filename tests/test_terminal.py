@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
+from support.command import Ended, run_gold
 from support.tokenizers import byte_level_bpe
 from tokenizers import AddedToken
 
@@ -28,8 +29,7 @@ import gold
 from gold import terminal
 from gold.cache.command import run_info, run_merge, run_verify
 from gold.cache.store import Origin, ScoreCache
-from gold.cli import main
-from gold.doctor.checks import Check, Report
+from gold.doctor.finding import Finding, Report
 from gold.doctor.report import print_report
 from gold.errors import ConfigError, DataError
 from gold.train.progress import Lines, Live, Quiet
@@ -86,7 +86,7 @@ def test_a_console_lets_nothing_through_but_its_own_styles(shown: Any) -> None:
 
 
 REPORT = Report(
-    checks=[Check(EVIL, "warn", f"found {EVIL}", f"advice {EVIL}"), Check("x", "fail", EVIL)],
+    checks=[Finding(EVIL, "warn", f"found {EVIL}", f"advice {EVIL}"), Finding("x", "fail", EVIL)],
     coverage={},
     unchecked=[f"not {EVIL}"],
 )
@@ -128,13 +128,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     showing, making = warnings.formatwarning, logging.getLogRecordFactory()
     handlers = list(logging.getLogger("gold").handlers)
 
-    def run(*arguments: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["gold", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capfd.readouterr()
-        return SimpleNamespace(code=ended.value.code, out=harmless(printed.out), err=harmless(printed.err))
+    def run(*arguments: object) -> Ended:
+        ended = run_gold(monkeypatch, capfd, *arguments)
+        return ended._replace(out=harmless(ended.out), err=harmless(ended.err))
 
     yield run
     warnings.formatwarning = showing

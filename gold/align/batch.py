@@ -61,9 +61,8 @@ class VocabularyPair:
 
     @cached_property
     def same(self) -> bool:
-        """Both sides spell every id alike and stop alike: the teacher can score the student's own ids."""
-        mine, theirs = self.student, self.teacher
-        return mine.fingerprint == theirs.fingerprint and set(mine.stop_ids) == set(theirs.stop_ids)
+        """Whether the teacher can score the student's own ids, see ``Vocabulary.same_as``."""
+        return self.student.same_as(self.teacher)
 
     @cached_property
     def student_trie(self) -> ByteTrie:

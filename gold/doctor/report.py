@@ -1,16 +1,18 @@
-"""The body of `gold doctor`: a pair examined, and the report for people and programs."""
+"""The body of `gold doctor`: all checks of a pair, as a table, as lines or as JSON."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gold import terminal
-from gold.doctor.checks import RUN_TEXTS, Check, Report, examine
-from gold.doctor.sample import JUDGED, SAMPLE
+from gold.doctor.checks import examine_pair
+from gold.doctor.finding import Finding, Report
+from gold.doctor.sample import JUDGED, RUN_TEXTS, SAMPLE
 from gold.doctor.side import read_side
 from gold.doctor.sizes import StepMemory, machine_memory, step_memory
 from gold.errors import ModelError, VocabularyError
@@ -44,15 +46,14 @@ def diagnose(
     load: Callable[[], tuple[LanguageModel, LanguageModel | None]] | None = None,
     served: bool = False,
 ) -> Report:
-    """All checks of a pair of folders, tokenizer files or Hub ids; of their weights too with `load`, which gives both,
-    or the student alone where the teacher is `served`.
+    """All checks of two folders, tokenizer files or Hub ids; those of their weights too with `load`, which gives both
+    models, or the student alone where the teacher is `served`.
 
-    `texts` are a run's own, `roles` the special tokens that it names, `renderings` what it gives to their chat
-    templates, `dtypes` those of the weights. A forward pass reads `sequences`, each of `tokens` student tokens behind
-    those of `prompt`.
+    `texts` are a run's own, `roles` the special tokens that it names, `renderings` its arguments of the chat templates,
+    `dtypes` those of the weights. A forward pass reads `sequences`, each of `prompt` and `tokens` student tokens.
 
     Raises:
-        VocabularyError: a source that is no tokenizer at all; one that cannot be spelled is a failed check.
+        VocabularyError: a source that is no tokenizer at all; one whose tokens are not bytes is a failed check.
         ModelError: weights that cannot be loaded.
     """
     sides, refused = [], []
@@ -62,29 +63,28 @@ def diagnose(
             if role == "student" or not served:
                 check_kind(source)
         except ModelError as error:
-            refused.append(Check("model", "fail", f"{role}: {error}"))
+            refused.append(Finding("model", "fail", f"{role}: {error}"))
         try:
             sides.append(read_side(role, source, named, rendering))
         except VocabularyError as error:
-            open_source(source, roles=named)  # what cannot be read is the user's error, no finding
-            refused.append(Check("spelling", "fail", f"{role}: {error}", _instead(error)))
+            open_source(source, roles=named)  # a file that cannot be read is an error, not a finding
+            refused.append(Finding("tokenizers", "fail", f"{role}: {error}", _remedy(error)))
     if refused:
         return Report(refused)
     mine, theirs = sides
-    report = examine(mine, theirs, texts)
+    report = examine_pair(mine, theirs, texts)
     checks, unchecked = list(report.checks), list(report.unchecked)
     tokens += len(mine.vocabulary.encode(prompt))
     needed = step_memory(mine, theirs, sequences, tokens, dtypes, served)
-    if needed is None:
-        silent = " and ".join(side.role for side in sides[: 2 - served] if not side.config)
-        unchecked.append(
-            f"memory: no config.json of {silent}" if silent else "memory: an unusual config.json"
-        )
+    if needed is not None:
+        checks.append(memory_finding(needed))
+    elif silent := " and ".join(side.role for side in sides[: 2 - served] if not side.config):
+        unchecked.append(f"memory: no config.json of {silent}")
     else:
-        checks.append(memory_check(needed))
+        unchecked.append("memory: an unusual config.json")
     if load is None:
         loaded = "the student" if served else "both models"
-        unchecked.append(f"zero KL, bits per byte, time: --weights loads {loaded}")
+        unchecked.append(f"self KL, bits per byte, time: --weights loads {loaded}")
     else:
         from gold.doctor.weights import examine_weights
 
@@ -92,9 +92,9 @@ def diagnose(
     return Report(checks, report.coverage, unchecked, needed, tuple(sides))
 
 
-def _instead(error: VocabularyError) -> str:
-    """What to do about a tokenizer that cannot be spelled, where the error does not say it itself."""
-    return "take a model of another family" if "cannot be spelled in bytes" in str(error) else ""
+def _remedy(error: VocabularyError) -> str:
+    """What to do about a tokenizer whose tokens are not bytes, where the error does not say it itself."""
+    return "use a model of another family" if "cannot be spelled in bytes" in str(error) else ""
 
 
 def load_pair(student: str, teacher: str) -> tuple[LanguageModel, LanguageModel]:
@@ -108,13 +108,26 @@ def load_pair(student: str, teacher: str) -> tuple[LanguageModel, LanguageModel]
     return load_model(student), load_model(teacher, dtype="auto")
 
 
+def combined(reports: Mapping[str, Report]) -> Report:
+    """One report of a student and several teachers, each finding under its teacher's name, memory for all at once."""
+    if len(reports) == 1:
+        return next(iter(reports.values()))
+    each = reports.items()
+    checks = [replace(f, check=f"{n}: {f.check}") for n, r in each for f in r.checks if f.check != "memory"]
+    needed = [report.memory for report in reports.values() if report.memory]
+    if len(needed) == len(reports):
+        checks.append(memory_finding(reduce(StepMemory.plus_teachers, needed)))
+    coverage = {f"{name}: {kind}": found for name, r in each for kind, found in r.coverage.items()}
+    return Report(checks, coverage, [f"{name}: {line}" for name, r in each for line in r.unchecked])
+
+
 def print_report(report: Report, *, as_json: bool = False, stream: TextIO | None = None) -> None:
     """Writes a report: a table on a terminal, plain lines elsewhere, or one JSON object."""
     out = stream or sys.stdout
     if as_json:
         content = {
             "verdict": report.verdict,
-            "checks": [asdict(check) for check in report.checks],
+            "checks": [asdict(finding) for finding in report.checks],
             "coverage": {name: asdict(found) for name, found in report.coverage.items()},
             "unchecked": report.unchecked,
         }
@@ -122,10 +135,10 @@ def print_report(report: Report, *, as_json: bool = False, stream: TextIO | None
     elif out.isatty():
         _print_table(report, out)
     else:
-        for check in report.checks:
-            terminal.show(f"{check.status}  {check.check}: {check.found}", stream=out)
-            if check.advice:
-                terminal.show(f"      -> {check.advice}", stream=out)
+        for finding in report.checks:
+            terminal.show(f"{finding.status}  {finding.check}: {finding.found}", stream=out)
+            if finding.advice:
+                terminal.show(f"      -> {finding.advice}", stream=out)
         for line in report.unchecked:
             terminal.show(f"not checked: {line}", stream=out)
         terminal.show(verdict_line(report), stream=out)
@@ -133,7 +146,7 @@ def print_report(report: Report, *, as_json: bool = False, stream: TextIO | None
 
 def verdict_line(report: Report) -> str:
     """Whether the pair can be trained, and if not, why, in one line."""
-    failed = [f"{check.check}: {check.found}" for check in report.failures]
+    failed = [f"{finding.check}: {finding.found}" for finding in report.failures]
     return f"{report.verdict}: {_VERDICTS[report.verdict]}" + (f": {'; '.join(failed)}" if failed else "")
 
 
@@ -145,11 +158,11 @@ def _print_table(report: Report, out: TextIO) -> None:
     table = Table.grid(padding=(0, 2, 0, 0))
     for style in (None, "bold", None):
         table.add_column(style=style or "", no_wrap=style is not None)
-    for check in report.checks:
-        found = Text(terminal.line(check.found))
-        if check.advice:
-            found.append(f"\n→ {terminal.line(check.advice)}", "italic")
-        table.add_row(Text(check.status, _STYLES[check.status]), check.check, found)
+    for finding in report.checks:
+        found = Text(terminal.line(finding.found))
+        if finding.advice:
+            found.append(f"\n→ {terminal.line(finding.advice)}", "italic")
+        table.add_row(Text(finding.status, _STYLES[finding.status]), finding.check, found)
     console.print(table)
     if report.coverage:
         console.print()
@@ -182,30 +195,27 @@ def _coverage_table(report: Report) -> Any:
     return table
 
 
-def memory_check(needed: StepMemory) -> Check:
+def memory_finding(needed: StepMemory) -> Finding:
     """Whether a step fits into this machine's memory."""
     teachers = "teacher" if needed.teachers == 1 else f"{needed.teachers} teachers"
-    theirs = (
-        f"{_gib(needed.teacher)} ({needed.teacher_parameters / 1e6:,.0f} M)"
-        if needed.teacher
-        else "served elsewhere"
-    )
+    millions = f"{_gib(needed.teacher)} ({needed.teacher_parameters / 1e6:,.0f} M)"
     found = (
         f"{_gib(needed.total)} for {needed.sequences} × {needed.tokens} tokens: student {_gib(needed.student)} "
         f"({needed.student_parameters / 1e6:,.0f} M × "
         f"{needed.student // needed.student_parameters} bytes: weights, gradients, AdamW), activations "
-        f"{_gib(needed.activations)}, logits {_gib(needed.logits)}, {teachers} {theirs}"
+        f"{_gib(needed.activations)}, logits {_gib(needed.logits)}, {teachers} "
+        f"{millions if needed.teacher else 'served elsewhere'}"
     )
     here = machine_memory()
-    if here is not None and needed.total > here:
-        return Check(
-            "memory",
-            "warn",
-            found,
-            f"this machine has {_gib(here)} of main memory; a GPU with as much would do, or fewer --sequences "
-            "(train.micro_batch_size), or train.gradient_checkpointing",
-        )
-    return Check("memory", "pass", found)
+    if here is None or needed.total <= here:
+        return Finding("memory", "pass", found)
+    return Finding(
+        "memory",
+        "warn",
+        found,
+        f"this machine has {_gib(here)} of main memory; use a GPU with that much memory, fewer --sequences "
+        "(train.micro_batch_size), or train.gradient_checkpointing",
+    )
 
 
 def _gib(size: int) -> str:

@@ -1,4 +1,9 @@
-"""Short texts of each kind on which tokenizers differ, for pairs whose own texts are not known yet."""
+"""Texts to judge a pair by: short ones of each class on which tokenizers differ, and a run's own."""
+
+from collections.abc import Sequence
+
+from gold.data import Prompt
+from gold.tokenize.chat import prompt_text
 
 SAMPLE = {
     "prose": (
@@ -50,4 +55,19 @@ SAMPLE = {
 """Texts by class."""
 
 JUDGED = "prose"
-"""The class that every pair must be able to read; the others only tell where it is weak."""
+"""The class that every pair must be able to read; the others only show where it is weak."""
+RUN_TEXTS = "run"
+"""The class of a run's own texts, which decides where there is a run."""
+
+
+def run_texts(prompts: Sequence[Prompt]) -> list[str]:
+    """4 kB of a run's texts: completions of some prompts, or the prompts themselves where there are none."""
+    texts: list[str] = []
+    for prompt in prompts[:: max(1, len(prompts) // 64)]:
+        text = prompt.completion or prompt_text(prompt)
+        room = 4096 - sum(map(len, texts))
+        if room <= 0:
+            break
+        if text.strip():
+            texts.append(text[: min(room, 512)])
+    return texts

@@ -1,10 +1,10 @@
-"""The checks of a teacher that is served: what its server reads, how much it gives, and whether it says it twice."""
+"""The checks of a served teacher: what its server reads, how much it gives, how reproducible its answers are."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from urllib.parse import urlsplit
 
@@ -12,7 +12,7 @@ import torch
 
 from gold.align.collate import student_states
 from gold.data import Prompt
-from gold.doctor.checks import Check
+from gold.doctor.finding import Check, Finding, failure, passed, run_checks, warning
 from gold.doctor.sample import JUDGED, SAMPLE
 from gold.doctor.weights import divergence
 from gold.errors import DataError, TeacherError
@@ -26,152 +26,179 @@ from gold.tokenize.chat import has_chat_template, prompt_ids, prompt_text
 from gold.tokenize.templates import Rendering
 
 MOST_NOISE = 0.01
-"""Warn above, in nats per byte: how far answers to the same request are apart. Near its end a run has some hundredths
-of reverse KL left to learn from; answers in 16 bits, batched as they come, stay well below."""
+"""Warn above, in nats per byte: the spread of answers to the same request. Near its end a run has some hundredths of
+reverse KL left to learn from; answers in 16 bits, batched as they come, stay well below."""
 MOST_OWN_KL = 5e-3
-"""Fail above, in nats per byte: a student from itself as it is served. A server in bfloat16 was 0.001 from the same
-weights in float32; other weights, templates or places are above 0.05."""
+"""Fail above, in nats per byte: KL of the student from itself as it is served. A server in bfloat16 was 0.001 from the
+same weights in float32; other weights, templates or positions are above 0.05."""
 MOST_NOISE_SHARE = 0.1
-"""Warn above: the same as a share of the distance between student and teacher; at 1 and beyond nothing is learned."""
+"""Warn above: the spread as a share of the distance between student and teacher; from 1 on nothing is learned."""
 _TIMES = 3
 _PROBES = 4
 _PROBE_CHARACTERS = 256
+_KEEP_ALL = (
+    "make it keep unlikely tokens: vLLM cuts them off with --logprobs-mode processed_logprobs and a top_p or top_k; "
+    "nothing is learned from texts of probability 0"
+)
+_REPRODUCIBLE = "let one replica answer, in one dtype, with kernels that do not depend on the batch"
 
 
-def examine_server(teacher: ServedTeacher, prompts: Sequence[Prompt] = ()) -> list[Check]:
-    """Whether the server answers what it is asked, gives as much as is wanted, and reads texts and messages as the
-    tokenizer files do.
+@dataclass(frozen=True)
+class _Served:
+    """A teacher, a run's prompts, and the short texts that it is asked about."""
+
+    teacher: ServedTeacher
+    prompts: Sequence[Prompt]
+    probes: Sequence[Prompt]
+    student: LanguageModel | None = None
+    answer: Sequence[Known] = ()  # to the first of the probes, token by token
+
+    @classmethod
+    def of(cls, teacher: ServedTeacher, prompts: Sequence[Prompt], student: LanguageModel | None) -> _Served:
+        return cls(teacher, prompts, _probes(teacher, prompts), student)
+
+    def answers(self, times: int) -> tuple[int, list[list[float]]]:
+        """The probes' size in bytes, and each answer's log-probabilities of the tokens sent, ``times`` per probe."""
+        texts = [self.teacher.vocabulary.encode(p.completion or "") for p in self.probes]
+        both = zip(self.probes, texts, strict=True)
+        asked = [self.teacher.asked(p, t.ids.tolist(), times > 1) for p, t in both]
+        answers = self.teacher.known([each for each in asked for _ in range(times)])
+        return max(1, sum(len(t.data) for t in texts)), [list(map(_first, answer)) for answer in answers]
+
+
+def _first(known: Known) -> float:
+    """The log-probability of the token that was sent, which comes first."""
+    return next(iter(known.values()))
+
+
+def examine_server(teacher: ServedTeacher, prompts: Sequence[Prompt] = ()) -> list[Finding]:
+    """Whether the server answers, gives as many tokens as are wanted, and reads texts and messages as the tokenizer
+    files do.
 
     Raises:
         TeacherError: it does not answer.
     """
     teacher.learn_context()
-    probe = _probes(teacher, prompts)[0]
-    ids = teacher.vocabulary.encode(probe.completion or "").ids
+    probes = _probes(teacher, prompts)
+    ids = teacher.vocabulary.encode(probes[0].completion or "").ids
     try:
-        (positions,) = teacher.known([teacher.asked(probe, ids.tolist(), True)])
+        (answer,) = teacher.known([teacher.asked(probes[0], ids.tolist(), True)])
     except RefusedError as error:
         advice = teacher.dialect.advice if "logprobs" in str(error) else "see docs/served-teacher.md"
-        return [Check("server", "fail", str(error), advice)]
-    given = _given(teacher, positions)
-    return [*_key(teacher), given, _tokenization(teacher, prompts), *_template(teacher, prompts)]
+        return [Finding("server", "fail", str(error), advice)]
+    return run_checks(SERVER_CHECKS, _Served(teacher, prompts, probes, answer=answer))
 
 
 def examine_noise(
     teacher: ServedTeacher, prompts: Sequence[Prompt] = (), student: LanguageModel | None = None
-) -> Check:
-    """How far the server's answers to the same request are apart, in nats per byte, beside the distance between
-    ``student`` and teacher on the same texts where there is one.
+) -> Finding:
+    """How much answers to the same request differ, in nats per byte, compared with the difference between ``student``
+    and teacher on the same texts where there is one.
 
     Raises:
         TeacherError: the server does not answer.
     """
-    probes = _probes(teacher, prompts)
-    spelled = [teacher.vocabulary.encode(p.completion or "") for p in probes]
-    asked = [teacher.asked(p, s.ids.tolist(), True) for p, s in zip(probes, spelled, strict=True)]
-    answers = teacher.known([each for each in asked for _ in range(_TIMES)])
-    # The token that was sent comes first.
-    logp = [[next(iter(known.values())) for known in answer] for answer in answers]
+    return run_checks(STUDENT_CHECKS[:1], _Served.of(teacher, prompts, student))[0]
+
+
+def examine_own(teacher: ServedTeacher, prompts: Sequence[Prompt], student: LanguageModel) -> Finding:
+    """Whether a server that serves the student agrees with the student in this process, in nats per byte.
+
+    The larger of two measures: the reverse KL, token by token, on the tokens that the server names and all others
+    together; and half the squared difference of the log-probabilities of the texts' own tokens, which is that KL to
+    second order, and works for servers that name no other tokens.
+
+    Raises:
+        TeacherError: the server does not answer.
+    """
+    return run_checks(STUDENT_CHECKS[1:], _Served.of(teacher, prompts, student))[0]
+
+
+def compare_with_student(
+    teacher: ServedTeacher, prompts: Sequence[Prompt], student: LanguageModel, *, is_student: bool
+) -> list[Finding]:
+    """``examine_noise``, and, where the server serves the student itself, ``examine_own``."""
+    return run_checks(STUDENT_CHECKS[: 1 + is_student], _Served.of(teacher, prompts, student))
+
+
+def _noise(served: _Served) -> Finding:
+    teacher, student = served.teacher, served.student
+    size, logp = served.answers(_TIMES)
     same = [logp[n : n + _TIMES] for n in range(0, len(logp), _TIMES)]
-    size = max(1, sum(len(s.data) for s in spelled))
-    # Of a token that has probability 0 each time, answers do not differ.
+    # A token of probability 0 each time does not differ.
     noise = sum(max(v) - min(v) for each in same for v in zip(*each, strict=True) if min(v) < max(v)) / size
-    found = f"{_TIMES} answers to the same request are {noise:.2g} nats per byte apart"
+    found = f"{_TIMES} answers to the same request differ by {noise:.2g} nats per byte"
     if teacher.forgets:
-        found += "; it tells zeros of what is in its prefix cache, past which it is asked from now on"
-        return Check("noise", "warn", found, f"start it with {teacher.dialect.uncached}")
+        found += "; it answers zeros for tokens in its prefix cache, which requests avoid from now on"
+        return warning(found, f"start it with {teacher.dialect.uncached}")
     loud = noise > MOST_NOISE
     if student is not None:
-        theirs = [_total_logp(student, probe) for probe in probes]
-        signal = sum(abs(sum(each[0]) - p) for each, p in zip(same, theirs, strict=True)) / size
-        found += f"; student and teacher are {signal:.2g} apart"
+        own = [_total_logp(student, probe) for probe in served.probes]
+        signal = sum(abs(sum(each[0]) - logp) for each, logp in zip(same, own, strict=True)) / size
+        found += f"; student and teacher differ by {signal:.2g}"
         loud = loud or noise > MOST_NOISE_SHARE * max(signal, MOST_NOISE)
         if noise > max(signal, MOST_NOISE):
-            return Check("noise", "fail", found, _STEADY)
-    return Check("noise", "warn", found, _STEADY) if loud else Check("noise", "pass", found)
+            return failure(found, _REPRODUCIBLE)
+    return warning(found, _REPRODUCIBLE) if loud else passed(found)
 
 
-def examine_own(teacher: ServedTeacher, prompts: Sequence[Prompt], student: LanguageModel) -> Check:
-    """Whether a server that serves the student says what the student says itself.
-
-    Taken two ways, in nats per byte, and the larger counts: the reverse KL, token by token, on the tokens that the
-    server names and all others together; and half the squared difference of the log-probabilities of the texts' own
-    tokens, which is that KL to second order, and sees servers that name no others.
-
-    Raises:
-        TeacherError: the server does not answer.
-    """
-    name = "zero KL, served"
-    probes = _probes(teacher, prompts)
+def _own(served: _Served) -> Finding:
+    teacher, student = served.teacher, served.student
+    assert student is not None
     try:
-        value = divergence(student, teacher, probes, "shared")
-        mine = [_text_logp(student, probe) for probe in probes]
+        value = divergence(student, teacher, served.probes, "shared")
+        own = [_text_logp(student, probe) for probe in served.probes]
     except DataError as error:
-        return Check(name, "warn", f"not tried: {error}", "shorten the longest prompts")
-    spelled = [teacher.vocabulary.encode(p.completion or "") for p in probes]
-    asked = [teacher.asked(p, s.ids.tolist(), False) for p, s in zip(probes, spelled, strict=True)]
+        return warning(f"not compared: {error}", "shorten the longest prompts")
+    size, answers = served.answers(1)
     squares = 0.0
-    for own, positions in zip(mine, teacher.known(asked), strict=True):
-        theirs = torch.tensor([next(iter(known.values())) for known in positions], dtype=torch.float64)
-        squares += float((own[:-1] - theirs).square().sum()) if len(own) == len(theirs) + 1 else math.inf
-    value = max(value, squares / 2 / max(1, sum(len(s.data) for s in spelled)))
-    found = f"the student from itself as it is served: {value:.1g} nats per byte"
+    for mine, answer in zip(own, answers, strict=True):
+        theirs = torch.tensor(answer, dtype=torch.float64)
+        squares += float((mine[:-1] - theirs).square().sum()) if len(mine) == len(theirs) + 1 else math.inf
+    value = max(value, squares / 2 / size)
+    found = f"KL of the student from itself as it is served: {value:.1g} nats per byte"
     if value <= MOST_OWN_KL:
-        return Check(name, "pass", found)
-    advice = (
+        return passed(found)
+    return failure(
+        found,
         f"it must be below {MOST_OWN_KL:g}: serve the weights of {teacher.path}, not quantised and in one dtype; "
-        "if another model is served, name its own folder in teacher.path"
+        "if another model is served, name its own folder in teacher.path",
     )
-    return Check(name, "fail", found, advice)
 
 
-_WHOLE = (
-    "let it not cut off what is unlikely: vLLM does with --logprobs-mode processed_logprobs and a top_p or top_k; from "
-    "texts of probability 0 nothing is learned"
-)
-_STEADY = "let one replica answer, in one dtype, with kernels that do not depend on the batch"
-
-
-def _given(teacher: ServedTeacher, positions: Sequence[Known]) -> Check:
-    most = max(map(len, positions))
-    lost = sum(next(iter(known.values())) == -math.inf for known in positions)
+def _top_k(served: _Served) -> Finding:
+    teacher = served.teacher
+    most = max(map(len, served.answer))
     enough = most >= min(teacher.top_k, teacher.vocabulary.size)
-    if lost:
-        found = f"gives probability 0 to {lost} of the {len(positions)} tokens of a plain text"
-        few = f", and more to {most} tokens of a row at most, where top_k is {teacher.top_k}"
-        return Check("server", "warn" if enough else "fail", found + ("" if enough else few), _WHOLE)
+    few = f"gives {most} tokens a position where top_k is {teacher.top_k}"
+    if lost := sum(_first(known) == -math.inf for known in served.answer):
+        found = f"gives probability 0 to {lost} of the {len(served.answer)} tokens of a plain text"
+        return warning(found, _KEEP_ALL) if enough else failure(f"{found}, and {few}", _KEEP_ALL)
     if enough:
         stops = ", and all stop ids" if getattr(teacher.dialect, "chosen", False) else ""
-        return Check("server", "pass", f"gives {teacher.gives} of each row{stops}")
-    found = f"gives {most} tokens of a row where top_k is {teacher.top_k}"
-    # Strings that stand for several tokens are left out.
-    return Check("server", "warn" if teacher.api == "openai" else "fail", found, teacher.dialect.advice)
+        return passed(f"gives {teacher.gives} at each position{stops}")
+    # The OpenAI dialect leaves out strings that stand for several tokens.
+    return (warning if teacher.api == "openai" else failure)(few, teacher.dialect.advice)
 
 
-def _tokenization(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> Check:
-    texts = [p.completion or "" for p in _probes(teacher, prompts)]
+def _tokenization(served: _Served) -> Finding:
+    teacher = served.teacher
+    texts = [p.completion or "" for p in served.probes]
     texts += [text for kind in SAMPLE.values() for text in kind[:2]]
-    # What a tokenizer reads nothing of, a server may refuse.
+    # A server may refuse a text without tokens.
     texts = [text for text in texts if teacher.vocabulary.encode(text).ids.size]
     try:
-        theirs = teacher.server.ask([teacher.dialect.tokenize(teacher.served_model, text) for text in texts])
+        answers = teacher.server.ask([teacher.dialect.tokenize(teacher.served_model, text) for text in texts])
     except RefusedError as error:
-        return Check(
-            "tokenization", "warn", f"not compared: {error}", "make sure that the tokenizers are the same"
-        )
-    for text, found in zip(texts, theirs, strict=True):
+        return warning(f"not compared: {error}", "make sure that the tokenizers are the same")
+    for text, theirs in zip(texts, answers, strict=True):
         ids = teacher.vocabulary.encode(text).ids.tolist()
-        if not _same(teacher, ids, found):
-            shown = [found[:8], ids[:8]]
-            return Check(
-                "tokenization",
-                "fail",
-                f"the server reads {text[:40]!r} as {shown[0]}…, the tokenizer at {teacher.path} as {shown[1]}…",
-                "give teacher.path the tokenizer of the model that is served",
+        if not _same(teacher, ids, theirs):
+            return failure(
+                f"the server reads {text[:40]!r} as {theirs[:8]}…, the tokenizer at {teacher.path} as {ids[:8]}…",
+                "set teacher.path to the tokenizer of the model that is served",
             )
-    return Check(
-        "tokenization", "pass", f"{len(texts)} texts read as the tokenizer at {teacher.path} reads them"
-    )
+    return passed(f"{len(texts)} texts give the same tokens as the tokenizer at {teacher.path}")
 
 
 def _same(teacher: ServedTeacher, ids: list[int], found: list[int] | list[str]) -> bool:
@@ -181,53 +208,41 @@ def _same(teacher: ServedTeacher, ids: list[int], found: list[int] | list[str]) 
     return len(ids) == len(found) and all(reads(str(shown), i) for shown, i in zip(found, ids, strict=True))
 
 
-def _template(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> list[Check]:
-    talks = [p for p in prompts if p.messages is not None]
-    if not talks or not has_chat_template(teacher.tokenizer):
+def _template(served: _Served) -> list[Finding]:
+    teacher = served.teacher
+    talk = next((p for p in served.prompts if p.messages is not None), None)
+    if talk is None or not has_chat_template(teacher.tokenizer):
         return []
-    messages = talks[0].messages or ()
     arguments = teacher.rendering.arguments
-    if (call := teacher.dialect.template(teacher.served_model, messages, arguments)) is None:
+    if (call := teacher.dialect.template(teacher.served_model, talk.messages or (), arguments)) is None:
         return []
     try:
         (theirs,) = teacher.server.ask([call])
     except RefusedError as error:
         return [
-            Check(
-                "template",
-                "warn",
-                f"not compared: {error}",
-                "look at the server's chat template",
-                ("messages",),
-            )
+            warning(f"not compared: {error}", "compare with the server's chat template yourself", "messages")
         ]
     # The server writes today's date, whatever day a run or a cache began on.
-    if theirs == prompt_ids(teacher.tokenizer, talks[0], Rendering(arguments)):
-        return [Check("template", "pass", "the server's makes the same of messages")]
+    if theirs == prompt_ids(teacher.tokenizer, talk, Rendering(arguments)):
+        return [passed("the server's gives the same tokens for messages")]
     return [
-        Check(
-            "template",
-            "warn",
-            f"the server's makes other tokens of messages than the one at {teacher.path}, which is used",
-            "look which of the two the model was trained with; --chat-template sets the server's",
-            ("messages",),
+        warning(
+            f"the server's gives other tokens for messages than the one at {teacher.path}, which is used",
+            "find out which of the two the model was trained with; --chat-template sets the server's",
+            "messages",
         )
     ]
 
 
-def _key(teacher: ServedTeacher) -> list[Check]:
-    url = teacher.server.url
-    if urlsplit(url).scheme == "https" or is_near(url) or not teacher.server.key:
+def _key(served: _Served) -> list[Finding]:
+    server = served.teacher.server
+    if urlsplit(server.url).scheme == "https" or is_near(server.url) or not server.key:
         return []
-    return [Check("key", "warn", "the key is sent without encryption", "give the server's URL with https")]
+    return [warning("the key is sent without encryption", "use a server URL with https")]
 
 
 def _probes(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Short completions behind their prompts, the run's own where there are some; else texts cut in two."""
-
-    def usable(prompt: Prompt) -> bool:
-        return bool(teacher.vocabulary.encode(prompt.completion or "").ids.size)
-
+    """Short completions of a run's prompts, where they have some; else its prompts or sample texts, cut in two."""
     chosen = prompts[:: max(1, len(prompts) // _PROBES)][:_PROBES]
     own = [replace(p, completion=p.completion[:_PROBE_CHARACTERS]) for p in chosen if p.completion]
     texts = [prompt_text(p)[: 2 * _PROBE_CHARACTERS] for p in chosen]
@@ -236,16 +251,16 @@ def _probes(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> list[Prompt]:
         for n, text in enumerate(chain(texts, SAMPLE[JUDGED]))
         if text[: len(text) // 2].strip()
     ]
-    if found := [p for p in (*own, *cut) if usable(p)][:_PROBES]:
-        return found
-    raise TeacherError(f"tokenizer {teacher.path}: reads no token in any text that was tried")
+    if found := [p for p in (*own, *cut) if teacher.vocabulary.encode(p.completion or "").ids.size]:
+        return found[:_PROBES]
+    raise TeacherError(f"tokenizer {teacher.path}: has no token for any text that was tried")
 
 
 def _total_logp(student: LanguageModel, prompt: Prompt) -> float:
-    """The student's log-probability of a prompt's completion and its end, in nats."""
+    """The student's log-probability of a prompt's completion and its end, in nats; 0 where it is too long for it."""
     try:
         return float(_text_logp(student, prompt).sum())
-    except DataError:  # too long for it: as if it knew nothing
+    except DataError:
         return 0.0
 
 
@@ -259,7 +274,19 @@ def _text_logp(student: LanguageModel, prompt: Prompt) -> torch.Tensor:
     rollout = completed(student, prompt, 10**6)
     was_training = student.lm.training
     student.lm.eval()
-    rows = rows_of(student.lm, student_states(student, [rollout]))
+    logits = rows_of(student.lm, student_states(student, [rollout]))
     student.lm.train(was_training)
     target = torch.from_numpy(rollout.ids).long().to(student.device)
-    return token_logp(rows, target, target[-1:])[0].double().cpu()
+    return token_logp(logits, target, target[-1:])[0].double().cpu()
+
+
+SERVER_CHECKS: tuple[Check[_Served], ...] = (
+    Check("key", "Is the API key sent in encrypted form?", _key),
+    Check("server", "Does the server give top_k log-probabilities a position?", _top_k),
+    Check("tokenization", "Does the server split texts as the tokenizer here does?", _tokenization),
+    Check("template", "Does the server's chat template give the same tokens?", _template),
+)
+STUDENT_CHECKS: tuple[Check[_Served], ...] = (
+    Check("noise", "How much do answers to the same request differ?", _noise),
+    Check("self KL, served", "Does a server of the student agree with the student here?", _own),
+)

@@ -1,4 +1,4 @@
-"""One side of a pair as its files tell it: vocabulary, special tokens, chat template, config.json."""
+"""One side of a pair by its files: vocabulary, special tokens, chat template, config.json. No weights are loaded."""
 
 from __future__ import annotations
 
@@ -19,14 +19,9 @@ from gold.tokenize.templates import PromptTokenizer, Rendering, rendered, templa
 from gold.tokenize.vocabulary import Vocabulary
 
 _CONTEXT = (
-    "max_position_embeddings",
-    "n_positions",
-    "n_ctx",
-    "seq_length",
-    "max_seq_len",
-    "max_sequence_length",
-)
-"""What config.json calls the context."""
+    *("max_position_embeddings", "n_positions", "n_ctx"),
+    *("seq_length", "max_seq_len", "max_sequence_length"),
+)  # the names of the context length in config.json
 
 
 @dataclass(frozen=True)
@@ -36,29 +31,26 @@ class Turn:
     before: str
     """up to the question"""
     opening: str
-    """from the question to the place where an answer is asked for"""
+    """from the question to the start of the answer (generation prompt)"""
     closing: str
     """after the answer"""
 
 
 @dataclass(frozen=True)
 class Side:
-    """A tokenizer, and what stands beside it in its folder.
+    """A tokenizer, and what its folder says about the model.
 
-    `tokenizer` has the interface that `gold.tokenize.chat` needs. `bare`: the source is a tokenizer alone, which names
-    no stop ids. `turn` is None without a template, and where it refuses a plain conversation. `config` is the part of
-    config.json that describes the text model, empty where there is none; `folder` is where the files are.
+    `tokenizer` has the interface that `gold.tokenize.chat` needs. `bare`: the source is a tokenizer file alone, which
+    names no stop ids. `config` is the text model's part of config.json, empty where there is none; `folder` is where
+    the files are.
     """
 
     role: str
     vocabulary: Vocabulary
     tokenizer: Any
-    added: Mapping[int, AddedToken]
-    bare: bool
-    puts_bos: bool
-    turn: Turn | None
-    config: Mapping[str, Any]
-    folder: Path | None
+    bare: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
     rendering: Rendering = field(default_factory=Rendering)
 
     @property
@@ -76,8 +68,34 @@ class Side:
         return prompt_ids(self.tokenizer, prompt, self.rendering)
 
     @cached_property
+    def added(self) -> Mapping[int, AddedToken]:
+        """The special and other added tokens."""
+        found: Mapping[int, AddedToken] = self.tokenizer.added_tokens_decoder
+        return found
+
+    @cached_property
+    def puts_bos(self) -> bool:
+        """Whether the tokenizer puts its BOS before every text."""
+        return adds_bos(self.tokenizer)
+
+    @cached_property
+    def turn(self) -> Turn | None:
+        """What its chat template writes around an answer; None without one, and where it refuses a plain question."""
+        if not self.template:
+            return None
+        question, answer = {"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}
+        try:
+            asked = rendered(self.tokenizer, [question], self.rendering, add_generation_prompt=True)
+            answered = rendered(self.tokenizer, [question, answer], self.rendering)
+        except Exception:  # a template is a program: it may raise anything
+            return None
+        before, q, opening = asked.rpartition("Q1")
+        _, a, closing = answered.rpartition("A1")
+        return Turn(before, opening, closing) if q and a else None
+
+    @cached_property
     def marked(self) -> Vocabulary:
-        """The vocabulary as a run has it, in which markers are the text that they look like."""
+        """The vocabulary as a run uses it, in which thinking and tool markers are text."""
         return self.vocabulary.with_markers(self.config.get("vocab_size"))
 
     @property
@@ -87,74 +105,35 @@ class Side:
         return next((n for n in found if isinstance(n, int) and n > 0), None)
 
     def kind(self, token: str) -> str:
-        """What a string is to this side: a "special" token, another added "token", or plain "text"."""
+        """What a string is to this side: a "special token", another "added token", or "text"."""
         for added in self.added.values():
             if added.content == token:
-                return "special" if added.special else "token"
+                return "special token" if added.special else "added token"
         return "text"
 
     def tokens(self, ids: tuple[int, ...]) -> str:
-        """Special tokens for people."""
+        """Special tokens as people write them."""
         return " ".join(self.added[i].content if i in self.added else str(i) for i in ids) or "none"
 
 
 def read_side(role: str, source: Any, roles: Roles | None = None, rendering: Rendering | None = None) -> Side:
-    """The side that a folder, a tokenizer file, a Hub id or a Hugging Face tokenizer stands for.
+    """The side of a folder, a tokenizer file, a Hub id or a Hugging Face tokenizer.
 
-    Raises: VocabularyError if there is no such tokenizer, or none that can be spelled in bytes.
+    Raises: VocabularyError if there is no such tokenizer, or its tokens are not bytes.
     """
     vocabulary = Vocabulary.load(source, roles=roles)
     live = hasattr(source, "apply_chat_template")
     folder = Path(vocabulary.name) if not live and Path(vocabulary.name).is_dir() else None
-    config = _config(folder)
+    config = _text_config(folder)
     if not vocabulary.stop_ids and (stops := config.get("eos_token_id")) is not None:
-        # What transformers takes for a model whose generation settings name none.
+        # As transformers does where the generation settings name none.
         vocabulary = Vocabulary.load(source, stops if isinstance(stops, list) else [stops], roles)
     tokenizer = source if live else PromptTokenizer.of(vocabulary)
     bare = folder is None and not live
-    return side_of(role, vocabulary, tokenizer, bare=bare, config=config, folder=folder, rendering=rendering)
+    return Side(role, vocabulary, tokenizer, bare, config, folder, rendering or Rendering())
 
 
-def side_of(
-    role: str,
-    vocabulary: Vocabulary,
-    tokenizer: Any,
-    *,
-    bare: bool = False,
-    config: Mapping[str, Any] | None = None,
-    folder: Path | None = None,
-    rendering: Rendering | None = None,
-) -> Side:
-    """The side that a vocabulary and its tokenizer stand for."""
-    return Side(
-        role,
-        vocabulary,
-        tokenizer,
-        tokenizer.added_tokens_decoder,
-        bare,
-        puts_bos=adds_bos(tokenizer),
-        turn=_turn(tokenizer, rendering),
-        rendering=rendering or Rendering(),
-        config=config or {},
-        folder=folder,
-    )
-
-
-def _turn(tokenizer: Any, rendering: Rendering | None) -> Turn | None:
-    if not template_of(tokenizer):
-        return None
-    question, answer = {"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}
-    try:
-        asked = rendered(tokenizer, [question], rendering, add_generation_prompt=True)
-        answered = rendered(tokenizer, [question, answer], rendering)
-    except Exception:  # a template is a program: it may raise anything
-        return None
-    before, q, opening = asked.rpartition("Q1")
-    _, a, closing = answered.rpartition("A1")
-    return Turn(before, opening, closing) if q and a else None
-
-
-def _config(folder: Path | None) -> Mapping[str, Any]:
+def _text_config(folder: Path | None) -> Mapping[str, Any]:
     if folder is None or not (folder / "config.json").is_file():
         return {}
     content = read_json_object(folder / "config.json", VocabularyError)

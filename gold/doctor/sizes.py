@@ -1,13 +1,13 @@
 """Memory that one optimizer step needs, from the sizes in two config.json.
 
-    student      parameters × 16 bytes in float32 and bfloat16: weights, gradients, and AdamW's two moments in float32,
-                 beside which a bfloat16 weight has a float32 copy (see gold.train.optimizer)
+    student      parameters × 16 bytes in float32 and bfloat16: weights, gradients, and AdamW's two moments in float32;
+                 a bfloat16 weight also has a float32 copy (see gold.train.optimizer)
     teacher      parameters × bytes of its dtype
     activations  sequences × tokens × layers × (9·hidden + 4·inner + 3·(queries + keys)) × 4 bytes
     logits       6 blocks of at most 128 MiB: both sides' rows of one block, and what their gradients need
 
-The factors of the activations were fitted to what two real models keep for the backward pass (the formula gives 1.22
-times that for a Llama, 0.89 times for a Gemma). The rollout's cache of keys and values is freed before, and not in it.
+The factors of the activations were fitted to two real models (the formula gives 1.22 times what a Llama keeps for the
+backward pass, 0.89 times for a Gemma). The rollout's cache of keys and values is freed before, and not included.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BLOCKS = 6
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that one optimizer step needs, by part, if a forward pass reads so many sequences of so many tokens."""
+    """Bytes that one optimizer step needs, by part, where a forward pass reads ``sequences`` of ``tokens`` each."""
 
     sequences: int
     tokens: int
@@ -42,8 +42,8 @@ class StepMemory:
     teacher_parameters: int
     teachers: int = 1
 
-    def beside(self, other: StepMemory) -> StepMemory:
-        """With the teachers of another pair of the same student held at the same time."""
+    def plus_teachers(self, other: StepMemory) -> StepMemory:
+        """With the teachers of another pair of the same student in memory at the same time."""
         return replace(
             self,
             tokens=max(self.tokens, other.tokens),
@@ -68,9 +68,10 @@ def step_memory(
     dtypes: tuple[str, str] = ("float32", "auto"),
     served: bool = False,
 ) -> StepMemory | None:
-    """Memory of a step whose forward pass reads so many sequences of so many tokens; None where a config.json lacks
-    sizes that the formula needs. The dtype "auto" is the one that config.json names; a teacher that is ``served`` has
-    its weights elsewhere."""
+    """Memory of a step; None where a config.json lacks sizes that the formula needs.
+
+    The dtype "auto" is the one in config.json; a ``served`` teacher's weights are elsewhere.
+    """
     mine, theirs = student.config, teacher.config
     counts = parameters(student), 0 if served else parameters(teacher)
     shape = _shape(mine)
@@ -98,13 +99,13 @@ def _bytes_of(dtype: str, config: Mapping[str, Any]) -> int:
 
 
 def _trained_bytes(width: int) -> int:
-    """Bytes of a trained weight of so many bytes, with its gradient, moments, and float32 copy."""
+    """Bytes of one trained weight of ``width`` bytes with its gradient, moments and float32 copy."""
     return 4 * width if width >= 4 else 2 * width + 3 * 4
 
 
 def parameters(side: Side) -> int | None:
-    """Parameters of a side's model: counted in the headers of its safetensors, else from config.json as those of a
-    dense gated transformer; None where neither tells."""
+    """Parameters of a side's model: by the headers of its safetensors, else by config.json as a dense gated
+    transformer; None where neither is known."""
     return _saved_parameters(side.folder) or _dense_parameters(side.config)
 
 
@@ -122,7 +123,7 @@ def _saved_parameters(folder: Path | None) -> int:
         try:
             tensors, _ = safetensors_header(file, ModelError)
         except ModelError:
-            return 0  # loading will say what is wrong with it
+            return 0  # loading names the fault
         total += sum(math.prod(entry["shape"]) for entry in tensors.values())
     return total
 
@@ -147,6 +148,6 @@ def _shape(config: Mapping[str, Any]) -> tuple[int, int, int, int, int, int] | N
 
 
 def _count(config: Mapping[str, Any], name: str) -> int:
-    """A size in a config.json; 0 where it has none that could be one."""
+    """A size in a config.json; 0 where it has none, or none that is possible."""
     value = config.get(name)
     return value if type(value) is int and 0 < value < 2**40 else 0

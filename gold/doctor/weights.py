@@ -1,11 +1,11 @@
-"""The checks that need weights: a model is its own perfect teacher, both models know the language, and how long they
-take to read."""
+"""The checks that need weights: KL of a model from itself, bits per byte of texts, time of a forward pass."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from gold.align.batch import VocabularyPair
 from gold.align.collate import aligned_batch, read, student_states
 from gold.data import Prompt
-from gold.doctor.checks import Check
+from gold.doctor.finding import Check, Finding, failure, passed, run_checks, warning
 from gold.doctor.sample import JUDGED, SAMPLE
 from gold.errors import GoldError
 from gold.kernels import backend_for
@@ -25,21 +25,29 @@ from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 
 LARGEST_SELF_KL = 1e-3
-"""Fail above, in nats per byte. A divergence is of second order in rounding: 16-bit models stay below 1e-4, and two
-models that can be told apart at all are above 1e-2."""
+"""Fail above, in nats per byte. A divergence is of second order in rounding errors: 16-bit models stay below 1e-4, two
+models that differ at all are above 1e-2."""
 LANGUAGE_BITS = 4.0
-"""Warn above, in bits per byte: a trained model needs about 1 for prose in its languages, and 8 is to know nothing."""
+"""Warn above, in bits per byte: a trained model needs about 1 for prose in its languages, a uniform one 8."""
 _LONGEST_TRIAL_S = 2.0
+
+
+@dataclass(frozen=True)
+class _Trial:
+    models: Mapping[str, LanguageModel]  # by role
+    prompts: Sequence[Prompt]
+    sequences: int
+    tokens: int
 
 
 def examine_weights(
     student: LanguageModel, teacher: LanguageModel | None, texts: Sequence[str], sequences: int, tokens: int
-) -> list[Check]:
-    """Zero KL of each model with itself, bits per byte of each on the texts, seconds to read a batch; of the student
-    alone where the teacher is not in this process."""
+) -> list[Finding]:
+    """KL of each model from itself, bits per byte of each on the texts, seconds to read a batch; of the student alone
+    where the teacher is not in this process."""
     prompts = _split(texts) or _split(SAMPLE[JUDGED])
-    pair = [("student", student), *([("teacher", teacher)] if teacher else [])]
-    return [_self_kl(pair, prompts), _bits(pair, prompts), _speed(pair, sequences, tokens)]
+    models = {"student": student, **({"teacher": teacher} if teacher else {})}
+    return run_checks(WEIGHT_CHECKS, _Trial(models, prompts, sequences, tokens))
 
 
 def self_divergence(model: LanguageModel, prompts: Sequence[Prompt]) -> float:
@@ -73,85 +81,70 @@ def divergence(
 @torch.no_grad()
 def bits_per_byte(model: LanguageModel, prompts: Sequence[Prompt]) -> float:
     """Bits that a model needs for a byte of the prompts' completions, in its own tokens, given the prompts."""
-    tokenized_texts = [model.vocabulary.encode(prompt.completion or "") for prompt in prompts]
-    rows = LocalTeacher(model).score(prompts, tokenized_texts, [False] * len(prompts))
+    texts = [model.vocabulary.encode(prompt.completion or "") for prompt in prompts]
     stops = torch.tensor(model.vocabulary.stop_ids, device=model.device)
     nats = 0.0
-    for states, tokenized in zip(rows, tokenized_texts, strict=True):
-        target = torch.from_numpy(tokenized.ids).long().to(model.device)
-        nats -= float(token_logp(states, target, stops)[0].double().sum())
-    return nats / max(1, sum(len(s.data) for s in tokenized_texts)) / math.log(2)
+    for logits, text in zip(
+        LocalTeacher(model).score(prompts, texts, [False] * len(texts)), texts, strict=True
+    ):
+        target = torch.from_numpy(text.ids).long().to(model.device)
+        nats -= float(token_logp(logits, target, stops)[0].double().sum())
+    return nats / max(1, sum(len(text.data) for text in texts)) / math.log(2)
 
 
-def _self_kl(pair: Sequence[tuple[str, LanguageModel]], prompts: Sequence[Prompt]) -> Check:
-    name = "zero KL"
-    found = []
-    worst = 0.0
-    for role, model in pair:
+def _self_kl(trial: _Trial) -> Finding:
+    values = {}
+    for role, model in trial.models.items():
         try:
-            value = self_divergence(model, prompts)
+            values[role] = self_divergence(model, trial.prompts)
         except GoldError as error:
-            return Check(
-                name, "fail", f"the {role} cannot read the texts: {error}", "give texts that it can read"
-            )
-        found.append(f"{role} {value:.1g}")
-        worst = max(worst, abs(value)) if math.isfinite(value) else math.inf
-    text = f"each model from itself, nats per byte: {', '.join(found)}"
-    if worst > LARGEST_SELF_KL:
-        return Check(
-            name,
-            "fail",
-            text,
-            f"it must be below {LARGEST_SELF_KL:g}: a model that answers the same text differently each time, or "
-            "overflows in its dtype, can be neither taught nor teach",
-        )
-    return Check(name, "pass", text)
+            return failure(f"the {role} cannot read the texts: {error}", "give texts that it can read")
+    shown = ", ".join(f"{role} {value:.1g}" for role, value in values.items())
+    found = f"KL of each model from itself, nats per byte: {shown}"
+    if all(abs(value) <= LARGEST_SELF_KL for value in values.values()):
+        return passed(found)
+    return failure(
+        found,
+        f"it must be below {LARGEST_SELF_KL:g}: a model whose answers to the same text differ, or overflow in its "
+        "dtype, can neither learn nor teach",
+    )
 
 
-def _bits(pair: Sequence[tuple[str, LanguageModel]], prompts: Sequence[Prompt]) -> Check:
-    name = "bits per byte"
-    bits = {role: bits_per_byte(model, prompts) for role, model in pair}
+def _bits(trial: _Trial) -> Finding:
+    bits = {role: bits_per_byte(model, trial.prompts) for role, model in trial.models.items()}
     found = ", ".join(f"{role} {value:.2f}" for role, value in bits.items())
-    lost = [role for role, value in bits.items() if not value <= LANGUAGE_BITS]
-    if lost:
-        return Check(
-            name,
-            "warn",
-            found,
-            f"the {' and the '.join(lost)} hardly knows these texts: are the weights and the tokenizer of one model?",
+    if lost := [role for role, value in bits.items() if not value <= LANGUAGE_BITS]:
+        who = " and the ".join(lost)
+        return warning(
+            found, f"the {who} hardly knows these texts: do weights and tokenizer belong to one model?"
         )
     if bits.get("teacher", 0.0) > bits["student"]:
-        return Check(
-            name,
-            "warn",
-            found,
-            "the student is better on these texts than its teacher: look whether it is on yours",
+        return warning(
+            found, "the student predicts these texts better than its teacher: check whether it does yours"
         )
-    return Check(name, "pass", found)
+    return passed(found)
 
 
-def _speed(pair: Sequence[tuple[str, LanguageModel]], sequences: int, tokens: int) -> Check:
-    seconds = {role: _reading_seconds(model, sequences, tokens) for role, model in pair}
+def _speed(trial: _Trial) -> Finding:
+    seconds = {role: _forward_seconds(m, trial.sequences, trial.tokens) for role, m in trial.models.items()}
     step = 3 * seconds["student"] + seconds.get("teacher", 0.0)
     found = (
-        f"reading {sequences} × {tokens} tokens: "
+        f"a forward pass over {trial.sequences} × {trial.tokens} tokens: "
         + ", ".join(f"{role} {taken:.1f} s" for role, taken in seconds.items())
-        + f" (measured, {pair[0][1].device.type}); forward and backward about {step:.1f} s, writing not counted"
+        + f" (measured, {trial.models['student'].device.type}); forward and backward about {step:.1f} s, without "
+        "generation"
     )
-    slow = [role for role, model in pair if model.device.type == "cpu" and model.lm.dtype.itemsize < 4]
+    slow = [r for r, m in trial.models.items() if m.device.type == "cpu" and m.lm.dtype.itemsize < 4]
     if slow:
-        return Check(
-            "time",
-            "warn",
-            found,
-            f"many CPUs are slow in 16 bits: try {' and '.join(f'{role}.dtype=float32' for role in slow)}",
-        )
-    return Check("time", "pass", found)
+        dtypes = " and ".join(f"{role}.dtype=float32" for role in slow)
+        return warning(found, f"many CPUs are slow in 16 bits: try {dtypes}")
+    return passed(found)
 
 
 @torch.no_grad()
-def _reading_seconds(model: LanguageModel, sequences: int, tokens: int) -> float:
-    """Seconds of a forward pass over such a batch, logits included; on a CPU, which one sequence keeps busy, of one."""
+def _forward_seconds(model: LanguageModel, sequences: int, tokens: int) -> float:
+    """Seconds of a forward pass over such a batch, logits included; a CPU, which one sequence keeps busy, is measured
+    with one."""
     measured = 1 if model.device.type == "cpu" else sequences
     tokens = min(tokens, model.context)
     ids = torch.full((measured, tokens), model.pad_id, device=model.device)
@@ -169,8 +162,8 @@ def _reading_seconds(model: LanguageModel, sequences: int, tokens: int) -> float
 
 
 def _split(texts: Sequence[str]) -> list[Prompt]:
-    """Each text as a prompt of a few words and the completion that goes on, less those that are too short; the first
-    kilobyte of all."""
+    """Each text as a prompt of a few words and its completion, without those that are too short; the first kilobyte of
+    all."""
     prompts: list[Prompt] = []
     room = 1024
     for text in texts:
@@ -181,3 +174,10 @@ def _split(texts: Sequence[str]) -> list[Prompt]:
             prompts.append(Prompt(str(len(prompts)), text[:at], completion=text[at:]))
             room -= len(text)
     return prompts
+
+
+WEIGHT_CHECKS: tuple[Check[_Trial], ...] = (
+    Check("self KL", "Is the divergence of each model from itself zero?", _self_kl),
+    Check("bits per byte", "Does each model know these texts, the teacher better than the student?", _bits),
+    Check("time", "How long does a forward pass take?", _speed),
+)

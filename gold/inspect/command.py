@@ -181,7 +181,7 @@ class _Pair:
     def _same(self) -> bool:
         """Whether the teacher reads the student's own ids, as in training."""
         student, teacher = self.vocabularies
-        return student.fingerprint == teacher.fingerprint and set(student.stop_ids) == set(teacher.stop_ids)
+        return student.same_as(teacher)
 
     @cached_property
     def _markers(self) -> dict[int, int]:

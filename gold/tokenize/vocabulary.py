@@ -223,6 +223,10 @@ class Vocabulary:
             return int(ids[0])
         return min(group, key=lambda index: (is_byte_piece(self.tokenizer.id_to_token(index)), index))
 
+    def same_as(self, other: "Vocabulary") -> bool:
+        """Whether every id has the same bytes in both and the same ids stop: one can score the other's ids."""
+        return self.fingerprint == other.fingerprint and set(self.stop_ids) == set(other.stop_ids)
+
     # Ids to text
 
     def decode(

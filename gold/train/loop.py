@@ -135,14 +135,8 @@ def distill(
     kept_date = read_date(saving.output) if saving.output and saving.resume else None
     day = pin_date(student, teachers, kept_date, accelerator)
     readers = readers_of(student, teachers)
-    checks = examine_prompts(
-        prompts,
-        heldout,
-        readers,
-        max(recipe.max_new_tokens, evaluation.max_new_tokens),
-        share=(accelerator.process_index, accelerator.num_processes),
-        gathered=gather_object,
-    )
+    room = max(recipe.max_new_tokens, evaluation.max_new_tokens)
+    checks = examine_prompts(prompts, heldout, readers, room)
     raise_refused(checks)
     for note in notes_of(checks):
         tracker.note(note)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ import support.tiny_models as tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.command import Ended, run_gold
 from support.server import ModelServer
 from support.tokenizers import with_added
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -25,7 +24,6 @@ import gold.build
 from gold import CachedTeacher, LocalTeacher, Prompt, Recipe, ServedTeacher, TeacherError, Term
 from gold.cache.codes import _HEAD, Scores, encode
 from gold.cache.store import ScoreCache
-from gold.cli import main
 from gold.demo.models import SPECIAL, _with_bos, tiny_model
 from gold.errors import ConfigError
 from gold.evaluate import EvaluationPlan, evaluate
@@ -422,18 +420,10 @@ class Bench:
             objectives=[{"name": "forward_kl"}],
         )  # fmt: skip
 
-    def gold(self, *words: object) -> SimpleNamespace:
+    def gold(self, *words: object) -> Ended:
         file = tiny.write_settings(self.folder / "run.yaml", self.settings)
         words = tuple(file if word == "CONFIG" else word for word in words)
-        self.patch.setattr(sys, "argv", ["gold", *map(str, words)])
-        self.capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        printed = self.capfd.readouterr()
-        return SimpleNamespace(code=code, out=printed.out, err=printed.err)
+        return run_gold(self.patch, self.capfd, *words)
 
     def refused(self, *words: object) -> str:
         done = self.gold(*words)
