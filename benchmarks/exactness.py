@@ -26,9 +26,9 @@ from benchmarks.record import RESULTS, device_name, write_record
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.bytes.plan import ByteTrie
 from gold.data import Prompt
-from gold.kernels import BACKENDS
-from gold.kernels.lm_head import LazyLogits, byte_tables
+from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.kernels.projection import OBSERVED, needed_rows, piece_events, piece_target
+from gold.kernels.tables import byte_tables
 from gold.losses import LossInputs
 from gold.losses.prefix import prefix_positions
 from gold.models.causal import LanguageModel, PaddedStates, load_model, rows_of
@@ -221,7 +221,7 @@ def model_prob(model: LanguageModel, prompt: Sequence[int]) -> NextProb:
         states = PaddedStates.of(prompts, completions, lengths, model.pad_id, model.device)
         rows = rows_of(model.lm, states).select(torch.from_numpy(np.cumsum(lengths) - 1))
         with torch.no_grad():
-            return torch.softmax(rows.head(rows.hidden_ND).double(), -1).numpy()
+            return torch.softmax(rows.logits().double(), -1).numpy()
 
     return prob
 
@@ -314,10 +314,10 @@ def viewed(pair: VocabularyPair, ids: Sequence[int], student: ToyModel, teacher:
     whole = np.array([*ids, pair.student.stop_ids[0]], np.int32)
     text = AlignedText(whole, tokenized, pair.read(tokenized), True)
     rows, rows_T = (
-        LazyLogits.of_logits(model.states(own.tolist(), own.size + 1))
+        GivenLogits(model.states(own.tolist(), own.size + 1))
         for model, own in ((student, text.student.ids), (teacher, text.teacher.ids))
     )
-    return LossInputs(AlignedBatch([text], pair, CPU), rows, rows_T, BACKENDS["cpu"], BACKENDS["cpu"])
+    return LossInputs(AlignedBatch([text], pair, CPU), rows, rows_T)
 
 
 def toy_bytes(name: str, kind: str, seeds: int) -> dict[str, Any]:
@@ -328,7 +328,7 @@ def toy_bytes(name: str, kind: str, seeds: int) -> dict[str, Any]:
         model = KINDS[kind](vocabulary, seed, never=("<junk>",), scale=1.5)
         ids = sampled(model, rng, 6)
         inputs = viewed(pair, ids, model, model)
-        table, _, _ = byte_tables(inputs.student, inputs.batch.layout_S, inputs.backend)
+        table, _, _ = byte_tables(inputs.student, inputs.batch.layout_S)
         data = inputs.batch.texts[0].student.data
         exact = marginals(toy_prob(model), vocabulary, pair.student_trie, ids, data)
         errors.append(byte_errors(table, exact))
@@ -413,11 +413,11 @@ def prefix_errors(
     pieces = batch.piece_batch(positions)
     span = slice(0, len(pieces))
     needed = needed_rows(pieces.teacher, span)
-    rows, backend = inputs.teacher_rows.select(needed), inputs.teacher_backend
+    rows = inputs.teacher_rows.select(needed)
     with torch.no_grad():
         nothing_apart = torch.full_like(pieces.short, -1)
-        joint = piece_events(rows, needed, pieces.teacher, nothing_apart, span, backend).joint
-        whole, _, moved = piece_target(rows, needed, pieces, span, backend)
+        joint = piece_events(rows, needed, pieces.teacher, nothing_apart, span).joint
+        whole, _, moved = piece_target(rows, needed, pieces, span)
     shares = torch.softmax(joint.double(), -1).numpy()
     target, size = shares[:, :-1] / shares[:, :-1].sum(-1, keepdims=True), pair.pieces.ids.size
     text = batch.texts[0]
@@ -516,7 +516,7 @@ def real_bytes(
     layout = AlignedBatch([AlignedText(whole, tokenized, tokenized, True)], pair, CPU).layout_S
     rows = states_along(model, prompt, tokenized.ids)
     with torch.no_grad():
-        table, _, _ = byte_tables(rows, layout, BACKENDS["cpu"])
+        table, _, _ = byte_tables(rows, layout)
     exact = marginals(
         model_prob(model, prompt), vocabulary, pair.student_trie, list(ids), tokenized.data, **limits
     )
@@ -539,7 +539,7 @@ def real_prefix(student: LanguageModel, teacher: LanguageModel, limits: dict[str
             states_along(student, prompts[0], text.student.ids),
             states_along(teacher, prompts[1], text.teacher.ids),
         )
-        inputs = LossInputs(AlignedBatch([text], pair, CPU), rows, rows_T, BACKENDS["cpu"], BACKENDS["cpu"])
+        inputs = LossInputs(AlignedBatch([text], pair, CPU), rows, rows_T)
         targets.append(prefix_errors(inputs, model_prob(teacher, prompts[1]), **limits))
     states: dict[str, Any] = {}
     for name, wanted in (("synced", 1.0), ("interior", 0.0)):

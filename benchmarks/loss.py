@@ -45,8 +45,8 @@ from benchmarks.record import RESULTS, command_line, device_name, write_record
 from benchmarks.texts import plain_texts
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.errors import GoldError
-from gold.kernels import BACKENDS, backend_for
-from gold.kernels.lm_head import LazyLogits
+from gold.kernels import use_backend
+from gold.kernels.logits import GivenLogits
 from gold.losses import OBJECTIVES, LossInputs, Objective
 from gold.models.causal import as_rows, pick_device
 from gold.tokenize.vocabulary import Vocabulary
@@ -181,10 +181,8 @@ class Inputs:
 
     def loss_inputs(self) -> LossInputs:
         """What an objective sees."""
-        backend = BACKENDS["reference"] if self.exact else backend_for(self.hidden_S.device)
         if self.logits_S is not None and self.logits_T is not None:
-            mine, theirs = LazyLogits.of_logits(self.logits_S), LazyLogits.of_logits(self.logits_T)
-            return LossInputs(self.batch(), mine, theirs, backend, backend)
+            return LossInputs(self.batch(), GivenLogits(self.logits_S), GivenLogits(self.logits_T))
         mine, theirs = (
             as_rows(model, hidden)
             for hidden, model in (
@@ -192,7 +190,7 @@ class Inputs:
                 (self.hidden_T, _Embeddings(self.matrix_T)),
             )
         )
-        return LossInputs(self.batch(), mine, theirs, backend, backend)
+        return LossInputs(self.batch(), mine, theirs)
 
     @cached_property
     def in_float64(self) -> Inputs:
@@ -631,7 +629,11 @@ def naive_jsd(inputs: Inputs) -> Tensor:
 
 
 def _objective(objective: Objective) -> Callable[[Inputs], Tensor]:
-    return lambda inputs: objective(inputs.loss_inputs()).total
+    def value(inputs: Inputs) -> Tensor:
+        with use_backend("reference" if inputs.exact else None):
+            return objective(inputs.loss_inputs()).total
+
+    return value
 
 
 def _from_states(function: peers.FromStates) -> Callable[[Inputs], Tensor]:

@@ -155,7 +155,7 @@ def _texts(batch: AlignedBatch) -> float:
 def _by_text(of_text: OneText) -> Callable[[LossInputs], Loss]:
     def loss(inputs: LossInputs) -> Loss:
         batch = inputs.batch
-        logits, logits_T = (rows.head(rows.hidden_ND) for rows in (inputs.student, inputs.teacher_rows))
+        logits, logits_T = (rows.logits() for rows in (inputs.student, inputs.teacher_rows))
         total = logits.new_zeros(())
         for b in range(len(batch.texts)):
             mine = logits[int(batch.row_starts[b]) : int(batch.row_starts[b + 1])]

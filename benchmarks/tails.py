@@ -21,8 +21,7 @@ from benchmarks.record import device_name, write_record
 from gold.align.batch import VocabularyPair
 from gold.align.collate import aligned_batch, read, student_states, teacher_rows
 from gold.data import load_prompts, split_by_hash
-from gold.kernels import backend_for
-from gold.kernels.lm_head import LazyLogits, likeliest
+from gold.kernels.logits import GivenLogits, LazyLogits, likeliest
 from gold.losses import OBJECTIVES
 from gold.losses.types import LossInputs
 from gold.models.causal import LanguageModel, load_model, rows_of
@@ -93,9 +92,8 @@ class Compared:
         batch = aligned_batch(self.texts, self.pair, self.student.device, teacher)
         theirs = LazyLogits.joined(teacher_rows(teacher, self.rollouts, self.texts))
         logits = self.logits.clone().requires_grad_(True)
-        backend = backend_for(logits.device)
         objective = OBJECTIVES["reverse_kl"]()
-        loss = objective(LossInputs(batch, LazyLogits.of_logits(logits), theirs, backend, backend))
+        loss = objective(LossInputs(batch, GivenLogits(logits), theirs))
         count = objective.count(batch)
         (grad,) = torch.autograd.grad(loss.total / count, logits)
         untold = 0.0

@@ -13,8 +13,7 @@ from gold.align.collate import read, student_states, teacher_rows
 from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
-from gold.kernels import backend_for
-from gold.kernels.lm_head import LazyLogits
+from gold.kernels.logits import LazyLogits
 from gold.losses import OBJECTIVES, LossInputs
 from gold.models.causal import LanguageModel, load_model, rows_of
 from gold.rollout.engine import sample
@@ -26,7 +25,6 @@ from gold.teachers import LocalTeacher
 def train(student: LanguageModel, teacher: LocalTeacher, prompts: list[Prompt], *, steps: int, lr: float):
     """Yields each step's loss in nats per byte; the student learns on the way."""
     pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
-    backends = backend_for(student.device), backend_for(teacher.device)
     objective = OBJECTIVES["reverse_kl"](support="bytes")
     optimizer = torch.optim.AdamW(student.lm.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     sampling = Sampling(max_new_tokens=24)
@@ -40,9 +38,7 @@ def train(student: LanguageModel, teacher: LocalTeacher, prompts: list[Prompt], 
         teacher_states = LazyLogits.joined(teacher_rows(teacher, rollouts, texts))
         student_rows = rows_of(student.lm, student_states(student, rollouts))
         # Both become next-byte distributions along the text, and their divergence is the loss.
-        loss = objective(LossInputs(batch, student_rows, teacher_states, *backends)).total / objective.count(
-            batch
-        )
+        loss = objective(LossInputs(batch, student_rows, teacher_states)).total / objective.count(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.lm.parameters(), 1.0)
         optimizer.step()

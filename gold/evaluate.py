@@ -16,8 +16,9 @@ from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair, canonica
 from gold.align.chunks import align_tokens
 from gold.align.collate import microbatches, misfit, read, student_states, teacher_rows
 from gold.data import Prompt
-from gold.kernels import backend_for
-from gold.kernels.lm_head import LazyLogits, prefix_logp, token_logp
+from gold.kernels.lm_head import token_logp
+from gold.kernels.logits import LazyLogits
+from gold.kernels.tables import prefix_logp
 from gold.losses.types import IMPOSSIBLE, possible
 from gold.models.causal import LanguageModel, rows_of
 from gold.rollout.engine import RolloutEngine, completed, sample
@@ -343,7 +344,7 @@ def _score(
             gap = mine.events.sum() - logp_T.sum(), len(text.student.data), False
             if mine.rows is not None and not pair.same:
                 gap = _gap_of_beginnings(
-                    AlignedBatch([text], pair, mine.rows.hidden_ND.device, teacher.device), mine.rows, theirs
+                    AlignedBatch([text], pair, mine.rows.device, teacher.device), mine.rows, theirs
                 )
             found.append(_Scored(rollout, text, mine.events, logp_T, chunks, *gap))
     return found
@@ -365,10 +366,7 @@ def _gap_of_beginnings(
         return 0.0, 0, False
     data = batch.texts[0].student.data[: int(known[-1]) + 1]
     sides = (student, batch.layout_S, batch.begins_S), (teacher, batch.layout_T, batch.begins_T)
-    mine, theirs = (
-        prefix_logp(rows, layout, begins, data, backend_for(rows.hidden_ND.device))
-        for rows, layout, begins in sides
-    )
+    mine, theirs = (prefix_logp(rows, layout, begins, data) for rows, layout, begins in sides)
     return mine - theirs, len(data), teacher.partial
 
 
@@ -389,8 +387,8 @@ def _student_logp(student: LanguageModel, rollouts: Sequence[Rollout], plan: Eva
     for chosen in microbatches(rollouts, plan.micro_batch_size):
         mine = [rollouts[i] for i in chosen]
         whole = rows_of(student.lm, student_states(student, mine))
-        for i, hidden in zip(chosen, whole.hidden_ND.split([r.ids.size for r in mine]), strict=True):
-            rows, stopped = replace(whole, hidden_ND=hidden), rollouts[i].stopped
+        for i, rows in zip(chosen, whole.split([r.ids.size for r in mine]), strict=True):
+            stopped = rollouts[i].stopped
             events = _event_logp(rows, rollouts[i].tokenized.ids, stopped, student.vocabulary.stop_ids)
             results[i] = _Known(events, None if stopped else rows)
     student.lm.train(was_training)
@@ -401,7 +399,7 @@ def _event_logp(
     rows: LazyLogits, ids: NDArray[np.int32], stopped: bool, stops: tuple[int, ...]
 ) -> NDArray[np.float64]:
     """Log-probability of each token of a text and, last, of its stop event, in nats."""
-    device = rows.hidden_ND.device
+    device = rows.device
     target = np.concatenate((ids, [-1])) if stopped else ids
     log_target, log_stop = token_logp(
         rows, torch.from_numpy(target.astype(np.int64)).to(device), torch.tensor(stops, device=device)

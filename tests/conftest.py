@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -32,6 +33,15 @@ for number, handler in (
         signal.signal(number, handler)
 # No test meets a map that another state of the code has kept, or keeps one in the user's folder.
 os.environ["GOLD_CACHE"] = ""
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels run on the back end that the test is parametrised with."""
+    from gold.kernels import use_backend
+
+    with use_backend(request.param):
+        yield request.param
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support import oracle
+from support.kernel_inputs import FORCED
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -19,12 +20,11 @@ from gold.align import align_tokens
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
-from gold.kernels import BACKENDS
-from gold.kernels.lm_head import LazyLogits, byte_tables
+from gold.kernels.logits import GivenLogits
+from gold.kernels.tables import byte_tables
 from gold.models.causal import LanguageModel, save_model
 from gold.teachers import LocalTeacher
 from gold.tokenize.vocabulary import Vocabulary
-from tests.kernels.rows_for_kernels import FORCED
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -122,7 +122,7 @@ COLUMNS = {"a": ord("a"), "b": ord("b"), "stop": oracle.STOP, "rest": oracle.RES
 
 
 @pytest.mark.parametrize("tokens", list(BY_HAND))
-@pytest.mark.parametrize("backend", FORCED)
+@pytest.mark.parametrize("backend", FORCED, indirect=True)
 def test_next_bytes_by_hand(tokens, backend):
     tokenizer: Tokenizer = module_of("tiny_tokenizers").tokenizer_of("a+b")
     stop = tokenizer.token_to_id("<eos>")
@@ -138,7 +138,7 @@ def test_next_bytes_by_hand(tokens, backend):
     tokenized = vocabulary.decode(ids)
     text = AlignedText(np.array([*ids, stop], np.int32), tokenized, tokenized, stopped=True)
     batch = AlignedBatch([text], VocabularyPair(vocabulary, vocabulary), torch.device("cpu"))
-    table, _, _ = byte_tables(LazyLogits.of_logits(prob.log()), batch.layout_S, BACKENDS[backend])
+    table, _, _ = byte_tables(GivenLogits(prob.log()), batch.layout_S)
     expected = torch.zeros(3, 258, dtype=torch.float64)
     for byte, row in enumerate(BY_HAND[tokens]):
         for name, value in row.items():

@@ -17,8 +17,8 @@ from gold.align.overlap import byte_equal_pairs
 from gold.bytes.pieces import PiecePlan, PieceReading, Pieces
 from gold.bytes.plan import BytePlan, ByteTrie, behind_space
 from gold.kernels.layout import STOP_EVENT, ByteLayout
-from gold.kernels.lm_head import SharedEvents
 from gold.kernels.projection import PieceBatch, PieceSide
+from gold.kernels.shared import SharedEvents
 from gold.tokenize.markers import read_as, shared_markers
 
 if TYPE_CHECKING:

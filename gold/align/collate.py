@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
-from gold.kernels.lm_head import LazyLogits
+from gold.kernels.logits import LazyLogits
 from gold.models.causal import LanguageModel, PaddedStates
 from gold.rollout.types import Rollout
 from gold.teachers.protocol import Teacher

@@ -16,8 +16,8 @@ from gold.data import Prompt
 from gold.doctor.finding import Check, Finding, failure, passed, run_checks, warning
 from gold.doctor.sample import JUDGED, SAMPLE
 from gold.errors import GoldError
-from gold.kernels import backend_for
-from gold.kernels.lm_head import LazyLogits, token_logp
+from gold.kernels.lm_head import token_logp
+from gold.kernels.logits import LazyLogits
 from gold.losses import OBJECTIVES, LossInputs
 from gold.models.causal import LanguageModel, PaddedStates, rows_of
 from gold.rollout.engine import completed
@@ -72,8 +72,7 @@ def divergence(
     student.lm.eval()
     with torch.no_grad():
         mine = rows_of(student.lm, student_states(student, rollouts))
-        backends = backend_for(student.device), backend_for(teacher.device)
-        value = objective(LossInputs(batch, mine, LazyLogits.joined(theirs), *backends))
+        value = objective(LossInputs(batch, mine, LazyLogits.joined(theirs)))
     student.lm.train(was_training)
     return float(value.total) / max(1, sum(len(r.tokenized.data) for r in rollouts))
 

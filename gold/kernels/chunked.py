@@ -4,32 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from gold.kernels.lm_head import LazyLogits, SharedEvents, remade, spans, summed
+from gold.kernels.backends import hybrid_distance, sorted_l1
+from gold.kernels.lm_head import recomputed, summed
+from gold.kernels.logits import LazyLogits, spans
 from gold.kernels.reference import MixedKL, finite_where_either_is, hybrid_of, widened
+from gold.kernels.shared import Divergence, SharedEvents
 
 FLOOR = 1e-10
 """Mean probabilities of the student count as at least this much where their logarithm is taken: of a chunk's mean no
 logits are left, and a sum of probabilities can be 0."""
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
 
-
-def sorted_distance(student: LazyLogits, teacher: LazyLogits, backend: ModuleType) -> Tensor:
+def sorted_distance(student: LazyLogits, teacher: LazyLogits) -> Tensor:
     """Sum of ``reference.sorted_l1`` of the probabilities of row n of both sides."""
     none = torch.empty(0, dtype=torch.int64)
-    nothing_S, nothing_T = (none.to(rows.hidden_ND.device) for rows in (student, teacher))
+    nothing_S, nothing_T = (none.to(rows.device) for rows in (student, teacher))
     events = SharedEvents(nothing_S, nothing_T, nothing_S, nothing_T)
-    before_S, before_T = (
-        rows.hidden_ND.new_zeros(len(rows), dtype=torch.float32) for rows in (student, teacher)
-    )
-    total, _, _ = scaled_comparison(
-        student, teacher, before_S, before_T, events, MixedKL(student=1.0), 0.0, backend
-    )
+    before_S, before_T = (torch.zeros(len(rows), device=rows.device) for rows in (student, teacher))
+    total, _, _ = scaled_comparison(student, teacher, before_S, before_T, events, MixedKL(student=1.0), 0.0)
     return total
 
 
@@ -41,7 +37,6 @@ def scaled_comparison(
     events: SharedEvents,
     divergence: Divergence,
     matched_share: float,
-    backend: ModuleType,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.hybrid_distance`` of row n of both sides: the sum over rows, and without gradient the divergence and
     the distance of each: two [N]. A ``MixedKL`` is left to the kernel, any other divergence is computed by torch."""
@@ -51,15 +46,16 @@ def scaled_comparison(
     def compare(block: LazyLogits, span: slice, log_S: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
             logits_T = teacher.select(span).logits()
-        given = block.logits(), logits_T, log_S, before_T[span], *kept, divergence, matched_share
+        given = logits_T, log_S, before_T[span], *kept
+        logits = block.logits()
         if isinstance(divergence, MixedKL) and one_device:
-            total, *parts = backend.hybrid_distance(*given, overwrite=block.spares(given[0]))
+            overwrite = block.may_overwrite(logits)
+            found = hybrid_distance(logits, *given, divergence, matched_share, overwrite=overwrite)
         else:
-            total, *parts = hybrid_of(backend.sorted_l1, *given)
-        if torch.isinf(total.detach()).any():
-            given = block.logits(), *given[1:-2], _of_possible(divergence), matched_share
-            total, *parts = hybrid_of(backend.sorted_l1, *given)
-        return total.sum(), *parts
+            found = hybrid_of(sorted_l1, logits, *given, divergence, matched_share)
+        if torch.isinf(found[0].detach()).any():
+            found = hybrid_of(sorted_l1, block.logits(), *given, _of_possible(divergence), matched_share)
+        return found[0].sum(), *found[1:]
 
     total, matched, unmatched = summed(compare, student, _blocks(student, teacher), before_S)
     return total, matched, unmatched
@@ -124,7 +120,6 @@ def mean_comparison(
     chunks: Chunks,
     events: SharedEvents,
     divergence: Divergence,
-    backend: ModuleType,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean rows of each chunk: the divergence on the shared events plus the sorted L1 distance of all other columns,
     summed over chunks, and without gradient each: two [C]."""
@@ -137,7 +132,7 @@ def mean_comparison(
         )
         q, other_q = q.to(p), other_q.to(p)
         matched = divergence(p.clamp(min=FLOOR).log(), q.log())
-        unmatched = backend.sorted_l1(other_p, other_q)
+        unmatched = sorted_l1(other_p, other_q)
         return matched.sum() + unmatched.sum(), matched, unmatched
 
     total, matched, unmatched = _over_chunks(student, teacher, chunks, compare)
@@ -157,7 +152,7 @@ def _over_chunks(
 ) -> tuple[Tensor, ...]:
     """``compare`` of the mean probabilities of each chunk's rows, [C, V] and [C, W], a block of chunks at a time."""
     if not chunks.count:
-        p, q = (rows.hidden_ND.new_zeros((0, rows.width), dtype=torch.float32) for rows in (student, teacher))
+        p, q = (torch.zeros((0, rows.width), device=rows.device) for rows in (student, teacher))
         return compare(p, q)
     edges = torch.arange(chunks.count + 1)
     starts_S, starts_T = (
@@ -191,7 +186,7 @@ def _means(rows: LazyLogits, chunk: Tensor, count: int) -> Tensor:
             # In the order of the rows on every device.
             return (torch.segment_reduce(weighted, "sum", lengths=torch.bincount(here, minlength=count)),)
 
-        (added,) = remade(part, rows.select(span))
+        (added,) = recomputed(part, rows.select(span))
         total = total + added
     assert isinstance(total, Tensor)
     return total

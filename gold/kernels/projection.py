@@ -8,15 +8,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gold.kernels.backends import piece_masses, row_divergence, row_statistics, segment_logsumexp
 from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
-from gold.kernels.lm_head import LazyLogits, spans, summed
+from gold.kernels.lm_head import summed
+from gold.kernels.logits import LazyLogits, spans
 from gold.kernels.reference import SMOOTHING, MixedKL, divergence_of
 
 if TYPE_CHECKING:
@@ -144,7 +145,6 @@ def piece_divergence(
     teacher: LazyLogits,
     batch: PieceBatch,
     divergence: Callable[[Tensor, Tensor], Tensor],
-    backends: tuple[ModuleType, ModuleType],
     mask_white: bool,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -157,7 +157,7 @@ def piece_divergence(
     """
     parts = "rest", "residual", "observed", "white"
     if not len(batch):
-        empty = student.hidden_ND.new_zeros(0, dtype=torch.float32)
+        empty = torch.zeros(0, device=student.device)
         return empty.sum(), dict.fromkeys(parts, empty)
     white = torch.nonzero(batch.white)[:, 0]
     blocks = []
@@ -166,19 +166,19 @@ def piece_divergence(
         blocks.append((needed, (span, needed, needed_rows(batch.teacher, span))))
 
     kept = _told_apart(batch.student)
-    one_device = student.hidden_ND.device == teacher.hidden_ND.device
+    one_device = student.device == teacher.device
 
     def compare(block: LazyLogits, part: tuple[slice, Tensor, Tensor]) -> tuple[Tensor, ...]:
         span, needed_S, needed_T = part
-        joint, _ = piece_events(block, needed_S, batch.student, batch.short, span, backends[0])
+        joint, _ = piece_events(block, needed_S, batch.student, batch.short, span)
         with torch.no_grad():
-            target = piece_target(teacher.select(needed_T), needed_T, batch, span, backends[1])
+            target = piece_target(teacher.select(needed_T), needed_T, batch, span)
             joint_T, named, moved = (x.to(joint) for x in target)
             only_white = joint_T[:, white].exp().sum(-1) + named[:, OBSERVED] * batch.observed_white[span]
             only_white = only_white > WHITE_SHARE
         given = joint, joint_T, kept, kept
         if isinstance(divergence, MixedKL) and one_device:
-            value, mass = backends[0].row_divergence(
+            value, mass = row_divergence(
                 *given, divergence, smoothing=SMOOTHING, only_common=True, overwrite=True
             )
         else:
@@ -194,14 +194,12 @@ def piece_divergence(
     return total, dict(zip(parts, found, strict=True))
 
 
-def piece_target(
-    teacher: LazyLogits, needed: Tensor, batch: PieceBatch, span: slice, backend: ModuleType
-) -> PieceTarget:
+def piece_target(teacher: LazyLogits, needed: Tensor, batch: PieceBatch, span: slice) -> PieceTarget:
     """The teacher's events at some positions, the sampled token's own included; for ``teacher``, ``needed`` see
     ``piece_events``."""
-    joint, path = piece_events(teacher, needed, batch.teacher, batch.short, span, backend)
+    joint, path = piece_events(teacher, needed, batch.teacher, batch.short, span)
     none = torch.full((len(joint),), -1, device=joint.device)
-    norm, _, _, _ = backend.row_statistics(joint, none, none[:0])
+    norm, _, _, _ = row_statistics(joint, none, none[:0])
     joint, path = joint - norm[:, None], path - norm
     joint = joint.masked_fill(joint < NEVER / 2, -torch.inf)
     observed, source = (x[span].to(joint.device) for x in (batch.observed, batch.source))
@@ -220,7 +218,6 @@ def piece_events(
     side: PieceSide,
     short: Tensor,
     span: slice,
-    backend: ModuleType,
 ) -> PieceEvents:
     """The events of the positions ``span`` of a batch; ``rows`` are its rows ``needed``.
 
@@ -233,7 +230,7 @@ def piece_events(
 
     Of position p the tokens that go on with the sampled one and have the event ``short[p]`` are OBSERVED instead.
     """
-    device, runs = rows.hidden_ND.device, side.runs
+    device, runs = rows.device, side.runs
     entry = _entries(side, needed, short[span].to(device), span, rows.width)
     whole = _local(needed, runs["whole"][span], device)
     last = _local(needed, runs["last"][span], device)
@@ -247,8 +244,13 @@ def piece_events(
         mine = torch.nonzero((entry.row >= first) & (entry.row < end))[:, 0]
         at = torch.nonzero((whole >= first) & (whole < end))[:, 0]
         tokens = Tokens(entry.row[mine] - first, entry.id[mine], entry.moved[mine])
-        masses, value, step = backend.piece_masses(
-            logits, target[first:end], columns, whole[at] - first, tokens, overwrite=rows.spares(logits)
+        masses, value, step = piece_masses(
+            logits,
+            target[first:end],
+            columns,
+            whole[at] - first,
+            tokens,
+            overwrite=rows.may_overwrite(logits),
         )
         if rows.partial:
             # Of a token that is not known it is known that the others hold it; such rows sum to one.
@@ -269,11 +271,11 @@ def piece_events(
     position, event = entry.position[index], entry.event[index]
 
     is_path = event == PATH
-    path = backend.segment_logsumexp(value[is_path], position[is_path], positions)
+    path = segment_logsumexp(value[is_path], position[is_path], positions)
     path = path.masked_fill(path < NEVER / 2, -torch.inf)
     cell = position[~is_path] * side.events + event[~is_path]
     whole_rows = full[0] if len(full) == 1 else torch.cat(full)
-    given = whole_rows, torch.cat(full_at), value[~is_path], cell, positions, backend
+    given = whole_rows, torch.cat(full_at), value[~is_path], cell, positions
     joint: Tensor = _Joint.apply(*given)  # type: ignore[no-untyped-call]
     return PieceEvents(joint, path)
 
@@ -282,9 +284,7 @@ class _Joint(torch.autograd.Function):
     """Rows of events, and single values that are added to some of them: [positions, events]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, full: Tensor, at: Tensor, value: Tensor, cell: Tensor, positions: int, backend: ModuleType
-    ) -> Tensor:
+    def forward(ctx: Any, full: Tensor, at: Tensor, value: Tensor, cell: Tensor, positions: int) -> Tensor:
         every = full.shape[0] == positions
         joint = full.clone() if every else full.new_full((positions, full.shape[1]), -torch.inf)
         if not every:
@@ -292,7 +292,7 @@ class _Joint(torch.autograd.Function):
         cells, to = torch.unique(cell, return_inverse=True)
         parts = torch.cat((value, joint.view(-1)[cells]))
         to = torch.cat((to, torch.arange(cells.shape[0], device=cells.device)))
-        whole = backend.segment_logsumexp(parts, to, cells.shape[0])
+        whole = segment_logsumexp(parts, to, cells.shape[0])
         joint.view(-1)[cells] = whole
         joint[:, -1] = torch.where(torch.isneginf(joint.amax(-1)), 0.0, joint[:, -1])
         share = torch.exp(parts - whole[to]).masked_fill(torch.isneginf(whole[to]), 0.0)
@@ -306,7 +306,7 @@ class _Joint(torch.autograd.Function):
         grad = grads[0].clone(memory_format=torch.contiguous_format)
         parts = grad.view(-1)[cells][to] * share
         grad.view(-1)[cells] = parts[ctx.values :]
-        return grad if ctx.every else grad[at], None, parts[: ctx.values], None, None, None
+        return grad if ctx.every else grad[at], None, parts[: ctx.values], None, None
 
 
 def _told_apart(side: PieceSide) -> KeptEvents:

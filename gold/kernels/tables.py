@@ -1,15 +1,107 @@
-"""From the masses of single rows to next-byte distributions along the text: the step that joins the cover terms."""
+"""Next-byte distributions along a text, from lazy logits: masses of single rows, joined over the rows."""
 
-from types import ModuleType
+from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from gold.kernels.backends import byte_masses, segment_logsumexp
 from gold.kernels.layout import EVENTS, REST_EVENT, ByteLayout
+from gold.kernels.lm_head import recomputed, token_logp
+from gold.kernels.logits import HeadLogits, LazyLogits, spans
 from gold.kernels.reference import SMOOTHING, row_logsumexp, smoothed
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-def byte_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout, backend: ModuleType) -> Tensor:
+SCATTERED = {"cuda"}
+"""Devices on which a number that is read alone costs as much as a whole sector of memory: there the rows of an output
+matrix that is not trained are put in the order in which a loss reads them. On a CPU it would save a hundredth."""
+
+
+def byte_tables(rows: LazyLogits, layout: ByteLayout, *, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Next-byte table of a batch, and the log-probabilities of its own tokens.
+
+    ``keep``: logits that are a single block are kept for the backward pass instead of made again.
+
+    Returns:
+        table [positions, 258] (``byte_table``), log_target_N, log_stop_N (``reference.byte_masses``), nats.
+    """
+    mass, target, stop, _ = _byte_masses(rows, layout, keep)
+    return byte_table(mass, target, layout), target, stop
+
+
+def filled_byte_tables(
+    rows: LazyLogits, layout: ByteLayout, table_other: Tensor, log_path: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``byte_tables``, of rows that are partial: see ``filled_table``."""
+    mass, target, stop, tail = _byte_masses(rows, layout, False)
+    joint = joint_table(mass, target, layout)
+    return filled_table(joint, tail, layout, table_other, log_path), target, stop
+
+
+@torch.no_grad()
+def prefix_logp(rows: LazyLogits, layout: ByteLayout, begins: NDArray[np.int64], data: bytes) -> float:
+    """Log-probability, in nats, that a text begins with ``data``, the first bytes of the only text of a layout: by its
+    tokens up to some row, and any token of that row that reaches the end of ``data`` or runs across it.
+
+    ``begins``: the byte at which each row begins. Of partial rows only known tokens count: a lower bound.
+    """
+    last = len(data) - 1
+    first, until = np.searchsorted(begins, [last, last + 1]).tolist()
+    part, reading = layout.window(slice(last, last + 1), slice(first, until))
+    mass, target, _, _ = _byte_masses(rows.select(reading), part, False)
+    joint = joint_table(mass, target, part)[0, data[last]]
+    row = reading.start + int(part.position_row[0])
+    before, _ = token_logp(rows.select(slice(row)), layout.target[:row], layout.stops)
+    return float(before.double().sum() + joint.double())
+
+
+def in_byte_order(rows: LazyLogits, layout: ByteLayout) -> tuple[LazyLogits, ByteLayout]:
+    """Rows whose columns stand in the order in which byte masses read them, where that pays, and their layout. The copy
+    of the output matrix lives as long as these rows do."""
+    if not isinstance(rows, HeadLogits) or rows.reordered is None or rows.device.type not in SCATTERED:
+        return rows, layout
+    columns, layout = layout.in_order(rows.width)
+    return replace(rows, head=rows.reordered(columns), reordered=None), layout
+
+
+def _byte_masses(rows: LazyLogits, layout: ByteLayout, keep: bool) -> tuple[Tensor, ...]:
+    """``reference.byte_masses`` of all rows, and the tail mass of partial rows, which is no part of the others; in
+    nats."""
+    if len(rows) != layout.rows:
+        raise ValueError(f"{len(rows)} rows of logits for a plan of {layout.rows}")
+    rows, layout = in_byte_order(rows, layout)
+    rows = rows.in_turn()
+    parts: list[tuple[Tensor, ...]] = []
+    blocks = spans(len(rows), rows.block_rows)
+    for span in blocks:
+
+        def reduce(block: LazyLogits, span: slice = span) -> tuple[Tensor, ...]:
+            logits, first = block.logits(), span.start
+            if not block.partial:
+                found = byte_masses(logits, layout, first, overwrite=block.may_overwrite(logits))
+                return (*found, logits.new_zeros(0))
+            tail = logits[:, -1] - row_logsumexp(logits)
+            known = torch.log1p(-tail.exp())
+            masked = torch.cat((logits[:, :-1], torch.full_like(logits[:, -1:], -torch.inf)), dim=-1)
+            mass, target, stop = byte_masses(masked, layout, first)
+            low, high = layout.mass_range(first, logits.shape[0])
+            of_mass = known[layout.mass_row[low:high] - first].to(mass)
+            is_token = layout.target[span] >= 0
+            of_target = torch.where(is_token, known, 0.0).to(target)
+            return mass + of_mass, target + of_target, stop + known.to(stop), tail
+
+        block = rows.select(span)
+        parts.append(reduce(block) if keep and len(blocks) == 1 else recomputed(reduce, block))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def byte_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> Tensor:
     """Log-probability of every byte event at every byte position of a batch: [positions, 258], in nats.
 
     With ``b_k`` the byte offset of state k, ``W_k = Π_{j<k} π(a_j)`` and r the text between ``b_k`` and e::
@@ -24,10 +116,10 @@ def byte_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout, backe
 
     Source: next-byte marginals of a token model, Hayase et al. 2506.14123; Phan et al. 2410.09303.
     """
-    return normalised(joint_table(log_mass, log_target_N, layout, backend))
+    return normalised(joint_table(log_mass, log_target_N, layout))
 
 
-def joint_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout, backend: ModuleType) -> Tensor:
+def joint_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> Tensor:
     """The sums of ``byte_table``, relative to ``W_k`` of each position's last state, before they are normalised."""
     # Weights relative to the position's own last state, summed in float64: their absolute values fall without bound.
     # A token of probability 0 on the path would make them all −inf: 1e-4000 keeps their order and stays finite.
@@ -35,7 +127,7 @@ def joint_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout, back
     before = torch.cumsum(step_N, 0) - step_N
     weight = before[layout.mass_row] - before[layout.position_row[layout.mass_cell // EVENTS]]
     value = log_mass + weight.to(log_mass.dtype)
-    joint: Tensor = backend.segment_logsumexp(value, layout.mass_cell, layout.positions * EVENTS)
+    joint = segment_logsumexp(value, layout.mass_cell, layout.positions * EVENTS)
     # A compiled sum takes NaN for nothing, and a model that gives no numbers would seem to rule everything out.
     broken = torch.isnan(log_mass.detach()).any() | torch.isnan(log_target_N.detach()).any()
     return (joint + torch.where(broken, torch.nan, 0.0).to(joint)).view(-1, EVENTS)
@@ -48,29 +140,29 @@ def normalised(joint: Tensor) -> Tensor:
 
 
 def filled_table(
-    joint: Tensor, log_untold_N: Tensor, layout: ByteLayout, table_other: Tensor, log_path: Tensor
+    joint: Tensor, log_tail_N: Tensor, layout: ByteLayout, table_other: Tensor, log_path: Tensor
 ) -> Tensor:
-    """The byte table of a model whose rows tell some tokens only: the untold mass is where another model puts it.
+    """The byte table of a model whose rows know some tokens only: the tail mass is where another model puts it.
 
-    A row that leaves ``exp(log_untold_N)`` untold stands for its told tokens and that much of what the other model,
-    whose table is ``table_other``, writes from the row's own state on::
+    A row with the tail mass ``exp(log_tail_N)`` stands for its known tokens and that much of what the other model (its
+    table is ``table_other``) writes from the row's own state on::
 
-        table[e, y] ∝ joint[e, y] + untold_k · Π_{b_k ≤ e' < e} other[e', x_e'] · other[e, y]
+        table[e, y] ∝ joint[e, y] + tail_k · Π_{b_k ≤ e' < e} other[e', x_e'] · other[e, y]
 
-    with k the last state before e. So nothing is claimed of what was not told: neither that it lies outside the path,
-    nor that told tokens are all there is once the path has entered an unlikely one. A model that is filled with itself
+    with k the last state before e. So nothing is claimed of unknown tokens: neither that they lie outside the path, nor
+    that the known tokens are all there is once the path has entered an unlikely one. A model that is filled with itself
     stays near itself. ``log_path`` is ``log other[e, x_e]``, 0 where the text has no event.
     """
-    row, place = layout.position_row, torch.arange(layout.positions, device=joint.device)
+    row, position = layout.position_row, torch.arange(layout.positions, device=joint.device)
     begins = torch.ones_like(row, dtype=torch.bool)
     begins[1:] = (row[1:] != row[:-1]) | (layout.position_text[1:] != layout.position_text[:-1])
-    start = torch.cummax(torch.where(begins, place, 0), 0).values
+    start = torch.cummax(torch.where(begins, position, 0), 0).values
     step = log_path.double().clamp(min=-1e4)
     before = torch.cumsum(step, 0) - step
     written = (before - before[start])[:, None] + table_other.double()
     # The positions of a text that has no row name the row after the last one; they carry no meaning.
-    untold = torch.cat((log_untold_N, log_untold_N.new_zeros(1))).double()[row][:, None]
-    return normalised(torch.logaddexp(joint.double(), untold + written))
+    tail = torch.cat((log_tail_N, log_tail_N.new_zeros(1))).double()[row][:, None]
+    return normalised(torch.logaddexp(joint.double(), tail + written))
 
 
 def common_events(table_E: Tensor, resolved_E: Tensor, other_E: Tensor) -> Tensor:

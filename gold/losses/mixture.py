@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gold.align.batch import AlignedBatch
-from gold.kernels.lm_head import LazyLogits
-from gold.kernels.reference import widened
+from gold.kernels.logits import LazyLogits, MixedLogits
 
 Rule = Literal["linear", "log_linear"]
 
@@ -23,7 +21,6 @@ class OtherTeacher:
 
     batch: AlignedBatch
     rows: LazyLogits
-    backend: ModuleType
 
 
 @dataclass(frozen=True)
@@ -65,16 +62,4 @@ def mixed_rows(rows: Sequence[LazyLogits], size: int, mix: Mix) -> LazyLogits:
     Each teacher's rows of the output matrix that no id has are left out first. Rows of the mixture are whole, and on
     the device of the first teacher's.
     """
-    device = rows[0].hidden_ND.device
-    parts = [r.hidden_ND.to(device, torch.promote_types(r.hidden_ND.dtype, torch.float32)) for r in rows]
-    widths = [part.shape[1] for part in parts]
-    width = min(size, *(r.width for r in rows))
-
-    def head(hidden: Tensor) -> Tensor:
-        logq = []
-        for r, part in zip(rows, hidden.split(widths, dim=1), strict=True):
-            logits = widened(r.head(part.to(r.hidden_ND)))[:, :width]
-            logq.append(torch.log_softmax(logits, dim=-1).to(device))
-        return mix.of(logq)
-
-    return replace(rows[0], hidden_ND=torch.cat(parts, dim=1), head=head, width=width)
+    return MixedLogits(tuple(rows), mix.of, min(size, *(r.width for r in rows)))

@@ -10,7 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gold.kernels.lm_head import byte_tables
+from gold.kernels import chunk_sums
+from gold.kernels.tables import byte_tables
 from gold.losses.types import (
     Loss,
     LossInputs,
@@ -120,8 +121,8 @@ def span_credit(inputs: LossInputs, event: Tensor, theirs: TargetLogp) -> Credit
     span_S, span_T, spans = inputs.batch.spans
     if not spans:
         return Credit(event * 0.0, event * 0.0, span_S)
-    total_S = inputs.backend.chunk_sums(event, span_S, spans)
-    total_T = inputs.teacher_backend.chunk_sums(theirs.event, span_T, spans).to(total_S)
+    total_S = chunk_sums(event, span_S, spans)
+    total_T = chunk_sums(theirs.event, span_T, spans).to(total_S)
     inside = span_S >= 0
     advantage = torch.where(inside, (total_T - total_S)[span_S.clamp(min=0)], 0.0)
     last = inside.clone()
@@ -134,10 +135,10 @@ def token_credit(inputs: LossInputs, event: Tensor, horizon: Horizon) -> tuple[C
     """The credit of ``token_pg``, given the student's log-probability of each row's event, and the teacher's scores.
     What the teacher says nothing of has no reward, and is credited with those that follow."""
     batch = inputs.batch
-    table, target, stop = byte_tables(inputs.teacher_rows, batch.layout_T, inputs.teacher_backend)
+    table, target, stop = byte_tables(inputs.teacher_rows, batch.layout_T)
     position, row, happened = (x.to(table.device) for x in batch.path)
     step = torch.where(batch.observed_path.to(table.device), possible(table[position, happened]), 0.0)
-    gained = inputs.teacher_backend.chunk_sums(step, row, event.shape[0]).to(event)
+    gained = chunk_sums(step, row, event.shape[0]).to(event)
     stretch = batch.row_text if horizon == "text" else batch.spans[0]
     stretch = torch.where(batch.sampled_row_mask, stretch, -1)
     reward = torch.where(batch.observed_rows & (stretch >= 0), gained - event, 0.0)
@@ -210,7 +211,7 @@ def policy_loss(
         if importance_cap is not None:
             stretches = int(credit.stretch.max()) + 1 if credit.stretch.numel() else 0
             log_ratio = mine.target.detach().double() - batch.sampling_logprobs
-            ratio = inputs.backend.chunk_sums(log_ratio, credit.stretch, stretches).exp()
+            ratio = chunk_sums(log_ratio, credit.stretch, stretches).exp()
             ratio = torch.cat((ratio.clamp(max=importance_cap), ratio.new_zeros(1)))  # the last is that of −1
             advantage = advantage * ratio[credit.stretch].to(advantage)
     return -(advantage[inside] * mine.event[inside]).sum()

@@ -41,7 +41,6 @@ def prefix_divergence(
         inputs.teacher_rows,
         pieces,
         form_of(divergence) or divergence,
-        (inputs.backend, inputs.teacher_backend),
         mask_white=white_space == "mask",
         weight=None if half_life is None else fading(inputs.batch.byte_offsets[at], half_life),
     )

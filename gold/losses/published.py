@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gold.align.batch import AlignedBatch
+from gold.kernels import chunk_sums
 from gold.kernels.chunked import (
     Chunks,
     Projected,
@@ -25,7 +25,9 @@ from gold.kernels.chunked import (
     scaled_comparison,
     sorted_distance,
 )
-from gold.kernels.lm_head import LazyLogits, SharedEvents, token_logp
+from gold.kernels.lm_head import token_logp
+from gold.kernels.logits import LazyLogits
+from gold.kernels.shared import SharedEvents
 from gold.losses.divergences import Share, form_of, forward_kl, jsd
 from gold.losses.policy import Credit, Positive, policy_loss
 from gold.losses.supports import states_divergence
@@ -102,7 +104,7 @@ def uld(inputs: LossInputs) -> Loss:
     temperature 1. Their loss adds cross-entropy on the text; weigh ``sft`` for it.
     """
     rows_S, rows_T, in_step = _positions(inputs.batch)
-    total = sorted_distance(inputs.student.select(rows_S), inputs.teacher_rows.select(rows_T), inputs.backend)
+    total = sorted_distance(inputs.student.select(rows_S), inputs.teacher_rows.select(rows_T))
     return Loss(total, {"out_of_step": (~in_step).sum()})
 
 
@@ -127,9 +129,7 @@ def gold_hybrid(inputs: LossInputs, *, beta: Share = 0.5, matched_share: Share |
     events, chunks = batch.shared_events, _chunks(batch)
     if matched_share is None:
         matched_share = (events.ids_W.numel() + events.stops_W.numel()) / pair.teacher.size
-    row_S, before_S = _last_rows(
-        inputs.student, chunks.chunk_S, chunks.count, batch.target_S, batch.stops_S, inputs.backend
-    )
+    row_S, before_S = _last_rows(inputs.student, chunks.chunk_S, chunks.count, batch.target_S, batch.stops_S)
     with torch.no_grad():
         row_T, before_T = _last_rows(
             inputs.teacher_rows,
@@ -137,7 +137,6 @@ def gold_hybrid(inputs: LossInputs, *, beta: Share = 0.5, matched_share: Share |
             chunks.count,
             batch.target_T,
             batch.stops_T,
-            inputs.teacher_backend,
         )
     total, matched, unmatched = scaled_comparison(
         inputs.student.select(row_S),
@@ -147,7 +146,6 @@ def gold_hybrid(inputs: LossInputs, *, beta: Share = 0.5, matched_share: Share |
         events,
         form_of(divergence) or divergence,
         matched_share,
-        inputs.backend,
     )
     return Loss(total, {"matched": matched.sum(), "unmatched": unmatched.sum()})
 
@@ -164,9 +162,9 @@ def alm(inputs: LossInputs, *, temperature: Positive = 100.0) -> Loss:
     """
     batch, chunks = inputs.batch, _chunks(inputs.batch)
     mine, theirs = student_target_logp(inputs), teacher_target_logp(inputs)
-    total_S = inputs.backend.chunk_sums(mine.event, chunks.chunk_S, chunks.count)
+    total_S = chunk_sums(mine.event, chunks.chunk_S, chunks.count)
     with torch.no_grad():
-        total_T = inputs.teacher_backend.chunk_sums(theirs.event, chunks.chunk_T, chunks.count).to(total_S)
+        total_T = chunk_sums(theirs.event, chunks.chunk_T, chunks.count).to(total_S)
         log_a = total_T.double() / temperature - _CERTAIN
         a, log_not_a = log_a.exp(), torch.log(-torch.expm1(log_a))
     log_b = total_S.double() / temperature - _CERTAIN
@@ -197,7 +195,7 @@ def x_token(inputs: LossInputs, *, variant: Literal["p_kl", "h_kl"] = "p_kl") ->
     rows = Chunks(chunks.chunk_S[kept_S], chunks.chunk_T[kept_T], chunks.count)
     if variant == "h_kl":
         events = SharedEvents(*_tensors(batch, *pair.relaxed_ids), batch.stops_S, batch.stops_T)
-        total, matched, unmatched = mean_comparison(*sides, rows, events, forward_kl, inputs.backend)
+        total, matched, unmatched = mean_comparison(*sides, rows, events, forward_kl)
         return Loss(total, {"matched": matched.sum(), "unmatched": unmatched.sum()})
     weights = pair.token_weights
     ids_V, ids_W = _tensors(batch, weights.ids_V, weights.ids_W)
@@ -254,15 +252,15 @@ def _chunks(batch: AlignedBatch) -> Chunks:
 
 
 def _last_rows(
-    rows: LazyLogits, chunk: Tensor, count: int, target: Tensor, stops: Tensor, backend: ModuleType
+    rows: LazyLogits, chunk: Tensor, count: int, target: Tensor, stops: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The row of each chunk's last token, and the log-probability of the tokens before it, in nats: two [C]."""
     inside = chunk >= 0
     last = inside.clone()
     last[:-1] &= chunk[1:] != chunk[:-1]
     others = torch.nonzero(inside & ~last)[:, 0]
-    logp, _ = token_logp(rows.select(others), target[others], stops, backend)
-    before = backend.chunk_sums(logp, chunk[others], count)
+    logp, _ = token_logp(rows.select(others), target[others], stops)
+    before = chunk_sums(logp, chunk[others], count)
     return torch.nonzero(last)[:, 0], before
 
 

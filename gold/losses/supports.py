@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from types import ModuleType
 from typing import Annotated, Literal
 
 import numpy as np
@@ -17,17 +16,11 @@ from torch import Tensor
 
 from gold.align.batch import AlignedBatch
 from gold.kernels.layout import STOP_EVENT, ByteLayout
-from gold.kernels.lm_head import (
-    LazyLogits,
-    SharedEvents,
-    byte_tables,
-    filled_byte_tables,
-    in_byte_order,
-    shared_divergence,
-    summed,
-)
+from gold.kernels.lm_head import summed
+from gold.kernels.logits import LazyLogits
 from gold.kernels.reference import finite_where_either_is
-from gold.kernels.tables import common_events
+from gold.kernels.shared import SharedEvents, shared_divergence
+from gold.kernels.tables import byte_tables, common_events, filled_byte_tables, in_byte_order
 from gold.losses.divergences import Divergence, form_of, reverse_kl
 from gold.losses.mixture import OtherTeacher
 from gold.losses.types import Loss, LossInputs, TargetLogp, possible, sequence_logp
@@ -54,7 +47,7 @@ def bytes_divergence(
     """
     batch = inputs.batch
     at, weight = byte_positions(batch, where), fading(batch.byte_offsets, half_life)
-    first = OtherTeacher(batch, inputs.teacher_rows, inputs.teacher_backend)
+    first = OtherTeacher(batch, inputs.teacher_rows)
     teachers = [_Teacher.of(teacher) for teacher in (first, *inputs.other_teachers)]
     partial = any(teacher.rows.partial for teacher in teachers)
 
@@ -66,7 +59,7 @@ def bytes_divergence(
         path = positions[inside] - place.start, events[inside]
         # The student's logits are kept until their gradient is made: a teacher that does not need them goes first.
         sides = [] if partial else [_teacher_side(teacher, place, path, here) for teacher in teachers]
-        table, *mine = byte_tables(block, window.layout, inputs.backend, keep=True)
+        table, *mine = byte_tables(block, window.layout, keep=True)
         if partial:
             sides = [_teacher_side(teacher, place, path, here, table.detach()) for teacher in teachers]
         resolved, resolved_T = window.layout.resolved[here], sides[0].resolved
@@ -158,14 +151,13 @@ class _Teacher:
 
     batch: AlignedBatch
     rows: LazyLogits
-    backend: ModuleType
     begins: NDArray[np.int64]
     layout: ByteLayout
 
     @classmethod
     def of(cls, teacher: OtherTeacher) -> _Teacher:
         rows, layout = in_byte_order(teacher.rows, teacher.batch.layout_T)
-        return cls(teacher.batch, rows, teacher.backend, teacher.batch.begins_T, layout)
+        return cls(teacher.batch, rows, teacher.batch.begins_T, layout)
 
 
 @dataclass(frozen=True)
@@ -194,9 +186,9 @@ def _teacher_side(
             raise ValueError("a teacher that tells some tokens only, and no table to fill it from")
         log_path = table_S.new_zeros(len(table_S)).index_put(path[:1], table_S[path])
         filling = (x.to(layout.device) for x in (table_S, log_path))
-        table, *scores = filled_byte_tables(rows, layout, teacher.backend, *filling)
+        table, *scores = filled_byte_tables(rows, layout, *filling)
     else:
-        table, *scores = byte_tables(rows, layout, teacher.backend)
+        table, *scores = byte_tables(rows, layout)
     logq, resolved = table.to(here.device)[here], layout.resolved.to(here.device)[here]
     if rows.partial:
         resolved = resolved & ~torch.isneginf(logq)  # of what is all told, only what is told
@@ -228,7 +220,6 @@ def states_divergence(
         inputs.teacher_rows.select(rows_T),
         inputs.batch.shared_events,
         form_of(divergence) or divergence,
-        inputs.backend,
         renormalise=rest == "renormalise",
         top_k=top_k,
         top_k_of_teacher=top_k_of == "teacher",
@@ -253,7 +244,6 @@ def reference_kl(inputs: LossInputs) -> Loss:
         inputs.reference.select(rows),
         SharedEvents(every, every, none, none, everything=True),
         form_of(reverse_kl) or reverse_kl,
-        inputs.backend,
         renormalise=False,
     )
     return Loss(total)

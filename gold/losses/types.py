@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gold.align.batch import AlignedBatch
-from gold.kernels.lm_head import LazyLogits, token_logp
+from gold.kernels.lm_head import token_logp
+from gold.kernels.logits import LazyLogits
 from gold.losses.mixture import Mix, OtherTeacher
 
 Need = Literal["nothing", "tokens", "top_k", "rows"]
@@ -32,8 +32,6 @@ class LossInputs:
     batch: AlignedBatch
     student: LazyLogits
     teacher: LazyLogits | None
-    backend: ModuleType
-    teacher_backend: ModuleType
     reference: LazyLogits | None = None
     mix: Mix | None = None
     other_teachers: tuple[OtherTeacher, ...] = ()
@@ -90,7 +88,7 @@ class TargetLogp:
 def student_target_logp(inputs: LossInputs) -> TargetLogp:
     """The student's log-probability of what it wrote, with gradient."""
     batch = inputs.batch
-    target, stop = token_logp(inputs.student, batch.target_S, batch.stops_S, inputs.backend)
+    target, stop = token_logp(inputs.student, batch.target_S, batch.stops_S)
     return TargetLogp.of(target, stop, batch.stop_rows)
 
 
@@ -98,7 +96,7 @@ def student_target_logp(inputs: LossInputs) -> TargetLogp:
 def teacher_target_logp(inputs: LossInputs) -> TargetLogp:
     """The teacher's log-probability of the same texts in its own tokens, without gradient."""
     batch = inputs.batch
-    target, stop = token_logp(inputs.teacher_rows, batch.target_T, batch.stops_T, inputs.teacher_backend)
+    target, stop = token_logp(inputs.teacher_rows, batch.target_T, batch.stops_T)
     return TargetLogp.of(target, stop, batch.target_T < 0)
 
 

@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 
 from gold.data import Prompt
 from gold.errors import GoldError, ModelError
-from gold.kernels.lm_head import LazyLogits, projected
+from gold.kernels.logits import HeadLogits, LazyLogits, SummedWeight, leaf_of, linear
 from gold.models.files import check_files, check_ids, check_own_code, first_line, folder_and_file
 from gold.tokenize.chat import prompt_ids
 from gold.tokenize.foreign import foreign
@@ -415,11 +415,12 @@ def as_rows(lm: Any, hidden_ND: Tensor) -> LazyLogits:
     divide = getattr(config, "logits_scaling", None)
     trained = {name: p for name, p in matrix.named_parameters() if p.requires_grad}
 
-    def logits_of(hidden: Tensor, *weights: Tensor) -> Tensor:
+    def logits_of(hidden: Tensor, *weights: Tensor | SummedWeight) -> Tensor:
         given = dict(zip(trained, weights, strict=True)) if weights else {}
         if "weight" in given and type(matrix) is nn.Linear:
-            return finished(projected(hidden, given["weight"], given.get("bias", matrix.bias)))
-        return finished(functional_call(matrix, given, (hidden,)) if given else matrix(hidden))
+            return finished(linear(hidden, given["weight"], given.get("bias", matrix.bias)))
+        tensors = {name: leaf_of(weight) for name, weight in given.items()}
+        return finished(functional_call(matrix, tensors, (hidden,)) if given else matrix(hidden))
 
     def finished(logits: Tensor) -> Tensor:
         alone = None if torch.is_grad_enabled() else logits  # nobody else has it: no memory for another
@@ -446,7 +447,7 @@ def as_rows(lm: Any, hidden_ND: Tensor) -> LazyLogits:
     plain = type(matrix) is nn.Linear and not trained and not hasattr(matrix, "_hf_hook")
     here = plain and type(matrix.weight.data) is Tensor and matrix.weight.device == hidden_ND.device
     reusing = here and matrix.weight.dtype == hidden_ND.dtype and not torch.is_autocast_enabled("cpu")
-    return LazyLogits(
+    return HeadLogits(
         hidden_ND,
         logits_of,
         output_width(lm),

@@ -17,7 +17,7 @@ from gold.cache.codes import Scores, decode, encode
 from gold.cache.store import Origin, ScoreCache, find_origin
 from gold.data import Prompt
 from gold.errors import ConfigError, DataError, TeacherError
-from gold.kernels.lm_head import LazyLogits, likeliest
+from gold.kernels.logits import LazyLogits, TopKLogits, likeliest
 from gold.teachers.local import LocalTeacher, batches_by_length
 from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
@@ -227,7 +227,7 @@ class CachedTeacher(Teacher):
         never[:, :1] = False  # the token in the text is told, whatever it is
         ids = np.pad(np.where(never, -1, scores.ids_NK), gap, constant_values=-1)
         known_ids, known_logp = (torch.from_numpy(a).to(self.device) for a in (ids, logp))
-        return LazyLogits.of_top_k(known_ids, known_logp, self.vocabulary.size)
+        return TopKLogits(known_ids, known_logp, self.vocabulary.size)
 
 
 def record(

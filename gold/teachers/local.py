@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 
@@ -11,7 +10,7 @@ import torch
 
 from gold.data import Prompt
 from gold.errors import DataError
-from gold.kernels.lm_head import LazyLogits
+from gold.kernels.logits import LazyLogits
 from gold.models.causal import LanguageModel, PaddedStates, rows_of
 from gold.teachers.protocol import Teacher
 from gold.tokenize.vocabulary import TokenizedText
@@ -69,9 +68,8 @@ class LocalTeacher(Teacher):
                 self.model.pad_id,
                 self.device,
             )
-            whole = rows_of(self.model.lm, states)
-            for i, hidden in zip(chosen, whole.hidden_ND.split(rows), strict=True):
-                results[i] = replace(whole, hidden_ND=hidden)
+            parts = rows_of(self.model.lm, states).split(rows)
+            results.update(zip(chosen, parts, strict=True))
         return [results[i] for i in range(len(prompts))]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gold.data import Prompt
 from gold.errors import DataError, TeacherError
-from gold.kernels.lm_head import LazyLogits
+from gold.kernels.logits import LazyLogits
 from gold.losses import Need
 from gold.tokenize.chat import prompt_ids
 from gold.tokenize.templates import Rendering

@@ -16,7 +16,7 @@ import torch
 
 from gold.data import Prompt
 from gold.errors import ConfigError, TeacherError
-from gold.kernels.lm_head import LazyLogits
+from gold.kernels.logits import LazyLogits, TopKLogits
 from gold.teachers.dialects import VLLM, Asked, Dialect, Forgotten, Known, OpenAI, SGLang
 from gold.teachers.http import RefusedError, Server
 from gold.teachers.protocol import Teacher
@@ -210,7 +210,7 @@ class ServedTeacher(Teacher):
         ids_NK[row[kept], column[kept]] = ids[kept]
         logp_NK[row[kept], column[kept]] = np.minimum(logp[kept], 0.0)
         known_ids, known_logp = (torch.from_numpy(a).to(self.device) for a in (ids_NK, logp_NK))
-        return LazyLogits.of_top_k(known_ids, known_logp, size)
+        return TopKLogits(known_ids, known_logp, size)
 
 
 def _key(variable: str | None) -> str | None:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from gold.align.collate import student_states
-from gold.kernels.lm_head import LazyLogits, token_logp
+from gold.kernels.lm_head import token_logp
+from gold.kernels.logits import LazyLogits
 from gold.models.causal import LanguageModel, rows_of
 from gold.rollout.types import Rollout
 
@@ -25,7 +26,7 @@ def why_not_finite(
     term's sum. Costs another forward pass, ``batch`` sequences at a time."""
     for name, graded in teachers.items():
         for rollout, rows in graded:
-            none = torch.zeros(len(rows), dtype=torch.int64, device=rows.hidden_ND.device)
+            none = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
             if torch.isnan(token_logp(rows, none, none[:0])[0]).any():
                 return (
                     f"NaN logits of teacher {name} for prompt {rollout.prompt.key}",

@@ -28,7 +28,7 @@ from gold.errors import CheckpointError, ConfigError, DataError, TeacherError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.files import read_json
 from gold.kernels import backend_for
-from gold.kernels.lm_head import LazyLogits, impossible_rows
+from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.losses import DivergenceRow, LossInputs, Need, Objective, find
 from gold.losses.mixture import OtherTeacher, mixed_rows
 from gold.losses.policy import means_of_others, sampled_credit
@@ -57,7 +57,7 @@ from gold.train.run_folder import RunFolder
 from gold.train.trackers import Tracker
 
 Answer = TypeVar("Answer")
-NO_ROWS = LazyLogits.of_logits(torch.zeros(0, 1))
+NO_ROWS = GivenLogits(torch.zeros(0, 1))
 """The student's states where they are not read."""
 NEEDS: tuple[Need, ...] = typing.get_args(Need)
 """What objectives ask of a teacher, least first."""
@@ -191,11 +191,7 @@ class Loop:
         self.module, self.optimizer = accelerator.prepare(
             StatesModule(student.lm), optimizer, device_placement=[False, False]
         )
-        self.backend = backend_for(student.device)
         self.routes = teachers.routes if teachers else ()
-        self.teacher_backends = (
-            {name: backend_for(t.device) for name, t in teachers.members.items()} if teachers else {}
-        )
 
     @property
     def _retries(self) -> int | None:
@@ -217,7 +213,7 @@ class Loop:
             "step": f"{recipe.prompts_per_step} prompts × {recipe.num_generations}, λ = {recipe.on_policy:g}, "
             f"up to {recipe.max_new_tokens} tokens, {self.accelerator.num_processes} process(es), "
             f"precision {self.accelerator.mixed_precision}",
-            "kernels": self.backend.__name__.rpartition(".")[2],
+            "kernels": backend_for(self.student.device).__name__.rpartition(".")[2],
         }
 
     def _header_of_teachers(self) -> dict[str, str]:
@@ -257,11 +253,9 @@ class Loop:
             dtype = teacher.dtype if teacher else torch.float32
             inputs = LossInputs(
                 batch,
-                LazyLogits.of_logits(logits.clone().requires_grad_(True)),
-                LazyLogits.of_logits(torch.zeros(size, dtype=dtype, device=device)),
-                self.backend,
-                self.teacher_backends.get(name, self.backend),
-                LazyLogits.of_logits(logits),
+                GivenLogits(logits.clone().requires_grad_(True)),
+                GivenLogits(torch.zeros(size, dtype=dtype, device=device)),
+                GivenLogits(logits),
             )
             for term in self.terms:
                 total = term.objective(inputs).total
@@ -521,7 +515,7 @@ class Loop:
                 stops = batch.stops_T
                 targets = batch.target_T.split(np.diff(batch.teacher_row_starts).tolist())
                 for number, (rows, target) in enumerate(zip(group.rows[name], targets, strict=True)):
-                    if rows.partial and bool((rows_off := impossible_rows(rows, target, stops)).any()):
+                    if rows.partial and bool((rows_off := rows.impossible(target, stops)).any()):
                         lost.add(number)
                         row = int(torch.nonzero(rows_off)[0])
                         self._impossible = self._impossible or _told_impossible(
@@ -553,7 +547,7 @@ class Loop:
 
         def then(rows: LazyLogits) -> tuple[Tensor, dict[str, Tensor]]:
             inputs = self._inputs(group, rows, reference)
-            total = rows.hidden_ND.new_zeros((), dtype=torch.float32)
+            total = torch.zeros((), device=rows.device)
             parts: dict[str, Tensor] = {}
             for term in self.terms:
                 if not counts[term.label]:
@@ -591,23 +585,17 @@ class Loop:
     def _inputs(self, group: _Group, rows: LazyLogits, reference: LazyLogits | None) -> LossInputs:
         """A microbatch as its objectives see it."""
         if not group.rows:
-            return LossInputs(group.batch, rows, None, self.backend, self.backend, reference)
-        names, backends = group.names, self.teacher_backends
-        theirs = [LazyLogits.joined(group.rows[name]) for name in names]
+            return LossInputs(group.batch, rows, None, reference)
+        theirs = [LazyLogits.joined(group.rows[name]) for name in group.names]
         mix = self.teachers.mix if self.teachers else None
         if mix is not None and any(t.label.endswith("_bytes") for t in self.terms):
             other_teachers = tuple(
-                OtherTeacher(batch, own, backends[name])
-                for name, batch, own in zip(names[1:], group.batches[1:], theirs[1:], strict=True)
+                OtherTeacher(batch, own) for batch, own in zip(group.batches[1:], theirs[1:], strict=True)
             )
-            first = backends[names[0]]
-            return LossInputs(
-                group.batch, rows, theirs[0], self.backend, first, reference, mix, other_teachers
-            )
+            return LossInputs(group.batch, rows, theirs[0], reference, mix, other_teachers)
         # Of one vocabulary, the mixture's rows are rows like any other teacher's.
         mixed = theirs[0] if mix is None else mixed_rows(theirs, group.batch.vocabularies.student.size, mix)
-        first, given = backends[names[0]], group.baselines
-        return LossInputs(group.batch, rows, mixed, self.backend, first, reference, baselines=given)
+        return LossInputs(group.batch, rows, mixed, reference, baselines=group.baselines)
 
     def _record(
         self, sums: Mapping[str, float], counts: Mapping[str, float], update: dict[str, Any], clock: _Clock

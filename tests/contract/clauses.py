@@ -16,7 +16,8 @@ from support import oracle
 from torch import Tensor
 
 from gold.align.batch import AlignedText, VocabularyPair
-from gold.kernels import lm_head as linear
+from gold.kernels import logits
+from gold.kernels.logits import GivenLogits
 from gold.losses import OBJECTIVES, DivergenceRow, LossInputs, Objective
 from tests.contract import source
 from tests.contract.toys import (
@@ -64,8 +65,8 @@ class Clause:
 
 def gradient(objective: Objective, inputs: LossInputs) -> tuple[float, Tensor]:
     """An objective's sum, and its gradient with respect to the student's logits."""
-    logits = inputs.student.hidden_ND.detach().requires_grad_(True)
-    value = objective(replace(inputs, student=replace(inputs.student, hidden_ND=logits))).total
+    logits = inputs.student.logits().detach().requires_grad_(True)
+    value = objective(replace(inputs, student=GivenLogits(logits))).total
     if not value.requires_grad:
         return float(value), torch.zeros_like(logits)
     (grad,) = torch.autograd.grad(value, logits, allow_unused=True)
@@ -242,8 +243,8 @@ def padding(objective: Objective) -> Outcome | None:
     padded = [torch.nn.functional.pad(x, (0, n), value=-300.0) for x, n in ((rows, 3), (rows_T, 5))]
     inputs = inputs_of(pair, texts, *padded)
     if inputs.reference is not None:
-        wider = torch.nn.functional.pad(inputs.reference.hidden_ND, (0, 3), value=-300.0)
-        inputs = replace(inputs, reference=linear.LazyLogits.of_logits(wider))
+        wider = torch.nn.functional.pad(inputs.reference.logits(), (0, 3), value=-300.0)
+        inputs = replace(inputs, reference=GivenLogits(wider))
     value_2, grad_2 = gradient(objective, inputs)
     found = [
         value - value_2,
@@ -294,17 +295,13 @@ def finite_differences(objective: Objective) -> Outcome | None:
     texts = texts_for(objective, pair, 3, seed=7)
     inputs = inputs_of(pair, texts, *models_for(pair, extra=0))
     _, grad = gradient(objective, inputs)
-    logits = inputs.student.hidden_ND.detach()
+    logits = inputs.student.logits().detach()
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for _ in range(6):
         direction = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
         ends = [
-            float(
-                objective(
-                    replace(inputs, student=replace(inputs.student, hidden_ND=logits + s * direction))
-                ).total
-            )
+            float(objective(replace(inputs, student=GivenLogits(logits + s * direction))).total)
             for s in (1e-5, -1e-5)
         ]
         slope = float((grad * direction).sum())
@@ -375,12 +372,12 @@ def blocks_of_rows(objective: Objective) -> Outcome | None:
     texts = texts_for(objective, pair)
     inputs = inputs_of(pair, texts, *models_for(pair))
     value, grad = gradient(objective, inputs)
-    before = linear.BLOCK_BYTES
+    before = logits.BLOCK_BYTES
     try:
-        linear.BLOCK_BYTES = 1
+        logits.BLOCK_BYTES = 1
         value_2, grad_2 = gradient(objective, inputs)
     finally:
-        linear.BLOCK_BYTES = before
+        logits.BLOCK_BYTES = before
     return Outcome(max(abs(value - value_2), float((grad - grad_2).abs().max())), 1e-10)
 
 

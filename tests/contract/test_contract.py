@@ -8,14 +8,13 @@ from functools import partial
 import pytest
 import torch
 from support import oracle
+from support.kernel_inputs import BACKENDS_HERE, FORCED
 from torch import Tensor
 
 from gold.align.batch import VocabularyPair
-from gold.kernels import BACKENDS
-from gold.kernels.lm_head import byte_tables
-from gold.kernels.tables import common_events
+from gold.kernels import chunk_sums, use_backend
+from gold.kernels.tables import byte_tables, common_events
 from gold.losses import DIVERGENCES, OBJECTIVES, Loss, forward_kl, jsd, reverse_kl, skew_kl, skew_reverse_kl
-from tests.contract import toys
 from tests.contract.clauses import (
     CLAUSES,
     PAIR,
@@ -37,7 +36,6 @@ from tests.contract.toys import (
     teacher_rows,
     toy_vocabulary,
 )
-from tests.kernels.rows_for_kernels import BACKENDS_HERE, FORCED
 
 VARIANTS = dict(variants())
 BY_NUMBER = {clause.number: clause for clause in CLAUSES}
@@ -57,9 +55,9 @@ def test_the_clause_holds(name, number):
 
 @over(sorted(VARIANTS))
 @pytest.mark.parametrize("number", ["1", "4", "5a", "7"])
-def test_the_clause_holds_with_the_definition_of_the_kernels(name, number, monkeypatch):
-    monkeypatch.setattr(toys, "BACKEND", "reference")
-    test_the_clause_holds(name, number)
+def test_the_clause_holds_with_the_definition_of_the_kernels(name, number):
+    with use_backend("reference"):
+        test_the_clause_holds(name, number)
 
 
 EXCEPTIONS = sorted(
@@ -111,16 +109,19 @@ def test_bytes_sum_up_to_the_token_level_divergence_where_no_token_begins_anothe
 
 
 @over(sorted(OBJECTIVES))
-@pytest.mark.parametrize("backend", FORCED)
-def test_every_back_end_computes_the_same(name, backend):
+@pytest.mark.parametrize("name_of_backend", FORCED)
+def test_every_back_end_computes_the_same(name, name_of_backend):
     objective = next(o for o in VARIANTS.values() if o.name == name)
     pair = pair_for(objective)
     texts = texts_for(objective, pair)[:2]
     rows = student_rows(ToyModel(pair.student, 3), texts), teacher_rows(ToyModel(pair.teacher, 4), texts)
-    expected, grad = gradient(objective, inputs_of(pair, texts, *rows, "reference"))
-    value, found = gradient(objective, inputs_of(pair, texts, *rows, backend))
+    found = []
+    for backend in ("reference", name_of_backend):
+        with use_backend(backend):
+            found.append(gradient(objective, inputs_of(pair, texts, *rows)))
+    (expected, grad), (value, grad_2) = found
     assert value == pytest.approx(expected, rel=1e-12)
-    torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(grad_2, grad, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.skipif("cuda" not in BACKENDS_HERE, reason="triton does not run here")
@@ -129,7 +130,7 @@ def test_the_default_objective_is_the_same_under_triton():
 
 
 @over(sorted(VARIANTS))
-@pytest.mark.parametrize("backend", FORCED)
+@pytest.mark.parametrize("backend", FORCED, indirect=True)
 def test_special_ids_without_a_row_are_inert(name, backend):
     """The last ids of a vocabulary are special, and the output matrix does not have them."""
     objective = VARIANTS[name]
@@ -144,8 +145,8 @@ def test_special_ids_without_a_row_are_inert(name, backend):
     masked = [x.clone() for x in rows]
     for x in masked:
         x[:, -2:] = -torch.inf
-    expected, grad = gradient(objective, inputs_of(pair, texts, *masked, backend))
-    value, grad_cut = gradient(objective, inputs_of(pair, texts, *(x[:, :-2] for x in rows), backend))
+    expected, grad = gradient(objective, inputs_of(pair, texts, *masked))
+    value, grad_cut = gradient(objective, inputs_of(pair, texts, *(x[:, :-2] for x in rows)))
     assert value == pytest.approx(expected, rel=1e-12)
     torch.testing.assert_close(grad_cut, grad[:, :-2])
 
@@ -175,12 +176,12 @@ def test_the_end_of_a_text_that_was_cut_off_is_not_supervised():
 # 6. Chunk sums conserve log-probability, tables are distributions, divergences are proper.
 
 
-@pytest.mark.parametrize("backend", FORCED)
+@pytest.mark.parametrize("backend", FORCED, indirect=True)
 def test_chunk_sums_conserve_log_probability(backend):
     generator = torch.Generator().manual_seed(0)
     logp = torch.randn(50, generator=generator, dtype=torch.float64, requires_grad=True)
     chunk = torch.randint(-1, 9, (50,), generator=generator)
-    sums = BACKENDS[backend].chunk_sums(logp, chunk, 9)
+    sums = chunk_sums(logp, chunk, 9)
     for c in range(9):
         assert sums[c].item() == pytest.approx(logp[chunk == c].sum().item())
     assert sums.sum().item() == pytest.approx(logp[chunk >= 0].sum().item())
@@ -188,7 +189,7 @@ def test_chunk_sums_conserve_log_probability(backend):
     torch.testing.assert_close(grad, torch.where(chunk >= 0, chunk, 0).double())
 
 
-@pytest.mark.parametrize("backend", FORCED)
+@pytest.mark.parametrize("backend", FORCED, indirect=True)
 def test_byte_tables_are_the_definition(backend):
     for seed in range(5):
         texts = random_texts(PAIR, 5, seed)
@@ -198,8 +199,8 @@ def test_byte_tables_are_the_definition(backend):
             (ToyModel(TEACHER, 4), batch.layout_T, TEACHER, "teacher"),
         ):
             rows_of = student_rows if side == "student" else teacher_rows
-            inputs = inputs_of(PAIR, texts, rows_of(model, texts), rows_of(model, texts), backend)
-            table, _, _ = byte_tables(inputs.student, layout, BACKENDS[backend])
+            inputs = inputs_of(PAIR, texts, rows_of(model, texts), rows_of(model, texts))
+            table, _, _ = byte_tables(inputs.student, layout)
             expected = torch.cat(
                 [
                     oracle.byte_table(
@@ -328,7 +329,7 @@ def test_rows_are_projected_a_block_at_a_time_with_the_same_result(name, block_r
     inputs = inputs_of(pair, texts, ToyModel(STUDENT, 3), ToyModel(pair.teacher, 4))
     value, grad = gradient(objective, inputs)
     widest = max(inputs.student.width, inputs.teacher.width)
-    monkeypatch.setattr("gold.kernels.lm_head.BLOCK_BYTES", 4 * widest * block_rows)
+    monkeypatch.setattr("gold.kernels.logits.BLOCK_BYTES", 4 * widest * block_rows)
     seen: list[int] = []
 
     def head(hidden: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gold.align.batch import VocabularyPair
-from gold.kernels.lm_head import LazyLogits
+from gold.kernels.logits import GivenLogits, LazyLogits, TopKLogits
 from gold.losses import DIVERGENCES, OBJECTIVES
 from tests.contract.toys import ToyModel, inputs_of, random_texts, teacher_rows, toy_vocabulary
 
@@ -22,21 +22,21 @@ SAME = VocabularyPair(STUDENT, STUDENT)
 def likeliest(logits: Tensor, k: int) -> LazyLogits:
     """The rows as a server would send them: the k likeliest tokens of each."""
     logp, ids = torch.log_softmax(logits, -1).topk(k, dim=-1)
-    return LazyLogits.of_top_k(ids, logp, logits.shape[1])
+    return TopKLogits(ids, logp, logits.shape[1])
 
 
 def test_rows_of_the_likeliest_tokens_keep_all_mass():
     logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = likeliest(logits, 4)
-    dense = rows.head(rows.hidden_ND)
+    dense = rows.logits()
     torch.testing.assert_close(dense.exp().sum(-1), torch.ones(5, dtype=torch.float64))
     prob = torch.softmax(logits, -1)
     kept = torch.isfinite(dense[:, :9])
     assert (kept.sum(-1) == 4).all()
     torch.testing.assert_close(dense[:, :9][kept].exp(), prob[kept])
     torch.testing.assert_close(dense[:, 9].exp(), prob.masked_fill(kept, 0.0).sum(-1))
-    padded = LazyLogits.of_top_k(torch.tensor([[3, -1]]), torch.tensor([[-0.5, 0.7]]), 9)
-    (row,) = padded.head(padded.hidden_ND)
+    padded = TopKLogits(torch.tensor([[3, -1]]), torch.tensor([[-0.5, 0.7]]), 9)
+    (row,) = padded.logits()
     assert row.isfinite().nonzero()[:, 0].tolist() == [3, 9]
 
 
@@ -57,7 +57,7 @@ def test_all_tokens_known_is_full_rows(name, support):
 def test_fewer_tokens_give_something_finite_and_never_more_than_all(name, support, k):
     texts = random_texts(PAIR, 6, 1)
     inputs = inputs_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
-    logits = inputs.student.hidden_ND.requires_grad_(True)
+    logits = inputs.student.logits().requires_grad_(True)
     teacher = likeliest(teacher_rows(ToyModel(TEACHER, 4), texts), k)
     value = OBJECTIVES[name](support=support)(replace(inputs, teacher=teacher)).total
     (grad,) = torch.autograd.grad(value, logits)
@@ -95,11 +95,11 @@ def test_what_is_not_told_is_left_to_the_student():
     logp, sent = torch.log_softmax(logits, -1), inputs.batch.target_T.clamp(min=0)[:, None]
     found, ids = logp.topk(2, dim=-1)
     ids = torch.cat((sent, ids.masked_fill(ids == sent, -1)), dim=-1)
-    told = LazyLogits.of_top_k(ids, torch.cat((logp.gather(1, sent), found), dim=-1), logits.shape[1])
+    told = TopKLogits(ids, torch.cat((logp.gather(1, sent), found), dim=-1), logits.shape[1])
     values, grads = [], []
     for seen in (inputs, replace(inputs, teacher=told)):
-        mine = inputs.student.hidden_ND.detach().clone().requires_grad_(True)
-        student = replace(inputs.student, hidden_ND=mine)
+        mine = inputs.student.logits().detach().clone().requires_grad_(True)
+        student = GivenLogits(mine)
         value = OBJECTIVES["reverse_kl"](support="bytes")(replace(seen, student=student)).total
         (grad,) = torch.autograd.grad(value, mine)
         values.append(value.item())

@@ -11,17 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.kernel_inputs import FORCED
 from support.texts import data as any_bytes
 from support.tokenizers import EOS_ID, families
 
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
-from gold.kernels import BACKENDS
-from gold.kernels.lm_head import LazyLogits
+from gold.kernels.logits import GivenLogits
 from gold.losses import OBJECTIVES, LossInputs
 from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.clauses import needs_one_vocabulary, variants
 from tests.contract.toys import CPU, ToyModel, aligned, inputs_of, toy_vocabulary
-from tests.kernels.rows_for_kernels import FORCED
 
 STUDENTS = ("byte-level", "characters", "byte-fallback, prepend")
 TEACHERS = (
@@ -109,14 +108,11 @@ def every_objective_is_finite(names, student, teacher, given_texts, out_S, out_T
         if needs_one_vocabulary(objective) and not pair.same:
             continue
         leaf = logits.clone().requires_grad_(True)
-        backend = BACKENDS["cpu"]
         inputs = LossInputs(
             batch,
-            LazyLogits.of_logits(leaf),
-            LazyLogits.of_logits(logits_T),
-            backend,
-            backend,
-            LazyLogits.of_logits(before),
+            GivenLogits(leaf),
+            GivenLogits(logits_T),
+            GivenLogits(before),
         )
         loss = objective(inputs)
         count = objective.count(batch)
@@ -141,8 +137,8 @@ def test_a_cut_inside_a_character_leaves_the_rest_of_the_text_to_token_pg():
     assert AlignedBatch([whole], pair, CPU).observed_rows.all()
     assert OBJECTIVES["token_pg"]().count(batch) == 6
     logits = logits_of(8, pair.student.size, 1, 0.0).requires_grad_(True)
-    rows_T, backend = logits_of(len(cut.teacher), pair.teacher.size, 2, 0.0), BACKENDS["cpu"]
-    inputs = LossInputs(batch, LazyLogits.of_logits(logits), LazyLogits.of_logits(rows_T), backend, backend)
+    rows_T = logits_of(len(cut.teacher), pair.teacher.size, 2, 0.0)
+    inputs = LossInputs(batch, GivenLogits(logits), GivenLogits(rows_T))
     (grad,) = torch.autograd.grad(OBJECTIVES["token_pg"]()(inputs).total, logits)
     assert grad[:6].abs().sum(-1).min() > 0
     assert not grad[6:].any()
@@ -159,7 +155,7 @@ def test_a_span_that_the_teacher_does_not_spell_is_left_out():
     assert OBJECTIVES["span_pg"]().count(batch) == int((span_S >= 0).sum())
 
 
-@pytest.mark.parametrize("backend", FORCED)
+@pytest.mark.parametrize("backend", FORCED, indirect=True)
 @pytest.mark.parametrize("name", KINDS)
 def test_no_objective_takes_what_is_no_number_for_nothing(name, backend):
     """A model that gives NaN is broken, and a step says so; it does not rule out what was written."""
@@ -172,14 +168,14 @@ def test_no_objective_takes_what_is_no_number_for_nothing(name, backend):
             for m, s in zip(models, (texts[0].student, texts[0].teacher), strict=True)
         ]
         rows[broken][:, 3] = math.nan
-        assert torch.isnan(VARIANTS[name](inputs_of(pair, texts, *rows, backend)).total)
+        assert torch.isnan(VARIANTS[name](inputs_of(pair, texts, *rows)).total)
 
 
 SAME = toy_vocabulary(["a+b", "b+ ", "ab+b"], cut=None)
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_kl", "skew_reverse_kl", "entropy_aware_kl")
 
 
-@pytest.mark.parametrize("backend", FORCED)
+@pytest.mark.parametrize("backend", FORCED, indirect=True)
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_rows_that_only_one_output_matrix_has_cost_what_they_weigh(name, backend):
     """One vocabulary, matrices of different width: what lies on further rows is as good as nothing if it is small."""
@@ -188,7 +184,7 @@ def test_rows_that_only_one_output_matrix_has_cost_what_they_weigh(name, backend
     models = ToyModel(SAME, 3), ToyModel(SAME, 4)
     rows, rows_T = (m.states(texts[0].student.ids, len(texts[0].ids)) for m in models)
     objective = OBJECTIVES[name](support="tokens")
-    plain = float(objective(inputs_of(pair, texts, rows, rows_T, backend)).total)
+    plain = float(objective(inputs_of(pair, texts, rows, rows_T)).total)
     for more in ((3, 0), (0, 3), (2, 3)):
         for weight, most in ((-40.0, 1e-2), (0.0, 50.0)):
             sides = (
@@ -197,12 +193,12 @@ def test_rows_that_only_one_output_matrix_has_cost_what_they_weigh(name, backend
             )
             mine, theirs = sides
             mine = mine.clone().requires_grad_(True)
-            value = objective(inputs_of(pair, texts, mine, theirs, backend)).total
+            value = objective(inputs_of(pair, texts, mine, theirs)).total
             assert float(value.detach()) == pytest.approx(plain, abs=most)
             assert torch.isfinite(torch.autograd.grad(value, mine)[0]).all()
 
 
-@pytest.mark.parametrize("backend", FORCED)
+@pytest.mark.parametrize("backend", FORCED, indirect=True)
 @pytest.mark.parametrize("support", ["bytes", "prefix", "shared", "tokens"])
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_what_one_side_rules_out_has_a_price(name, support, backend):
@@ -219,7 +215,7 @@ def test_what_one_side_rules_out_has_a_price(name, support, backend):
         rows[:, b] -= gap
         rows_T[:, b_T] -= gap_T
         rows.requires_grad_(True)
-        total = objective(inputs_of(pair, texts, rows, rows_T, backend)).total
+        total = objective(inputs_of(pair, texts, rows, rows_T)).total
         assert torch.isfinite(torch.autograd.grad(total, rows)[0]).all()
         return float(total.detach())
 

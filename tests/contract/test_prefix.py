@@ -17,9 +17,10 @@ from torch import Tensor
 
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.bytes import pieces
-from gold.kernels import BACKENDS, projection
+from gold.kernels import projection
 from gold.kernels.layout import STOP_EVENT
-from gold.kernels.lm_head import LazyLogits, byte_tables
+from gold.kernels.logits import GivenLogits, LazyLogits, TopKLogits
+from gold.kernels.tables import byte_tables
 from gold.losses import DIVERGENCES, OBJECTIVES, LossInputs
 from gold.losses.prefix import prefix_positions
 from gold.tokenize.vocabulary import Vocabulary
@@ -148,10 +149,10 @@ def computed_events(inputs: LossInputs, positions: Tensor) -> tuple[Tensor, Tens
         return torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0)
     needed, needed_T = (projection.needed_rows(s, everything) for s in (batch.student, batch.teacher))
     joint, _ = projection.piece_events(
-        inputs.student.select(needed), needed, batch.student, batch.short, everything, inputs.backend
+        inputs.student.select(needed), needed, batch.student, batch.short, everything
     )
     logq, _, moved = projection.piece_target(
-        inputs.teacher_rows.select(needed_T), needed_T, batch, everything, inputs.teacher_backend
+        inputs.teacher_rows.select(needed_T), needed_T, batch, everything
     )
     return joint - torch.logsumexp(joint, -1, keepdim=True), logq, moved
 
@@ -224,13 +225,10 @@ def test_events_begin_with_the_bytes_of_the_byte_table(mine, theirs, data, stopp
     batch = AlignedBatch([AlignedText(whole, tokenized, pair.read(tokenized), stopped)], pair, CPU)
     rows, rows_T = int(batch.row_starts[-1]), int(batch.teacher_row_starts[-1])
     logits = states(rows, pair.student.size, 1).requires_grad_(True)
-    backend = BACKENDS["reference"]
     inputs = LossInputs(
         batch,
-        LazyLogits.of_logits(logits),
-        LazyLogits.of_logits(states(rows_T, pair.teacher.size, 2)),
-        backend,
-        backend,
+        GivenLogits(logits),
+        GivenLogits(states(rows_T, pair.teacher.size, 2)),
     )
     loss = OBJECTIVES["forward_kl"](support="prefix", interior=True)(inputs)
     assert 0 <= loss.total.item() < 50 * max(rows, 1)
@@ -246,7 +244,7 @@ def test_events_begin_with_the_bytes_of_the_byte_table(mine, theirs, data, stopp
         (mine_E, inputs.student, batch.layout_S),
         (theirs_E, inputs.teacher_rows, batch.layout_T),
     ):
-        table = byte_tables(side_rows, layout, backend)[0][positions].detach().exp()
+        table = byte_tables(side_rows, layout)[0][positions].detach().exp()
         prob = events.detach().exp()
         expected = torch.zeros(len(positions), 258, dtype=torch.float64)
         first = [pair.student.token_bytes(int(i))[0] for i in pair.pieces.ids]
@@ -317,7 +315,7 @@ def test_events_are_exact_where_no_other_segmentation_of_the_past_has_mass(name)
             (0, inputs.batch.layout_S, inputs.student, models[0], pair.student),
             (1, inputs.batch.layout_T, inputs.teacher_rows, models[1], pair.teacher),
         ):
-            rest = byte_tables(rows, layout, inputs.backend)[0][:, 257].exp()
+            rest = byte_tables(rows, layout)[0][:, 257].exp()
             for p, position in enumerate(positions.tolist()):
                 b = int(np.searchsorted(inputs.batch.position_starts, position, "right")) - 1
                 start = int(inputs.batch.position_starts[b])
@@ -366,7 +364,7 @@ def test_every_divergence_can_be_taken(kind):
 def known_only(logits: Tensor, k: int) -> LazyLogits:
     """The rows as a server would send them: the k likeliest tokens of each."""
     logp, ids = torch.log_softmax(logits, -1).topk(k, dim=-1)
-    return LazyLogits.of_top_k(ids, logp, logits.shape[1])
+    return TopKLogits(ids, logp, logits.shape[1])
 
 
 @over
@@ -379,7 +377,7 @@ def test_of_teachers_that_know_their_likeliest_tokens_the_others_are_rest(name):
     whole = objective(inputs).total.item()
     known = replace(inputs, teacher=known_only(rows, rows.shape[1]))
     assert objective(known).total.item() == pytest.approx(whole, rel=1e-4)
-    logits = inputs.student.hidden_ND.requires_grad_(True)
+    logits = inputs.student.logits().requires_grad_(True)
     for k in (1, 2, 4):
         value = objective(replace(inputs, teacher=known_only(rows, k))).total
         assert 0 <= value.item() < 100
@@ -395,7 +393,7 @@ def test_a_token_on_the_path_that_is_not_known_weighs_as_much_as_all_unknown_one
     text = aligned(pair, LETTERS.encode("aa").ids.tolist())
     assert [MERGED.token_bytes(int(i)) for i in text.teacher.ids] == [b"a", b"a"]
     known = torch.tensor([[int(MERGED.encode("ab").ids[0])], [int(MERGED.encode("a").ids[0])]])
-    teacher = LazyLogits.of_top_k(known, torch.tensor([[0.6], [0.9]]).double().log(), MERGED.size)
+    teacher = TopKLogits(known, torch.tensor([[0.6], [0.9]]).double().log(), MERGED.size)
     inputs = inputs_of(pair, [text], ToyModel(LETTERS, 1), torch.zeros(2, MERGED.size))
     _, target, _ = computed_events(replace(inputs, teacher=teacher), torch.tensor([1]))
     expected = {b"b": 0.6, b"a": 0.4 * 0.9, "rest": 0.4 * 0.1}

@@ -16,6 +16,7 @@ from torch import Tensor
 from gold.align.batch import AlignedText, VocabularyPair
 from gold.align.decomposition import likeliest_pairs
 from gold.errors import ConfigError
+from gold.kernels.logits import GivenLogits
 from gold.kernels.reference import sorted_l1
 from gold.losses import OBJECTIVES, LossInputs, Objective
 from gold.tokenize.vocabulary import Vocabulary
@@ -59,8 +60,8 @@ def value_of(objective: Objective, inputs: LossInputs) -> float:
 
 
 def gradient(objective: Objective, inputs: LossInputs) -> tuple[float, Tensor]:
-    logits = inputs.student.hidden_ND.detach().requires_grad_(True)
-    value = objective(replace(inputs, student=replace(inputs.student, hidden_ND=logits))).total
+    logits = inputs.student.logits().detach().requires_grad_(True)
+    value = objective(replace(inputs, student=GivenLogits(logits))).total
     (grad,) = torch.autograd.grad(value, logits)
     return float(value.detach()), grad
 
@@ -417,9 +418,9 @@ def test_gradients_agree_with_finite_differences(name):
     inputs = inputs_of(pair, [text], ToyModel(pair.student, 3, extra=1), ToyModel(pair.teacher, 4))
 
     def value(logits: Tensor) -> Tensor:
-        return PUBLISHED[name](replace(inputs, student=replace(inputs.student, hidden_ND=logits))).total
+        return PUBLISHED[name](replace(inputs, student=GivenLogits(logits))).total
 
-    logits = inputs.student.hidden_ND.detach().clone().requires_grad_(True)
+    logits = inputs.student.logits().detach().clone().requires_grad_(True)
     (grad,) = torch.autograd.grad(value(logits), logits)
     step = 1e-6
     for place in range(logits.numel()):
@@ -452,7 +453,7 @@ def test_no_block_of_logits_is_larger_than_allowed(name, block_rows, monkeypatch
     inputs = inputs_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
     value, grad = gradient(ACROSS[name], inputs)
     widest = max(inputs.student.width, inputs.teacher_rows.width)
-    monkeypatch.setattr("gold.kernels.lm_head.BLOCK_BYTES", 4 * widest * block_rows)
+    monkeypatch.setattr("gold.kernels.logits.BLOCK_BYTES", 4 * widest * block_rows)
     seen: list[int] = []
 
     def head(hidden: Tensor) -> Tensor:

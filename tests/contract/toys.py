@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
-from gold.kernels import BACKENDS
-from gold.kernels.lm_head import LazyLogits
+from gold.kernels.logits import GivenLogits
 from gold.losses import LossInputs
 from gold.tokenize.vocabulary import Vocabulary
 
@@ -120,18 +119,14 @@ def inputs_of(
     texts: Sequence[AlignedText],
     student: Tensor | ToyModel,
     teacher: Tensor | ToyModel,
-    backend: str | None = None,
 ) -> LossInputs:
     """The inputs of a loss; models give their own states, tensors are taken as all rows."""
     batch = batch_of(pair, texts)
-    backend = backend or BACKEND
     return LossInputs(
         batch,
-        LazyLogits.of_logits(student_rows(student, texts) if isinstance(student, ToyModel) else student),
-        LazyLogits.of_logits(teacher_rows(teacher, texts) if isinstance(teacher, ToyModel) else teacher),
-        BACKENDS[backend],
-        BACKENDS[backend],
-        LazyLogits.of_logits(student_rows(ToyModel(pair.student, 99), texts)),
+        GivenLogits(student_rows(student, texts) if isinstance(student, ToyModel) else student),
+        GivenLogits(teacher_rows(teacher, texts) if isinstance(teacher, ToyModel) else teacher),
+        GivenLogits(student_rows(ToyModel(pair.student, 99), texts)),
     )
 
 

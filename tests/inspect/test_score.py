@@ -18,7 +18,7 @@ from gold.errors import DataError, ModelError
 from gold.inspect import score
 from gold.inspect.score import PairScorer
 from gold.inspect.view import AlignmentView, TokenizedSide, describe
-from gold.kernels.lm_head import LazyLogits
+from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.models.causal import LanguageModel, PaddedStates
 
 TEXT = " 24 +7 -3 = 31 28"
@@ -117,7 +117,7 @@ def test_what_a_model_rules_out_has_no_probability(
 
     def without(lm: object, states: PaddedStates) -> LazyLogits:
         logits = plain(lm, states).logits()
-        return LazyLogits.of_logits(logits.index_fill(1, torch.tensor([0, 1, 2, 5]), -torch.inf))
+        return GivenLogits(logits.index_fill(1, torch.tensor([0, 1, 2, 5]), -torch.inf))
 
     monkeypatch.setattr(score, "rows_of", without)
     for text in (TEXT, "a\u0301 \ud7ff".encode()[:-1], b"\xff 24\xf0\x9f"):

@@ -34,7 +34,7 @@ JITFunction.run = only_compile
 
 from gold.kernels import triton as cuda
 from gold.kernels.reference import MixedKL
-from tests.kernels.rows_for_kernels import FORMS, every_function, kept_events
+from support.kernel_inputs import FORMS, every_function, kept_events
 
 def both_ways(*results):
     sum(r.sum() for r in results if r.requires_grad).backward()

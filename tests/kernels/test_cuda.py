@@ -7,12 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
-
-from gold.kernels import BACKENDS, reference, why_not
-from gold.kernels.layout import Columns, KeptEvents, Tokens
-from gold.kernels.reference import MixedKL, Rest
-from tests.kernels.rows_for_kernels import (
+from support.kernel_inputs import (
     FORMS,
     INTERPRETER_FAILS,
     every_function,
@@ -22,6 +17,11 @@ from tests.kernels.rows_for_kernels import (
     random_layout,
     rows_like,
 )
+from torch import Tensor
+
+from gold.kernels import BACKENDS, reference, why_not
+from gold.kernels.layout import Columns, KeptEvents, Tokens
+from gold.kernels.reference import MixedKL, Rest
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if reason := why_not("cuda", DEVICE):

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.kernel_inputs import FORCED, random_layout
 from torch import Tensor
 
 from gold.kernels import BACKENDS, reference
@@ -16,7 +17,6 @@ from gold.kernels.layout import Columns, KeptEvents, Tokens
 from gold.kernels.reference import MixedKL
 from gold.losses import DIVERGENCES
 from gold.losses.divergences import form_of
-from tests.kernels.rows_for_kernels import FORCED, random_layout
 
 over = pytest.mark.parametrize("backend", FORCED, indirect=True)
 Function = Callable[..., Tensor | tuple[Tensor, ...]]

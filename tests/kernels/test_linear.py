@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.kernel_inputs import FORCED, random_layout
 from torch import Tensor, nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from gold.kernels import BACKENDS
-from gold.kernels import lm_head as linear
-from gold.kernels.lm_head import LazyLogits, byte_tables, spans, summed, token_logp, token_loss
+from gold.kernels import logits, tables
+from gold.kernels.lm_head import summed, token_logp, token_loss
+from gold.kernels.logits import GivenLogits, HeadLogits, LazyLogits, spans
+from gold.kernels.tables import byte_tables
 from gold.models.causal import as_rows
-from tests.kernels.rows_for_kernels import FORCED, random_layout
 
 STOPS = torch.tensor([3])
 WIDTH, HIDDEN, COUNT = 41, 8, 11
@@ -66,7 +67,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def few_rows(monkeypatch: pytest.MonkeyPatch, rows: int = 4) -> None:
-    monkeypatch.setattr(linear, "BLOCK_BYTES", 4 * WIDTH * rows)
+    monkeypatch.setattr(logits, "BLOCK_BYTES", 4 * WIDTH * rows)
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -98,7 +99,7 @@ def test_gradients_made_with_the_value_are_those_of_autograd(name, monkeypatch):
     few_rows(monkeypatch)
     model, hidden = MODELS[name](), states()
     rows = as_rows(model, hidden)
-    value = token_loss(rows, TARGET, WEIGHT, STOPS, linear.backend_for(hidden.device))
+    value = token_loss(rows, TARGET, WEIGHT, STOPS)
     expected = naive(model, hidden, TARGET, WEIGHT)
     torch.testing.assert_close(value, expected)
     for mine, theirs in zip(
@@ -143,7 +144,7 @@ def test_rows_that_are_made_again_give_the_same(name, monkeypatch):
 
 def test_a_second_backward_pass_is_refused_and_the_gradients_of_the_first_stay():
     model, hidden = llama(), states()
-    value = token_loss(as_rows(model, hidden), TARGET, WEIGHT, STOPS, linear.backend_for(hidden.device))
+    value = token_loss(as_rows(model, hidden), TARGET, WEIGHT, STOPS)
     value.backward(retain_graph=True)
     kept = hidden.grad.clone(), model.lm_head.weight.grad.clone()
     with pytest.raises(RuntimeError, match="handed on by its first backward pass"):
@@ -158,25 +159,25 @@ def test_each_row_is_multiplied_once_forward(monkeypatch):
     model, hidden = llama(), states()
     model.lm_head.register_forward_hook(lambda *_: seen.append(1))
     rows = as_rows(model, hidden)
-    made = LazyLogits(
+    made = HeadLogits(
         hidden, lambda h, *w: seen.append(h.shape[0]) or rows.head(h, *w), WIDTH, weights=rows.weights
     )
-    token_loss(made, TARGET, WEIGHT, STOPS, linear.backend_for(hidden.device)).backward()
+    token_loss(made, TARGET, WEIGHT, STOPS).backward()
     assert sum(seen) == COUNT
 
 
 def test_gradients_add_up_over_microbatches_and_without_a_gradient_there_is_only_the_value(monkeypatch):
     few_rows(monkeypatch)
-    model, backend = llama(), linear.backend_for(torch.device("cpu"))
+    model = llama()
     hidden = [states(1), states(2)]
     for h in hidden:
-        token_loss(as_rows(model, h), TARGET, WEIGHT, STOPS, backend).backward()
+        token_loss(as_rows(model, h), TARGET, WEIGHT, STOPS).backward()
     other = copy.deepcopy(model)
     other.zero_grad()
     sum(naive(other, h.detach(), TARGET, WEIGHT) for h in hidden).backward()
     torch.testing.assert_close(model.lm_head.weight.grad, other.lm_head.weight.grad)
     with torch.no_grad():
-        value = token_loss(as_rows(model, hidden[0]), TARGET, WEIGHT, STOPS, backend)
+        value = token_loss(as_rows(model, hidden[0]), TARGET, WEIGHT, STOPS)
     assert not value.requires_grad
     torch.testing.assert_close(value, naive(model, hidden[0], TARGET, WEIGHT).detach())
 
@@ -188,7 +189,7 @@ def test_mixed_precision_multiplies_in_bfloat16_and_adds_up_in_single(name, monk
     with torch.autocast("cpu", torch.bfloat16):
         rows = as_rows(model, hidden)
         assert rows.logits().dtype == torch.bfloat16
-        value = token_loss(rows, TARGET, WEIGHT, STOPS, linear.backend_for(hidden.device))
+        value = token_loss(rows, TARGET, WEIGHT, STOPS)
         expected = naive(model, hidden, TARGET, WEIGHT)
     mine, theirs = gradients(model, hidden, value), gradients(model, hidden, expected)
     exact = gradients(model, hidden, naive(model, hidden, TARGET, WEIGHT))
@@ -198,7 +199,7 @@ def test_mixed_precision_multiplies_in_bfloat16_and_adds_up_in_single(name, monk
         assert (x - truth).abs().max() <= 1.2 * (y - truth).abs().max() + 1e-2
 
 
-@pytest.mark.parametrize("backend", FORCED)
+@pytest.mark.parametrize("backend", FORCED, indirect=True)
 @pytest.mark.parametrize("stopped", [True, False])
 @pytest.mark.parametrize("name", ["frozen", "soft cap", "bias"])
 def test_a_matrix_in_the_order_in_which_it_is_read_gives_the_same(name, stopped, backend, monkeypatch):
@@ -209,8 +210,8 @@ def test_a_matrix_in_the_order_in_which_it_is_read_gives_the_same(name, stopped,
     rows = as_rows(model, torch.randn(layout.rows, HIDDEN, requires_grad=True))
     results = []
     for scattered in ({"cpu"}, set()):
-        monkeypatch.setattr(linear, "SCATTERED", scattered)
-        found = byte_tables(rows, layout, BACKENDS[backend])
+        monkeypatch.setattr(tables, "SCATTERED", scattered)
+        found = byte_tables(rows, layout)
         value = sum(torch.where(x.isfinite(), x, 0.0).sum() for x in found)
         results.append((*found, *torch.autograd.grad(value, rows.hidden_ND)))
     for one, other in zip(*results, strict=True):
@@ -229,14 +230,14 @@ def test_a_matrix_that_is_trained_or_wrapped_stays_where_it_is():
 
 def test_parameters_that_nobody_lists_are_an_error():
     matrix = torch.randn(WIDTH, HIDDEN, requires_grad=True)
-    rows = LazyLogits(states(), lambda h: h @ matrix.T, WIDTH)
+    rows = HeadLogits(states(), lambda h: h @ matrix.T, WIDTH)
     with pytest.raises(ValueError, match="parameters that need a gradient"):
-        token_loss(rows, TARGET, WEIGHT, STOPS, linear.backend_for(matrix.device))
+        token_loss(rows, TARGET, WEIGHT, STOPS)
 
 
 def test_numbers_beside_the_rows_get_their_gradient():
     hidden, beside = states(), torch.linspace(-1.0, 1.0, COUNT).requires_grad_(True)
-    rows = LazyLogits(hidden, lambda h: h * 2.0, HIDDEN)
+    rows = HeadLogits(hidden, lambda h: h * 2.0, HIDDEN)
 
     def value(block: LazyLogits, part: int, x: Tensor) -> tuple[Tensor, ...]:
         return (part * block.logits().sum(-1) * x.exp()).sum(), block.logits().sum(-1)
@@ -261,40 +262,38 @@ def test_numbers_beside_the_rows_get_their_gradient():
 def test_no_rows_are_one_empty_block():
     assert spans(0, 4) == [slice(0, 0)]
     assert spans(5, 4) == [slice(0, 4), slice(4, 5)]
-    rows = LazyLogits.of_logits(torch.zeros(0, WIDTH, requires_grad=True))
+    rows = GivenLogits(torch.zeros(0, WIDTH, requires_grad=True))
     none = torch.zeros(0, dtype=torch.int64)
-    value = token_loss(rows, none, none.float(), STOPS, linear.backend_for(none.device))
+    value = token_loss(rows, none, none.float(), STOPS)
     assert value.item() == 0.0
 
 
 def test_a_compiled_model_gives_the_same(monkeypatch):
     few_rows(monkeypatch)
     model, hidden = llama(), states()
-    backend = linear.backend_for(hidden.device)
-    expected = gradients(model, hidden, token_loss(as_rows(model, hidden), TARGET, WEIGHT, STOPS, backend))
+    expected = gradients(model, hidden, token_loss(as_rows(model, hidden), TARGET, WEIGHT, STOPS))
     model.model = torch.compile(model.model, backend="eager")
     rows = as_rows(model, hidden)
-    found = gradients(model, hidden, token_loss(replace(rows), TARGET, WEIGHT, STOPS, backend))
+    found = gradients(model, hidden, token_loss(replace(rows), TARGET, WEIGHT, STOPS))
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
 PEAK = """
     import resource, torch
-    from gold.kernels import backend_for
-    from gold.kernels import lm_head as linear
-    from gold.kernels.lm_head import Rows, token_loss, SharedEvents, shared_divergence
+    from gold.kernels import logits
+    from gold.kernels.logits import HeadLogits
     from gold.kernels.reference import MixedKL
-    linear.BLOCK_BYTES = 2**22
+    from gold.kernels.shared import SharedEvents, shared_divergence
+    logits.BLOCK_BYTES = 2**22
     rows, width = {rows}, 20_000
-    backend = backend_for(torch.device("cpu"))
     matrix = torch.randn(width, 16, requires_grad=True)
     head = lambda h, *w: h @ (w[0] if w else matrix).T
-    mine = Rows(torch.randn(rows, 16, requires_grad=True), head, width, weights=(matrix,))
-    theirs = Rows(torch.randn(rows, 16), lambda h: h @ matrix.detach().T, width)
+    mine = HeadLogits(torch.randn(rows, 16, requires_grad=True), head, width, weights=(matrix,))
+    theirs = HeadLogits(torch.randn(rows, 16), lambda h: h @ matrix.detach().T, width)
     every = torch.arange(width)
     events = SharedEvents(every[1:], every[1:], every[:1], every[:1])
-    total, _ = shared_divergence(mine, theirs, events, MixedKL(student=1.0), backend, renormalise=False)
+    total, _ = shared_divergence(mine, theirs, events, MixedKL(student=1.0), renormalise=False)
     total.backward()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import torch
 from numba.core.registry import CPUDispatcher
+from support.kernel_inputs import FORMS, every_function, kept_events, rows_like
 
 import gold
 from gold.kernels import cpu
 from gold.kernels.cpu import loops
 from gold.kernels.cpu import simd as lanes
 from gold.tokenize import walks
-from tests.kernels.rows_for_kernels import FORMS, every_function, kept_events, rows_like
 
 WIDTHS = (1, 17, 40, 300, 2500)
 Array = np.ndarray[Any, Any]

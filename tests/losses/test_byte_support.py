@@ -10,18 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import oracle
+from support.kernel_inputs import FORCED
 from support.tokenizers import byte_level_bpe, character_level, sentencepiece_bpe
 
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.bytes import plan as paths
 from gold.demo.models import character_tokenizer
-from gold.kernels import BACKENDS, layout
-from gold.kernels import lm_head as linear
-from gold.kernels.lm_head import LazyLogits, byte_tables
+from gold.kernels import layout, tables
+from gold.kernels import logits as lazy
+from gold.kernels.logits import GivenLogits, HeadLogits, LazyLogits, TopKLogits
+from gold.kernels.tables import byte_tables
 from gold.losses import OBJECTIVES, Loss, LossInputs
 from gold.losses.mixture import Mix, OtherTeacher
 from gold.tokenize.vocabulary import Vocabulary
-from tests.kernels.rows_for_kernels import FORCED
 
 CPU = torch.device("cpu")
 
@@ -62,13 +63,10 @@ def test_any_ids_of_any_pair_give_finite_losses_and_gradients(mine, theirs, data
     batch = AlignedBatch([aligned_text(pair, ids, stopped)], pair, CPU)
     rows, rows_T = int(batch.row_starts[-1]), int(batch.teacher_row_starts[-1])
     logits = states(rows, pair.student.size, 1).requires_grad_(True)
-    backend = BACKENDS["cpu"]
     inputs = LossInputs(
         batch,
-        LazyLogits.of_logits(logits),
-        LazyLogits.of_logits(states(rows_T, pair.teacher.size, 2)),
-        backend,
-        backend,
+        GivenLogits(logits),
+        GivenLogits(states(rows_T, pair.teacher.size, 2)),
     )
     loss = OBJECTIVES["reverse_kl"]()(inputs)
     assert torch.isfinite(loss.total)
@@ -96,24 +94,21 @@ def test_a_text_in_stretches_has_the_same_loss(data, top_k, several, block_rows)
         for each in (pair, other)
     )
     logits = states(int(batch.row_starts[-1]), pair.student.size, 1).requires_grad_(True)
-    backend = BACKENDS["cpu"]
 
     def teacher(read: AlignedBatch, seed: int) -> LazyLogits:
         found = states(int(read.teacher_row_starts[-1]), read.vocabularies.teacher.size, seed)
         # What was written is mostly told, so that inside a token both what is told and what is not counts.
         found += 4 * torch.nn.functional.one_hot(read.target_T.clamp(min=0), found.shape[1])
         if top_k is None or not len(found):
-            return LazyLogits.of_logits(found)
+            return GivenLogits(found)
         logp, ids = torch.log_softmax(found, dim=-1).topk(top_k, dim=-1)
-        return LazyLogits.of_top_k(ids, logp, found.shape[1])
+        return TopKLogits(ids, logp, found.shape[1])
 
     mix = {
         "mix": Mix("linear", {"a": 0.5, "b": 0.5}),
-        "other_teachers": (OtherTeacher(other_batches, teacher(other_batches, 3), backend),),
+        "other_teachers": (OtherTeacher(other_batches, teacher(other_batches, 3)),),
     }
-    inputs = LossInputs(
-        batch, LazyLogits.of_logits(logits), teacher(batch, 2), backend, backend, **(mix if several else {})
-    )
+    inputs = LossInputs(batch, GivenLogits(logits), teacher(batch, 2), **(mix if several else {}))
 
     def found() -> tuple[Loss, list[torch.Tensor]]:
         loss = OBJECTIVES["reverse_kl"]()(inputs)
@@ -122,7 +117,7 @@ def test_a_text_in_stretches_has_the_same_loss(data, top_k, several, block_rows)
 
     whole, gradient = found()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "BLOCK_BYTES", 4 * pair.student.size * block_rows)
+        patch.setattr(lazy, "BLOCK_BYTES", 4 * pair.student.size * block_rows)
         parts, gradient_of_parts = found()
     for one, all_of_it in ((parts.parts, whole.parts), (parts.sequence_logp, whole.sequence_logp)):
         torch.testing.assert_close(dict(one), dict(all_of_it))
@@ -142,12 +137,12 @@ def test_a_frozen_matrix_is_put_in_order_once_for_all_stretches_of_a_text(monkey
         copies.append(matrix[columns])
         return lambda states: states @ copies[-1].T
 
-    teacher = LazyLogits(hidden, lambda states: states @ matrix.T, pair.teacher.size, reordered=reordered)
-    inputs = LossInputs(batch, LazyLogits.of_logits(logits), teacher, BACKENDS["cpu"], BACKENDS["cpu"])
-    monkeypatch.setattr(linear, "BLOCK_BYTES", 4 * pair.student.size * 5)
+    teacher = HeadLogits(hidden, lambda states: states @ matrix.T, pair.teacher.size, reordered=reordered)
+    inputs = LossInputs(batch, GivenLogits(logits), teacher)
+    monkeypatch.setattr(lazy, "BLOCK_BYTES", 4 * pair.student.size * 5)
     plain = OBJECTIVES["reverse_kl"]()(inputs)
     assert not copies
-    monkeypatch.setattr(linear, "SCATTERED", {"cpu"})
+    monkeypatch.setattr(tables, "SCATTERED", {"cpu"})
     in_order = OBJECTIVES["reverse_kl"]()(inputs)
     assert len(copies) == 1
     torch.testing.assert_close(in_order.total, plain.total)
@@ -160,21 +155,21 @@ def test_a_model_agrees_with_itself_whatever_the_tokenizer(name, text):
     pair = VocabularyPair(VOCABULARIES[name], VOCABULARIES[name])
     one = aligned_text(pair, pair.student.encode(text).ids.tolist(), True)
     batch = AlignedBatch([one], pair, CPU)
-    logits = LazyLogits.of_logits(states(len(one.ids), pair.student.size, 3))
-    loss = OBJECTIVES["reverse_kl"]()(LossInputs(batch, logits, logits, BACKENDS["cpu"], BACKENDS["cpu"]))
+    logits = GivenLogits(states(len(one.ids), pair.student.size, 3))
+    loss = OBJECTIVES["reverse_kl"]()(LossInputs(batch, logits, logits))
     assert batch.supervised_bytes.numel() == len(text.encode()) + 1
     assert abs(loss.total.item()) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["bpe", "fallback"])
-@pytest.mark.parametrize("backend", FORCED)
+@pytest.mark.parametrize("backend", FORCED, indirect=True)
 def test_tables_are_the_definition_on_a_whole_vocabulary(name, backend):
     vocabulary = VOCABULARIES[name]
     pair = VocabularyPair(vocabulary, vocabulary)
     one = aligned_text(pair, vocabulary.encode("the dog's 12 é").ids.tolist(), True)
     batch = AlignedBatch([one], pair, CPU)
     logits = states(len(one.ids), vocabulary.size + 3, 4)
-    table, _, _ = byte_tables(LazyLogits.of_logits(logits), batch.layout_S, BACKENDS[backend])
+    table, _, _ = byte_tables(GivenLogits(logits), batch.layout_S)
     spelled = [vocabulary.token_bytes(i) or None for i in range(vocabulary.size)]
     expected = oracle.byte_table(spelled, [1], logits, one.student.ids.tolist(), one.student.data, True)
     torch.testing.assert_close(table.exp(), expected, rtol=1e-9, atol=1e-14)
@@ -216,10 +211,8 @@ def test_a_text_of_no_bytes_and_no_end_asks_nothing_of_a_teacher_that_tells_some
     assert batch.teacher_row_starts.tolist() == [0, 2, 2]
     logits = states(3, pair.student.size, 1).requires_grad_(True)
     ids = batch.target_T.clamp(min=0)[:, None]
-    teacher = LazyLogits.of_top_k(ids, torch.full((2, 1), -0.5), pair.teacher.size)
-    loss = OBJECTIVES["reverse_kl"]()(
-        LossInputs(batch, LazyLogits.of_logits(logits), teacher, BACKENDS["cpu"], BACKENDS["cpu"])
-    )
+    teacher = TopKLogits(ids, torch.full((2, 1), -0.5), pair.teacher.size)
+    loss = OBJECTIVES["reverse_kl"]()(LossInputs(batch, GivenLogits(logits), teacher))
     (grad,) = torch.autograd.grad(loss.total, logits)
     assert torch.isfinite(grad).all()
     assert not grad[2].any()

@@ -27,7 +27,7 @@ from gold.cache.store import ScoreCache
 from gold.demo.models import SPECIAL, _with_bos, tiny_model
 from gold.errors import ConfigError
 from gold.evaluate import EvaluationPlan, evaluate
-from gold.kernels.lm_head import LazyLogits, likeliest
+from gold.kernels.logits import GivenLogits, LazyLogits, likeliest
 from gold.models.causal import LanguageModel
 from gold.teachers.cached import UnaskedTeacher, record
 from gold.train.loop import Saving, distill
@@ -103,7 +103,7 @@ def test_the_likeliest_tokens_of_a_row_and_the_rest(seed: int, top_k: int, gaps:
         logits[:, 3] = 1.0
     also = torch.from_numpy(rng.integers(-1, 9, (4, 3)))
     size = int(rng.integers(4, 10))
-    ids, logp, rest = likeliest(LazyLogits.of_logits(logits), top_k, also, size)
+    ids, logp, rest = likeliest(GivenLogits(logits), top_k, also, size)
     expected = torch.log_softmax(logits, -1)
     for n in range(4):
         known = [int(i) for i in ids[n] if i >= 0]
@@ -128,8 +128,8 @@ def test_its_rows_are_the_teachers_own_within_the_stated_bound(
         teacher.score(*asked), cached.score(*asked), *asked[1:], strict=True
     ):
         size = whole.width
-        exact = torch.log_softmax(whole.head(whole.hidden_ND).double(), -1)
-        back = kept.head(kept.hidden_ND)
+        exact = torch.log_softmax(whole.logits().double(), -1)
+        back = kept.logits()
         assert (kept.partial, len(kept)) == (True, len(tokenized.ids) + stop)
         known = torch.isfinite(back[:, :size])
         least = torch.zeros_like(known)
@@ -151,8 +151,8 @@ def test_what_is_found_is_what_was_asked_for_bit_by_bit(teacher: LocalTeacher, t
     later = CachedTeacher(teacher, tmp_path)
     other = later.score(*asked)
     for rows in zip(one, again, other, strict=True):
-        assert torch.equal(rows[0].hidden_ND, rows[1].hidden_ND)
-        assert torch.equal(rows[0].hidden_ND, rows[2].hidden_ND)
+        assert torch.equal(rows[0].logits(), rows[1].logits())
+        assert torch.equal(rows[0].logits(), rows[2].logits())
     assert (first.asked, first.found, later.asked, later.found) == (3, 3, 0, 3)
     assert later.cache.origin.top_k == 4
 
@@ -162,7 +162,7 @@ def test_a_text_that_comes_twice_is_asked_for_once(teacher: LocalTeacher, tmp_pa
     prompts, spelled, stopped = asking(teacher, 2)
     rows = cached.score([*prompts, *prompts], [*spelled, *spelled], [*stopped, *stopped])
     assert (cached.asked, cached.found, len(cached.cache)) == (2, 2, 2)
-    assert torch.equal(rows[1].hidden_ND, rows[3].hidden_ND)
+    assert torch.equal(rows[1].logits(), rows[3].logits())
     # Another end, and another prompt, is another text.
     cached.score(prompts, spelled, [not stop for stop in stopped])
     cached.score([replace(p, text=f"{p.text} ") for p in prompts], spelled, stopped)
@@ -177,7 +177,7 @@ def test_texts_without_tokens(teacher: LocalTeacher, tmp_path: Path) -> None:
     cached = CachedTeacher(teacher, tmp_path)
     rows = cached.score([Prompt("a", text="1"), Prompt("b", text="2")], [empty, empty], [False, True])
     assert [len(each) for each in rows] == [0, 1]
-    assert LazyLogits.joined(rows).hidden_ND.shape[0] == 1
+    assert len(LazyLogits.joined(rows)) == 1
 
 
 def test_a_damaged_text_is_asked_for_again(
@@ -196,7 +196,7 @@ def test_a_damaged_text_is_asked_for_again(
     after = cached.score(*asked)
     assert "counts as not there" in caplog.text
     assert (cached.asked, cached.found) == (1, 2)
-    assert all(torch.equal(a.hidden_ND, b.hidden_ND) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a.logits(), b.logits()) for a, b in zip(before, after, strict=True))
 
 
 def test_a_teacher_that_gives_nan_is_named_and_nothing_is_kept(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ from gold.align.collate import read, teacher_rows
 from gold.config import Config
 from gold.doctor.server import examine_noise, examine_own, examine_server
 from gold.evaluate import EvaluationPlan, evaluate
-from gold.kernels.lm_head import LazyLogits, token_logp
+from gold.kernels.lm_head import token_logp
+from gold.kernels.logits import LazyLogits
 from gold.models.causal import LanguageModel, save_model
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
@@ -141,8 +142,8 @@ def test_with_every_token_known_its_rows_are_the_models_own(
         )
         for (rows, _), (own, _) in pairs:
             assert rows.partial
-            mine = rows.head(rows.hidden_ND).exp()
-            prob = torch.softmax(own.head(own.hidden_ND).double(), -1)
+            mine = rows.logits().exp()
+            prob = torch.softmax(own.logits().double(), -1)
             torch.testing.assert_close(mine[:, :size], prob, rtol=0, atol=1e-5)
             assert mine[:, size].max() < 1e-5
 
@@ -172,7 +173,7 @@ def test_texts_of_no_tokens_are_not_asked_for(teacher: LanguageModel, folder: Pa
         rows = there.score([Prompt("a", text="1"), Prompt("b", text="2")], [empty, empty], [False, True])
         assert [len(r) for r in rows] == [0, 1]
         assert len(server.requests) == 1
-        assert LazyLogits.joined(rows).hidden_ND.shape[0] == 1
+        assert len(LazyLogits.joined(rows)) == 1
 
 
 def test_several_stop_ids_are_one_event_as_far_as_they_are_known(

@@ -25,7 +25,7 @@ from gold import CachedTeacher, ConfigError, Prompt, Recipe, ServedTeacher, Teac
 from gold.doctor.server import examine_noise, examine_server
 from gold.errors import TrainingError
 from gold.evaluate import EvaluationPlan, evaluate
-from gold.kernels.lm_head import LazyLogits, impossible_rows
+from gold.kernels.logits import LazyLogits, TopKLogits
 from gold.models.causal import LanguageModel
 from gold.teachers.dialects import VLLM, Asked, Dialect, OpenAI, SGLang
 from gold.teachers.http import BadAnswerError, Server, _tls, is_near
@@ -214,9 +214,9 @@ def test_rows_that_tell_their_own_event_as_impossible() -> None:
     ids = torch.tensor([[3, 4], [3, 4], [3, 4], [7, 8], [7, 8], [7, -1]])
     logp = torch.tensor([[-1, never], [never, -1], [-1, -1], [never, -1], [never, never], [-1, never]])
     target, stops = torch.tensor([3, 3, 5, -1, -1, -1]), torch.tensor([7, 8])
-    rows = LazyLogits.of_top_k(ids, logp, 10)
+    rows = TopKLogits(ids, logp, 10)
     # A token that is not told of may be anything.
-    assert impossible_rows(rows, target, stops).tolist() == [False, True, False, False, True, False]
+    assert rows.impossible(target, stops).tolist() == [False, True, False, False, True, False]
 
 
 @pytest.mark.parametrize("zero", [-9999.0, -math.inf])
@@ -230,21 +230,17 @@ def test_a_cache_gives_back_probabilities_of_0(
     class Served(ServedTeacher):
         def score(self, prompts: Any, tokenized_texts: Any, stopped: Any) -> list[LazyLogits]:
             ids = torch.tensor([[int(text.ids[0]), 9, 8], [int(text.ids[1]), 9, 8]])
-            return [
-                LazyLogits.of_top_k(
-                    ids, torch.tensor([[-0.5, -2.0, zero], [zero, -2.0, -0.5]]), vocabulary.size
-                )
-            ]
+            return [TopKLogits(ids, torch.tensor([[-0.5, -2.0, zero], [zero, -2.0, -0.5]]), vocabulary.size)]
 
     plain = Served(folder, url="http://127.0.0.1:1/v1", model="m", top_k=2)
     cached = CachedTeacher(plain, tmp_path)
     asked = [prompt], [text], [False]
     for rows in (cached.score(*asked)[0], CachedTeacher(plain, tmp_path).score(*asked)[0]):
-        told = rows.head(rows.hidden_ND)
+        told = rows.logits()
         assert torch.isneginf(told[0, 8])
         assert torch.isneginf(told[1, int(text.ids[1])])
         target = torch.from_numpy(text.ids.astype(np.int64))
-        assert impossible_rows(rows, target, torch.tensor(vocabulary.stop_ids)).tolist() == [False, True]
+        assert rows.impossible(target, torch.tensor(vocabulary.stop_ids)).tolist() == [False, True]
 
 
 # Whatever else comes back

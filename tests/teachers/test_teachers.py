@@ -26,7 +26,7 @@ from gold.config import Config
 from gold.data import Prompt, load_prompts
 from gold.demo.models import tiny_model, word_tokenizer
 from gold.errors import ConfigError, DataError, TeacherError
-from gold.kernels.lm_head import LazyLogits
+from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.losses.mixture import Mix, mixed_rows, mixture
 from gold.models.causal import LanguageModel, save_model
 from gold.teachers import LocalTeacher, SelfTeacher, Teachers
@@ -122,9 +122,9 @@ def test_what_one_teacher_rules_out_a_log_linear_mixture_rules_out() -> None:
 
 def test_rows_of_one_vocabulary_are_mixed_without_rows_of_no_token() -> None:
     logits = [torch.randn(3, 5, generator=torch.Generator().manual_seed(n)) for n in range(2)]
-    mixed = mixed_rows([LazyLogits.of_logits(x) for x in logits], 4, Mix("linear", {"a": 0.25, "b": 0.75}))
+    mixed = mixed_rows([GivenLogits(x) for x in logits], 4, Mix("linear", {"a": 0.25, "b": 0.75}))
     expected = 0.25 * logits[0][:, :4].softmax(-1) + 0.75 * logits[1][:, :4].softmax(-1)
-    torch.testing.assert_close(mixed.head(mixed.hidden_ND).exp(), expected)
+    torch.testing.assert_close(mixed.logits().exp(), expected)
     assert len(mixed.select(torch.tensor([2, 0]))) == 2
 
 

@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 import support.tiny_models as tiny
 import torch
+from support.kernel_inputs import BACKENDS_HERE
 from support.trackers import Recorder
 
 from gold.build import evaluate_source
 from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model
 from gold.errors import ConfigError, DataError, TeacherError, TrainingError
-from gold.kernels import BACKENDS
+from gold.kernels import use_backend
 from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
 from gold.models.causal import LanguageModel, rows_of
 from gold.train import step as loop
 from gold.train.loop import Run, Saving, check_recipe, distill
 from gold.train.recipe import Recipe, Term
-from tests.kernels.rows_for_kernels import BACKENDS_HERE
 
 RECIPE = Recipe(
     steps=3,
@@ -149,11 +149,11 @@ def test_a_step_on_a_gpu_is_that_of_a_cpu(term: Term) -> None:
 @pytest.mark.parametrize(
     "term", ON_ANY_DEVICE, ids=lambda term: "-".join([term.name, *term.options.values()])
 )
-def test_a_step_with_triton_is_that_with_numba(term: Term, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_with_triton_is_that_with_numba(term: Term) -> None:
     recipe = one_step(term)
     (expected,) = run(recipe).steps
-    monkeypatch.setattr(loop, "backend_for", lambda device: BACKENDS["cuda"])
-    (found,) = run(recipe).steps
+    with use_backend("cuda"):
+        (found,) = run(recipe).steps
     for name in ("loss", "grad_norm"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
 

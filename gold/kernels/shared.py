@@ -1,0 +1,133 @@
+"""Divergences on the events that two vocabularies share, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gold.kernels.backends import row_divergence
+from gold.kernels.layout import KeptEvents
+from gold.kernels.lm_head import summed
+from gold.kernels.logits import LazyLogits, spans
+from gold.kernels.reference import (
+    SMOOTHING,
+    MixedKL,
+    bucketed,
+    coarsened,
+    finite_where_either_is,
+    row_logsumexp,
+    smoothed,
+)
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SharedEvents:
+    """Events that two vocabularies both have: token ``ids_V[p]`` of the student is token ``ids_W[p]`` of the teacher;
+    then the stop event; what is left on each side is one more event, or is left out. ``everything``: there are no text
+    tokens left on either side."""
+
+    ids_V: Tensor
+    ids_W: Tensor
+    stops_V: Tensor
+    stops_W: Tensor
+    everything: bool = False
+
+    def kept(self, width_V: int, width_W: int) -> tuple[KeptEvents, KeptEvents]:
+        """Both sides' columns; a vocabulary can have special ids that its model has no row for."""
+        there = (self.ids_V < width_V) & (self.ids_W < width_W).to(self.ids_V.device)
+        return (
+            KeptEvents(self.ids_V[there], self.stops_V, width_V),
+            KeptEvents(self.ids_W[there.to(self.ids_W.device)], self.stops_W, width_W),
+        )
+
+
+def shared_divergence(
+    student: LazyLogits,
+    teacher: LazyLogits,
+    events: SharedEvents,
+    divergence: Divergence,
+    renormalise: bool,
+    top_k: int | None = None,
+    top_k_of_teacher: bool = True,
+    weight_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum of the divergences between row n of both sides on shared events, each times its weight (1 without one), and
+    the student's mass on these events, [N], without gradient.
+
+    ``renormalise``: condition both sides on the shared events; else all unshared mass is one more event, the bucket.
+    ``top_k``: only the likeliest shared events of one side in each row are events of their own, the others are
+    unshared; so are those that a teacher's row does not know. A ``MixedKL`` is left to the kernel where it can do all
+    that; any other divergence is computed by torch. Where only one side's matrix has rows beyond its vocabulary
+    and that would cost infinitely much, both are smoothed although ``everything`` is shared; where a divergence is
+    infinite all the same, events of probability 0 count as ``reference.finite_where_either_is`` says.
+
+    Raises: ValueError if ``top_k`` is more than there are shared events.
+    """
+    kept, kept_T = events.kept(student.width, teacher.width)
+    if top_k is not None and top_k > kept.ids.numel() + 1:
+        raise ValueError(
+            f"top_k is {top_k}, and the vocabularies share {kept.ids.numel()} tokens and the stop event"
+        )
+    smoothing = SMOOTHING
+    if events.everything:
+        padded, padded_T = (bool(k.left.numel()) for k in (kept, kept_T))
+        alone = padded and not padded_T, padded_T and not padded
+        if not isinstance(divergence, MixedKL) or divergence.finite(*alone):
+            smoothing = 0.0
+    whole = top_k is None and not teacher.partial and kept.ids.device == kept_T.ids.device
+
+    def compare(block: LazyLogits, span: slice) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            logits_T = teacher.select(span).logits()
+        if whole and isinstance(divergence, MixedKL):
+            logits = block.logits()
+            value, mass = row_divergence(
+                logits,
+                logits_T,
+                kept,
+                kept_T,
+                divergence,
+                rest="renormalise" if renormalise else "bucket",
+                smoothing=smoothing,
+                overwrite=block.may_overwrite(logits),
+            )
+        else:
+            value, mass = in_torch(block.logits(), logits_T)
+        if torch.isinf(value.detach()).any():
+            value, mass = in_torch(block.logits(), logits_T, finite=True)
+        return (value if weight_N is None else value * weight_N[span].to(value)).sum(), mass
+
+    def in_torch(logits_S: Tensor, logits_T: Tensor, finite: bool = False) -> tuple[Tensor, Tensor]:
+        logp = coarsened(logits_S, kept)
+        with torch.no_grad():
+            logq = coarsened(logits_T, kept_T).to(logp)
+            apart = torch.isfinite(logq[:, :-1]) if teacher.partial else None
+            if top_k is not None:
+                ranked = (logq if top_k_of_teacher else logp)[:, :-1].topk(top_k, dim=-1).indices
+                chosen = torch.zeros_like(logp[:, :-1], dtype=torch.bool).scatter(1, ranked, True)
+                apart = chosen if apart is None else apart & chosen
+        if apart is not None:
+            logp, logq = bucketed(logp, apart), bucketed(logq, apart)
+        mass = row_logsumexp(logp[:, :-1].detach()).exp()
+        if renormalise:
+            logp, logq = (_conditional(x[:, :-1]) for x in (logp, logq))
+        elif apart is not None or smoothing:
+            # Events outside of these of one side may have no probability at all on the other.
+            logp, logq = smoothed(logp, SMOOTHING), smoothed(logq, SMOOTHING)
+        if finite:
+            logp, logq = finite_where_either_is(logp, logq)
+        return divergence(logp, logq), mass
+
+    blocks = [(span, span) for span in spans(len(student), min(student.block_rows, teacher.block_rows))]
+    total, mass = summed(compare, student, blocks)
+    return total, mass
+
+
+def _conditional(logp: Tensor) -> Tensor:
+    norm = row_logsumexp(logp)[:, None]
+    return logp - torch.where(torch.isneginf(norm), 0.0, norm)
