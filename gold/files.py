@@ -183,23 +183,17 @@ def safetensors_header(path: Path, error: type[GoldError]) -> tuple[dict[str, An
     allows.
     """
     with open_file(path, error) as stream:
-        start = stream.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > _LONGEST_HEADER:
-            raise error(f"{path} is broken, it ends within its header")
-        header = stream.read(length)
-    if len(header) < length:
+        length = int.from_bytes(start := stream.read(8), "little")
+        header = stream.read(length) if length <= _LONGEST_HEADER else b""
+    if len(start) < 8 or len(header) < length:
         raise error(f"{path} is broken, it ends within its header")
     try:
         entries = json_value(header)
     except ValueError as fault:
         raise error(f"{path} is broken, its header is no JSON: {fault}") from None
-    tensors = (
-        {name: entry for name, entry in dict(entries).items() if name != "__metadata__"}
-        if isinstance(entries, dict)
-        else None
-    )
-    if tensors is None or not all(map(_is_tensor, tensors.values())):
+    tensors: dict[str, Any] = entries if isinstance(entries, dict) else {"": None}
+    tensors = {name: entry for name, entry in tensors.items() if name != "__metadata__"}
+    if not all(map(_is_tensor, tensors.values())):
         raise error(f"{path} is broken, its header does not list tensors")
     return tensors, 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
 
@@ -220,12 +214,6 @@ def _is_tensor(entry: Any) -> bool:
 def _is_deep(value: Any) -> bool:
     level = [value]
     for _ in range(_DEEPEST):
-        level = [
-            child
-            for item in level
-            if isinstance(item, dict | list)
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
-        if not level:
-            return False
-    return any(isinstance(item, dict | list) for item in level)
+        level = [each for each in level if isinstance(each, dict | list)]
+        level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)]
+    return any(isinstance(each, dict | list) for each in level)

@@ -104,7 +104,7 @@ def _config_change(key: str, text: str, inputs: Inputs) -> Change:
     return Change(text, "refused")
 
 
-def check_changes(found: Sequence[Change], folder: Path) -> None:
+def refuse_changes(found: Sequence[Change], folder: Path) -> None:
     """Nothing, where none of the changes makes another run.
 
     Raises:

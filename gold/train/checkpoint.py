@@ -78,9 +78,8 @@ def save_checkpoint(folder: Path, step: int, writer: Callable[[Path], None], kee
 
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose files are all as its manifest says, and a note on each newer one.
-
-    None where there is no checkpoint at all. Nothing is changed on disk.
+    """The newest checkpoint whose files are all as its manifest says, None where there is no checkpoint at all, and a
+    note on each newer one.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole.
@@ -92,9 +91,7 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             return Checkpoint(step, path), notes
         notes.append(f"skipped the checkpoint of step {step}, {path}: {fault}")
     if notes:
-        raise CheckpointError(
-            f"no whole checkpoint in {folder}: {'; '.join(notes)}; start anew in another folder"
-        )
+        raise CheckpointError(f"no whole checkpoint in {folder}: {'; '.join(notes)}; use another folder")
     return None, notes
 
 

@@ -25,23 +25,22 @@ BLOCK_BYTES = 2**20
 BLOCKS = 256
 # What transformers reads of a model's folder, and what is in it.
 _KINDS = {
-    "*.safetensors": "weights",
-    "pytorch_model*.bin": "weights",
-    "*.gguf": "weights and tokenizer",
-    "config.json": "settings",
-    "generation_config.json": "settings",
-    "adapter_config.json": "settings",
-    "tokenizer_config.json": "tokenizer, chat template",
-    "tokenizer.json": "tokenizer",
-    "tokenizer.model": "tokenizer",
-    "*.tiktoken": "tokenizer",
-    "tekken.json": "tokenizer",
-    "vocab.json": "tokenizer",
-    "vocab.txt": "tokenizer",
-    "merges.txt": "tokenizer",
-    "added_tokens.json": "tokenizer",
-    "special_tokens_map.json": "tokenizer",
-    "chat_template.*": "chat template",
+    "weights": ("*.safetensors", "pytorch_model*.bin"),
+    "settings": ("config.json", "generation_config.json", "adapter_config.json"),
+    "tokenizer, chat template": ("tokenizer_config.json",),
+    "tokenizer": (
+        *(
+            "tokenizer.json",
+            "tokenizer.model",
+            "*.tiktoken",
+            "tekken.json",
+            "vocab.json",
+            "vocab.txt",
+            "merges.txt",
+        ),
+        *("added_tokens.json", "special_tokens_map.json"),
+    ),
+    "chat template": ("chat_template.*",),
 }
 
 
@@ -66,15 +65,17 @@ def of_files(
     folder, file = _found(path, gguf_file)
     if folder is None:
         return None
-    kinds = {file: _KINDS["*.gguf"]} if file else _KINDS
-    files = {
-        found: kind
-        for pattern, kind in kinds.items()
-        for found in sorted(folder.glob(pattern))
-        if found.is_file() and (file or weights or kind != "weights")
-    }
-    if file is None:
-        files = {found: kind for found, kind in files.items() if found.suffix != ".gguf"}
+    if file:
+        files = {folder / file: "weights and tokenizer"}
+    else:
+        files = {
+            found: kind
+            for kind, patterns in _KINDS.items()
+            for pattern in patterns
+            for found in sorted(folder.glob(pattern))
+            if weights or kind != "weights"
+        }
+    files = {found: kind for found, kind in files.items() if found.is_file()}
     try:
         digests = {f"{found.name} ({kind})": _of_file(found) for found, kind in files.items()}
     except OSError as error:

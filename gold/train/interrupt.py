@@ -12,11 +12,8 @@ NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIG
 
 
 class Interrupt:
-    """Notes the first Ctrl-C, SIGTERM or SIGHUP in `caught`, so that a step is finished and kept; a second one ends
-    the program at once, and a third is the system's.
-
-    A signal that the process was started to ignore, as under `nohup`, stays ignored.
-    """
+    """Keeps the number of the first Ctrl-C, SIGTERM or SIGHUP in `caught`, so that the step can be finished; the second
+    ends the program. A signal that the process was started to ignore, as under `nohup`, stays ignored."""
 
     def __init__(self) -> None:
         self.caught = 0
@@ -43,7 +40,7 @@ class Interrupt:
             raise ended_by(number)
         self.caught = number
         # Streams may be in use where the signal arrives; the descriptor takes a line, if somebody still reads it.
-        line = f"gold: {NAMES[signal.Signals(number)]}: this step is finished and kept first; again, and nothing is\n"
+        line = f"gold: {NAMES[signal.Signals(number)]}: finishing this step; a second signal ends at once\n"
         with contextlib.suppress(OSError):
             os.write(2, line.encode())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from gold import terminal
@@ -34,28 +34,27 @@ class Lasting(Tracker):
     def __init__(self, inner: Tracker) -> None:
         self.inner, self.ended = inner, False
 
-    def _pass(self, method: Callable[..., None], *arguments: Any) -> None:
-        if self.ended:
-            return
+    def start(self, run: RunInfo) -> None:
+        self._call("start", run)
+
+    def log(self, kind: str, record: Mapping[str, Any]) -> None:
+        self._call("log", kind, record)
+
+    def note(self, text: str) -> None:
+        self._call("note", text)
+
+    def finish(self) -> None:
+        self._call("finish")
+
+    def _call(self, method: str, *arguments: Any) -> None:
         try:
-            method(*arguments)
+            if not self.ended:
+                getattr(self.inner, method)(*arguments)
         except OSError as error:
             if error.errno not in (errno.EIO, errno.EPIPE):
                 raise
             self.ended = True
             terminal.silence()  # what is left to be written would be an error again when the program ends
-
-    def start(self, run: RunInfo) -> None:
-        self._pass(self.inner.start, run)
-
-    def log(self, kind: str, record: Mapping[str, Any]) -> None:
-        self._pass(self.inner.log, kind, record)
-
-    def note(self, text: str) -> None:
-        self._pass(self.inner.note, text)
-
-    def finish(self) -> None:
-        self._pass(self.inner.finish)
 
 
 class Lines(Tracker):

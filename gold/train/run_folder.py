@@ -22,7 +22,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import yaml
@@ -34,11 +33,11 @@ from gold.train.changes import (
     Change,
     Inputs,
     changes,
-    check_changes,
     environment,
     environment_changes,
     is_environment,
     is_inputs,
+    refuse_changes,
 )
 from gold.train.checkpoint import newest_step
 from gold.train.records import FILE_OF_KIND, open_to_append, read_lines, record_line
@@ -56,11 +55,9 @@ _FILES = (
     "samples.jsonl",
 )
 _FOLDERS = ("checkpoints", "plots", "student")
-# What a kill may leave of a folder that was not yet a run.
-_BEFORE_CONFIG = {
-    *(".lock", "environment.json", "inputs.json"),
-    *(".tmp-environment.json", ".tmp-inputs.json", ".tmp-config.yaml"),
-}
+# What a kill may leave of a folder that was no run yet.
+_BEFORE_CONFIG = {".lock", "environment.json", "inputs.json"}
+_BEFORE_CONFIG |= {".tmp-environment.json", ".tmp-inputs.json", ".tmp-config.yaml"}
 _MODEL_FILES = ("*.safetensors", "pytorch_model*.bin", "*.gguf", "tokenizer.json", "tokenizer.model")
 
 
@@ -81,7 +78,7 @@ def config_text(config: Mapping[str, Any]) -> str:
     return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-class RunFolder(Tracker):
+class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
     """A run's folder, to read or to write; the first write locks it against every other process.
 
     Only the main process of a distributed run writes. Close it, or use it in a `with` statement.
@@ -89,21 +86,13 @@ class RunFolder(Tracker):
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.plots = path / "plots"
         self.config = config
         self.notes: list[str] = []  # what a resumption finds changed
         self._lock: int | None = None
         self._identity: tuple[int, int] | None = None
         self._streams: dict[str, int] = {}
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the checkpoints; it exists once one was saved."""
-        return self.path / "checkpoints"
-
-    @property
-    def plots(self) -> Path:
-        """The folder of the pictures; it exists once one was drawn."""
-        return self.path / "plots"
 
     @classmethod
     def check_new(cls, path: str | Path, overwrite: bool = False) -> None:
@@ -138,15 +127,18 @@ class RunFolder(Tracker):
         config: Mapping[str, Any],
         inputs: Inputs | None = None,
         allow_changed: bool = False,
-    ) -> None:
-        """Nothing, where `resume` may go on with the run in the folder; nothing is written.
+    ) -> list[Change]:
+        """What differs from the run in the folder; nothing is written.
 
         Raises:
-            ConfigError: the configuration differs in a key that makes it another run, or an input has another content;
-                each is named. With `allow_changed` it is not raised.
+            ConfigError: a key or an input makes it another run, each is named; with `allow_changed` it is not raised.
             CheckpointError: no run is there, or its files cannot be read.
         """
-        cls.open(path)._changes(config, inputs or {}, allow_changed)
+        run = cls.open(path)
+        found = changes(run.config, config, run._inputs(allow_changed), inputs or {})
+        if not allow_changed:
+            refuse_changes(found, run.path)
+        return found
 
     @classmethod
     def create(
@@ -206,8 +198,8 @@ class RunFolder(Tracker):
         inputs: Inputs | None = None,
         allow_changed: bool = False,
     ) -> Self:
-        """An existing run folder to go on with, locked; it now has the given configuration and inputs, and an entry of
-        the resumption in its environment, with what changed.
+        """An existing run folder to go on with, locked: it has the given configuration and inputs now, and an entry of
+        the resumption in environment.json.
 
         Call `rewind` with the step of the checkpoint before anything is logged.
 
@@ -215,8 +207,7 @@ class RunFolder(Tracker):
             ConfigError: as `check_resume`.
             CheckpointError: no run is there, it cannot be read or written, or another process is writing it.
         """
-        run = cls.open(path)
-        found = run._changes(config, inputs or {}, allow_changed)
+        run, found = cls.open(path), cls.check_resume(path, config, inputs, allow_changed)
         with run._closed_on_failure():
             run._acquire()
             file = run.path / "environment.json"
@@ -235,14 +226,6 @@ class RunFolder(Tracker):
             run.config = plain(config)
             run._write_state(before, {**kept, **(inputs or {})})
         return run
-
-    def _changes(self, config: Mapping[str, Any], inputs: Inputs, allow_changed: bool) -> list[Change]:
-        """What differs from the run so far; ConfigError where that makes another run and is not allowed."""
-        own = self._inputs(allow_changed)
-        found = changes(self.config, config, own, inputs)
-        if not allow_changed:
-            check_changes(found, self.path)
-        return found
 
     def _inputs(self, allow_broken: bool = False) -> dict[str, Any]:
         """The run's inputs; none where it kept none."""
@@ -345,12 +328,7 @@ class RunFolder(Tracker):
             os.close(self._lock)
             self._lock = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -411,9 +389,8 @@ def ended(path: str | Path, config: Mapping[str, Any], steps: int) -> str | None
     run = RunFolder.open(path)
     found = changes(run.config, config, run._inputs(), {})
     last = run.records("train")[-1:]
-    if any(change.kind == "refused" for change in found) or newest_step(run.checkpoints) != steps:
-        return None
-    if not last or last[0]["step"] != steps:
+    steps_found = newest_step(run.checkpoints), last[0]["step"] if last else None
+    if any(change.kind == "refused" for change in found) or steps_found != (steps, steps):
         return None
     check_end(last[0])
     return f"the run in {path} ended after step {steps}: there is nothing to resume"

@@ -45,7 +45,7 @@ class Tracker(Protocol):
 
 
 class Trackers(Tracker):
-    """Several trackers as one; each call reaches them in order. Without any it is silent."""
+    """Several trackers as one, called in order. Without any it is silent."""
 
     def __init__(self, *members: Tracker) -> None:
         self.members = list(members)

