@@ -29,7 +29,8 @@ from gold.data import Prompt
 from gold.demo.models import character_tokenizer, learn_answers, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.evaluate import EvaluationPlan
-from gold.models.causal import LanguageModel, save_model
+from gold.models.language_model import LanguageModel
+from gold.models.load import save_model
 from gold.train.loop import distill
 from gold.train.recipe import Recipe, Term
 

@@ -31,7 +31,9 @@ from gold.kernels.projection import OBSERVED, needed_rows, piece_events, piece_t
 from gold.kernels.tables import byte_tables
 from gold.losses import LossInputs
 from gold.losses.prefix import prefix_positions
-from gold.models.causal import LanguageModel, PaddedStates, load_model, rows_of
+from gold.models.language_model import LanguageModel
+from gold.models.load import load_model
+from gold.models.states import PaddedStates, lazy_logits
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Sampling
@@ -219,7 +221,7 @@ def model_prob(model: LanguageModel, prompt: Sequence[int]) -> NextProb:
         completions = [np.array(c, np.int64) for c in contexts]
         prompts, lengths = [prompt] * len(contexts), [len(c) + 1 for c in contexts]
         states = PaddedStates.of(prompts, completions, lengths, model.pad_id, model.device)
-        rows = rows_of(model.lm, states).select(torch.from_numpy(np.cumsum(lengths) - 1))
+        rows = lazy_logits(model.lm, states).select(torch.from_numpy(np.cumsum(lengths) - 1))
         with torch.no_grad():
             return torch.softmax(rows.logits().double(), -1).numpy()
 
@@ -230,7 +232,7 @@ def states_along(model: LanguageModel, prompt: Sequence[int], ids: NDArray[np.in
     """A real model's states along a text, from the one behind the prompt to the one behind its last token."""
     with torch.no_grad():
         states = PaddedStates.of([prompt], [ids], [ids.size + 1], model.pad_id, model.device)
-        return rows_of(model.lm, states)
+        return lazy_logits(model.lm, states)
 
 
 def byte_errors(table: torch.Tensor, exact: Marginals) -> dict[str, Probs]:

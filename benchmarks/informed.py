@@ -28,7 +28,8 @@ from gold.data import Prompt
 from gold.demo.models import learn_answers, tiny_model, word_tokenizer
 from gold.demo.run import SAMPLING, TASK, DemoPlan, make_teacher
 from gold.evaluate import wilson
-from gold.models.causal import LanguageModel, load_model, save_model
+from gold.models.language_model import LanguageModel
+from gold.models.load import load_model, save_model
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.teachers import LocalTeacher, SelfTeacher, Teacher, Teachers

@@ -21,7 +21,7 @@ from benchmarks.assets import assets_folder
 from benchmarks.record import device_name, write_record
 from gold.data import load_prompts, split_by_hash
 from gold.evaluate import EvaluationPlan, evaluate
-from gold.models.causal import load_model
+from gold.models.load import load_model
 from gold.teachers.local import LocalTeacher
 from gold.train.loop import distill
 from gold.train.recipe import Recipe, Term

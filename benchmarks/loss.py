@@ -48,7 +48,8 @@ from gold.errors import GoldError
 from gold.kernels import use_backend
 from gold.kernels.logits import GivenLogits
 from gold.losses import OBJECTIVES, LossInputs, Objective
-from gold.models.causal import as_rows, pick_device
+from gold.models.load import pick_device
+from gold.models.states import head_logits
 from gold.tokenize.vocabulary import Vocabulary
 
 WIDTHS = {"smollm2-135m-instruct": 49_152, "llama3_1": 128_256, "qwen3": 151_936, "gemma3": 262_144}
@@ -184,7 +185,7 @@ class Inputs:
         if self.logits_S is not None and self.logits_T is not None:
             return LossInputs(self.batch(), GivenLogits(self.logits_S), GivenLogits(self.logits_T))
         mine, theirs = (
-            as_rows(model, hidden)
+            head_logits(model, hidden)
             for hidden, model in (
                 (self.hidden_S, _Embeddings(self.matrix_S)),
                 (self.hidden_T, _Embeddings(self.matrix_T)),

@@ -24,7 +24,7 @@ import torch
 from benchmarks.record import RESULTS, device_name, write_record
 from gold.demo.run import SAMPLING, TASK, CpuSeconds, DemoPlan, _heldout, _taught, make_start, make_teacher
 from gold.evaluate import EvaluationPlan, evaluate
-from gold.models.causal import load_model
+from gold.models.load import load_model
 from gold.teachers.local import LocalTeacher
 from gold.train.loop import Saving, distill
 from gold.train.recipe import Recipe, Term

@@ -24,7 +24,8 @@ from gold.data import Prompt
 from gold.doctor.server import examine_noise, examine_server
 from gold.errors import GoldError
 from gold.evaluate import evaluate
-from gold.models.causal import LanguageModel, load_model
+from gold.models.language_model import LanguageModel
+from gold.models.load import load_model
 from gold.teachers.local import LocalTeacher
 from gold.teachers.served import ServedTeacher
 from gold.tokenize.chat import prompt_text

@@ -44,7 +44,8 @@ from benchmarks.meter import MIB, Meter, Sample
 from benchmarks.record import RESULTS, command_line, device_name, write_record
 from gold.data import Prompt, load_prompts
 from gold.errors import GoldError
-from gold.models.causal import LanguageModel, load_model, pick_device, wrap_model
+from gold.models.language_model import LanguageModel
+from gold.models.load import load_model, pick_device, wrap_model
 from gold.teachers.several import Teachers
 from gold.train.recipe import Recipe, Term
 from gold.train.step import Loop, pairs_of, terms_of

@@ -24,7 +24,9 @@ from gold.data import load_prompts, split_by_hash
 from gold.kernels.logits import GivenLogits, LazyLogits, likeliest
 from gold.losses import OBJECTIVES
 from gold.losses.types import LossInputs
-from gold.models.causal import LanguageModel, load_model, rows_of
+from gold.models.language_model import LanguageModel
+from gold.models.load import load_model
+from gold.models.states import lazy_logits
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Rollout, Sampling
@@ -85,7 +87,7 @@ class Compared:
         self.pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
         self.texts = [read(rollout, self.pair) for rollout in rollouts]
         with torch.no_grad():
-            self.logits = rows_of(student.lm, student_states(student, rollouts)).logits()
+            self.logits = lazy_logits(student.lm, student_states(student, rollouts)).logits()
 
     def outcome(self, teacher: Any) -> tuple[float, Tensor, float]:
         """Reverse KL per byte, its gradient with respect to the student's logits, mean probability that is untold."""

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import gold
-from gold.models.causal import load_model
+from gold.models.load import load_model
 from gold.train.loop import Saving
 from gold.train.recipe import Recipe
 

@@ -15,7 +15,9 @@ from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.kernels.logits import LazyLogits
 from gold.losses import OBJECTIVES, LossInputs
-from gold.models.causal import LanguageModel, load_model, rows_of
+from gold.models.language_model import LanguageModel
+from gold.models.load import load_model
+from gold.models.states import lazy_logits
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Sampling
@@ -36,7 +38,7 @@ def train(student: LanguageModel, teacher: LocalTeacher, prompts: list[Prompt], 
         texts = [read(rollout, pair) for rollout in rollouts]
         batch = AlignedBatch(texts, pair, student.device, teacher.device)
         teacher_states = LazyLogits.joined(teacher_rows(teacher, rollouts, texts))
-        student_rows = rows_of(student.lm, student_states(student, rollouts))
+        student_rows = lazy_logits(student.lm, student_states(student, rollouts))
         # Both become next-byte distributions along the text, and their divergence is the loss.
         loss = objective(LossInputs(batch, student_rows, teacher_states)).total / objective.count(batch)
         loss.backward()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gold.align import Alignment, align_tokens
     from gold.config import Config
     from gold.data import Prompt, load_prompts
-    from gold.models.causal import load_model
+    from gold.models.load import load_model
     from gold.tasks import load_task
     from gold.teachers import CachedTeacher, LocalTeacher, SelfTeacher, ServedTeacher, Teachers
     from gold.tokenize.vocabulary import TokenizedText, Vocabulary
@@ -78,7 +78,7 @@ _MODULE_OF = {
     "Vocabulary": "gold.tokenize.vocabulary",
     "align_tokens": "gold.align",
     "distill": "gold.train.loop",
-    "load_model": "gold.models.causal",
+    "load_model": "gold.models.load",
     "load_prompts": "gold.data",
     "load_task": "gold.tasks",
 }

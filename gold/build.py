@@ -24,8 +24,9 @@ from gold.errors import ConfigError, GoldError, ModelError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
 from gold.inspect.plots import plot_run
 from gold.losses import Need, find
-from gold.models.causal import LanguageModel, load_model, pick_device
 from gold.models.files import check_files
+from gold.models.language_model import LanguageModel
+from gold.models.load import load_model, pick_device
 from gold.tasks import load_task
 from gold.teachers.cached import CachedTeacher, UnaskedTeacher, record
 from gold.teachers.ema import SelfTeacher

@@ -20,7 +20,8 @@ from gold.kernels.lm_head import token_logp
 from gold.kernels.logits import LazyLogits
 from gold.kernels.tables import prefix_logp
 from gold.losses.types import IMPOSSIBLE, possible
-from gold.models.causal import LanguageModel, rows_of
+from gold.models.language_model import LanguageModel
+from gold.models.states import lazy_logits
 from gold.rollout.engine import RolloutEngine, completed, sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Rollout, Sampling, Segment
@@ -386,7 +387,7 @@ def _student_logp(student: LanguageModel, rollouts: Sequence[Rollout], plan: Eva
     results: dict[int, _Known] = {}
     for chosen in microbatches(rollouts, plan.micro_batch_size):
         mine = [rollouts[i] for i in chosen]
-        whole = rows_of(student.lm, student_states(student, mine))
+        whole = lazy_logits(student.lm, student_states(student, mine))
         for i, rows in zip(chosen, whole.split([r.ids.size for r in mine]), strict=True):
             stopped = rollouts[i].stopped
             events = _event_logp(rows, rollouts[i].tokenized.ids, stopped, student.vocabulary.stop_ids)

@@ -22,7 +22,8 @@ from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.kernels.logits import GivenLogits
 from gold.kernels.tables import byte_tables
-from gold.models.causal import LanguageModel, save_model
+from gold.models.language_model import LanguageModel
+from gold.models.load import save_model
 from gold.teachers import LocalTeacher
 from gold.tokenize.vocabulary import Vocabulary
 

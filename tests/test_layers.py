@@ -21,7 +21,7 @@ ROOT = Path(gold.__file__).parent
 # Heavy or optional packages, and the only modules that may import them.
 HOME_OF = {
     "accelerate": ("gold.train.step", "gold.train.loop", "gold.evaluate"),
-    "gguf": ("gold.models.causal",),
+    "gguf": ("gold.models.load",),
     "httpx2": ("gold.teachers.http",),
     "matplotlib": ("gold.inspect.plots", "gold.demo"),
     "pydantic": ("gold.config", "gold.losses", "gold.schema", "gold.train.recipe"),
@@ -30,8 +30,7 @@ HOME_OF = {
     "rich": ("gold.terminal", "gold.inspect.terminal", "gold.doctor.report", "gold.train.progress"),
     "tiktoken": ("gold.tokenize.convert.tiktoken",),
     "transformers": (
-        "gold.models.causal",
-        "gold.models.files",
+        "gold.models",
         "gold.rollout.hf",
         "gold.demo",
     ),  # models, generation, tiny models
@@ -78,7 +77,8 @@ FORBIDDEN_IN = {
         "tokenizers",
         "gold.align",
         "gold.kernels",
-        "gold.models.causal",
+        "gold.models.load",
+        "gold.models.states",
     ),
     "gold.data": ("torch", "transformers"),
     "gold.tasks": ("torch", "transformers"),

@@ -26,7 +26,7 @@ from gold.data import load_prompts
 from gold.doctor.report import diagnose
 from gold.errors import GoldError
 from gold.inspect.command import run_align
-from gold.models.causal import load_model
+from gold.models.load import load_model
 from gold.tokenize.cache import cached_ids
 from gold.tokenize.load import open_source
 

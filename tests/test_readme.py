@@ -21,7 +21,7 @@ from gold.config import Config
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.errors import ConfigError
-from gold.models.causal import save_model
+from gold.models.load import save_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,7 +8,8 @@ import torch
 
 from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
 from gold.kernels.logits import LazyLogits
-from gold.models.causal import LanguageModel, PaddedStates
+from gold.models.language_model import LanguageModel
+from gold.models.states import PaddedStates
 from gold.rollout.types import Rollout
 from gold.teachers.protocol import Teacher
 from gold.tokenize.chat import begins_anew

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gold.data import Prompt
-from gold.models.causal import LanguageModel, wrap_model
+from gold.models.language_model import LanguageModel
+from gold.models.load import wrap_model
 from gold.rollout.engine import completed
 
 ALPHABET = "0123456789 +-="

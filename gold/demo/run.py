@@ -25,7 +25,8 @@ from gold.demo.models import character_tokenizer, learn_answers, tiny_model, wor
 from gold.demo.running_sums import RunningSums
 from gold.errors import ConfigError, TrainingError
 from gold.evaluate import EvaluationPlan, wilson
-from gold.models.causal import LanguageModel, load_model, save_model
+from gold.models.language_model import LanguageModel
+from gold.models.load import load_model, save_model
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Sampling

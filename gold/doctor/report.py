@@ -21,7 +21,7 @@ from gold.tokenize.load import open_source
 from gold.tokenize.roles import Roles
 
 if TYPE_CHECKING:
-    from gold.models.causal import LanguageModel
+    from gold.models.language_model import LanguageModel
     from gold.tokenize.templates import Rendering
 
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
@@ -103,7 +103,7 @@ def load_pair(student: str, teacher: str) -> tuple[LanguageModel, LanguageModel]
     Raises:
         ModelError: as for ``load_model``.
     """
-    from gold.models.causal import load_model
+    from gold.models.load import load_model
 
     return load_model(student), load_model(teacher, dtype="auto")
 

@@ -17,7 +17,8 @@ from gold.doctor.sample import JUDGED, SAMPLE
 from gold.doctor.weights import divergence
 from gold.errors import DataError, TeacherError
 from gold.kernels.lm_head import token_logp
-from gold.models.causal import LanguageModel, rows_of
+from gold.models.language_model import LanguageModel
+from gold.models.states import lazy_logits
 from gold.rollout.engine import completed
 from gold.teachers.dialects import Known, OpenAI
 from gold.teachers.http import RefusedError, is_near
@@ -274,7 +275,7 @@ def _text_logp(student: LanguageModel, prompt: Prompt) -> torch.Tensor:
     rollout = completed(student, prompt, 10**6)
     was_training = student.lm.training
     student.lm.eval()
-    logits = rows_of(student.lm, student_states(student, [rollout]))
+    logits = lazy_logits(student.lm, student_states(student, [rollout]))
     student.lm.train(was_training)
     target = torch.from_numpy(rollout.ids).long().to(student.device)
     return token_logp(logits, target, target[-1:])[0].double().cpu()

@@ -19,7 +19,8 @@ from gold.errors import GoldError
 from gold.kernels.lm_head import token_logp
 from gold.kernels.logits import LazyLogits
 from gold.losses import OBJECTIVES, LossInputs
-from gold.models.causal import LanguageModel, PaddedStates, rows_of
+from gold.models.language_model import LanguageModel
+from gold.models.states import PaddedStates, lazy_logits
 from gold.rollout.engine import completed
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
@@ -71,7 +72,7 @@ def divergence(
     was_training = student.lm.training
     student.lm.eval()
     with torch.no_grad():
-        mine = rows_of(student.lm, student_states(student, rollouts))
+        mine = lazy_logits(student.lm, student_states(student, rollouts))
         value = objective(LossInputs(batch, mine, LazyLogits.joined(theirs)))
     student.lm.train(was_training)
     return float(value.total) / max(1, sum(len(r.tokenized.data) for r in rollouts))
@@ -155,7 +156,7 @@ def _forward_seconds(model: LanguageModel, sequences: int, tokens: int) -> float
     seconds: list[float] = []
     while len(seconds) < 3 and sum(seconds) < _LONGEST_TRIAL_S:
         started = time.perf_counter()
-        float(token_logp(rows_of(model.lm, states), target, stops)[0].sum())
+        float(token_logp(lazy_logits(model.lm, states), target, stops)[0].sum())
         seconds.append(time.perf_counter() - started)
     return min(seconds) * sequences / measured
 

@@ -12,7 +12,9 @@ import torch
 from gold.errors import DataError
 from gold.inspect.view import AlignmentView, TokenizedSide
 from gold.kernels.lm_head import token_statistics
-from gold.models.causal import LanguageModel, PaddedStates, load_model, output_width, rows_of
+from gold.models.language_model import LanguageModel, output_width
+from gold.models.load import load_model
+from gold.models.states import PaddedStates, lazy_logits
 from gold.tokenize.chat import adds_bos
 from gold.tokenize.vocabulary import Vocabulary
 
@@ -87,7 +89,7 @@ def _scored(model: LanguageModel, side: TokenizedSide) -> TokenizedSide:
     )
     stops = torch.tensor(side.stop_ids, dtype=torch.int64, device=model.device)
     log_target, log_stop, unsure = token_statistics(
-        rows_of(model.lm, states), torch.from_numpy(target).to(model.device), stops
+        lazy_logits(model.lm, states), torch.from_numpy(target).to(model.device), stops
     )
     found = log_target[: len(ids) - unscored].double().cpu().numpy()
     logp[unscored:] = np.where(np.isfinite(found), found, np.nan)

@@ -1,4 +1,4 @@
-"""What a model's files tell before any weight is read: whether they are there and whole, and of what kind it is."""
+"""What a model's files say before any weight is read: whether they are complete, and what kind of model it is."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ _LONGEST_HEADER = 2**30
 
 
 def check_files(path: str | Path, *, gguf_file: str | None = None) -> None:
-    """Nothing, where the files of a causal language model are there and as long as they should be; a Hub id is looked
-    up.
+    """Checks that a folder holds the complete files of a causal language model, or that the Hub knows a name.
 
     A path that ends in ``.gguf`` is the file itself.
 
     Raises:
-        ModelError: a folder that is missing, or lacks its configuration or weights, or holds truncated ones, or a model
+        ModelError: a folder that is missing, without configuration or weights, with truncated weights, or with a model
             of another kind; a name that is neither a folder nor known to the Hub.
     """
     path, gguf_file = folder_and_file(path, gguf_file)
@@ -44,12 +43,11 @@ def check_files(path: str | Path, *, gguf_file: str | None = None) -> None:
 
 
 def check_kind(path: str | Path) -> None:
-    """Nothing, where a folder holds a causal language model as far as its adapter_config.json and config.json tell, and
-    where ``path`` is no folder or one of a tokenizer alone. No weights are read.
+    """Checks by adapter_config.json and config.json that a folder which has them holds a causal language model.
 
     Raises:
         ModelError: adapters without their model, an encoder-decoder, an encoder, a classifier or reward model, a model
-            of pictures or sound; the message says what to give instead. A configuration that cannot be read.
+            of images or sound; the message says what to give instead. A configuration that cannot be read.
     """
     folder = Path(os.path.expanduser(path))
     if (folder / "adapter_config.json").is_file():
@@ -74,13 +72,13 @@ def check_kind(path: str | Path) -> None:
         what = "a classifier or reward model, which has no output matrix over tokens"
         remedy = "give the language model that it was made from"
     elif many_modes and not _reads_text(kind):
-        what = "a model of pictures or sound, which transformers does not load as a causal language model"
+        what = "a model of images or sound, which transformers does not load as a causal language model"
         remedy = "give a model of text alone, such as the one that it was made from"
     elif not many_modes and not is_causal and (config.get("is_encoder_decoder") is True or conditional):
         what = "an encoder-decoder, which reads prompt and completion in two places"
         remedy = "give a decoder-only (causal) language model"
     elif (_ENCODER_ONLY.search(kind) and not is_causal) or architecture.endswith("ForMaskedLM"):
-        what = "an encoder, which reads the tokens that it would have to predict"
+        what = "an encoder, which attends to the tokens that it would have to predict"
         remedy = "give a decoder-only (causal) language model"
     else:
         return
@@ -88,12 +86,12 @@ def check_kind(path: str | Path) -> None:
 
 
 def check_own_code(path: str | Path) -> None:
-    """Nothing, unless a folder's config.json has its attention computed by code that is fetched from the Hub.
+    """Refuses a config.json that names attention code on the Hub.
 
-    Code beside the weights (``auto_map``) need not be asked for: transformers runs it only where it is told to.
+    Code beside the weights (``auto_map``) needs no check: transformers runs it only with ``trust_remote_code``.
 
     Raises:
-        ModelError: it does.
+        ModelError: it names such code.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -104,19 +102,19 @@ def check_own_code(path: str | Path) -> None:
         for code in value.values() if isinstance(value, dict) else [value]:
             if isinstance(code, str) and "/" in code:
                 raise ModelError(
-                    f"model {folder}: {name} in its config.json is {code!r}, code on the Hub, which is not run "
-                    "unasked: read it, and allow it with trust_remote_code: true, or take the key out"
+                    f"model {folder}: {name} in its config.json is {code!r}, code on the Hub, which gold does not run "
+                    "by default: read it, and allow it with trust_remote_code: true, or remove the key"
                 )
 
 
 def check_ids(name: str, value: Any) -> tuple[int, ...]:
-    """The ids that a configuration names under ``name``, one, a list or none.
+    """The ids that a configuration names under ``name``: one, a list or none.
 
     Raises:
-        ModelError: something else, or, of stop ids, a number that is no id.
+        ModelError: something else.
     """
     ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    least = 0 if name == "eos_token_id" else -1  # older files say -1 for a pad that there is not
+    least = 0 if name == "eos_token_id" else -1  # older files write -1 for no padding
     wrong = [i for i in ids if type(i) is not int or not least <= i < 2**31]
     if wrong or (isinstance(value, list | tuple) and name != "eos_token_id"):
         shown = repr(value)
@@ -144,7 +142,7 @@ def folder_and_file(path: str | Path, gguf_file: str | None) -> tuple[str, str |
 
 
 def _reads_text(kind: str) -> bool:
-    """Whether transformers has a causal language model of a kind that reads other things too."""
+    """Whether transformers loads this multimodal kind as a causal language model too."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -178,7 +176,7 @@ def _check_folder(folder: Path, gguf_file: str | None) -> None:
 
 
 def _check_safetensors(folder: Path, file: Path) -> None:
-    """The header says how long the file must be: a copy or download that broke off is found without reading it."""
+    """Compares the file's size with its header, which finds an interrupted copy or download without reading it."""
     try:
         size = file.stat().st_size
         with open(file, "rb") as stream:
@@ -198,7 +196,7 @@ def _check_safetensors(folder: Path, file: Path) -> None:
 
 
 def _check_hub(name: str) -> None:
-    """A name that is no folder is asked for once: where there is no network, asking for files takes a minute."""
+    """Asks for the name once: without a network, asking for each file would take a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
@@ -216,6 +214,6 @@ def _check_hub(name: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line of bounded length."""
+    """An error's message as one line of at most 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gold.data import Prompt
 from gold.errors import DataError
-from gold.models.causal import LanguageModel, output_width
+from gold.models.language_model import LanguageModel, output_width
 from gold.rollout.types import Rollout, Sampling, Seed, Segment
 from gold.tokenize.chat import begins_anew
 from gold.tokenize.vocabulary import TokenizedText

@@ -10,14 +10,15 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from gold.errors import ModelError
-from gold.models.causal import LanguageModel, generate
+from gold.models.generate import generate
+from gold.models.language_model import LanguageModel
 from gold.rollout.engine import Generation, Request
 from gold.rollout.types import Sampling
 
 
 class HuggingFaceEngine:
     """A rollout engine that generates with ``model`` itself, ``batch`` sequences at a time, prompts of like length
-    together. A model that pads wrongly gets prompts of one length, or one at a time (``LanguageModel.completes``)."""
+    together. A model that pads wrongly gets prompts of one length, or one at a time (``LanguageModel.generates``)."""
 
     def __init__(self, model: LanguageModel, batch: int = 32) -> None:
         self.model, self.batch, self.version = model, batch, 0
@@ -34,12 +35,12 @@ class HuggingFaceEngine:
         """See ``RolloutEngine.generate``.
 
         Raises:
-            ModelError: a model that does not generate right; see ``LanguageModel.cannot_write``.
+            ModelError: a model that does not generate right; see ``LanguageModel.generation_error``.
         """
         model = self.model
-        if model.cannot_write:
+        if model.generation_error:
             raise ModelError(
-                f"model {model.name}: it can be read, and teach, but generate does not work: {model.cannot_write}"
+                f"model {model.name}: it can be read, and teach, but generate does not work: {model.generation_error}"
             )
         generations: dict[int, Generation] = {}
         was_training = model.lm.training
@@ -56,8 +57,8 @@ class HuggingFaceEngine:
 
     def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
         """Indices of the requests that are generated together."""
-        size = 1 if self.model.completes == "one" else self.batch
-        padded = self.model.completes == "together"
+        size = 1 if self.model.generates == "one prompt" else self.batch
+        padded = self.model.generates == "any lengths"
         groups: dict[object, list[int]] = {}
         for i in sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i)):
             r = requests[i]

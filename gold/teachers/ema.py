@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gold.errors import ConfigError
-from gold.models.causal import LanguageModel
+from gold.models.language_model import LanguageModel
 from gold.teachers.local import LocalTeacher
 
 

@@ -11,7 +11,8 @@ import torch
 from gold.data import Prompt
 from gold.errors import DataError
 from gold.kernels.logits import LazyLogits
-from gold.models.causal import LanguageModel, PaddedStates, rows_of
+from gold.models.language_model import LanguageModel
+from gold.models.states import PaddedStates, lazy_logits
 from gold.teachers.protocol import Teacher
 from gold.tokenize.vocabulary import TokenizedText
 
@@ -68,7 +69,7 @@ class LocalTeacher(Teacher):
                 self.model.pad_id,
                 self.device,
             )
-            parts = rows_of(self.model.lm, states).split(rows)
+            parts = lazy_logits(self.model.lm, states).split(rows)
             results.update(zip(chosen, parts, strict=True))
         return [results[i] for i in range(len(prompts))]
 

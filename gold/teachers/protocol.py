@@ -18,7 +18,7 @@ from gold.tokenize.templates import Rendering
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 if TYPE_CHECKING:
-    from gold.models.causal import LanguageModel
+    from gold.models.language_model import LanguageModel
 
 
 class Teacher(Protocol):

@@ -11,7 +11,7 @@ import torch
 from gold.data import Prompt, did_you_mean
 from gold.errors import ConfigError, DataError
 from gold.losses.mixture import Mix, Rule
-from gold.models.causal import LanguageModel
+from gold.models.language_model import LanguageModel
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 

@@ -10,7 +10,8 @@ import torch
 from gold.align.collate import student_states
 from gold.kernels.lm_head import token_logp
 from gold.kernels.logits import LazyLogits
-from gold.models.causal import LanguageModel, rows_of
+from gold.models.language_model import LanguageModel
+from gold.models.states import lazy_logits
 from gold.rollout.types import Rollout
 
 
@@ -37,7 +38,7 @@ def why_not_finite(
         chosen = [r for r in rollouts[first : first + batch] if r.ids.size]
         if not chosen:
             continue
-        rows = rows_of(student.lm, student_states(student, chosen))
+        rows = lazy_logits(student.lm, student_states(student, chosen))
         ids = torch.cat([torch.from_numpy(r.ids.astype("int64")) for r in chosen]).to(student.device)
         logp, _ = token_logp(rows, ids, stops)
         for rollout, mine in zip(chosen, logp.split([r.ids.size for r in chosen]), strict=True):

@@ -18,7 +18,7 @@ from gold.errors import ModelError
 from gold.models.files import folder_and_file
 
 if TYPE_CHECKING:
-    from gold.models.causal import LanguageModel
+    from gold.models.language_model import LanguageModel
     from gold.teachers.several import Teachers
 
 BLOCK_BYTES = 2**20

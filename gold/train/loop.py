@@ -24,7 +24,8 @@ from gold.data import Prompt, PromptOrder
 from gold.doctor.prompts import PromptReader, examine_prompts, notes_of, raise_refused
 from gold.errors import CheckpointError, ConfigError, DataError, GoldError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier
-from gold.models.causal import LanguageModel, load_model, save_model
+from gold.models.language_model import LanguageModel
+from gold.models.load import load_model, save_model
 from gold.rollout.engine import RolloutEngine, completed
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers

@@ -32,15 +32,9 @@ from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.losses import DivergenceRow, LossInputs, Need, Objective, find
 from gold.losses.mixture import OtherTeacher, mixed_rows
 from gold.losses.policy import means_of_others, sampled_credit
-from gold.models.causal import (
-    LanguageModel,
-    PaddedStates,
-    StatesModule,
-    load_weights,
-    recompute_activations,
-    rows_of,
-    save_model,
-)
+from gold.models.language_model import LanguageModel
+from gold.models.load import load_weights, save_model
+from gold.models.states import PaddedStates, StatesModule, lazy_logits, recompute_activations
 from gold.rollout.engine import RolloutEngine, completed, encode_prompt, sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Rollout, group_advantages
@@ -241,7 +235,7 @@ class Loop:
         ids = np.append(tokenized.ids, mine.stop_ids[0]).astype(np.int32)
         states = PaddedStates.of([[self.student.pad_id]], [tokenized.ids], [ids.size], 0, self.student.device)
         with torch.no_grad(), self.accelerator.autocast():
-            logits = rows_of(self.student.lm, states).logits()
+            logits = lazy_logits(self.student.lm, states).logits()
         for name, pair in self.pairs.items():
             text = AlignedText(
                 ids, tokenized, pair.read(tokenized), True, sampling_logprobs=np.zeros(ids.size, np.float32)
@@ -543,7 +537,7 @@ class Loop:
         reference: LazyLogits | None = None
         if self.reference is not None:
             with torch.no_grad(), self.accelerator.autocast():
-                reference = rows_of(self.reference, states)
+                reference = lazy_logits(self.reference, states)
 
         def then(rows: LazyLogits) -> tuple[Tensor, dict[str, Tensor]]:
             inputs = self._inputs(group, rows, reference)

@@ -16,7 +16,8 @@ from benchmarks import gpu, peers, step
 from benchmarks.meter import Meter, Sample
 from benchmarks.step import PHASES, Size, Step
 from gold.data import load_prompts
-from gold.models.causal import LanguageModel, save_model
+from gold.models.language_model import LanguageModel
+from gold.models.load import save_model
 
 CPU = torch.device("cpu")
 

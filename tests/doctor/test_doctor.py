@@ -57,7 +57,8 @@ from gold.doctor.weights import (
     self_divergence,
 )
 from gold.errors import ConfigError
-from gold.models.causal import LanguageModel, save_model, wrap_model
+from gold.models.language_model import LanguageModel
+from gold.models.load import save_model, wrap_model
 from gold.tokenize.roles import Roles
 from gold.tokenize.vocabulary import Vocabulary
 

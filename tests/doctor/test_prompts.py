@@ -33,7 +33,7 @@ from gold.doctor.prompts import (
 )
 from gold.doctor.side import read_side
 from gold.errors import ConfigError, DataError
-from gold.models.causal import wrap_model
+from gold.models.load import wrap_model
 from gold.teachers import CachedTeacher, LocalTeacher, ServedTeacher
 from gold.teachers.cached import UnaskedTeacher
 from gold.tokenize.chat import prompt_ids

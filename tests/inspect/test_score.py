@@ -19,7 +19,8 @@ from gold.inspect import score
 from gold.inspect.score import PairScorer
 from gold.inspect.view import AlignmentView, TokenizedSide, describe
 from gold.kernels.logits import GivenLogits, LazyLogits
-from gold.models.causal import LanguageModel, PaddedStates
+from gold.models.language_model import LanguageModel
+from gold.models.states import PaddedStates
 
 TEXT = " 24 +7 -3 = 31 28"
 
@@ -113,13 +114,13 @@ def test_what_a_model_rules_out_has_no_probability(
     scorer: PairScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a token nor the stop event; what is shown of them is no infinity."""
-    plain = score.rows_of
+    plain = score.lazy_logits
 
     def without(lm: object, states: PaddedStates) -> LazyLogits:
         logits = plain(lm, states).logits()
         return GivenLogits(logits.index_fill(1, torch.tensor([0, 1, 2, 5]), -torch.inf))
 
-    monkeypatch.setattr(score, "rows_of", without)
+    monkeypatch.setattr(score, "lazy_logits", without)
     for text in (TEXT, "a\u0301 \ud7ff".encode()[:-1], b"\xff 24\xf0\x9f"):
         stop_ids = scorer.student.vocabulary.stop_ids, scorer.teacher.vocabulary.stop_ids
         view = view_of(scorer, text)

@@ -21,7 +21,7 @@ from gold.kernels import logits, tables
 from gold.kernels.lm_head import summed, token_logp, token_loss
 from gold.kernels.logits import GivenLogits, HeadLogits, LazyLogits, spans
 from gold.kernels.tables import byte_tables
-from gold.models.causal import as_rows
+from gold.models.states import head_logits
 
 STOPS = torch.tensor([3])
 WIDTH, HIDDEN, COUNT = 41, 8, 11
@@ -98,7 +98,7 @@ WEIGHT = torch.linspace(0.0, 2.0, COUNT)
 def test_gradients_made_with_the_value_are_those_of_autograd(name, monkeypatch):
     few_rows(monkeypatch)
     model, hidden = MODELS[name](), states()
-    rows = as_rows(model, hidden)
+    rows = head_logits(model, hidden)
     value = token_loss(rows, TARGET, WEIGHT, STOPS)
     expected = naive(model, hidden, TARGET, WEIGHT)
     torch.testing.assert_close(value, expected)
@@ -113,7 +113,7 @@ def test_gradients_made_with_the_value_are_those_of_autograd(name, monkeypatch):
 def test_blocks_in_turn_share_their_memory_where_nothing_is_learned(name):
     kind = name.removeprefix("frozen, ")
     model, hidden = MODELS[kind]().requires_grad_(False), states()
-    rows = as_rows(model, hidden)
+    rows = head_logits(model, hidden)
     whole = rows.logits()
     in_turn = rows.in_turn()
     parts = [slice(0, 4), slice(4, 8), slice(8, COUNT)]
@@ -134,7 +134,7 @@ def test_blocks_in_turn_share_their_memory_where_nothing_is_learned(name):
 def test_rows_that_are_made_again_give_the_same(name, monkeypatch):
     few_rows(monkeypatch)
     model, hidden = MODELS[name](), states()
-    logp, _ = token_logp(as_rows(model, hidden), TARGET, STOPS)
+    logp, _ = token_logp(head_logits(model, hidden), TARGET, STOPS)
     expected = naive(model, hidden, TARGET, WEIGHT)
     for mine, theirs in zip(
         gradients(model, hidden, -(WEIGHT * logp).sum()), gradients(model, hidden, expected), strict=True
@@ -144,7 +144,7 @@ def test_rows_that_are_made_again_give_the_same(name, monkeypatch):
 
 def test_a_second_backward_pass_is_refused_and_the_gradients_of_the_first_stay():
     model, hidden = llama(), states()
-    value = token_loss(as_rows(model, hidden), TARGET, WEIGHT, STOPS)
+    value = token_loss(head_logits(model, hidden), TARGET, WEIGHT, STOPS)
     value.backward(retain_graph=True)
     kept = hidden.grad.clone(), model.lm_head.weight.grad.clone()
     with pytest.raises(RuntimeError, match="handed on by its first backward pass"):
@@ -158,7 +158,7 @@ def test_each_row_is_multiplied_once_forward(monkeypatch):
     seen: list[int] = []
     model, hidden = llama(), states()
     model.lm_head.register_forward_hook(lambda *_: seen.append(1))
-    rows = as_rows(model, hidden)
+    rows = head_logits(model, hidden)
     made = HeadLogits(
         hidden, lambda h, *w: seen.append(h.shape[0]) or rows.head(h, *w), WIDTH, weights=rows.weights
     )
@@ -171,13 +171,13 @@ def test_gradients_add_up_over_microbatches_and_without_a_gradient_there_is_only
     model = llama()
     hidden = [states(1), states(2)]
     for h in hidden:
-        token_loss(as_rows(model, h), TARGET, WEIGHT, STOPS).backward()
+        token_loss(head_logits(model, h), TARGET, WEIGHT, STOPS).backward()
     other = copy.deepcopy(model)
     other.zero_grad()
     sum(naive(other, h.detach(), TARGET, WEIGHT) for h in hidden).backward()
     torch.testing.assert_close(model.lm_head.weight.grad, other.lm_head.weight.grad)
     with torch.no_grad():
-        value = token_loss(as_rows(model, hidden[0]), TARGET, WEIGHT, STOPS)
+        value = token_loss(head_logits(model, hidden[0]), TARGET, WEIGHT, STOPS)
     assert not value.requires_grad
     torch.testing.assert_close(value, naive(model, hidden[0], TARGET, WEIGHT).detach())
 
@@ -187,7 +187,7 @@ def test_mixed_precision_multiplies_in_bfloat16_and_adds_up_in_single(name, monk
     few_rows(monkeypatch)
     model, hidden = MODELS[name](), states()
     with torch.autocast("cpu", torch.bfloat16):
-        rows = as_rows(model, hidden)
+        rows = head_logits(model, hidden)
         assert rows.logits().dtype == torch.bfloat16
         value = token_loss(rows, TARGET, WEIGHT, STOPS)
         expected = naive(model, hidden, TARGET, WEIGHT)
@@ -207,7 +207,7 @@ def test_a_matrix_in_the_order_in_which_it_is_read_gives_the_same(name, stopped,
     monkeypatch.setattr(sys.modules[__name__], "WIDTH", layout.size + 3)
     few_rows(monkeypatch)
     model = MODELS[name]().requires_grad_(False)
-    rows = as_rows(model, torch.randn(layout.rows, HIDDEN, requires_grad=True))
+    rows = head_logits(model, torch.randn(layout.rows, HIDDEN, requires_grad=True))
     results = []
     for scattered in ({"cpu"}, set()):
         monkeypatch.setattr(tables, "SCATTERED", scattered)
@@ -220,12 +220,12 @@ def test_a_matrix_in_the_order_in_which_it_is_read_gives_the_same(name, stopped,
 
 def test_a_matrix_that_is_trained_or_wrapped_stays_where_it_is():
     hidden = states()
-    assert as_rows(MODELS["frozen"](), hidden).reordered is not None
+    assert head_logits(MODELS["frozen"](), hidden).reordered is not None
     for name in ("untied", "adapter", "bias"):
-        assert as_rows(MODELS[name](), hidden).reordered is None
+        assert head_logits(MODELS[name](), hidden).reordered is None
     frozen = MODELS["frozen"]()
     frozen.lm_head._hf_hook = object()
-    assert as_rows(frozen, hidden).reordered is None
+    assert head_logits(frozen, hidden).reordered is None
 
 
 def test_parameters_that_nobody_lists_are_an_error():
@@ -271,9 +271,9 @@ def test_no_rows_are_one_empty_block():
 def test_a_compiled_model_gives_the_same(monkeypatch):
     few_rows(monkeypatch)
     model, hidden = llama(), states()
-    expected = gradients(model, hidden, token_loss(as_rows(model, hidden), TARGET, WEIGHT, STOPS))
+    expected = gradients(model, hidden, token_loss(head_logits(model, hidden), TARGET, WEIGHT, STOPS))
     model.model = torch.compile(model.model, backend="eager")
-    rows = as_rows(model, hidden)
+    rows = head_logits(model, hidden)
     found = gradients(model, hidden, token_loss(replace(rows), TARGET, WEIGHT, STOPS))
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)

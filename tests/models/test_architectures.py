@@ -17,7 +17,9 @@ from gold.align.collate import student_states
 from gold.data import Prompt
 from gold.errors import ModelError
 from gold.kernels.lm_head import token_logp
-from gold.models.causal import LanguageModel, PaddedStates, generate, rows_of
+from gold.models.generate import generate
+from gold.models.language_model import LanguageModel
+from gold.models.states import PaddedStates, lazy_logits
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Rollout, Sampling
@@ -26,22 +28,22 @@ PROMPTS = [Prompt(str(n), text=text) for n, text in enumerate(("1", "12+34-5", "
 TOLERANCE = 2e-4
 
 # What each can complete: prompts of several lengths together, of one length, or one at a time.
-COMPLETES = {
-    "llama": "together",  # rotary positions
-    "gpt2": "together",  # absolute positions, from the mask
-    "bloom": "together",  # ALiBi
-    "opt": "together",
-    "gemma3_text": "together",  # sliding windows
-    "gpt_oss": "together",  # sinks, experts
-    "qwen3_moe": "together",
-    "deepseek_v3": "together",  # latent attention
-    "llama4_text": "together",  # its base is the model itself
-    "recurrent_gemma": "together",  # a soft cap of another name
-    "mamba": "together",  # states
-    "jamba": "together",  # states and attention
-    "qwen3_next": "together",
-    "bart": "one length",  # absolute positions, which do not look at the mask
-    "rwkv": "one",  # states of a batch are mixed up
+GENERATES = {
+    "llama": "any lengths",  # rotary positions
+    "gpt2": "any lengths",  # absolute positions, from the mask
+    "bloom": "any lengths",  # ALiBi
+    "opt": "any lengths",
+    "gemma3_text": "any lengths",  # sliding windows
+    "gpt_oss": "any lengths",  # sinks, experts
+    "qwen3_moe": "any lengths",
+    "deepseek_v3": "any lengths",  # latent attention
+    "llama4_text": "any lengths",  # its base is the model itself
+    "recurrent_gemma": "any lengths",  # a soft cap of another name
+    "mamba": "any lengths",  # states
+    "jamba": "any lengths",  # states and attention
+    "qwen3_next": "any lengths",
+    "bart": "equal lengths",  # absolute positions, which do not look at the mask
+    "rwkv": "one prompt",  # states of a batch are mixed up
 }
 
 
@@ -65,13 +67,13 @@ def is_one_distribution(model: LanguageModel) -> None:
     rest = [np.array(t[4:], np.int32) for t in texts]
     states = PaddedStates.of([t[:4] for t in texts], rest, [r.size + 1 for r in rest], 0, torch.device("cpu"))
     with torch.no_grad():
-        got = torch.log_softmax(rows_of(model.lm, states).logits().float(), -1)
+        got = torch.log_softmax(lazy_logits(model.lm, states).logits().float(), -1)
     torch.testing.assert_close(
         got, torch.cat([plain_logp(model, t)[3:] for t in texts]), atol=TOLERANCE, rtol=TOLERANCE
     )
     together, alone = sampled(model, 4), sampled(model, 1)
     with torch.no_grad():
-        rows = rows_of(model.lm, student_states(model, together))
+        rows = lazy_logits(model.lm, student_states(model, together))
     target = torch.cat([torch.from_numpy(r.ids).long() for r in together])
     again = token_logp(rows, target, torch.tensor(model.vocabulary.stop_ids))[0]
     drawn = torch.cat([torch.from_numpy(r.sampling_logprobs) for r in together])
@@ -87,13 +89,13 @@ def is_one_distribution(model: LanguageModel) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", COMPLETES)
+@pytest.mark.parametrize("kind", GENERATES)
 def test_loss_and_rollouts_are_of_the_models_distribution(kind: str) -> None:
     before = torch.get_rng_state()
     model = wrapped(tiny_lm(kind))
     assert torch.equal(torch.get_rng_state(), before)
-    assert model.completes == COMPLETES[kind]
-    assert model.cannot_write is None
+    assert model.generates == GENERATES[kind]
+    assert model.generation_error is None
     is_one_distribution(model)
 
 
@@ -160,7 +162,7 @@ def test_what_a_configuration_wishes_to_be_given_beside_the_states(kind: str, na
     model = wrapped(lm)
     for one, other in zip(expected, sampled(model, 4), strict=True):
         np.testing.assert_array_equal(one.ids, other.ids)
-    rows = rows_of(lm, student_states(model, expected))
+    rows = lazy_logits(lm, student_states(model, expected))
     rows.logits().sum().backward()
     assert getattr(lm.config, name) is wish  # and so it is saved
 
@@ -173,7 +175,7 @@ def test_weights_are_what_they_were_after_an_evaluation() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in COMPLETES])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in GENERATES])
 def test_every_other_architecture_is_right_or_refused(kind: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -193,5 +195,5 @@ def test_every_other_architecture_is_right_or_refused(kind: str) -> None:
             pytest.xfail(
                 "beyond its sliding window, longer than the text it is tried with, its cache is another model"
             )
-        if model.cannot_write is None:
+        if model.generation_error is None:
             is_one_distribution(model)

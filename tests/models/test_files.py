@@ -12,8 +12,8 @@ import pytest
 import support.tiny_models as tiny
 
 from gold.errors import ModelError, VocabularyError
-from gold.models.causal import load_model, save_model, wrap_model
 from gold.models.files import check_files, check_kind
+from gold.models.load import load_model, save_model, wrap_model
 
 
 def folder(path: Path, config: Any, name: str = "config.json") -> Path:
@@ -41,7 +41,7 @@ def named(architecture: str, kind: str, **more: Any) -> dict[str, Any]:
         (named("LlamaForSequenceClassification", "llama"), "reward model", "that it was made from"),
         (named("Qwen2ForRewardModel", "qwen2"), "reward model", "that it was made from"),
         (named("Qwen2ForTokenClassification", "qwen2"), "classifier", "that it was made from"),
-        (named("LlavaForConditionalGeneration", "llava", vision_config={}), "pictures", "text alone"),
+        (named("LlavaForConditionalGeneration", "llava", vision_config={}), "images", "text alone"),
         (named("WhisperForConditionalGeneration", "whisper", is_encoder_decoder=True), "encoder-decoder", ""),
     ],
 )

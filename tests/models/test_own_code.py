@@ -21,7 +21,7 @@ from gold.config import Config
 from gold.doctor.report import diagnose, load_pair
 from gold.errors import GoldError, ModelError
 from gold.inspect.score import PairScorer
-from gold.models.causal import load_model, save_model
+from gold.models.load import load_model, save_model
 from gold.teachers.several import Teachers
 from gold.tokenize.vocabulary import Vocabulary
 from gold.train.recipe import Recipe

@@ -9,7 +9,7 @@ from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.errors import DataError
-from gold.models.causal import PaddedStates, rows_of
+from gold.models.states import PaddedStates, lazy_logits
 from gold.rollout.engine import completed, sample
 from gold.rollout.hf import HuggingFaceEngine, nucleus
 from gold.rollout.types import Sampling, group_advantages
@@ -126,7 +126,7 @@ def test_states_are_the_models_own_and_the_head_gives_its_logits(model):
     prompts, completions = [[1, 5, 6], [1, 7]], [np.array([8, 9]), np.array([10, 11, 12, 2])]
     states = PaddedStates.of(prompts, completions, [2, 4], pad_id=0, device=CPU)
     with torch.no_grad():
-        rows = rows_of(model.lm, states)
+        rows = lazy_logits(model.lm, states)
         logits = rows.logits()
         expected = []
         for prompt, completion, count in zip(prompts, completions, [2, 4], strict=True):

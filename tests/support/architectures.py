@@ -9,7 +9,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gold.demo.models import character_tokenizer
-from gold.models.causal import LanguageModel, wrap_model
+from gold.models.language_model import LanguageModel
+from gold.models.load import wrap_model
 
 KINDS = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 SIZE = character_tokenizer().get_vocab_size()

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from gold.models.causal import LanguageModel
+from gold.models.language_model import LanguageModel
 
 Faults = Callable[[int], str | None]
 """The fault of the n-th request for scores, from 0; None for none."""

@@ -13,7 +13,8 @@ import yaml
 from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
-from gold.models.causal import LanguageModel, save_model
+from gold.models.language_model import LanguageModel
+from gold.models.load import save_model
 
 TASK = RunningSums(shortest=2, longest=3)
 

@@ -28,7 +28,7 @@ from gold.demo.models import SPECIAL, _with_bos, tiny_model
 from gold.errors import ConfigError
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.kernels.logits import GivenLogits, LazyLogits, likeliest
-from gold.models.causal import LanguageModel
+from gold.models.language_model import LanguageModel
 from gold.teachers.cached import UnaskedTeacher, record
 from gold.train.loop import Saving, distill
 

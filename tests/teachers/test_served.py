@@ -36,7 +36,8 @@ from gold.doctor.server import examine_noise, examine_own, examine_server
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.kernels.lm_head import token_logp
 from gold.kernels.logits import LazyLogits
-from gold.models.causal import LanguageModel, save_model
+from gold.models.language_model import LanguageModel
+from gold.models.load import save_model
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Sampling, Segment

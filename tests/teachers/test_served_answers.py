@@ -26,7 +26,7 @@ from gold.doctor.server import examine_noise, examine_server
 from gold.errors import TrainingError
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.kernels.logits import LazyLogits, TopKLogits
-from gold.models.causal import LanguageModel
+from gold.models.language_model import LanguageModel
 from gold.teachers.dialects import VLLM, Asked, Dialect, OpenAI, SGLang
 from gold.teachers.http import BadAnswerError, Server, _tls, is_near
 from gold.train.loop import distill

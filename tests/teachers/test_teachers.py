@@ -28,7 +28,8 @@ from gold.demo.models import tiny_model, word_tokenizer
 from gold.errors import ConfigError, DataError, TeacherError
 from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.losses.mixture import Mix, mixed_rows, mixture
-from gold.models.causal import LanguageModel, save_model
+from gold.models.language_model import LanguageModel
+from gold.models.load import save_model
 from gold.teachers import LocalTeacher, SelfTeacher, Teachers
 from gold.tokenize.chat import prompt_text
 from gold.train.loop import Run, Saving, distill

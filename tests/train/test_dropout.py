@@ -22,7 +22,9 @@ from transformers import (
 
 from gold.demo.models import character_tokenizer
 from gold.errors import ModelError
-from gold.models.causal import LanguageModel, PaddedStates, recompute_activations, rows_of, wrap_model
+from gold.models.language_model import LanguageModel
+from gold.models.load import wrap_model
+from gold.models.states import PaddedStates, lazy_logits, recompute_activations
 from gold.teachers.several import Teachers
 from gold.train.recipe import Recipe, Term
 from gold.train.step import Loop, pairs_of, terms_of
@@ -106,7 +108,7 @@ def test_activations_are_made_again_and_the_gradient_is_the_same(make: Any) -> N
         count: list[int] = []
         attention = next(m for n, m in lm.named_modules() if n.endswith(("attn", "self_attn")))
         attention.register_forward_hook(lambda *_, count=count: count.append(1))
-        rows_of(lm, states).logits().logsumexp(-1).sum().backward()
+        lazy_logits(lm, states).logits().logsumexp(-1).sum().backward()
         gradients.append({n: p.grad for n, p in lm.named_parameters() if p.grad is not None})
         calls.append(len(count))
         assert not lm.training
@@ -116,6 +118,6 @@ def test_activations_are_made_again_and_the_gradient_is_the_same(make: Any) -> N
 
 def test_layers_that_nobody_knows_to_make_again(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = LlamaForCausalLM(LlamaConfig(**IDS, hidden_size=64, intermediate_size=8, num_hidden_layers=1))
-    monkeypatch.setattr("gold.models.causal.GradientCheckpointingLayer", torch.nn.LSTM)
+    monkeypatch.setattr("gold.models.states.GradientCheckpointingLayer", torch.nn.LSTM)
     with pytest.raises(ModelError, match=r"train\.gradient_checkpointing: LlamaForCausalLM has no layers"):
         recompute_activations(lm)

@@ -23,7 +23,7 @@ from support.processes import Command, die_at, find
 import gold.build
 from gold.cli import main
 from gold.config import Config
-from gold.models.causal import load_model, save_model
+from gold.models.load import load_model, save_model
 from gold.train.changes import MAY_CHANGE, _flat
 from gold.train.recipe import Recipe
 

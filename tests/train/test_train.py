@@ -20,7 +20,8 @@ from gold.demo.models import character_tokenizer, tiny_model
 from gold.errors import ConfigError, DataError, TeacherError, TrainingError
 from gold.kernels import use_backend
 from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
-from gold.models.causal import LanguageModel, rows_of
+from gold.models.language_model import LanguageModel
+from gold.models.states import lazy_logits
 from gold.train import step as loop
 from gold.train.loop import Run, Saving, check_recipe, distill
 from gold.train.recipe import Recipe, Term
@@ -328,14 +329,14 @@ def test_a_completion_that_the_student_rules_out_is_named(monkeypatch: pytest.Mo
     token = int(student.vocabulary.encode(given[0].completion or "").ids[0])
 
     def without(lm: Any, states: Any) -> Any:
-        rows = rows_of(lm, states)
+        rows = lazy_logits(lm, states)
         if lm is not student.lm:
             return rows
         logits = rows.logits().index_fill(1, torch.tensor([token]), -math.inf)
         return type(rows).of_logits(logits)
 
-    monkeypatch.setattr("gold.models.causal.rows_of", without)
-    monkeypatch.setattr("gold.train.diagnosis.rows_of", without)
+    monkeypatch.setattr("gold.models.states.lazy_logits", without)
+    monkeypatch.setattr("gold.train.diagnosis.lazy_logits", without)
     with pytest.raises(
         TrainingError, match=r"probability 0 to .* in the completion of prompt .*leave that prompt out"
     ):
@@ -416,7 +417,7 @@ def test_saving_draws_no_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str])
 @pytest.mark.assets("smollm2-135m-instruct.gguf")
 def test_a_student_from_gguf_trains_and_saves(tmp_path: Path) -> None:
     from benchmarks.assets import assets_folder
-    from gold.models.causal import load_model
+    from gold.models.load import load_model
 
     student = load_model(assets_folder() / "gguf", gguf_file="smollm2-135m-instruct.gguf", device="cpu")
     before = weights(student).clone()

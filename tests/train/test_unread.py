@@ -17,7 +17,7 @@ from support.trackers import Recorder
 from gold.cache.store import ScoreCache
 from gold.data import Prompt
 from gold.evaluate import EvaluationPlan, evaluate
-from gold.models.causal import LanguageModel
+from gold.models.language_model import LanguageModel
 from gold.teachers import CachedTeacher, LocalTeacher, ServedTeacher, Teachers
 from gold.teachers.cached import UnaskedTeacher, record
 from gold.teachers.protocol import Teacher

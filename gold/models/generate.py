@@ -1,0 +1,56 @@
+"""Generation by transformers, with none of the model's own generation settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from gold.models.states import states_only
+
+
+def generate(
+    lm: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    processor: LogitsProcessor,
+) -> Tensor:
+    """The likeliest ids after each prompt, [B, new tokens], once ``processor`` has changed the logits.
+
+    Prompts are padded on the left. The model's own generation settings are set aside: ``generate`` would take from them
+    whatever a call leaves unset, top-k for example.
+    """
+    longest = max(len(p) for p in prompts)
+    ids = np.full((len(prompts), longest), pad_id, np.int64)
+    mask = np.zeros((len(prompts), longest), np.int64)
+    for b, prompt in enumerate(prompts):
+        ids[b, longest - len(prompt) :] = prompt
+        mask[b, longest - len(prompt) :] = 1
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=new_tokens,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+    device = next(lm.parameters()).device
+    own = lm.generation_config
+    lm.generation_config = GenerationConfig()
+    try:
+        with states_only(lm):
+            whole: Tensor = lm.generate(
+                input_ids=torch.from_numpy(ids).to(device),
+                attention_mask=torch.from_numpy(mask).to(device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([processor]),
+            )
+    finally:
+        lm.generation_config = own
+    return whole[:, longest:]

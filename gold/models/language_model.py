@@ -1,0 +1,89 @@
+"""``LanguageModel``: a transformers model with its tokenizer and the bytes of its vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from gold.data import Prompt
+from gold.tokenize.chat import prompt_ids
+from gold.tokenize.templates import Rendering
+from gold.tokenize.vocabulary import Vocabulary
+
+Batches = Literal["any lengths", "equal lengths", "one prompt"]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal model, its tokenizer, and the vocabulary read from that tokenizer.
+
+    The vocabulary's stop ids come from tokenizer, configuration and generation settings together; thinking and tool
+    markers count as text in it (see ``gold.tokenize.markers``). ``rendering`` holds the chat template's arguments.
+    """
+
+    name: str
+    lm: Any
+    tokenizer: Any
+    vocabulary: Vocabulary
+    generates: Batches = "any lengths"
+    """Prompts that one call of ``generate`` completes correctly: of any lengths, padded on the left; of equal lengths;
+    or one alone."""
+    generation_error: str | None = None
+    """Why ``generate`` is wrong even for one prompt; None where it works."""
+    rendering: Rendering = field(default_factory=Rendering, kw_only=True)
+
+    @property
+    def runs_own_code(self) -> bool:
+        """Whether its class comes from its own folder or repository (``trust_remote_code``)."""
+        return any(
+            type(part).__module__.startswith("transformers_modules.") for part in (self.lm, self.tokenizer)
+        )
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The ids that the model reads before a completion, see ``chat.prompt_ids``."""
+        return prompt_ids(self.tokenizer, prompt, self.rendering)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = next(self.lm.parameters()).device
+        return device
+
+    @property
+    def context(self) -> int:
+        """Longest sequence in tokens that the model was built for."""
+        config = self.lm.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+    @property
+    def pad_id(self) -> int:
+        """An id to pad batches with; which one never matters, since attention masks it."""
+        return pad_id(self.tokenizer, self.vocabulary)
+
+
+def pad_id(tokenizer: Any, vocabulary: Vocabulary) -> int:
+    """The tokenizer's pad id, or the first stop id, or 0."""
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else (*vocabulary.stop_ids, 0)[0])
+
+
+def without_adapters(lm: Any) -> Any:
+    """The transformers model inside an adapter wrapper, or the model itself."""
+    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+
+
+def output_width(lm: Any) -> int:
+    """Number of rows of the output matrix, which may be more than the tokenizer has ids."""
+    return int(without_adapters(lm).get_output_embeddings().weight.shape[0])
+
+
+def backbone(lm: Any) -> nn.Module:
+    """The model below its output matrix."""
+    model: Any = without_adapters(lm)
+    module: nn.Module = model.base_model
+    if module is model:  # its base_model_prefix names no attribute, as in Llama4ForCausalLM
+        return cast(nn.Module, model.model)
+    return module

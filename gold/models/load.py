@@ -1,0 +1,315 @@
+"""Causal language models from a folder, the Hub or a GGUF file; saving them. The only module that loads weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    modeling_gguf_pytorch_utils,
+)
+from transformers.utils import logging as hf_logging
+
+from gold.errors import GoldError, ModelError
+from gold.models.files import check_files, check_ids, check_own_code, first_line, folder_and_file
+from gold.models.language_model import LanguageModel, output_width, pad_id
+from gold.models.probe import examine
+from gold.tokenize.foreign import foreign
+from gold.tokenize.load import open_source
+from gold.tokenize.roles import Roles
+from gold.tokenize.templates import Rendering, check_arguments
+from gold.tokenize.vocabulary import Vocabulary
+
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")
+}
+
+
+def load_model(
+    path: str | Path,
+    *,
+    gguf_file: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    roles: Roles | None = None,
+    trust_remote_code: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> LanguageModel:
+    """A causal model and its tokenizer from a folder in Hugging Face format, a Hub id, or a GGUF file.
+
+    ``dtype``: ``auto`` keeps the checkpoint's, but takes float32 on a CPU without 16-bit arithmetic, where the other
+    would be many times slower; a model from a GGUF file is dequantised to it and saves like any other. ``device``:
+    ``auto`` is the GPU where there is one. ``roles``: special tokens that replace those of the files (``wrap_model``).
+    ``trust_remote_code``: whether code that comes with the model may run. ``template_kwargs``: arguments of its chat
+    template, such as ``{"enable_thinking": False}`` of Qwen3.
+
+    Raises:
+        ModelError: a folder that is missing or broken, weights that cannot be read or are incomplete, a model whose
+            logits are not its output matrix applied to its last hidden states.
+        VocabularyError: a tokenizer whose tokens are not bytes, or that has no token of a name in ``roles``.
+    """
+    check_arguments(template_kwargs or {})
+    check_files(path, gguf_file=gguf_file)
+    path, gguf_file = folder_and_file(path, gguf_file)
+    where = f"model {path}" + (f" (file {gguf_file})" if gguf_file else "")
+    target = pick_device(device)
+    if dtype not in DTYPES and dtype != "auto":
+        raise ModelError(f"{where}: unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
+    if not trust_remote_code:
+        check_own_code(path)
+    tokenizer = _load_tokenizer(path, gguf_file, trust_remote_code, f"{where}: its tokenizer")
+    if roles is not None:
+        open_source(tokenizer, roles=roles)  # before the weights: a token of that name may not exist
+    lm = _load_lm(path, gguf_file, DTYPES.get(dtype, "auto"), trust_remote_code, where)
+    lm.to(target)
+    if dtype == "auto" and target.type == "cpu" and not cpu_has_bf16():
+        lm.float()
+    lm.eval()
+    return wrap_model(lm, tokenizer, name=str(path), roles=roles, template_kwargs=template_kwargs)
+
+
+def wrap_model(
+    lm: Any,
+    tokenizer: Any,
+    *,
+    name: str = "model",
+    roles: Roles | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> LanguageModel:
+    """A ``LanguageModel`` of a model and a tokenizer in memory.
+
+    ``roles`` are set on both, so that they are saved with them: the stop ids among the generation settings, the BOS as
+    the token before plain texts.
+
+    Raises:
+        ModelError: as for ``load_model``.
+    """
+    vocabulary = Vocabulary.load(tokenizer, stop_ids=_stop_ids(lm, name), roles=roles)
+    if roles is not None:
+        _set_roles(lm, tokenizer, vocabulary, roles)
+    if not vocabulary.stop_ids:
+        raise ModelError(
+            f"model {name}: no stop id found in its tokenizer or generation settings; set an EOS token"
+        )
+    if getattr(lm.config, "rescale_every", 0):
+        lm.config.rescale_every = 0  # RWKV would halve its own weights whenever it is evaluated
+    rows = output_width(lm)
+    # Special ids beyond the matrix are harmless: Gemma's text models ship an image token without a row.
+    if not vocabulary.is_special[rows:].all():
+        raise ModelError(
+            f"model {name}: its tokenizer has {vocabulary.size} ids, its output matrix {rows} rows; "
+            "the tokenizer does not belong to these weights, or the embeddings were never resized"
+        )
+    generates, fault = examine(lm, name, pad_id(tokenizer, vocabulary))
+    rendering = Rendering(dict(template_kwargs or {}))
+    return LanguageModel(
+        name, lm, tokenizer, vocabulary.with_markers(rows), generates, fault, rendering=rendering
+    )
+
+
+def save_model(model: LanguageModel, folder: Path) -> None:
+    """Writes weights, configuration and tokenizer in plain Hugging Face format, so that transformers alone loads it."""
+    with _no_progress_bars():
+        model.lm.save_pretrained(folder, safe_serialization=True)
+    model.tokenizer.save_pretrained(folder)
+
+
+def load_weights(model: LanguageModel, folder: Path) -> None:
+    """Copies the weights saved in ``folder`` into the model in memory, bit for bit.
+
+    Raises:
+        ModelError: they cannot be read, or belong to another architecture.
+    """
+    own = next(model.lm.parameters())
+    try:
+        with _no_progress_bars():
+            # By the model's own class, so that nothing in the folder chooses which code runs.
+            saved = type(model.lm).from_pretrained(folder, dtype=own.dtype, trust_remote_code=False)
+        model.lm.load_state_dict(saved.state_dict())
+    except Exception as error:
+        raise ModelError(f"model {folder}: its weights could not be loaded: {first_line(error)}") from error
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is the GPU where there is one.
+
+    Raises:
+        ModelError: a device that this machine does not have.
+    """
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {name!r}; choose auto, cpu, or cuda") from error
+    available: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "xpu": torch.xpu.is_available,
+    }
+    if device.type in available and not available[device.type]():
+        raise ModelError(f"device {name!r}: torch sees no GPU on this machine; choose cpu or auto")
+    return device
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 itself; else torch converts every number first."""
+    return any(
+        getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+
+
+def gguf_tokenizer(path: str | Path, file: str) -> Any:
+    """The Hugging Face tokenizer of a GGUF file in a folder or a Hub repository.
+
+    Not by transformers' own reader, which ignores the name of the pre-tokenizer: SmolLM's digits would not be split.
+
+    Raises:
+        VocabularyError: a file that is broken, or whose tokenizer is not known.
+    """
+    from huggingface_hub import hf_hub_download
+
+    folder = Path(path)
+    found = open_source(folder / file if folder.is_dir() else hf_hub_download(str(path), file))
+    ids = {"bos_token": found.bos_id, "eos_token": (*found.stop_ids, None)[0], "pad_token": found.pad_id}
+    named = {role: found.tokenizer.id_to_token(index) for role, index in ids.items() if index is not None}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=found.tokenizer,
+        name_or_path=found.name,
+        clean_up_tokenization_spaces=False,
+        unk_token=getattr(found.tokenizer.model, "unk_token", None),
+        **named,
+    )
+    tokenizer.chat_template = found.chat_template
+    return tokenizer
+
+
+def _load_tokenizer(path: str, gguf_file: str | None, trust_remote_code: bool, what: str) -> Any:
+    with _as_model_error(what):
+        if gguf_file:
+            return gguf_tokenizer(path, gguf_file)
+        with foreign(f"{what} could not be loaded"):
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def _load_lm(path: str, gguf_file: str | None, dtype: Any, trust_remote_code: bool, where: str) -> Any:
+    """The transformers model with all its weights, on the CPU."""
+    # A download takes minutes and shows its progress; a folder is read in a moment.
+    bars = _no_progress_bars() if Path(path).is_dir() else contextlib.nullcontext()
+    with _as_model_error(where), _no_loading_report(), bars:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            trust_remote_code=trust_remote_code,
+            **({"gguf_file": gguf_file} if gguf_file else {}),
+        )
+    lm, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        head = {name for name, module in lm.named_modules() if module is lm.get_output_embeddings()}
+        if {key.rpartition(".")[0] for key in missing} <= head:
+            saved = ", ".join(lm.config.architectures or ())
+            raise ModelError(
+                f"{where}: it was saved without its output matrix ({saved}), as embedding models are; give the "
+                "language model that it was made from"
+            )
+        raise ModelError(
+            f"{where}: {len(missing)} of its weights are not in its files, such as {missing[0]}; fetch the model again"
+        )
+    if other := sorted(entry[0] for entry in report["mismatched_keys"]):
+        raise ModelError(
+            f"{where}: {len(other)} of its weights have another shape than its config.json says, such as {other[0]}; "
+            "weights and config.json do not belong together"
+        )
+    if unused := sorted(report["unexpected_keys"]):
+        warnings.warn(
+            f"{where}: {len(unused)} weights in its files are not used, such as {unused[0]}", stacklevel=3
+        )
+    if gguf_file:
+        _forget_quantizer(lm)
+    return lm
+
+
+@contextlib.contextmanager
+def _as_model_error(what: str) -> Iterator[None]:
+    """Errors of transformers as one line."""
+    try:
+        yield
+    except GoldError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{what} needs code that comes with it, which gold does not run by default: read that code, then allow "
+                "it with trust_remote_code: true beside the model's path"
+            ) from error
+        raise ModelError(f"{what} could not be loaded: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _no_loading_report() -> Iterator[None]:
+    """Without transformers' tables of weights that do not fit, which become one line here."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    # The GGUF reader has its own bar, which that setting does not reach.
+    reader: Any = modeling_gguf_pytorch_utils
+    bar, reader.tqdm = reader.tqdm, lambda given, **_: given
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def _forget_quantizer(lm: Any) -> None:
+    """Removes the marks of a GGUF load from a dequantised model, which transformers would refuse to save."""
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(lm, name):
+            delattr(lm, name)
+    lm.is_quantized = False
+    if hasattr(lm.config, "quantization_config"):
+        del lm.config.quantization_config
+
+
+def _set_roles(lm: Any, tokenizer: Any, vocabulary: Vocabulary, roles: Roles) -> None:
+    if roles.stop is not None and getattr(lm, "generation_config", None) is not None:
+        lm.generation_config.eos_token_id = list(vocabulary.stop_ids)
+    if roles.bos is not None:
+        tokenizer.bos_token = roles.bos
+        tokenizer.add_bos_token = True
+    if roles.pad is not None:
+        tokenizer.pad_token = roles.pad
+
+
+def _stop_ids(lm: Any, name: str) -> tuple[int, ...]:
+    """Stop ids that the checkpoint's generation settings name, else its configuration."""
+    for config in (getattr(lm, "generation_config", None), lm.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            try:
+                return check_ids("eos_token_id", ids)
+            except ModelError as error:
+                raise ModelError(f"model {name}: {error}") from None
+    return ()

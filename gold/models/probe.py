@@ -1,0 +1,132 @@
+"""Tries a model on five tokens: whether the loss would be of the model itself, and which batches it generates right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from gold.errors import GoldError, ModelError
+from gold.models.files import first_line
+from gold.models.generate import generate
+from gold.models.language_model import Batches, output_width, without_adapters
+from gold.models.states import PaddedStates, lazy_logits, states_only
+
+_LENGTH = 5
+_SHORT = 3
+_PREFIXES: dict[Batches, tuple[int, ...]] = {
+    "any lengths": (3, 2),
+    "equal lengths": (2, 2),
+    "one prompt": (2,),
+}
+
+
+@torch.no_grad()
+def examine(lm: Any, name: str, pad_id: int) -> tuple[Batches, str | None]:
+    """Which prompts ``generate`` completes correctly in one call, and why none, where it is none.
+
+    One text of five tokens is read by the whole model, and as padded states beside a shorter text: the logits must be
+    the same, else the loss would train another model. Then ``generate`` is forced to write it after its prefixes.
+
+    Raises:
+        ModelError: it is no causal model whose logits are its output matrix applied to its last hidden states.
+    """
+    kind = type(without_adapters(lm)).__name__
+    was_training = lm.training
+    lm.eval()
+    try:
+        if without_adapters(lm).get_output_embeddings() is None:
+            raise ModelError(f"model {name}: it has no output matrix; gold needs a causal language model")
+        text = _Text.read(lm, name)
+        _check_states(lm, name, kind, text, pad_id)
+        fault = None
+        for batches, prefixes in _PREFIXES.items():
+            if (fault := _generation_fault(lm, text, prefixes, pad_id)) is None:
+                return batches, None
+        return "one prompt", fault
+    except GoldError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"model {name}: gold cannot run this architecture ({kind}): {type(error).__name__}: {first_line(error)}"
+        ) from error
+    finally:
+        lm.train(was_training)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The five ids, and the logits of a plain forward pass over them."""
+
+    ids: list[int]
+    logits: Tensor
+    tolerance: float
+
+    @classmethod
+    def read(cls, lm: Any, name: str) -> _Text:
+        # From the middle of the vocabulary, where no special tokens are.
+        width = output_width(lm)
+        ids = [(width // 2 + 3 * k) % width for k in range(_LENGTH)]
+        given = torch.tensor([ids], device=next(lm.parameters()).device)
+        with states_only(lm):
+            logits = (
+                lm(input_ids=given, attention_mask=torch.ones_like(given), use_cache=False).logits[0].float()
+            )
+        if not logits.isfinite().all():
+            raise ModelError(f"model {name}: its logits are NaN or infinite; its weights may be damaged")
+        return cls(ids, logits, 6e-2 if lm.dtype.itemsize < 4 else 1e-3)
+
+    def agrees(self, logits: Tensor, positions: Sequence[int]) -> bool:
+        """Whether these are, up to rounding, the logits at these positions."""
+        own = torch.log_softmax(self.logits[list(positions)], -1)
+        difference = (torch.log_softmax(logits, -1) - own).abs().max()
+        return bool(difference <= self.tolerance * (1.0 + self.logits.abs().max()))
+
+
+def _check_states(lm: Any, name: str, kind: str, text: _Text, pad_id: int) -> None:
+    """Raises where the logits of padded states are not those of the plain forward pass."""
+    first, rest = text.ids[:1], np.array(text.ids[1:])
+    device = next(lm.parameters()).device
+    states = PaddedStates.of([first, first], [rest, rest[: _SHORT - 1]], [_LENGTH, _SHORT], pad_id, device)
+    logits = lazy_logits(lm, states).logits().float()
+    if not text.agrees(logits[:_LENGTH], range(_LENGTH)):
+        raise ModelError(
+            f"model {name}: its logits are not its output matrix applied to its last hidden states; this architecture "
+            f"({kind}) does something more"
+        )
+    if not text.agrees(logits[_LENGTH:], range(_SHORT)):
+        raise ModelError(
+            f"model {name}: its logits at a token depend on the tokens after it ({kind} is no causal model, or not set "
+            "up as one: is_decoder)"
+        )
+
+
+def _generation_fault(lm: Any, text: _Text, prefixes: Sequence[int], pad_id: int) -> str | None:
+    """What is wrong where ``generate``, forced to continue prefixes of these lengths with the text, has other logits
+    than the text's, in its first step or in the next, from its cache; None where all agree."""
+    forced = _Forced([text.ids[n] for n in prefixes])
+    try:
+        generate(lm, [text.ids[:n] for n in prefixes], 2, (), pad_id, forced)
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    first, second = forced.logits
+    if text.agrees(first, [n - 1 for n in prefixes]) and text.agrees(second, prefixes):
+        return None
+    return "its logits there are not those of its forward pass"
+
+
+class _Forced(LogitsProcessor):
+    """Keeps each step's logits, and forces given ids."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids, self.logits = ids, list[Tensor]()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logits.append(scores.float().clone())
+        chosen = torch.tensor(self.ids, device=scores.device)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
