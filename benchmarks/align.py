@@ -5,7 +5,7 @@ bytes, and the chunks. Joining the bytes of both sides and comparing them is tim
 is the same walk in a few lines of plain Python. `TRL` is the alignment of its GOLD trainer: `walk` makes groups of
 tokens of byte offsets, `offsets` makes these of the student's ids and the teacher's encodings; tokenizing is left out.
 Everything is timed in turn, in one process, on the same texts, each by itself and all of them as one long text.
-Whether TRL's groups are the chunks is counted on these texts and on odd ones that both tokenizers spell exactly.
+Whether TRL's groups are the chunks is counted on these texts and on odd ones that both tokenizers encode exactly.
 
 TRL needs an environment of its own; elsewhere its columns say that it is not installed:
 
@@ -138,7 +138,7 @@ def measure(
 ) -> Measurement:
     """All the times of one pair on these texts.
 
-    Raises: ValueError if a tokenizer does not spell one of the texts byte by byte.
+    Raises: ValueError if a tokenizer does not encode one of the texts byte by byte.
     """
     sides = [[vocabulary.encode(text) for text in texts] for vocabulary in (student, teacher)]
     for name, side in zip(names, sides, strict=True):
@@ -317,7 +317,7 @@ def _rows(alignment: Alignment) -> LazyLogits:
 def _exact_in_both(
     texts: Sequence[str], student: Vocabulary, teacher: Vocabulary
 ) -> tuple[list[str], list[tuple[TokenizedText, TokenizedText]]]:
-    """The texts whose bytes both tokenizers spell exactly, and their tokens."""
+    """The texts that both tokenizers encode exactly, and their tokens."""
     read = [(text, student.encode(text), teacher.encode(text)) for text in texts if text]
     kept = [(text, one, other) for text, one, other in read if one.exact.all() and other.exact.all()]
     return [text for text, _, _ in kept], [(one, other) for _, one, other in kept]

@@ -45,7 +45,7 @@ class Subject:
         self.name, self.vocabulary = name, vocabulary
         data, offsets = vocabulary.blob.tobytes(), vocabulary.offsets.tolist()
         self.pieces = [data[start:end] for start, end in pairwise(offsets)]
-        self.events = frozenset(np.flatnonzero(vocabulary.is_special).tolist())
+        self.special = frozenset(np.flatnonzero(vocabulary.is_special).tolist())
         self.id_of = {piece: index for index, piece in enumerate(self.pieces) if piece}
         self.tokenizer = vocabulary.tokenizer
         if self.tokenizer.truncation or self.tokenizer.padding:
@@ -212,13 +212,13 @@ def _read(subject: Subject, at_start: bool, text: str | bytes, tally: Tally) -> 
 
 
 def _check_reading(subject: Subject, at_start: bool, text: str | bytes, tally: Tally) -> TokenizedText:
-    """The tokens of a text lie on its bytes, none is an event, and an exact one has the bytes that it lies on."""
+    """The tokens of a text cover its bytes, none is special, and an exact one has the bytes that it covers."""
     vocabulary = subject.vocabulary
     tokenized = vocabulary.encode(text, at_start=at_start)
     data = _bytes_of(text)
     ids, exact = tokenized.ids.tolist(), tokenized.exact.tolist()
     _check_ends(tokenized, data)
-    forged = subject.events.intersection(ids) - {vocabulary.unk_id}
+    forged = subject.special.intersection(ids) - {vocabulary.unk_id}
     assert not forged, f"text became the special tokens {sorted(forged)}"
     starts = [0, *tokenized.ends.tolist()]
     known = [i for i, is_exact in enumerate(exact) if is_exact]
@@ -240,7 +240,7 @@ def _check_reading(subject: Subject, at_start: bool, text: str | bytes, tally: T
     if valid and (at_start or not vocabulary.dummy_prefix):
         own = subject.tokenizer.encode(data.decode(), add_special_tokens=False).ids
         # Where it takes text for a special token, it is not to be followed.
-        parsed = not subject.events.isdisjoint(set(own) - {vocabulary.unk_id})
+        parsed = not subject.special.isdisjoint(set(own) - {vocabulary.unk_id})
         parsed = parsed or (subject.unk is not None and subject.unk in data)
         assert parsed or own == ids, f"the ids are {ids}, the tokenizer's own {own}"
     alone = align_tokens(tokenized, tokenized).chunks.tolist()
@@ -254,7 +254,7 @@ def _check_reading(subject: Subject, at_start: bool, text: str | bytes, tally: T
 
 
 def _check_ids(subject: Subject, at_start: bool, ids: Sequence[int]) -> TokenizedText:
-    """Any ids spell their bytes one after the other, less the space that is put before or after a text."""
+    """Any ids decode to their bytes one after the other, less the space that is put before or after a text."""
     size = subject.vocabulary.size
     tokenized = subject.vocabulary.decode(ids, at_start=at_start, rows=size + PADDING_ROWS)
     pieces = [subject.pieces[index] if index < size else b"" for index in ids]
@@ -262,7 +262,7 @@ def _check_ids(subject: Subject, at_start: bool, ids: Sequence[int]) -> Tokenize
     first = int(at_start and subject.vocabulary.dummy_prefix and data.startswith(b" "))
     last = len(data) - int(subject.space_after and data.endswith(b" "))
     _check_ends(tokenized, data[first:last])
-    assert tokenized.ids.tolist() == list(ids), f"spelling changed the ids to {tokenized.ids.tolist()}"
+    assert tokenized.ids.tolist() == list(ids), f"decoding changed the ids to {tokenized.ids.tolist()}"
     sums = [min(max(first, end), last) - first for end in accumulate(map(len, pieces))]
     assert tokenized.ends.tolist() == sums, (
         f"the ends are {tokenized.ends.tolist()}, the sums of lengths {sums}"
@@ -291,7 +291,7 @@ def _check_alignment(one: TokenizedText, other: TokenizedText) -> None:
     length = len(one.data)
     shared = sorted({0, length} | (set(one.ends.tolist()) & set(other.ends.tolist())))
     if not length or not len(one) + len(other):
-        shared = [0] * (1 + (len(one) + len(other) > 0))  # one chunk for events alone
+        shared = [0] * (1 + (len(one) + len(other) > 0))  # one chunk for special tokens alone
     edges = [0, *there.ends_C.tolist()]
     assert edges == shared, f"the chunks end at {edges[1:]}, both sides do at {shared[1:]}"
     rows = there.chunks.tolist()
@@ -350,7 +350,7 @@ def _odd_ids(rng: random.Random, subject: Subject, text: str | bytes) -> list[in
 
 
 def _cut_at_random(rng: random.Random, id_of: dict[bytes, int], data: bytes) -> list[int] | None:
-    """Ids that spell the data, drawn one after the other; None where the vocabulary has no token that fits."""
+    """Ids that stand for the data, drawn one after the other; None where the vocabulary has no token that fits."""
     ids, at = [], 0
     while at < len(data):
         fitting = [end for end in range(at + 1, min(at + 16, len(data)) + 1) if data[at:end] in id_of]

@@ -18,7 +18,7 @@ class ConfigError(GoldError, ValueError):
 
 
 class VocabularyError(GoldError, ValueError):
-    """A tokenizer that cannot be read or spelled in bytes."""
+    """A tokenizer that cannot be read, or whose tokens stand for no certain bytes."""
 
 
 class DataError(GoldError, ValueError):

@@ -358,3 +358,7 @@ def test_every_module_of_test_support_has_a_line():
     folder = ROOT / "tests" / "support"
     listed = re.findall(r"^\| (\w+) \|", (folder / "README.md").read_text(), re.MULTILINE)
     assert listed[1:] == sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+
+
+def test_the_tokenizer_family_of_the_extending_page_is_read():
+    assert extending_code("WordPiece")["vocabulary"].size == 4

@@ -19,7 +19,7 @@ from gold.bytes.plan import BytePlan, ByteTrie, behind_space
 from gold.kernels.layout import STOP_EVENT, ByteLayout
 from gold.kernels.projection import PieceBatch, PieceSide
 from gold.kernels.shared import SharedEvents
-from gold.tokenize.markers import read_as, shared_markers
+from gold.tokenize.markers import retokenize, shared_markers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -101,12 +101,12 @@ class VocabularyPair:
 
     def read(self, tokenized: TokenizedText, *, at_start: bool = True) -> TokenizedText:
         """The teacher's own reading of a text that the student spelled; the same ids where the vocabularies are one."""
-        return tokenized if self.same else read_as(self.teacher, tokenized, self.markers, at_start)
+        return tokenized if self.same else retokenize(self.teacher, tokenized, self.markers, at_start)
 
     def read_back(self, tokenized: TokenizedText, *, at_start: bool = True) -> TokenizedText:
         """The student's own reading of a text that the teacher spelled."""
         back = {theirs: mine for mine, theirs in self.markers.items()}
-        return tokenized if self.same else read_as(self.student, tokenized, back, at_start)
+        return tokenized if self.same else retokenize(self.student, tokenized, back, at_start)
 
 
 class AlignedBatch:

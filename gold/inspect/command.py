@@ -17,7 +17,7 @@ from gold import terminal
 from gold.errors import ConfigError, DataError, GoldError
 from gold.files import json_value, open_file
 from gold.inspect.view import AlignmentView, TokenizedSide, describe, summary
-from gold.tokenize.markers import read_as, shared_markers
+from gold.tokenize.markers import retokenize, shared_markers
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class _Pair:
             tokenized = student.decode(ids)
             tokenized_texts = (
                 tokenized,
-                tokenized if self._same else read_as(teacher, tokenized, self._markers),
+                tokenized if self._same else retokenize(teacher, tokenized, self._markers),
             )
         if given.prompt is not None:
             told = zip(beside, self.names, self.vocabularies, self._tokenizers, self.renderings, strict=True)

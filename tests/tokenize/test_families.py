@@ -27,8 +27,8 @@ def test_the_byte_alphabet_is_what_tokenizers_writes() -> None:
 
 def test_characters_are_bytes_in_order_of_their_symbols() -> None:
     vocabulary = Vocabulary.load(character_level())
-    spelled = [vocabulary.token_bytes(i) for i in range(2, 258)]
-    assert sorted(spelled) == [bytes([b]) for b in range(256)]
+    found = [vocabulary.token_bytes(i) for i in range(2, 258)]
+    assert sorted(found) == [bytes([b]) for b in range(256)]
     assert vocabulary.is_special.tolist() == [True, True] + [False] * 256
 
 
@@ -74,7 +74,7 @@ def test_byte_level_is_found_wherever_it_is() -> None:
     assert tokenized.exact.all()
 
 
-def test_strings_that_no_text_gives_are_events() -> None:
+def test_strings_that_no_text_gives_are_special() -> None:
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "a b": 2, "": 3, "日": 4}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert Vocabulary.load(tokenizer).is_special.tolist() == [False, False, True, True, True]
@@ -97,7 +97,7 @@ def test_dummy_prefix_is_dropped_at_the_start_only() -> None:
     assert (vocabulary.token_bytes(lone.ids[0]), lone.ends[0], lone.exact[0]) == (b" ", 0, False)
 
 
-def spelled(vocabulary: Vocabulary, given: str) -> list[bytes]:
+def contents(vocabulary: Vocabulary, given: str) -> list[bytes]:
     return [vocabulary.token_bytes(i) for i in vocabulary.encode(given).ids]
 
 
@@ -193,7 +193,7 @@ def test_unigram_spaces_and_byte_pieces() -> None:
         vocabulary = Vocabulary.load(tokenizer)
         assert (vocabulary.family, vocabulary.unk_id) == (family, 0)
         snow = "☃".encode()
-        assert spelled(vocabulary, "ab☃") == [
+        assert contents(vocabulary, "ab☃") == [
             b" a",
             b"b",
             *([bytes([b]) for b in snow] if fallback else [b""]),
@@ -217,7 +217,7 @@ def test_another_character_can_stand_for_a_space() -> None:
     assert [Vocabulary.load(tokenizer).token_bytes(i) for i in range(3)] == [b"a", b" ", "▁".encode()]
 
 
-def _unspellable() -> list[tuple[str, Tokenizer]]:
+def _uncertain() -> list[tuple[str, Tokenizer]]:
     def of(pre_tokenizer: object = None, normalizer: object = None) -> Tokenizer:
         tokenizer = Tokenizer(models.BPE({"a": 0}, []))
         if pre_tokenizer is not None:
@@ -240,8 +240,8 @@ def _unspellable() -> list[tuple[str, Tokenizer]]:
     ]
 
 
-@pytest.mark.parametrize(("named", "tokenizer"), _unspellable(), ids=range(len(_unspellable())))
-def test_what_cannot_be_spelled_is_refused_in_one_line(named: str, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize(("named", "tokenizer"), _uncertain(), ids=range(len(_uncertain())))
+def test_uncertain_bytes_are_refused_in_one_line(named: str, tokenizer: Tokenizer) -> None:
     with pytest.raises(VocabularyError, match=named) as caught:
         Vocabulary.load(tokenizer)
     assert "\n" not in str(caught.value)

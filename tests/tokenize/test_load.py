@@ -262,10 +262,10 @@ def test_the_roles_of_an_encoding() -> None:
     found = open_source(encoding(O200K))
     assert found.name == "tiktoken toy"
     assert found.stop_ids == (found.tokenizer.token_to_id("<|endoftext|>"),)
-    spelled = Vocabulary.load(encoding(O200K))
-    assert spelled.token_bytes(spelled.size - 2) == b""  # a hole between the special tokens
-    assert spelled.encode("<|endoftext|>").repaired_bytes == 0
-    assert not spelled.is_special[spelled.encode("<|endoftext|>").ids].any()
+    vocabulary = Vocabulary.load(encoding(O200K))
+    assert vocabulary.token_bytes(vocabulary.size - 2) == b""  # a hole between the special tokens
+    assert vocabulary.encode("<|endoftext|>").repaired_bytes == 0
+    assert not vocabulary.is_special[vocabulary.encode("<|endoftext|>").ids].any()
 
 
 def test_patterns_are_said_in_the_dialect_of_tokenizers() -> None:
@@ -290,7 +290,7 @@ def test_an_encoding_that_is_read_differently_is_refused() -> None:
         open_source(other)
 
 
-def test_a_special_token_spelled_like_another_token_is_refused() -> None:
+def test_a_special_token_written_like_another_token_is_refused() -> None:
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256}
     made = tiktoken.Encoding("x", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"ab": 300})
     with pytest.raises(VocabularyError, match=r"special token 'ab' with id 300 .* id 256"):
@@ -644,7 +644,7 @@ def test_a_role_for_a_token_that_is_not_there(roles: Roles, message: str) -> Non
 # Fresh interpreters
 
 
-def test_reading_tokenizer_files_loads_no_model_library(tmp_path: Path) -> None:
+def test_loading_tokenizer_files_loads_no_model_library(tmp_path: Path) -> None:
     tekken_files(tmp_path)
     byte_level_gguf(tmp_path / "m.gguf", toy(), "gpt-2", chat_template="{{ messages }}")
     code = (

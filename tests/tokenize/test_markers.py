@@ -142,7 +142,7 @@ def test_markers_are_shared_tokens_by_their_bytes() -> None:
         assert (mine.tokenizer.token_to_id(token), theirs.tokenizer.token_to_id(token)) in pairs
 
 
-def test_roles_and_tokens_without_a_row_stay_events() -> None:
+def test_roles_and_tokens_without_a_row_keep_no_bytes() -> None:
     tokenizer = byte_level_bpe()
     tokenizer.add_special_tokens([*MARKERS, "<image>", "<pad>"])
     first = tokenizer.token_to_id("<think>")

@@ -18,13 +18,13 @@ tails = st.lists(st.sampled_from([b"\0", b"a", b"\xff"]), max_size=3).map(b"".jo
 tokens = st.builds(bytes.__add__, begins, tails)
 
 
-@given(spelled=st.lists(st.tuples(tokens, st.booleans())))
-@example(spelled=[(b"\0" * (i % 40), True) for i in range(120)])
+@given(tokens_and_kept=st.lists(st.tuples(tokens, st.booleans())))
+@example(tokens_and_kept=[(b"\0" * (i % 40), True) for i in range(120)])
 def test_ids_are_sorted_by_their_bytes_and_equal_ones_stay_in_order(
-    spelled: list[tuple[bytes, bool]],
+    tokens_and_kept: list[tuple[bytes, bool]],
 ) -> None:
-    found = [one for one, _ in spelled]
-    ids = [i for i, (_, kept) in enumerate(spelled) if kept]
+    found = [one for one, _ in tokens_and_kept]
+    ids = [i for i, (_, kept) in enumerate(tokens_and_kept) if kept]
     offsets = np.cumsum([0, *map(len, found)], dtype=np.int64)
     blob = np.frombuffer(b"".join(found), np.uint8)
     order, repeats = byte_order(np.array(ids, np.int64), offsets, blob)

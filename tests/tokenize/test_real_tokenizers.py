@@ -76,7 +76,7 @@ def test_what_looks_like_a_control_token_is_text(name: str) -> None:
 
 
 @parametrized("bert")
-def test_words_of_bert_are_spelled_with_the_space_before_them(name: str) -> None:
+def test_words_of_bert_have_the_space_before_them(name: str) -> None:
     found = vocabulary(name)
     text = "The dogs' café, it's 3.14 and unbelievable!"
     tokenized = found.encode(text)
@@ -91,7 +91,7 @@ def test_words_of_bert_are_spelled_with_the_space_before_them(name: str) -> None
 
 
 @parametrized("clip")
-def test_words_of_clip_are_spelled_with_the_space_behind_them(name: str) -> None:
+def test_words_of_clip_have_the_space_behind_them(name: str) -> None:
     found = vocabulary(name)
     tokenized = found.encode("a photo of a cat")
     assert [found.token_bytes(i) for i in tokenized.ids] == [b"a ", b"photo ", b"of ", b"a ", b"cat "]
@@ -100,7 +100,7 @@ def test_words_of_clip_are_spelled_with_the_space_behind_them(name: str) -> None
 
 
 @pytest.mark.assets("bert", "qwen3")
-def test_bert_and_qwen3_share_what_they_spell_alike() -> None:
+def test_bert_and_qwen3_share_tokens_of_equal_bytes() -> None:
     bert, qwen = vocabulary("bert"), vocabulary("qwen3")
     ids_V, ids_W = byte_equal_pairs(bert, qwen)
     shared = {bert.token_bytes(i) for i in ids_V.tolist()}
@@ -143,19 +143,19 @@ def test_random_texts_and_ids_lie_on_their_bytes(name: str, draw: st.DataObject)
 @parametrized(*NAMES, *LOSSY, "smollm2-135m-instruct")
 @settings(max_examples=40)
 @given(before=text, after=text)
-def test_hard_ends_stay_ends_whatever_follows(name: str, before: str, after: str) -> None:
+def test_stable_ends_stay_ends_whatever_follows(name: str, before: str, after: str) -> None:
     found = vocabulary(name)
     tokenized = found.encode(before)
-    hard = set(tokenized.ends[found.stable_ends(tokenized)].tolist())
-    assert hard <= set(found.encode(before + after).ends.tolist())
+    stable = set(tokenized.ends[found.stable_ends(tokenized)].tolist())
+    assert stable <= set(found.encode(before + after).ends.tolist())
 
 
 @parametrized("qwen3", "llama3_1")
-def test_hard_ends_are_found_at_digits(name: str) -> None:
+def test_stable_ends_are_found_at_digits(name: str) -> None:
     found = vocabulary(name)
     tokenized = found.encode("so 123456 is")
-    hard = tokenized.ends[found.stable_ends(tokenized)].tolist()
-    assert hard == ([4, 5, 6, 7, 8, 9] if name == "qwen3" else [6, 9])
+    stable = tokenized.ends[found.stable_ends(tokenized)].tolist()
+    assert stable == ([4, 5, 6, 7, 8, 9] if name == "qwen3" else [6, 9])
 
 
 @pytest.mark.slow

@@ -150,16 +150,16 @@ def test_an_end_is_where_rewriting_the_text_before_it_gives_the_tokens_before_it
     assert back[-1] <= len(bytes_given)
     for p in np.flatnonzero(back >= 0):
         try:
-            before, spelled = bytes_given[: back[p]].decode(), bytes_rewritten[:p].decode()
+            before, rewritten_before = bytes_given[: back[p]].decode(), bytes_rewritten[:p].decode()
         except UnicodeDecodeError:  # inside a character that stayed the same
             continue
         if normalizer is not NORMALIZERS["Strip"]:
-            assert normalizer.normalize_str(before) == spelled
+            assert normalizer.normalize_str(before) == rewritten_before
 
 
 @given(text)
 def test_the_same_text_decomposed_meets_at_every_word(given: str) -> None:
-    """A student that spells decomposed text and a teacher that composes it meet outside of the changed characters."""
+    """A student that decomposes text and a teacher that composes it meet outside of the changed characters."""
     words = "cafe\u0301 " + given + " e\u0301te\u0301 x"
     student, teacher = CHARACTERS.encode(words), NFC.encode(words)
     alignment = align_tokens(student, teacher)
@@ -178,10 +178,10 @@ def test_dropped_bytes_belong_to_the_next_token(given: str, lacking: bytes) -> N
     assert b"".join(vocabulary.token_bytes(i) for i in tokenized.ids) == kept
     if not kept:
         return
-    # Each token's stretch is its own bytes with what was dropped before them; at the end, after them too.
-    for own, stretch, exact in covered(vocabulary, tokenized):
-        assert stretch.translate(None, b"x" + lacking) == own
-        assert exact == (own == stretch)
+    # Each token's span is its own bytes with what was dropped before them; at the end, after them too.
+    for own, span, exact in covered(vocabulary, tokenized):
+        assert span.translate(None, b"x" + lacking) == own
+        assert exact == (own == span)
 
 
 def test_an_unknown_token_stands_on_what_it_replaces_and_is_repaired() -> None:
@@ -192,7 +192,7 @@ def test_an_unknown_token_stands_on_what_it_replaces_and_is_repaired() -> None:
     assert rows[unknown] == (b"", "\u2603\u2603".encode(), False)
     assert tokenized.repaired_bytes == 6
     assert all(exact for i, (_, _, exact) in enumerate(rows) if i != unknown)
-    # Spelled from the ids alone, nothing is known of it.
+    # From the ids alone nothing is known of it.
     assert vocabulary.decode(tokenized.ids).data == b"thedog"
 
 
@@ -399,7 +399,7 @@ def test_white_space_made_one_space_is_found_at_once_wherever_it_is() -> None:
 
 
 def test_a_normaliser_that_looks_far_is_mapped_by_edit_operations() -> None:
-    """What becomes of a piece depends on the whole text: no stretch of it is rewritten by itself as it is there."""
+    """What becomes of a piece depends on the whole text: no span of it is rewritten by itself as it is there."""
     given = "x" * 1500 + " the quick brown fox"
 
     def rewrite(piece: str) -> str:

@@ -1,4 +1,4 @@
-"""What holds for every family: the tokens of a text lie on its bytes, and nothing is lost in between."""
+"""What holds for every family: the tokens of a text cover its bytes, and nothing is lost in between."""
 
 import json
 import pickle
@@ -39,7 +39,7 @@ each_vocabulary = pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), i
 
 
 def check(vocabulary: Vocabulary, tokenized: TokenizedText) -> None:
-    """What every spelling promises."""
+    """What every tokenized text promises."""
     ends, starts = tokenized.ends.tolist(), tokenized.starts.tolist()
     assert tokenized.ids.dtype == np.int32
     assert tokenized.ends.dtype == np.int64
@@ -105,14 +105,14 @@ def test_what_looks_like_a_special_token_is_text(vocabulary: Vocabulary, at_star
             f"\u200b{name}",
         ):
             tokenized = vocabulary.encode(written, at_start=at_start)
-            events = tokenized.ids[vocabulary.is_special[tokenized.ids]]
-            assert set(events.tolist()) <= {vocabulary.unk_id}
+            special = tokenized.ids[vocabulary.is_special[tokenized.ids]]
+            assert set(special.tolist()) <= {vocabulary.unk_id}
             assert len(tokenized)
             check(vocabulary, tokenized)
-            if not len(events) and written == name:
-                spelled = b"".join(vocabulary.token_bytes(i) for i in tokenized.ids)
+            if not len(special) and written == name:
+                decoded = b"".join(vocabulary.token_bytes(i) for i in tokenized.ids)
                 if tokenized.exact[1:].all():
-                    assert spelled.strip() == name.encode()
+                    assert decoded.strip() == name.encode()
 
 
 @given(any_vocabulary, text)
@@ -124,7 +124,7 @@ def test_encode_gives_the_tokenizer_s_own_ids(vocabulary: Vocabulary, given: str
 
 
 @given(st.data(), any_vocabulary, st.booleans())
-def test_spell_concatenates_the_bytes_of_any_ids(
+def test_decode_concatenates_the_bytes_of_any_ids(
     draw: st.DataObject, vocabulary: Vocabulary, at_start: bool
 ) -> None:
     ids = draw.draw(ids_of(vocabulary))
@@ -176,8 +176,8 @@ FITTING = [name for name in VOCABULARIES if not {"missing", "unknown"} & set(nam
 
 
 @given(st.sampled_from(FITTING), text)
-def test_a_stretch_rewritten_by_itself_is_what_its_tokens_spell(name: str, given: str) -> None:
-    """Where a token lies on a text that the tokenizer changes: no stretch has another one's content."""
+def test_a_span_rewritten_by_itself_is_the_bytes_of_its_tokens(name: str, given: str) -> None:
+    """Where a token lies on a text that the tokenizer changes: no span has another one's content."""
     vocabulary = VOCABULARIES[name]
     for mark in MARKS:
         given = given.replace(mark, "")
@@ -188,44 +188,46 @@ def test_a_stretch_rewritten_by_itself_is_what_its_tokens_spell(name: str, given
     for i, (start, end) in enumerate(zip(tokenized.starts.tolist(), tokenized.ends.tolist(), strict=True)):
         group.append(tokenized.ids[i])
         if start == end and i < len(tokenized) - 1:
-            continue  # its end lies inside of what changed: the next token has the stretch of both
-        own, stretch = b"".join(map(vocabulary.token_bytes, group)), tokenized.data[start:end]
+            continue  # its end lies inside of what changed: the next token has the span of both
+        own, span = b"".join(map(vocabulary.token_bytes, group)), tokenized.data[start:end]
         if vocabulary.unk_id not in group:
             try:
-                assert own.decode().split() == vocabulary._encoder.rewrite(stretch.decode()).split()
+                assert own.decode().split() == vocabulary._encoder.rewrite(span.decode()).split()
             except UnicodeDecodeError:  # part of a character that stayed the same
-                assert own.strip() == stretch.strip()
+                assert own.strip() == span.strip()
         group = []
 
 
 @given(any_vocabulary, text)
-def test_encoding_and_spelling_agree(vocabulary: Vocabulary, given: str) -> None:
+def test_encoding_and_decoding_agree(vocabulary: Vocabulary, given: str) -> None:
     encoded = vocabulary.encode(given, at_start=False)
     # A text of which the vocabulary has no byte at all has no tokens, and none that is not exact.
     if encoded.exact.all() and not encoded.repaired_bytes:
-        spelled = vocabulary.decode(encoded.ids, at_start=False)
-        assert (spelled.data, spelled.ends.tolist()) == (encoded.data, encoded.ends.tolist())
+        decoded = vocabulary.decode(encoded.ids, at_start=False)
+        assert (decoded.data, decoded.ends.tolist()) == (encoded.data, encoded.ends.tolist())
 
 
 @given(any_vocabulary, text, text)
-def test_hard_ends_stay_ends_whatever_follows(vocabulary: Vocabulary, before: str, after: str) -> None:
+def test_stable_ends_stay_ends_whatever_follows(vocabulary: Vocabulary, before: str, after: str) -> None:
     tokenized = vocabulary.encode(before, at_start=False)
-    hard = set(tokenized.ends[vocabulary.stable_ends(tokenized)].tolist())
-    assert hard <= set(vocabulary.encode(before + after, at_start=False).ends.tolist())
+    stable = set(tokenized.ends[vocabulary.stable_ends(tokenized)].tolist())
+    assert stable <= set(vocabulary.encode(before + after, at_start=False).ends.tolist())
 
 
-def test_hard_ends_of_digits_by_hand() -> None:
+def test_stable_ends_of_digits_by_hand() -> None:
     digits, groups = VOCABULARIES["byte-level, digits"], VOCABULARIES["byte-level, groups of digits"]
     tokenized = digits.encode("a 12 b")
-    assert [
-        e for e, hard in zip(tokenized.ends.tolist(), digits.stable_ends(tokenized), strict=True) if hard
-    ] == [3, 4]
+    assert tokenized.ends[digits.stable_ends(tokenized)].tolist() == [3, 4]
     tokenized = groups.encode("a 12345 b")
-    hard = {e for e, hard in zip(tokenized.ends.tolist(), groups.stable_ends(tokenized), strict=True) if hard}
-    assert hard == {5}
+    stable = {
+        e
+        for e, is_stable in zip(tokenized.ends.tolist(), groups.stable_ends(tokenized), strict=True)
+        if is_stable
+    }
+    assert stable == {5}
 
 
-def test_hard_ends_of_words_by_hand() -> None:
+def test_stable_ends_of_words_by_hand() -> None:
     given = "the dog, (12) x! "
     for name, expected in (
         ("wordpiece, cased", {8, 10, 13, 16}),
@@ -242,12 +244,12 @@ def test_hard_ends_of_words_by_hand() -> None:
         assert not vocabulary.stable_ends(cut_short)[-1]
 
 
-def test_without_a_pre_tokenizer_no_end_is_hard() -> None:
+def test_without_a_pre_tokenizer_no_end_is_stable() -> None:
     vocabulary = VOCABULARIES["byte-fallback"]
     assert not vocabulary.stable_ends(vocabulary.encode("a 12 b. c\n\nd")).any()
 
 
-def test_an_end_where_an_added_token_could_begin_is_not_hard() -> None:
+def test_an_end_where_an_added_token_could_begin_is_not_stable() -> None:
     plain = Vocabulary.load(byte_level_bpe(digits=True))
     added = byte_level_bpe(digits=True)
     added.add_tokens(["1x>"])
@@ -290,10 +292,10 @@ def test_a_text_that_a_tokenizer_cannot_read_at_all_is_an_error_of_one_line(mode
     assert "\n" not in str(caught.value)
 
 
-# Roles and events
+# Roles and special tokens
 
 
-def test_roles_and_events_of_a_bare_tokenizer() -> None:
+def test_roles_and_special_tokens_of_a_bare_tokenizer() -> None:
     vocabulary = Vocabulary.load(sentencepiece_bpe(), stop_ids=[EOS_ID])
     assert (vocabulary.bos_id, vocabulary.stop_ids, vocabulary.pad_id, vocabulary.unk_id) == (
         BOS_ID,
@@ -306,7 +308,7 @@ def test_roles_and_events_of_a_bare_tokenizer() -> None:
     assert vocabulary.family == "byte-fallback"
 
 
-def test_an_added_token_with_a_role_is_an_event_even_if_it_is_not_marked_special() -> None:
+def test_an_added_token_with_a_role_is_special_even_if_it_is_not_marked_special() -> None:
     tokenizer = byte_level_bpe()
     tokenizer.add_tokens(["<end>"])
     stop = tokenizer.token_to_id("<end>")
@@ -321,7 +323,7 @@ def test_a_stop_id_that_text_can_give_is_refused() -> None:
         Vocabulary.load(byte_level_bpe(), stop_ids=[5])
 
 
-def test_a_special_token_that_merges_can_build_is_spelled_out() -> None:
+def test_a_special_token_that_merges_can_build_is_written_out() -> None:
     tokenizer = byte_level_bpe(["abab abab"] * 4, vocab_size=262)
     tokenizer.add_special_tokens(["ab"])
     vocabulary = Vocabulary.load(tokenizer)
