@@ -2,7 +2,7 @@
 
 import mmap
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,38 +120,34 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
             raise VocabularyError(
                 f"its tokenizer.huggingface.json cannot be read: {str(error)[:200]}"
             ) from None
-    kind, name = metadata.get(f"{_KEY}model"), metadata.get(f"{_KEY}pre")
-    tokens = metadata.get(f"{_KEY}tokens")
-    if not isinstance(kind, str) or not isinstance(tokens, list) or not tokens:
-        raise VocabularyError("it holds no tokenizer (no tokenizer.ggml.model, no tokenizer.ggml.tokens)")
-    kinds = _numbers(metadata, "token_type", len(tokens), 1)
+    fields = _Fields(metadata)
+    kind, name = fields.get("model"), fields.get("pre")
     if kind == "gpt2":
-        tokenizer = _byte_level(metadata, tokens, kinds, name)
-    elif kind == "gemma4" or (kind == "llama" and f"{_KEY}scores" not in metadata):
-        tokenizer = _merged_pieces(metadata, tokens, kinds)
+        tokenizer = _byte_level(fields, name)
+    elif kind == "gemma4" or (kind == "llama" and fields.get("scores") is None):
+        tokenizer = _merged_pieces(fields)
     elif kind in ("llama", "t5"):
-        charsmap = metadata.get(f"{_KEY}precompiled_charsmap")
+        charsmap = fields.get("precompiled_charsmap")
         tokenizer = tokenizer_of(
             Pieces(
-                tokens,
-                _numbers(metadata, "scores", len(tokens), 0),
-                kinds,
+                fields.tokens,
+                fields.numbers("scores", 0),
+                fields.kinds,
                 unigram=kind == "t5",
                 charsmap=b"" if charsmap is None else np.asarray(charsmap).tobytes(),
-                squeezes=bool(metadata.get(f"{_KEY}remove_extra_whitespaces", False)),
-                space_first=bool(metadata.get(f"{_KEY}add_space_prefix", kind == "llama")),
+                squeezes=bool(fields.get("remove_extra_whitespaces", False)),
+                space_first=bool(fields.get("add_space_prefix", kind == "llama")),
             )
         )
     elif kind == "bert":
-        tokenizer = _word_pieces(metadata, tokens, kinds)
+        tokenizer = _word_pieces(fields)
     else:
         raise VocabularyError(
             f"its tokenizer is of a kind that is not read here, {kind!r}; give the model's tokenizer.json"
         )
-    bos = role_ids(metadata).get("bos")
-    if bos is not None and metadata.get(
-        f"{_KEY}add_bos_token", kind in ("llama", "bert", "gemma4") or name in BOS_FIRST
-    ):
+    bos = fields.roles.get("bos")
+    puts_bos = fields.get("add_bos_token", kind in ("llama", "bert", "gemma4") or name in BOS_FIRST)
+    if bos is not None and puts_bos:
         token = tokenizer.id_to_token(bos)
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[token, "$A"], special_tokens=[(token, bos)]
@@ -173,46 +169,57 @@ def role_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
     return {role: index for role, index in named.items() if isinstance(index, int) and 0 <= index < size}
 
 
-def _numbers(metadata: Mapping[str, Any], name: str, count: int, default: int) -> list[Any]:
-    found = metadata.get(_KEY + name)
-    if found is None:
-        return [default] * count
-    if not isinstance(found, np.ndarray) or len(found) != count:
-        raise VocabularyError(f"its {_KEY}{name} are not {count} numbers, one for each token")
-    return list(found.tolist())
+class _Fields:
+    """The fields of GGUF metadata below `tokenizer.ggml.`, with the tokens by id and their kinds."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self._metadata = metadata
+        tokens = self.get("tokens")
+        if not isinstance(self.get("model"), str) or not isinstance(tokens, list) or not tokens:
+            raise VocabularyError("it holds no tokenizer (no tokenizer.ggml.model, no tokenizer.ggml.tokens)")
+        self.tokens: list[str] = tokens
+        self.roles = role_ids(metadata)
+        self.kinds: list[int] = self.numbers("token_type", NORMAL)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._metadata.get(_KEY + name, default)
+
+    def numbers(self, name: str, default: int) -> list[Any]:
+        """One number for each token."""
+        found, count = self.get(name), len(self.tokens)
+        if found is None:
+            return [default] * count
+        if not isinstance(found, np.ndarray) or len(found) != count:
+            raise VocabularyError(f"its {_KEY}{name} are not {count} numbers, one for each token")
+        return list(found.tolist())
+
+    def merges(self) -> list[tuple[str, str]] | None:
+        found = self.get("merges")
+        if not isinstance(found, list):
+            return None
+        cuts = [merge.find(" ", 1) for merge in found]
+        if min(cuts, default=1) < 0:
+            raise VocabularyError(f"its {_KEY}merges have one that is no pair: {found[cuts.index(-1)]!r}")
+        return [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(found, cuts, strict=True)]
+
+    def vocab(self) -> dict[str, int]:
+        """The ids of the tokens that are used, by their strings."""
+        vocab: dict[str, int] = {}
+        for index, token in enumerate(self.tokens):
+            if token and self.kinds[index] != UNUSED and vocab.setdefault(token, index) != index:
+                raise VocabularyError(f"its tokens {vocab[token]} and {index} are the same, {token!r}")
+        return vocab
+
+    def of_kind(self, *kinds: int) -> list[str]:
+        return [token for token, kind in zip(self.tokens, self.kinds, strict=True) if kind in kinds]
+
+    def with_added(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer with its special and user-defined tokens added."""
+        add_tokens(tokenizer, self.of_kind(UNKNOWN, CONTROL), self.of_kind(USER_DEFINED))
+        return tokenizer
 
 
-def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]] | None:
-    found = metadata.get(f"{_KEY}merges")
-    if not isinstance(found, list):
-        return None
-    cuts = [merge.find(" ", 1) for merge in found]
-    if min(cuts, default=1) < 0:
-        raise VocabularyError(f"its {_KEY}merges have one that is no pair: {found[cuts.index(-1)]!r}")
-    return [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(found, cuts, strict=True)]
-
-
-def _vocab(tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, int]:
-    vocab: dict[str, int] = {}
-    for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
-        if kind == UNUSED or not token:
-            continue
-        if vocab.setdefault(token, index) != index:
-            raise VocabularyError(f"its tokens {vocab[token]} and {index} are the same, {token!r}")
-    return vocab
-
-
-def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
-    def of(*wanted: int) -> list[str]:
-        return [token for token, kind in zip(tokens, kinds, strict=True) if kind in wanted]
-
-    add_tokens(tokenizer, of(UNKNOWN, CONTROL), of(USER_DEFINED))
-    return tokenizer
-
-
-def _byte_level(
-    metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int], name: str | None
-) -> Tokenizer:
+def _byte_level(fields: _Fields, name: str | None) -> Tokenizer:
     if not known_words(name):
         known = (
             "none, as files from before May 2024" if name is None else f"{name!r}, which is not known here"
@@ -220,48 +227,51 @@ def _byte_level(
         raise VocabularyError(
             f"the name of its pre-tokenizer (tokenizer.ggml.pre) is {known}; give the model's tokenizer.json"
         )
-    merges = _merges(metadata)
+    merges = fields.merges()
     if merges is None:
         if name != "kimi-k2":
             raise VocabularyError("it lists no merges (tokenizer.ggml.merges)")
-        ranked = [token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL]
+        ranked = fields.of_kind(NORMAL)
         merges = merges_of_ranked(ranked, ranked)
-    return _add_tokens(named_byte_level(_vocab(tokens, kinds), merges, str(name)), tokens, kinds)
+    return fields.with_added(named_byte_level(fields.vocab(), merges, str(name)))
 
 
-def _merged_pieces(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
+def _merged_pieces(fields: _Fields) -> Tokenizer:
     """Pieces with `▁` and bytes as in SentencePiece, but with merges of their own; lines are cut apart (Gemma 4)."""
-    merges = _merges(metadata)
+    merges = fields.merges()
     if merges is None:
         raise VocabularyError("it has neither scores nor merges (tokenizer.ggml.scores, .merges)")
-    unknown = role_ids(metadata).get("unknown")
-    model = bpe_model(
-        _vocab(tokens, kinds),
-        merges,
-        unk_token=None if unknown is None else tokens[unknown],
-        fuse_unk=True,
-        byte_fallback=True,
-        ignore_merges=True,
+    unknown = fields.roles.get("unknown")
+    tokenizer = Tokenizer(
+        bpe_model(
+            fields.vocab(),
+            merges,
+            unk_token=None if unknown is None else fields.tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+            ignore_merges=True,
+        )
     )
-    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")
     tokenizer.decoder = space_decoder(strips=False)
-    return _add_tokens(tokenizer, tokens, kinds)
+    return fields.with_added(tokenizer)
 
 
-def _word_pieces(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int]) -> Tokenizer:
-    # The file marks the pieces that begin a word, BERT those that go on with one.
-    pieces = [
+def _word_pieces(fields: _Fields) -> Tokenizer:
+    # The file marks the pieces that begin a word, BERT those that continue one.
+    fields.tokens = pieces = [
         token if kind in (UNKNOWN, CONTROL) or (token.startswith("[") and token.endswith("]"))
-        else token[1:] if token.startswith("▁") else f"##{token}"
-        for token, kind in zip(tokens, kinds, strict=True)
+        else token[1:] if token.startswith(SPACE) else f"##{token}"
+        for token, kind in zip(fields.tokens, fields.kinds, strict=True)
     ]  # fmt: skip
-    unknown = role_ids(metadata).get("unknown", 100)
-    lowers = bool(metadata.get(f"{_KEY}normalizer.lowercase", True))
-    strips = bool(metadata.get(f"{_KEY}normalizer.strip_accents", lowers))
+    unknown = fields.roles.get("unknown", 100)
+    lowers = bool(fields.get("normalizer.lowercase", True))
+    strips = bool(fields.get("normalizer.strip_accents", lowers))
     unk_token = pieces[unknown] if unknown < len(pieces) else "[UNK]"
-    tokenizer = word_piece_tokenizer(_vocab(pieces, kinds), unk_token, lowercase=lowers, strip_accents=strips)
+    tokenizer = word_piece_tokenizer(fields.vocab(), unk_token, lowercase=lowers, strip_accents=strips)
     # Older files do not mark their special tokens.
-    roles = {index for index in role_ids(metadata).values() if pieces[index].startswith("[")}
-    return _add_tokens(tokenizer, pieces, [CONTROL if i in roles else kind for i, kind in enumerate(kinds)])
+    for index in fields.roles.values():
+        if pieces[index].startswith("["):
+            fields.kinds[index] = CONTROL
+    return fields.with_added(tokenizer)
