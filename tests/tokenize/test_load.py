@@ -284,9 +284,7 @@ def test_an_encoding_that_is_read_differently_is_refused() -> None:
         _special_tokens={},
         encode_ordinary=made.encode_ordinary,
     )
-    with pytest.raises(
-        VocabularyError, match=r"^tiktoken other: converted for tokenizers it reads .* differently"
-    ):
+    with pytest.raises(VocabularyError, match=r"^tiktoken other: .* differently"):
         open_source(other)
 
 
@@ -301,19 +299,17 @@ def test_an_encoding_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding(O200K))
     found = open_source("tiktoken:o200k_base")
     assert (found.name, found.stop_ids) == ("tiktoken:o200k_base", open_source(encoding(O200K)).stop_ids)
-    with pytest.raises(VocabularyError, match=r"tiktoken has no encoding 'o200k'; it has .*o200k_base"):
+    with pytest.raises(VocabularyError, match=r"'o200k'.*o200k_base"):
         open_source("tiktoken:o200k")
 
     def offline(name: str) -> Any:
         raise ConnectionError("Name or service not known\nat length")
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(
-        VocabularyError, match=r"cannot fetch the ranks of o200k_base: Name or service not known$"
-    ):
+    with pytest.raises(VocabularyError, match=r"o200k_base: Name or service not known$"):
         open_source("tiktoken:o200k_base")
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(VocabularyError, match="needs the package tiktoken: pip install tiktoken"):
+    with pytest.raises(VocabularyError, match="pip install tiktoken"):
         open_source("tiktoken:o200k_base")
 
 
@@ -334,7 +330,7 @@ def test_tekken_json(tmp_path: Path) -> None:
         for case in TEXTS:
             assert ids(found.tokenizer, case) == [20 + i for i in original.encode_ordinary(case)]
     renamed = path.rename(tmp_path / "model.json")
-    with pytest.raises(VocabularyError, match=r"model\.json is no tokenizer that tokenizers can read"):
+    with pytest.raises(VocabularyError, match=r"model\.json"):
         open_source(renamed)
 
 
@@ -348,9 +344,7 @@ def test_a_tekken_json_that_lists_no_special_tokens_has_those_of_the_first_ones(
     assert found.tokenizer.token_to_id("[TOOL_CONTENT]") == 19
     del content["vocab"][3]["token_bytes"]
     path.write_text(json.dumps(content))
-    with pytest.raises(
-        VocabularyError, match=r"tekken\.json: it is a broken tekken\.json: KeyError\('token_bytes'\)"
-    ):
+    with pytest.raises(VocabularyError, match=r"tekken\.json: .*'token_bytes'"):
         open_source(path)
 
 
@@ -450,9 +444,7 @@ def test_the_parts_of_a_split_gguf_file_are_one(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m-00002-of-00002.gguf", "none", ["a"], [1])
     assert open_source(tmp_path).tokenizer.get_vocab_size() == len(listed(toy())[0])
     byte_level_gguf(tmp_path / "other.gguf", toy(), "gpt-2")
-    with pytest.raises(
-        VocabularyError, match=r"has 2 GGUF files \(m-00001-of-00002.gguf, other.gguf\); name one"
-    ):
+    with pytest.raises(VocabularyError, match=r"m-00001-of-00002.gguf, other.gguf"):
         open_source(tmp_path)
 
 
@@ -467,9 +459,9 @@ def without(**keys: Any) -> Callable[[Path], Any]:
         (without(merges=["a b"]), r"pre-tokenizer \(tokenizer.ggml.pre\) is none, as files from before May 2024"),
         (without(pre="new", merges=["a b"]), "is 'new', which is not known here; give the model's tokenizer.json"),
         (without(pre="gpt-2"), "it lists no merges"),
-        (without(pre="gpt-2", merges=["ab"]), "merges have one that is no pair: 'ab'"),
+        (without(pre="gpt-2", merges=["ab"]), "no pair: 'ab'"),
         (without(pre="gpt-2", merges=["€ ¤"]), "its merges do not fit its tokens"),
-        (without(model="rwkv"), "of a kind that is not read here, 'rwkv'"),
+        (without(model="rwkv"), "'rwkv'"),
         (without(model="llama", scores=[0.5]), r"its tokenizer.ggml.scores are not \d+ numbers"),
         (without(model="gemma4"), "neither scores nor merges"),
         (lambda p: write_gguf(p, "gpt2", [], []), "it holds no tokenizer"),
@@ -478,8 +470,8 @@ def without(**keys: Any) -> Callable[[Path], Any]:
         (lambda p: p.write_bytes(b"ELF" + bytes(90)), "is no GGUF file"),
         (lambda p: p.write_bytes(b"GGUF" + (3).to_bytes(4, "big") + bytes(90)), "of another byte order"),
         (lambda p: p.write_bytes(b"GGUF" + (1).to_bytes(4, "little") + bytes(90)), "GGUF file of version 1"),
-        (lambda p: cut(p, 30), "is a broken GGUF file: its metadata ends too early"),
-        (lambda p: cut(p, 5000), "is a broken GGUF file: its metadata ends too early"),
+        (lambda p: cut(p, 30), "is a broken GGUF file"),
+        (lambda p: cut(p, 5000), "is a broken GGUF file"),
     ],
 )  # fmt: skip
 def test_a_gguf_file_that_cannot_be_used(tmp_path: Path, write: Callable[[Path], Any], message: str) -> None:
@@ -545,11 +537,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "words as pieces": (lambda f: small(f, t__model=word_model()) / "t.model", "of a kind that is not read here"),
     "T5's pieces": (
         lambda f: small(f, tokenizer__model=b"", tokenizer_config__json='{"tokenizer_class": "T5TokenizerFast"}'),
-        "tokenizer.model belongs to a tokenizer that the file alone does not describe .T5Tokenizer.; save it as",
+        "tokenizer.model .*T5Tokenizer",
     ),
     "another class": (
         lambda f: small(f, vocab__json="{}", merges__txt="", tokenizer_config__json='{"tokenizer_class": "X"}'),
-        "vocab.json belongs to a tokenizer that the file alone does not describe .X.",
+        "vocab.json .*X",
     ),
     "marks at the ends": (lambda f: small(f, vocab__json='{"a</w>": 0}', merges__txt=""), "marks at the ends of words"),
     "no ids": (lambda f: small(f, vocab__json='{"a": "b"}', merges__txt=""), "vocab.json is no vocabulary"),
@@ -578,9 +570,7 @@ def test_a_source_that_is_none_is_an_error_of_one_line(tmp_path: Path, case: str
 
 def test_an_object_that_is_no_tokenizer_is_refused() -> None:
     slow = type("SlowTokenizer", (), {"vocab_file": "x.model"})()
-    with pytest.raises(
-        VocabularyError, match=r"a SlowTokenizer has no tokenizers.Tokenizer behind it; give a folder"
-    ):
+    with pytest.raises(VocabularyError, match="SlowTokenizer"):
         open_source(slow)
 
 
@@ -590,7 +580,7 @@ def test_settings_of_a_folder_that_contradict_its_files(tmp_path: Path) -> None:
     found = open_source(tmp_path)
     assert found.tokenizer.token_to_id("<new>") == 400
     (tmp_path / "added_tokens.json").write_text('{"<new>": 900}')
-    with pytest.raises(VocabularyError, match="token '<new>' has id 900 in its settings, 400 in its files"):
+    with pytest.raises(VocabularyError, match=r"'<new>'.* 900 .* 400 "):
         open_source(tmp_path)
 
 
@@ -626,11 +616,11 @@ def test_named_roles_take_the_place_of_those_found(tmp_path: Path) -> None:
     [
         (
             Roles(stop=["<|turnn|>"]),
-            r"^roles.stop: .* has no token '<\|turnn\|>'; did you mean '<\|turn\|>'\?$",
+            r"^roles.stop: .* '<\|turnn\|>'; did you mean '<\|turn\|>'",
         ),
         (
             Roles(bos="[CLS]"),
-            r"^roles.bos: .* has no token '\[CLS\]'; give one of its tokens as it writes it$",
+            r"^roles.bos: .* '\[CLS\]'",
         ),
         (Roles(pad=""), "^roles.pad: .* has no token ''"),
         (Roles(stop=["a"]), "stop id .* is 'a', which is no added token"),
