@@ -6,6 +6,7 @@ whatever the size; of a model in memory every tensor has blocks of its own. Time
 1.0 to 1.2 GB/s where the processor has instructions for SHA-256.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -87,6 +88,8 @@ def of_files(
 
 def of_model(model: "LanguageModel") -> dict[str, Any]:
     """The digests of a model in memory: its weights, its tokenizer, its chat template."""
+    import torch
+
     digest = sha256()
     state = sorted(model.lm.state_dict().items())
     total = sum(tensor.numel() * tensor.element_size() for _, tensor in state)
@@ -94,8 +97,6 @@ def of_model(model: "LanguageModel") -> dict[str, Any]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.is_meta:
             continue
-        import torch
-
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         # Every tensor has its part of the blocks, so that one that alone has changed is seen.
         share = BLOCKS * BLOCK_BYTES // max(1, len(state))
@@ -140,16 +141,16 @@ def _found(path: str | Path, gguf_file: str | None) -> tuple[Path | None, str | 
         return folder, file
     if folder.is_file():
         return folder.parent, folder.name
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):  # no name on the Hub
         return None, None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    try:
+    with contextlib.suppress(HFValidationError):
         kept = try_to_load_from_cache(name, file or "config.json")
-    except HFValidationError:
-        return None, None
-    return (Path(kept).parent, file) if isinstance(kept, str) else (None, None)
+        if isinstance(kept, str):
+            return Path(kept).parent, file
+    return None, None
 
 
 def _of_file(file: Path) -> str:
