@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from gold.tokenize.load import open_source
 from gold.tokenize.roles import Roles
 from gold.tokenize.templates import Rendering, check_arguments
 from gold.tokenize.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")
@@ -233,9 +235,7 @@ def _load_lm(path: str, gguf_file: str | None, dtype: Any, trust_remote_code: bo
             "weights and config.json do not belong together"
         )
     if unused := sorted(report["unexpected_keys"]):
-        warnings.warn(
-            f"{where}: {len(unused)} weights in its files are not used, such as {unused[0]}", stacklevel=3
-        )
+        logger.warning("%s: %d weights in its files are not used, such as %s", where, len(unused), unused[0])
     if gguf_file:
         _forget_quantizer(lm)
     return lm
