@@ -56,7 +56,7 @@ FORBIDDEN_IN = {
         "gold.teachers",
     ),
     "gold.kernels": ("transformers", "tokenizers", "accelerate", "gold.align", "gold.models"),
-    # A model knows the bytes of its ids and the rows that it hands on, nothing of cuts or of arithmetic on rows.
+    # A model knows the bytes of its ids and gives logits on demand; it knows nothing of alignment or losses.
     "gold.models": (
         "gold.align",
         "gold.bytes",

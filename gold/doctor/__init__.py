@@ -1,1 +1,1 @@
-"""What can be told of a pair before it is trained: checks, each with what was found and what to do."""
+"""Checks of a pair before it is trained: tokenizers, prompts, weights, servers; each finding says what to do."""

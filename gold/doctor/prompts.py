@@ -104,7 +104,9 @@ def examined(prompts: Sequence[Prompt]) -> list[Prompt]:
     if len(prompts) <= MOST:
         return list(prompts)
     drawn = random.Random(_SEED).sample(range(len(prompts)), MOST)
-    longest = heapq.nlargest(LONGEST, range(len(prompts)), key=lambda i: _size(prompts[i]))
+    longest = heapq.nlargest(
+        LONGEST, range(len(prompts)), key=lambda i: len(prompt_text(prompts[i].for_teacher))
+    )
     return [prompts[i] for i in sorted({*drawn, *longest})]
 
 
@@ -170,14 +172,6 @@ def _reads_date(reader: PromptReader, prompt: Prompt, text: str) -> bool:
     other = (reader.rendering.day or date.today()) + timedelta(days=399)  # another day, month and year
     then = Rendering(reader.rendering.arguments, other)
     return rendered(reader.tokenizer, prompt.messages or (), then, add_generation_prompt=True) != text
-
-
-def _size(prompt: Prompt) -> int:
-    """Characters of a prompt and its teacher's context."""
-    context = prompt.teacher_context or ""
-    parts = [context] if isinstance(context, str) else [m["content"] for m in context]
-    parts += [prompt.text] if prompt.text else [m["content"] for m in prompt.messages or ()]
-    return sum(map(len, parts))
 
 
 def _readable(found: _Prompts) -> list[Finding]:

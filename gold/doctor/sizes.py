@@ -81,10 +81,12 @@ def step_memory(
     rows = sequences * tokens
     widths = [int(mine.get("vocab_size") or 0), int(theirs.get("vocab_size") or teacher.vocabulary.size)]
     block = min(_BLOCK_BYTES, rows * max(widths) * 4)
+    width = _bytes_of(dtypes[0], mine)
+    trained = 4 * width if width >= 4 else 2 * width + 3 * 4  # weight, gradient, moments, float32 copy
     return StepMemory(
         sequences=sequences,
         tokens=tokens,
-        student=counts[0] * _trained_bytes(_bytes_of(dtypes[0], mine)),
+        student=counts[0] * trained,
         teacher=counts[1] * _bytes_of(dtypes[1], theirs),
         activations=rows * layers * (9 * hidden + 4 * inner + 3 * (queries + keys)) * 4,
         logits=_BLOCKS * block,
@@ -96,11 +98,6 @@ def step_memory(
 def _bytes_of(dtype: str, config: Mapping[str, Any]) -> int:
     saved = config.get("dtype") or config.get("torch_dtype") or "float32"
     return _BYTES_OF.get(str(saved if dtype == "auto" else dtype), 2)
-
-
-def _trained_bytes(width: int) -> int:
-    """Bytes of one trained weight of ``width`` bytes with its gradient, moments and float32 copy."""
-    return 4 * width if width >= 4 else 2 * width + 3 * 4
 
 
 def parameters(side: Side) -> int | None:
