@@ -147,10 +147,10 @@ def test_broken_ids_and_exceptions_are_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     decode = Vocabulary.decode
-    monkeypatch.setattr(Vocabulary, "spell", lambda *args, **how: ends_one_early(decode(*args, **how)))
+    monkeypatch.setattr(Vocabulary, "decode", lambda *args, **how: ends_one_early(decode(*args, **how)))
     assert fuzz.main(["--texts", "100", *TRAINED]) == 1
     assert "sums of lengths" in capsys.readouterr().err
-    monkeypatch.setattr(Vocabulary, "spell", lambda *args, **how: 1 / 0)
+    monkeypatch.setattr(Vocabulary, "decode", lambda *args, **how: 1 / 0)
     assert fuzz.main(["--texts", "100", *TRAINED]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
 
