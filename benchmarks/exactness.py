@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 
 from benchmarks.assets import AssetError, model_path
 from benchmarks.record import RESULTS, device_name, write_record
-from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
+from gold.align.batch import AlignedBatch
+from gold.align.texts import AlignedText
+from gold.align.vocabularies import VocabularyPair
 from gold.bytes.plan import ByteTrie
 from gold.data import Prompt
 from gold.kernels.logits import GivenLogits, LazyLogits
@@ -330,7 +332,7 @@ def toy_bytes(name: str, kind: str, seeds: int) -> dict[str, Any]:
         model = KINDS[kind](vocabulary, seed, never=("<junk>",), scale=1.5)
         ids = sampled(model, rng, 6)
         inputs = viewed(pair, ids, model, model)
-        table, _, _ = byte_tables(inputs.student, inputs.batch.layout_S)
+        table, _, _ = byte_tables(inputs.student, inputs.batch.student.layout)
         data = inputs.batch.texts[0].student.data
         exact = marginals(toy_prob(model), vocabulary, pair.student_trie, ids, data)
         errors.append(byte_errors(table, exact))
@@ -515,7 +517,7 @@ def real_bytes(
     vocabulary, pair = model.vocabulary, VocabularyPair(model.vocabulary, model.vocabulary)
     tokenized = vocabulary.decode(ids, at_start=False)
     whole = np.array([*ids, vocabulary.stop_ids[0]], np.int32)
-    layout = AlignedBatch([AlignedText(whole, tokenized, tokenized, True)], pair, CPU).layout_S
+    layout = AlignedBatch([AlignedText(whole, tokenized, tokenized, True)], pair, CPU).student.layout
     rows = states_along(model, prompt, tokenized.ids)
     with torch.no_grad():
         table, _, _ = byte_tables(rows, layout)

@@ -30,7 +30,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from benchmarks.assets import MODELS, ROOT, TOKENIZERS, listing, tokenizer_path
 from benchmarks.record import device_name, write_record
 from benchmarks.texts import FORGED, odd_text
-from gold.align import align_tokens
+from gold.align.chunks import align_tokens
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 TOKENIZERS_A_TEXT = 2

@@ -43,7 +43,9 @@ from benchmarks.clock import Spread, spread
 from benchmarks.meter import MIB, Meter, Sample
 from benchmarks.record import RESULTS, command_line, device_name, write_record
 from benchmarks.texts import plain_texts
-from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
+from gold.align.batch import AlignedBatch
+from gold.align.texts import AlignedText
+from gold.align.vocabularies import VocabularyPair
 from gold.errors import GoldError
 from gold.kernels import use_backend
 from gold.kernels.logits import GivenLogits
@@ -149,8 +151,8 @@ class Inputs:
         batch = self.batch()
         for side, (hidden, matrix, target) in enumerate(
             (
-                (self.hidden_S, self.matrix_S, batch.target_S),
-                (self.hidden_T, self.matrix_T, batch.target_T),
+                (self.hidden_S, self.matrix_S, batch.student.targets),
+                (self.hidden_T, self.matrix_T, batch.teacher.targets),
             )
         ):
             generator = torch.Generator(hidden.device).manual_seed(2 * seed + side)
@@ -647,7 +649,7 @@ def _wide(inputs: Inputs) -> torch.dtype:
 
 def all_rows(batch: AlignedBatch) -> tuple[int, int]:
     """Every row of both sides."""
-    return int(batch.row_starts[-1]), int(batch.teacher_row_starts[-1])
+    return int(batch.student.row_starts[-1]), int(batch.teacher.row_starts[-1])
 
 
 def synced_rows(batch: AlignedBatch) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from gold.align.batch import AlignedBatch, VocabularyPair
+from gold.align.batch import AlignedBatch
+from gold.align.vocabularies import VocabularyPair
 from gold.losses import Loss, LossInputs, Objective
 
 OneText = Callable[[LossInputs, int, Tensor, Tensor], Tensor]
@@ -158,8 +159,8 @@ def _by_text(of_text: OneText) -> Callable[[LossInputs], Loss]:
         logits, logits_T = (rows.logits() for rows in (inputs.student, inputs.teacher_rows))
         total = logits.new_zeros(())
         for b in range(len(batch.texts)):
-            mine = logits[int(batch.row_starts[b]) : int(batch.row_starts[b + 1])]
-            theirs = logits_T[int(batch.teacher_row_starts[b]) : int(batch.teacher_row_starts[b + 1])]
+            mine = logits[int(batch.student.row_starts[b]) : int(batch.student.row_starts[b + 1])]
+            theirs = logits_T[int(batch.teacher.row_starts[b]) : int(batch.teacher.row_starts[b + 1])]
             if mine.shape[0]:
                 total = total + of_text(inputs, b, mine, theirs)
         return Loss(total)

@@ -17,7 +17,15 @@ from gold.errors import GoldError
 from gold.inspect.plots import plot_run
 from gold.train.progress import Lines
 
-KEPT = ("step", "loss", "sampled_reverse_kl_per_byte", "wanted", "missed", "grad_norm", "length_bytes")
+KEPT = (
+    "step",
+    "loss",
+    "sampled_reverse_kl_per_byte",
+    "teacher_top1_prob",
+    "teacher_top1_missed_share",
+    "grad_norm",
+    "length_bytes",
+)
 SECONDS = ("rollout_s", "read_s", "teacher_s", "student_s", "update_s", "step_s")
 
 

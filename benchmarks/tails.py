@@ -18,8 +18,8 @@ from torch import Tensor
 
 from benchmarks.assets import assets_folder
 from benchmarks.record import device_name, write_record
-from gold.align.batch import VocabularyPair
 from gold.align.collate import aligned_batch, read, student_states, teacher_rows
+from gold.align.vocabularies import VocabularyPair
 from gold.data import load_prompts, split_by_hash
 from gold.kernels.logits import GivenLogits, LazyLogits, likeliest
 from gold.losses import OBJECTIVES

@@ -8,8 +8,9 @@ import sys
 
 import torch
 
-from gold.align.batch import AlignedBatch, VocabularyPair
+from gold.align.batch import AlignedBatch
 from gold.align.collate import read, student_states, teacher_rows
+from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums

@@ -24,7 +24,7 @@ from gold.version import __version__
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # whoever imports gold decides what is shown
 
 if TYPE_CHECKING:
-    from gold.align import Alignment, align_tokens
+    from gold.align.chunks import Alignment, align_tokens
     from gold.config import Config
     from gold.data import Prompt, load_prompts
     from gold.models.load import load_model
@@ -64,7 +64,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "Alignment": "gold.align",
+    "Alignment": "gold.align.chunks",
     "CachedTeacher": "gold.teachers",
     "Config": "gold.config",
     "LocalTeacher": "gold.teachers",
@@ -76,7 +76,7 @@ _MODULE_OF = {
     "Teachers": "gold.teachers",
     "Term": "gold.train.recipe",
     "Vocabulary": "gold.tokenize.vocabulary",
-    "align_tokens": "gold.align",
+    "align_tokens": "gold.align.chunks",
     "distill": "gold.train.loop",
     "load_model": "gold.models.load",
     "load_prompts": "gold.data",

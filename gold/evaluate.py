@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair, canonical_tokens
+from gold.align.batch import AlignedBatch
 from gold.align.chunks import align_tokens
 from gold.align.collate import microbatches, misfit, read, student_states, teacher_rows
+from gold.align.texts import AlignedText, canonical_tokens
+from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
 from gold.kernels.lm_head import token_logp
 from gold.kernels.logits import LazyLogits
@@ -361,12 +363,15 @@ def _gap_of_beginnings(
     after the last byte that both can say, such as the first bytes of a character, is left out.
     """
     position, _, event = batch.path
-    told = batch.observed_path & batch.layout_S.resolved[position, event]
+    told = batch.observed_path & batch.student.layout.resolved[position, event]
     known = torch.nonzero(told)[:, 0]
     if not known.numel():
         return 0.0, 0, False
     data = batch.texts[0].student.data[: int(known[-1]) + 1]
-    sides = (student, batch.layout_S, batch.begins_S), (teacher, batch.layout_T, batch.begins_T)
+    sides = (
+        (student, batch.student.layout, batch.student.begins),
+        (teacher, batch.teacher.layout, batch.teacher.begins),
+    )
     mine, theirs = (prefix_logp(rows, layout, begins, data) for rows, layout, begins in sides)
     return mine - theirs, len(data), teacher.partial
 

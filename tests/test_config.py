@@ -289,8 +289,8 @@ def test_a_configuration_does_not_change() -> None:
         ({"objectives": [{"name": "jsd", "beta": 1.5}]}, "objectives.0.beta: must be <= 1"),
         ({"objectives": [{"name": "jsd", "weight": -1}]}, "objectives.0.weight: must be >= 0"),
         (
-            {"objectives": [{"name": "jsd", "rest": "bucket"}]},
-            "objectives.0.rest: belongs to support shared, not to bytes: leave it out",
+            {"objectives": [{"name": "jsd", "unshared": "bucket"}]},
+            "objectives.0.unshared: belongs to support shared, not to bytes: leave it out",
         ),
         ({"objectives": [{"name": "reverse_lk"}]}, "did you mean reverse_kl?"),
     ],
@@ -309,8 +309,8 @@ def test_defaults_that_depend_on_the_objective_are_written_out() -> None:
     first, second, third = (
         o.options for o in Config.model_validate(changed(objectives=objectives)).objectives
     )
-    assert (first["support"], first["beta"], "rest" in first) == ("bytes", 0.5, False)
-    assert (second["support"], second["rest"], "beta" in second) == ("shared", "bucket", False)
+    assert (first["support"], first["beta"], "unshared" in first) == ("bytes", 0.5, False)
+    assert (second["support"], second["unshared"], "beta" in second) == ("shared", "bucket", False)
     assert (third["clip"], third["noncanonical_penalty"], "support" in third) == (None, 0.0, False)
 
 

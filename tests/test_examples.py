@@ -16,8 +16,10 @@ from support.kernel_inputs import FORCED
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from gold.align import align_tokens
-from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
+from gold.align.batch import AlignedBatch
+from gold.align.chunks import align_tokens
+from gold.align.texts import AlignedText
+from gold.align.vocabularies import VocabularyPair
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.kernels.logits import GivenLogits
@@ -139,7 +141,7 @@ def test_next_bytes_by_hand(tokens, backend):
     tokenized = vocabulary.decode(ids)
     text = AlignedText(np.array([*ids, stop], np.int32), tokenized, tokenized, stopped=True)
     batch = AlignedBatch([text], VocabularyPair(vocabulary, vocabulary), torch.device("cpu"))
-    table, _, _ = byte_tables(GivenLogits(prob.log()), batch.layout_S)
+    table, _, _ = byte_tables(GivenLogits(prob.log()), batch.student.layout)
     expected = torch.zeros(3, 258, dtype=torch.float64)
     for byte, row in enumerate(BY_HAND[tokens]):
         for name, value in row.items():

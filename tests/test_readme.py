@@ -314,7 +314,7 @@ def test_the_tables_of_speed_are_their_records():
 def test_the_table_of_told_tails_is_its_record():
     told = json.loads((RECORDS / "tails.json").read_text())["data"]["told"]
     page = (ROOT / "docs" / "method.md").read_text("utf-8")
-    section = page.split("| tokens told of each row |")[1].split("\n\n")[0]
+    section = page.split("| observed tokens of each row |")[1].split("\n\n")[0]
     for row, found in zip(cells(section)[-len(told) :], told, strict=True):
         top_k, untold, *others = (float(cell.rstrip(" %")) for cell in row)
         names = "reverse_kl_per_byte", "cosine", "size"
@@ -341,15 +341,15 @@ def test_the_tracker_of_the_extending_page_works(tmp_path):
 
 def test_the_objective_of_the_extending_page_works(monkeypatch):
     from tests.contract.test_contract import PAIR, STUDENT, TEACHER
-    from tests.contract.toys import ToyModel, random_texts, view_of
+    from tests.contract.toys import ToyModel, inputs_of, random_texts
 
     monkeypatch.setattr(losses, "OBJECTIVES", dict(losses.OBJECTIVES))
     table = losses.OBJECTIVES
     extending_code("squared_gap")
-    view = view_of(PAIR, random_texts(PAIR, 4, 1), ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
+    inputs = inputs_of(PAIR, random_texts(PAIR, 4, 1), ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
     whole, single = table["squared_gap"](), table["squared_gap"](all_chunks=False)
-    assert 0 < single(view).total.item() < whole(view).total.item()
-    assert whole.count(view.batch) == whole(view).parts["chunks"].item()
+    assert 0 < single(inputs).total.item() < whole(inputs).total.item()
+    assert whole.count(inputs.batch) == whole(inputs).parts["chunks"].item()
     with pytest.raises(ConfigError, match="all_chunk: unknown key; did you mean all_chunks"):
         table["squared_gap"](all_chunk=False)
 

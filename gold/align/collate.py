@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
+from gold.align.batch import AlignedBatch
+from gold.align.texts import AlignedText
+from gold.align.vocabularies import VocabularyPair
 from gold.kernels.logits import LazyLogits
 from gold.models.language_model import LanguageModel
 from gold.models.states import PaddedStates

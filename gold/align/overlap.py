@@ -4,16 +4,12 @@ begins it."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gold.tokenize.cache import cached_ids
 from gold.tokenize.order import byte_order
 from gold.tokenize.vocabulary import Int32, Vocabulary
-
-if TYPE_CHECKING:
-    from gold.bytes.plan import ByteTrie
 
 # Raised when other maps follow from the same two vocabularies: no file of an older rule is read then.
 _VERSION = 1
@@ -42,24 +38,11 @@ class PrefixMap:
 
     `ids_W[w]` is φ(w), −1 for events and where no student token begins w; of ids with equal bytes it is the canonical
     one. `prefix_bytes_W[w]` is the length of φ(w), 0 for none, and `rest_bytes_W[w]` that of what it leaves of w.
-
-    `ids_at[starts_W[w] + k]` is φ of what is left of w behind its first k bytes, for states inside a token.
     """
 
     ids_W: Int32
     prefix_bytes_W: Int32
     rest_bytes_W: Int32
-    starts_W: Int32
-    ids_at: Int32
-
-    def extensions(self, trie: ByteTrie, consumed: bytes) -> tuple[Int32, Int32]:
-        """The teacher tokens that begin with the consumed bytes and are longer, and φ of what follows these in each.
-
-        `trie` is the teacher's: in its byte order such tokens stand side by side, so nothing is searched.
-        """
-        _, longer, end = trie.below(consumed)
-        ids_W = trie.order[longer:end]
-        return ids_W, self.ids_at[self.starts_W[ids_W] + len(consumed)]
 
 
 def longest_prefixes(student: Vocabulary, teacher: Vocabulary) -> PrefixMap:
@@ -77,11 +60,10 @@ def longest_prefixes(student: Vocabulary, teacher: Vocabulary) -> PrefixMap:
     content = f"longest prefixes {_VERSION} {student.fingerprint} {teacher.fingerprint}"
     lowest_at = cached_ids(content, len(teacher.blob), build)
     none = np.int32(-1)
-    ids_at = np.append(student.canonical_ids(), none)[lowest_at]
-    starts_W = teacher.offsets[:-1].astype(np.int32)
-    ids_W = np.append(ids_at, none)[np.where(teacher.is_special, none, starts_W)]
+    lowest_W = np.append(lowest_at, none)[np.where(teacher.is_special, none, teacher.offsets[:-1])]
+    ids_W = np.append(student.canonical_ids(), none)[lowest_W]
     prefix_bytes_W = np.append(_lengths(student), np.int32(0))[ids_W]
-    return PrefixMap(ids_W, prefix_bytes_W, _lengths(teacher) - prefix_bytes_W, starts_W, ids_at)
+    return PrefixMap(ids_W, prefix_bytes_W, _lengths(teacher) - prefix_bytes_W)
 
 
 def _own_ids(vocabulary: Vocabulary) -> Int32:

@@ -10,8 +10,8 @@ from typing import Literal
 
 import torch
 
-from gold.align.batch import VocabularyPair
 from gold.align.collate import aligned_batch, read, student_states
+from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
 from gold.doctor.finding import Check, Finding, failure, passed, run_checks, warning
 from gold.doctor.sample import JUDGED, SAMPLE

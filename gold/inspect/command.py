@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TextIO
 import numpy as np
 
 from gold import terminal
+from gold.align.vocabularies import VocabularyPair
 from gold.errors import ConfigError, DataError, GoldError
 from gold.files import json_value, open_file
 from gold.inspect.view import AlignmentView, TokenizedSide, describe, summary
-from gold.tokenize.markers import retokenize, shared_markers
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 if TYPE_CHECKING:
@@ -41,10 +41,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class _Given:
-    """One text to be aligned, or the student's own ids; with a prompt it is a turn that has ended.
-
-    `where` is what an error begins with.
-    """
+    """A text, or the student's own ids; with a prompt it is a turn that has ended. `where` begins its errors."""
 
     text: str | bytes = b""
     ids: tuple[int, ...] | None = None
@@ -84,8 +81,7 @@ def run_align(
             "--html is a page of one text; give TEXT, --file, --chat or --ids with it, not --jsonl"
         )
     given = _given(text, file, jsonl, chat, ids)
-    sides = zip(("student", "teacher"), template_kwargs, strict=True)
-    renderings = [_rendering(side, arguments) for side, arguments in sides]
+    renderings = [_rendering(*side) for side in zip(("student", "teacher"), template_kwargs, strict=True)]
     pair = _Pair((student, teacher), load_scorer, renderings)
     if jsonl is not None:
         for one in given:
@@ -104,18 +100,12 @@ def run_align(
     elif html is not None:
         terminal.show(*summary(view), f"written: {html}", stream=out)
     else:
-        _draw(view, out, color)
+        from gold.inspect.terminal import show_alignment
 
-
-def _draw(view: AlignmentView, out: TextIO, color: bool) -> None:
-    from gold.inspect.terminal import show_alignment
-
-    if isinstance(out, io.TextIOWrapper):
-        out.reconfigure(
-            errors="backslashreplace"
-        )  # an encoding without these characters is no reason to fail
-    plain = not color or bool(os.environ.get("NO_COLOR"))
-    show_alignment(view, terminal.new_console(out, color=not plain))
+        if isinstance(out, io.TextIOWrapper):  # an encoding without these characters is no reason to fail
+            out.reconfigure(errors="backslashreplace")
+        color = color and not os.environ.get("NO_COLOR")
+        show_alignment(view, terminal.new_console(out, color=color))
 
 
 class _Pair:
@@ -129,72 +119,66 @@ class _Pair:
     ) -> None:
         self.names, self.renderings = names, renderings
         self.scorer = load_scorer(*names) if load_scorer else None
-        self.vocabularies = (
-            self.scorer.vocabularies
-            if self.scorer
-            else (Vocabulary.load(names[0]).with_markers(), Vocabulary.load(names[1]).with_markers())
+        self.vocabularies = VocabularyPair(
+            *(self.scorer.vocabularies if self.scorer else (Vocabulary.load(n).with_markers() for n in names))
         )
 
     def view(self, given: _Given) -> AlignmentView:
-        """One text as both sides read it."""
+        """The text with both sides' tokens."""
         try:
-            view = self._read(given)
+            view = self._tokenized(given)
             return self.scorer.score(view) if self.scorer else view
         except GoldError as error:
             raise type(error)(f"{given.where}{error}") from None
 
-    def _read(self, given: _Given) -> AlignmentView:
-        student, teacher = self.vocabularies
-        beside: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    def _tokenized(self, given: _Given) -> AlignmentView:
+        student, teacher = sides = self.vocabularies.student, self.vocabularies.teacher
+        more: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         if given.ids is None:
-            tokenized_texts = student.encode(given.text), teacher.encode(given.text)
+            texts = student.encode(given.text), teacher.encode(given.text)
         else:
             ids = list(given.ids)
             if ids and ids[0] == student.bos_id:
-                beside[0]["bos_id"], beside[1]["bos_id"] = ids.pop(0), teacher.bos_id
+                more[0]["bos_id"], more[1]["bos_id"] = ids.pop(0), teacher.bos_id
             if ids and ids[-1] in student.stop_ids:
-                beside[0]["stop_ids"], beside[1]["stop_ids"] = (ids.pop(),), teacher.stop_ids
+                more[0]["stop_ids"], more[1]["stop_ids"] = (ids.pop(),), teacher.stop_ids
             tokenized = student.decode(ids)
-            tokenized_texts = (
-                tokenized,
-                tokenized if self._same else retokenize(teacher, tokenized, self._markers),
-            )
+            texts = tokenized, self.vocabularies.read(tokenized)
         if given.prompt is not None:
-            told = zip(beside, self.names, self.vocabularies, self._tokenizers, self.renderings, strict=True)
-            for side, name, vocabulary, tokenizer, rendering in told:
-                side["prompt_ids"] = _prompt_ids(name, tokenizer, given.prompt, rendering)
-                side["stop_ids"] = vocabulary.stop_ids
-        sides = [
-            TokenizedSide(name, vocabulary, tokenized, _shared(vocabulary, tokenized, others), **more)
-            for name, vocabulary, tokenized, others, more in zip(
-                self.names,
-                self.vocabularies,
-                tokenized_texts,
-                reversed(self._token_bytes),
-                beside,
-                strict=True,
+            for i, vocabulary in enumerate(sides):
+                more[i]["prompt_ids"] = self._prompt_ids(i, given.prompt)
+                more[i]["stop_ids"] = vocabulary.stop_ids
+        return AlignmentView(
+            *(
+                TokenizedSide(
+                    self.names[i],
+                    vocabulary,
+                    texts[i],
+                    _shared(vocabulary, texts[i], self._token_bytes[1 - i]),
+                    **more[i],
+                )
+                for i, vocabulary in enumerate(sides)
             )
-        ]
-        return AlignmentView(*sides)
-
-    @cached_property
-    def _same(self) -> bool:
-        """Whether the teacher reads the student's own ids, as in training."""
-        student, teacher = self.vocabularies
-        return student.same_as(teacher)
-
-    @cached_property
-    def _markers(self) -> dict[int, int]:
-        return shared_markers(*self.vocabularies)
-
-    @cached_property
-    def _token_bytes(self) -> tuple[set[bytes], set[bytes]]:
-        """The bytes of all tokens of both vocabularies."""
-        student, teacher = (
-            {data[first:last] for first, last in pairwise(offsets) if last > first}
-            for data, offsets in ((v.blob.tobytes(), v.offsets.tolist()) for v in self.vocabularies)
         )
-        return student, teacher
+
+    def _prompt_ids(self, side: int, prompt: "Prompt") -> tuple[int, ...]:
+        from gold.tokenize.chat import prompt_ids
+
+        try:
+            return tuple(prompt_ids(self._tokenizers[side], prompt, self.renderings[side]))
+        except DataError as error:
+            raise DataError(f"{self.names[side]}: {error}") from None
+
+    @cached_property
+    def _token_bytes(self) -> list[set[bytes]]:
+        """The bytes of all tokens of both vocabularies."""
+        blobs = (
+            (v.blob.tobytes(), v.offsets.tolist())
+            for v in (self.vocabularies.student, self.vocabularies.teacher)
+        )
+        return [
+            {data[first:last] for first, last in pairwise(offsets) if last > first} for data, offsets in blobs
+        ]
 
     @cached_property
     def _tokenizers(self) -> tuple[Any, Any]:
@@ -203,8 +187,7 @@ class _Pair:
             return self.scorer.tokenizers
         from gold.tokenize.templates import PromptTokenizer
 
-        student, teacher = (PromptTokenizer.of(vocabulary) for vocabulary in self.vocabularies)
-        return student, teacher
+        return PromptTokenizer.of(self.vocabularies.student), PromptTokenizer.of(self.vocabularies.teacher)
 
 
 def _shared(vocabulary: Vocabulary, tokenized: TokenizedText, others: set[bytes]) -> float:
@@ -215,41 +198,29 @@ def _shared(vocabulary: Vocabulary, tokenized: TokenizedText, others: set[bytes]
 
 
 def _rendering(side: str, arguments: str | None) -> "Rendering":
-    """What a side's chat template is given beside the messages, from JSON."""
+    """The arguments of a side's chat template, from JSON."""
     from gold.tokenize.templates import Rendering
 
     option = f"--{side}-template-kwargs"
-    try:
-        found = json_value(arguments or "{}")
-    except ValueError as error:
-        raise DataError(f"{option}: no JSON: {error}") from None
+    found = _json(arguments or "{}", f"{option}: ")
     try:
         return Rendering(found)
     except ConfigError as error:
         raise DataError(f"{option}: {str(error).removeprefix('template_kwargs').lstrip('.: ')}") from None
 
 
-def _prompt_ids(name: str, tokenizer: Any, prompt: "Prompt", rendering: "Rendering") -> tuple[int, ...]:
-    from gold.tokenize.chat import prompt_ids
-
-    try:
-        return tuple(prompt_ids(tokenizer, prompt, rendering))
-    except DataError as error:
-        raise DataError(f"{name}: {error}") from None
-
-
 def _given(
     text: str | None, file: Path | None, jsonl: Path | None, chat: Path | None, ids: str | None
 ) -> Iterator[_Given]:
-    """The texts; what can be said of them before a tokenizer is loaded is said at once."""
+    """The texts; what is wrong with the options themselves is raised before a tokenizer is loaded."""
     if sum(source is not None for source in (text, file, jsonl, chat, ids)) > 1:
         raise DataError("give at most one of TEXT, --file, --jsonl, --chat and --ids")
+    if jsonl is not None:
+        return _lines(_opened(jsonl), str(jsonl))
     if ids is not None:
         return iter([_Given(ids=_parsed_ids(ids))])
     if chat is not None:
         return iter([_conversation(chat)])
-    if jsonl is not None:
-        return _lines(_opened(jsonl), str(jsonl))
     if text is not None and text != "-":
         return iter([_Given(os.fsencode(text))])
     if text is None and file is None and sys.stdin.isatty():
@@ -270,46 +241,41 @@ def _parsed_ids(given: str) -> tuple[int, ...]:
 def _conversation(file: Path) -> _Given:
     from gold.data import Prompt
 
-    try:
-        messages = json_value(_content(file))
-    except ValueError as error:
-        raise DataError(f"{file}: no JSON: {error}") from None
+    messages = _json(_content(file), f"{file}: ")
     last = messages[-1] if isinstance(messages, list) and messages else None
-    if (
-        not isinstance(last, dict)
-        or last.get("role") != "assistant"
-        or not isinstance(last.get("content"), str)
-    ):
+    completion = last.get("content") if isinstance(last, dict) and last.get("role") == "assistant" else None
+    if not isinstance(completion, str):
         raise DataError(
             f'{file}: needs a list of {{"role": …, "content": …}} that ends with a message of the assistant: '
             "its text is aligned, what is before it is the prompt"
         )
     try:
-        prompt = Prompt(str(file), messages=tuple(messages[:-1]), completion=last["content"])
+        prompt = Prompt(str(file), messages=tuple(messages[:-1]), completion=completion)
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
-    return _Given(last["content"], prompt=prompt)
+    return _Given(completion, prompt=prompt)
 
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[_Given]:
-    """The text of each line; lines of white space are passed over."""
+    """The text of each line; empty lines are skipped."""
     with stream:
         for number, line in enumerate(iter(lambda: stream.readline(MOST_BYTES + 1), b""), start=1):
             where = f"{name}:{number}: "
-            if len(line) > MOST_BYTES:
-                raise DataError(
-                    f"{where}more than {MOST_BYTES >> 20} MiB in one line; cut its text into several"
-                )
+            _check_size(line, where.removesuffix(": "))
             if not line.strip():
                 continue
-            try:
-                record = json_value(line)
-            except ValueError as error:
-                raise DataError(f"{where}no JSON: {error}") from None
+            record = _json(line, where)
             found = record.get("text") if isinstance(record, dict) else None
             if not isinstance(found, str):
                 raise DataError(f'{where}needs an object with a string "text", got {line[:60]!r}')
             yield _Given(found, where=where)
+
+
+def _json(data: bytes | str, where: str) -> Any:
+    try:
+        return json_value(data)
+    except ValueError as error:
+        raise DataError(f"{where}no JSON: {error}") from None
 
 
 def _content(file: Path) -> bytes:
@@ -318,15 +284,17 @@ def _content(file: Path) -> bytes:
             data = stream.read(MOST_BYTES + 1)
         except OSError as error:
             raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-    if len(data) > MOST_BYTES:
-        raise DataError(
-            f"{file}: more than {MOST_BYTES >> 20} MiB; a text is aligned in one piece, in memory: "
-            "cut it into the lines of a --jsonl file"
-        )
+    _check_size(data, str(file))
     return data
 
 
+def _check_size(data: bytes, where: str) -> None:
+    if len(data) > MOST_BYTES:
+        raise DataError(
+            f"{where}: more than {MOST_BYTES >> 20} MiB; a text is aligned as a whole, in memory: "
+            "cut it into several lines of a --jsonl file"
+        )
+
+
 def _opened(file: Path) -> BinaryIO:
-    if str(file) == "-":
-        return sys.stdin.buffer
-    return open_file(file, DataError)
+    return sys.stdin.buffer if str(file) == "-" else open_file(file, DataError)

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from gold.inspect.view import AlignmentView, TokenizedSide, event_name, prompt_runs, token_runs
+from gold.inspect.view import AlignmentView, TokenizedSide, prompt_runs, summary, token_runs
 
 _LEVELS = 9
 """A token's shade says how many nats it cost, up to so many."""
@@ -55,7 +55,7 @@ def page(view: AlignmentView) -> str:
 {_legend(scored)}
 <div id="chunks" role="group" aria-label="Chunks of the text; arrow keys walk through them">
 {"".join(_lines(view))}</div>
-{_undrawn(view)}
+<p>{view.undrawn}</p>
 </main>
 <aside id="details" aria-live="polite">\
 <p class="hint">Point at a chunk, touch it, or walk with the arrow keys.</p></aside>
@@ -77,7 +77,7 @@ def _shades() -> str:
 
 
 def _data(view: AlignmentView) -> dict[str, Any]:
-    """What the details are made of, of the chunks that are drawn: numbers, and bytes in base 64 or hexadecimal."""
+    """The data of the details of all drawn chunks; bytes are in base 64 or hexadecimal."""
     chunks = view.alignment.chunks[: view.drawn]
     ends = view.alignment.ends_C[: view.drawn].tolist()
     last = chunks[-1].tolist() if len(chunks) else [0, 0, 0, 0]
@@ -110,12 +110,11 @@ def _own_bytes(side: TokenizedSide, k: int) -> bytes:
 
 def _lines(view: AlignmentView) -> Iterator[str]:
     """The chunks of each line of the text; a browser lays out only the lines that are in sight."""
-    student, teacher = view.sides
     ends = view.alignment.ends_C.tolist()
-    rows = list(_tokens(student, view, 1)), list(_tokens(teacher, view, 3))
+    rows = list(_tokens(view.student, view, 1)), list(_tokens(view.teacher, view, 3))
     line = []
-    if student.bos_id is not None or teacher.bos_id is not None:
-        line.append(_event(view, *([] if side.bos_id is None else [side.bos_id] for side in view.sides)))
+    if view.bos_names:
+        line.append(_special(view.bos_names))
     for c, (s0, s1, t0, t1) in enumerate(view.alignment.chunks[: view.drawn].tolist()):
         kind = "" if s1 - s0 == t1 - t0 == 1 else " many"
         line.append(
@@ -126,8 +125,8 @@ def _lines(view: AlignmentView) -> Iterator[str]:
         if view.data[ends[c] - 1 : ends[c]] == b"\n":
             yield f'<div class="line">{"".join(line)}</div>\n'
             line = []
-    if student.stop_ids or teacher.stop_ids:
-        line.append(_event(view, student.stop_ids, teacher.stop_ids))
+    if view.stop_names:
+        line.append(_special(view.stop_names))
     if line:
         yield f'<div class="line">{"".join(line)}</div>\n'
 
@@ -148,50 +147,19 @@ def _tagged(runs: Iterable[tuple[str, str]]) -> str:
     return "".join(_TAGS[kind].format(escape(run)) for run, kind in runs)
 
 
-def _event(view: AlignmentView, student: Iterable[int], teacher: Iterable[int]) -> str:
-    names = [
-        escape(event_name(side.vocabulary, ids)) if ids else "–"
-        for side, ids in zip(view.sides, (tuple(student), tuple(teacher)), strict=True)
-    ]
+def _special(names: tuple[str, str]) -> str:
     return (
-        f'<span class="chunk event"><span class="row s">{names[0]}</span>'
-        f'<span class="row t">{names[1]}</span></span>\n'
+        f'<span class="chunk event"><span class="row s">{escape(names[0])}</span>'
+        f'<span class="row t">{escape(names[1])}</span></span>\n'
     )
 
 
 def _summary(view: AlignmentView) -> str:
-    found, sides = view.coverage, view.sides
-    shares = found.student_tokens, found.teacher_tokens
-    rows = [
-        ("tokens", [str(len(side)) for side in sides]),
-        ("in chunks of one token on both sides", [f"{share:.0%}" for share in shares]),
-        ("one token of the other side too", [f"{side.shared:.0%}" for side in sides]),
-        ("repaired bytes", [str(side.tokenized.repaired_bytes) for side in sides]),
-    ]
-    more = ""
-    if view.score is not None:
-        score = view.score
-        bits = score.student_bits_per_byte, score.teacher_bits_per_byte
-        rows.append(("bits per byte", [f"{value:.3f}" for value in bits]))
-        stops = [side.stop_logp for side in sides]
-        if None not in stops:
-            rows.append(("probability of stopping", [f"{math.exp(x or 0.0):.1%}" for x in stops]))
-        more = (
-            f"<p>Reverse KL, this sample alone: {score.reverse_kl_sample_nats_per_byte:+.4f} nats per byte, over "
-            f"{score.scored_bytes} of {len(view.data)} bytes that both sides give a probability.</p>"
-        )
-    body = "".join(
-        f'<tr><th scope="row">{name}</th><td>{values[0]}</td><td>{values[1]}</td></tr>'
-        for name, values in rows
+    names = " ".join(
+        f'<span class="{letter}">{escape(side.name)}</span>'
+        for letter, side in zip("st", view.sides, strict=True)
     )
-    return (
-        '<table><thead><tr><td></td><th scope="col" class="s">student</th><th scope="col" class="t">teacher</th></tr>'
-        f'<tr class="names"><td></td><td>{escape(sides[0].name)}</td><td>{escape(sides[1].name)}</td></tr></thead>'
-        f"<tbody>{body}</tbody></table>"
-        f"<p>{len(view.data)} bytes in {found.chunks} chunks; {found.one_to_one_chunks} of them, {found.bytes:.0%} of "
-        f"the bytes, are one token on both sides; the largest has {found.largest_chunk_bytes} bytes, and "
-        f"the most tokens in one are {found.largest_chunk_tokens}, both sides together.</p>{more}"
-    )
+    return f"<p>{names}</p>" + "".join(f"<p>{escape(line)}</p>" for line in summary(view))
 
 
 def _prompts(view: AlignmentView) -> str:
@@ -215,9 +183,3 @@ def _legend(scored: bool) -> str:
         '<span class="chunk">one token on both sides</span> <span class="chunk many">several tokens</span> '
         f"{scale}</p>"
     )
-
-
-def _undrawn(view: AlignmentView) -> str:
-    if view.drawn == len(view.alignment):
-        return ""
-    return f"<p>The picture ends at byte {view.alignment.starts_C[view.drawn]} of {len(view.data)}.</p>"

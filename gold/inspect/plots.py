@@ -3,23 +3,21 @@
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gold.errors import CheckpointError, ConfigError
 from gold.train.run_folder import RunFolder
 
-# Training metrics that get a panel where a run has them: any of the names → (title, unit).
-TRAIN_PANELS: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (("loss",), "loss", ""),
-    (("reward", "reward_mean"), "reward", ""),
-    (
-        ("length_tokens", "completion_tokens", "completion_length_tokens", "length"),
-        "completion length",
-        "tokens",
-    ),
-    (("tokens_per_s",), "speed", "tokens/s"),
+# Training metrics that get a panel where a run has them: name, title, unit.
+_TRAIN_PANELS = (
+    ("loss", "loss", ""),
+    ("reward_mean", "reward", ""),
+    ("length_tokens", "completion length", "tokens"),
+    ("tokens_per_s", "speed", "tokens/s"),
 )
 # Measures that come first, in this order; the others follow as the run has them.
 _FIRST = ("accuracy", "score", "reverse_kl_per_byte", "forward_kl_per_byte", "bits_per_byte")
@@ -71,16 +69,23 @@ def plot_run(run_dir: str | Path) -> list[Path]:
     return [path]
 
 
+@dataclass
 class _Panel:
-    """One measure over the steps, on held-out prompts or in training."""
+    """One measure over the steps, on held-out prompts or in training; `band`: its interval's lower and upper ends."""
 
-    def __init__(self, title: str, unit: str, points: Sequence[tuple[int, float]], held_out: bool) -> None:
-        self.title = title
-        self.unit = unit
-        self.steps = [step for step, _ in points]
-        self.values = [value for _, value in points]
-        self.held_out = held_out
-        self.band: tuple[list[float], list[float]] | None = None
+    title: str
+    unit: str
+    points: Sequence[tuple[int, float]]
+    held_out: bool
+    band: tuple[list[float], list[float]] | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        return [step for step, _ in self.points]
+
+    @property
+    def values(self) -> list[float]:
+        return [value for _, value in self.points]
 
     def draw(self, axes: Any, last: int) -> None:
         """Draw on matplotlib axes, steps from 0 to `last` as on every other panel."""
@@ -108,52 +113,42 @@ class _Panel:
 
 def _panels(evals: Sequence[dict[str, Any]], trains: Sequence[dict[str, Any]]) -> list[_Panel]:
     measures = {name: None for record in evals for name, value in record.items() if _is_number(value)}
-    names = [name for name in measures if name != "step" and not _is_bound(name, measures)]
-    # How long an evaluation took says nothing about the student.
-    names = [name for name in names if not name.endswith("_s")]
+    # No bounds of intervals, and nothing of how long an evaluation took.
+    names = [
+        name
+        for name in measures
+        if name != "step"
+        and not name.endswith("_s")
+        and not (name.endswith(("_low", "_high")) and name.rpartition("_")[0] in measures)
+    ]
     names.sort(key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
     panels = []
     for name in names:
         title, unit = _words(name)
         panel = _Panel(title, unit, _points(evals, name), held_out=True)
-        bounds = [_points(evals, f"{name}{end}") for end in ("_low", "_high")]
-        if all([step for step, _ in bound] == panel.steps for bound in bounds):
-            panel.band = ([value for _, value in bounds[0]], [value for _, value in bounds[1]])
+        low, high = (
+            _Panel(title, unit, _points(evals, name + end), held_out=True) for end in ("_low", "_high")
+        )
+        if low.steps == high.steps == panel.steps:
+            panel.band = low.values, high.values
         panels.append(panel)
-    for aliases, title, unit in TRAIN_PANELS:
-        for name in aliases:
-            points = _points(trains, name)
-            if points:
-                panels.append(_Panel(title, unit, points, held_out=False))
-                break
+    for name, title, unit in _TRAIN_PANELS:
+        if points := _points(trains, name):
+            panels.append(_Panel(title, unit, points, held_out=False))
     return panels
 
 
-def _is_bound(name: str, measures: Iterable[str]) -> bool:
-    """Whether a measure is the end of another one's interval."""
-    match = re.fullmatch(r"(.+)_(low|high)", name)
-    return match is not None and match[1] in measures
-
-
 def _points(records: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """Step and value of every record that has the measure at all; NaN where it is null, so that the line breaks."""
+    """Step and value of every record that has the measure; NaN where it is null, so that the line breaks."""
     if not any(_is_number(record.get(name)) for record in records):
         return []
-    of_step = {
-        record["step"]: float(record[name]) if _is_number(record[name]) else math.nan
-        for record in records
-        if name in record
-    }
-    return sorted(of_step.items())
+    having = (record for record in records if name in record)
+    return sorted({r["step"]: float(r[name]) if _is_number(r[name]) else math.nan for r in having}.items())
 
 
 def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
-        return False
+    # A whole number beyond all floats is none either.
+    return type(value) in (int, float) and abs(cast(float, value)) <= sys.float_info.max
 
 
 def _words(name: str) -> tuple[str, str]:
@@ -174,9 +169,6 @@ def _words(name: str) -> tuple[str, str]:
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:
     """Mean of the finite values of up to `width` steps around each; NaN where there is none."""
-    means = []
-    for place in range(len(values)):
-        around = values[max(0, place - width // 2) : place + width // 2 + 1]
-        finite = [value for value in around if math.isfinite(value)]
-        means.append(sum(finite) / len(finite) if finite else math.nan)
-    return means
+    around = (values[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(values)))
+    finite = ([value for value in near if math.isfinite(value)] for near in around)
+    return [sum(near) / len(near) if near else math.nan for near in finite]

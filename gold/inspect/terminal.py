@@ -2,7 +2,7 @@
 
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from gold.inspect.view import AlignmentView, TokenizedSide, event_name, prompt_runs, summary, token_runs
+from gold.inspect.view import AlignmentView, TokenizedSide, prompt_runs, summary, token_runs
 
 _BETWEEN_TOKENS, _BETWEEN_CHUNKS, _GOES_ON = "¦", " ┃ ", "⋯"
 _LABELS = ("student ", "teacher ")
@@ -23,7 +23,7 @@ _LEGEND = {
 }
 # Where a terminal writes some scripts from right to left, this keeps the tokens in their order; it has no width.
 _LEFT_TO_RIGHT = "\u200e"
-# A piece of a chunk has at least this much room, however narrow the terminal.
+# Columns of a part of a chunk, however narrow the terminal.
 _LEAST_ROOM = 16
 
 
@@ -31,9 +31,9 @@ def show_alignment(view: AlignmentView, console: Console) -> None:
     """Prints the prompts, if there are any, the picture and the summary of one alignment.
 
     Chunks stand between `┃`, the tokens of a chunk between `¦`. White space is visible; bytes that are no character by
-    themselves are hexadecimal; `⟨…⟩` is an event, `∅` another token of no width, `~` follows a token whose own bytes
-    are not those of the text. A chunk that is wider than the terminal goes on, at the same byte on both sides, in the
-    next line; a token that is cut there has `⋯` at the cut.
+    themselves are hexadecimal; `⟨…⟩` is a special token, `∅` another token of no width, `~` follows a token whose own
+    bytes are not those of the text. A chunk that is wider than the terminal goes on, at the same byte on both sides, in
+    the next line; a token that is cut there has `⋯` at the cut.
     """
     for label, side in zip(_LABELS, view.sides, strict=True):
         if side.prompt_ids is not None:
@@ -54,19 +54,14 @@ def show_alignment(view: AlignmentView, console: Console) -> None:
     if not marks.isdisjoint(_LEGEND):
         legend = "   ".join(f"{mark} {said}" for mark, said in _LEGEND.items() if mark in marks)
         console.print(Text(legend, "dim"))
-    for line in [*_undrawn(view), *summary(view)]:
+    undrawn = [f"{view.undrawn}; --json has all of them"] if view.undrawn else []
+    for line in [*undrawn, *summary(view)]:
         console.print(line, soft_wrap=not console.is_terminal)
-
-
-def _undrawn(view: AlignmentView) -> Iterator[str]:
-    if view.drawn < len(view.alignment):
-        at = view.alignment.starts_C[view.drawn]
-        yield f"the picture ends at byte {at} of {len(view.data)}; --json has all of them"
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """What stands between two `┃`, on both rows, and whether a line ends after it."""
+    """Both rows of one chunk, and whether a line ends after it."""
 
     rows: tuple[Text, Text]
     ends_line: bool = False
@@ -97,21 +92,24 @@ def _lines(view: AlignmentView, room: int) -> Iterator[tuple[Text, Text]]:
 
 
 def _cells(view: AlignmentView, room: int) -> Iterator[_Cell]:
-    student, teacher = view.sides
-    if student.bos_id is not None or teacher.bos_id is not None:
-        yield _event(view, *([] if side.bos_id is None else [side.bos_id] for side in view.sides))
+    if view.bos_names:
+        yield _special(view.bos_names)
     starts, ends = view.alignment.starts_C.tolist(), view.alignment.ends_C.tolist()
     for c, (s0, s1, t0, t1) in enumerate(view.alignment.chunks[: view.drawn].tolist()):
         style = _ONE_TO_ONE if s1 - s0 == t1 - t0 == 1 else _OTHER
-        rows = _Row(student, s0, s1, style), _Row(teacher, t0, t1, style)
-        whole = rows[0].piece(starts[c], ends[c]), rows[1].piece(starts[c], ends[c])
+        rows = _Row(view.student, s0, s1, style), _Row(view.teacher, t0, t1, style)
+        whole = rows[0].part(starts[c], ends[c]), rows[1].part(starts[c], ends[c])
         ends_line = view.data[starts[c] : ends[c]].endswith(b"\n")
         if max(cell_len(row.plain) for row in whole) <= room or ends[c] == starts[c]:
             yield _Cell(whole, ends_line)
         else:
             yield from _folded(view.data, starts[c], ends[c], rows, room, ends_line)
-    if student.stop_ids or teacher.stop_ids:
-        yield _event(view, student.stop_ids, teacher.stop_ids)
+    if view.stop_names:
+        yield _special(view.stop_names)
+
+
+def _special(names: tuple[str, str]) -> _Cell:
+    return _Cell((Text(names[0], _EVENT), Text(names[1], _EVENT)))
 
 
 class _Row:
@@ -122,8 +120,8 @@ class _Row:
         self.ends = side.tokenized.ends[first:last].tolist()
         self.starts = [int(side.tokenized.ends[first - 1]) if first else 0, *self.ends][: last - first]
 
-    def piece(self, start: int, stop: int, goes_on: bool = False) -> Text:
-        """The tokens within some bytes of the chunk; `goes_on`: these are not the last bytes of it."""
+    def part(self, start: int, stop: int, goes_on: bool = False) -> Text:
+        """The tokens within some bytes of the chunk; `goes_on`: more bytes of it follow."""
         parts: list[tuple[tuple[tuple[str, str], ...], int]] = []
         for k in range(bisect_left(self.ends, start), len(self.ends)):
             first, last = self.starts[k], self.ends[k]
@@ -164,16 +162,16 @@ class _Row:
 def _folded(
     data: bytes, start: int, end: int, rows: tuple[_Row, _Row], room: int, ends_line: bool
 ) -> Iterator[_Cell]:
-    """A chunk that is wider than a line, in pieces that fit."""
+    """A chunk that is wider than a line, in parts that fit."""
     while start < end:
         stop = _fold(data, start, end, rows, room)
-        pieces = rows[0].piece(start, stop, stop < end), rows[1].piece(start, stop, stop < end)
-        yield _Cell(pieces, ends_line or stop < end)
+        parts = rows[0].part(start, stop, stop < end), rows[1].part(start, stop, stop < end)
+        yield _Cell(parts, ends_line or stop < end)
         start = stop
 
 
 def _fold(data: bytes, start: int, end: int, rows: tuple[_Row, _Row], room: int) -> int:
-    """Where the next piece of a chunk ends: the last character that fits, or the end of a token not far before it."""
+    """Where the next part of a chunk ends: the last character that fits, or the end of a token not far before it."""
     window = data[start : min(end, start + 4 * (room + 2))]
     widths = [
         len(character.encode("utf-8", "surrogateescape"))
@@ -184,18 +182,10 @@ def _fold(data: bytes, start: int, end: int, rows: tuple[_Row, _Row], room: int)
         del stops[-4:]  # the window may end within a character
 
     def too_wide(stop: int) -> bool:
-        return any(cell_len(row.piece(start, stop, stop < end).plain) > room for row in rows)
+        return any(cell_len(row.part(start, stop, stop < end).plain) > room for row in rows)
 
     last = stops[max(bisect_left(stops, True, key=too_wide) - 1, 0)]
     if last == end:
         return end
     nearest = max((row.ends[at - 1] for row in rows if (at := bisect_right(row.ends, last))), default=start)
     return nearest if nearest > (start + last) / 2 else last
-
-
-def _event(view: AlignmentView, student: Sequence[int], teacher: Sequence[int]) -> _Cell:
-    names = [
-        Text(event_name(side.vocabulary, ids) if ids else "–", _EVENT)
-        for side, ids in zip(view.sides, (student, teacher), strict=True)
-    ]
-    return _Cell((names[0], names[1]))

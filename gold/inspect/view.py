@@ -1,9 +1,9 @@
-"""What is shown of one text: both sides' tokens, events, prompts and scores, and bytes that a person can read."""
+"""One text as `gold align` shows it: both sides' tokens, special tokens, prompts and scores, and readable bytes."""
 
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
@@ -25,13 +25,12 @@ _WHITE_SPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "⍽
 
 @dataclass(frozen=True, eq=False)
 class TokenizedSide:
-    """One side of a text.
+    """One side's tokens of a text.
 
     `name` is what the user calls it. `shared` is the share of its tokens whose bytes are one token of the other
-    vocabulary too. `bos_id` and `stop_ids` are the events beside the text, None and empty where there are none;
-    `prompt_ids` is what the model reads before it, None where nobody asked. `logp_N` holds the log-probability of each
-    token given all before it, in nats, NaN where it has none; `stop_logp` is that of the stop event. `entropy_N` is how
-    unsure the model was before each token: the entropy of its next one, in nats, NaN where it has none.
+    vocabulary too. `bos_id` and `stop_ids` are the special tokens around the text, `prompt_ids` the tokens of the
+    prompt. `logp_N` is the log-probability of each token given all before it, `stop_logp` that of the stop event,
+    `entropy_N` the entropy of the distribution that each token was drawn from; in nats, NaN where there is none.
     """
 
     name: str
@@ -95,6 +94,32 @@ class AlignmentView:
         """How many chunks are drawn."""
         return int(np.searchsorted(self.alignment.starts_C, DRAWN_BYTES, "right"))
 
+    @property
+    def undrawn(self) -> str:
+        """Where the picture ends; empty where it has the whole text."""
+        if self.drawn == len(self.alignment):
+            return ""
+        return f"the picture ends at byte {self.alignment.starts_C[self.drawn]} of {len(self.data)}"
+
+    @property
+    def bos_names(self) -> tuple[str, str] | None:
+        """The names of both sides' BOS, where one of them has it; "–" for none."""
+        return self._names([() if side.bos_id is None else (side.bos_id,) for side in self.sides])
+
+    @property
+    def stop_names(self) -> tuple[str, str] | None:
+        """The names of both sides' stop ids, where one of them has any; "–" for none."""
+        return self._names([side.stop_ids for side in self.sides])
+
+    def _names(self, ids: Sequence[tuple[int, ...]]) -> tuple[str, str] | None:
+        if not any(ids):
+            return None
+        student, teacher = (
+            event_name(side.vocabulary, own) if own else "–"
+            for side, own in zip(self.sides, ids, strict=True)
+        )
+        return student, teacher
+
     @cached_property
     def chunk_logp(self) -> tuple[Float64, Float64] | None:
         """Both sides' log-probability of each chunk, in nats; NaN where a token of it has none."""
@@ -126,8 +151,8 @@ class AlignmentView:
 def describe(view: AlignmentView) -> dict[str, Any]:
     """A text as JSON: ids and byte ends of both sides, and chunks as half-open ranges of their tokens.
 
-    A side has the keys `bos_id` and `stop_ids` where these events are beside the text, `prompt_ids` where there is a
-    prompt, `logp` and `entropy` (nats, null where a token has none) and `stop_logp` where the text was scored; the
+    A side has the keys `bos_id` and `stop_ids` where the text has these tokens, `prompt_ids` where there is a prompt,
+    `logp` and `entropy` (nats, null where a token has none) and `stop_logp` where the text was scored; the
     text has `score` then.
     """
     found = {
@@ -143,7 +168,7 @@ def describe(view: AlignmentView) -> dict[str, Any]:
 
 
 def summary(view: AlignmentView) -> list[str]:
-    """Lines that say how finely both sides agree, and how probable the text is to both where they have scored it."""
+    """Lines on how finely both sides agree, and on the text's probability where they have scored it."""
     (student, teacher), found = view.sides, view.coverage
     repaired = [side.tokenized.repaired_bytes for side in view.sides]
     lines = [

@@ -133,9 +133,9 @@ def span_credit(inputs: LossInputs, event: Tensor, theirs: TargetLogp) -> Credit
 @torch.no_grad()
 def token_credit(inputs: LossInputs, event: Tensor, horizon: Horizon) -> tuple[Credit, TargetLogp]:
     """The credit of ``token_pg``, given the student's log-probability of each row's event, and the teacher's scores.
-    What the teacher says nothing of has no reward, and is credited with those that follow."""
+    Rows that the teacher does not observe have no reward of their own, only that of later rows."""
     batch = inputs.batch
-    table, target, stop = byte_tables(inputs.teacher_rows, batch.layout_T)
+    table, target, stop = byte_tables(inputs.teacher_rows, batch.teacher.layout)
     position, row, happened = (x.to(table.device) for x in batch.path)
     step = torch.where(batch.observed_path.to(table.device), possible(table[position, happened]), 0.0)
     gained = chunk_sums(step, row, event.shape[0]).to(event)
@@ -143,7 +143,7 @@ def token_credit(inputs: LossInputs, event: Tensor, horizon: Horizon) -> tuple[C
     stretch = torch.where(batch.sampled_row_mask, stretch, -1)
     reward = torch.where(batch.observed_rows & (stretch >= 0), gained - event, 0.0)
     credit = Credit(_reward_to_go(reward, stretch), reward, stretch)
-    return credit, TargetLogp.of(target, stop, batch.target_T < 0)
+    return credit, TargetLogp.of(target, stop, batch.teacher.targets < 0)
 
 
 def sampled_credit(inputs: LossInputs, name: str, options: Mapping[str, Any]) -> Credit:

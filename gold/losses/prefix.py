@@ -29,8 +29,8 @@ def prefix_divergence(
     Tokens that began earlier and run across the state count with what is left of them. Where the student sampled a
     token for which the teacher needs several, the probability of these moves from the piece of the first to that token.
     ``interior``: also at states of the student inside the teacher's tokens; a student of shorter tokens needs them.
-    ``white_space``: states at which the teacher expects nothing but white space are counted as ``white_space``, and
-    with ``mask`` they add nothing to the sum; they stay in the count.
+    ``white_space``: with ``mask``, states at which the teacher expects nothing but white space add nothing to the sum;
+    they stay in the count. Part ``white_space_share`` counts them.
 
     Source: prefix marginals for distillation, 2607.22334; the pieces and the cover terms as derived in docs/method.md.
     """
@@ -44,9 +44,16 @@ def prefix_divergence(
         mask_white=white_space == "mask",
         weight=None if half_life is None else fading(inputs.batch.byte_offsets[at], half_life),
     )
-    sums = {name: part.sum() for name, part in parts.items()}
-    sums["white_space"] = sums.pop("white")
-    return Loss(total, sums)
+    return Loss(total, {_METRICS[name]: part.sum() for name, part in parts.items()})
+
+
+_METRICS = {
+    "rest": "unresolved_mass",
+    "residual": "teacher_unmatched_mass",
+    "observed": "moved_to_sampled_mass",
+    "white": "white_space_share",
+}
+"""Parts of ``piece_divergence`` by the name of their metric."""
 
 
 def prefix_states(

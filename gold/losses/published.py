@@ -67,7 +67,6 @@ def gkd(inputs: LossInputs, *, beta: Share = 0.5) -> Loss:
 
     Source: Agarwal et al. 2306.13649, equations 1 and 2; at temperature 1.
     """
-    _one_vocabulary(inputs, "gkd")
     return Loss(states_divergence(inputs, partial(jsd, beta=beta)).total)
 
 
@@ -80,7 +79,6 @@ def opd(inputs: LossInputs, *, clip: Positive | None = None, importance_cap: Pos
 
     Source: Lu, "On-Policy Distillation", Thinking Machines 2025; there A holds π as it was sampled, here as it is now.
     """
-    _one_vocabulary(inputs, "opd")
     batch = inputs.batch
     mine, theirs = student_target_logp(inputs), teacher_target_logp(inputs)
     with torch.no_grad():
@@ -129,14 +127,16 @@ def gold_hybrid(inputs: LossInputs, *, beta: Share = 0.5, matched_share: Share |
     events, chunks = batch.shared_events, _chunks(batch)
     if matched_share is None:
         matched_share = (events.ids_W.numel() + events.stops_W.numel()) / pair.teacher.size
-    row_S, before_S = _last_rows(inputs.student, chunks.chunk_S, chunks.count, batch.target_S, batch.stops_S)
+    row_S, before_S = _last_rows(
+        inputs.student, chunks.chunk_S, chunks.count, batch.student.targets, batch.student.stops
+    )
     with torch.no_grad():
         row_T, before_T = _last_rows(
             inputs.teacher_rows,
             chunks.chunk_T,
             chunks.count,
-            batch.target_T,
-            batch.stops_T,
+            batch.teacher.targets,
+            batch.teacher.stops,
         )
     total, matched, unmatched = scaled_comparison(
         inputs.student.select(row_S),
@@ -194,13 +194,13 @@ def x_token(inputs: LossInputs, *, variant: Literal["p_kl", "h_kl"] = "p_kl") ->
     sides = inputs.student.select(kept_S), inputs.teacher_rows.select(kept_T)
     rows = Chunks(chunks.chunk_S[kept_S], chunks.chunk_T[kept_T], chunks.count)
     if variant == "h_kl":
-        events = SharedEvents(*_tensors(batch, *pair.relaxed_ids), batch.stops_S, batch.stops_T)
+        events = SharedEvents(*_tensors(batch, *pair.relaxed_ids), batch.student.stops, batch.teacher.stops)
         total, matched, unmatched = mean_comparison(*sides, rows, events, forward_kl)
         return Loss(total, {"matched": matched.sum(), "unmatched": unmatched.sum()})
     weights = pair.token_weights
     ids_V, ids_W = _tensors(batch, weights.ids_V, weights.ids_W)
     weight_E = torch.from_numpy(weights.weight_E).to(batch.device)
-    projection = Projected(ids_V, ids_W, weight_E, batch.stops_S, batch.stops_T)
+    projection = Projected(ids_V, ids_W, weight_E, batch.student.stops, batch.teacher.stops)
     total, mass = projected_divergence(*sides, rows, projection, forward_kl)
     return Loss(total, {"reached": mass.sum()})
 
@@ -218,16 +218,11 @@ def whole_chunks(batch: AlignedBatch) -> float:
     return float(_chunks(batch).count)
 
 
-def _one_vocabulary(inputs: LossInputs, name: str) -> None:
-    if not inputs.batch.vocabularies.same:
-        raise ValueError(f"{name} compares models token by token, and these have two vocabularies")
-
-
 def _positions(batch: AlignedBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Row i of both sides of every text, as far as both go, and whether both have read the same bytes by then."""
     rows_S, rows_T, in_step = [], [], []
     for text, first_S, first_T in zip(
-        batch.texts, batch.row_starts[:-1], batch.teacher_row_starts[:-1], strict=True
+        batch.texts, batch.student.row_starts[:-1], batch.teacher.row_starts[:-1], strict=True
     ):
         number = np.arange(min(len(text.student), len(text.teacher)) + text.stopped)
         read_S, read_T = (np.append(0, s.ends)[number] for s in (text.student, text.teacher))
@@ -238,7 +233,7 @@ def _positions(batch: AlignedBatch) -> tuple[Tensor, Tensor, Tensor]:
         torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64)
         for parts in (rows_S, rows_T, in_step)
     )
-    return mine.to(batch.device), theirs.to(batch.teacher_device), step.bool()
+    return mine.to(batch.device), theirs.to(batch.teacher.device), step.bool()
 
 
 def _chunks(batch: AlignedBatch) -> Chunks:
@@ -269,4 +264,4 @@ def _tensors(
 ) -> tuple[Tensor, Tensor]:
     """Ids of both sides on their devices."""
     mine, theirs = (torch.from_numpy(ids.astype(np.int64)) for ids in (ids_V, ids_W))
-    return mine.to(batch.device), theirs.to(batch.teacher_device)
+    return mine.to(batch.device), theirs.to(batch.teacher.device)

@@ -40,8 +40,8 @@ def bytes_divergence(
     """Divergence between next-byte distributions at every byte of the texts, and at the stop event.
 
     Each model's rows become one table of byte events on their own; a row is compared on the events that both sides
-    resolve, all else being one more event. What a teacher that gives its likeliest tokens alone leaves untold is taken
-    to be as the student has it, without gradient: there is nothing to learn from it.
+    resolve, all else being one more event. The tail of a teacher that gives its top k tokens alone is filled in with
+    the student's own probabilities, without gradient.
 
     Several teachers are one distribution: the mixture of their tables, on the events that all of them resolve.
     """
@@ -71,18 +71,22 @@ def bytes_divergence(
         logq = tables[0] if inputs.mix is None else inputs.mix.of(tables)
         logp, logq = finite_where_either_is(logp, logq)
         value = divergence(logp, logq) * weight[place][here].to(logp)
-        wanted = logp.gather(1, logq.argmax(-1, keepdim=True))[:, 0].exp()
+        top1 = logp.gather(1, logq.argmax(-1, keepdim=True))[:, 0].exp()
         own = (mine[0][window.own], mine[1][window.own], table[path])
-        return value.sum(), wanted, logp[:, -1].exp(), *own, *(x for side in sides for x in side.scores)
+        return value.sum(), top1, logp[:, -1].exp(), *own, *(x for side in sides for x in side.scores)
 
     blocks = [(window.rows, window) for window in _windows(batch, inputs.student, teachers)]
-    total, wanted, rest, *scores = summed(compare, inputs.student, blocks)
-    parts = {"wanted": wanted.sum(), "missed": (wanted < 0.01).sum(), "rest": rest.sum()}
+    total, top1, unresolved, *scores = summed(compare, inputs.student, blocks)
+    parts = {
+        "teacher_top1_prob": top1.sum(),
+        "teacher_top1_missed_share": (top1 < 0.01).sum(),
+        "unresolved_mass": unresolved.sum(),
+    }
     mine, *theirs = zip(scores[::3], scores[1::3], scores[2::3], strict=True)
     if partial and inputs.mix is None:
         scored = (
             TargetLogp.of(*side[:2], at)
-            for side, at in ((mine, batch.stop_rows), (theirs[0], batch.target_T < 0))
+            for side, at in ((mine, batch.stop_rows), (theirs[0], batch.teacher.targets < 0))
         )
         return Loss(total, parts, sequence_logp(batch, *scored))
     return Loss(total, parts, _path_logp(inputs, mine[2], [side[2] for side in theirs]))
@@ -94,11 +98,11 @@ def _path_logp(inputs: LossInputs, mine: Tensor, theirs: Sequence[Tensor]) -> di
     off, whatever token runs across its end."""
     batch = inputs.batch
     _, row, event = batch.path
-    told = batch.sampled_row_mask[row]
+    observed = batch.sampled_row_mask[row]
     for side in (batch, *(teacher.batch for teacher in inputs.other_teachers)):
-        told = told & side.observed_path
-    mine, *theirs = (possible(x.to(mine))[told].sum() for x in (mine, *theirs))
-    found = {"student_logp": mine, "logp_bytes": (event[told] != STOP_EVENT).sum()}
+        observed = observed & side.observed_path
+    mine, *theirs = (possible(x.to(mine))[observed].sum() for x in (mine, *theirs))
+    found = {"student_logp": mine, "logp_bytes": (event[observed] != STOP_EVENT).sum()}
     if inputs.mix is None:
         return {**found, "teacher_logp": theirs[0]}
     shares = inputs.mix.weights
@@ -123,18 +127,18 @@ def _windows(batch: AlignedBatch, student: LazyLogits, teachers: Sequence[_Teach
 
     A stretch begins where a text does or where a token of every side does, so that what a side says of it follows from
     the rows that begin there and the few before whose tokens could have run across."""
-    begins = [batch.begins_S, *(teacher.begins for teacher in teachers)]
+    begins = [batch.student.begins, *(teacher.begins for teacher in teachers)]
     together = reduce(np.intersect1d, begins)
-    cuts = np.union1d(batch.position_starts, together)
-    before = np.searchsorted(batch.begins_S, cuts)
+    cuts = np.union1d(batch.student.position_starts, together)
+    before = np.searchsorted(batch.student.begins, cuts)
     windows, at, last = [], 0, max(cuts.size - 1, 1)
     while at < last:
-        room = max(1, student.block_rows - batch.layout_S.reaching(int(cuts[at]), int(before[at])))
+        room = max(1, student.block_rows - batch.student.layout.reaching(int(cuts[at]), int(before[at])))
         left = int(before[-1] - before[at])
         even = math.ceil(left / max(1, math.ceil(left / room)))
         end = max(at + 1, int(np.searchsorted(before, before[at] + even, "right")) - 1)
         places = slice(int(cuts[at]), int(cuts[min(end, cuts.size - 1)]))
-        windows.append(_window(batch.layout_S, batch.begins_S, places))
+        windows.append(_window(batch.student.layout, batch.student.begins, places))
         at = end
     return windows
 
@@ -156,8 +160,8 @@ class _Teacher:
 
     @classmethod
     def of(cls, teacher: OtherTeacher) -> _Teacher:
-        rows, layout = in_byte_order(teacher.rows, teacher.batch.layout_T)
-        return cls(teacher.batch, rows, teacher.batch.begins_T, layout)
+        rows, layout = in_byte_order(teacher.rows, teacher.batch.teacher.layout)
+        return cls(teacher.batch, rows, teacher.batch.teacher.begins, layout)
 
 
 @dataclass(frozen=True)
@@ -178,12 +182,12 @@ def _teacher_side(
     here: Tensor,
     table_S: Tensor | None = None,
 ) -> _TeacherSide:
-    """At ``here`` of ``places``; a teacher that tells some tokens only needs ``table_S``, the student's table."""
+    """At ``here`` of ``places``; partial rows need ``table_S``, the student's table."""
     window = _window(teacher.layout, teacher.begins, places)
     layout, rows = window.layout, teacher.rows.select(window.rows)
     if rows.partial:
         if table_S is None:
-            raise ValueError("a teacher that tells some tokens only, and no table to fill it from")
+            raise ValueError("partial rows of a teacher need the student's table for their tail")
         log_path = table_S.new_zeros(len(table_S)).index_put(path[:1], table_S[path])
         filling = (x.to(layout.device) for x in (table_S, log_path))
         table, *scores = filled_byte_tables(rows, layout, *filling)
@@ -191,7 +195,7 @@ def _teacher_side(
         table, *scores = byte_tables(rows, layout)
     logq, resolved = table.to(here.device)[here], layout.resolved.to(here.device)[here]
     if rows.partial:
-        resolved = resolved & ~torch.isneginf(logq)  # of what is all told, only what is told
+        resolved = resolved & ~torch.isneginf(logq)  # resolved events, less those without an observed token
     target, stop = (x[window.own] for x in scores)
     here_path = table[tuple(x.to(table.device) for x in path)]
     return _TeacherSide(logq, resolved, (target, stop, here_path))
@@ -201,16 +205,16 @@ def states_divergence(
     inputs: LossInputs,
     divergence: Divergence,
     *,
-    rest: Literal["bucket", "renormalise"] = "bucket",
+    unshared: Literal["bucket", "renormalise"] = "bucket",
     top_k: TopK | None = None,
     top_k_of: Literal["student", "teacher"] = "teacher",
     where: Where = "everywhere",
     half_life: HalfLife | None = None,
 ) -> Loss:
     """Divergence between next-token distributions at states that have read the same bytes, on the tokens that both
-    vocabularies have and the stop event; ``rest``: what else there is is one more event (``bucket``) or is conditioned
-    away (``renormalise``). ``top_k``: only that many of these events, the likeliest of one side in each row, are told
-    apart. Where both vocabularies are one this is the plain token-level objective of GKD.
+    vocabularies have and the stop event. ``unshared``: the mass of all other tokens is one more event (``bucket``) or
+    is conditioned away (``renormalise``). ``top_k``: only that many of these events, the likeliest of one side in each
+    row, stay apart. With one vocabulary this is the plain token-level objective of GKD.
 
     Source: Agarwal et al. 2306.13649, equation 2, for the plain form.
     """
@@ -220,7 +224,7 @@ def states_divergence(
         inputs.teacher_rows.select(rows_T),
         inputs.batch.shared_events,
         form_of(divergence) or divergence,
-        renormalise=rest == "renormalise",
+        renormalise=unshared == "renormalise",
         top_k=top_k,
         top_k_of_teacher=top_k_of == "teacher",
         weight_N=None if half_life is None else fading(offsets, half_life),

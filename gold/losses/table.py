@@ -62,20 +62,26 @@ class Objective:
     count: Callable[[AlignedBatch], float]
     options: Mapping[str, Any] = field(default_factory=dict)
     exceptions: Mapping[str, str] = field(default_factory=dict)
+    own_vocabulary: bool = False
 
     def __call__(self, inputs: LossInputs) -> Loss:
-        """The objective's sum over a microbatch."""
+        """The objective's sum over a microbatch.
+
+        Raises: ConfigError: it compares models that share one vocabulary, and these do not.
+        """
+        if self.own_vocabulary:
+            check_one_vocabulary(self.name, inputs.batch.vocabularies.same)
         return self.loss(inputs)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: call it, with options where it has some, for an objective applied to `LossInputs`.
+    """A row of the table; called with options, it gives the objective.
 
     ``loss(inputs, **options)`` and ``count(batch)``, in the objective's ``unit``. ``on_policy``: it learns from texts
     that the student wrote, as samples of the policy itself. ``own_vocabulary``: it compares models that share one.
-    ``needs_verifier``: it learns from the scores of completions.
-    ``exceptions``: clauses of the contract that it cannot hold by its nature, each with the reason.
+    ``needs_verifier``: it learns from scores of completions. ``exceptions``: clauses of the contract that it cannot
+    hold by its nature, each with the reason.
     """
 
     name: str
@@ -95,26 +101,34 @@ class Row:
 
     @property
     def summary(self) -> str:
-        """What it is, in a sentence."""
+        """The first sentence of the loss's docstring."""
         return _first_sentence(self.loss)
 
     def resolve(self, options: Mapping[str, Any]) -> Options:
         """All options, those not given (or given as None) at their defaults.
 
-        Raises: ConfigError for an option that it does not have, or a value that the option cannot take.
+        Raises: ConfigError for an unknown option, or a value that the option cannot take.
         """
         return _checked(self.name, self.arguments, options)
 
     def __call__(self, **options: Any) -> Objective:
         """The objective with these options."""
         resolved = self.resolve(options)
-        loss = partial(self.loss, **resolved)
-        return Objective(self.name, loss, self.needs, self.unit, self.count, resolved, self.exceptions)
+        return Objective(
+            self.name,
+            partial(self.loss, **resolved),
+            self.needs,
+            self.unit,
+            self.count,
+            resolved,
+            self.exceptions,
+            self.own_vocabulary,
+        )
 
 
 @dataclass(frozen=True)
 class Support:
-    """Events on which a divergence can compare two models: the function that does, and what it is counted in.
+    """Events on which a divergence can compare two models.
 
     ``loss(inputs, divergence, **options)``; ``count(batch, **options)``. ``exceptions`` as for a row.
     """
@@ -123,6 +137,11 @@ class Support:
     unit: str
     count: Callable[..., float]
     exceptions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> Arguments:
+        """Type and default of each option."""
+        return arguments_of(self.loss)
 
 
 @dataclass(frozen=True)
@@ -139,71 +158,68 @@ class DivergenceRow:
 
     @property
     def arguments(self) -> Arguments:
-        """Type and default of each option; None where it depends on the support."""
+        """Type and default of each option; default None where it depends on the support."""
         everywhere = {
-            name: (kind, None) for s in SUPPORTS.values() for name, (kind, _) in arguments_of(s.loss).items()
+            name: (kind, None) for s in SUPPORTS.values() for name, (kind, _) in s.arguments.items()
         }
-        return {
-            "support": (typing.Literal[tuple(SUPPORTS)], "bytes"),
-            **everywhere,
-            **arguments_of(self.divergence, 2),
-        }
+        chosen = {"support": (typing.Literal[tuple(SUPPORTS)], "bytes")}
+        return {**chosen, **everywhere, **arguments_of(self.divergence, 2)}
+
+    def _arguments_on(self, support: str) -> Arguments:
+        return {**SUPPORTS[support].arguments, **arguments_of(self.divergence, 2)}
 
     @property
     def summary(self) -> str:
-        """What it is, in a sentence."""
+        """The first sentence of the divergence's docstring."""
         return _first_sentence(self.divergence)
 
     def resolve(self, options: Mapping[str, Any]) -> Options:
-        """All options that the chosen support has, those not given (or given as None) at their defaults.
+        """All options of the chosen support, those not given (or given as None) at their defaults.
 
-        Raises: ConfigError for an option that it does not have, or that belongs to another support, or a value that
-            the option cannot take.
+        Raises: ConfigError for an unknown option, one of another support, or a value that the option cannot take.
         """
         given = {name: value for name, value in options.items() if value is not None}
-        chosen = _checked(self.name, self.arguments, given)
-        here = {**arguments_of(SUPPORTS[chosen["support"]].loss), **arguments_of(self.divergence, 2)}
+        support = _checked(self.name, self.arguments, given)["support"]
+        here = self._arguments_on(support)
         for name in given:
             if name not in here and name != "support":
-                owners = [
-                    s
-                    for s, support in SUPPORTS.items()
-                    if name in arguments_of(support.loss) and s != "tokens"
-                ]
+                owners = [s for s, other in SUPPORTS.items() if name in other.arguments and s != "tokens"]
                 raise ConfigError(
-                    f"{name}: belongs to support {' and '.join(owners)}, not to {chosen['support']}: leave it out"
+                    f"{name}: belongs to support {' and '.join(owners)}, not to {support}: leave it out"
                 )
-        return {
-            "support": chosen["support"],
-            **{name: given.get(name, default) for name, (_, default) in here.items()},
-        }
+        return {"support": support, **{n: given.get(n, default) for n, (_, default) in here.items()}}
 
     def moved(self, support: str, options: Mapping[str, Any]) -> Options:
         """The options on another support: those that it has too."""
-        here = arguments_of(SUPPORTS[support].loss) | arguments_of(self.divergence, 2)
+        here = self._arguments_on(support)
         kept = {name: value for name, value in self.resolve(options).items() if name in here}
         return {**kept, "support": support}
 
     def __call__(self, **options: Any) -> Objective:
         """The objective with these options."""
         resolved = self.resolve(options)
-        own = {name: resolved[name] for name in arguments_of(self.divergence, 2)}
         support = SUPPORTS[resolved["support"]]
-        chosen = {name: resolved[name] for name in arguments_of(support.loss)}
-        loss = partial(support.loss, divergence=partial(self.divergence, **own), **chosen)
-        count = partial(support.count, **chosen)
-        excused = {**support.exceptions, **self.exceptions}
-        return Objective(self.name, loss, self.needs, support.unit, count, resolved, excused)
+        own = {name: resolved[name] for name in arguments_of(self.divergence, 2)}
+        chosen = {name: resolved[name] for name in support.arguments}
+        return Objective(
+            self.name,
+            partial(support.loss, divergence=partial(self.divergence, **own), **chosen),
+            self.needs,
+            support.unit,
+            partial(support.count, **chosen),
+            resolved,
+            {**support.exceptions, **self.exceptions},
+        )
 
 
 def arguments_of(function: Callable[..., Any], positional: int = 0) -> dict[str, tuple[Any, Any]]:
     """The keyword-only arguments of a function, and those after ``positional`` ones."""
     kinds = typing.get_type_hints(function, include_extras=True)
     parameters = list(inspect.signature(function).parameters.values())
-    taken = [
+    chosen = [
         p for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY or (positional and i >= positional)
     ]
-    return {p.name: (kinds[p.name], p.default) for p in taken}
+    return {p.name: (kinds[p.name], p.default) for p in chosen}
 
 
 def _first_sentence(function: Callable[..., Any]) -> str:
@@ -212,18 +228,17 @@ def _first_sentence(function: Callable[..., Any]) -> str:
 
 
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+_RENAMED = {"rest": "unshared"}
+"""Former names of options."""
 
 
 def _checked(objective: str, arguments: Arguments, options: Mapping[str, Any]) -> Options:
     """All arguments, given or at their defaults."""
     for name in options:
         if name not in arguments:
-            close = difflib.get_close_matches(name, arguments, n=1)
-            known = (
-                f"did you mean {close[0]}?"
-                if close
-                else f"{objective} has {', '.join(arguments) or 'no options'}"
-            )
+            meant = _RENAMED.get(name)
+            close = [meant] if meant in arguments else difflib.get_close_matches(name, arguments, n=1)
+            known = f"did you mean {close[0]}?" if close else f"{objective} has {_listed(arguments)}"
             raise ConfigError(f"{name}: unknown key; {known}")
     values = {name: default for name, (_, default) in arguments.items()}
     for name, value in options.items():
@@ -232,12 +247,16 @@ def _checked(objective: str, arguments: Arguments, options: Mapping[str, Any]) -
         try:
             values[name] = TypeAdapter(arguments[name][0], config=_STRICT).validate_python(value)
         except ValidationError as error:
-            raise ConfigError(f"{name}: {_told(error)}, got {value!r}") from None
+            raise ConfigError(f"{name}: {_problem(error)}, got {value!r}") from None
     return values
 
 
-def _told(error: ValidationError) -> str:
-    """The first thing that pydantic has against a value, for a person."""
+def _listed(arguments: Arguments) -> str:
+    return ", ".join(arguments) or "no options"
+
+
+def _problem(error: ValidationError) -> str:
+    """The first problem that pydantic found with a value."""
     first = error.errors(include_url=False)[0]
     limits = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
     context = first.get("ctx", {})
@@ -276,8 +295,8 @@ def data_tokens(batch: AlignedBatch) -> float:
     return float((~batch.sampled_row_mask).sum())
 
 
-def told_tokens(batch: AlignedBatch) -> float:
-    """Sampled student tokens, stop ids included, of which the teacher says how likely their bytes are."""
+def observed_tokens(batch: AlignedBatch) -> float:
+    """Sampled student tokens, stop ids included, whose bytes all have a probability from the teacher."""
     return float(batch.observed_rows.sum())
 
 
@@ -287,8 +306,8 @@ def sampled_tokens(batch: AlignedBatch) -> float:
 
 
 UNRESOLVED = (
-    "what one side has in its rest, since a token that ends off the path leads to no state that was computed, the "
-    "other side names"
+    "what is unresolved mass on one side, since a token that ends off the path leads to no state that was computed, "
+    "is a named event on the other"
 )
 SUPPORTS: Mapping[str, Support] = {
     "bytes": Support(bytes_divergence, "byte", supervised_bytes, {"8a": UNRESOLVED}),
@@ -314,7 +333,7 @@ _ROWS: tuple[Row | DivergenceRow, ...] = (
         token_pg,
         "rows",
         "token",
-        told_tokens,
+        observed_tokens,
         on_policy=True,
         exceptions={
             "1": "an advantage holds all reward to come, which is 0 on average only; its expected gradient is 0",
@@ -346,3 +365,15 @@ def find(name: str) -> Row | DivergenceRow:
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(OBJECTIVES)}"
         raise ConfigError(f"unknown objective {name!r}; {hint}")
     return OBJECTIVES[name]
+
+
+def check_one_vocabulary(name: str, same: bool) -> None:
+    """Nothing, where the objective can compare these models.
+
+    Raises: ConfigError: it compares models that share one vocabulary, and these do not.
+    """
+    if find(name).own_vocabulary and not same:
+        raise ConfigError(
+            f"objective {name} compares models that share one vocabulary, and these do not; "
+            "choose a divergence on bytes, which needs none in common"
+        )

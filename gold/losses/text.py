@@ -14,4 +14,4 @@ def sft(inputs: LossInputs) -> Loss:
     """
     batch = inputs.batch
     given = (~batch.sampled_row_mask).float()
-    return Loss(token_loss(inputs.student, batch.target_S, given, batch.stops_S))
+    return Loss(token_loss(inputs.student, batch.student.targets, given, batch.student.stops))

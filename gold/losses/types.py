@@ -88,7 +88,7 @@ class TargetLogp:
 def student_target_logp(inputs: LossInputs) -> TargetLogp:
     """The student's log-probability of what it wrote, with gradient."""
     batch = inputs.batch
-    target, stop = token_logp(inputs.student, batch.target_S, batch.stops_S)
+    target, stop = token_logp(inputs.student, batch.student.targets, batch.student.stops)
     return TargetLogp.of(target, stop, batch.stop_rows)
 
 
@@ -96,8 +96,8 @@ def student_target_logp(inputs: LossInputs) -> TargetLogp:
 def teacher_target_logp(inputs: LossInputs) -> TargetLogp:
     """The teacher's log-probability of the same texts in its own tokens, without gradient."""
     batch = inputs.batch
-    target, stop = token_logp(inputs.teacher_rows, batch.target_T, batch.stops_T)
-    return TargetLogp.of(target, stop, batch.target_T < 0)
+    target, stop = token_logp(inputs.teacher_rows, batch.teacher.targets, batch.teacher.stops)
+    return TargetLogp.of(target, stop, batch.teacher.targets < 0)
 
 
 def sequence_logp(batch: AlignedBatch, student: TargetLogp, teacher: TargetLogp) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 
-from gold.align.batch import VocabularyPair
 from gold.align.collate import misfit, read
+from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt, PromptOrder
 from gold.doctor.prompts import PromptReader, examine_prompts, notes_of, raise_refused
 from gold.errors import CheckpointError, ConfigError, DataError, GoldError, TeacherError, TrainingError

@@ -21,8 +21,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
+from gold.align.batch import AlignedBatch
 from gold.align.collate import aligned_batch, microbatches, misfit, read, student_states, teacher_rows
+from gold.align.texts import AlignedText
+from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt, PromptOrder
 from gold.errors import CheckpointError, ConfigError, DataError, TeacherError
 from gold.evaluate import Evaluation, EvaluationPlan, Verifier, evaluate
@@ -32,6 +34,7 @@ from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.losses import DivergenceRow, LossInputs, Need, Objective, find
 from gold.losses.mixture import OtherTeacher, mixed_rows
 from gold.losses.policy import means_of_others, sampled_credit
+from gold.losses.table import check_one_vocabulary
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_weights, save_model
 from gold.models.states import PaddedStates, StatesModule, lazy_logits, recompute_activations
@@ -104,11 +107,7 @@ def terms_of(
             raise ConfigError(
                 f"objective {label} cannot be taken of a mix of teachers; choose a divergence on bytes, or a route"
             )
-        if row.own_vocabulary and not same:
-            raise ConfigError(
-                f"objective {term.name} compares models that share one vocabulary, and these do not; "
-                "choose a divergence on bytes, which needs none in common"
-            )
+        check_one_vocabulary(term.name, same)
         if (top_k := options.get("top_k")) is not None:
             known = min(p.student.size if same else p.shared_ids[0].size + 1 for p in pairs.values())
             if top_k > known:
@@ -243,7 +242,7 @@ class Loop:
             teacher = self.teachers.members[name] if self.teachers else None
             device = teacher.device if teacher else self.student.device
             batch = AlignedBatch([text], pair, self.student.device, device)
-            size = int(batch.teacher_row_starts[-1]), pair.teacher.size
+            size = int(batch.teacher.row_starts[-1]), pair.teacher.size
             dtype = teacher.dtype if teacher else torch.float32
             inputs = LossInputs(
                 batch,
@@ -506,8 +505,8 @@ class Loop:
         for group in groups:
             lost: set[int] = set()
             for name, batch in zip(group.names, group.batches, strict=True):
-                stops = batch.stops_T
-                targets = batch.target_T.split(np.diff(batch.teacher_row_starts).tolist())
+                stops = batch.teacher.stops
+                targets = batch.teacher.targets.split(np.diff(batch.teacher.row_starts).tolist())
                 for number, (rows, target) in enumerate(zip(group.rows[name], targets, strict=True)):
                     if rows.partial and bool((rows_off := rows.impossible(target, stops)).any()):
                         lost.add(number)
@@ -668,9 +667,10 @@ class Loop:
                 "off what is unlikely? vLLM does with --logprobs-mode processed_logprobs and a top_p or top_k"
             )
         reverse = any(t.objective.name == "reverse_kl" for t in self.terms)
-        if reverse and record.get("missed", 0.0) > MISSED_SHARE:
+        if reverse and record.get("teacher_top1_missed_share", 0.0) > MISSED_SHARE:
+            missed = record["teacher_top1_missed_share"]
             found["missed"] = (
-                f"step {record['step']}: at {record['missed']:.0%} of bytes the student gives what the teacher wants "
+                f"step {record['step']}: at {missed:.0%} of bytes the student gives what the teacher wants "
                 "most less than 1 %. Reverse KL hardly moves what the student never samples: begin with forward_kl, or "
                 "add it with a small weight, or train on teacher completions first (sft, rollout.on_policy=0)"
             )
@@ -822,7 +822,16 @@ class _Group:
         return self.batches[0]
 
 
-MEANS = ("wanted", "missed", "rest", "shared_mass", "residual", "observed", "white_space", "span_reverse_kl")
+MEANS = (
+    "teacher_top1_prob",
+    "teacher_top1_missed_share",
+    "unresolved_mass",
+    "shared_mass",
+    "teacher_unmatched_mass",
+    "moved_to_sampled_mass",
+    "white_space_share",
+    "span_reverse_kl",
+)
 """Parts of objectives that the metrics show as means over the objective's unit."""
 
 

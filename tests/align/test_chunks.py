@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gold.align import Alignment, align_tokens, coverage
 from gold.align import chunks as chunks_module
+from gold.align.chunks import Alignment, align_tokens, coverage
 from gold.errors import DataError
 from gold.tokenize.vocabulary import TokenizedText
 from gold.tokenize.walks import _compiled

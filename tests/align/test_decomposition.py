@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tokenizers import families
 
-from gold.align import byte_equal_pairs
 from gold.align.decomposition import likeliest_pairs, retokenized, token_weights
+from gold.align.overlap import byte_equal_pairs
 from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.toys import toy_vocabulary
 

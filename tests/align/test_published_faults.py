@@ -15,7 +15,8 @@ from support.tokenizers import (
 )
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
-from gold.align import align_tokens, byte_equal_pairs
+from gold.align.chunks import align_tokens
+from gold.align.overlap import byte_equal_pairs
 from gold.tokenize.compare import differences
 from gold.tokenize.families import byte_alphabet
 from gold.tokenize.vocabulary import Vocabulary

@@ -20,8 +20,7 @@ from tokenizers import Tokenizer
 from benchmarks import align
 from benchmarks.clock import Spread, seconds_in_turn, spread
 from benchmarks.texts import plain_texts
-from gold.align import Alignment, align_tokens
-from gold.align.chunks import chunks_of
+from gold.align.chunks import Alignment, align_tokens, chunks_of
 from gold.tokenize.vocabulary import Vocabulary
 
 STUDENT, TEACHER = (Vocabulary.load(tokenizer) for tokenizer in (byte_level_bpe(), sentencepiece_bpe()))

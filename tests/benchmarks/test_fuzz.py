@@ -14,7 +14,7 @@ from support.tokenizers import byte_level_bpe
 
 from benchmarks import fuzz
 from benchmarks.texts import FORGED, odd_text
-from gold.align import Alignment, align_tokens
+from gold.align.chunks import Alignment, align_tokens
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 TRAINED = ["--trained-only", "--processes", "1"]

@@ -15,7 +15,7 @@ from support.tokenizers import EOS_ID, byte_level_bpe, sentencepiece_bpe
 from benchmarks import loss
 from benchmarks.loss import Bench, Case, Inputs, Limits, Loss
 from benchmarks.meter import Meter
-from gold.align.batch import VocabularyPair
+from gold.align.vocabularies import VocabularyPair
 from gold.tokenize.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_a_text_has_the_rows_that_were_asked_for_and_states_are_drawn_anew() -> 
     made.draw(3)
     assert torch.equal(first, made.hidden_S)
     prob = torch.softmax(made.hidden_S.detach() @ made.matrix_S.detach().T, -1)
-    own = prob.gather(1, batch.target_S[:, None])
+    own = prob.gather(1, batch.student.targets[:, None])
     assert own.max() > 0.9
     assert own.min() < 0.1
 

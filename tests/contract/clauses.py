@@ -15,7 +15,8 @@ import torch
 from support import oracle
 from torch import Tensor
 
-from gold.align.batch import AlignedText, VocabularyPair
+from gold.align.texts import AlignedText
+from gold.align.vocabularies import VocabularyPair
 from gold.kernels import logits
 from gold.kernels.logits import GivenLogits
 from gold.losses import OBJECTIVES, DivergenceRow, LossInputs, Objective
@@ -445,8 +446,8 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "x_token, H-KL": ("x_token", {"variant": "h_kl"}),
     "opd, clipped and weighted": ("opd", {"clip": 2.0, "importance_cap": 2.0}),
     "jsd 0.1/bytes": ("jsd", {"beta": 0.1}),
-    "reverse_kl/shared, renormalised": ("reverse_kl", {"support": "shared", "rest": "renormalise"}),
-    "forward_kl/shared, renormalised": ("forward_kl", {"support": "shared", "rest": "renormalise"}),
+    "reverse_kl/shared, renormalised": ("reverse_kl", {"support": "shared", "unshared": "renormalise"}),
+    "forward_kl/shared, renormalised": ("forward_kl", {"support": "shared", "unshared": "renormalise"}),
     "forward_kl/shared, top 2 of the student": (
         "forward_kl",
         {"support": "shared", "top_k": 2, "top_k_of": "student"},

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gold.align.batch import AlignedText, VocabularyPair
+from gold.align.texts import AlignedText
+from gold.align.vocabularies import VocabularyPair
 from gold.losses import Objective
 from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.toys import aligned, inputs_of, toy_vocabulary

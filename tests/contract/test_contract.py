@@ -11,7 +11,7 @@ from support import oracle
 from support.kernel_inputs import BACKENDS_HERE, FORCED
 from torch import Tensor
 
-from gold.align.batch import VocabularyPair
+from gold.align.vocabularies import VocabularyPair
 from gold.kernels import chunk_sums, use_backend
 from gold.kernels.tables import byte_tables, common_events
 from gold.losses import DIVERGENCES, OBJECTIVES, Loss, forward_kl, jsd, reverse_kl, skew_kl, skew_reverse_kl
@@ -195,8 +195,8 @@ def test_byte_tables_are_the_definition(backend):
         texts = random_texts(PAIR, 5, seed)
         batch = batch_of(PAIR, texts)
         for model, layout, vocabulary, side in (
-            (ToyModel(STUDENT, 3, extra=2), batch.layout_S, STUDENT, "student"),
-            (ToyModel(TEACHER, 4), batch.layout_T, TEACHER, "teacher"),
+            (ToyModel(STUDENT, 3, extra=2), batch.student.layout, STUDENT, "student"),
+            (ToyModel(TEACHER, 4), batch.teacher.layout, TEACHER, "teacher"),
         ):
             rows_of = student_rows if side == "student" else teacher_rows
             inputs = inputs_of(PAIR, texts, rows_of(model, texts), rows_of(model, texts))

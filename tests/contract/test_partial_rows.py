@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gold.align.batch import VocabularyPair
+from gold.align.vocabularies import VocabularyPair
 from gold.kernels.logits import GivenLogits, LazyLogits, TopKLogits
 from gold.losses import DIVERGENCES, OBJECTIVES
 from tests.contract.toys import ToyModel, inputs_of, random_texts, teacher_rows, toy_vocabulary
@@ -92,7 +92,7 @@ def test_what_is_not_told_is_left_to_the_student():
     texts = random_texts(PAIR, 8, 1)
     logits = teacher_rows(ToyModel(TEACHER, 4), texts)
     inputs = inputs_of(PAIR, texts, ToyModel(STUDENT, 3), ToyModel(TEACHER, 4))
-    logp, sent = torch.log_softmax(logits, -1), inputs.batch.target_T.clamp(min=0)[:, None]
+    logp, sent = torch.log_softmax(logits, -1), inputs.batch.teacher.targets.clamp(min=0)[:, None]
     found, ids = logp.topk(2, dim=-1)
     ids = torch.cat((sent, ids.masked_fill(ids == sent, -1)), dim=-1)
     told = TopKLogits(ids, torch.cat((logp.gather(1, sent), found), dim=-1), logits.shape[1])

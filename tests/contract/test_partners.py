@@ -15,7 +15,9 @@ from support.kernel_inputs import FORCED
 from support.texts import data as any_bytes
 from support.tokenizers import EOS_ID, families
 
-from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
+from gold.align.batch import AlignedBatch
+from gold.align.texts import AlignedText
+from gold.align.vocabularies import VocabularyPair
 from gold.kernels.logits import GivenLogits
 from gold.losses import OBJECTIVES, LossInputs
 from gold.tokenize.vocabulary import Vocabulary
@@ -98,9 +100,9 @@ def every_objective_is_finite(names, student, teacher, given_texts, out_S, out_T
     pair = pair_of(student, teacher)
     texts = [cut_text(pair, *each) for each in given_texts]
     batch = AlignedBatch(texts, pair, CPU)
-    rows, rows_T = int(batch.row_starts[-1]), int(batch.teacher_row_starts[-1])
+    rows, rows_T = int(batch.student.row_starts[-1]), int(batch.teacher.row_starts[-1])
     logits = logits_of(rows, pair.student.size, 1, out_S)
-    logits[torch.arange(rows), batch.target_S] = 0.0  # what was written can be
+    logits[torch.arange(rows), batch.student.targets] = 0.0  # what was written can be
     logits_T = logits_of(rows_T, pair.teacher.size, 2, out_T)
     before = logits_of(rows, pair.student.size, 3, 0.0)
     for name in names:

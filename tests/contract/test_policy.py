@@ -12,7 +12,8 @@ from support import oracle
 from support.tokenizers import byte_level_bpe, sentencepiece_bpe
 from torch import Tensor
 
-from gold.align.batch import AlignedText, VocabularyPair, canonical_tokens
+from gold.align.texts import AlignedText, canonical_tokens
+from gold.align.vocabularies import VocabularyPair
 from gold.losses import OBJECTIVES
 from gold.losses.policy import means_of_others, sampled_credit
 from gold.tokenize.vocabulary import Vocabulary

@@ -15,7 +15,9 @@ from support import oracle
 from support.tokenizers import byte_level_bpe, character_level, sentencepiece_bpe
 from torch import Tensor
 
-from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
+from gold.align.batch import AlignedBatch
+from gold.align.texts import AlignedText
+from gold.align.vocabularies import VocabularyPair
 from gold.bytes import pieces
 from gold.kernels import projection
 from gold.kernels.layout import STOP_EVENT
@@ -179,8 +181,8 @@ def test_events_are_those_of_the_definition(name):
         positions = prefix_positions(inputs.batch, interior=True, where="everywhere")
         mine, theirs, moved = computed_events(inputs, positions)
         for p, position in enumerate(positions.tolist()):
-            b = int(np.searchsorted(inputs.batch.position_starts, position, "right")) - 1
-            e = position - int(inputs.batch.position_starts[b])
+            b = int(np.searchsorted(inputs.batch.student.position_starts, position, "right")) - 1
+            e = position - int(inputs.batch.student.position_starts[b])
             models = student_rows(student, texts[b : b + 1]), teacher_rows(teacher, texts[b : b + 1])
             row, row_T, share = expected_events(pair, texts[b], models, e)
             assert float(moved[p]) == pytest.approx(share, rel=1e-9, abs=1e-15)
@@ -223,7 +225,7 @@ def test_events_begin_with_the_bytes_of_the_byte_table(mine, theirs, data, stopp
     tokenized = pair.student.decode(ids)
     whole = np.array([*ids, 1] if stopped else ids, np.int32)
     batch = AlignedBatch([AlignedText(whole, tokenized, pair.read(tokenized), stopped)], pair, CPU)
-    rows, rows_T = int(batch.row_starts[-1]), int(batch.teacher_row_starts[-1])
+    rows, rows_T = int(batch.student.row_starts[-1]), int(batch.teacher.row_starts[-1])
     logits = states(rows, pair.student.size, 1).requires_grad_(True)
     inputs = LossInputs(
         batch,
@@ -241,8 +243,8 @@ def test_events_begin_with_the_bytes_of_the_byte_table(mine, theirs, data, stopp
     mine_E, theirs_E, _ = computed_events(inputs, positions)
     text = tokenized.data
     for events, side_rows, layout in (
-        (mine_E, inputs.student, batch.layout_S),
-        (theirs_E, inputs.teacher_rows, batch.layout_T),
+        (mine_E, inputs.student, batch.student.layout),
+        (theirs_E, inputs.teacher_rows, batch.teacher.layout),
     ):
         table = byte_tables(side_rows, layout)[0][positions].detach().exp()
         prob = events.detach().exp()
@@ -312,13 +314,13 @@ def test_events_are_exact_where_no_other_segmentation_of_the_past_has_mass(name)
         positions = prefix_positions(inputs.batch, interior=True, where="everywhere")
         computed = computed_events(inputs, positions)
         for side, layout, rows, model, vocabulary in (
-            (0, inputs.batch.layout_S, inputs.student, models[0], pair.student),
-            (1, inputs.batch.layout_T, inputs.teacher_rows, models[1], pair.teacher),
+            (0, inputs.batch.student.layout, inputs.student, models[0], pair.student),
+            (1, inputs.batch.teacher.layout, inputs.teacher_rows, models[1], pair.teacher),
         ):
             rest = byte_tables(rows, layout)[0][:, 257].exp()
             for p, position in enumerate(positions.tolist()):
-                b = int(np.searchsorted(inputs.batch.position_starts, position, "right")) - 1
-                start = int(inputs.batch.position_starts[b])
+                b = int(np.searchsorted(inputs.batch.student.position_starts, position, "right")) - 1
+                start = int(inputs.batch.student.position_starts[b])
                 e, text = position - start, texts[b].student
                 row = next((i for i, s in enumerate(text.starts.tolist()) if s == e), None)
                 token = None if row is None else text.data[e : int(text.ends[row])]
@@ -411,7 +413,7 @@ def test_mass_that_a_student_cannot_spell_is_counted():
     space = int(LETTERS.encode(" ").ids[0])
     at = [0, 1, 3]  # a, ab, stop: the states that both begin at
     expected = torch.softmax(teacher, -1)[at, space].sum()
-    assert loss.parts["residual"].item() == pytest.approx(expected.item(), rel=1e-9)
+    assert loss.parts["teacher_unmatched_mass"].item() == pytest.approx(expected.item(), rel=1e-9)
     assert loss.total.item() > 0
     assert torch.isfinite(loss.total)
 
@@ -428,7 +430,7 @@ def test_targets_of_white_space_alone_are_counted_and_may_be_left_out(choice):
     inputs = inputs_of(pair, texts, student, teacher)
     loss = objective(inputs)
     assert objective.count(inputs.batch) == 3
-    assert loss.parts["white_space"].item() == 1
+    assert loss.parts["white_space_share"].item() == 1
     (grad,) = torch.autograd.grad(loss.total, student)
     assert (grad[1].abs().max() > 1e-6) == (choice == "keep")
     # The state before it is not alone in the row of the next: its cover terms see it.

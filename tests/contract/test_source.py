@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import oracle
 
-from gold.align.batch import VocabularyPair
+from gold.align.vocabularies import VocabularyPair
 from gold.losses import OBJECTIVES
 from tests.contract import source
 from tests.contract.toys import ToyModel, aligned, inputs_of

@@ -12,7 +12,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
+from gold.align.batch import AlignedBatch
+from gold.align.texts import AlignedText
+from gold.align.vocabularies import VocabularyPair
 from gold.kernels.logits import GivenLogits
 from gold.losses import LossInputs
 from gold.tokenize.vocabulary import Vocabulary

@@ -36,7 +36,9 @@ from support.tokenizers import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
+from gold.align.batch import AlignedBatch
+from gold.align.texts import AlignedText
+from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
 from gold.demo.models import character_tokenizer, word_tokenizer
 from gold.doctor import report as report_module

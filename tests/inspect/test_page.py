@@ -67,23 +67,8 @@ def scored(view: AlignmentView) -> AlignmentView:
 
 
 TAGS = {
-    *(
-        "html",
-        "head",
-        "meta",
-        "title",
-        "style",
-        "body",
-        "header",
-        "h1",
-        "table",
-        "thead",
-        "tbody",
-        "tr",
-        "td",
-        "th",
-    ),
-    *("p", "main", "span", "div", "button", "i", "em", "aside", "script"),
+    *("html", "head", "meta", "title", "style", "body", "header", "h1", "p", "main"),
+    *("span", "div", "button", "i", "em", "aside", "script"),
 }
 
 
@@ -151,9 +136,9 @@ def test_the_summary_and_the_shades_are_there_without_scripts() -> None:
     summary = read.within("header")
     assert view.score is not None
     for said in (
-        f"tokens{len(view.student)}{len(view.teacher)}",
-        f"bits per byte{view.score.student_bits_per_byte:.3f}",
-        "probability of stopping49.7%",
+        f"{len(view.student)} student tokens, {len(view.teacher)} teacher tokens",
+        f"bits per byte: {view.score.student_bits_per_byte:.3f}",
+        "stop: 49.7%",
         f"{view.score.reverse_kl_sample_nats_per_byte:+.4f} nats per byte",
     ):
         assert said in summary
@@ -184,13 +169,13 @@ def test_of_a_long_text_the_beginning_is_on_the_page(monkeypatch: pytest.MonkeyP
     embedded = json.loads(read.within("data"))
     assert 40 <= len(base64.b64decode(embedded["bytes"])) < 60
     assert len(embedded["chunks"]) == view.drawn < len(view.alignment) == embedded["count"]
-    assert "The picture ends at byte" in read.within("main")
+    assert "the picture ends at byte" in read.within("main")
 
 
 def test_an_empty_text_is_an_empty_page() -> None:
     read = Reader(page(view_of("")))
     assert json.loads(read.within("data"))["chunks"] == []
-    assert "0 bytes in 0 chunks" in read.within("header")
+    assert "0 chunks" in read.within("header")
 
 
 # In a browser

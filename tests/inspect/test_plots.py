@@ -66,7 +66,7 @@ def a_run(folder, steps=60):
     with RunFolder.create(folder, {"a": 1}) as run:
         for step in range(1, steps + 1):
             loss = float("nan") if step == 7 else 1.0 / step
-            run.append(
+            run.log(
                 "train", {"step": step, "loss": loss, "length_tokens": 12.0, "tokens_per_s": 9e5, "lr": 1.0}
             )
             if step % 20 == 0:

@@ -13,7 +13,9 @@ from support import oracle
 from support.kernel_inputs import FORCED
 from support.tokenizers import byte_level_bpe, character_level, sentencepiece_bpe
 
-from gold.align.batch import AlignedBatch, AlignedText, VocabularyPair
+from gold.align.batch import AlignedBatch
+from gold.align.texts import AlignedText
+from gold.align.vocabularies import VocabularyPair
 from gold.bytes import plan as paths
 from gold.demo.models import character_tokenizer
 from gold.kernels import layout, tables
@@ -61,7 +63,7 @@ def test_any_ids_of_any_pair_give_finite_losses_and_gradients(mine, theirs, data
     token = st.integers(0, pair.student.size - 1).filter(lambda i: i != 1)
     ids = data.draw(st.lists(token, max_size=8))
     batch = AlignedBatch([aligned_text(pair, ids, stopped)], pair, CPU)
-    rows, rows_T = int(batch.row_starts[-1]), int(batch.teacher_row_starts[-1])
+    rows, rows_T = int(batch.student.row_starts[-1]), int(batch.teacher.row_starts[-1])
     logits = states(rows, pair.student.size, 1).requires_grad_(True)
     inputs = LossInputs(
         batch,
@@ -93,12 +95,12 @@ def test_a_text_in_stretches_has_the_same_loss(data, top_k, several, block_rows)
         AlignedBatch([aligned_text(each, ids, stopped) for ids, stopped in drawn], each, CPU)
         for each in (pair, other)
     )
-    logits = states(int(batch.row_starts[-1]), pair.student.size, 1).requires_grad_(True)
+    logits = states(int(batch.student.row_starts[-1]), pair.student.size, 1).requires_grad_(True)
 
     def teacher(read: AlignedBatch, seed: int) -> LazyLogits:
-        found = states(int(read.teacher_row_starts[-1]), read.vocabularies.teacher.size, seed)
+        found = states(int(read.teacher.row_starts[-1]), read.vocabularies.teacher.size, seed)
         # What was written is mostly told, so that inside a token both what is told and what is not counts.
-        found += 4 * torch.nn.functional.one_hot(read.target_T.clamp(min=0), found.shape[1])
+        found += 4 * torch.nn.functional.one_hot(read.teacher.targets.clamp(min=0), found.shape[1])
         if top_k is None or not len(found):
             return GivenLogits(found)
         logp, ids = torch.log_softmax(found, dim=-1).topk(top_k, dim=-1)
@@ -128,9 +130,9 @@ def test_a_frozen_matrix_is_put_in_order_once_for_all_stretches_of_a_text(monkey
     pair = VocabularyPair(VOCABULARIES["digits"], VOCABULARIES["bpe"])
     ids = pair.student.encode("the dog, the 123 dogs and the dog's 45 " * 2).ids.tolist()
     batch = AlignedBatch([aligned_text(pair, ids, True)], pair, CPU)
-    logits = states(int(batch.row_starts[-1]), pair.student.size, 1).float().requires_grad_(True)
+    logits = states(int(batch.student.row_starts[-1]), pair.student.size, 1).float().requires_grad_(True)
     matrix = states(pair.teacher.size, 8, 2).float()
-    hidden = states(int(batch.teacher_row_starts[-1]), 8, 3).float()
+    hidden = states(int(batch.teacher.row_starts[-1]), 8, 3).float()
     copies = []
 
     def reordered(columns: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -169,7 +171,7 @@ def test_tables_are_the_definition_on_a_whole_vocabulary(name, backend):
     one = aligned_text(pair, vocabulary.encode("the dog's 12 é").ids.tolist(), True)
     batch = AlignedBatch([one], pair, CPU)
     logits = states(len(one.ids), vocabulary.size + 3, 4)
-    table, _, _ = byte_tables(GivenLogits(logits), batch.layout_S)
+    table, _, _ = byte_tables(GivenLogits(logits), batch.student.layout)
     spelled = [vocabulary.token_bytes(i) or None for i in range(vocabulary.size)]
     expected = oracle.byte_table(spelled, [1], logits, one.student.ids.tolist(), one.student.data, True)
     torch.testing.assert_close(table.exp(), expected, rtol=1e-9, atol=1e-14)
@@ -208,9 +210,9 @@ def test_a_text_of_no_bytes_and_no_end_asks_nothing_of_a_teacher_that_tells_some
     pair = VocabularyPair(VOCABULARIES["bpe"], VOCABULARIES["characters"])
     texts = [aligned_text(pair, pair.student.encode("a").ids.tolist(), True), aligned_text(pair, [0], False)]
     batch = AlignedBatch(texts, pair, CPU)
-    assert batch.teacher_row_starts.tolist() == [0, 2, 2]
+    assert batch.teacher.row_starts.tolist() == [0, 2, 2]
     logits = states(3, pair.student.size, 1).requires_grad_(True)
-    ids = batch.target_T.clamp(min=0)[:, None]
+    ids = batch.teacher.targets.clamp(min=0)[:, None]
     teacher = TopKLogits(ids, torch.full((2, 1), -0.5), pair.teacher.size)
     loss = OBJECTIVES["reverse_kl"]()(LossInputs(batch, GivenLogits(logits), teacher))
     (grad,) = torch.autograd.grad(loss.total, logits)

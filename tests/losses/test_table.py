@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from gold.align.batch import VocabularyPair
+from gold.align.vocabularies import VocabularyPair
 from gold.cli import app
 from gold.errors import ConfigError
 from gold.losses import OBJECTIVES, SUPPORTS, DivergenceRow, find
@@ -36,6 +36,9 @@ def test_mistakes_are_told_in_one_line():
         "support: expected " + " or ".join(("'bytes', 'prefix', 'shared'", "'tokens'")) + ", got 'byte'"
     )
     assert refused("reverse_kl", top_k=3) == "top_k: belongs to support shared, not to bytes: leave it out"
+    assert (
+        refused("reverse_kl", support="shared", rest="bucket") == "rest: unknown key; did you mean unshared?"
+    )
     assert refused("reverse_kl", support="shared", top_k=0) == "top_k: must be >= 1, got 0"
     assert refused("span_pg", clip=float("nan")).startswith("clip: ")
 
@@ -54,9 +57,11 @@ def test_resolved_options_give_the_same_objective(name):
 def test_options_move_to_another_support(support):
     row = OBJECTIVES["jsd"]
     assert isinstance(row, DivergenceRow)
-    moved = row.moved(support, {"support": "shared", "rest": "renormalise", "half_life": 2.0, "beta": 0.1})
+    moved = row.moved(
+        support, {"support": "shared", "unshared": "renormalise", "half_life": 2.0, "beta": 0.1}
+    )
     assert (moved["support"], moved["half_life"], moved["beta"]) == (support, 2.0, 0.1)
-    assert ("rest" in moved) == (support in ("shared", "tokens"))
+    assert ("unshared" in moved) == (support in ("shared", "tokens"))
     row(**moved)
 
 

@@ -29,8 +29,8 @@ from support.server import Faults, ModelServer
 
 import gold.build
 from gold import ConfigError, DataError, LocalTeacher, Prompt, Recipe, ServedTeacher, TeacherError, Term
-from gold.align.batch import VocabularyPair
 from gold.align.collate import read, teacher_rows
+from gold.align.vocabularies import VocabularyPair
 from gold.config import Config
 from gold.doctor.server import examine_noise, examine_own, examine_server
 from gold.evaluate import EvaluationPlan, evaluate

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gold.align.batch import VocabularyPair
 from gold.align.collate import read
+from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
 from gold.errors import DataError
 from gold.rollout.engine import completed

@@ -12,7 +12,7 @@ PROGRAM = """
 import sys
 from hashlib import sha256
 from tokenizers import Tokenizer
-from gold.align import byte_equal_pairs, longest_prefixes
+from gold.align.overlap import byte_equal_pairs, longest_prefixes
 from gold.tokenize.vocabulary import Vocabulary
 from gold.bytes.plan import ByteTrie
 

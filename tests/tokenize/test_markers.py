@@ -13,8 +13,9 @@ from support.texts import text
 from support.tokenizers import BOS_ID, EOS_ID, byte_level_bpe, sentencepiece_bpe, word_piece
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
-from gold.align import align_tokens, byte_equal_pairs
-from gold.align.batch import VocabularyPair
+from gold.align.chunks import align_tokens
+from gold.align.overlap import byte_equal_pairs
+from gold.align.vocabularies import VocabularyPair
 from gold.bytes.plan import BytePlan, ByteTrie
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 

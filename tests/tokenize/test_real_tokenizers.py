@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from support.texts import data, ids_of, text
 
 from benchmarks.assets import model_path, tokenizer_path
-from gold.align import align_tokens, byte_equal_pairs, longest_prefixes
+from gold.align.chunks import align_tokens
+from gold.align.overlap import byte_equal_pairs, longest_prefixes
 from gold.tokenize.compare import differences
 from gold.tokenize.vocabulary import Vocabulary
 

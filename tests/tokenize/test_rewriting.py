@@ -20,7 +20,7 @@ from support.tokenizers import (
 )
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-from gold.align import align_tokens
+from gold.align.chunks import align_tokens
 from gold.errors import VocabularyError
 from gold.tokenize.rewriting import compose, decode_replacing, edit_boundaries, rewriting_boundaries
 from gold.tokenize.token_ends import settle_by_bytes, spans_less_missing, true_ends

@@ -28,7 +28,7 @@ from support.tokenizers import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from gold.align import align_tokens
+from gold.align.chunks import align_tokens
 from gold.errors import VocabularyError
 from gold.tokenize.compare import differences
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary

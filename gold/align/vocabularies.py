@@ -1,0 +1,84 @@
+"""Two vocabularies and what follows from them alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from gold.align.decomposition import TokenWeights, likeliest_pairs, token_weights
+from gold.align.overlap import byte_equal_pairs
+from gold.tokenize.markers import retokenize, shared_markers
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from gold.bytes.pieces import Pieces
+    from gold.bytes.plan import ByteTrie
+    from gold.tokenize.vocabulary import TokenizedText, Vocabulary
+
+
+@dataclass(frozen=True)
+class VocabularyPair:
+    """The student's and the teacher's vocabulary: tries, byte-equal tokens, whether they are one."""
+
+    student: Vocabulary
+    teacher: Vocabulary
+
+    @cached_property
+    def same(self) -> bool:
+        """Whether the teacher can score the student's own ids, see ``Vocabulary.same_as``."""
+        return self.student.same_as(self.teacher)
+
+    @cached_property
+    def student_trie(self) -> ByteTrie:
+        """The student's byte trie."""
+        return _trie(self.student)
+
+    @cached_property
+    def teacher_trie(self) -> ByteTrie:
+        """The teacher's byte trie."""
+        return self.student_trie if self.same else _trie(self.teacher)
+
+    @cached_property
+    def shared_ids(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Pairs of byte-equal text tokens, as two arrays of ids."""
+        return byte_equal_pairs(self.student, self.teacher)
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """The byte strings that both vocabularies can be cut back to."""
+        from gold.bytes.pieces import Pieces
+
+        return Pieces.of(self.student, self.teacher)
+
+    @cached_property
+    def token_weights(self) -> TokenWeights:
+        """The sparse matrix from student tokens to teacher tokens of ``x_token``."""
+        return token_weights(self.student, self.teacher)
+
+    @cached_property
+    def relaxed_ids(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Pairs of tokens with a weight of at least 0.6 in ``token_weights``, as two arrays of ids."""
+        return likeliest_pairs(self.token_weights, self.student)
+
+    @cached_property
+    def markers(self) -> dict[int, int]:
+        """For each marker of the student that the teacher has too: the teacher's id of it."""
+        return shared_markers(self.student, self.teacher)
+
+    def read(self, tokenized: TokenizedText, *, at_start: bool = True) -> TokenizedText:
+        """The teacher's tokens of a text that the student spelled; the same ids with one vocabulary."""
+        return tokenized if self.same else retokenize(self.teacher, tokenized, self.markers, at_start)
+
+    def read_back(self, tokenized: TokenizedText, *, at_start: bool = True) -> TokenizedText:
+        """The student's tokens of a text that the teacher spelled."""
+        back = {theirs: mine for mine, theirs in self.markers.items()}
+        return tokenized if self.same else retokenize(self.student, tokenized, back, at_start)
+
+
+def _trie(vocabulary: Vocabulary) -> ByteTrie:
+    from gold.bytes.plan import ByteTrie  # numba: half a second
+
+    return ByteTrie.of(vocabulary)
