@@ -82,7 +82,7 @@ def test_every_objective_of_the_table_is_under_contract():
 
 def test_bytes_sum_up_to_the_token_level_divergence_where_no_token_begins_another(monkeypatch):
     """Chain rule of KL: over the sampled token, the expected sum over its bytes is the divergence of the tokens."""
-    monkeypatch.setattr("gold.kernels.tables.LEAK", 1e-15)
+    monkeypatch.setattr("gold.kernels.tables.SMOOTHING", 1e-15)
     vocabulary = toy_vocabulary(["a+b", "b+b"], letters="ab", cut=None)
     pair = VocabularyPair(vocabulary, vocabulary)
     student, teacher = ToyModel(vocabulary, 1), ToyModel(vocabulary, 2)
