@@ -19,6 +19,7 @@ from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model
 from gold.errors import ConfigError, DataError, TeacherError, TrainingError
 from gold.kernels import use_backend
+from gold.kernels.logits import GivenLogits
 from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
 from gold.models.language_model import LanguageModel
 from gold.models.states import lazy_logits
@@ -333,7 +334,7 @@ def test_a_completion_that_the_student_rules_out_is_named(monkeypatch: pytest.Mo
         if lm is not student.lm:
             return rows
         logits = rows.logits().index_fill(1, torch.tensor([token]), -math.inf)
-        return type(rows).of_logits(logits)
+        return GivenLogits(logits)
 
     monkeypatch.setattr("gold.models.states.lazy_logits", without)
     monkeypatch.setattr("gold.train.diagnosis.lazy_logits", without)
