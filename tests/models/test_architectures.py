@@ -3,7 +3,6 @@ text in its batch."""
 
 from __future__ import annotations
 
-import re
 import warnings
 from typing import Any
 
@@ -117,17 +116,17 @@ def test_a_batch_of_several_lengths_would_be_another_distribution(kind: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "named"),
     [
-        ("bert", "does something more"),
-        ("rembert", "cannot run this architecture (RemBertForCausalLM)"),
-        ("bert-generation", "no causal model, or not set up as one: is_decoder"),
-        ("xlm", "no causal model"),
+        ("bert", "output matrix"),
+        ("rembert", "RemBertForCausalLM"),
+        ("bert-generation", "is_decoder"),
+        ("xlm", "is_decoder"),
     ],
 )
-def test_an_architecture_that_cannot_be_trained_is_one_line(kind: str, told: str) -> None:
+def test_an_architecture_that_cannot_be_trained_is_one_line(kind: str, named: str) -> None:
     changes = {"is_decoder": False} if kind == "bert-generation" else {}
-    with pytest.raises(ModelError, match=re.escape(told)) as refused:
+    with pytest.raises(ModelError, match=named) as refused:
         wrapped(tiny_lm(kind, **changes))
     assert "\n" not in str(refused.value)
 
@@ -140,7 +139,7 @@ def test_a_model_that_cannot_generate_can_teach_and_not_write(monkeypatch: pytes
 
     monkeypatch.setattr(lm, "generate", broken)
     model = wrapped(lm)
-    with pytest.raises(ModelError, match=r"can be read, and teach, .*NotImplementedError: no cache$"):
+    with pytest.raises(ModelError, match=r"NotImplementedError: no cache$"):
         sampled(model, 4)
 
 

@@ -81,11 +81,11 @@ def test_a_causal_model_and_what_nobody_knows_pass(tmp_path: Path, config: Any) 
 
 def test_adapters_name_their_model_and_how_to_merge_them(tmp_path: Path) -> None:
     folder(tmp_path, {"base_model_name_or_path": "org/base", "peft_type": "LORA"}, "adapter_config.json")
-    with pytest.raises(ModelError, match=r"adapters for org/base, .*merge_and_unload"):
+    with pytest.raises(ModelError, match=r"org/base.*merge_and_unload"):
         check_files(tmp_path)
     # transformers would read such a folder as its base model with the adapters, whatever else is in it
     folder(tmp_path, named("LlamaForCausalLM", "llama"))
-    with pytest.raises(ModelError, match="adapters for org/base"):
+    with pytest.raises(ModelError, match="org/base"):
         check_kind(tmp_path)
 
 
@@ -172,5 +172,5 @@ def test_a_model_saved_without_its_output_matrix(tmp_path: Path) -> None:
     model = tiny.tiny_student()
     save_model(model, tmp_path)
     model.lm.base_model.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"without its output matrix \(LlamaModel\)"):
+    with pytest.raises(ModelError, match=r"output matrix \(LlamaModel\)"):
         load_model(tmp_path)
