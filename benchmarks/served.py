@@ -105,7 +105,7 @@ def time_scoring(teacher: ServedTeacher, prompts: Sequence[Prompt], rounds: int)
     process, and the client's share of the time that scoring takes."""
     texts = [teacher.vocabulary.encode(prompt_text(prompt) * 4) for prompt in prompts]
     ended = [True] * len(texts)
-    asked = [teacher.asked(p, t.ids.tolist(), True) for p, t in zip(prompts, texts, strict=True)]
+    asked = [teacher.request(p, t.ids.tolist(), True) for p, t in zip(prompts, texts, strict=True)]
     bodies = [
         json.dumps(teacher.dialect.call(teacher.served_model, each).body).encode()
         for each in sorted(asked, key=lambda each: -len(each.ids))

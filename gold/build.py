@@ -28,7 +28,8 @@ from gold.models.files import check_files
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model, pick_device
 from gold.tasks import load_task
-from gold.teachers.cached import CachedTeacher, UnaskedTeacher, record
+from gold.teachers.absent import AbsentTeacher
+from gold.teachers.cached import CachedTeacher, record
 from gold.teachers.ema import SelfTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
@@ -413,10 +414,10 @@ def _served(config: TeacherConfig, side: Side) -> ServedTeacher:
     )
 
 
-def _unasked(config: TeacherConfig, side: Side) -> UnaskedTeacher:
+def _unasked(config: TeacherConfig, side: Side) -> AbsentTeacher:
     """The teacher of a configuration that learns from a cache alone."""
     rows = side.config.get("vocab_size")
-    return UnaskedTeacher(
+    return AbsentTeacher(
         _source(config),
         roles=roles_of(config),
         template_kwargs=config.template_kwargs,
@@ -426,9 +427,7 @@ def _unasked(config: TeacherConfig, side: Side) -> UnaskedTeacher:
     )
 
 
-def _cached(
-    config: TeacherConfig, teacher: LocalTeacher | ServedTeacher | UnaskedTeacher, progress: Tracker | None
-) -> Teacher:
+def _cached(config: TeacherConfig, teacher: Teacher, progress: Tracker | None) -> Teacher:
     """A teacher behind its cache, where the configuration names one."""
     cache = config.cache
     if cache is None:

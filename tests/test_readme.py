@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import runpy
 import shlex
@@ -337,6 +338,15 @@ def test_the_tracker_of_the_extending_page_works(tmp_path):
     done = distill(tiny.tiny_student(), tiny.tiny_teacher(), tiny.prompts(4), recipe, trackers=[tracker])
     rows = (tmp_path / "loss.csv").read_text().splitlines()
     assert rows == [f"{record['step']},{record['loss']}" for record in done.steps]
+
+
+def test_the_teacher_of_the_extending_page_works():
+    teacher = tiny.tiny_teacher()
+    unigram = extending_code("Unigram")["Unigram"](teacher.vocabulary, "12 +3 =")
+    recipe = Recipe(steps=2, prompts_per_step=2, num_generations=1, max_new_tokens=4)
+    done = distill(tiny.tiny_student(), unigram, tiny.prompts(4), recipe, heldout=tiny.heldout(2))
+    assert all(math.isfinite(step["loss"]) for step in done.steps)
+    assert "reverse_kl_per_byte" in done.evaluations[-1]
 
 
 def test_the_objective_of_the_extending_page_works(monkeypatch):

@@ -28,7 +28,8 @@ from tokenizers import AddedToken
 import gold
 from gold import terminal
 from gold.cache.command import run_info, run_merge, run_verify
-from gold.cache.store import Origin, ScoreCache
+from gold.cache.shard import Origin
+from gold.cache.store import ScoreCache
 from gold.doctor.finding import Finding, Report
 from gold.doctor.report import print_report
 from gold.errors import ConfigError, DataError

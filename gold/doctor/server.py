@@ -20,7 +20,7 @@ from gold.kernels.lm_head import token_logp
 from gold.models.language_model import LanguageModel
 from gold.models.states import lazy_logits
 from gold.rollout.engine import completed
-from gold.teachers.dialects import Known, OpenAI
+from gold.teachers.dialects import TokenLogp
 from gold.teachers.http import RefusedError, is_near
 from gold.teachers.served import ServedTeacher
 from gold.tokenize.chat import has_chat_template, prompt_ids, prompt_text
@@ -52,7 +52,7 @@ class _Served:
     prompts: Sequence[Prompt]
     probes: Sequence[Prompt]
     student: LanguageModel | None = None
-    answer: Sequence[Known] = ()  # to the first of the probes, token by token
+    answer: Sequence[TokenLogp] = ()  # to the first of the probes, token by token
 
     @classmethod
     def of(cls, teacher: ServedTeacher, prompts: Sequence[Prompt], student: LanguageModel | None) -> _Served:
@@ -62,12 +62,12 @@ class _Served:
         """The probes' size in bytes, and each answer's log-probabilities of the tokens sent, ``times`` per probe."""
         texts = [self.teacher.vocabulary.encode(p.completion or "") for p in self.probes]
         both = zip(self.probes, texts, strict=True)
-        asked = [self.teacher.asked(p, t.ids.tolist(), times > 1) for p, t in both]
-        answers = self.teacher.known([each for each in asked for _ in range(times)])
+        asked = [self.teacher.request(p, t.ids.tolist(), times > 1) for p, t in both]
+        answers = self.teacher.token_logp([each for each in asked for _ in range(times)])
         return max(1, sum(len(t.data) for t in texts)), [list(map(_first, answer)) for answer in answers]
 
 
-def _first(known: Known) -> float:
+def _first(known: TokenLogp) -> float:
     """The log-probability of the token that was sent, which comes first."""
     return next(iter(known.values()))
 
@@ -83,7 +83,7 @@ def examine_server(teacher: ServedTeacher, prompts: Sequence[Prompt] = ()) -> li
     probes = _probes(teacher, prompts)
     ids = teacher.vocabulary.encode(probes[0].completion or "").ids
     try:
-        (answer,) = teacher.known([teacher.asked(probes[0], ids.tolist(), True)])
+        (answer,) = teacher.token_logp([teacher.request(probes[0], ids.tolist(), True)])
     except RefusedError as error:
         advice = teacher.dialect.advice if "logprobs" in str(error) else "see docs/served-teacher.md"
         return [Finding("server", "fail", str(error), advice)]
@@ -129,7 +129,7 @@ def _noise(served: _Served) -> Finding:
     # A token of probability 0 each time does not differ.
     noise = sum(max(v) - min(v) for each in same for v in zip(*each, strict=True) if min(v) < max(v)) / size
     found = f"{_TIMES} answers to the same request differ by {noise:.2g} nats per byte"
-    if teacher.forgets:
+    if teacher.bypasses_cache:
         found += "; it answers zeros for tokens in its prefix cache, which requests avoid from now on"
         return warning(found, f"start it with {teacher.dialect.uncached}")
     loud = noise > MOST_NOISE
@@ -176,7 +176,7 @@ def _top_k(served: _Served) -> Finding:
         found = f"gives probability 0 to {lost} of the {len(served.answer)} tokens of a plain text"
         return warning(found, _KEEP_ALL) if enough else failure(f"{found}, and {few}", _KEEP_ALL)
     if enough:
-        stops = ", and all stop ids" if getattr(teacher.dialect, "chosen", False) else ""
+        stops = ", and all stop ids" if teacher.dialect.chosen else ""
         return passed(f"gives {teacher.gives} at each position{stops}")
     # The OpenAI dialect leaves out strings that stand for several tokens.
     return (warning if teacher.api == "openai" else failure)(few, teacher.dialect.advice)
@@ -194,19 +194,12 @@ def _tokenization(served: _Served) -> Finding:
         return warning(f"not compared: {error}", "make sure that the tokenizers are the same")
     for text, theirs in zip(texts, answers, strict=True):
         ids = teacher.vocabulary.encode(text).ids.tolist()
-        if not _same(teacher, ids, theirs):
+        if not teacher.dialect.same_tokens(ids, theirs):
             return failure(
                 f"the server reads {text[:40]!r} as {theirs[:8]}…, the tokenizer at {teacher.path} as {ids[:8]}…",
                 "set teacher.path to the tokenizer of the model that is served",
             )
     return passed(f"{len(texts)} texts give the same tokens as the tokenizer at {teacher.path}")
-
-
-def _same(teacher: ServedTeacher, ids: list[int], found: list[int] | list[str]) -> bool:
-    if not isinstance(teacher.dialect, OpenAI):
-        return ids == found
-    reads = teacher.dialect.reads_as
-    return len(ids) == len(found) and all(reads(str(shown), i) for shown, i in zip(found, ids, strict=True))
 
 
 def _template(served: _Served) -> list[Finding]:

@@ -1,6 +1,7 @@
 """Teachers: whatever can say how likely it finds a completion, token by token of its own."""
 
-from gold.teachers.cached import CachedTeacher, UnaskedTeacher
+from gold.teachers.absent import AbsentTeacher
+from gold.teachers.cached import CachedTeacher
 from gold.teachers.ema import SelfTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
@@ -8,11 +9,11 @@ from gold.teachers.served import ServedTeacher
 from gold.teachers.several import Teachers
 
 __all__ = [
+    "AbsentTeacher",
     "CachedTeacher",
     "LocalTeacher",
     "SelfTeacher",
     "ServedTeacher",
     "Teacher",
     "Teachers",
-    "UnaskedTeacher",
 ]

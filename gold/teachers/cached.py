@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from hashlib import sha256
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from gold.cache.codes import Scores, decode, encode
-from gold.cache.store import Origin, ScoreCache, find_origin
+from gold.cache.shard import Origin
+from gold.cache.store import ScoreCache, find_origin
 from gold.data import Prompt
 from gold.errors import ConfigError, DataError, TeacherError
 from gold.kernels.logits import LazyLogits, TopKLogits, likeliest
-from gold.teachers.local import LocalTeacher, batches_by_length
+from gold.teachers.local import batches_by_length
 from gold.teachers.protocol import Teacher
-from gold.teachers.served import ServedTeacher
 from gold.tokenize.chat import begins_anew
-from gold.tokenize.templates import PromptTokenizer, Rendering
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 if TYPE_CHECKING:
-    from gold.tokenize.roles import Roles
+    pass
 
 TOP_K = 20
 """Tokens that are kept of a row of a teacher in this process, where nothing else is said."""
@@ -40,36 +39,6 @@ _ADVICE = (
 )
 
 
-class UnaskedTeacher(Teacher):
-    """The tokenizer of a teacher that cannot be asked: neither its weights nor a server.
-
-    ``path`` is a folder or a Hub id with tokenizer files; ``rows`` of the model's output matrix and its ``context`` in
-    tokens, where they are known; ``template_kwargs`` as of ``load_model``.
-
-    Raises:
-        VocabularyError: a tokenizer that is not there, or whose tokens have no bytes.
-    """
-
-    gives = "nothing"
-    complete = False
-
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        roles: Roles | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        rows: int | None = None,
-        context: int | None = None,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        self.name, self.context = str(path), context
-        self.vocabulary = Vocabulary.load(path, roles=roles).with_markers(rows)
-        self.tokenizer = PromptTokenizer.of(self.vocabulary)
-        self.rendering = Rendering(dict(template_kwargs or {}))
-        self.device = torch.device(device)
-
-
 class CachedTeacher(Teacher):
     """A teacher with a folder in front of it that keeps its scores.
 
@@ -77,7 +46,7 @@ class CachedTeacher(Teacher):
     decoded from the cache: a run that finds everything computes what the run did that asked for everything. The rows
     are partial, whatever the teacher gives: ``top_k`` tokens of each (of a served teacher, what it was asked for;
     otherwise as many as the cache has, or 20 in a new one), the one in the text and the stop ids, and the mass of all
-    others. ``revision`` tells a served model from others of its name. Of an ``UnaskedTeacher`` a text that is missing
+    others. ``revision`` tells a served model from others of its name. Of an ``AbsentTeacher`` a text that is missing
     is an error.
 
     Raises:
@@ -87,7 +56,7 @@ class CachedTeacher(Teacher):
 
     def __init__(
         self,
-        teacher: LocalTeacher | ServedTeacher | UnaskedTeacher,
+        teacher: Teacher,
         folder: str | Path,
         *,
         top_k: int | None = None,
@@ -98,7 +67,7 @@ class CachedTeacher(Teacher):
         origin = self.cache.origin
         self.name = f"{teacher.name if teacher.complete else origin.teacher} in cache {self.cache.folder}"
         self.gives = "top_k" if origin.top_k else "tokens"
-        self.vocabulary, self.device, self.context = teacher.vocabulary, teacher.device, teacher.context
+        self.vocabulary, self.device = teacher.vocabulary, teacher.device
         self.tokenizer, self.rendering, self.model = teacher.tokenizer, teacher.rendering, teacher.model
         self.complete = teacher.complete
         self.pinned_date = date.fromisoformat(origin.date) if origin.date else None
@@ -111,6 +80,11 @@ class CachedTeacher(Teacher):
     def check_before_asking(self, check: Callable[[], None]) -> None:
         """Has ``check`` called once, before the first text that is asked for; its ConfigError ends the run."""
         self._check = check
+
+    @property
+    def context(self) -> int | None:  # type: ignore[override]
+        """The teacher's, which its server may lower."""
+        return self.teacher.context
 
     @property
     def retries(self) -> int | None:
@@ -276,28 +250,19 @@ def _firsts(keys: Sequence[bytes]) -> list[int]:
     return sorted({key: i for i, key in reversed(list(enumerate(keys)))}.values())
 
 
-def _opened(
-    teacher: LocalTeacher | ServedTeacher | UnaskedTeacher,
-    folder: Path,
-    top_k: int | None,
-    revision: str | None,
-) -> ScoreCache:
+def _opened(teacher: Teacher, folder: Path, top_k: int | None, revision: str | None) -> ScoreCache:
     known = find_origin(folder)
-    if isinstance(teacher, ServedTeacher):
+    if known is None and not teacher.complete:
+        return ScoreCache.open(folder)  # which says what is wrong
+    if teacher.top_k is not None:
         if top_k not in (None, teacher.top_k):
             raise ConfigError(
                 f"cache {folder}: its top_k is to be {top_k}, and the server is asked for {teacher.top_k}; leave it out"
             )
         top_k = teacher.top_k
-        revision = f"served as {teacher.served_model}" + (f", {revision}" if revision else "")
-    elif isinstance(teacher, UnaskedTeacher):
-        if known is None:
-            return ScoreCache.open(folder)  # which says what is wrong
-        revision = known.revision
-    elif revision is None:
-        revision = f"weights {teacher.revision}"
     if top_k is None:
         top_k = known.top_k if known else TOP_K
+    revision = teacher.cache_revision(revision) if teacher.complete or known is None else known.revision
     day = (known.date if known else None) or date.today().isoformat()
     return ScoreCache.open(
         folder, Origin(teacher.name, revision, _fingerprint(teacher.vocabulary), top_k, day)

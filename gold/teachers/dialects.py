@@ -1,4 +1,4 @@
-"""How servers are asked for the log-probabilities of given tokens, and how they answer: vLLM, SGLang, OpenAI's echo."""
+"""The requests and answers of servers that return log-probabilities of given tokens: vLLM, SGLang, OpenAI's echo."""
 
 from __future__ import annotations
 
@@ -7,36 +7,35 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gold.teachers.http import BadAnswerError, Call
+from gold.teachers.http import BadAnswerError, Call, shown
 from gold.tokenize.vocabulary import Vocabulary
 
-T = TypeVar("T")
-Known = dict[int, float]
-"""Log-probabilities of some tokens at one position, by id, in nats; −∞ is told of the token that was sent alone."""
+TokenLogp = dict[int, float]
+"""Log-probabilities of some tokens at one position, by id, in nats; only the token that was sent can have −∞."""
 NEVER_NATS = -9999.0
-"""What vLLM writes for −∞, which JSON has no number for; so this and all below it, null and "-Infinity" mean that."""
+"""What vLLM writes for −∞, which JSON cannot; this and everything below it, null and "-Infinity" mean that."""
 MOST_ABOVE_ONE = 1e-3
-"""How far above 1 rounding may take a probability or the mass of several, and no further."""
+"""How far rounding may take a probability, or the mass of several, above 1."""
 MOST_APART = 0.1
-"""How far apart two log-probabilities may be that one answer tells of one token, in nats."""
+"""How far apart two log-probabilities of one token in one answer may be, in nats."""
 _LEAST = 2
-"""Likeliest tokens that are asked for at least: where the first is certain, the second shows that it was looked at."""
-# Every known entry is a line of JSON with the token's text; a text of 64 bytes is long.
+"""The fewest likeliest tokens that are requested: where the first is certain, the second shows that it was computed."""
 _ENTRY_BYTES = 256
+"""Of the longest line of JSON for one token, whose text may have 64 bytes."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Token ids of a prompt and of what comes after it, which begins at ``start`` and is to be scored.
+class ScoreRequest:
+    """Token ids of a prompt and of the text after it, which begins at ``start`` and is to be scored.
 
-    ``top_k`` likeliest tokens are wanted at each position, and, where that can be asked for, those of ``also``. A
-    server is to answer past its prefix cache where ``salt``, which no other request has, is not empty; zeros at the
-    beginning may be what that cache holds in place of log-probabilities, unless they are ``trusted``.
+    ``top_k`` likeliest tokens are wanted at each position and, where a server can be asked for those, the tokens of
+    ``also``. With ``salt``, unique to this request, the server bypasses its prefix cache. Zeros at the beginning may
+    stand for log-probabilities that the prefix cache lacks, unless they are ``trusted``.
     """
 
     ids: tuple[int, ...]
@@ -46,215 +45,203 @@ class Asked:
     salt: str = ""
     trusted: bool = False
 
+    @property
+    def text(self) -> tuple[int, ...]:
+        """The ids that are scored."""
+        return self.ids[self.start :]
 
-class Forgotten:
-    """The result of an answer that tells nothing of where it begins: zeros, or nothing at all."""
+
+class FromPrefixCache:
+    """The result of an answer that has only zeros, or nothing, where it begins: the prefix cache has no more."""
 
 
-class Dialect(Protocol):
-    """What one kind of server understands."""
+Result = list[TokenLogp] | FromPrefixCache
 
-    def call(self, model: str, asked: Asked) -> Call:
-        """The request for the log-probabilities of ``asked.ids[start:]``; it results in one ``Known`` for each, or in
-        ``Forgotten``, where there is neither salt nor trust."""
-        ...
+
+class Dialect:
+    """The requests that one kind of server understands."""
+
+    advice: str
+    """What to change on a server that gives too few of the likeliest tokens."""
+    uncached: str
+    """What switches its prefix cache off."""
+    chosen = False
+    """Whether it returns the tokens of ``also`` at every position."""
+
+    def call(self, model: str, request: ScoreRequest) -> Call:
+        """The request for the log-probabilities of ``request.text``; its result is one ``TokenLogp`` for each, or
+        ``FromPrefixCache``, where there is neither salt nor trust."""
+        raise NotImplementedError
 
     def tokenize(self, model: str, text: str) -> Call:
         """The request for the server's own tokens of a text: their ids, or their strings where it has no ids."""
-        ...
+        raise NotImplementedError
+
+    def same_tokens(self, ids: Sequence[int], found: Sequence[Any]) -> bool:
+        """Whether the result of ``tokenize`` can be these ids."""
+        return list(ids) == list(found)
 
     def context(self, model: str) -> Call | None:
         """The request for the longest sequence in tokens that the server takes (None: it did not say), None where there
         is none."""
-        ...
+        return None
 
     def template(
         self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any] | None = None
     ) -> Call | None:
-        """The request for the ids that its template makes of messages, None where there is none."""
-        ...
+        """The request for the ids that its chat template makes of messages, None where there is none."""
+        return None
 
-    @property
-    def advice(self) -> str:
-        """What to change on a server that gives too few of the likeliest tokens."""
-        ...
+    def _result(
+        self, found: Sequence[Mapping[Any, Any]], request: ScoreRequest, enough: bool = True
+    ) -> Result:
+        """The checked log-probabilities; ``enough``: each position must have ``top_k`` of them."""
+        if _from_prefix_cache(found, request):
+            return FromPrefixCache()
+        result = checked(found, request, self.uncached)
+        least = min(map(len, found), default=request.top_k)
+        if enough and least < request.top_k:
+            raise BadAnswerError(
+                f"gives {least} tokens of a row where the {request.top_k} likeliest were asked for; {self.advice}"
+            )
+        return result
 
-    @property
-    def uncached(self) -> str:
-        """What keeps a server from reading its prefix cache."""
-        ...
 
-
-@dataclass(frozen=True)
-class VLLM:
+class VLLM(Dialect):
     """``prompt_logprobs`` of ``/v1/completions``; the first position has none. −∞ comes as −9999.
 
-    ``chosen``: the tokens ``also`` are told too, by ``prompt_logprob_token_ids`` of ``/inference/v1/generate``, a list
-    for each position, which not every server has; see ``choices``.
+    With ``chosen`` the tokens of ``also`` come too, by ``prompt_logprob_token_ids`` of ``/inference/v1/generate``, a
+    list for each position, which not every server has; see ``probe_chosen``.
     """
 
-    chosen: bool = False
     advice = "start the server with a higher --max-logprobs"
     uncached = "--no-enable-prefix-caching"
 
-    def call(self, model: str, asked: Asked) -> Call:
+    def __init__(self, chosen: bool = False) -> None:
+        self.chosen = chosen
+
+    def call(self, model: str, request: ScoreRequest) -> Call:
         """See ``Dialect.call``."""
-        # What would be drawn does not matter, and no server can change a distribution by a temperature of 1.
-        params: dict[str, Any] = {
-            "max_tokens": 1,
-            "temperature": 1.0,
-            "prompt_logprobs": max(_LEAST, asked.top_k),
-        }
-        also = tuple(dict.fromkeys(asked.also))
-        count = len(asked.ids) - asked.start
+        also, count = tuple(dict.fromkeys(request.also)), len(request.text)
         chosen = self.chosen and bool(also)
+        params: dict[str, Any] = {"prompt_logprobs": max(_LEAST, request.top_k)}
         body: dict[str, Any]
         if chosen:
-            params |= {"prompt_logprob_token_ids": [also] * count, "prompt_logprob_start": asked.start - 1}
-            params["detokenize"] = False
-            body = {"model": model, "token_ids": list(asked.ids), "sampling_params": params}
+            params |= {"prompt_logprob_token_ids": [also] * count, "prompt_logprob_start": request.start - 1}
+            params |= {"max_tokens": 1, "temperature": 1.0, "detokenize": False}
+            body = {"model": model, "token_ids": list(request.ids), "sampling_params": params}
         else:
-            body = {"model": model, "prompt": list(asked.ids), **params}
+            body = _completion(model, list(request.ids)) | params
         body["return_token_ids"] = True
-        if asked.salt:
-            body["cache_salt"] = asked.salt
 
-        def read(answer: Any) -> list[Known] | Forgotten:
+        def read(answer: Any) -> Result:
             choice = answer if chosen else _get(answer, "choices", 0)
-            if (echoed := choice.get("prompt_token_ids")) is not None and list(echoed) != list(asked.ids):
-                raise BadAnswerError("has read other tokens than were sent")
+            if (echoed := choice.get("prompt_token_ids")) is not None:
+                _check_echo(list(echoed), list(request.ids))
             positions = _get(choice, "prompt_logprobs")
-            _check_count(positions, len(asked.ids))
+            _check_count(positions, len(request.ids))
             found = [
-                {_id(key): entry["logprob"] for key, entry in _items(position)}
-                for position in positions[asked.start :]
+                {_id(key): entry["logprob"] for key, entry in (position or {}).items()}
+                for position in positions[request.start :]
             ]
-            if _forgotten(found, asked):
-                return Forgotten()
-            result = checked(found, asked, self.uncached)
-            _check_enough(found, asked, self.advice)
-            if chosen:
+            result = self._result(found, request)
+            if chosen and not isinstance(result, FromPrefixCache):
                 _join(result, also, _matrix(_get(answer, "prompt_token_id_logprobs"), count, len(also)))
-                result = checked(result, asked)
+                result = checked(result, request)
             return result
 
         path = "/inference/v1/generate" if chosen else "/v1/completions"
-        return Call(path, body, _shaped(read), _limit(len(asked.ids), asked))
+        return Call(path, body | _salted("cache_salt", request), read, _limit(len(request.ids), request))
 
-    def choices(self, model: str, asked: Asked) -> Call:
-        """The request by which a server shows whether it tells chosen tokens as this does: it results in that."""
-        call = self.call(model, asked)
+    def probe_chosen(self, model: str, request: ScoreRequest) -> Call:
+        """The request whose result is whether the server returns chosen tokens as this dialect expects."""
+        call = self.call(model, request)
 
         def read(answer: Any) -> bool:
             try:
-                return isinstance(call.read(answer), list)
+                return isinstance(call.result(answer), list)
             except BadAnswerError:
                 return False
 
-        return replace(call, read=read, final=frozenset({500}))
+        return replace(call, read=read, accepts_errors=True, final=frozenset({500}))
 
     def tokenize(self, model: str, text: str) -> Call:
         """See ``Dialect.tokenize``."""
-        body = {"model": model, "prompt": text, "add_special_tokens": False}
-        return Call("/tokenize", body, _shaped(lambda answer: _all(int, _get(answer, "tokens"))))
+        return self._tokenize(_token_ids, model=model, prompt=text)
 
     def context(self, model: str) -> Call | None:
         """See ``Dialect.context``."""
-        body = {"model": model, "prompt": "a", "add_special_tokens": False}
-        return Call("/tokenize", body, _shaped(lambda answer: _whole(answer.get("max_model_len"))))
+
+        def read(answer: Any) -> int | None:
+            value = answer.get("max_model_len")
+            return value if isinstance(value, int) and value > 0 else None
+
+        return self._tokenize(read, model=model, prompt="a")
 
     def template(
         self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any] | None = None
     ) -> Call | None:
         """See ``Dialect.template``."""
-        body = {
-            "model": model,
-            "messages": list(messages),
-            "add_generation_prompt": True,
-            "add_special_tokens": False,
-            **({"chat_template_kwargs": dict(arguments)} if arguments else {}),
-        }
-        return Call("/tokenize", body, _shaped(lambda answer: _all(int, _get(answer, "tokens"))))
+        given = {"chat_template_kwargs": dict(arguments)} if arguments else {}
+        return self._tokenize(
+            _token_ids, model=model, messages=list(messages), add_generation_prompt=True, **given
+        )
+
+    def _tokenize(self, read: Callable[[Any], Any], **body: Any) -> Call:
+        return Call("/tokenize", body | {"add_special_tokens": False}, read)
 
 
-@dataclass(frozen=True)
-class SGLang:
+class SGLang(Dialect):
     """``return_logprob`` of the native ``/generate``: [log-probability, id, text] of the tokens from
     ``logprob_start_len`` on, the first of which has no log-probability."""
 
-    bos_id: int | None
     advice = "the server gives fewer than top_k tokens: lower teacher.served.top_k"
     uncached = "--disable-radix-cache"
 
-    def call(self, model: str, asked: Asked) -> Call:
-        """See ``Dialect.call``."""
-        count = len(asked.ids) - asked.start
-        body: dict[str, Any] = {
-            "input_ids": list(asked.ids),
-            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
-            "return_logprob": True,
-            "logprob_start_len": asked.start - 1,
-            "top_logprobs_num": asked.top_k,
-        }
-        if asked.also:
-            body["token_ids_logprob"] = list(asked.also)
-        if asked.salt:
-            body["extra_key"] = asked.salt
+    def __init__(self, bos_id: int | None) -> None:
+        self._bos_id = bos_id
 
-        def read(answer: Any) -> list[Known] | Forgotten:
+    def call(self, model: str, request: ScoreRequest) -> Call:
+        """See ``Dialect.call``."""
+        count = len(request.text)
+        body = _generate(request.start - 1, input_ids=list(request.ids), top_logprobs_num=request.top_k)
+        if request.also:
+            body["token_ids_logprob"] = list(request.also)
+
+        def read(answer: Any) -> Result:
             meta = _get(answer, "meta_info")
             own = _tail(meta, "input_token_logprobs", count)
-            if [entry[1] for entry in own] != list(asked.ids[asked.start :]):
-                raise BadAnswerError("has read other tokens than were sent")
+            _check_echo([entry[1] for entry in own], list(request.text))
             found = [{entry[1]: entry[0]} for entry in own]
-            others = [("input_top_logprobs", asked.top_k), ("input_token_ids_logprobs", len(asked.also))]
-            for name in [name for name, wanted in others if wanted]:
-                for known, entries in zip(found, _tail(meta, name, count), strict=True):
+            for name, wanted in (
+                ("input_top_logprobs", request.top_k),
+                ("input_token_ids_logprobs", len(request.also)),
+            ):
+                for known, entries in zip(found, _tail(meta, name, count) if wanted else (), strict=False):
                     named = {index: logp for logp, index, *_ in entries or ()}
                     if len(named) < len(entries or ()):
                         raise BadAnswerError("names a token twice at one position")
-                    for index, logp in named.items():
-                        known.setdefault(index, logp)
-            if _forgotten(found, asked):
-                return Forgotten()
-            result = checked(found, asked, self.uncached)
-            _check_enough(found, asked, self.advice)
-            return result
+                    known |= named | known
+            return self._result(found, request)
 
-        return Call("/generate", body, _shaped(read), _limit(count + 1, asked))
+        return Call("/generate", body | _salted("extra_key", request), read, _limit(count + 1, request))
 
     def tokenize(self, model: str, text: str) -> Call:
         """See ``Dialect.tokenize``; the tokens are those that it says it has read."""
-        body = {
-            "text": text,
-            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
-            "return_logprob": True,
-            "logprob_start_len": 0,
-        }
 
         def read(answer: Any) -> list[int]:
             entries = _get(answer, "meta_info", "input_token_logprobs")
-            ids = _all(int, [entry[1] for entry in entries])
-            return ids[1:] if ids[:1] == [self.bos_id] else ids
+            ids: list[int] = _all(int, [entry[1] for entry in entries])
+            return ids[1:] if ids[:1] == [self._bos_id] else ids
 
-        return Call("/generate", body, _shaped(read))
-
-    def context(self, model: str) -> Call | None:
-        """See ``Dialect.context``: it does not say."""
-        return None
-
-    def template(
-        self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any] | None = None
-    ) -> Call | None:
-        """See ``Dialect.template``: there is none."""
-        return None
+        return Call("/generate", _generate(0, text=text), read)
 
 
-class OpenAI:
+class OpenAI(Dialect):
     """``echo`` and ``logprobs`` of ``/v1/completions``, whose tokens are strings.
 
-    A string stands for the one token that is spelled so; what several tokens are spelled, as U+FFFD often is, tells
-    nothing but the log-probability of the token that was sent.
+    A string counts as the one token whose text it is. Of a string that several tokens share, as U+FFFD often is, only
+    the log-probability of the token that was sent is used.
     """
 
     advice = "the server limits logprobs: lower teacher.served.top_k to that"
@@ -264,101 +251,80 @@ class OpenAI:
         self._vocabulary = vocabulary
         ids_of: dict[str, list[int]] = {}
         for index in range(vocabulary.size):
-            for text in self.strings(index):
+            for text in self._strings(index):
                 ids_of.setdefault(text, []).append(index)
         self._id_of = {text: ids[0] for text, ids in ids_of.items() if len(ids) == 1}
 
-    def strings(self, index: int) -> set[str]:
+    def _strings(self, index: int) -> set[str]:
         """How a server may write a token: its number, as vLLM can be told to, and its text, or its name where it has
         none; a text that is no valid UTF-8 is written in many ways."""
         data = self._vocabulary.token_bytes(index)
         text = data.decode("utf-8", "replace") if data else self._vocabulary.label(index)
         return {f"token_id:{index}"} | ({text} if "\ufffd" not in text else set())
 
-    def reads_as(self, shown: str, index: int) -> bool:
-        """Whether what a server shows can be this token."""
-        known = self.strings(index)
+    def _reads_as(self, found: str, index: int) -> bool:
+        """Whether a string of the server can be this token."""
+        known = self._strings(index)
         if self._vocabulary.is_special[index]:
-            return not shown or shown in known
-        return len(known) == 1 or shown in known
+            return not found or found in known
+        return len(known) == 1 or found in known
 
-    def call(self, model: str, asked: Asked) -> Call:
+    def same_tokens(self, ids: Sequence[int], found: Sequence[Any]) -> bool:
+        """See ``Dialect.same_tokens``."""
+        return len(ids) == len(found) and all(map(self._reads_as, map(str, found), ids))
+
+    def call(self, model: str, request: ScoreRequest) -> Call:
         """See ``Dialect.call``."""
-        body = {
-            "model": model,
-            "prompt": list(asked.ids),
-            "max_tokens": 1,
-            "temperature": 1.0,
-            "echo": True,
-            "logprobs": max(_LEAST, asked.top_k),
-        }
-        if asked.salt:
-            body["cache_salt"] = asked.salt
+        body = _completion(model, list(request.ids)) | {"echo": True, "logprobs": max(_LEAST, request.top_k)}
 
-        def read(answer: Any) -> list[Known] | Forgotten:
+        def read(answer: Any) -> Result:
             logprobs = _get(answer, "choices", 0, "logprobs")
             tokens, own, top = (_get(logprobs, n) for n in ("tokens", "token_logprobs", "top_logprobs"))
-            # The one token that was drawn may stand behind them.
+            # The one token that was drawn may come after them.
             for each in (tokens, own, top):
-                _check_count(each, len(asked.ids), at_most=len(asked.ids) + 1)
+                _check_count(each, len(request.ids), at_most=len(request.ids) + 1)
             found: list[dict[int, Any]] = []
-            for place in range(asked.start, len(asked.ids)):
-                index = asked.ids[place]
-                if not self.reads_as(tokens[place], index):
+            for place, index in enumerate(request.text, request.start):
+                if not self._reads_as(tokens[place], index):
                     raise BadAnswerError(
                         f"has read {tokens[place]!r} where {self._vocabulary.label(index)!r} was sent"
                     )
                 known = {index: own[place]}
-                for text, logp in _items(top[place]):
+                for text, logp in (top[place] or {}).items():
                     if (other := self._id_of.get(text)) is not None:
                         known.setdefault(other, logp)
                 found.append(known)
-            return Forgotten() if _forgotten(found, asked) else checked(found, asked, self.uncached)
+            return self._result(found, request, enough=False)
 
-        return Call("/v1/completions", body, _shaped(read), _limit(len(asked.ids), asked))
+        return Call(
+            "/v1/completions",
+            body | _salted("cache_salt", request),
+            read,
+            _limit(len(request.ids), request),
+        )
 
     def tokenize(self, model: str, text: str) -> Call:
         """See ``Dialect.tokenize``; strings, as they are echoed."""
-        body = {
-            "model": model,
-            "prompt": text,
-            "max_tokens": 1,
-            "temperature": 1.0,
-            "echo": True,
-            "logprobs": 1,
-        }
         bos = self._vocabulary.bos_id
 
         def read(answer: Any) -> list[str]:
-            tokens = _all(str, _get(answer, "choices", 0, "logprobs", "tokens"))[:-1]
-            return tokens[1:] if bos is not None and tokens and tokens[0] in self.strings(bos) else tokens
+            tokens: list[str] = _all(str, _get(answer, "choices", 0, "logprobs", "tokens"))[:-1]
+            return tokens[1:] if bos is not None and tokens and tokens[0] in self._strings(bos) else tokens
 
-        return Call("/v1/completions", body, _shaped(read))
-
-    def context(self, model: str) -> Call | None:
-        """See ``Dialect.context``: it does not say."""
-        return None
-
-    def template(
-        self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any] | None = None
-    ) -> Call | None:
-        """See ``Dialect.template``: there is none."""
-        return None
+        return Call("/v1/completions", _completion(model, text) | {"echo": True, "logprobs": 1}, read)
 
 
-def checked(found: Sequence[Mapping[Any, Any]], asked: Asked, uncached: str = "") -> list[Known]:
-    """The log-probabilities of each position, that of the token that was sent first; those above −∞, but for it.
+def checked(found: Sequence[Mapping[Any, Any]], request: ScoreRequest, uncached: str = "") -> list[TokenLogp]:
+    """The log-probabilities of each position, the token that was sent first; of the others only those above −∞.
 
-    A token that has probability 0 need not be told apart from all others; the one that was sent stands in the text.
-
-    ``uncached`` is what to start a server with that has nothing to say of its prefix cache.
+    ``uncached`` is the option that switches the prefix cache off, where an empty answer may be due to that.
 
     Raises:
         BadAnswerError: a token that was sent is missing; an id is none; a value is no number, NaN, or above 0; the mass
             of a position is above 1.
     """
     results = []
-    for place, (index, known) in enumerate(zip(asked.ids[asked.start :], found, strict=True), asked.start):
+    for place, (index, known) in enumerate(zip(request.text, found, strict=True), request.start):
         hint = ""
         if uncached and not any(known.values()):  # nothing, nulls, zeros
             hint = f"; is that in its prefix cache? start it with {uncached}"
@@ -366,56 +332,56 @@ def checked(found: Sequence[Mapping[Any, Any]], asked: Asked, uncached: str = ""
             raise BadAnswerError(
                 f"has no log-probability of token {index}, which was sent at position {place}" + hint
             )
-        told = {index: math.nan}
+        kept = {index: math.nan}
         for other, value in known.items():
             if type(other) is not int or not 0 <= other < 2**31:
-                raise BadAnswerError(f"gives {_shown(other)} as a token id at position {place}")
-            logp = -math.inf if value is None or value in ("-Infinity", "-inf") else value
-            if type(logp) not in (int, float) or not logp < math.inf:
-                raise BadAnswerError(f"gives {_shown(value)} as a log-probability at position {place}")
-            if logp > MOST_ABOVE_ONE:
-                raise BadAnswerError(f"gives a log-probability of {logp:.4g} at position {place}, above 0")
-            if logp <= NEVER_NATS:
-                logp = -math.inf
+                raise BadAnswerError(f"gives {shown(other)} as a token id at position {place}")
+            logp = _logp(value, place)
             if other == index or logp > -math.inf:
-                told[other] = logp
-        mass = math.fsum(map(math.exp, told.values()))
+                kept[other] = logp
+        mass = math.fsum(map(math.exp, kept.values()))
         if mass > 1 + MOST_ABOVE_ONE:
             raise BadAnswerError(f"gives tokens of {mass:.4g} probability together at position {place}{hint}")
-        results.append(told)
+        results.append(kept)
     return results
 
 
-def _forgotten(found: Sequence[Mapping[Any, Any]], asked: Asked) -> bool:
-    """Whether the first position tells nothing but zeros and nulls, as some do of what is in their prefix cache.
+def _logp(value: Any, place: int) -> float:
+    logp = -math.inf if value is None or value in ("-Infinity", "-inf") else value
+    if type(logp) not in (int, float) or not logp < math.inf:
+        raise BadAnswerError(f"gives {shown(value)} as a log-probability at position {place}")
+    if logp > MOST_ABOVE_ONE:
+        raise BadAnswerError(f"gives a log-probability of {logp:.4g} at position {place}, above 0")
+    return logp if logp > NEVER_NATS else -math.inf
 
-    Where a token is certain indeed, others beside it are far below 0.
-    """
-    if asked.salt or asked.trusted or not found:
+
+def _from_prefix_cache(found: Sequence[Mapping[Any, Any]], request: ScoreRequest) -> bool:
+    """Whether the first position has nothing but zeros and nulls, as some servers write for what is in their prefix
+    cache. Where a token is certain indeed, the others are far below 0."""
+    if request.salt or request.trusted or not found:
         return False
     return all(value is None or (type(value) in (int, float) and value == 0) for value in found[0].values())
 
 
 def _matrix(text: str, rows: int, width: int) -> npt.NDArray[np.float32]:
-    """The numbers of an array in NumPy's file format, in base64.
+    """The float32 numbers of an array in NumPy's file format, in base64.
 
     Raises:
-        ValueError: it is none of float32, or has another shape.
+        ValueError: it is none, or has another shape or type.
     """
     file = BytesIO(base64.b64decode(text, validate=True))
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("another version of the format")
-    shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
-    if shape != (rows, width) or by_column or dtype != np.dtype("<f4"):
+    if np.lib.format.read_array_header_1_0(file) != ((rows, width), False, np.dtype("<f4")):
         raise ValueError("another array")
-    return np.frombuffer(file.read(), "<f4").reshape(shape)
+    return np.frombuffer(file.read(), "<f4").reshape(rows, width)
 
 
-def _join(found: Sequence[Known], also: Sequence[int], logp: npt.NDArray[np.float32]) -> None:
-    """Adds chosen tokens to what is known of each position.
+def _join(found: Sequence[TokenLogp], also: Sequence[int], logp: npt.NDArray[np.float32]) -> None:
+    """Adds chosen tokens to each position.
 
     Raises:
-        BadAnswerError: of a token that was known already something else is told: another position, or no logarithms.
+        BadAnswerError: a token that was there already has another value: another position, or no logarithms.
     """
     for known, row in zip(found, logp.tolist(), strict=True):
         for index, value in zip(also, row, strict=True):
@@ -426,47 +392,25 @@ def _join(found: Sequence[Known], also: Sequence[int], logp: npt.NDArray[np.floa
                 )
 
 
+def _completion(model: str, prompt: Any) -> dict[str, Any]:
+    """The body of a completion; which token is drawn does not matter, and a temperature of 1 changes nothing."""
+    return {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 1.0}
+
+
+def _generate(start: int, **body: Any) -> dict[str, Any]:
+    params = {"max_new_tokens": 0, "temperature": 1.0}
+    return body | {"sampling_params": params, "return_logprob": True, "logprob_start_len": start}
+
+
+def _salted(key: str, request: ScoreRequest) -> dict[str, str]:
+    return {key: request.salt} if request.salt else {}
+
+
 def _id(key: str) -> int:
     """The id that a key of JSON names, in the one way that numbers are written."""
     if not (key.isascii() and key.isdecimal()) or key != str(int(key)):
-        raise BadAnswerError(f"gives {_shown(key)} as a token id")
+        raise BadAnswerError(f"gives {shown(key)} as a token id")
     return int(key)
-
-
-def _check_enough(found: Sequence[Mapping[int, Any]], asked: Asked, advice: str) -> None:
-    least = min(map(len, found), default=asked.top_k)
-    if least < asked.top_k:
-        raise BadAnswerError(
-            f"gives {least} tokens of a row where the {asked.top_k} likeliest were asked for; {advice}"
-        )
-
-
-def _shown(value: Any) -> str:
-    """What a server gave for a number, cut short; of anything nested, its kind alone."""
-    if isinstance(value, str | int | float | bool | None):
-        shown = repr(value[:40] if isinstance(value, str) else value)
-        return shown if len(shown) <= 50 else f"{shown[:49]}…"
-    return f"a {type(value).__name__}"
-
-
-def _shaped(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """``read`` of an answer that may have any shape."""
-
-    def careful(answer: Any) -> Any:
-        if isinstance(answer, dict) and (told := answer.get("error")):
-            found = told.get("message") if isinstance(told, dict) else told
-            shown = found if isinstance(found, str) else _shown(found)
-            raise BadAnswerError(f"answers with an error in place of a result: {shown}")
-        try:
-            return read(answer)
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            raise BadAnswerError("sends JSON of another shape than this API's; look at api") from error
-
-    return careful
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and value > 0 else None
 
 
 def _get(value: Any, *path: str | int) -> Any:
@@ -477,14 +421,19 @@ def _get(value: Any, *path: str | int) -> Any:
     return value
 
 
-def _all(kind: type[T], values: Any) -> list[T]:
+def _token_ids(answer: Any) -> Any:
+    return _all(int, _get(answer, "tokens"))
+
+
+def _all(kind: type, values: Any) -> Any:
     if not isinstance(values, list) or any(type(value) is not kind for value in values):
         raise BadAnswerError("sends something else than tokens; look at api")
     return values
 
 
-def _items(position: Any) -> Any:
-    return (position or {}).items()
+def _check_echo(found: list[int], sent: list[int]) -> None:
+    if found != sent:
+        raise BadAnswerError("has read other tokens than were sent")
 
 
 def _check_count(positions: Sequence[Any], count: int, at_most: int | None = None) -> None:
@@ -493,11 +442,12 @@ def _check_count(positions: Sequence[Any], count: int, at_most: int | None = Non
 
 
 def _tail(meta: Any, name: str, count: int) -> list[Any]:
+    """The entries of the tokens that are scored; the one before them may come first."""
     entries = _get(meta, name)
     if len(entries) not in (count, count + 1):
         raise BadAnswerError(f"answers for {len(entries)} tokens where {count + 1} were asked for")
     return list(entries[-count:])
 
 
-def _limit(positions: int, asked: Asked) -> int:
-    return 2**20 + _ENTRY_BYTES * positions * (asked.top_k + len(asked.also) + 2)
+def _limit(positions: int, request: ScoreRequest) -> int:
+    return 2**20 + _ENTRY_BYTES * positions * (request.top_k + len(request.also) + 2)

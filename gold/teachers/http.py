@@ -1,4 +1,4 @@
-"""Asking a server: bounded concurrency, size and time, retries that wait, and one clear line where it cannot be had."""
+"""Requests to a server: bounded concurrency, size and time, retries with a pause, and one clear line on failure."""
 
 from __future__ import annotations
 
@@ -24,50 +24,24 @@ from gold.errors import ConfigError, TeacherError
 logger = logging.getLogger(__name__)
 
 MOST_WAIT_S = 300.0
-"""A server that asks for a longer pause than this is taken to be gone."""
+"""A server that asks for a longer pause than this counts as gone."""
 LONGEST_BACKOFF_S = 30.0
 _QUOTED_BYTES = 65536
-"""Read of an answer that is an error; a line of it is shown."""
+"""How much of an error's body is read; a line of it is shown."""
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 """Statuses of a server that may answer the same request later."""
 
 
 class BadAnswerError(Exception):
-    """An answer that is not what was asked for; the message says how, as the end of a sentence."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One request: the path below the server's root, its JSON, and what makes the result of the answer's.
-
-    ``read`` raises ``BadAnswerError`` for an answer that cannot be used; it is then asked for again. A status in
-    ``final`` is a refusal, also where others would pass.
-    """
-
-    path: str
-    body: Mapping[str, Any]
-    read: Callable[[Any], Any]
-    limit_bytes: int = 2**20
-    final: frozenset[int] = frozenset()
+    """An answer that is not what was asked for; the message is the end of a sentence about the server."""
 
 
 class RefusedError(TeacherError):
     """A request that the server understood and refuses; asking again would not help."""
 
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass
-class Tally:
-    """What has happened to a server's requests so far."""
-
-    retries: int = 0
-
 
 class _FaultError(Exception):
-    """An attempt that failed in a way that may pass; the message says how, as the end of a sentence."""
+    """An attempt that failed in a way that may pass; the message is the end of a sentence about the server."""
 
     def __init__(self, message: str, wait_s: float = 0.0) -> None:
         super().__init__(message)
@@ -75,12 +49,43 @@ class _FaultError(Exception):
 
 
 @dataclass(frozen=True)
+class Call:
+    """One request: the path below the server's root, its JSON body, and ``read``, which makes its result of the answer.
+
+    ``read`` raises ``BadAnswerError`` for an answer that cannot be used; the request is then repeated. A status in
+    ``final`` is a refusal, also where others would pass. ``accepts_errors``: ``read`` is given answers that are errors.
+    """
+
+    path: str
+    body: Mapping[str, Any]
+    read: Callable[[Any], Any]
+    limit_bytes: int = 2**20
+    final: frozenset[int] = frozenset()
+    accepts_errors: bool = False
+
+    def result(self, answer: Any) -> Any:
+        """The result of an answer, which may have any shape.
+
+        Raises:
+            BadAnswerError: it cannot be used.
+        """
+        if isinstance(answer, dict) and (error := answer.get("error")) and not self.accepts_errors:
+            found = error.get("message") if isinstance(error, dict) else error
+            line = found if isinstance(found, str) else shown(found)
+            raise BadAnswerError(f"answers with an error in place of a result: {line}")
+        try:
+            return self.read(answer)
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise BadAnswerError("sends JSON of another shape than this API's; look at api") from error
+
+
+@dataclass
 class Server:
     """A server by its URL, as far as ``/v1`` where it has that, and how it is asked.
 
-    ``concurrency`` requests are under way at a time; each is given ``timeout_s`` in all, and after a fault asked again
-    up to ``retries`` times, the first time after about ``first_wait_s``, then twice as long each time, or as long as
-    the server says. ``key`` is sent as a bearer token and shown nowhere. ``tally`` counts.
+    ``concurrency`` requests are under way at a time; each attempt is given ``timeout_s`` in all, and after a fault
+    repeated up to ``retries`` times, the first time after about ``first_wait_s``, then twice as long each time, or as
+    long as the server says. ``key`` is sent as a bearer token and shown nowhere. ``repeated`` counts repeated requests.
 
     Raises:
         ConfigError: a URL that is none, or that holds a key.
@@ -92,7 +97,7 @@ class Server:
     retries: int = 5
     key: str | None = field(default=None, repr=False)
     first_wait_s: float = 0.5
-    tally: Tally = field(default_factory=Tally, repr=False, compare=False)
+    repeated: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_url(self.url)
@@ -103,42 +108,20 @@ class Server:
         return self.url.rstrip("/").removesuffix("/v1")
 
     def ask(self, calls: Sequence[Call]) -> list[Any]:
-        """What each call's ``read`` makes of its answer, in their order; they are sent in this order too.
+        """The result of each call, in their order; they are sent in this order too.
 
-        Only what failed is asked again. Either all is answered or an error is raised: there is no partial result.
+        Only what failed is repeated. Either all is answered or an error is raised: there is no partial result.
 
         Raises:
             RefusedError: a request that the server refuses.
             TeacherError: no usable answer after all retries, an answer that is too long, a certificate that is not
                 valid, a redirect, SSL_CERT_FILE or a proxy variable that cannot be used.
         """
-        return _run(self._all(calls)) if calls else []
+        return _run(self._ask(calls)) if calls else []
 
-    async def _all(self, calls: Sequence[Call]) -> list[Any]:
+    async def _ask(self, calls: Sequence[Call]) -> list[Any]:
         slots = asyncio.Semaphore(self.concurrency)
-        headers = {"content-type": "application/json", "accept-encoding": "identity"}
-        if self.key:
-            headers["authorization"] = f"Bearer {self.key}"
-        limits = httpx2.Limits(
-            max_connections=self.concurrency,
-            max_keepalive_connections=self.concurrency,
-            keepalive_expiry=60.0,
-        )
-        near = is_near(self.url)
-        bare = near and urlsplit(self.url).scheme == "http"
-        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if bare else self._tls()
-        try:
-            # One bound on the whole attempt, below, stands for those on its parts: a server that drips would pass them.
-            # A proxy has no part in what this machine asks itself.
-            client = httpx2.AsyncClient(
-                headers=headers, limits=limits, timeout=None, verify=tls, trust_env=not near
-            )
-        except (ImportError, ValueError, httpx2.InvalidURL) as error:
-            what = f"{type(error).__name__}" if "@" in str(error) else self._line(str(error))
-            raise self._error(
-                f"HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or NO_PROXY cannot be used: {what}; correct or unset it"
-            ) from error
-        async with client:
+        async with self._client() as client:
             tasks = [asyncio.create_task(self._insist(client, slots, call)) for call in calls]
             try:
                 return list(await asyncio.gather(*tasks))
@@ -146,6 +129,30 @@ class Server:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _client(self) -> httpx2.AsyncClient:
+        headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        if self.key:
+            headers["authorization"] = f"Bearer {self.key}"
+        near = is_near(self.url)
+        try:
+            bare = near and urlsplit(self.url).scheme == "http"
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if bare else _tls()
+        except (OSError, ValueError) as error:  # what ssl raises is an OSError
+            raise self._error(
+                f"SSL_CERT_FILE cannot be read as certificates: {self._line(str(error))}; correct or unset it"
+            ) from error
+        try:
+            # The semaphore bounds the connections, and one timeout around the whole attempt takes the place of those
+            # for its parts, which a server that sends a byte at a time would pass. This machine needs no proxy.
+            return httpx2.AsyncClient(
+                headers=headers, limits=httpx2.Limits(), timeout=None, verify=tls, trust_env=not near
+            )
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:
+            what = type(error).__name__ if "@" in str(error) else self._line(str(error))
+            raise self._error(
+                f"HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or NO_PROXY cannot be used: {what}; correct or unset it"
+            ) from error
 
     async def _insist(self, client: httpx2.AsyncClient, slots: asyncio.Semaphore, call: Call) -> Any:
         async with slots:
@@ -159,11 +166,11 @@ class Server:
                     if fault.wait_s > MOST_WAIT_S:
                         raise self._error(f"{fault}; it asks for a pause of {fault.wait_s:.0f} s") from fault
                     backoff = min(LONGEST_BACKOFF_S, self.first_wait_s * 2**attempt)
-                    self.tally.retries += 1
+                    self.repeated += 1
                     logger.info(
                         "%s: %s; attempt %d of %d failed", self.url, fault, attempt + 1, self.retries + 1
                     )
-                    # Whoever was refused together must not come back together.
+                    # Requests that were refused together must not come back together.
                     await asyncio.sleep(max(fault.wait_s, backoff * random.SystemRandom().uniform(0.5, 1.0)))
         raise AssertionError("unreachable")
 
@@ -176,7 +183,7 @@ class Server:
             ):
                 if response.status_code != 200:
                     await self._refuse(response, call)
-                content = await self._content(response, call.limit_bytes)
+                content = await _content(response, call.limit_bytes)
         except TimeoutError:
             raise _FaultError(f"has not answered within {self.timeout_s:g} s") from None
         except httpx2.DecodingError as error:
@@ -189,51 +196,30 @@ class Server:
             raise _FaultError(
                 f"cannot be reached: {self._line(str(error)) or type(error).__name__}"
             ) from error
+        if len(content) > call.limit_bytes:
+            raise self._error(f"sends more than the {call.limit_bytes:,} bytes that its answer can take")
         try:
-            answer = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise _FaultError(f"sends broken JSON ({len(content)} bytes)") from error
-        try:
-            return call.read(answer)
+            return call.result(json.loads(content))
         except BadAnswerError as error:
             raise _FaultError(self._line(str(error))) from error
-
-    async def _content(self, response: httpx2.Response, limit: int) -> bytes:
-        content = bytearray()
-        async for part in response.aiter_bytes():
-            content += part
-            if len(content) > limit:
-                raise self._error(f"sends more than the {limit:,} bytes that its answer can take")
-        return bytes(content)
+        except (ValueError, RecursionError) as error:
+            raise _FaultError(f"sends broken JSON ({len(content)} bytes)") from error
 
     async def _refuse(self, response: httpx2.Response, call: Call) -> None:
         status = response.status_code
         if 300 <= status < 400:
             raise self._error(self._line(_redirected(response.headers.get("location", "/"))))
-        shown = f"answers {status}"
-        told = b""
-        async for part in response.aiter_bytes():
-            told += part
-            if len(told) > _QUOTED_BYTES:
-                break
-        if message := self._line(_message(told)):
-            shown += f": {message}"
+        line = f"answers {status}"
+        if message := self._line(_message(await _content(response, _QUOTED_BYTES))):
+            line += f": {message}"
         if status in _PASSING - call.final:
-            raise _FaultError(shown, _pause_s(response.headers.get("retry-after")))
+            raise _FaultError(line, _pause_s(response.headers.get("retry-after")))
         advice = {
             401: "; name the variable that holds its key in key_env" if not self.key else "; look at the key",
             403: "; look at the key",
             404: f" for {call.path}; look at url, model and api",
         }.get(status, "")
-        raise RefusedError(str(self._error(shown + advice)), status)
-
-    def _tls(self) -> ssl.SSLContext:
-        try:
-            return _tls()
-        except (OSError, ValueError) as error:  # what ssl raises is an OSError
-            raise self._error(
-                f"SSL_CERT_FILE cannot be read as certificates: {self._line(str(error))}; correct or unset it"
-            ) from error
+        raise RefusedError(str(self._error(line + advice)))
 
     def _error(self, fact: str) -> TeacherError:
         return TeacherError(f"server {self.url}: {fact}")
@@ -246,19 +232,12 @@ class Server:
         return line if len(line) <= 300 else f"{line[:299]}…"
 
 
-@cache
-def _tls() -> ssl.SSLContext:
-    """The certificates that are trusted; reading them takes longer than a request."""
-    return httpx2.create_ssl_context()
-
-
-def _redirected(location: str) -> str:
-    """Where an answer would send a request, and with it the key: the host alone, since the rest may hold secrets."""
-    try:
-        host = urlsplit(location).hostname or ("another path" if location else "no address that can be read")
-    except ValueError:
-        host = "no address that can be read"
-    return f"redirects to {host}, which is not followed; set url to where the API is"
+def shown(value: Any) -> str:
+    """A value of an answer for an error message, cut short; of anything nested, its type alone."""
+    if isinstance(value, str | int | float | bool | None):
+        line = repr(value[:40] if isinstance(value, str) else value)
+        return line if len(line) <= 50 else f"{line[:49]}…"
+    return f"a {type(value).__name__}"
 
 
 def is_near(url: str) -> bool:
@@ -272,28 +251,34 @@ def is_near(url: str) -> bool:
 
 
 def check_url(url: str) -> None:
-    """Nothing, where a URL is one of HTTP without a key in it.
+    """Checks that a URL is one of HTTP without a key in it.
 
     Raises:
         ConfigError: it is not; the message does not repeat it, because of the key.
     """
-    wrong = "url: expected one such as http://localhost:8000/v1"
+    wrong = ConfigError("url: expected one such as http://localhost:8000/v1")
     if not url.isprintable() or " " in url or "\\" in url:
-        raise ConfigError(wrong)
+        raise wrong
     try:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         if sound and "@" not in parts.netloc:
-            httpx2.Request("POST", url)  # what names a host is looked at no earlier
+            httpx2.Request("POST", url)  # the characters of a host are checked no earlier
     except (ValueError, httpx2.InvalidURL):
-        raise ConfigError(wrong) from None
+        raise wrong from None
     if not sound:
-        raise ConfigError(wrong)
+        raise wrong
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ConfigError(
             "url: user, password, ? and # have no place in it; put a key into an environment variable and name that "
             "in key_env"
         )
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """The trusted certificates; reading them takes longer than a request."""
+    return httpx2.create_ssl_context()
 
 
 def _run(coroutine: Any) -> Any:
@@ -306,42 +291,55 @@ def _run(coroutine: Any) -> Any:
         return thread.submit(asyncio.run, coroutine).result()
 
 
+async def _content(response: httpx2.Response, limit: int) -> bytes:
+    """The body, the rest of which is not read once it is longer than the limit."""
+    content = bytearray()
+    async for part in response.aiter_bytes():
+        content += part
+        if len(content) > limit:
+            break
+    return bytes(content)
+
+
+def _redirected(location: str) -> str:
+    """Where an answer would send a request, and with it the key: the host alone, since the rest may hold secrets."""
+    try:
+        host = urlsplit(location).hostname or ("another path" if location else "no address that can be read")
+    except ValueError:
+        host = "no address that can be read"
+    return f"redirects to {host}, which is not followed; set url to where the API is"
+
+
 def _message(content: bytes) -> str:
-    """What the body of an error says, where the usual servers put it."""
+    """The message in the body of an error, where the usual servers put it."""
     text = content.decode("utf-8", "replace")
     try:
         found = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    for _ in range(3):
-        if not isinstance(found, dict):
-            break
-        found = next((found[k] for k in ("error", "message", "detail") if found.get(k)), text)
-    try:
+        for _ in range(3):
+            if isinstance(found, dict):
+                found = next((found[k] for k in ("error", "message", "detail") if found.get(k)), text)
         return found if isinstance(found, str) else json.dumps(found)
-    except RecursionError:
+    except (ValueError, RecursionError):
         return text
 
 
 def _pause_s(header: str | None) -> float:
     """Seconds that a Retry-After asks for, 0 for none or one that cannot be read."""
-    if not header:
-        return 0.0
     try:
-        return max(0.0, float(header))
+        return max(0.0, float(header or 0.0))
     except ValueError:
         pass
     try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time())
+        return max(0.0, parsedate_to_datetime(header or "").timestamp() - time())
     except (OverflowError, ValueError):
         return 0.0
 
 
 def _certificate_error(error: BaseException) -> str:
     """What is wrong with a server's certificate, "" where that is not what failed."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, ssl.SSLCertVerificationError):
-            return seen.verify_message or str(seen)
-        seen = seen.__cause__ or seen.__context__
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return cause.verify_message or str(cause)
+        cause = cause.__cause__ or cause.__context__
     return "" if "certificate" not in str(error).lower() else " ".join(str(error).split())

@@ -42,6 +42,10 @@ class LocalTeacher(Teacher):
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    def cache_revision(self, given: str | None) -> str:
+        """See ``Teacher.cache_revision``: by default the digest of the weights."""
+        return given or f"weights {self.revision}"
+
     @torch.no_grad()
     def score(
         self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]

@@ -38,6 +38,8 @@ class Teacher(Protocol):
     """Where its rows are."""
     dtype: torch.dtype = torch.float32
     """The dtype of its rows."""
+    top_k: int | None = None
+    """How many of the likeliest tokens of each row it gives, where its ``gives`` is not "rows"."""
     context: int | None = None
     """Its longest sequence in tokens, None where it is unknown."""
     tokenizer: Any = None
@@ -126,6 +128,10 @@ class Teacher(Protocol):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restores what ``state`` returned."""
         return
+
+    def cache_revision(self, given: str | None) -> str:
+        """What tells its scores in a cache from those of other weights; ``given`` is the configured revision."""
+        return given or self.name
 
     def pin_date(self, day: date) -> None:
         """Fixes the day that its chat template prints, if it has none of its own."""

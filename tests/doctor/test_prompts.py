@@ -35,7 +35,7 @@ from gold.doctor.side import read_side
 from gold.errors import ConfigError, DataError
 from gold.models.load import wrap_model
 from gold.teachers import CachedTeacher, LocalTeacher, ServedTeacher
-from gold.teachers.cached import UnaskedTeacher
+from gold.teachers.absent import AbsentTeacher
 from gold.tokenize.chat import prompt_ids
 from gold.tokenize.templates import PromptTokenizer, Rendering, rendered
 from gold.tokenize.vocabulary import Vocabulary
@@ -208,11 +208,11 @@ def test_arguments_reach_the_template_of_every_kind_of_tokenizer(tmp_path: Path)
     lm = LlamaForCausalLM.from_pretrained(folder)
     model = wrap_model(lm, live, template_kwargs=arguments)
     served = ServedTeacher(folder, url="http://localhost:1", model="m", template_kwargs=arguments)
-    unasked = UnaskedTeacher(folder, template_kwargs=arguments)
+    unasked = AbsentTeacher(folder, template_kwargs=arguments)
     for one in (side, model, LocalTeacher(model), served, unasked):
         assert one.prompt_ids(talk) == expected
     # What decides a cache's key is what is read.
-    without = UnaskedTeacher(folder).prompt_ids(talk)
+    without = AbsentTeacher(folder).prompt_ids(talk)
     assert without != expected
 
 

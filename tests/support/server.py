@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
+import socket
 import ssl
 import sys
 import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,9 +21,24 @@ import numpy as np
 import torch
 
 from gold.models.language_model import LanguageModel
+from gold.teachers import ServedTeacher
 
 Faults = Callable[[int], str | None]
 """The fault of the n-th request for scores, from 0; None for none."""
+
+
+APIS = ("vllm", "sglang", "openai")
+PASSING = (
+    "429", "500", "drop", "slow", "truncated", "not JSON", "another shape", "NaN", "positive", "mass", "short",
+    "other tokens",
+)  # fmt: skip
+"""Faults that a second request does not meet."""
+OK_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n"
+
+
+def always(fault: str) -> Faults:
+    """Every request fails in this way."""
+    return lambda n: fault
 
 
 class _Http(ThreadingHTTPServer):
@@ -281,3 +299,52 @@ def answer(
         handler.send_header(name, value)
     handler.end_headers()
     handler.wfile.write(data)
+
+
+class Raw:
+    """Answers every request with the same bytes, ``then`` others without end; ``asked`` counts."""
+
+    def __init__(self, data: bytes, *, head: bool = True, then: bytes = b"", pause_s: float = 0.0) -> None:
+        self.data = OK_HEAD + b"content-length: %d\r\n\r\n" % len(data) + data if head else data
+        self.then, self.pause_s, self.asked = then, pause_s, 0
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def __enter__(self) -> Raw:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                there, _ = self._socket.accept()
+            except OSError:
+                return
+            with there, contextlib.suppress(OSError):
+                got = b""
+                while b"\r\n\r\n" not in got:
+                    got += there.recv(65536)
+                head, _, body = got.partition(b"\r\n\r\n")
+                length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+                while len(body) < length:
+                    body += there.recv(65536)
+                self.asked += 1
+                there.sendall(self.data)
+                while self.then:
+                    there.sendall(self.then)
+                    time.sleep(self.pause_s)
+
+
+def served(folder: Path, url: str, **options: Any) -> ServedTeacher:
+    """A teacher that waits next to nothing before it asks again."""
+    given = {"model": "tiny", "retries": 3, "timeout_s": 20.0, "first_wait_s": 0.002} | options
+    first_wait_s = given.pop("first_wait_s")
+    made = ServedTeacher(folder, url=url, **given)
+    made.server.first_wait_s = first_wait_s
+    return made

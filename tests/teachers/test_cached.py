@@ -29,7 +29,8 @@ from gold.errors import ConfigError
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.kernels.logits import GivenLogits, LazyLogits, likeliest
 from gold.models.language_model import LanguageModel
-from gold.teachers.cached import UnaskedTeacher, record
+from gold.teachers.absent import AbsentTeacher
+from gold.teachers.cached import record
 from gold.train.loop import Saving, distill
 
 RECIPE = Recipe(
@@ -301,7 +302,7 @@ def test_one_cache_teaches_students_of_two_families_without_the_teacher(
     builder.cache.close()
     recipe = OFF_POLICY.replace(steps=8, prompts_per_step=6)
     for make in (tiny.tiny_student, sentencepiece_student):
-        alone = CachedTeacher(UnaskedTeacher(files), tmp_path / "c")
+        alone = CachedTeacher(AbsentTeacher(files), tmp_path / "c")
         run = distill(make(), alone, prompts, recipe)
         losses = [step["forward_kl_bytes"] for step in run.steps]
         assert losses[-1] < 0.8 * losses[0], losses
@@ -316,7 +317,7 @@ def test_what_is_missing_is_counted_before_anything_is_trained(
 ) -> None:
     prompts = tiny.prompts(12)
     record(CachedTeacher(teacher, tmp_path / "c"), prompts[:5])
-    alone = CachedTeacher(UnaskedTeacher(files), tmp_path / "c")
+    alone = CachedTeacher(AbsentTeacher(files), tmp_path / "c")
     recipe = OFF_POLICY.replace(steps=4)
     line = r"cache .*: lacks 7 of 12 texts, that of prompt .* = for one, and there is nobody to ask; gold cache build"
     with pytest.raises(TeacherError, match=line):
@@ -337,7 +338,7 @@ def test_an_evaluation_leaves_out_what_nobody_can_be_asked(
 ) -> None:
     record(CachedTeacher(teacher, tmp_path / "c"), tiny.prompts(2))
     plan = EvaluationPlan(max_new_tokens=10)
-    alone = CachedTeacher(UnaskedTeacher(files), tmp_path / "c")
+    alone = CachedTeacher(AbsentTeacher(files), tmp_path / "c")
     found = evaluate(tiny.tiny_student(), alone, tiny.heldout(2), plan=plan).measures
     assert found == evaluate(tiny.tiny_student(), None, tiny.heldout(2), plan=plan).measures
 
@@ -376,9 +377,9 @@ def test_other_weights_are_another_teacher(teacher: LocalTeacher, files: Path, t
     with pytest.raises(
         ConfigError, match=r"with vocabulary \w{12}, and this is .* is it the same tokenizer\?"
     ):
-        CachedTeacher(UnaskedTeacher(_with_token(files, tmp_path / "t")), tmp_path)
+        CachedTeacher(AbsentTeacher(_with_token(files, tmp_path / "t")), tmp_path)
     with pytest.raises(TeacherError, match="there is none; gold cache build makes one"):
-        CachedTeacher(UnaskedTeacher(files), tmp_path / "nowhere")
+        CachedTeacher(AbsentTeacher(files), tmp_path / "nowhere")
 
 
 def _with_token(files: Path, folder: Path) -> Path:

@@ -19,7 +19,8 @@ from gold.data import Prompt
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.models.language_model import LanguageModel
 from gold.teachers import CachedTeacher, LocalTeacher, ServedTeacher, Teachers
-from gold.teachers.cached import UnaskedTeacher, record
+from gold.teachers.absent import AbsentTeacher
+from gold.teachers.cached import record
 from gold.teachers.protocol import Teacher
 from gold.train.loop import Run, distill
 from gold.train.recipe import Recipe, Term
@@ -209,7 +210,7 @@ def test_a_cache_is_built_of_what_the_teacher_can_read_and_the_run_from_it_leave
     assert told[-1][0] == 6
     assert len(ScoreCache.open(tmp_path / "cache")) == 3
     narrow_teacher.model.tokenizer.save_pretrained(tmp_path / "files")
-    unasked = UnaskedTeacher(tmp_path / "files", context=ROOM)
+    unasked = AbsentTeacher(tmp_path / "files", context=ROOM)
     done = run(CachedTeacher(unasked, tmp_path / "cache"), [*SHORT, *LONG], objectives=(Term("forward_kl"),))
     assert done.steps[0]["unread"] == 3
     assert done.steps[0]["applied"]
