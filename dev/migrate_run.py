@@ -21,8 +21,17 @@ from gold.train.recipe import Recipe
 from gold.train.records import read_lines
 from gold.train.run_folder import RunFolder, config_text
 
-METRICS: dict[str, str] = {}
+METRICS = {
+    "wanted": "teacher_top1_prob",
+    "missed": "teacher_top1_missed_share",
+    "rest": "unresolved_mass",
+    "residual": "teacher_unmatched_mass",
+    "observed": "moved_to_sampled_mass",
+    "white_space": "white_space_share",
+}
 """Metrics of earlier versions, and their names now."""
+OPTIONS = {"rest": "unshared"}
+"""Options of objectives, likewise."""
 
 
 def migrate(folder: Path) -> list[str]:
@@ -60,6 +69,11 @@ def renamed(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             target = target.setdefault(part, {})
         target[name] = value
         told.append(f"{old} -> {new}")
+    for term in [*result.get("objectives", []), *result.get("recipe", {}).get("objectives", [])]:
+        term.update(term.pop("options", {}))
+        for old in OPTIONS.keys() & term.keys():
+            term[OPTIONS[old]] = term.pop(old)
+            told.append(f"objectives: {old} -> {OPTIONS[old]}")
     if told and not result.get("recipe", {}).get("sampling", True):
         del result["recipe"]["sampling"]
     return result, told
@@ -72,8 +86,6 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
         ConfigError: it has keys or values that this version does not know.
     """
     if "recipe" in config:  # a run made from Python
-        for term in config["recipe"].get("objectives", []):
-            term.update(term.pop("options", {}))
         return {**config, "recipe": Recipe.model_validate(config["recipe"]).model_dump(mode="json")}
     return Config.model_validate(config).to_dict()
 

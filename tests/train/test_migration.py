@@ -60,6 +60,8 @@ def test_a_key_is_renamed_where_it_stands() -> None:
         if key in ("recipe.clip_norm", "rollout.batch", "recipe.sampling.top_p")
     ]
     assert renamed(new) == (new, [])
+    terms = {"recipe": {"objectives": [{"name": "reverse_kl", "options": {"rest": "drop"}}]}}
+    assert renamed(terms)[0] == {"recipe": {"objectives": [{"name": "reverse_kl", "unshared": "drop"}]}}
 
 
 def test_new_metric_names_are_no_old_ones() -> None:
