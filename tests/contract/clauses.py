@@ -25,6 +25,7 @@ from tests.contract.toys import (
     ToyModel,
     aligned,
     inputs_of,
+    leaf,
     random_texts,
     student_rows,
     teacher_rows,
@@ -66,8 +67,8 @@ class Clause:
 
 def gradient(objective: Objective, inputs: LossInputs) -> tuple[float, Tensor]:
     """An objective's sum, and its gradient with respect to the student's logits."""
-    logits = inputs.student.logits().detach().requires_grad_(True)
-    value = objective(replace(inputs, student=GivenLogits(logits))).total
+    logits, rows = leaf(inputs.student)
+    value = objective(replace(inputs, student=rows)).total
     if not value.requires_grad:
         return float(value), torch.zeros_like(logits)
     (grad,) = torch.autograd.grad(value, logits, allow_unused=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from support import oracle
 from support.kernel_inputs import BACKENDS_HERE, FORCED
-from torch import Tensor
 
 from gold.align.vocabularies import VocabularyPair
 from gold.kernels import chunk_sums, use_backend
@@ -30,6 +28,7 @@ from tests.contract.toys import (
     ToyModel,
     aligned,
     batch_of,
+    counted,
     inputs_of,
     random_texts,
     student_rows,
@@ -331,13 +330,7 @@ def test_rows_are_projected_a_block_at_a_time_with_the_same_result(name, block_r
     widest = max(inputs.student.width, inputs.teacher.width)
     monkeypatch.setattr("gold.kernels.logits.BLOCK_BYTES", 4 * widest * block_rows)
     seen: list[int] = []
-
-    def head(hidden: Tensor) -> Tensor:
-        seen.append(hidden.shape[0])
-        return hidden
-
-    counted = {side: replace(getattr(inputs, side), head=head) for side in ("student", "teacher")}
-    value_blocks, grad_blocks = gradient(objective, replace(inputs, **counted))
+    value_blocks, grad_blocks = gradient(objective, counted(inputs, seen))
     assert value_blocks == pytest.approx(value, rel=1e-12)
     torch.testing.assert_close(grad_blocks, grad)
     # The narrower side may take a row or two more than the wider one.

@@ -25,7 +25,9 @@ from tests.contract.toys import (
     ToyModel,
     aligned,
     batch_of,
+    counted,
     inputs_of,
+    leaf,
     random_texts,
     student_rows,
     teacher_rows,
@@ -61,8 +63,8 @@ def value_of(objective: Objective, inputs: LossInputs) -> float:
 
 
 def gradient(objective: Objective, inputs: LossInputs) -> tuple[float, Tensor]:
-    logits = inputs.student.logits().detach().requires_grad_(True)
-    value = objective(replace(inputs, student=GivenLogits(logits))).total
+    logits, rows = leaf(inputs.student)
+    value = objective(replace(inputs, student=rows)).total
     (grad,) = torch.autograd.grad(value, logits)
     return float(value.detach()), grad
 
@@ -456,13 +458,7 @@ def test_no_block_of_logits_is_larger_than_allowed(name, block_rows, monkeypatch
     widest = max(inputs.student.width, inputs.teacher_rows.width)
     monkeypatch.setattr("gold.kernels.logits.BLOCK_BYTES", 4 * widest * block_rows)
     seen: list[int] = []
-
-    def head(hidden: Tensor) -> Tensor:
-        seen.append(hidden.shape[0])
-        return hidden
-
-    counted = {side: replace(getattr(inputs, side), head=head) for side in ("student", "teacher")}
-    value_blocks, grad_blocks = gradient(ACROSS[name], replace(inputs, **counted))
+    value_blocks, grad_blocks = gradient(ACROSS[name], counted(inputs, seen))
     assert value_blocks == pytest.approx(value, rel=1e-12)
     torch.testing.assert_close(grad_blocks, grad)
     assert max(seen) <= block_rows * widest // min(inputs.student.width, inputs.teacher_rows.width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from gold.align.batch import AlignedBatch
 from gold.align.texts import AlignedText
 from gold.align.vocabularies import VocabularyPair
-from gold.kernels.logits import GivenLogits
+from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.losses import LossInputs
 from gold.tokenize.vocabulary import Vocabulary
 
@@ -154,3 +154,22 @@ def random_texts(pair: VocabularyPair, count: int, seed: int, longest: int = 7) 
             aligned(pair, [*ids, pair.student.stop_ids[0]] if stopped else ids, advantage=float(n % 3) - 1.0)
         )
     return texts
+
+
+def counted(inputs: LossInputs, seen: list[int]) -> LossInputs:
+    """The inputs with rows that note in ``seen`` how many of them are asked for their logits at once."""
+
+    class Counted(GivenLogits):
+        def logits(self) -> Tensor:
+            seen.append(len(self))
+            return self.logits_NV
+
+    student, teacher = (Counted(rows.logits_NV) for rows in (inputs.student, inputs.teacher_rows))
+    return replace(inputs, student=student, teacher=teacher)
+
+
+def leaf(rows: LazyLogits) -> tuple[Tensor, LazyLogits]:
+    """The logits of all rows, to be differentiated by, and the rows that have them."""
+    given = isinstance(rows, GivenLogits)
+    logits = (rows.logits_NV if given else rows.logits()).detach().requires_grad_(True)
+    return logits, replace(rows, logits_NV=logits) if given else GivenLogits(logits)
