@@ -26,7 +26,7 @@ KEPT = (
     "grad_norm",
     "length_bytes",
 )
-SECONDS = ("rollout_s", "read_s", "teacher_s", "student_s", "update_s", "step_s")
+SECONDS = ("rollout_s", "align_s", "teacher_s", "student_s", "update_s", "step_s")
 
 
 def main(arguments: Sequence[str]) -> int:

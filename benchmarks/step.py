@@ -1,10 +1,10 @@
 """`python -m benchmarks step`: one whole on-policy step by phase, ours and that of TRL's GOLD trainer.
 
 Both train copies of one student against one teacher on the same prompts, with as many new tokens at most, in turn in
-one process: a step of TRL's trainer, then one of ours. The phases are `rollout`, what the student writes; `read`, its
-text as the teacher reads it; `teacher` and `student`, each side's forward pass, with the student's loss and backward
-pass; `update`, all else. Of TRL reading is part of `student`. Memory is the peak of a step over what is held between
-steps. The first step of either is not counted.
+one process: a step of TRL's trainer, then one of ours. The phases are `rollout`, what the student writes; `align`, its
+text in the teacher's tokens, with both sides' index arrays; `teacher` and `student`, each side's forward pass, with the
+student's loss and backward pass; `update`, all else. Of TRL aligning is part of `student`. Memory is the peak of a
+step over what is held between steps. The first step of either is not counted.
 
 On a CPU the weights are the real ones where they are published in the assets, else random ones of the published shape;
 on a GPU they are random. TRL's loss is its own: the hybrid of GOLD on byte offsets; where it refuses a tokenizer, it
@@ -12,6 +12,9 @@ compares position by position. TRL needs an environment of its own (see `python 
 there are only our steps:
 
     .venv-peers/bin/python -m benchmarks step --record
+
+`--trace` instead follows one default step on tiny models through the code: files and functions of gold/ that it enters,
+and how many of its frames lie between the step and a kernel.
 """
 
 from __future__ import annotations
@@ -42,16 +45,19 @@ from benchmarks.assets import model_path, tokenizer_path
 from benchmarks.clock import Spread, spread
 from benchmarks.meter import MIB, Meter, Sample
 from benchmarks.record import RESULTS, command_line, device_name, write_record
+from benchmarks.trace import traced_step
 from gold.data import Prompt, load_prompts
 from gold.errors import GoldError
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model, pick_device, wrap_model
 from gold.teachers.several import Teachers
 from gold.train.recipe import Recipe, Term
-from gold.train.step import Loop, pairs_of, terms_of
+from gold.train.setup import Setup
+from gold.train.state import TrainState
+from gold.train.step import train_step
 
 PROMPTS = Path(__file__).resolve().parents[1] / "data" / "openings.jsonl"
-PHASES = ("rollout", "read", "teacher", "student", "update")
+PHASES = ("rollout", "align", "teacher", "student", "update")
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,11 @@ def main(arguments: Sequence[str]) -> int:
         help="keep the result in benchmarks/results/step-cpu.json, or -gpu, with the new tokens that were asked for",
     )
     parser.add_argument("--into", type=Path, default=RESULTS, help="another folder for the record")
+    parser.add_argument("--trace", action="store_true", help="follow one default step through the code")
     given = parser.parse_args(list(arguments))
+    if given.trace:
+        print("\n".join(traced_step().lines()))
+        return 0
     started = time.perf_counter()
     try:
         device = pick_device(given.device)
@@ -318,19 +328,17 @@ class GoldSteps:
             steps=size.steps + 1,
         )
         teachers = Teachers({"teacher": teacher})
-        pairs = pairs_of(student, teachers)
-        terms = terms_of(recipe, teachers, pairs)
         cpu = meter.device.type == "cpu"
         accelerator = Accelerator(mixed_precision="no" if cpu else "bf16", cpu=cpu)
-        self.loop = Loop(student, teachers, pairs, prompts, recipe, terms, None, accelerator)
-        self.loop.now = meter.now
+        self.setup = Setup.of(student, teachers, prompts, recipe, now=meter.now)
+        self.state = TrainState(student, teachers, recipe, accelerator)
 
     def step(self) -> Step:
         """One step."""
         records = []
-        sample = self.meter(lambda: records.append(self.loop.train_step()))
+        sample = self.meter(lambda: records.append(train_step(self.state, self.setup).metrics))
         (record,) = records
-        tokens = round(record["length_tokens"] * len(self.loop.prompts))
+        tokens = round(record["length_tokens"] * len(self.setup.prompts))
         seconds = {phase: record[f"{phase}_s"] for phase in PHASES}
         return _step(seconds, sample, tokens)
 

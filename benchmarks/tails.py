@@ -18,7 +18,8 @@ from torch import Tensor
 
 from benchmarks.assets import assets_folder
 from benchmarks.record import device_name, write_record
-from gold.align.collate import aligned_batch, read, student_states, teacher_rows
+from gold.align.batch import AlignedBatch
+from gold.align.collate import retokenize, student_states, teacher_logits
 from gold.align.vocabularies import VocabularyPair
 from gold.data import load_prompts, split_by_hash
 from gold.kernels.logits import GivenLogits, LazyLogits, likeliest
@@ -85,14 +86,14 @@ class Compared:
     def __init__(self, student: LanguageModel, teacher: LocalTeacher, rollouts: Sequence[Rollout]) -> None:
         self.student, self.rollouts = student, rollouts
         self.pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
-        self.texts = [read(rollout, self.pair) for rollout in rollouts]
+        self.texts = [retokenize(rollout, self.pair) for rollout in rollouts]
         with torch.no_grad():
             self.logits = lazy_logits(student.lm, student_states(student, rollouts)).logits()
 
     def outcome(self, teacher: Any) -> tuple[float, Tensor, float]:
         """Reverse KL per byte, its gradient with respect to the student's logits, mean probability that is untold."""
-        batch = aligned_batch(self.texts, self.pair, self.student.device, teacher)
-        theirs = LazyLogits.joined(teacher_rows(teacher, self.rollouts, self.texts))
+        batch = AlignedBatch(self.texts, self.pair, self.student.device, teacher.device)
+        theirs = LazyLogits.joined(teacher_logits(teacher, self.rollouts, self.texts))
         logits = self.logits.clone().requires_grad_(True)
         objective = OBJECTIVES["reverse_kl"]()
         loss = objective(LossInputs(batch, GivenLogits(logits), theirs))

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from gold.align.batch import AlignedBatch
-from gold.align.collate import read, student_states, teacher_rows
+from gold.align.collate import retokenize, student_states, teacher_logits
 from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
@@ -36,9 +36,9 @@ def train(student: LanguageModel, teacher: LocalTeacher, prompts: list[Prompt], 
         # The student writes, the teacher reads the same bytes in its own tokens.
         seeds = [(0, step, n) for n in range(len(prompts))]
         rollouts = sample(engine, student, prompts, sampling, seeds=seeds)
-        texts = [read(rollout, pair) for rollout in rollouts]
+        texts = [retokenize(rollout, pair) for rollout in rollouts]
         batch = AlignedBatch(texts, pair, student.device, teacher.device)
-        teacher_states = LazyLogits.joined(teacher_rows(teacher, rollouts, texts))
+        teacher_states = LazyLogits.joined(teacher_logits(teacher, rollouts, texts))
         student_rows = lazy_logits(student.lm, student_states(student, rollouts))
         # Both become next-byte distributions along the text, and their divergence is the loss.
         loss = objective(LossInputs(batch, student_rows, teacher_states)).total / objective.count(batch)

@@ -42,21 +42,13 @@ from gold.tokenize.templates import Rendering
 from gold.tokenize.vocabulary import Vocabulary
 from gold.train.changes import Inputs
 from gold.train.checkpoint import latest_checkpoint
+from gold.train.checks import check_kept, check_recipe, pin_date, read_date, readers_of
 from gold.train.inputs import of_files, of_prompts
-from gold.train.loop import (
-    Run,
-    Saving,
-    check_kept,
-    check_output,
-    check_recipe,
-    distill,
-    pin_date,
-    read_date,
-    readers_of,
-)
+from gold.train.loop import Run, Saving, check_output, distill
 from gold.train.recipe import Recipe
 from gold.train.run_folder import RunFolder
-from gold.train.step import average_file, load_average, pairs_of, terms_of
+from gold.train.setup import pairs_of, terms_of
+from gold.train.state import average_file, load_average
 from gold.train.trackers import Tracker
 
 if TYPE_CHECKING:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,19 +13,20 @@ from numpy.typing import NDArray
 
 from gold.align.batch import AlignedBatch
 from gold.align.chunks import align_tokens
-from gold.align.collate import microbatches, misfit, read, student_states, teacher_rows
+from gold.align.collate import length_batches, retokenize, student_states, teacher_logits
 from gold.align.texts import AlignedText, canonical_tokens
 from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
+from gold.errors import DataError
 from gold.kernels.lm_head import token_logp
 from gold.kernels.logits import LazyLogits
 from gold.kernels.tables import prefix_logp
 from gold.losses.types import IMPOSSIBLE, possible
 from gold.models.language_model import LanguageModel
 from gold.models.states import lazy_logits
-from gold.rollout.engine import RolloutEngine, completed, sample
+from gold.rollout.engine import RolloutEngine, completed, given_rollout, sample
 from gold.rollout.hf import HuggingFaceEngine
-from gold.rollout.types import Rollout, Sampling, Segment
+from gold.rollout.types import Rollout, Sampling, Seed
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.chat import begins_anew, prompt_text
@@ -54,7 +54,28 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measures by name, and a few completions with their signal chunk by chunk."""
+    """Measures by name, each present only where it can be taken, and a few completions with both models'
+    log-probabilities of each chunk.
+
+    - ``reverse_kl_per_byte`` (nats; needs a teacher): Σ (log π − log q) over student samples and their stop events,
+      over their bytes; ``_low`` and ``_high`` are a 95 % bootstrap interval over prompts. Of a sample that was cut off
+      both are of all texts that begin so; ``bounded_share`` is there where a teacher tells only some tokens, and then
+      the share of samples at whose end too little is known of it, so that they count with a little too much.
+    - ``impossible_share``: samples to which a teacher gives probability 0, where there are any; the reverse KL, which
+      is infinite with them, is over the others.
+    - ``forward_kl_per_byte`` (nats; needs local teachers): the same over teacher samples, signs swapped.
+    - Of several teachers these are over each prompt's own, and ``…[NAME]`` over the prompts of one; of a mix they are
+      the weighted mean over all, which the divergence to the mixture itself is not above.
+    - ``bits_per_byte``: of the prompts' own completions under the student, else of the teacher's samples.
+    - ``accuracy`` with a 95 % Wilson interval (needs a verifier): share of greedy completions that score 1; ``score``
+      is the mean score of the samples at temperature 1.
+    - ``stop_rate``, ``stop_prob`` and ``teacher_stop_prob`` (both models' probability of stopping where samples did),
+      ``length_tokens``, ``length_bytes``, ``canonical_share`` (samples whose ids are the tokenizer's own for their
+      text), ``one_to_one_share`` (student tokens that are one chunk with one teacher token), ``repaired_share`` (bytes
+      that the teacher does not spell exactly).
+    - ``skipped_sequences``: texts that are in no comparison of the two, where there are any: behind their prompts they
+      do not fit the teacher's context, or, of its samples, the student's.
+    """
 
     measures: dict[str, float]
     samples: list[dict[str, Any]]
@@ -91,115 +112,39 @@ def evaluate(
     verifier: Verifier | None = None,
     engine: RolloutEngine | None = None,
 ) -> Evaluation:
-    """The student on held-out prompts.
-
-    Measures, each present only where it can be taken:
-
-    - ``reverse_kl_per_byte`` (nats; needs a teacher): Σ (log π − log q) over student samples and their stop events,
-      over their bytes; ``_low`` and ``_high`` are a 95 % bootstrap interval over prompts. Of a sample that was cut off
-      both are of all texts that begin so; ``bounded_share`` is there where a teacher tells only some tokens, and then
-      the share of samples at whose end too little is known of it, so that they count with a little too much.
-    - ``impossible_share``: samples to which a teacher gives probability 0, where there are any; the reverse KL, which
-      is infinite with them, is over the others.
-    - ``forward_kl_per_byte`` (nats; needs local teachers): the same over teacher samples, signs swapped.
-    - Of several teachers these are over each prompt's own, and ``…[NAME]`` over the prompts of one; of a mix they are
-      the weighted mean over all, which the divergence to the mixture itself is not above.
-    - ``bits_per_byte``: of the prompts' own completions under the student, else of the teacher's samples.
-    - ``accuracy`` with a 95 % Wilson interval (needs a verifier): share of greedy completions that score 1; ``score``
-      is the mean score of the samples at temperature 1.
-    - ``stop_rate``, ``stop_prob`` and ``teacher_stop_prob`` (both models' probability of stopping where samples did),
-      ``length_tokens``, ``length_bytes``, ``canonical_share`` (samples whose ids are the tokenizer's own for their
-      text), ``one_to_one_share`` (student tokens that are one chunk with one teacher token), ``repaired_share`` (bytes
-      that the teacher does not spell exactly).
-    - ``unread``: texts that are in no comparison of the two, where there are any: with their prompts, they are more
-      than a teacher, or of its samples the student, can read.
-    """
+    """The measures of the student on held-out prompts, and some of its completions."""
     prompts = list(prompts)
     teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
     if teachers and not all(t.complete for t in teachers.members.values()):
         teachers = None  # what the student writes now is in no cache
+    engine = engine or HuggingFaceEngine(student, plan.generation_batch_size)
     sampling = Sampling(max_new_tokens=plan.max_new_tokens)
     repeated = [p for p in prompts for _ in range(plan.num_generations)]
     seeds = [(plan.seed, 2**31, n) for n in range(len(repeated))]
-    engine = engine or HuggingFaceEngine(student, plan.generation_batch_size)
     rollouts = sample(engine, student, repeated, sampling, seeds=seeds)
-    measures = _writing(student, rollouts)
+    measures = _rollout_measures(student, rollouts)
     samples = [
         {"prompt": prompt_text(r.prompt), "completion": r.text, "stopped": r.stopped}
         for r in rollouts[: plan.samples * plan.num_generations : plan.num_generations]
     ]
     if teachers is not None:
-        pairs = {
-            name: VocabularyPair(student.vocabulary, t.vocabulary.with_markers())
-            for name, t in teachers.members.items()
-        }
-        logp_S = _student_logp(student, rollouts, plan)
-        texts = [{name: read(r, pairs[name]) for name in teachers.of(r.prompt)} for r in rollouts]
-        # Of a mix, a text is left out where one of them cannot read it.
-        unread = {
-            i
-            for i, (rollout, by) in enumerate(zip(rollouts, texts, strict=True))
-            if any(misfit(teachers.members[name], rollout, text) for name, text in by.items())
-        }
-        left_out = len(unread)
-        scored: list[_Scored] = []
-        for name, member in teachers.members.items():
-            mine = [i for i, by in enumerate(texts) if name in by and i not in unread]
-            read_by = [texts[i][name] for i in mine]
-            found = _score(
-                member, pairs[name], [rollouts[i] for i in mine], read_by, [logp_S[i] for i in mine], plan
-            )
-            scored += [
-                replace(s, number=i // plan.num_generations, teacher=name)
-                for i, s in zip(mine, found, strict=True)
-            ]
-        written = [s for s in scored if (s.logp_T > IMPOSSIBLE).all()]
-        if len(written) < len(scored):
-            measures["impossible_share"] = 1.0 - len(written) / len(scored)
-        if written:
-            name = "reverse_kl_per_byte"
-            measures |= _divergences(name, written, len(prompts), teachers, plan.seed, sign=1.0)
-        measures |= _agreement(scored)
+        comparison = _Comparison(student, teachers, prompts, plan)
+        scored, skipped = comparison.of_student(rollouts)
+        measures |= comparison.reverse_kl(scored) | _agreement(scored)
         signals = {s.number: s for s in reversed(scored)}  # a prompt's first sample, by its first teacher
-        samples = [
-            {
-                **shown,
-                **({"teacher": signals[n].teacher} if teachers.several and n in signals else {}),
-                **({"chunks": _signal(signals[n])} if n in signals else {}),
-            }
-            for n, shown in enumerate(samples)
-        ]
-        writers = {n: t.model for n, t in teachers.members.items() if t.model and t.gives == "rows"}
-        if len(writers) == len(teachers.members):
-            scored = []
-            for name, member in teachers.members.items():
-                graded = [n for n, p in enumerate(prompts) if name in teachers.of(p)]
-                room = plan.max_new_tokens
-                own = [n for n in graded if not member.misfit(prompts[n], room)]
-                asked, streams = [member.adapt_prompt(prompts[n]) for n in own], [seeds[n] for n in own]
-                their_engine = HuggingFaceEngine(writers[name], plan.generation_batch_size)
-                theirs = sample(their_engine, writers[name], asked, sampling, seeds=streams)
-                taught = [
-                    _as_student(r, prompts[n], student, pairs[name]) for n, r in zip(own, theirs, strict=True)
-                ]
-                fits = [len(r.prompt_ids) + r.ids.size <= student.context for r in taught]
-                left_out += len(graded) - sum(fits)
-                own, theirs = list(compress(own, fits)), list(compress(theirs, fits))
-                taught = list(compress(taught, fits))
-                known = _student_logp(student, taught, plan)
-                read_by = [
-                    replace(read(r, pairs[name]), teacher=its.tokenized)
-                    for r, its in zip(taught, theirs, strict=True)
-                ]
-                found = _score(member, pairs[name], taught, read_by, known, plan)
-                scored += [replace(s, number=n, teacher=name) for n, s in zip(own, found, strict=True)]
-            measures |= _divergences(
-                "forward_kl_per_byte", scored, len(prompts), teachers, plan.seed, sign=-1.0
-            )
+        for n, shown in enumerate(samples):
+            if teachers.several and n in signals:
+                shown["teacher"] = signals[n].teacher
+            if n in signals:
+                shown["chunks"] = _signal(signals[n])
+        if comparison.writers is not None:
+            scored, more = comparison.of_teachers(comparison.writers, seeds)
+            skipped += more
+            measures |= comparison.divergences("forward_kl_per_byte", scored, sign=-1.0)
             if scored:
                 measures |= _bits_per_byte([s.logp_S for s in scored], [s.rollout for s in scored])
-        if left_out:
-            measures["unread"] = float(left_out)
+        if skipped:
+            measures["skipped_sequences"] = float(skipped)
     given = [completed(student, p, plan.max_new_tokens) for p in prompts if p.completion is not None]
     if given:
         measures |= _bits_per_byte([x.events for x in _student_logp(student, given, plan)], given)
@@ -208,12 +153,142 @@ def evaluate(
         measures["score"] = float(np.mean(scores))
         greedy = replace(sampling, temperature=0.0)
         best = sample(engine, student, prompts, greedy, seeds=seeds[: len(prompts)])
-        right = [bool(r.stopped and verifier.score(r.prompt, r.text) >= 1.0) for r in best]
-        measures |= _accuracy("accuracy", right)
-        for name in teachers.routes if teachers else ():
-            if own_right := [ok for p, ok in zip(prompts, right, strict=True) if p.route == name]:
-                measures |= _accuracy(f"accuracy[{name}]", own_right)
+        measures |= _accuracies(best, verifier, teachers.routes if teachers else ())
     return Evaluation(measures, samples)
+
+
+class _Comparison:
+    """Texts of the student, and of its teachers, scored by both."""
+
+    def __init__(
+        self, student: LanguageModel, teachers: Teachers, prompts: Sequence[Prompt], plan: EvaluationPlan
+    ) -> None:
+        self.student, self.teachers, self.prompts, self.plan = student, teachers, prompts, plan
+        self.pairs = {
+            name: VocabularyPair(student.vocabulary, t.vocabulary.with_markers())
+            for name, t in teachers.members.items()
+        }
+
+    @property
+    def writers(self) -> dict[str, LanguageModel] | None:
+        """The teachers' models, where all are in this process and give full rows: they can be sampled from."""
+        members = self.teachers.members
+        found = {name: t.model for name, t in members.items() if t.model is not None and t.gives == "rows"}
+        return found if len(found) == len(members) else None
+
+    def of_student(self, rollouts: Sequence[Rollout]) -> tuple[list[_Scored], int]:
+        """The student's samples, and how many of them a teacher cannot score; of a mix, any."""
+        members = self.teachers.members
+        logp_S = _student_logp(self.student, rollouts, self.plan)
+        texts = [
+            {name: retokenize(r, self.pairs[name]) for name in self.teachers.of(r.prompt)} for r in rollouts
+        ]
+        skipped = {
+            i
+            for i, (r, by) in enumerate(zip(rollouts, texts, strict=True))
+            if any(members[name].misfit(r.prompt, text.teacher.ids.size) for name, text in by.items())
+        }
+        scored: list[_Scored] = []
+        for name in members:
+            chosen = [i for i, by in enumerate(texts) if name in by and i not in skipped]
+            found = self._score(
+                name,
+                [rollouts[i] for i in chosen],
+                [texts[i][name] for i in chosen],
+                [logp_S[i] for i in chosen],
+            )
+            scored += [
+                replace(s, number=i // self.plan.num_generations) for i, s in zip(chosen, found, strict=True)
+            ]
+        return scored, len(skipped)
+
+    def of_teachers(
+        self, writers: Mapping[str, LanguageModel], seeds: Sequence[Seed]
+    ) -> tuple[list[_Scored], int]:
+        """One sample of each prompt's teachers, and how many do not fit a teacher's or the student's context."""
+        scored: list[_Scored] = []
+        skipped = 0
+        sampling = Sampling(max_new_tokens=self.plan.max_new_tokens)
+        for name, model in writers.items():
+            teacher, pair = self.teachers.members[name], self.pairs[name]
+            graded = [n for n, p in enumerate(self.prompts) if name in self.teachers.of(p)]
+            own = [n for n in graded if not teacher.misfit(self.prompts[n], sampling.max_new_tokens)]
+            prompts, streams = [teacher.adapt_prompt(self.prompts[n]) for n in own], [seeds[n] for n in own]
+            engine = HuggingFaceEngine(model, self.plan.generation_batch_size)
+            theirs = sample(engine, model, prompts, sampling, seeds=streams)
+            taught: list[tuple[int, Rollout, AlignedText]] = []
+            for n, written in zip(own, theirs, strict=True):
+                prompt = self.prompts[n]
+                back = pair.read_back(written.tokenized, at_start=begins_anew(prompt))
+                try:
+                    rollout = given_rollout(self.student, prompt, back, written.stopped)
+                except DataError:
+                    continue
+                text = replace(retokenize(rollout, pair), teacher=written.tokenized)
+                taught.append((n, rollout, text))
+            skipped += len(graded) - len(taught)
+            rollouts, texts = [r for _, r, _ in taught], [t for _, _, t in taught]
+            found = self._score(name, rollouts, texts, _student_logp(self.student, rollouts, self.plan))
+            scored += [replace(s, number=n) for (n, _, _), s in zip(taught, found, strict=True)]
+        return scored, skipped
+
+    @torch.no_grad()
+    def _score(
+        self,
+        name: str,
+        rollouts: Sequence[Rollout],
+        texts: Sequence[AlignedText],
+        logp_S: Sequence[_StudentLogp],
+    ) -> list[_Scored]:
+        """Both models' log-probabilities of each rollout, as the teacher reads it, given the student's."""
+        teacher, pair = self.teachers.members[name], self.pairs[name]
+        found = []
+        for first in range(0, len(rollouts), self.plan.micro_batch_size):
+            here = slice(first, first + self.plan.micro_batch_size)
+            logits = teacher_logits(teacher, rollouts[here], texts[here])
+            for rollout, text, mine, theirs in zip(
+                rollouts[here], texts[here], logp_S[here], logits, strict=True
+            ):
+                stops = teacher.vocabulary.stop_ids
+                logp_T = _event_logp(theirs, text.teacher.ids, text.stopped, stops)
+                chunks = align_tokens(text.student, text.teacher).chunks
+                gap = mine.events.sum() - logp_T.sum(), len(text.student.data), False
+                if mine.rows is not None and not pair.same:
+                    batch = AlignedBatch([text], pair, mine.rows.device, teacher.device)
+                    gap = _gap_of_prefixes(batch, mine.rows, theirs)
+                found.append(_Scored(rollout, text, mine.events, logp_T, chunks, *gap, teacher=name))
+        return found
+
+    def reverse_kl(self, scored: Sequence[_Scored]) -> dict[str, float]:
+        """The reverse KL over the samples that no teacher rules out, and the share of the others."""
+        measures: dict[str, float] = {}
+        written = [s for s in scored if (s.logp_T > IMPOSSIBLE).all()]
+        if len(written) < len(scored):
+            measures["impossible_share"] = 1.0 - len(written) / len(scored)
+        return measures | self.divergences("reverse_kl_per_byte", written, sign=1.0)
+
+    def divergences(self, name: str, scored: Sequence[_Scored], sign: float) -> dict[str, float]:
+        """The divergence over all prompts, and, of several teachers, over those of each."""
+        if not scored:
+            return {}
+        teachers = self.teachers
+        weights = [teachers.weight(s.teacher) for s in scored]
+        measures = self._divergence(name, scored, weights, sign)
+        for teacher in teachers.members if teachers.several else ():
+            if own := [s for s in scored if s.teacher == teacher]:
+                measures |= self._divergence(f"{name}[{teacher}]", own, [1.0] * len(own), sign)
+        return measures
+
+    def _divergence(
+        self, name: str, scored: Sequence[_Scored], weights: Sequence[float], sign: float
+    ) -> dict[str, float]:
+        number = np.array([s.number for s in scored])
+        weight, prompts = np.array(weights), len(self.prompts)
+        gaps = sign * np.bincount(number, weight * [s.gap_nats for s in scored], prompts)
+        sizes = np.bincount(number, weight * [float(s.gap_bytes) for s in scored], prompts)
+        there = np.unique(number)  # prompts of other teachers are not drawn
+        low, high = bootstrap_ratio(gaps[there], sizes[there], self.plan.seed)
+        return {name: float(gaps.sum() / max(1.0, sizes.sum())), f"{name}_low": low, f"{name}_high": high}
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -240,7 +315,7 @@ def bootstrap_ratio(
     return float(low), float(high)
 
 
-def _writing(student: LanguageModel, rollouts: Sequence[Rollout]) -> dict[str, float]:
+def _rollout_measures(student: LanguageModel, rollouts: Sequence[Rollout]) -> dict[str, float]:
     canonical = [
         canonical_tokens(student.vocabulary, r.tokenized, begins_anew(r.prompt)).all() for r in rollouts
     ]
@@ -252,34 +327,20 @@ def _writing(student: LanguageModel, rollouts: Sequence[Rollout]) -> dict[str, f
     }
 
 
-def _accuracy(name: str, right: Sequence[bool]) -> dict[str, float]:
-    low, high = wilson(sum(right), len(right))
-    return {name: sum(right) / len(right), f"{name}_low": low, f"{name}_high": high}
-
-
-def _divergences(
-    name: str, scored: Sequence[_Scored], prompts: int, teachers: Teachers, seed: int, sign: float
-) -> dict[str, float]:
-    """The divergence over all prompts, and, of several teachers, over those of each."""
-    if not scored:
-        return {}
-    measures = _divergence(name, scored, prompts, [teachers.weight(s.teacher) for s in scored], seed, sign)
-    for teacher in teachers.members if teachers.several else ():
-        if own := [s for s in scored if s.teacher == teacher]:
-            measures |= _divergence(f"{name}[{teacher}]", own, prompts, [1.0] * len(own), seed, sign)
+def _accuracies(rollouts: Sequence[Rollout], verifier: Verifier, routes: Sequence[str]) -> dict[str, float]:
+    """The share of rollouts that score 1, over all prompts and over those of each route, with 95 % intervals."""
+    right = [bool(r.stopped and verifier.score(r.prompt, r.text) >= 1.0) for r in rollouts]
+    groups = {"accuracy": right}
+    for name in routes:
+        groups[f"accuracy[{name}]"] = [
+            ok for r, ok in zip(rollouts, right, strict=True) if r.prompt.route == name
+        ]
+    measures: dict[str, float] = {}
+    for name, group in groups.items():
+        if group:
+            low, high = wilson(sum(group), len(group))
+            measures |= {name: sum(group) / len(group), f"{name}_low": low, f"{name}_high": high}
     return measures
-
-
-def _divergence(
-    name: str, scored: Sequence[_Scored], prompts: int, weights: Sequence[float], seed: int, sign: float
-) -> dict[str, float]:
-    number = np.array([s.number for s in scored])
-    weight = np.array(weights)
-    gaps = sign * np.bincount(number, weight * [s.gap_nats for s in scored], prompts)
-    sizes = np.bincount(number, weight * [float(s.gap_bytes) for s in scored], prompts)
-    there = np.unique(number)  # prompts of other teachers are not drawn
-    low, high = bootstrap_ratio(gaps[there], sizes[there], seed)
-    return {name: float(gaps.sum() / max(1.0, sizes.sum())), f"{name}_low": low, f"{name}_high": high}
 
 
 def _agreement(scored: Sequence[_Scored]) -> dict[str, float]:
@@ -309,51 +370,7 @@ def _bits_per_byte(logp: Sequence[NDArray[np.float64]], rollouts: Sequence[Rollo
     return {"bits_per_byte": nats / max(1, size) / math.log(2)}
 
 
-def _as_student(rollout: Rollout, prompt: Prompt, student: LanguageModel, pair: VocabularyPair) -> Rollout:
-    """The teacher's sample as a completion of the student's prompt in its own tokens; the same ids if it can."""
-    tokenized = pair.read_back(rollout.tokenized, at_start=begins_anew(prompt))
-    ids = tokenized.ids
-    if rollout.stopped:
-        ids = np.concatenate((ids, np.array(student.vocabulary.stop_ids[:1], np.int32)))
-    return Rollout(
-        prompt,
-        tuple(student.prompt_ids(prompt)),
-        ids,
-        np.zeros(ids.size, np.float32),
-        tokenized,
-        rollout.stopped,
-        (Segment(0, ids.size, False),),
-    )
-
-
-@torch.no_grad()
-def _score(
-    teacher: Teacher,
-    pair: VocabularyPair,
-    rollouts: Sequence[Rollout],
-    texts: Sequence[AlignedText],
-    logp_S: Sequence[_Known],
-    plan: EvaluationPlan,
-) -> list[_Scored]:
-    """Both models' log-probabilities of each rollout, as the teacher reads it, given the student's."""
-    found = []
-    for first in range(0, len(rollouts), plan.micro_batch_size):
-        here = slice(first, first + plan.micro_batch_size)
-        rows = teacher_rows(teacher, rollouts[here], texts[here])
-        for rollout, text, mine, theirs in zip(rollouts[here], texts[here], logp_S[here], rows, strict=True):
-            stops = teacher.vocabulary.stop_ids
-            logp_T = _event_logp(theirs, text.teacher.ids, text.stopped, stops)
-            chunks = align_tokens(text.student, text.teacher).chunks
-            gap = mine.events.sum() - logp_T.sum(), len(text.student.data), False
-            if mine.rows is not None and not pair.same:
-                gap = _gap_of_beginnings(
-                    AlignedBatch([text], pair, mine.rows.device, teacher.device), mine.rows, theirs
-                )
-            found.append(_Scored(rollout, text, mine.events, logp_T, chunks, *gap))
-    return found
-
-
-def _gap_of_beginnings(
+def _gap_of_prefixes(
     batch: AlignedBatch, student: LazyLogits, teacher: LazyLogits
 ) -> tuple[float, int, bool]:
     """Of a text that was cut off: the student's log-probability of texts that begin so, less the teacher's; the bytes
@@ -377,7 +394,7 @@ def _gap_of_beginnings(
 
 
 @dataclass(frozen=True)
-class _Known:
+class _StudentLogp:
     """The student's log-probability of each of its tokens of a text, the stop event last; and of a text that was cut
     off its states."""
 
@@ -386,17 +403,19 @@ class _Known:
 
 
 @torch.no_grad()
-def _student_logp(student: LanguageModel, rollouts: Sequence[Rollout], plan: EvaluationPlan) -> list[_Known]:
+def _student_logp(
+    student: LanguageModel, rollouts: Sequence[Rollout], plan: EvaluationPlan
+) -> list[_StudentLogp]:
     was_training = student.lm.training
     student.lm.eval()
-    results: dict[int, _Known] = {}
-    for chosen in microbatches(rollouts, plan.micro_batch_size):
+    results: dict[int, _StudentLogp] = {}
+    for chosen in length_batches(rollouts, plan.micro_batch_size):
         mine = [rollouts[i] for i in chosen]
         whole = lazy_logits(student.lm, student_states(student, mine))
         for i, rows in zip(chosen, whole.split([r.ids.size for r in mine]), strict=True):
             stopped = rollouts[i].stopped
             events = _event_logp(rows, rollouts[i].tokenized.ids, stopped, student.vocabulary.stop_ids)
-            results[i] = _Known(events, None if stopped else rows)
+            results[i] = _StudentLogp(events, None if stopped else rows)
     student.lm.train(was_training)
     return [results[i] for i in range(len(rollouts))]
 

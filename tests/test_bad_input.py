@@ -27,7 +27,9 @@ from transformers import PreTrainedTokenizerFast
 import gold.build
 import gold.train.checkpoint
 import gold.train.loop
+import gold.train.microbatch
 import gold.train.progress
+import gold.train.state
 import gold.train.step
 from gold.cli import main
 from gold.errors import CheckpointError, DataError
@@ -392,7 +394,7 @@ def test_a_state_that_is_none(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "state.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"state\.json ") as caught:
-        gold.train.step._read_state(Checkpoint(1, tmp_path))
+        gold.train.state.read_steps(Checkpoint(1, tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -417,7 +419,7 @@ def full(*_: Any, **__: Any) -> Any:
 
 
 def test_a_disk_that_is_full_while_a_checkpoint_is_saved(bench: Bench) -> None:
-    real, calls = gold.train.step.save_model, iter(range(100))
+    real, calls = gold.train.state.save_model, iter(range(100))
 
     def save_model(model: Any, folder: Path) -> None:
         real(model, folder)
@@ -425,7 +427,7 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_saved(bench: Bench) -> None:
             full()
 
     with bench.monkeypatch.context() as patch:
-        patch.setattr(gold.train.step, "save_model", save_model)
+        patch.setattr(gold.train.state, "save_model", save_model)
         line = bench.refused()
     assert "cannot save the checkpoint of step 2" in line
     assert "No space left on device" in line
@@ -491,7 +493,7 @@ def test_a_loss_that_is_not_finite_at_the_end(bench: Bench) -> None:
 
 
 def test_a_text_that_cannot_be_used_on_the_way(bench: Bench) -> None:
-    real, calls = gold.train.step.teacher_rows, iter(range(100))
+    real, calls = gold.train.microbatch.teacher_logits, iter(range(100))
 
     def teacher_rows(*arguments: Any) -> Any:
         if next(calls) == 1:
@@ -500,7 +502,7 @@ def test_a_text_that_cannot_be_used_on_the_way(bench: Bench) -> None:
 
     bench.settings["train"].update(checkpoint_every=9)
     with bench.monkeypatch.context() as patch:
-        patch.setattr(gold.train.step, "teacher_rows", teacher_rows)
+        patch.setattr(gold.train.microbatch, "teacher_logits", teacher_rows)
         assert "after step 1: prompt 7: it is too long; its checkpoint is kept" in bench.refused()
     assert "rollout.max_new_tokens was 10, is 5" in bench.refused("--resume", "rollout.max_new_tokens=5")
     done = bench.gold("train", "--resume", "rollout.max_new_tokens=5", "--allow-changed")
@@ -534,14 +536,14 @@ def test_ctrl_c_while_a_step_is_taken(bench: Bench) -> None:
 
 
 def test_ctrl_c_during_the_first_evaluation(bench: Bench) -> None:
-    real = gold.train.step.evaluate
+    real = gold.train.loop.evaluate
 
     def evaluate(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **options)
 
     with bench.monkeypatch.context() as patch:
-        patch.setattr(gold.train.step, "evaluate", evaluate)
+        patch.setattr(gold.train.loop, "evaluate", evaluate)
         done = bench.gold("train")
     assert (done.code, "interrupted before the first step" in done.out) == (130, True)
     assert not (bench.run / "checkpoints").exists()

@@ -20,7 +20,7 @@ ROOT = Path(gold.__file__).parent
 
 # Heavy or optional packages, and the only modules that may import them.
 HOME_OF = {
-    "accelerate": ("gold.train.step", "gold.train.loop", "gold.evaluate"),
+    "accelerate": ("gold.train.state", "gold.train.loop", "gold.train.checks"),
     "gguf": ("gold.models.load",),
     "httpx2": ("gold.teachers.http",),
     "matplotlib": ("gold.inspect.plots", "gold.demo"),

@@ -349,6 +349,20 @@ def test_the_teacher_of_the_extending_page_works():
     assert "reverse_kl_per_byte" in done.evaluations[-1]
 
 
+def test_the_engine_and_the_state_of_the_extending_page_work():
+    student = tiny.tiny_student()
+    recipe = Recipe(steps=2, prompts_per_step=2, num_generations=1, max_new_tokens=4)
+    engine = extending_code("ScriptedEngine")["ScriptedEngine"]([5, 6, student.vocabulary.stop_ids[0]])
+    done = distill(student, tiny.tiny_teacher(), tiny.prompts(4), recipe, engine=engine)
+    assert [record["stop_rate"] for record in done.steps] == [1.0, 1.0]
+    assert engine.version == 1
+    found = extending_code("train_step")["losses"](
+        tiny.tiny_student(), tiny.tiny_teacher(), tiny.prompts(4), recipe
+    )
+    expected = distill(tiny.tiny_student(), tiny.tiny_teacher(), tiny.prompts(4), recipe)
+    assert found == [record["loss"] for record in expected.steps]
+
+
 def test_the_objective_of_the_extending_page_works(monkeypatch):
     from tests.contract.test_contract import PAIR, STUDENT, TEACHER
     from tests.contract.toys import ToyModel, inputs_of, random_texts

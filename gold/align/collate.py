@@ -1,12 +1,9 @@
-"""Rollouts, read by both models: from what the student wrote to microbatches of aligned texts and teacher states."""
+"""From rollouts to what the two models are given: retokenized texts, batches of like length, padded sequences."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from gold.align.batch import AlignedBatch
 from gold.align.texts import AlignedText
 from gold.align.vocabularies import VocabularyPair
 from gold.kernels.logits import LazyLogits
@@ -17,8 +14,8 @@ from gold.teachers.protocol import Teacher
 from gold.tokenize.chat import begins_anew
 
 
-def read(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
-    """The rollout with the teacher's own reading of the same bytes."""
+def retokenize(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
+    """The rollout with the teacher's own tokens of the same bytes."""
     anew = begins_anew(rollout.prompt)
     return AlignedText(
         rollout.ids,
@@ -32,27 +29,16 @@ def read(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
     )
 
 
-def microbatches(rollouts: Sequence[Rollout], size: int) -> list[list[int]]:
-    """Indices of the rollouts in groups of at most ``size``, texts of like length together, longest first."""
+def length_batches(rollouts: Sequence[Rollout], size: int) -> list[list[int]]:
+    """Indices of the rollouts in batches of at most ``size``, those of like length together, longest first."""
     order = sorted(
         range(len(rollouts)), key=lambda i: (-len(rollouts[i].prompt_ids) - rollouts[i].ids.size, i)
     )
     return [order[first : first + size] for first in range(0, len(order), size)]
 
 
-def aligned_batch(
-    texts: Sequence[AlignedText],
-    vocabularies: VocabularyPair,
-    student: torch.device,
-    teacher: Teacher | None,
-    other_batches: Sequence[AlignedBatch] = (),
-) -> AlignedBatch:
-    """A microbatch on the devices of both models; ``other_batches``: as further teachers read it."""
-    return AlignedBatch(texts, vocabularies, student, teacher.device if teacher else None, other_batches)
-
-
 def student_states(model: LanguageModel, rollouts: Sequence[Rollout]) -> PaddedStates:
-    """The student's states over the rollouts' own ids: one per sampled id, the stop id included."""
+    """The student's states for the rollouts' own ids: one per id, the stop id included."""
     return PaddedStates.of(
         [r.prompt_ids for r in rollouts],
         [r.tokenized.ids for r in rollouts],
@@ -62,14 +48,9 @@ def student_states(model: LanguageModel, rollouts: Sequence[Rollout]) -> PaddedS
     )
 
 
-def misfit(teacher: Teacher, rollout: Rollout, text: AlignedText) -> str:
-    """Why the teacher cannot score a rollout after its prompt, "" where it can."""
-    return teacher.misfit(rollout.prompt, text.teacher.ids.size)
-
-
-def teacher_rows(
+def teacher_logits(
     teacher: Teacher, rollouts: Sequence[Rollout], texts: Sequence[AlignedText]
 ) -> list[LazyLogits]:
-    """The teacher's rows for each text, in its own tokens and template."""
+    """The teacher's logits for each text, in its own tokens and template."""
     prompts = [r.prompt.for_teacher for r in rollouts]
     return teacher.score(prompts, [t.teacher for t in texts], [t.stopped for t in texts])

@@ -263,8 +263,8 @@ def _lengths(found: _Prompts) -> list[Finding]:
                 warning(
                     f"{fact}: after its longest prompt ({key}) a completion of rollout.max_new_tokens may not fit, as "
                     "estimated from the tokens that both sides need for the same bytes",
-                    "such completions are left out and counted (unread); shorten the longest prompts, or lower "
-                    f"rollout.max_new_tokens to about {room:,}",
+                    "such completions are left out and counted (skipped_sequences); shorten the longest prompts, or "
+                    f"lower rollout.max_new_tokens to about {room:,}",
                 )
             )
     if facts and not warnings:

@@ -10,7 +10,8 @@ from typing import Literal
 
 import torch
 
-from gold.align.collate import aligned_batch, read, student_states
+from gold.align.batch import AlignedBatch
+from gold.align.collate import retokenize, student_states
 from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
 from gold.doctor.finding import Check, Finding, failure, passed, run_checks, warning
@@ -66,8 +67,8 @@ def divergence(
     pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
     objective = OBJECTIVES["reverse_kl"](support=support)
     rollouts = [completed(student, prompt, 10**6) for prompt in prompts]
-    texts = [read(rollout, pair) for rollout in rollouts]
-    batch = aligned_batch(texts, pair, student.device, teacher)
+    texts = [retokenize(rollout, pair) for rollout in rollouts]
+    batch = AlignedBatch(texts, pair, student.device, teacher.device)
     theirs = teacher.score(prompts, [t.teacher for t in texts], [t.stopped for t in texts])
     was_training = student.lm.training
     student.lm.eval()

@@ -1,4 +1,4 @@
-"""What goes wrong slowly: lengths that run away or collapse, repetition, lost entropy, spellings of no tokenizer."""
+"""Warnings about a run: what a step left out or could not apply, and what goes wrong slowly."""
 
 from __future__ import annotations
 
@@ -8,26 +8,71 @@ from typing import Any
 from gold.errors import TrainingError
 
 WINDOW = 5
-"""Steps that are averaged, at the start and now."""
+"""Steps that are averaged, the first ones and the last ones."""
 LENGTH_FACTOR = 3.0
 """Longer or shorter than at the start by this factor."""
 REPETITION_SHARE = 0.5
-"""Share of repeated stretches above which a text says nothing new, if it was half as much at the start."""
+"""Share of repeated n-grams above which a text says nothing new, if it was half as much at the start."""
 ENTROPY_FACTOR = 10.0
 """Nats per sampled token lower than at the start by this factor. A student that learns well loses half of them."""
 CANONICAL_LOSS = 0.1
 """How much lower than at the start the share of canonical tokens may be."""
-STRETCH = 8
-"""Bytes of a stretch that counts as repeated where the same text had it before."""
+NGRAM_BYTES = 8
+"""Bytes of an n-gram that counts as repeated where the same text had it before."""
+MISSED_SHARE = 0.1
+"""Share of bytes at which the student gives the teacher's likeliest byte less than 1 %, above which a run warns."""
 
 
 def repetition(data: bytes) -> float:
-    """Share of the text's stretches of ``STRETCH`` bytes that occurred in it before; 0 for a text that has none."""
-    stretches = [data[i : i + STRETCH] for i in range(len(data) - STRETCH + 1)]
-    return 1.0 - len(set(stretches)) / len(stretches) if stretches else 0.0
+    """Share of the text's byte n-grams that occurred in it before; 0 for a text that has none."""
+    ngrams = [data[i : i + NGRAM_BYTES] for i in range(len(data) - NGRAM_BYTES + 1)]
+    return 1.0 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-class Alarms:
+class Warnings:
+    """The warnings of a run, each kind once."""
+
+    def __init__(self, bad_steps_allowed: int, bad_steps: int = 0, *, reverse_kl: bool = True) -> None:
+        self.allowed, self.bad_steps, self.reverse_kl = bad_steps_allowed, bad_steps, reverse_kl
+        self._drift = Drift()
+        self._shown: set[str] = set()
+
+    def after(self, record: Mapping[str, Any], examples: Mapping[str, str]) -> list[str]:
+        """What to tell after this step; ``examples`` of what it left out, by metric."""
+        found = {}
+        if count := record.get("skipped_sequences"):
+            example = examples.get("skipped_sequences")
+            found["skipped"] = (
+                f"{count} completions do not fit a model's context behind their prompts"
+                f"{f', such as {example}' if example else ''}; they are left out and counted (skipped_sequences); "
+                "shorten the longest prompts, or lower rollout.max_new_tokens"
+            )
+        if record["bad_steps"] > self.bad_steps:
+            found[f"bad {record['step']}"] = (
+                f"{why_bad(record).removeprefix('a ')}; the step was not applied ({record['bad_steps']} in a row, "
+                f"{self.allowed} are allowed)"
+            )
+        self.bad_steps = record["bad_steps"]
+        if count := record.get("teacher_impossible"):
+            found["impossible"] = (
+                f"nothing is learned from {count} texts, to which the teacher gives probability 0 "
+                f"(teacher_impossible counts them){examples.get('teacher_impossible', '')}. Does its server cut off "
+                "what is unlikely? vLLM does with --logprobs-mode processed_logprobs and a top_p or top_k"
+            )
+        missed = record.get("teacher_top1_missed_share", 0.0)
+        if self.reverse_kl and missed > MISSED_SHARE:
+            found["missed"] = (
+                f"at {missed:.0%} of bytes the student gives the teacher's likeliest byte less than 1 %. "
+                "Reverse KL hardly moves what the student never samples: begin with forward_kl, or add it with a "
+                "small weight, or train on teacher completions first (sft, rollout.on_policy=0)"
+            )
+        found |= self._drift.check(record)
+        fresh = {kind: text for kind, text in found.items() if kind not in self._shown}
+        self._shown |= set(fresh)
+        return [f"step {record['step']}: {text}" for text in fresh.values()]
+
+
+class Drift:
     """Compares the last steps of a run with its first ones."""
 
     def __init__(self) -> None:
@@ -35,7 +80,8 @@ class Alarms:
         self._last: dict[str, list[float]] = {}
 
     def check(self, record: Mapping[str, Any]) -> dict[str, str]:
-        """What a person should know after this step, by kind; empty during the first ``WINDOW`` steps."""
+        """What has drifted, by kind; empty during the first ``WINDOW`` steps."""
+        found: dict[str, str] = {}
         for name in ("length_bytes", "repetition", "sampled_entropy", "canonical_share"):
             if name not in record:
                 continue
@@ -43,38 +89,38 @@ class Alarms:
             if len(first) < WINDOW:
                 first.append(float(record[name]))
             last[:] = [*last[-WINDOW + 1 :], float(record[name])]
-        found: dict[str, str] = {}
-        step = record["step"]
-        for name in self._first:
-            if len(self._first[name]) < WINDOW:
-                continue
-            before, now = (sum(values[name]) / WINDOW for values in (self._first, self._last))
-            if name == "length_bytes" and max(now, 1.0) > LENGTH_FACTOR * max(before, 1.0):
-                found["length"] = (
-                    f"step {step}: completions have {now:.0f} bytes, at the start {before:.0f}: does the student learn "
-                    "to stop? Look at stop_rate, and at the stop ids of both sides (gold doctor)"
-                )
-            elif name == "length_bytes" and LENGTH_FACTOR * max(now, 1.0) < before:
-                found["length"] = (
-                    f"step {step}: completions have {now:.0f} bytes, at the start {before:.0f}: a loss that falls "
-                    "while texts get short measures the wrong thing; look at samples.jsonl"
-                )
-            elif name == "repetition" and now > REPETITION_SHARE and now > 2 * before:
-                found["repetition"] = (
-                    f"step {step}: {now:.0%} of what completions say repeats itself, at the start {before:.0%}; lower "
-                    "the learning rate, or hold the student with reference_kl"
-                )
-            elif name == "sampled_entropy" and ENTROPY_FACTOR * now < before:
-                found["entropy"] = (
-                    f"step {step}: a sampled token carries {now:.2g} nats, at the start {before:.2g}: the student soon "
-                    "writes one text only; add forward_kl or reference_kl, or take a jsd"
-                )
-            elif name == "canonical_share" and now < before - CANONICAL_LOSS:
-                found["canonical"] = (
-                    f"step {step}: {now:.0%} of the sampled tokens are those that the tokenizer gives their text, at "
-                    f"the start {before:.0%}; give the policy gradient a noncanonical_penalty, or add reverse_kl"
-                )
+            if len(first) == WINDOW:
+                found |= _drifted(name, sum(first) / WINDOW, sum(last) / WINDOW)
         return found
+
+
+def _drifted(name: str, before: float, now: float) -> dict[str, str]:
+    if name == "length_bytes" and max(now, 1.0) > LENGTH_FACTOR * max(before, 1.0):
+        return {
+            "length": f"completions have {now:.0f} bytes, at the start {before:.0f}: does the student learn to stop? "
+            "Look at stop_rate, and at the stop ids of both sides (gold doctor)"
+        }
+    if name == "length_bytes" and LENGTH_FACTOR * max(now, 1.0) < before:
+        return {
+            "length": f"completions have {now:.0f} bytes, at the start {before:.0f}: a loss that falls while texts "
+            "get short measures the wrong thing; look at samples.jsonl"
+        }
+    if name == "repetition" and now > REPETITION_SHARE and now > 2 * before:
+        return {
+            "repetition": f"{now:.0%} of what completions say repeats itself, at the start {before:.0%}; lower the "
+            "learning rate, or hold the student with reference_kl"
+        }
+    if name == "sampled_entropy" and ENTROPY_FACTOR * now < before:
+        return {
+            "entropy": f"a sampled token carries {now:.2g} nats, at the start {before:.2g}: the student soon writes "
+            "one text only; add forward_kl or reference_kl, or take a jsd"
+        }
+    if name == "canonical_share" and now < before - CANONICAL_LOSS:
+        return {
+            "canonical": f"{now:.0%} of the sampled tokens are those that the tokenizer gives their text, at the "
+            f"start {before:.0%}; give the policy gradient a noncanonical_penalty, or add reverse_kl"
+        }
+    return {}
 
 
 def why_bad(record: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A training run: the loop, evaluations, checkpoints and the run folder around it."""
+"""A training run: steps, evaluations, checkpoints, signals, and the run folder around them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,38 +15,43 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
 
-from gold.align.collate import misfit, read
-from gold.align.vocabularies import VocabularyPair
-from gold.data import Prompt, PromptOrder
+from gold.data import Prompt
 from gold.doctor.prompts import PromptReader, examine_prompts, notes_of, raise_refused
-from gold.errors import CheckpointError, ConfigError, DataError, GoldError, TeacherError, TrainingError
-from gold.evaluate import EvaluationPlan, Verifier
+from gold.errors import CheckpointError, ConfigError, GoldError, TeacherError, TrainingError
+from gold.evaluate import EvaluationPlan, Verifier, evaluate
+from gold.kernels import backend_for
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model, save_model
-from gold.rollout.engine import RolloutEngine, completed
+from gold.rollout.engine import RolloutEngine
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
-from gold.tokenize.templates import Rendering
-from gold.train.alarms import check_end, remedy_for, why_bad
+from gold.tokenize.vocabulary import Vocabulary
+from gold.train.alarms import Warnings, check_end, remedy_for, why_bad
 from gold.train.changes import Inputs
-from gold.train.checkpoint import is_write_failure, prune, reach_disk, remove_leftovers, save_checkpoint
+from gold.train.checkpoint import (
+    is_write_failure,
+    latest_checkpoint,
+    prune,
+    reach_disk,
+    remove_leftovers,
+    save_checkpoint,
+)
+from gold.train.checks import check_kept, check_recipe, pin_date, read_date, readers_of, write_date
 from gold.train.inputs import of_run
-from gold.train.interrupt import Interrupt, ended_by
+from gold.train.interrupt import NAMES, Interrupt, ended_by
 from gold.train.progress import Lasting, Quiet
-from gold.train.recipe import Recipe, problems
+from gold.train.recipe import Recipe
 from gold.train.run_folder import RunFolder
-from gold.train.step import Loop, pairs_of, terms_of
+from gold.train.setup import Setup
+from gold.train.state import TrainState
+from gold.train.step import push_weights, train_step, warm_up
 from gold.train.trackers import RunInfo, Tracker, Trackers
-
-DATE_FILE = "template_date.txt"
-"""Of a run folder: the day that chat templates write, where one of them prints the date."""
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Where a run keeps what it makes, and how often it looks up from training.
+    """Where a run keeps what it makes, and how often it evaluates and saves.
 
     ``overwrite`` removes the run that is in ``output``. ``allow_changed`` resumes it although a key or an input differs
     that makes it another run; what differs is kept in its environment.json.
@@ -64,8 +68,8 @@ class Saving:
 
 @dataclass
 class Run:
-    """What came of a training run: the trained student, every step's metrics, every evaluation, the run folder, which
-    the main process alone has written."""
+    """The result of a training run: the trained student, every step's metrics, every evaluation, and the run folder,
+    which the main process alone has written."""
 
     student: LanguageModel
     folder: Path | None
@@ -90,9 +94,9 @@ def distill(
     trackers: Sequence[Tracker] = (),
     engine: RolloutEngine | None = None,
 ) -> Run:
-    """Trains ``student``, in place, on its own completions of ``prompts``, graded by ``teacher``; returns the run.
+    """Trains ``student``, in place, on its own completions of ``prompts``, scored by ``teacher``; returns the run.
 
-    Each step draws prompts, lets the student complete them, has the teacher read the same bytes in its own tokens and
+    Each step draws prompts, lets the student complete them, has the teacher score the same bytes in its own tokens and
     template, and takes one optimizer step on the recipe's objectives, each divided by the count of its unit in the
     whole step over all processes. With ``saving.output`` the run is a folder that can be resumed; every random draw
     is a function of the seed, the step and the sequence's number, so a resumed run repeats an uninterrupted one.
@@ -107,166 +111,323 @@ def distill(
             it is left out.
         progress: what a person sees of the run; notes on stderr, where it is left out.
         trackers: further receivers of every metric and note, see ``gold.train.trackers``.
-        engine: generates the completions with the weights that it is given after every step; the student itself, where
-            it is left out.
+        engine: generates completions with the weights that it is given after every step, and is closed by its maker;
+            transformers' ``generate`` on the student itself, where it is left out.
 
     Raises:
-        ConfigError: objectives that the teacher, the data or the number of processes cannot serve.
-        DataError: no prompts, or one that does not fit.
-        TrainingError: too many steps in a row without a finite loss and gradient, a checkpoint is kept; or the last
-            ones, however few, everything is kept.
-        TeacherError: the teacher cannot be had any more; a checkpoint is kept.
-        CheckpointError: a run folder that cannot be written or resumed.
+        GoldError: models, data or settings that do not go together; a teacher that cannot answer any more, or too many
+            steps in a row without a finite loss and gradient (a checkpoint is kept).
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; SystemExit with 143 or 129 after SIGTERM or
             SIGHUP.
     """
-    prompts, heldout = _prompts(prompts), _prompts(heldout)
     student = load_model(student) if isinstance(student, (str, Path)) else student
     teacher = load_model(teacher) if isinstance(teacher, (str, Path)) else teacher
     teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
+    setup = Setup.of(student, teachers, _prompts(prompts), recipe, engine=engine, verifier=verifier)
     accelerator = _accelerator(recipe.precision, student.device)
     # All processes do and find the same; one of them logs.
     tracker = Trackers(*([Lasting(progress or Quiet()), *trackers] if accelerator.is_main_process else []))
     evaluation = evaluation or EvaluationPlan(
         max_new_tokens=recipe.max_new_tokens, generation_batch_size=recipe.generation_batch_size
     )
-    pairs = pairs_of(student, teachers)
-    terms = terms_of(recipe, teachers, pairs)
-    check_recipe(recipe, prompts, verifier, accelerator.num_processes)
-    kept_date = read_date(saving.output) if saving.output and saving.resume else None
-    day = pin_date(student, teachers, kept_date, accelerator)
+    return _run(setup, accelerator, _prompts(heldout), evaluation, saving, settings, inputs, tracker)
+
+
+def _run(
+    setup: Setup,
+    accelerator: Accelerator,
+    heldout: Sequence[Prompt],
+    evaluation: EvaluationPlan,
+    saving: Saving,
+    settings: Mapping[str, Any] | None,
+    inputs: Inputs | None,
+    tracker: Trackers,
+) -> Run:
+    """Checks, the folder or the checkpoint that is resumed, the training itself, and the trained student saved."""
+    student, teachers, recipe = setup.student, setup.teachers, setup.recipe
+    check_recipe(recipe, setup.prompts, setup.verifier, accelerator.num_processes)
+    kept_day = read_date(saving.output) if saving.output and saving.resume else None
+    day = pin_date(student, teachers, kept_day, accelerator)
     readers = readers_of(student, teachers)
-    room = max(recipe.max_new_tokens, evaluation.max_new_tokens)
-    checks = examine_prompts(prompts, heldout, readers, room)
-    raise_refused(checks)
-    for note in notes_of(checks):
-        tracker.note(note)
-    if any(t.objective.needs != "nothing" for t in terms):
-        check_kept(teachers, student, pairs, prompts, recipe)
-    loop = Loop(student, teachers, pairs, prompts, recipe, terms, verifier, accelerator, engine)
+    prints_date = _check_prompts(setup, heldout, readers, evaluation.max_new_tokens, tracker)
+    if setup.needs_teacher:
+        check_kept(teachers, student, setup.pairs, setup.prompts, recipe)
+    state = TrainState(student, teachers, recipe, accelerator, keep_reference=setup.needs_reference)
     run = Run(student, saving.output, is_main_process=accelerator.is_main_process)
     with contextlib.ExitStack() as stack:
         stack.callback(student.lm.eval)
+        settings = settings or _settings(setup, readers)
         folder: RunFolder | None = None
-        arguments = {r.role: dict(r.rendering.arguments) for r in readers if r.rendering.arguments}
-        settings = settings or {
-            "recipe": recipe.model_dump(mode="json"),
-            "student": student.name,
-            "teacher": _names(teachers),
-            **({"template_kwargs": arguments} if arguments else {}),
-        }
         if saving.output and accelerator.is_main_process:
-            inputs = of_run(student, teachers, prompts, heldout) if inputs is None else inputs
+            inputs = of_run(student, teachers, setup.prompts, heldout) if inputs is None else inputs
             folder = stack.enter_context(_open_folder(saving, settings, inputs, tracker))
             tracker.members.append(folder)
-            if any(check.check == "date" for check in checks):
-                _write_date(folder.path, day)
+            if prints_date:
+                write_date(folder.path, day)
         accelerator.wait_for_everyone()
         if saving.output and saving.resume:
-            loop.resume(saving.output / "checkpoints", folder, tracker)
-            if folder and loop.step == recipe.steps:
-                # What was killed between its last save and what that removes.
-                remove_leftovers(folder.checkpoints)
-                prune(folder.checkpoints, loop.step, saving.keep_last)
+            _resume(state, saving, recipe.steps, folder, tracker)
         if folder:
             run.steps, run.evaluations = folder.records("train"), folder.records("eval")
         stack.callback(tracker.finish)
-        tracker.start(RunInfo(settings, loop.header(), recipe.steps, loop.step))
-        if (seconds := loop.prepare()) > 1.0:
+        tracker.start(RunInfo(settings, header(state, setup), recipe.steps, state.step))
+        if (seconds := warm_up(state, setup)) > 1.0:
             tracker.note(f"kernels compiled in {seconds:.0f} s; cached for later runs")
         interrupt = stack.enter_context(Interrupt())
-
-        def look() -> None:
-            """An evaluation after the current step."""
-            if not heldout:
-                return
-            started = time.perf_counter()
-            result = loop.evaluate(heldout, evaluation)
-            record = {"step": loop.step, **result.measures, "evaluate_s": time.perf_counter() - started}
-            run.evaluations.append(record)
-            tracker.log("eval", record)
-            for sample in result.samples:
-                tracker.log("sample", {"step": loop.step, **sample})
-
-        def keep() -> None:
-            """A checkpoint after the current step."""
-            if saving.output:
-                if folder:
-                    folder.sync()
-                    save_checkpoint(folder.checkpoints, loop.step, loop.write, saving.keep_last)
-                accelerator.wait_for_everyone()
-
-        def due() -> bool:
-            """Whether an evaluation belongs after the current step."""
-            return loop.step % saving.evaluate_every == 0 or loop.step == recipe.steps
-
-        def stop(error: GoldError) -> NoReturn:
-            """Ends a run whose teacher is gone, or that has met a text it cannot use, the steps so far kept."""
-            if not isinstance(error, TeacherError) and accelerator.num_processes > 1:
-                raise error  # the others know nothing of it, and would wait
-            keep()
-            raise type(error)(
-                f"after step {loop.step}: {error}"
-                + ("; its checkpoint is kept, go on with --resume" if saving.output else "")
-            ) from error
-
-        # A resumed run has looked before its checkpoint was saved, unless its teacher was gone.
-        looked = any(record["step"] == loop.step for record in run.evaluations)
-        if loop.anywhere(accelerator.is_main_process and due() and not looked):
-            try:
-                look()
-            except TeacherError as error:
-                stop(error)
-            if number := loop.signal_anywhere(interrupt.caught):
-                tracker.note(
-                    f"interrupted {f'after step {loop.step}' if loop.step else 'before the first step'}"
-                )
-                raise ended_by(number)
-        while loop.step < recipe.steps:
-            try:
-                record = loop.train_step()
-            except GoldError as error:
-                stop(error)
-            run.steps.append(record)
-            tracker.log("train", record)
-            for warning in loop.warnings(record):
-                tracker.note(warning)
-            last = loop.step == recipe.steps
-            if due():
-                try:
-                    look()
-                except TeacherError as error:
-                    stop(error)
-            interrupted = loop.signal_anywhere(interrupt.caught)
-            hopeless = loop.bad_steps > recipe.bad_steps_allowed
-            if loop.step % saving.checkpoint_every == 0 or last or interrupted or hopeless:
-                keep()
-            if interrupted:
-                kept = "; its checkpoint is kept, resume the run with --resume" if saving.output else ""
-                tracker.note(f"interrupted after step {loop.step}{kept}")
-                raise ended_by(interrupted)
-            if hopeless:
-                raise TrainingError(
-                    f"step {loop.step}: {loop.bad_steps} steps in a row had {why_bad(record)} "
-                    f"and were not applied; {remedy_for(record)}"
-                    + (
-                        f"; the checkpoint of step {loop.step} is kept, and goes on from there with --resume "
-                        "--allow-changed"
-                        if saving.output
-                        else ""
-                    )
-                )
+        _Training(state, setup, saving, heldout, evaluation, folder, tracker, interrupt, run).all_steps()
         if folder:
             folder.check_place()
             _save_student(student, folder.path)
         accelerator.wait_for_everyone()
         last_record = run.steps[-1] if run.steps else {}
-        check_end(last_record | {"step": loop.step, "bad_steps": loop.bad_steps})
+        check_end(last_record | {"step": state.step, "bad_steps": state.bad_steps})
     return run
 
 
+@dataclass
+class _Training:
+    """The steps of a run with its evaluations and checkpoints, until its last step, a signal or an error."""
+
+    state: TrainState
+    setup: Setup
+    saving: Saving
+    heldout: Sequence[Prompt]
+    plan: EvaluationPlan
+    folder: RunFolder | None
+    tracker: Tracker
+    interrupt: Interrupt
+    run: Run
+
+    def all_steps(self) -> None:
+        """Trains up to the last step."""
+        state, recipe = self.state, self.setup.recipe
+        self.setup.engine.push(state.gather(), state.step)
+        self.first_evaluation()
+        warnings = Warnings(
+            recipe.bad_steps_allowed,
+            state.bad_steps,
+            reverse_kl=any(t.objective.name == "reverse_kl" for t in self.setup.terms),
+        )
+        while state.step < recipe.steps:
+            try:
+                record, examples = train_step(state, self.setup)
+            except GoldError as error:
+                self.stop(error)
+            self.run.steps.append(record)
+            self.tracker.log("train", record)
+            for warning in warnings.after(record, examples):
+                self.tracker.note(warning)
+            if self.is_evaluation_due:
+                self.evaluate()
+            signal = self.signal_in_any_process()
+            hopeless = state.bad_steps > recipe.bad_steps_allowed
+            due = state.step % self.saving.checkpoint_every == 0 or state.step == recipe.steps
+            if due or signal or hopeless:
+                self.save_checkpoint()
+            if signal:
+                kept = "; its checkpoint is kept, resume the run with --resume" if self.saving.output else ""
+                self.tracker.note(f"interrupted after step {state.step}{kept}")
+                raise ended_by(signal)
+            if hopeless:
+                self.give_up(record)
+
+    def first_evaluation(self) -> None:
+        """The evaluation before the first step; a resumed run has it already, unless its teacher was gone."""
+        state = self.state
+        done = any(record["step"] == state.step for record in self.run.evaluations)
+        if not state.any_process(self.run.is_main_process and self.is_evaluation_due and not done):
+            return
+        self.evaluate()
+        if signal := self.signal_in_any_process():
+            when = f"after step {state.step}" if state.step else "before the first step"
+            self.tracker.note(f"interrupted {when}")
+            raise ended_by(signal)
+
+    @property
+    def is_evaluation_due(self) -> bool:
+        """Whether an evaluation belongs after the current step."""
+        step = self.state.step
+        return step % self.saving.evaluate_every == 0 or step == self.setup.recipe.steps
+
+    def evaluate(self) -> None:
+        """An evaluation after the current step; every process does the same, so that all know the result."""
+        if not self.heldout:
+            return
+        state, setup, started = self.state, self.setup, time.perf_counter()
+        push_weights(state, setup.engine)
+        look = partial(evaluate, state.student, setup.teachers, self.heldout)
+        try:
+            with state.accelerator.autocast():
+                result = state.together(
+                    partial(look, plan=self.plan, verifier=setup.verifier, engine=setup.engine)
+                )
+        except TeacherError as error:
+            self.stop(error)
+        record = {"step": state.step, **result.measures, "evaluate_s": time.perf_counter() - started}
+        self.run.evaluations.append(record)
+        self.tracker.log("eval", record)
+        for sample in result.samples:
+            self.tracker.log("sample", {"step": state.step, **sample})
+
+    def save_checkpoint(self) -> None:
+        """A checkpoint after the current step."""
+        if self.saving.output:
+            if self.folder:
+                self.folder.sync()
+                save_checkpoint(
+                    self.folder.checkpoints, self.state.step, self.state.save, self.saving.keep_last
+                )
+            self.state.accelerator.wait_for_everyone()
+
+    def stop(self, error: GoldError) -> NoReturn:
+        """Ends a run whose teacher is gone, or that has met a text it cannot use, the steps so far kept."""
+        if not isinstance(error, TeacherError) and self.state.accelerator.num_processes > 1:
+            raise error  # the others know nothing of it, and would wait
+        self.save_checkpoint()
+        kept = "; its checkpoint is kept, go on with --resume" if self.saving.output else ""
+        raise type(error)(f"after step {self.state.step}: {error}{kept}") from error
+
+    def give_up(self, record: Mapping[str, Any]) -> NoReturn:
+        """Ends a run of which too many steps in a row were not applied."""
+        step = self.state.step
+        kept = (
+            f"; the checkpoint of step {step} is kept, and goes on from there with --resume --allow-changed"
+            if self.saving.output
+            else ""
+        )
+        raise TrainingError(
+            f"step {step}: {self.state.bad_steps} steps in a row had {why_bad(record)} and were not applied; "
+            f"{remedy_for(record)}{kept}"
+        )
+
+    def signal_in_any_process(self) -> int:
+        """The number of a signal that has reached any process, the same in all of them; 0 where none has."""
+        caught = self.interrupt.caught
+        reached = self.state.sum({str(int(each)): float(caught == each) for each in NAMES})
+        return next((int(each) for each in NAMES if reached[str(int(each))]), 0)
+
+
+def _check_prompts(
+    setup: Setup,
+    heldout: Sequence[Prompt],
+    readers: Sequence[PromptReader],
+    evaluated_tokens: int,
+    tracker: Tracker,
+) -> bool:
+    """Refuses prompts that a side cannot read, and notes what is odd; whether a chat template prints the date."""
+    room = max(setup.recipe.max_new_tokens, evaluated_tokens)
+    checks = examine_prompts(setup.prompts, heldout, readers, room)
+    raise_refused(checks)
+    for note in notes_of(checks):
+        tracker.note(note)
+    return any(check.check == "date" for check in checks)
+
+
+def _resume(
+    state: TrainState, saving: Saving, steps: int, folder: RunFolder | None, tracker: Tracker
+) -> None:
+    """Restores the newest whole checkpoint; the first step where there is none.
+
+    Raises:
+        CheckpointError: none is whole, or what it holds is not of this run; metrics that cannot be read.
+        ConfigError: it is of a later step than the run is to have.
+    """
+    assert saving.output is not None
+    found, notes = latest_checkpoint(saving.output / "checkpoints")
+    for note in notes:
+        tracker.note(note)
+    if found is None:
+        tracker.note("no checkpoint yet: the run starts at its first step")
+    else:
+        if found.step > steps:
+            raise ConfigError(
+                f"{found.path} is of step {found.step}, and train.steps is {steps}; give it at least {found.step} to "
+                "resume"
+            )
+        state.load(found)
+        tracker.note(f"resumed after step {state.step}")
+    for note in folder.rewind(state.step if found else -1) if folder else ():
+        tracker.note(note)
+    state.accelerator.wait_for_everyone()
+    if folder and state.step == steps:
+        # What was killed between its last save and what that removes.
+        remove_leftovers(folder.checkpoints)
+        prune(folder.checkpoints, state.step, saving.keep_last)
+
+
+def header(state: TrainState, setup: Setup) -> dict[str, str]:
+    """What the run will do, in a few lines for people."""
+    recipe, student, teachers = setup.recipe, state.student, setup.teachers
+    terms = ", ".join(f"{t.weight:g} × {t.label}" if t.weight != 1 else t.label for t in setup.terms)
+    by_token = teachers and any(t.label.endswith("_tokens") for t in setup.terms)
+    lines = {
+        "student": f"{student.name} ({_described(student.vocabulary)}, {student.device}{_own_code(student)})"
+    }
+    for name, t in teachers.members.items() if teachers else ():
+        share = f", weight {teachers.weight(name):.3g}" if teachers and teachers.mix else ""
+        own = _own_code(t.model) if t.model else ""
+        key = f"teacher {name}" if teachers and teachers.several else "teacher"
+        lines[key] = f"{t.name} ({_described(t.vocabulary)}, {t.device}{share}{own})"
+    if teachers is None:
+        lines["teacher"] = "none"
+    elif teachers.several:
+        rule = teachers.mix.rule.replace("_", "-") if teachers.mix else ""
+        lines["teachers"] = f"{rule} mix of all" if rule else "each prompt has its own"
+    return {
+        **lines,
+        "objective": terms + (" (one vocabulary: token by token)" if by_token else ""),
+        "step": f"{recipe.prompts_per_step} prompts × {recipe.num_generations}, λ = {recipe.on_policy:g}, "
+        f"up to {recipe.max_new_tokens} tokens, {state.accelerator.num_processes} process(es), "
+        f"precision {state.accelerator.mixed_precision}",
+        "kernels": backend_for(student.device).__name__.rpartition(".")[2],
+    }
+
+
+def _described(vocabulary: Vocabulary) -> str:
+    """Size and stop tokens."""
+    stops = ", ".join(vocabulary.label(i) for i in vocabulary.stop_ids) or "nothing"
+    return f"{vocabulary.size:,} tokens, stops at {stops}"
+
+
+def _own_code(model: LanguageModel) -> str:
+    return ", runs code of its own: trust_remote_code" if model.runs_own_code else ""
+
+
+def _prompts(given: Sequence[Prompt | str]) -> list[Prompt]:
+    """Plain strings as prompts, numbered."""
+    return [Prompt(key=str(n), text=p) if isinstance(p, str) else p for n, p in enumerate(given)]
+
+
+def _settings(setup: Setup, readers: Sequence[PromptReader]) -> dict[str, Any]:
+    """The config.yaml of a run from Python."""
+    arguments = {r.role: dict(r.rendering.arguments) for r in readers if r.rendering.arguments}
+    return {
+        "recipe": setup.recipe.model_dump(mode="json"),
+        "student": setup.student.name,
+        "teacher": _names(setup.teachers),
+        **({"template_kwargs": arguments} if arguments else {}),
+    }
+
+
+def _names(teachers: Teachers | None) -> Any:
+    if teachers is None:
+        return None
+    if not teachers.several:
+        return next(t.name for t in teachers.members.values())
+    names = {name: t.name for name, t in teachers.members.items()}
+    return {**names, **({"mix": asdict(teachers.mix)} if teachers.mix else {})}
+
+
+def _accelerator(precision: str, device: torch.device) -> Accelerator:
+    # Accelerate keeps the precision of a process's first run for good; a later run may want another.
+    AcceleratorState._reset_state()
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+
+
 def check_output(saving: Saving, settings: Mapping[str, Any], inputs: Inputs) -> None:
-    """Nothing, where a run can begin in this folder, or the run in it can go on with these settings and inputs.
+    """Checks that a run can begin in this folder, or that the run in it can go on with these settings and inputs.
 
     Raises:
         ConfigError: the folder lies in a model's, holds another run or other files, or was begun with others.
@@ -281,154 +442,6 @@ def check_output(saving: Saving, settings: Mapping[str, Any], inputs: Inputs) ->
         raise ConfigError("--allow-changed is for a run that goes on; give --resume too, or leave it out")
     else:
         RunFolder.check_new(saving.output, saving.overwrite)
-
-
-def _prompts(given: Sequence[Prompt | str]) -> list[Prompt]:
-    """Plain strings as prompts, numbered."""
-    return [Prompt(key=str(n), text=p) if isinstance(p, str) else p for n, p in enumerate(given)]
-
-
-def check_recipe(
-    recipe: Recipe, prompts: Sequence[Prompt], verifier: Verifier | None, processes: int
-) -> None:
-    """Nothing, where the recipe can be trained on these prompts.
-
-    Raises:
-        DataError: no prompts, or none with the completions that the recipe needs.
-        ConfigError: settings that do not go together.
-    """
-    if not prompts:
-        raise DataError("no prompts to train on; give at least one")
-    if recipe.prompts_per_step < processes:
-        raise ConfigError(
-            f"train.prompts_per_step is {recipe.prompts_per_step} for {processes} processes; each needs at least one"
-        )
-    if recipe.on_policy < 1.0 and (lacking := [p.key for p in prompts if p.completion is None]):
-        raise DataError(
-            f"prompt {lacking[0]} (one of {len(lacking)}) has no completion, and rollout.on_policy is "
-            f"{recipe.on_policy:g}; give every prompt one, or set it to 1"
-        )
-    if found := list(problems(recipe, has_verifier=verifier is not None)):
-        raise ConfigError(*found)
-
-
-def readers_of(student: LanguageModel, teachers: Teachers | None) -> list[PromptReader]:
-    """Who reads prompts: the student, and the teachers that have a tokenizer here."""
-    readers = [
-        PromptReader(
-            "student", student.name, student.tokenizer, student.vocabulary, student.rendering, student.context
-        )
-    ]
-    for name, teacher in teachers.members.items() if teachers else ():
-        if teacher.tokenizer is None:
-            continue
-        readers.append(
-            PromptReader(
-                f"teacher {name}" if teachers and teachers.several else "teacher",
-                teacher.name,
-                teacher.tokenizer,
-                teacher.vocabulary,
-                teacher.rendering or Rendering(),
-                teacher.context,
-                partial(_grades, teachers, name),
-                teacher.adapt_prompt,
-            )
-        )
-    return readers
-
-
-def _grades(teachers: Teachers | None, name: str, prompt: Prompt) -> bool:
-    return teachers is not None and name in teachers.of(prompt)
-
-
-def pin_date(
-    student: LanguageModel,
-    teachers: Teachers | None,
-    kept: date | None = None,
-    accelerator: Accelerator | None = None,
-) -> date:
-    """The day that all chat templates which print the date write from now on: the one that a run has kept, else the one
-    that its teacher's cache began on, else today. What a cache holds is read by the day of that cache in any case."""
-    members = list(teachers.members.values()) if teachers else []
-    day = kept or next((t.pinned_date for t in members if t.pinned_date), None) or date.today()
-    if accelerator is not None and accelerator.num_processes > 1:
-        day = gather_object([day])[0]  # midnight may be between two processes
-    student.rendering.pin_day(day)
-    # Those with a day of their own last: a model may stand behind several.
-    for teacher in sorted(members, key=lambda t: t.pinned_date is not None):
-        teacher.pin_date(day)
-    return day
-
-
-def read_date(folder: Path) -> date | None:
-    """The day that a run's templates write, where it has kept one.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    file = folder / DATE_FILE
-    try:
-        return date.fromisoformat(file.read_text("utf-8").strip()) if file.exists() else None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} holds no day such as 2026-11-29: {error}") from error
-
-
-def _write_date(folder: Path, day: date) -> None:
-    try:
-        (folder / DATE_FILE).write_text(f"{day.isoformat()}\n", "utf-8")
-    except OSError as error:
-        raise CheckpointError(f"cannot write {folder / DATE_FILE}: {error.strerror or error}") from error
-
-
-def check_kept(
-    teachers: Teachers | None,
-    student: LanguageModel,
-    pairs: Mapping[str, VocabularyPair],
-    prompts: Sequence[Prompt],
-    recipe: Recipe,
-) -> None:
-    """Nothing, unless a run that reads completions alone will miss some in a cache behind which there is nobody.
-
-    Raises:
-        TeacherError: it will; the message says how many.
-    """
-    members = teachers.members if teachers else {}
-    unasked = {n: t for n, t in members.items() if not t.complete}
-    if teachers is None or not unasked or recipe.on_policy > 0:
-        return
-    order = PromptOrder(len(prompts), recipe.seed)
-    steps = (order.batch(step, recipe.prompts_per_step) for step in range(recipe.steps))
-    needed = [prompts[i] for i in sorted(set().union(*steps))]
-    for name, teacher in unasked.items():
-        mine = [p for p in needed if name in teachers.of(p)]
-        given = [completed(student, p, recipe.max_new_tokens) for p in mine]
-        texts = [read(rollout, pairs[name]) for rollout in given]
-        kept = [
-            (r.prompt.for_teacher, t) for r, t in zip(given, texts, strict=True) if not misfit(teacher, r, t)
-        ]
-        teacher.check_kept([p for p, _ in kept], [t.teacher for _, t in kept], [t.stopped for _, t in kept])
-
-
-def _names(teachers: Teachers | None) -> Any:
-    """What a run folder says of the teachers that a run from Python had."""
-    if teachers is None:
-        return None
-    if not teachers.several:
-        return next(t.name for t in teachers.members.values())
-    names = {name: t.name for name, t in teachers.members.items()}
-    return {**names, **({"mix": asdict(teachers.mix)} if teachers.mix else {})}
-
-
-def _accelerator(precision: str, device: torch.device) -> Accelerator:
-    # Accelerate keeps the precision of a process's first run for good; a later run may want another.
-    AcceleratorState._reset_state()
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=_precision(precision, device))
-
-
-def _precision(wanted: str, device: torch.device) -> str:
-    if wanted != "auto":
-        return wanted
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
 
 
 def _open_folder(saving: Saving, settings: Mapping[str, Any], inputs: Inputs, tracker: Tracker) -> RunFolder:

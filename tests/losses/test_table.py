@@ -10,7 +10,7 @@ from gold.cli import app
 from gold.errors import ConfigError
 from gold.losses import OBJECTIVES, SUPPORTS, DivergenceRow, find
 from gold.train.recipe import Recipe, Term
-from gold.train.step import terms_of
+from gold.train.setup import terms_of
 from tests.contract.toys import toy_vocabulary
 
 STUDENT = toy_vocabulary(["a+b", "b+ "], cut=None)

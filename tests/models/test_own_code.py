@@ -24,8 +24,10 @@ from gold.inspect.score import PairScorer
 from gold.models.load import load_model, save_model
 from gold.teachers.several import Teachers
 from gold.tokenize.vocabulary import Vocabulary
+from gold.train.loop import header
 from gold.train.recipe import Recipe
-from gold.train.step import Loop, pairs_of, terms_of
+from gold.train.setup import Setup
+from gold.train.state import TrainState
 
 ROOT = Path(__file__).parents[2]
 CODE = """
@@ -126,12 +128,11 @@ def test_it_runs_with_consent_and_the_run_says_so(model: tuple[Path, Path]) -> N
     teacher = tiny.tiny_teacher()
     assert not teacher.runs_own_code
     teachers, recipe = Teachers({"teacher": teacher}), Recipe()
-    pairs = pairs_of(allowed, teachers)
-    terms = terms_of(recipe, teachers, pairs)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    header = Loop(allowed, teachers, pairs, tiny.prompts(), recipe, terms, None, accelerator).header()
-    assert "trust_remote_code" in header["student"]
-    assert "trust_remote_code" not in header["teacher"]
+    setup = Setup.of(allowed, teachers, tiny.prompts(), recipe)
+    lines = header(TrainState(allowed, teachers, recipe, accelerator), setup)
+    assert "trust_remote_code" in lines["student"]
+    assert "trust_remote_code" not in lines["teacher"]
 
 
 def test_a_configuration_can_allow_it_of_each_model(model: tuple[Path, Path]) -> None:

@@ -2,12 +2,12 @@
 
 import pytest
 
-from gold.train.alarms import WINDOW, Alarms, repetition
+from gold.train.alarms import WINDOW, Drift, repetition
 
 
 def told(**series: list[float]) -> list[tuple[int, str]]:
     """Steps and kinds of what the alarms say about a run."""
-    alarms = Alarms()
+    alarms = Drift()
     found = []
     for step, values in enumerate(zip(*series.values(), strict=True)):
         record = {"step": step, **dict(zip(series, values, strict=True))}

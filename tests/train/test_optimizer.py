@@ -9,19 +9,37 @@ import pytest
 import support.tiny_models as tiny
 import torch
 from accelerate import Accelerator
-from support.trackers import Recorder
 
 from gold.errors import CheckpointError, ConfigError
 from gold.teachers.ema import SelfTeacher
 from gold.teachers.several import Teachers
-from gold.train.checkpoint import save_checkpoint
+from gold.train.checkpoint import latest_checkpoint, save_checkpoint
 from gold.train.optimizer import MasterAdamW
 from gold.train.recipe import Recipe, Term
-from gold.train.step import Loop, pairs_of, terms_of
+from gold.train.setup import Setup
+from gold.train.state import TrainState
+from gold.train.step import train_step
 
 
-def loop_of(dtype: torch.dtype, lr: float = 1e-5, decay: float | None = None) -> Loop:
-    """A loop over completions of the data, so that all dtypes read the same texts."""
+class Steps:
+    """A state, and steps of it."""
+
+    def __init__(self, state: TrainState, setup: Setup) -> None:
+        self.state, self.setup = state, setup
+
+    def take(self) -> dict[str, Any]:
+        return train_step(self.state, self.setup).metrics
+
+    @property
+    def average(self) -> list[torch.Tensor]:
+        """The weights of a teacher that averages the student."""
+        model = self.state.teachers["teacher"].model
+        assert model is not None
+        return list(model.lm.parameters())
+
+
+def steps_of(dtype: torch.dtype, lr: float = 1e-5, decay: float | None = None) -> Steps:
+    """Steps over completions of the data, so that all dtypes read the same texts."""
     student, teacher = tiny.tiny_student(), tiny.tiny_teacher()
     student.lm.to(dtype)
     members: dict[str, Any] = {"teacher": teacher}
@@ -38,10 +56,9 @@ def loop_of(dtype: torch.dtype, lr: float = 1e-5, decay: float | None = None) ->
         schedule="constant",
         lr=lr,
     )
-    pairs = pairs_of(student, teachers)
-    terms = terms_of(recipe, teachers, pairs)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    return Loop(student, teachers, pairs, tiny.prompts(), recipe, terms, None, accelerator)
+    setup = Setup.of(student, teachers, tiny.prompts(), recipe)
+    return Steps(TrainState(student, teachers, recipe, accelerator), setup)
 
 
 def moved(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
@@ -51,17 +68,17 @@ def moved(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
 
 
 def test_nearly_all_weights_move_at_the_default_rate() -> None:
-    loop = loop_of(torch.bfloat16)
-    before = [m.clone() for m in loop.masters.values()]
+    run = steps_of(torch.bfloat16)
+    before = [m.clone() for m in run.state.masters.values()]
     for _ in range(3):
-        loop.train_step()
-    used = [(b, m) for b, m in zip(before, loop.masters.values(), strict=True) if not torch.equal(b, m)]
+        run.take()
+    used = [(b, m) for b, m in zip(before, run.state.masters.values(), strict=True) if not torch.equal(b, m)]
     # Rows of tokens that no text has are given no gradient.
-    table = loop.student.lm.get_input_embeddings().weight
+    table = run.state.student.lm.get_input_embeddings().weight
     used = [pair for pair in used if pair[0].shape != table.shape]
     assert moved(*map(list, zip(*used, strict=True))) > 0.99
     assert len(used) == len(before) - 2
-    for weight, master in loop.masters.items():
+    for weight, master in run.state.masters.items():
         assert weight.dtype == torch.bfloat16
         assert torch.equal(weight, master.bfloat16())
 
@@ -69,8 +86,8 @@ def test_nearly_all_weights_move_at_the_default_rate() -> None:
 def test_a_bfloat16_student_follows_the_float32_one() -> None:
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
-        loop = loop_of(dtype, lr=1e-4)
-        losses[dtype] = [loop.train_step()["loss"] for _ in range(16)]
+        run = steps_of(dtype, lr=1e-4)
+        losses[dtype] = [run.take()["loss"] for _ in range(16)]
     gained = {dtype: sum(found[:4]) - sum(found[-4:]) for dtype, found in losses.items()}
     assert gained[torch.float32] > 0
     assert gained[torch.bfloat16] == pytest.approx(gained[torch.float32], rel=0.05)
@@ -91,30 +108,30 @@ def test_small_steps_add_up() -> None:
 
 
 def test_a_resumed_run_of_16_bits_is_bit_for_bit_the_same(tmp_path: Path) -> None:
-    whole = loop_of(torch.bfloat16, decay=0.5)
+    whole = steps_of(torch.bfloat16, decay=0.5)
     for _ in range(2):
-        whole.train_step()
-    save_checkpoint(tmp_path, whole.step, whole.write, 1)
-    again = loop_of(torch.bfloat16, decay=0.5)
-    again.resume(tmp_path, None, Recorder())
+        whole.take()
+    save_checkpoint(tmp_path, whole.state.step, whole.state.save, 1)
+    again = steps_of(torch.bfloat16, decay=0.5)
+    checkpoint, _ = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    again.state.load(checkpoint)
     for _ in range(2):
-        whole.train_step()
-        again.train_step()
-    for one, other in zip(whole.masters.values(), again.masters.values(), strict=True):
+        whole.take()
+        again.take()
+    for one, other in zip(whole.state.masters.values(), again.state.masters.values(), strict=True):
         assert torch.equal(one, other)
-    assert whole.teachers is not None
-    assert again.teachers is not None
-    for pair in ((whole.student, again.student), (whole._own[0].model, again._own[0].model)):
-        one, other = (model.lm.state_dict() for model in pair)
-        assert all(torch.equal(one[name], other[name]) for name in one)
+    one, other = (each.state.gather() for each in (whole, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(a, b) for a, b in zip(whole.average, again.average, strict=True))
 
 
 def test_an_average_follows_the_copies() -> None:
-    loop = loop_of(torch.bfloat16, decay=0.5)
-    before = [p.clone() for p in loop._own[0].model.lm.parameters()]
-    loop.train_step()
-    after = list(loop._own[0].model.lm.parameters())
-    for old, new, master in zip(before, after, loop.masters.values(), strict=True):
+    run = steps_of(torch.bfloat16, decay=0.5)
+    before = [p.clone() for p in run.average]
+    run.take()
+    after = run.average
+    for old, new, master in zip(before, after, run.state.masters.values(), strict=True):
         assert new.dtype == torch.float32
         assert torch.equal(new, old.lerp(master, 0.5))
 
@@ -123,7 +140,7 @@ def test_float16_is_refused_in_one_line() -> None:
     with pytest.raises(
         ConfigError, match=r"^student\.dtype: float16 cannot be trained.*float32 or bfloat16$"
     ):
-        loop_of(torch.float16)
+        steps_of(torch.float16)
 
 
 def test_the_state_of_another_dtype_is_refused() -> None:

@@ -37,7 +37,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rollout__on_policy=0.7,
         train__steps=3,
         train__prompts_per_step=5,  # does not divide by two: the counts of the processes differ
-        train__sequences_per_forward=3,
+        train__micro_batch_size=3,
         train__gradient_checkpointing=True,
         train__keep_last=9,
         evaluate__every=2,
@@ -203,7 +203,7 @@ def test_two_processes_with_several_teachers_an_average_and_a_cache(pair: Path, 
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines_), encoding="utf-8")
     settings = tiny.run_settings(
-        pair, tmp_path / "unused", train__steps=4, train__prompts_per_step=5, train__sequences_per_forward=3
+        pair, tmp_path / "unused", train__steps=4, train__prompts_per_step=5, train__micro_batch_size=3
     )
     del settings["teacher"]
     kept = {"path": str(pair / "teacher"), "cache": {"path": str(tmp_path / "cache"), "top_k": 8}}

@@ -98,9 +98,9 @@ def train(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Gol
 MOMENTS: dict[str, tuple[str, int, bool]] = {
     "in the middle of the first evaluation's lines": ("gold.train.run_folder:RunFolder.log", 2, False),
     "in the second step's rollouts, before any checkpoint": ("gold.train.step:sample", 2, False),
-    "in the first checkpoint, half-written": ("gold.train.step:save_model", 1, True),
+    "in the first checkpoint, half-written": ("gold.train.state:save_model", 1, True),
     "in the update of step 3": ("torch.optim:AdamW.step", 3, False),
-    "in the evaluation of step 3": ("gold.train.step:evaluate", 2, False),
+    "in the evaluation of step 3": ("gold.train.loop:evaluate", 2, False),
     "in the second checkpoint, before its manifest": ("gold.train.checkpoint:_seal", 2, False),
     "in the second checkpoint, before it is in place": ("gold.train.checkpoint:_put_in_place", 2, False),
     "in the second checkpoint, in place, before the older one goes": (
@@ -266,7 +266,7 @@ def _send(numbers: tuple[int, ...]) -> None:
     ("number", "code", "target", "call", "step"),
     [
         (signal.SIGTERM, 143, "gold.train.step:sample", 3, 3),
-        (signal.SIGHUP, 129, "gold.train.step:evaluate", 2, 3),
+        (signal.SIGHUP, 129, "gold.train.loop:evaluate", 2, 3),
         (signal.SIGINT, 130, "gold.train.checkpoint:_seal", 1, 3),  # of step 2: noted once it is saved
     ],
 )

@@ -23,9 +23,10 @@ from gold.kernels.logits import GivenLogits
 from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
 from gold.models.language_model import LanguageModel
 from gold.models.states import lazy_logits
-from gold.train import step as loop
-from gold.train.loop import Run, Saving, check_recipe, distill
+from gold.train.checks import check_recipe
+from gold.train.loop import Run, Saving, distill
 from gold.train.recipe import Recipe, Term
+from gold.train.state import load_optimizer
 
 RECIPE = Recipe(
     steps=3,
@@ -37,7 +38,7 @@ RECIPE = Recipe(
     warmup_steps=1,
     max_new_tokens=10,
 )
-PHASES = ("rollout_s", "read_s", "teacher_s", "student_s", "update_s")
+PHASES = ("rollout_s", "align_s", "teacher_s", "student_s", "update_s")
 
 
 def run(recipe: Recipe = RECIPE, student: LanguageModel | None = None, **options: Any) -> Run:
@@ -446,7 +447,7 @@ def test_a_start_that_reverse_kl_cannot_move_is_told_with_what_helps(objective, 
             student.lm.get_output_embeddings().weight.mul_(30.0)
     seen = Recorder()
     distill(student, teacher, tiny.prompts(), changed(objectives=(Term(objective),), steps=2), progress=seen)
-    found = [t for t in seen.notes if "what the teacher wants" in t]
+    found = [t for t in seen.notes if "begin with forward_kl" in t]
     assert len(found) == warned
     assert all("forward_kl" in t and "rollout.on_policy=0" in t for t in found)
 
@@ -465,7 +466,7 @@ def test_what_a_checkpoint_holds_of_the_optimizer_is_moments_alone(tmp_path: Pat
     weight.sum().backward()
     one.step()
     torch.save(one.state_dict(), tmp_path / "optimizer.pt")
-    loop.load_optimizer(other, tmp_path / "optimizer.pt", weight.device)
+    load_optimizer(other, tmp_path / "optimizer.pt", weight.device)
     (group,) = other.param_groups
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.2, (0.2, 0.2), 0.2)
     assert torch.equal(other.state[weight]["exp_avg"], one.state[weight]["exp_avg"])

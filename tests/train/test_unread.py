@@ -65,8 +65,8 @@ def weights(done: Run) -> torch.Tensor:
 
 def assert_same_step(found: Run, expected: Run, unread: int) -> None:
     mine, theirs = found.steps[0], expected.steps[0]
-    assert mine["unread"] == unread
-    assert theirs["unread"] == 0
+    assert mine["skipped_sequences"] == unread
+    assert theirs["skipped_sequences"] == 0
     assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
     torch.testing.assert_close(weights(found), weights(expected), rtol=1e-3, atol=1e-4)
@@ -110,12 +110,12 @@ def test_what_the_student_writes_too_long_is_left_out() -> None:
 
     teacher.score = scored  # type: ignore[method-assign]
     done = run(teacher, SHORT, progress=notes, **changes)
-    unread = [record["unread"] for record in done.steps]
+    unread = [record["skipped_sequences"] for record in done.steps]
     assert 0 < sum(unread) < 6 * 6
     assert len(sent) == 6 * 6 - sum(unread)
     assert max(sent) <= room
     assert [r["applied"] for r in done.steps] == [n < 6 for n in unread]
-    (told,) = [note for note in notes.notes if "can be read" in note]
+    (told,) = [note for note in notes.notes if "do not fit a model" in note]
     assert "max_new_tokens" in told
 
 
@@ -132,14 +132,14 @@ def test_of_very_many_prompts_one_that_the_student_cannot_read_ends_no_run(
     recipe = RECIPE.replace(prompts_per_step=5, on_policy=1.0, max_new_tokens=8)
     teacher = with_context(tiny.tiny_teacher(), 1024)
     done = distill(student, teacher, [*both.values(), hard, easy], recipe, progress=notes)
-    assert done.steps[0]["unread"] >= recipe.num_generations
+    assert done.steps[0]["skipped_sequences"] >= recipe.num_generations
     assert any("prompt hard" in note for note in notes.notes)
 
 
 def test_a_step_of_which_nothing_is_left_changes_nothing_and_is_no_bad_one() -> None:
     notes = Recorder()
     done = run(narrow(), LONG, steps=3, bad_steps_allowed=0, progress=notes)
-    assert [(r["step"], r["unread"], r["applied"], r["bad_steps"]) for r in done.steps] == [
+    assert [(r["step"], r["skipped_sequences"], r["applied"], r["bad_steps"]) for r in done.steps] == [
         (n, 3, False, 0) for n in (1, 2, 3)
     ]
     assert [r["loss"] for r in done.steps] == [0.0] * 3
@@ -171,10 +171,10 @@ def test_an_evaluation_compares_what_both_can_read() -> None:
     plan = EvaluationPlan(max_new_tokens=8)
     both, student = [*SHORT, *LONG], tiny.tiny_student()
     found = evaluate(student, LocalTeacher(with_context(tiny.tiny_teacher(), 35)), both, plan=plan).measures
-    assert 0 < found["unread"] < 2 * len(both)
+    assert 0 < found["skipped_sequences"] < 2 * len(both)
     assert found["reverse_kl_per_byte"] > 0
     alone = evaluate(student, LocalTeacher(with_context(tiny.tiny_teacher(), 2)), both, plan=plan)
-    assert alone.measures["unread"] == 2 * len(both)
+    assert alone.measures["skipped_sequences"] == 2 * len(both)
     assert not {"reverse_kl_per_byte", "forward_kl_per_byte"} & alone.measures.keys()
     assert all("chunks" not in sample for sample in alone.samples)
     # What is left is compared as if nothing else had been there.
@@ -185,8 +185,8 @@ def test_an_evaluation_compares_what_both_can_read() -> None:
     left, whole = (
         evaluate(student, t, g, plan=short).measures for t, g in ((narrow_, [*kept, long]), (wide, kept))
     )
-    assert left["unread"] == 2
-    assert "unread" not in whole
+    assert left["skipped_sequences"] == 2
+    assert "skipped_sequences" not in whole
     for name in ("reverse_kl_per_byte", "forward_kl_per_byte", "one_to_one_share"):
         assert left[name] == pytest.approx(whole[name], rel=1e-4)
 
@@ -195,7 +195,7 @@ def test_what_a_teacher_writes_beyond_the_students_context_is_left_out() -> None
     plan = EvaluationPlan(max_new_tokens=8)
     room = max(len(p.text or "") for p in SHORT) + 1 + plan.max_new_tokens
     student, teacher = with_context(tiny.tiny_teacher(), room), LocalTeacher(tiny.tiny_student())
-    assert evaluate(student, teacher, SHORT, plan=plan).measures["unread"] > 0
+    assert evaluate(student, teacher, SHORT, plan=plan).measures["skipped_sequences"] > 0
 
 
 def test_a_cache_is_built_of_what_the_teacher_can_read_and_the_run_from_it_leaves_out_the_same(
@@ -212,7 +212,7 @@ def test_a_cache_is_built_of_what_the_teacher_can_read_and_the_run_from_it_leave
     narrow_teacher.model.tokenizer.save_pretrained(tmp_path / "files")
     unasked = AbsentTeacher(tmp_path / "files", context=ROOM)
     done = run(CachedTeacher(unasked, tmp_path / "cache"), [*SHORT, *LONG], objectives=(Term("forward_kl"),))
-    assert done.steps[0]["unread"] == 3
+    assert done.steps[0]["skipped_sequences"] == 3
     assert done.steps[0]["applied"]
 
 
@@ -223,7 +223,7 @@ def test_a_server_is_not_asked_for_what_its_model_cannot_read(tmp_path: Path) ->
             tmp_path, url=server.url, model="tiny", top_k=5, retries=0, context=ROOM + 2
         )
         done = run(made, [*SHORT, *LONG], objectives=(Term("forward_kl"),))
-        assert done.steps[0]["unread"] == 3
+        assert done.steps[0]["skipped_sequences"] == 3
         assert all(len(request["prompt"]) <= ROOM + 1 for request in server.requests if "prompt" in request)
 
 

@@ -1,0 +1,151 @@
+"""What is checked before a run: recipe, folder, prompts' readers, the date of chat templates, a cache's contents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from gold.align.collate import retokenize
+from gold.align.vocabularies import VocabularyPair
+from gold.data import Prompt, PromptOrder
+from gold.doctor.prompts import PromptReader
+from gold.errors import CheckpointError, ConfigError, DataError
+from gold.evaluate import Verifier
+from gold.models.language_model import LanguageModel
+from gold.rollout.engine import completed
+from gold.teachers.several import Teachers
+from gold.tokenize.templates import Rendering
+from gold.train.recipe import Recipe, problems
+
+DATE_FILE = "template_date.txt"
+"""Of a run folder: the day that chat templates print, where one of them prints the date."""
+
+
+def check_recipe(
+    recipe: Recipe, prompts: Sequence[Prompt], verifier: Verifier | None, processes: int
+) -> None:
+    """Checks that the recipe can be trained on these prompts.
+
+    Raises:
+        DataError: no prompts, or none with the completions that the recipe needs.
+        ConfigError: settings that do not go together.
+    """
+    if not prompts:
+        raise DataError("no prompts to train on; give at least one")
+    if recipe.prompts_per_step < processes:
+        raise ConfigError(
+            f"train.prompts_per_step is {recipe.prompts_per_step} for {processes} processes; each needs at least one"
+        )
+    if recipe.on_policy < 1.0 and (lacking := [p.key for p in prompts if p.completion is None]):
+        raise DataError(
+            f"prompt {lacking[0]} (one of {len(lacking)}) has no completion, and rollout.on_policy is "
+            f"{recipe.on_policy:g}; give every prompt one, or set it to 1"
+        )
+    if found := list(problems(recipe, has_verifier=verifier is not None)):
+        raise ConfigError(*found)
+
+
+def readers_of(student: LanguageModel, teachers: Teachers | None) -> list[PromptReader]:
+    """Who reads prompts: the student, and the teachers that have a tokenizer here."""
+    readers = [
+        PromptReader(
+            "student", student.name, student.tokenizer, student.vocabulary, student.rendering, student.context
+        )
+    ]
+    for name, teacher in teachers.members.items() if teachers else ():
+        if teacher.tokenizer is not None:
+            readers.append(
+                PromptReader(
+                    f"teacher {name}" if teachers and teachers.several else "teacher",
+                    teacher.name,
+                    teacher.tokenizer,
+                    teacher.vocabulary,
+                    teacher.rendering or Rendering(),
+                    teacher.context,
+                    partial(_grades, teachers, name),
+                    teacher.adapt_prompt,
+                )
+            )
+    return readers
+
+
+def _grades(teachers: Teachers | None, name: str, prompt: Prompt) -> bool:
+    return teachers is not None and name in teachers.of(prompt)
+
+
+def pin_date(
+    student: LanguageModel,
+    teachers: Teachers | None,
+    kept: date | None = None,
+    accelerator: Accelerator | None = None,
+) -> date:
+    """The day that all chat templates print from now on: the one that a run has kept, else the one that its teacher's
+    cache began on, else today. What a cache holds is read by the day of that cache in any case."""
+    members = list(teachers.members.values()) if teachers else []
+    day = kept or next((t.pinned_date for t in members if t.pinned_date), None) or date.today()
+    if accelerator is not None and accelerator.num_processes > 1:
+        day = gather_object([day])[0]  # midnight may be between two processes
+    student.rendering.pin_day(day)
+    # Those with a day of their own last: a model may stand behind several.
+    for teacher in sorted(members, key=lambda t: t.pinned_date is not None):
+        teacher.pin_date(day)
+    return day
+
+
+def read_date(folder: Path) -> date | None:
+    """The day that a run's templates print, where it has kept one.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    file = folder / DATE_FILE
+    try:
+        return date.fromisoformat(file.read_text("utf-8").strip()) if file.exists() else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} holds no day such as 2026-11-29: {error}") from error
+
+
+def write_date(folder: Path, day: date) -> None:
+    """Keeps the day for a resumption.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        (folder / DATE_FILE).write_text(f"{day.isoformat()}\n", "utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder / DATE_FILE}: {error.strerror or error}") from error
+
+
+def check_kept(
+    teachers: Teachers | None,
+    student: LanguageModel,
+    pairs: Mapping[str, VocabularyPair],
+    prompts: Sequence[Prompt],
+    recipe: Recipe,
+) -> None:
+    """Checks that a cache without a model behind it holds all that a run on the data's completions will ask of it.
+
+    Raises:
+        TeacherError: it does not; the message says how many it lacks.
+    """
+    unasked = {n: t for n, t in (teachers.members if teachers else {}).items() if not t.complete}
+    if teachers is None or not unasked or recipe.on_policy > 0:
+        return
+    order = PromptOrder(len(prompts), recipe.seed)
+    steps = (order.batch(step, recipe.prompts_per_step) for step in range(recipe.steps))
+    needed = [prompts[i] for i in sorted(set().union(*steps))]
+    for name, teacher in unasked.items():
+        given = [completed(student, p, recipe.max_new_tokens) for p in needed if name in teachers.of(p)]
+        texts = [retokenize(rollout, pairs[name]) for rollout in given]
+        kept = [
+            (r.prompt.for_teacher, t)
+            for r, t in zip(given, texts, strict=True)
+            if not teacher.misfit(r.prompt, t.teacher.ids.size)
+        ]
+        teacher.check_kept([p for p, _ in kept], [t.teacher for _, t in kept], [t.stopped for _, t in kept])

@@ -1,0 +1,138 @@
+"""A step's metrics: what is summed over its sequences and processes, and the record that is made of the sums."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from gold.align.batch import AlignedBatch
+from gold.rollout.types import Rollout
+from gold.teachers.several import Teachers
+from gold.train.alarms import repetition
+from gold.train.setup import BoundTerm
+
+MEANS = (
+    "teacher_top1_prob",
+    "teacher_top1_missed_share",
+    "unresolved_mass",
+    "shared_mass",
+    "teacher_unmatched_mass",
+    "moved_to_sampled_mass",
+    "white_space_share",
+    "span_reverse_kl",
+)
+"""Parts of objectives that the metrics show as means over the objective's unit."""
+
+
+def device_clock(device: torch.device) -> Callable[[], float]:
+    """A clock, in seconds, that waits for the device's work, which else would count for a later phase."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
+
+
+class PhaseTimer:
+    """Seconds by phase: ``with timer("rollout"): …``."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Adds the seconds of a block to the phase."""
+        started = self.now()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += self.now() - started
+
+
+def rollout_sums(
+    rollouts: Sequence[Rollout], kept: Sequence[Rollout], batches: Sequence[AlignedBatch]
+) -> dict[str, float]:
+    """Sums over the step's completions, and over ``kept``, those that it learns from, aligned in ``batches``."""
+    sampled = [r for r in rollouts if r.sampled]
+    canonical = [b.canonical_rows[b.sampled_rows] for b in batches]
+    return {
+        "sequences": len(rollouts),
+        "tokens": sum(r.ids.size for r in rollouts),
+        "bytes": sum(len(r.tokenized.data) for r in rollouts),
+        "kept": len(kept),
+        "sampled": len(sampled),
+        "repaired": sum(t.teacher.repaired_bytes for b in batches for t in b.texts),
+        "stopped": sum(r.stopped for r in sampled),
+        "sampled_tokens": sum(r.ids.size for r in sampled),
+        "sampling_logprobs": sum(float(r.sampling_logprobs.sum()) for r in sampled),
+        "aligned_tokens": sum(c.numel() for c in canonical),
+        "canonical_tokens": sum(float(c.sum()) for c in canonical),
+        "repetition": sum(repetition(r.tokenized.data) for r in sampled),
+        "reward": sum(r.reward or 0.0 for r in sampled),
+        "rewarded": sum(r.reward is not None for r in sampled),
+    }
+
+
+def step_record(
+    head: Mapping[str, Any],
+    sums: Mapping[str, float],
+    counts: Mapping[str, float],
+    terms: Sequence[BoundTerm],
+    teachers: Teachers | None,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """The metrics of a step. ``head`` comes first; ``counts`` are each term's units."""
+    record: dict[str, Any] = dict(head)
+    if teachers is not None or sums["skipped_sequences"]:
+        record["skipped_sequences"] = int(sums["skipped_sequences"])
+    record |= {t.label: sums[t.label] / counts[t.label] for t in terms if counts[t.label]}
+    record |= {name: sums[name] for name in MEANS if name in sums}
+    if sums["logp_bytes"]:
+        gap = sums["student_logp"] - sums["teacher_logp"]
+        record["sampled_reverse_kl_per_byte"] = gap / sums["logp_bytes"]
+    if teachers is not None:
+        record |= _by_teacher(sums, counts, terms, teachers)
+    if sampled := sums["sampled"]:
+        record["sampled_entropy"] = -sums["sampling_logprobs"] / max(1.0, sums["sampled_tokens"])
+        record["repetition"] = sums["repetition"] / sampled
+        record["stop_rate"] = sums["stopped"] / sampled
+        record["canonical_share"] = sums["canonical_tokens"] / max(1.0, sums["aligned_tokens"])
+        if sums["rewarded"]:
+            record["reward_mean"] = sums["reward"] / sampled
+    if teachers is not None:
+        record["repaired_share"] = sums["repaired"] / max(1.0, sums["bytes"])
+    record["length_tokens"] = sums["tokens"] / max(1.0, sums["sequences"])
+    record["length_bytes"] = sums["bytes"] / max(1.0, sums["sequences"])
+    total = sum(seconds.values())
+    record |= {f"{phase}_s": spent for phase, spent in seconds.items()}
+    record |= {"step_s": total, "tokens_per_s": sums["tokens"] / total}
+    if "teacher_tokens" in sums:
+        record["teacher_tokens_per_s"] = sums["teacher_tokens"] / seconds["teacher"]
+    if "teacher_retries" in sums:
+        record["teacher_retries"] = int(sums["teacher_retries"])
+    if sums["teacher_impossible"]:
+        record["teacher_impossible"] = int(sums["teacher_impossible"])
+    return record
+
+
+def _by_teacher(
+    sums: Mapping[str, float], counts: Mapping[str, float], terms: Sequence[BoundTerm], teachers: Teachers
+) -> dict[str, Any]:
+    """The same for each of several teachers: of routes each term, of a mix the sampled reverse KL."""
+    record: dict[str, Any] = {}
+    for name in teachers.routes:
+        labels = [f"{t.label}[{name}]" for t in terms]
+        record |= {label: sums[label] / counts[label] for label in labels if counts[label]}
+    for name in teachers.members if teachers.mix and sums["logp_bytes"] else ():
+        if (logp := sums.get(f"teacher_logp[{name}]")) is not None:
+            gap = sums["student_logp"] - logp
+            record[f"sampled_reverse_kl_per_byte[{name}]"] = gap / sums["logp_bytes"]
+    return record

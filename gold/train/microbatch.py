@@ -1,0 +1,151 @@
+"""Microbatches: rollouts that go through the models together, as each of their teachers reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gold.align.batch import AlignedBatch
+from gold.align.collate import length_batches, retokenize, teacher_logits
+from gold.align.texts import AlignedText
+from gold.kernels.logits import LazyLogits
+from gold.losses import LossInputs
+from gold.losses.mixture import OtherTeacher, mixed_rows
+from gold.rollout.types import Rollout
+from gold.train.setup import Setup
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Rollouts with their texts as each teacher reads them, by its name (of a mix several, else one; "" where there is
+    no teacher). Once the teachers were asked, ``teacher_logits`` are theirs, one for each rollout; ``baselines`` are
+    what policy gradients subtract from the advantages, by objective."""
+
+    rollouts: tuple[Rollout, ...]
+    batches: Mapping[str, AlignedBatch]
+    teacher_logits: Mapping[str, Sequence[LazyLogits]] = field(default_factory=dict)
+    baselines: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> AlignedBatch:
+        """The texts as the first teacher reads them."""
+        return next(iter(self.batches.values()))
+
+
+def collate(setup: Setup, rollouts: Sequence[Rollout]) -> tuple[list[Microbatch], list[str]]:
+    """The rollouts in microbatches, each with one set of teachers, retokenized for these; and why a teacher cannot
+    score the others, which are in none."""
+    asked = setup.members if setup.needs_teacher else {}
+    skipped: list[str] = []
+    by_teachers: dict[tuple[str, ...], list[tuple[Rollout, dict[str, AlignedText]]]] = {}
+    for rollout in rollouts:
+        names = setup.teachers.of(rollout.prompt) if setup.teachers else ("",)
+        texts = {name: retokenize(rollout, setup.pairs[name]) for name in names}
+        reasons = (asked[n].misfit(rollout.prompt, texts[n].teacher.ids.size) for n in names if n in asked)
+        if reason := next(filter(None, reasons), ""):
+            skipped.append(reason)
+        else:
+            by_teachers.setdefault(names, []).append((rollout, texts))
+    microbatches = []
+    for names in sorted(by_teachers):
+        given = by_teachers[names]
+        for chosen in length_batches([rollout for rollout, _ in given], setup.recipe.micro_batch_size):
+            texts_of = {name: [given[i][1][name] for i in chosen] for name in names}
+            batches = _aligned(setup, texts_of)
+            microbatches.append(Microbatch(tuple(given[i][0] for i in chosen), batches))
+    return microbatches, skipped
+
+
+def _aligned(setup: Setup, texts_of: Mapping[str, Sequence[AlignedText]]) -> dict[str, AlignedBatch]:
+    """The texts aligned with each teacher's, in the order of the names; the first knows the others."""
+    found: dict[str, AlignedBatch] = {}
+    for name in reversed(list(texts_of)):
+        device = setup.members[name].device if name in setup.members else None
+        others = tuple(reversed(found.values())) if name == next(iter(texts_of)) else ()
+        found[name] = AlignedBatch(texts_of[name], setup.pairs[name], setup.student.device, device, others)
+    return {name: found[name] for name in texts_of}
+
+
+def ask_teachers(setup: Setup, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
+    """The microbatches with their teachers' logits; each teacher is asked once, for all its texts of the step.
+
+    Raises:
+        TeacherError: one of them cannot answer.
+    """
+    found: list[dict[str, list[LazyLogits]]] = [{} for _ in microbatches]
+    for name, teacher in setup.members.items():
+        own = [(m, f) for m, f in zip(microbatches, found, strict=True) if name in m.batches]
+        rollouts = [r for m, _ in own for r in m.rollouts]
+        texts = [t for m, _ in own for t in m.batches[name].texts]
+        answers = iter(teacher_logits(teacher, rollouts, texts) if rollouts else [])
+        for m, by_name in own:
+            by_name[name] = list(islice(answers, len(m.rollouts)))
+    return [replace(m, teacher_logits=f) for m, f in zip(microbatches, found, strict=True)]
+
+
+@dataclass(frozen=True)
+class Impossible:
+    """The texts of a step to which a teacher gives probability 0: how many, and what one of them is."""
+
+    count: int
+    example: str = ""
+
+
+def drop_impossible(setup: Setup, microbatches: Sequence[Microbatch]) -> tuple[list[Microbatch], Impossible]:
+    """The microbatches with an empty text in the place of each to which a teacher gives probability 0, from which no
+    loss can learn; and how many these are."""
+    kept, count, example = [], 0, ""
+    for microbatch in microbatches:
+        lost: set[int] = set()
+        for name, batch in microbatch.batches.items():
+            targets = batch.teacher.targets.split(np.diff(batch.teacher.row_starts).tolist())
+            for number, (rows, target) in enumerate(
+                zip(microbatch.teacher_logits[name], targets, strict=True)
+            ):
+                if not rows.partial or not (mask := rows.impossible(target, batch.teacher.stops)).any():
+                    continue
+                lost.add(number)
+                row = int(torch.nonzero(mask)[0])
+                teacher, token = setup.members[name], int(target[row])
+                shown = "the end" if token < 0 else f"token {teacher.vocabulary.label(token)!r}"
+                key = microbatch.rollouts[number].prompt.key
+                example = (
+                    example or f", that of prompt {key} for one: {shown}, number {row}, by {teacher.name}"
+                )
+        count += len(lost)
+        kept.append(_without(setup, microbatch, lost) if lost else microbatch)
+    return kept, Impossible(count, example)
+
+
+def _without(setup: Setup, microbatch: Microbatch, lost: set[int]) -> Microbatch:
+    nothing = setup.student.vocabulary.encode(b"")
+    rollouts = tuple(r.without_text(nothing) if n in lost else r for n, r in enumerate(microbatch.rollouts))
+    texts_of = {name: [retokenize(r, setup.pairs[name]) for r in rollouts] for name in microbatch.batches}
+    logits = {
+        name: [rows.select(slice(0)) if n in lost else rows for n, rows in enumerate(each)]
+        for name, each in microbatch.teacher_logits.items()
+    }
+    return Microbatch(rollouts, _aligned(setup, texts_of), logits)
+
+
+def loss_inputs(
+    setup: Setup, microbatch: Microbatch, student_logits: LazyLogits, reference: LazyLogits | None = None
+) -> LossInputs:
+    """A microbatch as objectives see it."""
+    batch = microbatch.batch
+    if not microbatch.teacher_logits:
+        return LossInputs(batch, student_logits, None, reference)
+    first, *others = [LazyLogits.joined(microbatch.teacher_logits[name]) for name in microbatch.batches]
+    mix = setup.teachers.mix if setup.teachers else None
+    other_teachers: tuple[OtherTeacher, ...] = ()
+    if mix is not None and setup.mixes_bytes:
+        other_teachers = tuple(map(OtherTeacher, list(microbatch.batches.values())[1:], others))
+    elif mix is not None:
+        # Of one vocabulary: the mixture's rows are rows like any other teacher's.
+        first, mix = mixed_rows([first, *others], batch.vocabularies.student.size, mix), None
+    return LossInputs(batch, student_logits, first, reference, mix, other_teachers, microbatch.baselines)

@@ -1,0 +1,160 @@
+"""What the steps of a run have in common: models, prompts, engine, and the terms of the loss, checked for these."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gold.align.vocabularies import VocabularyPair
+from gold.data import Prompt
+from gold.errors import ConfigError, TeacherError
+from gold.evaluate import Verifier
+from gold.losses import DivergenceRow, Need, Objective, find
+from gold.losses.table import check_one_vocabulary
+from gold.models.language_model import LanguageModel
+from gold.rollout.engine import RolloutEngine
+from gold.rollout.hf import HuggingFaceEngine
+from gold.teachers.protocol import Teacher
+from gold.teachers.several import Teachers
+from gold.train.recipe import Recipe, Term
+
+NEEDS: tuple[Need, ...] = typing.get_args(Need)
+"""What objectives ask of a teacher, least first."""
+_MEANING: Mapping[Need, str] = {
+    "tokens": "log-probabilities of given tokens",
+    "top_k": "the likeliest tokens of each row",
+    "rows": "full rows",
+}
+
+
+@dataclass(frozen=True)
+class BoundTerm:
+    """A term of the loss: an objective with its options, its weight, and the name of its metric."""
+
+    objective: Objective
+    weight: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all steps of a run have in common. ``now``: a clock other than the device's."""
+
+    student: LanguageModel
+    teachers: Teachers | None
+    pairs: Mapping[str, VocabularyPair]
+    terms: Sequence[BoundTerm]
+    prompts: Sequence[Prompt]
+    recipe: Recipe
+    engine: RolloutEngine
+    verifier: Verifier | None = None
+    now: Callable[[], float] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        student: LanguageModel,
+        teachers: Teachers | None,
+        prompts: Sequence[Prompt],
+        recipe: Recipe,
+        engine: RolloutEngine | None = None,
+        **others: Any,
+    ) -> Setup:
+        """The recipe's terms for these models; without an ``engine`` the student generates itself.
+
+        Raises:
+            ConfigError, TeacherError: see ``terms_of``.
+        """
+        pairs = pairs_of(student, teachers)
+        terms = terms_of(recipe, teachers, pairs)
+        engine = engine or HuggingFaceEngine(student, recipe.generation_batch_size)
+        return cls(student, teachers, pairs, terms, prompts, recipe, engine, **others)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any objective compares with the student before training."""
+        return any(t.objective.name == "reference_kl" for t in self.terms)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any objective asks something of a teacher."""
+        return any(t.objective.needs != "nothing" for t in self.terms)
+
+    @property
+    def mixes_bytes(self) -> bool:
+        """Whether objectives mix several teachers byte by byte; else these share one vocabulary."""
+        return any(t.label.endswith("_bytes") for t in self.terms)
+
+    @property
+    def members(self) -> Mapping[str, Teacher]:
+        """The teachers by name."""
+        return self.teachers.members if self.teachers else {}
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """The teachers' names, where different prompts have different teachers."""
+        return self.teachers.routes if self.teachers else ()
+
+
+def pairs_of(student: LanguageModel, teachers: Teachers | None) -> dict[str, VocabularyPair]:
+    """The student's and each teacher's vocabulary, by the teacher's name; the student's twice where there is none."""
+    own = student.vocabulary
+    if teachers is None:
+        return {"": VocabularyPair(own, own)}
+    return {name: VocabularyPair(own, t.vocabulary.with_markers()) for name, t in teachers.members.items()}
+
+
+def terms_of(
+    recipe: Recipe, teachers: Teachers | None, pairs: Mapping[str, VocabularyPair]
+) -> list[BoundTerm]:
+    """The recipe's terms for these pairs; where all vocabularies are one, divergences go token by token.
+
+    Raises:
+        ConfigError: no term, an unknown one, or options that it cannot take.
+        TeacherError: a term that needs more than a teacher gives.
+    """
+    same = all(pair.same for pair in pairs.values())
+    if teachers is not None and teachers.mix is not None:
+        # What is known of a partial row differs from teacher to teacher.
+        same = same and all(t.gives == "rows" for t in teachers.members.values())
+    terms = [_bound(term, teachers, pairs, same) for term in recipe.objectives if term.weight]
+    labels = [t.label for t in terms]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ConfigError(f"objective {twice[0]} is given twice; give it once, with the sum of its weights")
+    if not terms:
+        raise ConfigError("no objective with a weight above 0: nothing would be learned")
+    return terms
+
+
+def _bound(
+    term: Term, teachers: Teachers | None, pairs: Mapping[str, VocabularyPair], same: bool
+) -> BoundTerm:
+    row = find(term.name)
+    options, label = dict(term.options), term.name
+    if isinstance(row, DivergenceRow):
+        options = row.moved("tokens", options) if same else row.resolve(options)
+        label = f"{term.name}_{options['support']}"
+    mixed = teachers is not None and teachers.mix is not None
+    if mixed and row.needs != "nothing" and options.get("support") not in ("bytes", "tokens"):
+        raise ConfigError(
+            f"objective {label} cannot be taken of a mix of teachers; choose a divergence on bytes, or a route"
+        )
+    check_one_vocabulary(term.name, same)
+    if (top_k := options.get("top_k")) is not None:
+        known = min(p.student.size if same else p.shared_ids[0].size + 1 for p in pairs.values())
+        if top_k > known:
+            raise ConfigError(
+                f"objective {term.name}: top_k is {top_k}, and there are only {known:,} events that both "
+                "vocabularies have; lower it"
+            )
+    bound = row(**options)
+    for teacher in teachers.members.values() if teachers else (None,):
+        gives = teacher.gives if teacher else "nothing"
+        if NEEDS.index(bound.needs) > NEEDS.index(gives):
+            raise TeacherError(
+                f"objective {term.name} needs {_MEANING[bound.needs]} of a teacher, and "
+                + (f"teacher {teacher.name} gives {gives}" if teacher else "there is no teacher")
+            )
+    return BoundTerm(bound, term.weight, label)
