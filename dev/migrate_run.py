@@ -28,6 +28,8 @@ METRICS = {
     "residual": "teacher_unmatched_mass",
     "observed": "moved_to_sampled_mass",
     "white_space": "white_space_share",
+    "unread": "skipped_sequences",
+    "read_s": "align_s",
 }
 """Metrics of earlier versions, and their names now."""
 OPTIONS = {"rest": "unshared"}
