@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from benchmarks.record import RESULTS, device_name, write_record
-from gold.build import train
 from gold.config import Config
 from gold.errors import GoldError
 from gold.inspect.plots import plot_run
+from gold.run import train
 from gold.train.progress import Lines
 
 KEPT = (

@@ -18,7 +18,7 @@ import torch
 from benchmarks.clock import spread
 from benchmarks.record import device_name, write_record
 from benchmarks.run import KEPT, SECONDS
-from gold.build import evaluation_of, load_data, train
+from gold.build import evaluation_of, load_data
 from gold.config import Config
 from gold.data import Prompt
 from gold.doctor.server import examine_noise, examine_server
@@ -26,6 +26,7 @@ from gold.errors import GoldError
 from gold.evaluate import evaluate
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model
+from gold.run import train
 from gold.teachers.local import LocalTeacher
 from gold.teachers.served import ServedTeacher
 from gold.tokenize.chat import prompt_text

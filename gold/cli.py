@@ -253,7 +253,7 @@ def doctor(
     logits: 6 blocks of at most 128 MiB
     """
     if teacher is None:
-        from gold.build import diagnose_run
+        from gold.doctor.run import diagnose_run
 
         report = diagnose_run(Path(student), weights=weights, sequences=sequences, tokens=tokens)
     else:
@@ -297,7 +297,7 @@ def train(
             if os.environ.get("RANK", "0") == "0":  # one of several processes
                 terminal.show(said)
             return
-    from gold.build import train as run
+    from gold.run import train as run
     from gold.train.progress import for_terminal
 
     run(settings, resume=resume, overwrite=overwrite, allow_changed=allow_changed, progress=for_terminal())
@@ -310,7 +310,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a student on held-out prompts: accuracy, bits per byte, KL per byte, lengths."""
-    from gold.build import evaluate_source
+    from gold.run import evaluate_source
     from gold.train.progress import Quiet
 
     found = evaluate_source(source, overrides or [], Quiet())
@@ -360,8 +360,8 @@ def cache_build(config: ConfigFile, overrides: Overrides = None) -> None:
     from gold.config import Config
 
     settings = Config.load(config, overrides or [])
-    from gold.build import build_cache
     from gold.cache.command import summary, teller
+    from gold.run import build_cache
     from gold.train.progress import Lines
 
     for teacher in build_cache(settings, Lines(), teller()):
@@ -411,7 +411,7 @@ def main() -> None:
     terminal.prepare()
     with _reported():
         try:
-            code = app(standalone_mode=False)
+            code = app(standalone_mode=False, prog_name="gold")
             sys.stdout.flush()
         except Exception as error:
             if not hasattr(error, "format_message"):  # everything but wrong usage
@@ -419,6 +419,7 @@ def main() -> None:
                 raise
             context = getattr(error, "ctx", None)
             hint = f"; try {context.command_path} --help" if context is not None else ""
-            terminal.show_error(f"{error.format_message().rstrip('.')}{hint}")
+            if message := error.format_message().rstrip("."):  # without a command, the help is printed
+                terminal.show_error(f"{message}{hint}")
             code = 2
     raise SystemExit(code if isinstance(code, int) else 0)

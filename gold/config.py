@@ -70,23 +70,37 @@ class RolesConfig(Section):
     """token that fills batches; null: as the files say"""
 
 
-class StudentConfig(Section):
-    """The model that learns."""
+class ModelConfig(Section):
+    """A model, and how it is loaded."""
 
-    path: Text
+    path: Text | None = None
     """model folder, GGUF file, or Hub id"""
     gguf_file: Text | None = None
     """name of the GGUF file inside `path`, where the weights come from one"""
-    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """dtype of the weights; auto: as saved, float32 on a CPU that cannot multiply bfloat16 itself;
-    bfloat16 is trained on float32 copies, so it saves no memory of weights"""
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    """dtype of the weights; auto: as saved, float32 on a CPU that cannot multiply bfloat16 itself"""
     device: Device = "auto"
     """auto | cpu | cuda | cuda:1 | mps | xpu"""
     trust_remote_code: bool = False
     """run code that comes with the model: it can do whatever you can, so read it first"""
     template_kwargs: TemplateArguments = Field(default={})
-    """what the chat template is given beside messages, such as {enable_thinking: false}"""
+    """arguments of the chat template, such as {enable_thinking: false}"""
     roles: RolesConfig = RolesConfig()
+
+    @property
+    def source(self) -> str | Path:
+        """Where the files of its tokenizer are."""
+        assert self.path is not None
+        return Path(self.path) / self.gguf_file if self.gguf_file else self.path
+
+
+class StudentConfig(ModelConfig):
+    """The model that learns."""
+
+    path: Text
+    """model folder, GGUF file, or Hub id"""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """dtype of the weights, as a teacher's; bfloat16 is trained on float32 copies, so it saves no memory of weights"""
 
 
 class ServedConfig(Section):
@@ -143,50 +157,29 @@ class CacheConfig(Section):
     """what tells the teacher from others of its name, such as a commit; null: its weights, where they are here"""
 
 
-class TeacherConfig(Section):
+class TeacherConfig(ModelConfig):
     """The model that is learned from."""
 
     self: Literal["frozen", "ema"] | None = None
     """the student itself in place of `path`: its weights at the start, or their moving average"""
     decay: Share = 0.99
     """of that average: what is kept of it at each step"""
-    path: Text | None = None
-    """model folder, GGUF file, or Hub id"""
     served: ServedConfig | None = None
     cache: CacheConfig | None = None
-    gguf_file: Text | None = None
-    """name of the GGUF file inside `path`, where the weights come from one"""
-    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
-    """dtype of the weights; auto: as saved, float32 on a CPU that cannot multiply bfloat16 itself"""
-    device: Device = "auto"
-    """auto | cpu | cuda | cuda:1 | mps | xpu"""
-    trust_remote_code: bool = False
-    """run code that comes with the model: it can do whatever you can, so read it first"""
-    template_kwargs: TemplateArguments = Field(default={})
-    """what the chat template is given beside messages, such as {enable_thinking: false}"""
-    roles: RolesConfig = RolesConfig()
 
-    @field_validator("path")
-    @classmethod
-    def _is_there(cls, path: str | None, info: ValidationInfo) -> str | None:
-        if path is None and info.data.get("self", "invalid") is None:
-            raise PydanticCustomError("missing", "is missing")
-        return path
+    @property
+    def kind(self) -> Literal["self", "cache", "served", "local"]:
+        """What gives the scores: the student, a cache alone, a server, or a model in this process."""
+        if self.self is not None:
+            return "self"
+        if self.cache is not None and self.cache.missing == "stop":
+            return "cache"
+        return "local" if self.served is None else "served"
 
     @model_validator(mode="after")
     def _one_model(self) -> TeacherConfig:
         if self.self is not None:
-            for name in (
-                "path",
-                "served",
-                "cache",
-                "gguf_file",
-                "dtype",
-                "device",
-                "trust_remote_code",
-                "roles",
-                "template_kwargs",
-            ):
+            for name in (*ModelConfig.model_fields, "served", "cache"):
                 if getattr(self, name) != TeacherConfig.model_fields[name].default:
                     raise ValueError(
                         f"{name} is of another model, and self is the student's own: leave one of them out"
@@ -391,9 +384,11 @@ def _impossible(config: Config) -> Iterator[str]:
 
 
 def _impossible_source(config: Config, teacher: TeacherConfig, key: str) -> Iterator[str]:
-    """What the server or the cache of a teacher cannot give."""
+    """What a teacher lacks, and what its server or cache cannot give."""
     from gold.losses import find
 
+    if teacher.path is None and teacher.self is None:
+        yield f"{key}.path: is missing"
     top_k: int | None
     if teacher.served is not None:
         where, top_k, instead = f"{key}.served", teacher.served.top_k, "a teacher in this process"

@@ -1,9 +1,9 @@
 """Prompts: read from JSON lines, split by content, put in an order that only seed and step decide."""
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gold.errors import ConfigError, DataError
+from gold.errors import ConfigError, DataError, did_you_mean
 from gold.files import json_value, read_bytes
 
 Message = dict[str, str]
@@ -27,8 +27,8 @@ class Prompt:
     """What a completion continues: a plain text, or the messages of a conversation; exactly one of the two.
 
     `key` is unique within its file and does not change when other lines come or go. `completion` is a given
-    answer, for training off-policy; `reference` is whatever the verifier needs. `teacher_context` is what teachers
-    alone are told: a text, or, before messages, messages. `route` names the prompt's teacher, where there are several.
+    answer, for training off-policy; `reference` is whatever the verifier needs. `teacher_context` is read by teachers
+    alone: a text, or, before messages, messages. `route` names the prompt's teacher, where there are several.
 
     Raises:
         DataError: neither or both of `text` and `messages`, an empty one, an unknown role, text that UTF-8
@@ -88,15 +88,6 @@ class Prompt:
         return replace(self, messages=(*head, *extra, *turns), teacher_context=None)
 
 
-def did_you_mean(got: str, known: Iterable[str]) -> str:
-    """The end of a line on an unknown name: `, did you mean "seed"?`, or `, known are …` if none is near."""
-    names = sorted(known)
-    near = difflib.get_close_matches(got, names, n=1)
-    if near:
-        return f', did you mean "{near[0]}"?'
-    return f", known are {', '.join(names)}" if names else ""
-
-
 def content_hash(prompt: Prompt) -> str:
     """The sha256 of what the models read of a prompt, in hexadecimal; its answers and key do not enter."""
     content = prompt.text if prompt.messages is None else [[m["role"], m["content"]] for m in prompt.messages]
@@ -120,26 +111,25 @@ def load_prompts(path: str | Path, *, route: str | None = None) -> list[Prompt]:
 
     prompts: list[Prompt] = []
     line_of_key: dict[str, int] = {}
-    repeats: dict[str, int] = {}
+    repeats: Counter[str] = Counter()
     # Split at b"\n" alone: str.splitlines would also cut at U+2028, which JSON strings may hold.
     for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not raw.strip():
             continue
         try:
             prompt, has_id = _prompt_of_line(raw, route)
-            key = prompt.key
             if not has_id:
-                repeats[key] = repeats.get(key, 0) + 1
-                if repeats[key] > 1:
-                    key = f"{key}-{repeats[key]}"
-                    prompt = replace(prompt, key=key)
-            if key in line_of_key:
+                repeats[prompt.key] += 1
+                if repeats[prompt.key] > 1:
+                    prompt = replace(prompt, key=f"{prompt.key}-{repeats[prompt.key]}")
+            if prompt.key in line_of_key:
+                before = line_of_key[prompt.key]
                 raise DataError(
-                    f'id "{key}" was already given on line {line_of_key[key]}; every id must be unique'
+                    f'id "{prompt.key}" was already given on line {before}; every id must be unique'
                 )
         except DataError as error:
             raise DataError(f"{path}:{number}: {error}") from error
-        line_of_key[key] = number
+        line_of_key[prompt.key] = number
         prompts.append(prompt)
     if not prompts:
         raise DataError(
@@ -220,8 +210,53 @@ def _shuffled(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return order
 
 
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "prompt": ((str,), "a string"),
+    "completion": ((str,), "a string"),
+    "messages": ((list,), 'a list of {"role": …, "content": …}'),
+    "teacher_context": ((str, list), "a string, or a list of messages"),
+}
+"""The JSON types of a line's values, and what messages call them."""
+
+
 def _prompt_of_line(raw: bytes, route: str | None) -> tuple[Prompt, bool]:
     """The prompt of one line, keyed by its content's hash if it gives no id, and whether it gives one."""
+    line = _object_of(raw)
+    for name in line:
+        if name not in LINE_KEYS and name != route:
+            raise DataError(f'unknown key "{name}"{did_you_mean(name, LINE_KEYS)}')
+    if route is not None and not (isinstance(line.get(route), str) and line[route]):
+        raise DataError(f'"{route}", which names the teacher, is {_kind(line.get(route))}; expected a string')
+    given = [name for name in ("prompt", "messages") if line.get(name) is not None]
+    if len(given) != 1:
+        got = "both" if given else "neither"
+        raise DataError(f'got {got} of "prompt" and "messages"; expected exactly one of them')
+    for name, (types, expected) in _KINDS.items():
+        if line.get(name) is not None and not isinstance(line[name], types):
+            raise DataError(f'"{name}" is {_kind(line[name])}; expected {expected}')
+    key = line.get("id")
+    if isinstance(key, int) and not isinstance(key, bool):
+        key = str(key)
+    if not (key is None or (isinstance(key, str) and key)):
+        raise DataError(f'"id" is {_kind(key)}; expected a string or an integer, not empty')
+    messages, context = (
+        tuple(value) if isinstance(value, list) else value
+        for value in (line.get("messages"), line.get("teacher_context"))
+    )
+    prompt = Prompt(
+        key or "-",
+        line.get("prompt"),
+        messages,
+        line.get("completion"),
+        line.get("reference"),
+        context,
+        line[route] if route else None,
+    )
+    return (prompt, True) if key is not None else (replace(prompt, key=content_hash(prompt)[:16]), False)
+
+
+def _object_of(raw: bytes) -> dict[str, Any]:
+    """The JSON object in a line."""
     try:
         line = json_value(raw, _refuse_repeated_keys)
     except UnicodeDecodeError as error:
@@ -236,43 +271,7 @@ def _prompt_of_line(raw: bytes, route: str | None) -> tuple[Prompt, bool]:
         raise DataError(f"not usable JSON, {error}") from error
     if not isinstance(line, dict):
         raise DataError(f'got {_kind(line)}; expected an object such as {{"prompt": "…"}}')
-    for name in line:
-        if name not in LINE_KEYS and name != route:
-            raise DataError(f'unknown key "{name}"{did_you_mean(name, LINE_KEYS)}')
-    if route is not None and not (isinstance(line.get(route), str) and line[route]):
-        raise DataError(f'"{route}", which names the teacher, is {_kind(line.get(route))}; expected a string')
-    given = [name for name in ("prompt", "messages") if line.get(name) is not None]
-    if len(given) != 1:
-        got = "both" if given else "neither"
-        raise DataError(f'got {got} of "prompt" and "messages"; expected exactly one of them')
-    for name in ("prompt", "completion"):
-        if not isinstance(line.get(name), str | None):
-            raise DataError(f'"{name}" is {_kind(line[name])}; expected a string')
-    key = line.get("id")
-    if isinstance(key, int) and not isinstance(key, bool):
-        key = str(key)
-    if not (key is None or (isinstance(key, str) and key)):
-        raise DataError(f'"id" is {_kind(key)}; expected a string or an integer, not empty')
-    messages = line.get("messages")
-    if messages is not None:
-        if not isinstance(messages, list):
-            raise DataError(
-                f'"messages" is {_kind(messages)}; expected a list of {{"role": …, "content": …}}'
-            )
-        messages = tuple(cast(list[Message], messages))
-    context = line.get("teacher_context")
-    if not isinstance(context, str | list | None):
-        raise DataError(f'"teacher_context" is {_kind(context)}; expected a string, or a list of messages')
-    prompt = Prompt(
-        key or "-",
-        line.get("prompt"),
-        messages,
-        line.get("completion"),
-        line.get("reference"),
-        tuple(cast(list[Message], context)) if isinstance(context, list) else context,
-        line[route] if route else None,
-    )
-    return (prompt, True) if key is not None else (replace(prompt, key=content_hash(prompt)[:16]), False)
+    return line
 
 
 def _check_text(name: str, text: object, blank_is_text: bool = False) -> None:
@@ -334,11 +333,13 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _kind(value: object) -> str:
-    names = {
-        type(None): "null or missing",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-    }
-    return names.get(type(value), "a list" if isinstance(value, list | tuple) else "an object")
+    """What messages call the type of a JSON value."""
+    if value is None:
+        return "null or missing"
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, int | float):
+        return "a number"
+    return (
+        "a string" if isinstance(value, str) else "a list" if isinstance(value, list | tuple) else "an object"
+    )

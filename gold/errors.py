@@ -5,6 +5,21 @@ knows the item adds "prompt 17, rollout 3:". The command line prints the message
 several problems has one argument, and one line, for each.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(got: object, known: Iterable[str], otherwise: str | None = None) -> str:
+    """The end of a message about an unknown name: `; did you mean seed?`.
+
+    Where no known name is near: ``otherwise``, by default all of them.
+    """
+    names = sorted(known)
+    near = get_close_matches(str(got), names, n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; known are {', '.join(names)}" if otherwise is None else otherwise
+
 
 class GoldError(Exception):
     """Base of every error that gold raises on purpose."""

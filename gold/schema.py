@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gold.errors import ConfigError
+from gold.errors import ConfigError, did_you_mean
 
 Key = tuple[str | int, ...]
 
@@ -125,7 +124,7 @@ def _problem(
         return f"unknown key{_meant_key(key, root, prefix)}"
     if kind == "literal_error":
         choices = [str(choice) for choice in typing.get_args(annotation_at(root, key))]
-        return f"expected {' | '.join(choices)}, got {got}{closest(error['input'], choices)}"
+        return f"expected {' | '.join(choices)}, got {got}{did_you_mean(error['input'], choices, '')}"
     if kind in _LIMITS:
         (limit,) = context.values()
         return f"must be {_LIMITS[kind]} {limit:g}, got {got}"
@@ -158,12 +157,6 @@ def shown(value: Any, key: Key = ()) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def closest(value: Any, choices: Sequence[str]) -> str:
-    """The end of a line on an unknown value: ``; did you mean cosine?``; empty where no choice is near."""
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def _meant_key(key: Key, root: type[BaseModel], prefix: str) -> str:
     """What an unknown key was probably meant to be."""
     old = prefix + dotted(key)
@@ -171,7 +164,7 @@ def _meant_key(key: Key, root: type[BaseModel], prefix: str) -> str:
     if renamed:
         return f"; did you mean {', '.join(new.removeprefix(prefix) for new in renamed)}?"
     here, name = list(annotation_at(root, key[:-1]).model_fields), str(key[-1])
-    if near := closest(name, here):
+    if near := did_you_mean(name, here, ""):
         return near
     elsewhere = [
         known for known, *_ in keys_of(root) if known.split(".")[-1] == name and ".NAME." not in known

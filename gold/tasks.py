@@ -1,6 +1,6 @@
-"""Procedural tasks: prompts that are made, and a verifier that scores completions.
+"""Procedural tasks: generated prompts, and a verifier that scores completions.
 
-gold's own tasks stand in OWN_TASKS; every other name is one of reasoning-gym's (countdown, chain_sum, gsm_symbolic, …;
+gold's own tasks are in OWN_TASKS; every other name is one of reasoning-gym's (countdown, chain_sum, gsm_symbolic, …;
 https://github.com/open-thought/reasoning-gym), whose questions and verifiers are used as they are.
 """
 
@@ -10,14 +10,13 @@ import importlib
 import inspect
 import os
 import re
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, cast
 
-from gold.data import Prompt, did_you_mean
-from gold.errors import ConfigError, DataError, GoldError
+from gold.data import Prompt
+from gold.errors import ConfigError, DataError, GoldError, did_you_mean
 
 SPLITS = ("train", "heldout")
-# name → module:class; add a task of your own here.
-OWN_TASKS = {"running_sums": "gold.demo.running_sums:RunningSums"}
 
 
 class Task(Protocol):
@@ -37,24 +36,29 @@ class Task(Protocol):
         ...
 
 
+OWN_TASKS: dict[str, str | Callable[..., Task]] = {"running_sums": "gold.demo.running_sums:RunningSums"}
+"""Tasks by name: a class, or ``module:class`` of one that is imported when it is needed."""
+
+
 def load_task(name: str, **options: Any) -> Task:
-    """The task of a name, set up with its own options.
+    """The task of a name, with its options.
 
     Raises:
         ConfigError: an unknown name, option or value, or reasoning-gym is needed and not installed.
     """
-    if name in OWN_TASKS:
-        module, _, class_name = OWN_TASKS[name].partition(":")
-        kind = getattr(importlib.import_module(module), class_name)
-        _check_options(name, options, [p for p in inspect.signature(kind).parameters if p != "self"])
-        try:
-            task: Task = kind(**options)
-        except GoldError:
-            raise
-        except (TypeError, ValueError, AssertionError) as error:
-            raise _bad_option(name, error) from error
-        return task
-    return ReasoningGym(name, **options)
+    if name not in OWN_TASKS:
+        return ReasoningGym(name, **options)
+    kind = OWN_TASKS[name]
+    if isinstance(kind, str):
+        module, _, attribute = kind.partition(":")
+        kind = cast(Callable[..., Task], getattr(importlib.import_module(module), attribute))
+    _check_options(name, options, inspect.signature(kind).parameters)
+    try:
+        return kind(**options)
+    except GoldError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:
+        raise _bad_option(name, error) from error
 
 
 class ReasoningGym:
@@ -85,22 +89,15 @@ class ReasoningGym:
             )
         self.name = name
         self._dataset_type, self._config_type = DATASETS[name]
-        defaults = {
-            field.name: field.default
-            if field.default_factory is dataclasses.MISSING
-            else field.default_factory()
-            for field in dataclasses.fields(self._config_type)
-        }
-        for option in ("seed", "size"):
-            if option in options:
-                raise ConfigError(
-                    f"task {name!r}: {option!r} is no option; the seed and the counts are given apart"
-                )
-            defaults.pop(option)
-        _check_options(name, options, defaults)
-        # YAML has lists alone.
+        for option in options.keys() & {"seed", "size"}:
+            raise ConfigError(
+                f"task {name!r}: {option!r} is no option; the seed and the counts have their own keys"
+            )
+        fields = {f.name: f for f in dataclasses.fields(self._config_type) if f.name not in ("seed", "size")}
+        _check_options(name, options, fields)
+        # YAML has lists, and no tuples.
         self._options = {
-            option: tuple(value) if isinstance(value, list) and isinstance(defaults[option], tuple) else value
+            option: tuple(value) if isinstance(value, list) and _is_tuple(fields[option]) else value
             for option, value in options.items()
         }
         self._verifier = self._dataset(seed=0, size=1)
@@ -194,6 +191,13 @@ _WITHOUT_USE = frozenset({"composite"})
 _HASH_SEEDED = frozenset({"isomorphic_strings", "list_functions", "polynomial_multiplication", "ransom_note"})
 
 
+def _is_tuple(field: Any) -> bool:
+    """Whether the default of a dataclass field is a tuple."""
+    return isinstance(
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory(), tuple
+    )
+
+
 def _is_heldout(digest: str) -> bool:
     return int(digest[:8], 16) % 4 == 0
 
@@ -229,23 +233,12 @@ def _is_plain_formula(answer: str) -> bool:
     return len(re.findall(power, answer)) == answer.count("**") and len(re.findall(r"\)\s*\*\*", answer)) <= 2
 
 
-_FUNCTIONS = {
-    "Integral",
-    "sin",
-    "cos",
-    "tan",
-    "asin",
-    "acos",
-    "atan",
-    "sinh",
-    "cosh",
-    "tanh",
-    "exp",
-    "log",
-    "ln",
-    "sqrt",
-    "pi",
-}
+_FUNCTIONS = frozenset(
+    (
+        *("Integral", "pi", "sqrt", "exp", "log", "ln", "sin", "cos", "tan"),
+        *("asin", "acos", "atan", "sinh", "cosh", "tanh"),
+    )
+)
 _PLAIN_ANSWERS = {
     "countdown": _is_plain_arithmetic,
     "puzzle24": _is_plain_arithmetic,
@@ -259,7 +252,7 @@ _PLAIN_ANSWERS = {
 }
 
 
-def _check_options(task: str, options: dict[str, Any], known: Any) -> None:
+def _check_options(task: str, options: dict[str, Any], known: Iterable[str]) -> None:
     for option in options:
         if option not in known:
             raise ConfigError(f"task {task!r} has no option {option!r}{did_you_mean(option, known)}")

@@ -47,8 +47,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip `gpu` tests without a CUDA device, and `assets` tests without the assets that the mark names (or any)."""
     # A picture at the end of a run takes longer than the run of a tiny model.
-    if (assembly := sys.modules.get("gold.build")) is not None:
-        assembly.plot_run = lambda folder: []  # type: ignore[attr-defined]
+    if (run := sys.modules.get("gold.run")) is not None:
+        run.plot_run = lambda folder: []  # type: ignore[attr-defined]
     if item.get_closest_marker("gpu"):
         import torch
 

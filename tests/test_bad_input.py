@@ -225,7 +225,7 @@ GOOD = [json.dumps({"prompt": p.text, "id": str(n)}) for n, p in enumerate(tiny.
         ('{"prompt": ""}', '"prompt" is empty'),
         ('{"prompt": "  "}', '"prompt" is empty'),
         ('{"messages": []}', '"messages" is empty'),
-        ('{"promt": "24"}', 'did you mean "prompt"'),
+        ('{"promt": "24"}', "did you mean prompt"),
         ("17", "got a number"),
     ],
 )

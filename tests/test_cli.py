@@ -72,7 +72,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_train_hands_on_the_configuration(call: Call, stand_in: Any, saved: Path) -> None:
-    calls = stand_in("gold.build", "train")
+    calls = stand_in("gold.run", "train")
     assert call("train", saved, "train.steps=3", "optimizer.lr=1e-3", "--resume").code == 0
     assert call("train", "--resume", saved).code == 0
     assert call("train", saved).code == 0
@@ -87,7 +87,7 @@ MEASURES = {"accuracy": 0.5, "accuracy_low": 0.25, "accuracy_high": 0.75, "stop_
 
 def test_eval_hands_on_the_source_and_prints_the_measures(call: Call, stand_in: Any, saved: Path) -> None:
     found = SimpleNamespace(measures=MEASURES, samples=[{"prompt": "1 + 1"}])
-    calls = stand_in("gold.build", "evaluate_source", found)
+    calls = stand_in("gold.run", "evaluate_source", found)
     done = call("eval", saved, "evaluate.prompts=2")
     assert [line.split() for line in done.out.splitlines()] == [
         ["accuracy", "0.5000", "95", "%", "0.2500", "to", "0.7500"],
@@ -142,7 +142,7 @@ def test_align_loads_models_where_it_is_to_score(call: Call, stand_in: Any) -> N
 def test_the_real_functions_take_what_is_handed_on(
     call: Call, monkeypatch: pytest.MonkeyPatch, saved: Path, name: str, command: list[str]
 ) -> None:
-    module = {"run_align": "gold.inspect.command", "train": "gold.build"}[name]
+    module = {"run_align": "gold.inspect.command", "train": "gold.run"}[name]
     real = create_autospec(getattr(import_module(module), name))
     monkeypatch.setattr(f"{module}.{name}", real)
     assert call(*(part.format(saved=saved) for part in command)).code == 0
@@ -166,13 +166,13 @@ def test_demo_hands_on_the_folder(call: Call, stand_in: Any, tmp_path: Path) -> 
 
 
 def test_an_error_is_one_line_and_exit_1(call: Call, stand_in: Any, saved: Path) -> None:
-    stand_in("gold.build", "train", DataError("p.jsonl:3: no prompt"))
+    stand_in("gold.run", "train", DataError("p.jsonl:3: no prompt"))
     done = call("train", saved)
     assert (done.code, done.out, done.err) == (1, "", "error: p.jsonl:3: no prompt\n")
 
 
 def test_each_problem_of_a_configuration_is_one_line(call: Call, stand_in: Any, saved: Path) -> None:
-    calls = stand_in("gold.build", "train")
+    calls = stand_in("gold.run", "train")
     done = call("train", saved, "train.steps=0", "train.sead=1")
     assert (done.code, done.out) == (1, "")
     assert done.err.splitlines() == [
@@ -191,7 +191,7 @@ def test_a_missing_file_is_one_line(call: Call, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_is_exit_130(call: Call, stand_in: Any, saved: Path) -> None:
-    stand_in("gold.build", "train", KeyboardInterrupt())
+    stand_in("gold.run", "train", KeyboardInterrupt())
     done = call("train", saved)
     assert (done.code, done.err) == (130, "interrupted\n")
 
@@ -199,7 +199,7 @@ def test_ctrl_c_is_exit_130(call: Call, stand_in: Any, saved: Path) -> None:
 def test_an_error_that_gold_does_not_raise_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, stand_in: Any, saved: Path
 ) -> None:
-    stand_in("gold.build", "train", ZeroDivisionError("a bug"))
+    stand_in("gold.run", "train", ZeroDivisionError("a bug"))
     monkeypatch.setattr(sys, "argv", ["gold", "train", str(saved)])
     with pytest.raises(ZeroDivisionError, match="a bug"):
         main()

@@ -16,7 +16,7 @@ import pytest
 import support.tiny_models as tiny
 from typer.testing import CliRunner
 
-from gold import Recipe, distill, losses
+from gold import Prompt, Recipe, distill, losses, tasks
 from gold.cli import app
 from gold.config import Config
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
@@ -361,6 +361,17 @@ def test_the_engine_and_the_state_of_the_extending_page_work():
     )
     expected = distill(tiny.tiny_student(), tiny.tiny_teacher(), tiny.prompts(4), recipe)
     assert found == [record["loss"] for record in expected.steps]
+
+
+def test_the_task_of_the_extending_page_works(monkeypatch):
+    monkeypatch.setattr(tasks, "OWN_TASKS", dict(tasks.OWN_TASKS))
+    extending_code("Multiples")
+    task = tasks.load_task("multiples", length=4)
+    train, heldout = (task.prompts(split, 100, 0) for split in ("train", "heldout"))
+    assert not {p.text for p in train} & {p.text for p in heldout}
+    assert task.score(Prompt("x", text="x", reference=[7, 14, 21, 28]), " 7 14 20 28") == 0.75
+    with pytest.raises(ConfigError, match="did you mean length"):
+        tasks.load_task("multiples", lenght=4)
 
 
 def test_the_objective_of_the_extending_page_works(monkeypatch):

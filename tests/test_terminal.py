@@ -241,7 +241,7 @@ def test_what_a_cache_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_measures_pictures_and_warnings(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(measures={f"m{EVIL}": 0.5}, samples=[{"prompt": EVIL}])
-    put(monkeypatch, "gold.build", "evaluate_source", lambda *_: found)
+    put(monkeypatch, "gold.run", "evaluate_source", lambda *_: found)
     assert call("eval", "x").code == 0
     assert json.loads(call("eval", "x", "--json").out)["samples"] == [{"prompt": EVIL}]
 

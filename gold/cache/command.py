@@ -85,7 +85,7 @@ def teller() -> Callable[[int, int, int], None]:
     """Prints how far a build is, every few seconds and at its end."""
     started = told = time.perf_counter()
 
-    def tell(done: int, total: int, rows: int) -> None:
+    def tell(total: int, done: int, rows: int) -> None:
         nonlocal told
         now = time.perf_counter()
         if done == total or now - told > _TELL_S:

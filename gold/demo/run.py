@@ -86,35 +86,31 @@ class Spent:
 
 @dataclass(frozen=True)
 class Way:
-    """One way of spending the prompts: its name in the table, what tells the student right from wrong, and what is
-    particular about its recipe."""
+    """One way of spending the prompts: its title in the table, what it learns from, and its recipe."""
 
     title: str
     learned_from: str
     recipe: Recipe
 
 
+_EACH = Recipe(
+    num_generations=1,
+    prompts_per_step=BATCH,
+    micro_batch_size=BATCH,
+    generation_batch_size=BATCH,
+    max_new_tokens=SAMPLING.max_new_tokens,
+)
+_IMITATION = _EACH.replace(objectives=(Term("sft"),), on_policy=0.0, lr=1e-3)
+_REWARD = _EACH.replace(objectives=(Term("reward"),), prompts_per_step=BATCH // 8, num_generations=8, lr=3e-4)
 WAYS = {
     "distilled": Way(
         "on-policy distillation (reverse KL on bytes)",
         "its own texts, graded by the teacher",
-        Recipe(objectives=(Term("reverse_kl"),), prompts_per_step=BATCH, num_generations=1, lr=2e-3),
+        _EACH.replace(lr=2e-3),
     ),
-    "kd_sampled": Way(
-        "sequence-level KD, sampled",
-        "the teacher's texts, four samples a prompt",
-        Recipe(objectives=(Term("sft"),), on_policy=0.0, prompts_per_step=BATCH, num_generations=1, lr=1e-3),
-    ),
-    "kd_greedy": Way(
-        "sequence-level KD, greedy",
-        "the teacher's likeliest texts",
-        Recipe(objectives=(Term("sft"),), on_policy=0.0, prompts_per_step=BATCH, num_generations=1, lr=1e-3),
-    ),
-    "reward_only": Way(
-        "reward only (groups of 8)",
-        "its own texts, right or wrong",
-        Recipe(objectives=(Term("reward"),), prompts_per_step=BATCH // 8, num_generations=8, lr=3e-4),
-    ),
+    "kd_sampled": Way("sequence-level KD, sampled", "the teacher's texts, four samples a prompt", _IMITATION),
+    "kd_greedy": Way("sequence-level KD, greedy", "the teacher's likeliest texts", _IMITATION),
+    "reward_only": Way("reward only (groups of 8)", "its own texts, right or wrong", _REWARD),
 }
 """What the prompts are spent on, each at the best learning rate of a few that were tried for it on another seed."""
 
@@ -220,13 +216,7 @@ def spend(name: str, out: Path, plan: DemoPlan) -> Spent:
     way = WAYS[name]
     student = load_model(out / "student-start")
     teacher = load_model(out / "teacher") if name in ASKING else None
-    recipe = way.recipe.replace(
-        max_new_tokens=SAMPLING.max_new_tokens,
-        generation_batch_size=BATCH,
-        micro_batch_size=BATCH,
-        steps=plan.steps,
-        seed=plan.seed,
-    )
+    recipe = way.recipe.replace(steps=plan.steps, seed=plan.seed)
     clock = CpuSeconds()
     # The answers are not given: a way that wants texts takes the teacher's.
     prompts = [replace(p, completion=None) for p in TASK.prompts("train", plan.prompts, plan.seed)]

@@ -7,7 +7,6 @@ batch. To add one, write the function and give it a row.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gold.align.batch import AlignedBatch
-from gold.errors import ConfigError
+from gold.errors import ConfigError, did_you_mean
 from gold.losses.divergences import DIVERGENCES
 from gold.losses.policy import reward, span_pg, token_pg
 from gold.losses.prefix import prefix_divergence, prefix_states
@@ -236,10 +235,10 @@ def _checked(objective: str, arguments: Arguments, options: Mapping[str, Any]) -
     """All arguments, given or at their defaults."""
     for name in options:
         if name not in arguments:
-            meant = _RENAMED.get(name)
-            close = [meant] if meant in arguments else difflib.get_close_matches(name, arguments, n=1)
-            known = f"did you mean {close[0]}?" if close else f"{objective} has {_listed(arguments)}"
-            raise ConfigError(f"{name}: unknown key; {known}")
+            if (meant := _RENAMED.get(name)) in arguments:
+                raise ConfigError(f"{name}: unknown key; did you mean {meant}?")
+            known = f"; {objective} has {_listed(arguments)}"
+            raise ConfigError(f"{name}: unknown key{did_you_mean(name, arguments, known)}")
     values = {name: default for name, (_, default) in arguments.items()}
     for name, value in options.items():
         if value is None:
@@ -361,9 +360,7 @@ def find(name: str) -> Row | DivergenceRow:
     Raises: ConfigError: there is none.
     """
     if name not in OBJECTIVES:
-        close = difflib.get_close_matches(name, OBJECTIVES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(OBJECTIVES)}"
-        raise ConfigError(f"unknown objective {name!r}; {hint}")
+        raise ConfigError(f"unknown objective {name!r}{did_you_mean(name, OBJECTIVES)}")
     return OBJECTIVES[name]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from gold.data import Prompt, did_you_mean
-from gold.errors import ConfigError, DataError
+from gold.data import Prompt
+from gold.errors import ConfigError, DataError, did_you_mean
 from gold.losses.mixture import Mix, Rule
 from gold.models.language_model import LanguageModel
 from gold.teachers.local import LocalTeacher

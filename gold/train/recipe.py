@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from gold.errors import ConfigError
+from gold.errors import ConfigError, did_you_mean
 from gold.schema import (
     CountInt,
     Decay,
@@ -18,7 +18,6 @@ from gold.schema import (
     Section,
     Share,
     Text,
-    closest,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class Term(Section):
         except ConfigError as error:
             raise ConfigError(f"name: {error}") from None
         for option in self.options:
-            if option not in row.arguments and (meant := closest(option, list(Term.model_fields))):
+            if option not in row.arguments and (meant := did_you_mean(option, Term.model_fields, "")):
                 raise ConfigError(f"{option}: unknown key{meant}")
         return Term(self.name, self.weight, **row.resolve(self.options))
 

@@ -600,7 +600,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's pictures take longer than its step."""
-    monkeypatch.setattr("gold.build.plot_run", lambda folder: [])
+    monkeypatch.setattr("gold.run.plot_run", lambda folder: [])
 
 
 def one_step(saved: Path, folder: Path, **changes: Any) -> Path:
@@ -793,7 +793,8 @@ def test_processes_tell_once(saved: Path, tmp_path: Path, call: Any, monkeypatch
     sides = [read_side(role, saved / role) for role in ("student", "teacher")]
     for rank, count in (("0", 1), ("1", 1)):
         monkeypatch.setenv("RANK", rank)
-        gold.build._consult(config, data.train, SimpleNamespace(note=told.append), "teacher", *sides)  # type: ignore[arg-type]
+        note = gold.build.note_to(SimpleNamespace(note=told.append))  # type: ignore[arg-type]
+        gold.build.examiner_of(config, data, "teacher", note).examine_pair(*sides)
         assert len(told) == count
 
 

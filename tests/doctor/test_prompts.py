@@ -439,7 +439,7 @@ SOUND = ("none", "a template that is dropped", "tight for the teacher")
 def test_the_doctor_refuses_what_a_run_refuses(
     fault: str, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("gold.build.plot_run", lambda folder: [])
+    monkeypatch.setattr("gold.run.plot_run", lambda folder: [])
     for side in ("student", "teacher"):
         shutil.copytree(pair / side, tmp_path / side)
     lines = [

@@ -15,13 +15,14 @@ import support.tiny_models as tiny
 from accelerate import Accelerator
 from transformers import dynamic_module_utils
 
-from gold.build import diagnose_run, evaluate_source, train
 from gold.cli import main
 from gold.config import Config
 from gold.doctor.report import diagnose, load_pair
+from gold.doctor.run import diagnose_run
 from gold.errors import GoldError, ModelError
 from gold.inspect.score import PairScorer
 from gold.models.load import load_model, save_model
+from gold.run import evaluate_source, train
 from gold.teachers.several import Teachers
 from gold.tokenize.vocabulary import Vocabulary
 from gold.train.loop import header

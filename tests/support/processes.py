@@ -15,7 +15,7 @@ from pathlib import Path
 # The server imports these once; a fresh interpreter would need ten seconds each time.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["gold.build", "gold.cli", "gold.demo.running_sums", "transformers.models.llama.modeling_llama"]
+    ["gold.run", "gold.cli", "gold.demo.running_sums", "transformers.models.llama.modeling_llama"]
 )
 
 
@@ -73,10 +73,10 @@ def _main(
     import torch
 
     torch.set_num_threads(1)
-    import gold.build
+    import gold.run
     from gold.cli import main
 
-    gold.build.plot_run = lambda _: []  # takes longer than the run
+    gold.run.plot_run = lambda _: []  # takes longer than the run
     sys.argv = ["gold", *words]
     if before is not None:
         before()

@@ -19,6 +19,7 @@ from support.command import run_gold
 from support.server import APIS, PASSING, ModelServer, always, served
 
 import gold.build
+import gold.run
 from gold import ConfigError, DataError, LocalTeacher, Prompt, Recipe, TeacherError, Term
 from gold.config import Config
 from gold.doctor.server import examine_noise, examine_own, examine_server
@@ -349,7 +350,7 @@ def bench(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Bench:
     monkeypatch.setenv("TEACHER_KEY", "sk-secret")
-    monkeypatch.setattr(gold.build, "_draw", lambda *_: None)  # takes seconds
+    monkeypatch.setattr(gold.run, "_draw", lambda *_: None)  # takes seconds
     return Bench(tmp_path, folder, server.url, capfd, monkeypatch)
 
 

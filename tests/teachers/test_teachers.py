@@ -20,16 +20,18 @@ from hypothesis import strategies as st
 from support.trackers import Recorder
 
 import gold.train.step
-from gold.build import diagnose_run, evaluate_source, load_data
-from gold.build import train as train_as_configured
+from gold.build import load_data
 from gold.config import Config
 from gold.data import Prompt, load_prompts
 from gold.demo.models import tiny_model, word_tokenizer
+from gold.doctor.run import diagnose_run
 from gold.errors import ConfigError, DataError, TeacherError
 from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.losses.mixture import Mix, mixed_rows, mixture
 from gold.models.language_model import LanguageModel
 from gold.models.load import save_model
+from gold.run import evaluate_source
+from gold.run import train as train_as_configured
 from gold.teachers import LocalTeacher, SelfTeacher, Teachers
 from gold.tokenize.chat import prompt_text
 from gold.train.loop import Run, Saving, distill
@@ -228,7 +230,7 @@ def test_each_teacher_reads_its_own_prompts_alone() -> None:
 
 def test_a_route_to_nobody_is_refused_before_the_first_step() -> None:
     teachers = Teachers({"math": tiny.tiny_teacher(), "code": tiny.tiny_teacher()})
-    with pytest.raises(DataError, match=r'it goes to teacher "maths".*did you mean "math"'):
+    with pytest.raises(DataError, match=r'it goes to teacher "maths".*did you mean math'):
         run(teachers, routed(tiny.prompts(4), names=["maths"]))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="nothing says which teacher it goes to"):
         run(teachers, tiny.prompts(4))
@@ -502,7 +504,7 @@ def test_data_that_does_not_fit_the_teachers(tmp_path: Path) -> None:
     for line, error in (
         ({}, 'p.jsonl:2: "topic", which names the teacher, is null or missing'),
         ({"topic": 3}, 'p.jsonl:2: "topic", which names the teacher, is a number'),
-        ({"topic": "Math"}, 'goes to teacher "Math", and there is none of that name, did you mean "math"'),
+        ({"topic": "Math"}, 'goes to teacher "Math", and there is none of that name; did you mean math'),
         ({"topic": "math"}, "teachers.code: no prompt to train on has it as its topic"),
         ({"topic": "math", "teacher_context": 3}, '"teacher_context" is a number'),
         ({"topic": "math", "teacher_context": ""}, '"teacher_context" is empty'),

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from support.processes import Command, die_at, fail_at, signal_at
 from support.server import ModelServer
 
-import gold.build
+import gold.run
 from gold.config import Config
 
 TIMED = ("_s", "tokens_per_s")
@@ -50,7 +50,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(pair: Path) -> Path:
     run = pair / "alone"
-    gold.build.train(Config.load(pair / "run.yaml", [f"output={run}"]))
+    gold.run.train(Config.load(pair / "run.yaml", [f"output={run}"]))
     return run
 
 

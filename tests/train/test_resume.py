@@ -21,6 +21,7 @@ import torch
 from support.processes import Command, die_at, find
 
 import gold.build
+import gold.run
 from gold.cli import main
 from gold.config import Config
 from gold.models.load import load_model, save_model
@@ -124,12 +125,12 @@ def whole(pair: Path) -> Iterator[Path]:
     """A run that nobody interrupted; beside it `moments`, copies of its folder as a kill at each would leave it."""
     run, drawn = pair / "whole", []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gold.build, "plot_run", drawn.append)
+        patch.setattr(gold.run, "plot_run", drawn.append)
         for moment, (target, call, after) in MOMENTS.items():
             owner, name = find(target)
             copy = partial(shutil.copytree, run, pair / "moments" / moment)
             patch.setattr(owner, name, _copying(getattr(owner, name), copy, call, after))
-        gold.build.train(Config.load(pair / "run.yaml", [f"output={run}"]))
+        gold.run.train(Config.load(pair / "run.yaml", [f"output={run}"]))
     assert drawn == [run]
     assert sorted(path.name for path in (pair / "moments").iterdir()) == sorted(MOMENTS)
     return run
@@ -319,7 +320,7 @@ def test_to_resume_a_finished_run_is_one_line_and_loads_nothing(
     shutil.copytree(whole, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     monkeypatch.setattr(gold.build, "load_model", None)
-    monkeypatch.setattr(gold.build, "load_data", None)
+    monkeypatch.setattr(gold.run, "load_data", None)
     done = train("--resume")
     assert (done.code, done.err, len(done.out.splitlines())) == (0, "", 1)
     assert "ended after step 4" in done.out

@@ -14,7 +14,6 @@ import torch
 from support.kernel_inputs import BACKENDS_HERE
 from support.trackers import Recorder
 
-from gold.build import evaluate_source
 from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model
 from gold.errors import ConfigError, DataError, TeacherError, TrainingError
@@ -23,6 +22,7 @@ from gold.kernels.logits import GivenLogits
 from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
 from gold.models.language_model import LanguageModel
 from gold.models.states import lazy_logits
+from gold.run import evaluate_source
 from gold.train.checks import check_recipe
 from gold.train.loop import Run, Saving, distill
 from gold.train.recipe import Recipe, Term

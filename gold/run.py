@@ -1,0 +1,179 @@
+"""The commands that a configuration describes: train, evaluate, build a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from gold.build import (
+    build_models,
+    cached_teacher,
+    check_model,
+    evaluation_of,
+    examiner_of,
+    file_side,
+    graded_by,
+    inputs_of,
+    load,
+    load_data,
+    note_to,
+    served_teacher,
+)
+from gold.config import Config
+from gold.doctor.prompts import examine_prompts, notes_of, raise_refused
+from gold.errors import ConfigError
+from gold.evaluate import Evaluation, evaluate
+from gold.inspect.plots import plot_run
+from gold.teachers.cached import CachedTeacher, record
+from gold.teachers.local import LocalTeacher
+from gold.teachers.served import ServedTeacher
+from gold.teachers.several import Teachers
+from gold.train.checkpoint import latest_checkpoint
+from gold.train.checks import pin_date, read_date, readers_of
+from gold.train.loop import Run, Saving, check_output, distill
+from gold.train.run_folder import RunFolder
+from gold.train.state import average_file, load_average
+from gold.train.trackers import Tracker
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_changed: bool = False,
+    progress: Tracker | None = None,
+) -> Run:
+    """The run that a configuration describes: loads prompts and models, trains, evaluates, saves; see ``Saving``.
+
+    Whatever can be refused without a model is refused before one is loaded.
+
+    Raises:
+        GoldError: anything in the configuration, the data or the models that cannot work; see ``distill``.
+    """
+    output, settings = Path(config.output), config.to_dict()
+    every, keep = config.train.checkpoint_every, config.train.keep_last
+    saving = Saving(output, resume, config.evaluate.every, every, keep, overwrite, allow_changed)
+    check_output(saving, settings, {})  # before anything is read
+    data = load_data(config)
+    inputs = inputs_of(config, data)
+    check_output(saving, settings, inputs)
+    student, teachers = build_models(config, config.student, data, progress)
+    run = distill(
+        student,
+        teachers,
+        data.train,
+        config.recipe,
+        heldout=data.heldout,
+        verifier=data.verifier,
+        evaluation=evaluation_of(config),
+        saving=saving,
+        settings=settings,
+        inputs=inputs_of(config, data, inputs),  # files that were fetched from the Hub just now
+        progress=progress,
+    )
+    if run.is_main_process:
+        _draw(output, progress)
+    return run
+
+
+def evaluate_source(
+    source: str | Path, overrides: Sequence[str] = (), progress: Tracker | None = None
+) -> Evaluation:
+    """The student of a configuration, or the trained student of a run folder, on the held-out prompts.
+
+    Raises:
+        GoldError: as for ``train``.
+    """
+    folder = Path(source)
+    is_run = folder.is_dir()
+    if is_run:
+        _check_trained(folder)
+    config = Config.load(folder / "config.yaml" if is_run else folder, overrides)
+    data, plan = load_data(config), evaluation_of(config)
+    student = config.student
+    if is_run and not any(o.startswith("student.") for o in overrides):
+        student = student.model_copy(update={"path": str(folder / "student"), "gguf_file": None})
+    model, teachers = build_models(config, student, data, progress, examined=False)
+    pin_date(model, teachers, read_date(folder) if is_run else None)
+    checks = examine_prompts([], data.heldout, readers_of(model, teachers), plan.max_new_tokens)
+    raise_refused(checks)
+    for note in notes_of(checks):
+        note_to(progress)(note)
+    if is_run:
+        _load_averages(folder, teachers)
+    return evaluate(model, teachers, data.heldout, plan=plan, verifier=data.verifier)
+
+
+def build_cache(
+    config: Config, progress: Tracker, told: Callable[[int, int, int], None] = lambda *_: None
+) -> list[CachedTeacher]:
+    """The teachers of a configuration that have a cache, once it holds all completions of their training prompts.
+
+    Texts that it holds already are not scored again. ``told(prompts, done, rows)`` is called repeatedly: how many
+    prompts a teacher has, how many of them are done, and how many rows were asked for. The student is not needed.
+
+    Raises:
+        GoldError: as for ``train``.
+    """
+    named = {name: t for name, t in config.named_teachers.items() if t.cache is not None}
+    if not named:
+        raise ConfigError("teacher.cache: it names no folder to build; set teacher.cache.path")
+    data = load_data(config)
+    given = {name: [p for p in graded_by(config, data, name) if p.completion is not None] for name in named}
+    if not any(given.values()):
+        raise ConfigError(f"data: none of the {len(data.train):,} training prompts has a completion to score")
+    note = note_to(progress)
+    if lacking := sum(p.completion is None for p in data.train):
+        note(f"{lacking:,} of {len(data.train):,} training prompts have no completion, and are left out")
+    built = []
+    for name, teacher in named.items():
+        source: LocalTeacher | ServedTeacher
+        if teacher.served is None:
+            check_model(teacher)
+            source = LocalTeacher(load(teacher, note, file_side("teacher", teacher)))
+        else:
+            source, examiner = served_teacher(teacher), examiner_of(config, data, name, note)
+            examiner.examine_server(source)
+            examiner.examine_noise(source)
+        cached = cast(CachedTeacher, cached_teacher(teacher, source, note))
+        count = len(given[name])
+        if unread := record(cached, given[name], partial(told, count)):
+            note(f"{len(unread):,} of {count:,} completions are left out, as in a run: {unread[0]}")
+        cached.cache.close()
+        built.append(cached)
+    return built
+
+
+def _draw(output: Path, progress: Tracker | None) -> None:
+    """Draws the run's curves; without matplotlib, notes how to draw them later."""
+    try:
+        plot_run(output)
+    except ConfigError as error:
+        note_to(progress)(f"no pictures: {error}; then run gold plot {output}")
+
+
+def _check_trained(folder: Path) -> None:
+    """Nothing, where a run folder holds a configuration and a trained student."""
+    if "recipe" in RunFolder.open(folder).config:
+        raise ConfigError(
+            f"{folder}: the run was made from Python, and its config.yaml names no data; give a configuration with "
+            f"student.path={folder / 'student'}"
+        )
+    if not (folder / "student").is_dir():
+        raise ConfigError(
+            f"{folder}: the run has no student yet; resume it to its end, or give its configuration"
+        )
+
+
+def _load_averages(folder: Path, teachers: Teachers) -> None:
+    """Loads the weights that teachers which average the student had at the last checkpoint of a run."""
+    for name, teacher in teachers.members.items():
+        if teacher.state() is None:
+            continue
+        checkpoint, _ = latest_checkpoint(folder / "checkpoints")
+        if checkpoint is None:
+            raise ConfigError(f"{folder}: no checkpoint holds the weights of teacher {name}")
+        load_average(teacher, checkpoint.path / average_file(name))
