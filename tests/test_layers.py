@@ -262,7 +262,6 @@ LARGE_MODULES = {
     "gold.kernels.cpu",
     "gold.kernels.cpu.loops",
     "gold.kernels.triton",
-    "gold.models.causal",
     "gold.teachers.dialects",
     "gold.train.step",
 }
@@ -275,7 +274,6 @@ LARGE_FUNCTIONS = {
     "shared_divergence",
     "piece_events",
     "_RowDivergence.forward",
-    "load_model",
     "distill",
     "Loop.train_step",
 }
