@@ -257,7 +257,6 @@ MOST_LINES_OF_A_FUNCTION = 60
 
 # What is larger for now; remove an entry once it is no longer needed.
 LARGE_MODULES = {
-    "gold.align.batch",
     "gold.cache.store",
     "gold.kernels.cpu",
     "gold.kernels.cpu.loops",
@@ -372,7 +371,6 @@ def test_asking_for_help_loads_nothing_heavy(asked: str) -> None:
         name
         for name in modules()
         if any(below(name, room) for room in ("gold.align", "gold.bytes", "gold.tokenize"))
-        and name not in ("gold.align.batch", "gold.align.collate")
     ],
 )
 def test_aligning_loads_no_model_library(module: str) -> None:
