@@ -8,9 +8,9 @@ import support.tiny_models as tiny
 import yaml
 
 from dev.migrate_run import METRICS, migrate, renamed
-from gold.build import train
 from gold.config import Config
 from gold.errors import ConfigError
+from gold.run import train
 from gold.schema import RENAMED
 from gold.train.trackers import Trackers
 
