@@ -260,19 +260,15 @@ LARGE_MODULES = {
     "gold.kernels.cpu",
     "gold.kernels.cpu.loops",
     "gold.kernels.triton",
-    "gold.train.step",
 }
 LARGE_FUNCTIONS = {
     "_plan_one",
-    "evaluate",
     "divergence",
     "hybrid",
     "masses_backward",
     "shared_divergence",
     "piece_events",
     "_RowDivergence.forward",
-    "distill",
-    "Loop.train_step",
 }
 
 
