@@ -26,10 +26,11 @@ from benchmarks.record import RESULTS, device_name, write_record
 from gold.align.batch import AlignedBatch
 from gold.align.texts import AlignedText
 from gold.align.vocabularies import VocabularyPair
-from gold.bytes.plan import ByteTrie
+from gold.bytes.events import OBSERVED
+from gold.bytes.trie import ByteTrie
 from gold.data import Prompt
 from gold.kernels.logits import GivenLogits, LazyLogits
-from gold.kernels.projection import OBSERVED, needed_rows, piece_events, piece_target
+from gold.kernels.projection import needed_rows, piece_events, piece_target
 from gold.kernels.tables import byte_tables
 from gold.losses import LossInputs
 from gold.losses.prefix import prefix_positions

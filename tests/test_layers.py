@@ -43,7 +43,7 @@ HEAVY = ("torch", "transformers", "accelerate")
 # Layers, and what they never import.
 FORBIDDEN_IN = {
     "gold.tokenize": (*HEAVY, "gold.bytes", "gold.align", "gold.kernels", "gold.models"),
-    "gold.bytes": (*HEAVY, "gold.kernels", "gold.models"),
+    "gold.bytes": (*HEAVY, "gold.align", "gold.kernels", "gold.models"),
     "gold.align.chunks": (*HEAVY, "gold.kernels", "gold.models"),
     "gold.align.overlap": (*HEAVY, "gold.kernels", "gold.models"),
     "gold.align.decomposition": (*HEAVY, "gold.kernels", "gold.models"),

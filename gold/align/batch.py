@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from gold.align.texts import AlignedText, TextAlignment, canonical_tokens
 from gold.align.vocabularies import VocabularyPair
-from gold.bytes.pieces import PiecePlan, PieceReading
-from gold.bytes.plan import BytePlan, ByteTrie
-from gold.kernels.layout import STOP_EVENT, ByteLayout
+from gold.bytes.events import STOP_EVENT
+from gold.bytes.pieces import PiecePlan, PieceRows
+from gold.bytes.plan import BytePlan
+from gold.kernels.layout import ByteLayout, KernelTrie
 from gold.kernels.projection import PieceBatch, PieceSide
 from gold.kernels.shared import SharedEvents
 
@@ -35,7 +35,7 @@ class BatchSide:
     def __init__(
         self,
         vocabulary: Vocabulary,
-        trie: Callable[[], ByteTrie],
+        trie: Callable[[], KernelTrie],
         texts: Sequence[TokenizedText],
         stopped: Sequence[bool],
         targets: Sequence[NDArray[np.int32]],
@@ -85,14 +85,16 @@ class BatchSide:
     @cached_property
     def layout(self) -> ByteLayout:
         """How rows of logits become byte tables."""
-        trie = self._trie()
-        plan = BytePlan.of(self.vocabulary, trie, list(self._texts), list(self._stopped))
-        return ByteLayout.of(_columns(trie), _columns(plan), self.vocabulary.size, self.device)
+        return ByteLayout.of(self._trie(), self.plan, self.device)
 
-    def pieces(self, piece_at: NDArray[np.int32]) -> PieceReading:
+    @cached_property
+    def plan(self) -> BytePlan:
+        """Which sums of probabilities make up the byte tables."""
+        return BytePlan.of(self.vocabulary, self._trie().trie, list(self._texts), list(self._stopped))
+
+    def pieces(self, piece_at: NDArray[np.int32]) -> PieceRows:
         """The rows as pieces read them; ``piece_at``: the piece at each byte of the vocabulary."""
-        plan = BytePlan(**self.layout.plan)
-        return PieceReading(self._trie(), plan, self.ends, self.vocabulary.offsets, piece_at)
+        return PieceRows(self._trie().trie, self.plan, self.ends, self.vocabulary.offsets, piece_at)
 
 
 class AlignedBatch:
@@ -119,7 +121,7 @@ class AlignedBatch:
         stop = np.array([-1], np.int32)
         self.student = BatchSide(
             vocabularies.student,
-            lambda: vocabularies.student_trie,
+            lambda: vocabularies.kernel_tries[0],
             [t.student for t in self.texts],
             stopped,
             [t.ids for t in self.texts],
@@ -127,7 +129,7 @@ class AlignedBatch:
         )
         self.teacher = BatchSide(
             vocabularies.teacher,
-            lambda: vocabularies.teacher_trie,
+            lambda: vocabularies.kernel_tries[1],
             [t.teacher for t in self.texts],
             stopped,
             [np.concatenate((t.teacher.ids, stop[: t.stopped])) for t in self.texts],
@@ -269,9 +271,9 @@ class AlignedBatch:
         both[self.supervised_bytes] = True
         begins = []
         for side in (self.student, self.teacher):
-            plan = side.layout.plan
-            at = np.zeros(side.layout.positions, np.bool_)
-            at[plan["mass_position"][plan["mass_ptr"][:-1]][plan["visit_starts"]]] = True
+            visits = side.plan.visits
+            at = np.zeros(side.plan.positions, np.bool_)
+            at[visits.position[visits.starts]] = True
             begins.append(torch.from_numpy(at).to(self.device) & both)
         return begins[0], begins[1]
 
@@ -281,11 +283,11 @@ class AlignedBatch:
         student, teacher = self.student.pieces(pieces.at_S), self.teacher.pieces(pieces.at_T)
         text = np.frombuffer(b"".join(t.student.data + b"\0" for t in self.texts), np.uint8)
         plan = PiecePlan.of(pieces, student, teacher, positions.cpu().numpy(), text)
-        size = pieces.ids.size
+        columns_S, columns_T = self.vocabularies.piece_columns
         arrays = plan.observed, plan.short, plan.source, plan.observed_white, pieces.white
         return PieceBatch(
-            PieceSide(_columns(plan.student), self.student.layout, pieces.at_S, student.offsets, size),
-            PieceSide(_columns(plan.teacher), self.teacher.layout, pieces.at_T, teacher.offsets, size),
+            PieceSide(plan.student, self.student.layout, columns_S),
+            PieceSide(plan.teacher, self.teacher.layout, columns_T),
             *(torch.from_numpy(a).to(self.device) for a in arrays),
         )
 
@@ -364,10 +366,6 @@ class AlignedBatch:
             for side in (0, 1)
         )
         return _ids(mine, self.device), _ids(theirs, self.teacher.device), int(firsts[-1])
-
-
-def _columns(arrays: object) -> dict[str, NDArray[np.generic]]:
-    return {f.name: getattr(arrays, f.name) for f in fields(arrays)}  # type: ignore[arg-type]
 
 
 def _starts(counts: Iterable[int]) -> NDArray[np.int64]:

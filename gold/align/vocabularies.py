@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gold.bytes.pieces import Pieces
-    from gold.bytes.plan import ByteTrie
+    from gold.bytes.trie import ByteTrie
+    from gold.kernels.layout import KernelTrie
+    from gold.kernels.projection import PieceColumns
     from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 
@@ -54,6 +56,26 @@ class VocabularyPair:
         return Pieces.of(self.student, self.teacher)
 
     @cached_property
+    def kernel_tries(self) -> tuple[KernelTrie, KernelTrie]:
+        """The byte tries of the student and of the teacher as the kernels read them."""
+        from gold.kernels.layout import KernelTrie  # torch
+
+        mine = KernelTrie(self.student_trie)
+        return mine, mine if self.same else KernelTrie(self.teacher_trie)
+
+    @cached_property
+    def piece_columns(self) -> tuple[PieceColumns, PieceColumns]:
+        """The pieces of the columns of the student's rows and of the teacher's."""
+        from gold.kernels.projection import PieceColumns  # torch
+
+        (mine, theirs), pieces = self.kernel_tries, self.pieces
+        count = pieces.ids.size
+        return (
+            PieceColumns(mine, pieces.at_S, self.student.offsets, count),
+            PieceColumns(theirs, pieces.at_T, self.teacher.offsets, count),
+        )
+
+    @cached_property
     def token_weights(self) -> TokenWeights:
         """The sparse matrix from student tokens to teacher tokens of ``x_token``."""
         return token_weights(self.student, self.teacher)
@@ -79,6 +101,6 @@ class VocabularyPair:
 
 
 def _trie(vocabulary: Vocabulary) -> ByteTrie:
-    from gold.bytes.plan import ByteTrie  # numba: half a second
+    from gold.bytes.trie import ByteTrie  # numba: half a second
 
     return ByteTrie.of(vocabulary)

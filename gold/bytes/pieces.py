@@ -15,21 +15,11 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from gold.align.overlap import longest_prefixes
-from gold.bytes.plan import BytePlan, ByteTrie, _child
+from gold.bytes.events import BY_PIECE, MOVED, OBSERVED, PATH, RESIDUAL, STOP, UNRESOLVED
+from gold.bytes.plan import BytePlan
+from gold.bytes.prefixes import longest_prefixes
+from gold.bytes.trie import Bool, ByteTrie, Int32, Int64, UInt8, child_of
 from gold.tokenize.vocabulary import Vocabulary
-
-Bool = NDArray[np.bool_]
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
-UInt8 = NDArray[np.uint8]
-
-EXTRA_EVENTS = 4
-"""After the pieces: the stop event, the sampled token, text that begins with no piece, and the rest, last."""
-STOP, OBSERVED, RESIDUAL, REST = range(EXTRA_EVENTS)
-"""Of these events which is which, counted from the number of pieces."""
-BY_PIECE, MOVED, PATH = -1, -2, -3
-"""What else a run of tokens can be: see `Runs`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +63,7 @@ class _Only:
 
 
 @dataclass(frozen=True, eq=False)
-class PieceReading:
+class PieceRows:
     """One side of a batch: its trie and byte plan, the byte position after each row's token (-1 where the row has no
     token), where each id begins in the vocabulary's `blob`, and the piece that begins at each byte of that."""
 
@@ -84,44 +74,35 @@ class PieceReading:
     piece_at: Int32
 
     @cached_property
-    def visit_row(self) -> Int64:
-        """The row of each visit."""
-        return np.repeat(np.arange(self.plan.rows), np.diff(self.plan.visit_ptr))
-
-    @cached_property
-    def visit_position(self) -> Int64:
-        """The byte position of each visit."""
-        return self.plan.mass_position[self.plan.mass_ptr[:-1]]
-
-    @cached_property
     def origin(self) -> Int64:
         """The byte position at which each row would visit the root of the trie: one less than where it begins, behind
         a space that is not in the text. Beyond all positions for a row that visits none."""
         origin = np.full(self.plan.rows, self.plan.positions, np.int64)
-        starts = self.plan.visit_starts
-        origin[self.visit_row[starts]] = self.visit_position[starts] - (self.plan.visit_node[starts] != 0)
+        visits = self.plan.visits
+        starts = visits.starts
+        origin[visits.row[starts]] = visits.position[starts] - (visits.node[starts] != 0)
         return origin
 
     @property
     def walk(self) -> tuple[NDArray[np.generic], ...]:
         """What a walk along the visits of a row reads."""
-        trie, plan = self.trie, self.plan
+        trie, visits = self.trie, self.plan.visits
         nodes = trie.low, trie.high, trie.first_child, trie.children, trie.byte
-        return *nodes, plan.visit_ptr, plan.visit_node, self.origin, self.row_ends
+        return *nodes, visits.ptr, visits.node, self.origin, self.row_ends
 
 
 @dataclass(frozen=True, eq=False)
-class Runs:
-    """Which ids of which row count at which position, and as what: runs `low … high` of a pool of ids, by position.
+class PieceRanges:
+    """Which ids of which row count at which position, and as what: ranges `low … high` of a pool of ids, by position.
 
     The pool is the text tokens in byte order, the stop ids, and all other columns of the rows; `high` -1 is its end.
-    `event` is the event that the ids of a run are. BY_PIECE: each is the longest piece at its byte `depth`. MOVED: as
+    `event` is the event that the ids of a range are. BY_PIECE: each is the longest piece at its byte `depth`. MOVED: as
     BY_PIECE, of a row that counts as a whole, and only for those ids that begin with the sampled token. PATH: no event,
     but the probability of the sampled token. Ids at `inner_low … inner_high` begin with the sampled token. `skips`:
     without the row's target.
 
-    `start[p] … start[p + 1]` are the runs of position p. `whole[p]` is the row that begins there, of which every column
-    counts, by its piece at byte 0; -1 for none. `last[p]` is the last row that begins there or before. The rows
+    `start[p] … start[p + 1]` are the ranges of position p. `whole[p]` is the row that begins there, of which every
+    column counts, by its piece at byte 0; -1 for none. `last[p]` is the last row that begins there or before. The rows
     `reach[p, 0] … reach[p, 1]` are needed for p.
     """
 
@@ -149,8 +130,8 @@ class PiecePlan:
     All are -1 elsewhere. `observed_white`: the sampled token is nothing but white space.
     """
 
-    student: Runs
-    teacher: Runs
+    student: PieceRanges
+    teacher: PieceRanges
     observed: Int64
     short: Int64
     source: Int64
@@ -158,7 +139,7 @@ class PiecePlan:
 
     @classmethod
     def of(
-        cls, pieces: Pieces, student: PieceReading, teacher: PieceReading, positions: Int64, text: UInt8
+        cls, pieces: Pieces, student: PieceRows, teacher: PieceRows, positions: Int64, text: UInt8
     ) -> PiecePlan:
         """The plan; `text[e]` is the byte that follows position e."""
         whole_S, whole_T = (_whole_rows(side, positions) for side in (student, teacher))
@@ -180,29 +161,30 @@ class PiecePlan:
         )
         split = np.where(short >= 0, end, -1)
         size = pieces.ids.size
-        runs_S = _runs(student, positions, whole_S, split, text, size, np.empty((0, 4), np.int64))
-        runs_T = _runs(teacher, positions, whole_T, split, text, size, paths)
+        ranges_S = _ranges(student, positions, whole_S, split, text, size, np.empty((0, 4), np.int64))
+        ranges_T = _ranges(teacher, positions, whole_T, split, text, size, paths)
         spans = zip(positions.tolist(), end.tolist(), strict=True)
         white = np.array([e > p and not text[p:e].tobytes().strip() for p, e in spans], np.bool_)
-        return cls(runs_S, runs_T, observed, short, source, white)
+        return cls(ranges_S, ranges_T, observed, short, source, white)
 
 
-def _whole_rows(side: PieceReading, positions: Int64) -> Int64:
+def _whole_rows(side: PieceRows, positions: Int64) -> Int64:
     """The row that begins at each position in the root of the trie, the last of several; -1 for none."""
     row = side.plan.position_row[positions].astype(np.int64)
     return np.where(side.origin[row] == positions, row, -1)
 
 
-def _runs(
-    side: PieceReading, positions: Int64, whole: Int64, split: Int64, text: UInt8, size: int, paths: Int64
-) -> Runs:
-    """The runs of one side. `split[p]`: the end of a sampled token that is to be told apart, else -1."""
+def _ranges(
+    side: PieceRows, positions: Int64, whole: Int64, split: Int64, text: UInt8, size: int, paths: Int64
+) -> PieceRanges:
+    """The ranges of one side. `split[p]`: the end of a sampled token that is an event of its own, else -1."""
     trie, plan = side.trie, side.plan
     number = np.full(plan.positions, -1, np.int64)
     number[positions] = np.arange(positions.size)
-    visits = np.flatnonzero(number[side.visit_position] >= 0)
-    p, row, node = number[side.visit_position[visits]], side.visit_row[visits], plan.visit_node[visits]
-    starts, skips = plan.visit_starts[visits], plan.visit_skips_target[visits]
+    visits = plan.visits
+    chosen = np.flatnonzero(number[visits.position] >= 0)
+    p, row, node = number[visits.position[chosen]], visits.row[chosen], visits.node[chosen]
+    starts, skips = visits.starts[chosen], visits.skips_target[chosen]
     is_whole = row == whole[p]
     inner_low, inner_high = _inner(p, node, positions, split, text, side.walk)
     low, high = trie.low[node].astype(np.int64), trie.high[node].astype(np.int64)
@@ -221,19 +203,19 @@ def _runs(
         parts.append(part)
 
     add(~is_whole, own, high, BY_PIECE)
-    add(~is_whole & (own > low), low, own, size + REST, skips)
+    add(~is_whole & (own > low), low, own, size + UNRESOLVED, skips)
     add(~is_whole & starts, zero + stops, zero + outside, size + STOP)
-    add(~is_whole & starts, zero + outside, zero - 1, size + REST, skips)
+    add(~is_whole & starts, zero + outside, zero - 1, size + UNRESOLVED, skips)
     add(is_whole & (inner_high > inner_low), inner_low, inner_high, MOVED)
-    runs = np.concatenate(parts, axis=1)
-    runs = runs[:, np.argsort(runs[0], kind="stable")]
-    p, row, depth, low, high, inner_low, inner_high, event, skip = runs
+    ranges = np.concatenate(parts, axis=1)
+    ranges = ranges[:, np.argsort(ranges[0], kind="stable")]
+    p, row, depth, low, high, inner_low, inner_high, event, skip = ranges
     last = plan.position_row[positions].astype(np.int64)
     reach = np.stack((last, last + 1), axis=1)
     np.minimum.at(reach[:, 0], p, row)
     np.maximum.at(reach[:, 1], p, row + 1)
     start = np.searchsorted(p, np.arange(positions.size + 1))
-    return Runs(
+    return PieceRanges(
         low, high, inner_low, inner_high, depth, row, event, skip.astype(np.bool_), start, whole, last, reach
     )
 
@@ -242,7 +224,7 @@ def _runs(
 def _below(first_child, children, byte, node, text, begin, end):
     """The node below ``node`` along the bytes ``begin … end`` of the text, or -1."""
     for e in range(begin, end):
-        node = _child(first_child, children, byte, node, text[e])
+        node = child_of(first_child, children, byte, node, text[e])
         if node < 0:
             break
     return node
@@ -250,7 +232,7 @@ def _below(first_child, children, byte, node, text, begin, end):
 
 @numba.njit(cache=True, nogil=True)
 def _inner(p, node, positions, split, text, walk):
-    """For each visit the range of tokens that go on with the token to be told apart at its position; empty for none."""
+    """For each visit the range of tokens that go on with a sampled token that is an event; empty for none."""
     trie_low, trie_high, first_child, children, byte = walk[:5]
     low, high = np.zeros(p.size, np.int64), np.zeros(p.size, np.int64)
     for v in range(p.size):
@@ -278,7 +260,7 @@ def _tokens_from(walk, row, text, end):
     trie_low, trie_high, first_child, children, byte = walk[:5]
     node = _visit(walk, row, end - 1)
     if node >= 0:
-        node = _child(first_child, children, byte, node, text[end - 1])
+        node = child_of(first_child, children, byte, node, text[end - 1])
     return (trie_low[node], trie_high[node]) if node >= 0 else (0, 0)
 
 
@@ -287,7 +269,7 @@ def _observed(
     positions, whole_S, last_T, text, lengths,
     target_S, offsets_S, piece_S, walk_S, target_T, offsets_T, piece_T, walk_T,
 ):  # fmt: skip
-    """The end of the sampled token where the teacher needs several, the arrays of PiecePlan there, and the runs along
+    """The end of the sampled token where the teacher needs several, the arrays of PiecePlan there, and the ranges along
     the teacher's tokens: position, row, low, high."""
     count = positions.size
     end, observed = np.full(count, -1, np.int64), np.full(count, -1, np.int64)

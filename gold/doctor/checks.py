@@ -10,7 +10,8 @@ from functools import cached_property
 import numpy as np
 
 from gold.align.chunks import Alignment, align_tokens
-from gold.align.overlap import byte_equal_pairs, longest_prefixes
+from gold.align.overlap import byte_equal_pairs
+from gold.bytes.prefixes import longest_prefixes
 from gold.doctor.finding import Check, ClassCoverage, Finding, Report, failure, passed, run_checks, warning
 from gold.doctor.sample import JUDGED, RUN_TEXTS, SAMPLE
 from gold.doctor.side import Side

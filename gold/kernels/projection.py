@@ -5,31 +5,26 @@ Rows of logits exist for one block of positions at a time, on both sides.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gold.bytes.events import BY_PIECE, EXTRA_EVENTS, MOVED, OBSERVED, PATH, RESIDUAL, STOP, UNRESOLVED
 from gold.kernels.backends import piece_masses, row_divergence, row_statistics, segment_logsumexp
-from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
+from gold.kernels.layout import ByteLayout, Columns, KeptEvents, KernelTrie, Tokens
 from gold.kernels.lm_head import summed
 from gold.kernels.logits import LazyLogits, spans
 from gold.kernels.reference import SMOOTHING, MixedKL, divergence_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from numpy.typing import NDArray
 
-EXTRA_EVENTS = 4
-"""Columns after the pieces: the stop event, the sampled token, text that begins with no piece, and the rest, last."""
-STOP, OBSERVED, RESIDUAL, REST = range(EXTRA_EVENTS)
-BY_PIECE, MOVED, PATH = -1, -2, -3
-"""What else a run of tokens can be, besides the number of an event."""
+    from gold.bytes.pieces import PieceRanges
+
 NEVER = -1e4
 """Log-probability of a token on the path that has none: −inf would make all weights equal, this keeps their order. What
 it alone reaches is not reached."""
@@ -55,71 +50,63 @@ class PieceTarget(NamedTuple):
     moved: Tensor
 
 
-T = TypeVar("T")
-_MADE: dict[tuple[int, str, int, torch.device], Any] = {}
-"""What is made once for a pair of vocabularies, by identity of the pieces' array; it lives as long as that."""
+class PieceColumns:
+    """Of one side, the columns of its rows and the pieces that they are: made once for each device and width.
+
+    ``piece_at``: the piece at each byte of the vocabulary, −1 for none; ``offsets``: where the bytes of each id begin;
+    ``pieces``: how many there are.
+    """
+
+    def __init__(
+        self, trie: KernelTrie, piece_at: NDArray[np.int32], offsets: NDArray[np.int64], pieces: int
+    ) -> None:
+        self.pieces = pieces
+        self.events = pieces + EXTRA_EVENTS
+        self._trie = trie
+        self._bytes = piece_at, offsets
+        self._bytes_on: dict[torch.device, tuple[Tensor, ...]] = {}
+        self._pools: dict[tuple[torch.device, int], Tensor] = {}
+        self._columns: dict[tuple[torch.device, int], Columns] = {}
+
+    def pool(self, device: torch.device, width: int) -> Tensor:
+        """Ids: text in byte order, the stop ids, and every other column of rows that are ``width`` wide."""
+        if (device, width) not in self._pools:
+            trie = self._trie.trie
+            parts = trie.order, trie.stops, self._trie.outside(width)
+            self._pools[device, width] = _tensor(np.concatenate(parts), device)
+        return self._pools[device, width]
+
+    def piece_of(self, ids: Tensor, depth: Tensor | int) -> Tensor:
+        """The event that text tokens are behind their first ``depth`` bytes."""
+        if ids.device not in self._bytes_on:
+            self._bytes_on[ids.device] = tuple(_tensor(array, ids.device) for array in self._bytes)
+        piece_at, offsets = self._bytes_on[ids.device]
+        piece = piece_at[offsets[ids] + depth]
+        return torch.where(piece >= 0, piece, self.pieces + RESIDUAL)
+
+    def columns(self, device: torch.device, width: int) -> Columns:
+        """The event of every column of a row that begins at its position."""
+        if (device, width) not in self._columns:
+            trie = self._trie.trie
+            event = torch.full((width,), self.pieces + UNRESOLVED, device=device)
+            text = _tensor(trie.order, device)
+            event[text] = self.piece_of(text, 0)
+            event[_tensor(trie.stops, device)] = self.pieces + STOP
+            self._columns[device, width] = Columns(event, self.events)
+        return self._columns[device, width]
+
+
+def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64)).to(device)
 
 
 @dataclass(frozen=True)
 class PieceSide:
-    """One side of a batch as it is pushed onto pieces.
+    """One side of a batch as it is pushed onto pieces: which ids of which row count at which position."""
 
-    ``runs`` are the arrays ``low high inner_low inner_high depth row event skips start whole last reach`` of a plan,
-    documented where it is made; ``piece_at``: the piece at each byte of the vocabulary, −1 for none; ``offsets``: where
-    the bytes of each id begin.
-    """
-
-    runs: Mapping[str, NDArray[Any]]
+    ranges: PieceRanges
     layout: ByteLayout
-    piece_at: NDArray[Any]
-    offsets: NDArray[Any]
-    pieces: int
-
-    @property
-    def events(self) -> int:
-        """Number of columns."""
-        return self.pieces + EXTRA_EVENTS
-
-    def pool(self, width: int) -> Tensor:
-        """Ids: text in byte order, the stop ids, and every other column of rows that are ``width`` wide."""
-        trie, layout = self.layout.trie, self.layout
-
-        def make() -> Tensor:
-            parts = trie["order"], trie["stops"], layout.outside(width), np.arange(layout.size, width)
-            return self._tensor(np.concatenate(parts))
-
-        return self._once("pool", width, make)
-
-    def piece_of(self, ids: Tensor, depth: Tensor | int) -> Tensor:
-        """The event that text tokens are behind their first ``depth`` bytes."""
-        at = self._once("piece_at", 0, lambda: self._tensor(self.piece_at))
-        first = self._once("offsets", 0, lambda: self._tensor(self.offsets))
-        piece = at[first[ids] + depth]
-        return torch.where(piece >= 0, piece, self.pieces + RESIDUAL)
-
-    def columns(self, width: int) -> Columns:
-        """The event of every column of a row that begins at its position."""
-
-        def make() -> Columns:
-            event = torch.full((width,), self.pieces + REST, device=self.layout.device)
-            text = self._tensor(self.layout.trie["order"])
-            event[text] = self.piece_of(text, 0)
-            event[self.layout.stops] = self.pieces + STOP
-            return Columns(event, self.events)
-
-        return self._once("columns", width, make)
-
-    def _tensor(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(self.layout.device)
-
-    def _once(self, name: str, width: int, make: Callable[[], T]) -> T:
-        """What is made once for a pair of vocabularies, a width and a device."""
-        key = (id(self.piece_at), name, width, self.layout.device)
-        if key not in _MADE:
-            _MADE[key] = make()
-            weakref.finalize(self.piece_at, _MADE.pop, key, None)
-        made: T = _MADE[key]
-        return made
+    columns: PieceColumns
 
 
 @dataclass(frozen=True)
@@ -165,7 +152,7 @@ def piece_divergence(
         needed = needed_rows(batch.student, span)
         blocks.append((needed, (span, needed, needed_rows(batch.teacher, span))))
 
-    kept = _told_apart(batch.student)
+    kept = _named_events(batch.student)
     one_device = student.device == teacher.device
 
     def compare(block: LazyLogits, part: tuple[slice, Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -230,11 +217,11 @@ def piece_events(
 
     Of position p the tokens that go on with the sampled one and have the event ``short[p]`` are OBSERVED instead.
     """
-    device, runs = rows.device, side.runs
+    device, ranges = rows.device, side.ranges
     entry = _entries(side, needed, short[span].to(device), span, rows.width)
-    whole = _local(needed, runs["whole"][span], device)
-    last = _local(needed, runs["last"][span], device)
-    columns = side.columns(rows.width)
+    whole = _local(needed, ranges.whole[span], device)
+    last = _local(needed, ranges.last[span], device)
+    columns = side.columns.columns(device, rows.width)
     target = side.layout.target[needed]
     size, positions = rows.block_rows, whole.shape[0]
     values, order, full, full_at, steps = [], [], [], [], []
@@ -273,7 +260,7 @@ def piece_events(
     is_path = event == PATH
     path = segment_logsumexp(value[is_path], position[is_path], positions)
     path = path.masked_fill(path < NEVER / 2, -torch.inf)
-    cell = position[~is_path] * side.events + event[~is_path]
+    cell = position[~is_path] * side.columns.events + event[~is_path]
     whole_rows = full[0] if len(full) == 1 else torch.cat(full)
     given = whole_rows, torch.cat(full_at), value[~is_path], cell, positions
     joint: Tensor = _Joint.apply(*given)  # type: ignore[no-untyped-call]
@@ -309,10 +296,10 @@ class _Joint(torch.autograd.Function):
         return grad if ctx.every else grad[at], None, parts[: ctx.values], None, None
 
 
-def _told_apart(side: PieceSide) -> KeptEvents:
-    """Of the columns of a side, all but text that begins with no piece and what is left."""
-    ids = torch.arange(side.events - 2, device=side.layout.device)
-    return KeptEvents(ids, ids[:0], side.events)
+def _named_events(side: PieceSide) -> KeptEvents:
+    """Of the events of a side, all but text that begins with no piece and the unresolved mass."""
+    ids = torch.arange(side.columns.events - 2, device=side.layout.device)
+    return KeptEvents(ids, ids[:0], side.columns.events)
 
 
 class _Entries(NamedTuple):
@@ -327,28 +314,28 @@ class _Entries(NamedTuple):
 
 
 def _entries(side: PieceSide, needed: Tensor, short: Tensor, span: slice, width: int) -> _Entries:
-    """The runs of some positions, token by token."""
-    device, runs = side.layout.device, side.runs
-    lo, hi = (int(runs["start"][p]) for p in (span.start, span.stop))
+    """The ranges of some positions, token by token."""
+    device, ranges = side.layout.device, side.ranges
+    lo, hi = (int(ranges.start[p]) for p in (span.start, span.stop))
 
     def tensor(name: str) -> Tensor:
-        return torch.from_numpy(runs[name][lo:hi]).to(device)
+        return torch.from_numpy(getattr(ranges, name)[lo:hi]).to(device)
 
-    pool = side.pool(width)
+    pool = side.columns.pool(device, width)
     low, high = tensor("low"), tensor("high")
     size = torch.where(high < 0, pool.shape[0], high) - low
     owner = torch.repeat_interleave(size)
     member = torch.arange(owner.numel(), device=device) - (torch.cumsum(size, 0) - size)[owner] + low[owner]
     ids, kind = pool[member], tensor("event")[owner]
-    counts = torch.from_numpy(np.diff(runs["start"][span.start : span.stop + 1])).to(device)
+    counts = torch.from_numpy(np.diff(ranges.start[span.start : span.stop + 1])).to(device)
     position = torch.repeat_interleave(counts)[owner]
 
     named = (kind == BY_PIECE) | (kind == MOVED)
     event = kind.clone()
-    event[named] = side.piece_of(ids[named], tensor("depth")[owner][named])
+    event[named] = side.columns.piece_of(ids[named], tensor("depth")[owner][named])
     inner = (member >= tensor("inner_low")[owner]) & (member < tensor("inner_high")[owner])
     inner &= named & (event == short[position])
-    event = torch.where(inner, side.pieces + OBSERVED, event)
+    event = torch.where(inner, side.columns.pieces + OBSERVED, event)
     row = tensor("row")[owner]
     kept = ~(tensor("skips")[owner] & (ids == side.layout.target[row])) & ((kind != MOVED) | inner)
     local = torch.searchsorted(needed, row)
@@ -357,7 +344,7 @@ def _entries(side: PieceSide, needed: Tensor, short: Tensor, span: slice, width:
 
 def needed_rows(side: PieceSide, span: slice) -> Tensor:
     """The rows that some positions need, ascending."""
-    reach = side.runs["reach"][span]
+    reach = side.ranges.reach[span]
     change = np.zeros(int(reach[:, 1].max()) + 1, np.int64)
     np.add.at(change, reach[:, 0], 1)
     np.add.at(change, reach[:, 1], -1)

@@ -73,17 +73,17 @@ def byte_masses(
     """
     rows = logits_NV.shape[0]
     logp_NV = torch.log_softmax(widened(logits_NV), dim=-1)
-    pieces = layout.pieces(first_row, rows, logits_NV.shape[1])
-    size = pieces.high - pieces.low
+    ranges = layout.mass_ranges(first_row, rows, logits_NV.shape[1])
+    size = ranges.high - ranges.low
     owner = torch.repeat_interleave(size)
     start = torch.cumsum(size, 0) - size
-    member = torch.arange(owner.numel(), device=owner.device) - start[owner] + pieces.low[owner]
-    ids = pieces.pool[member]
-    row = pieces.row[owner]
+    member = torch.arange(owner.numel(), device=owner.device) - start[owner] + ranges.low[owner]
+    ids = ranges.pool[member]
+    row = ranges.row[owner]
     value = logp_NV[row, ids]
-    skipped = pieces.skips_target[owner] & (ids == layout.target[first_row + row])
+    skipped = ranges.skips_target[owner] & (ids == layout.target[first_row + row])
     value = value.masked_fill(skipped, -torch.inf)
-    log_mass = segment_logsumexp(value, pieces.mass[owner], pieces.masses)
+    log_mass = segment_logsumexp(value, ranges.mass[owner], ranges.masses)
 
     target = layout.target[first_row : first_row + rows]
     picked = logp_NV.gather(1, target.clamp(min=0)[:, None])[:, 0]
@@ -226,9 +226,9 @@ def sorted_l1(p_NV: Tensor, q_NW: Tensor, *, overwrite: bool = False) -> Tensor:
 
 
 def column_logsumexp(logits_NV: Tensor, columns: Columns, *, overwrite: bool = False) -> Tensor:
-    """``out[n, e] = log Σ_{v: columns.is_special[v] = e} exp(logits[n, v])``, [N, events]; −inf where there is none."""
+    """``out[n, e] = log Σ_{v: columns.event[v] = e} exp(logits[n, v])``, [N, events]; −inf where there is none."""
     logits_NV = widened(logits_NV)
-    index = columns.is_special.expand_as(logits_NV)
+    index = columns.event.expand_as(logits_NV)
     top = logits_NV.new_full((logits_NV.shape[0], columns.events), -torch.inf)
     top = top.scatter_reduce(1, index, logits_NV.detach(), "amax")
     top = torch.where(torch.isfinite(top), top, 0.0)
@@ -250,7 +250,7 @@ def piece_masses(
 
     With π the softmax of a row, and without the tokens that are ``moved`` from the sums of theirs::
 
-        full[p, u] = log Σ_{v: columns.is_special[v] = u} π[whole[p]][v]
+        full[p, u] = log Σ_{v: columns.event[v] = u} π[whole[p]][v]
         value[t] = log π[row[t]][id[t]]
         step[n] = log π[n][target[n]]        (0 where it is −1)
 

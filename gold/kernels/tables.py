@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gold.bytes.events import EVENTS, UNRESOLVED_EVENT
 from gold.kernels.backends import byte_masses, segment_logsumexp
-from gold.kernels.layout import EVENTS, REST_EVENT, ByteLayout
+from gold.kernels.layout import ByteLayout
 from gold.kernels.lm_head import recomputed, token_logp
 from gold.kernels.logits import HeadLogits, LazyLogits, spans
 from gold.kernels.reference import SMOOTHING, row_logsumexp, smoothed
@@ -174,7 +175,7 @@ def common_events(table_E: Tensor, resolved_E: Tensor, other_E: Tensor) -> Tenso
     tables stay equal, and a divergence between them is still positive, and 0 only at equality.
     """
     common = resolved_E & other_E
-    common[:, REST_EVENT] = False
+    common[:, UNRESOLVED_EVENT] = False
     rest = row_logsumexp(table_E.masked_fill(common, -torch.inf))
     kept = table_E.masked_fill(~common, -torch.inf)
-    return smoothed(torch.cat((kept[:, :REST_EVENT], rest[:, None]), dim=-1), SMOOTHING)
+    return smoothed(torch.cat((kept[:, :UNRESOLVED_EVENT], rest[:, None]), dim=-1), SMOOTHING)

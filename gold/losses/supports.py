@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from gold.align.batch import AlignedBatch
-from gold.kernels.layout import STOP_EVENT, ByteLayout
+from gold.bytes.events import STOP_EVENT
+from gold.kernels.layout import ByteLayout
 from gold.kernels.lm_head import summed
 from gold.kernels.logits import LazyLogits
 from gold.kernels.reference import finite_where_either_is

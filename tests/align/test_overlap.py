@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from support.tokenizers import families, sentencepiece_bpe
 from tokenizers import Tokenizer
 
-from gold.align.overlap import PrefixMap, byte_equal_pairs, longest_prefixes
+from gold.align.overlap import byte_equal_pairs
+from gold.bytes.prefixes import PrefixMap, longest_prefixes
 from gold.tokenize.vocabulary import Vocabulary
 
 VOCABULARIES = {name: Vocabulary.load(tokenizer) for name, tokenizer in families().items()}

@@ -8,7 +8,7 @@ import torch
 from support import oracle
 
 from benchmarks.exactness import CanonicalModel, marginals, sampled, toy_bytes, toy_prob
-from gold.bytes.plan import ByteTrie
+from gold.bytes.trie import ByteTrie
 from tests.contract.toys import ToyModel, toy_vocabulary
 
 VOCABULARY = toy_vocabulary(["a+b", "b+ ", "ab+b"], cut=None)

@@ -18,9 +18,8 @@ from torch import Tensor
 from gold.align.batch import AlignedBatch
 from gold.align.texts import AlignedText
 from gold.align.vocabularies import VocabularyPair
-from gold.bytes import pieces
+from gold.bytes.events import STOP_EVENT
 from gold.kernels import projection
-from gold.kernels.layout import STOP_EVENT
 from gold.kernels.logits import GivenLogits, LazyLogits, TopKLogits
 from gold.kernels.tables import byte_tables
 from gold.losses import DIVERGENCES, OBJECTIVES, LossInputs
@@ -163,11 +162,6 @@ def column(pair: VocabularyPair, event: object) -> int:
     names = {"stop": 0, "observed": 1, "residual": 2, "rest": 3}
     ids = [pair.student.token_bytes(int(i)) for i in pair.pieces.ids]
     return len(ids) + names[event] if event in names else ids.index(event)  # type: ignore[index, arg-type]
-
-
-def test_both_rooms_number_the_events_alike():
-    for constant in ("EXTRA_EVENTS", "STOP", "OBSERVED", "RESIDUAL", "REST", "BY_PIECE", "MOVED", "PATH"):
-        assert getattr(pieces, constant) == getattr(projection, constant)
 
 
 @over

@@ -204,7 +204,7 @@ def test_mixed_precision_multiplies_in_bfloat16_and_adds_up_in_single(name, monk
 @pytest.mark.parametrize("name", ["frozen", "soft cap", "bias"])
 def test_a_matrix_in_the_order_in_which_it_is_read_gives_the_same(name, stopped, backend, monkeypatch):
     layout = random_layout(3, stopped=stopped)
-    monkeypatch.setattr(sys.modules[__name__], "WIDTH", layout.size + 3)
+    monkeypatch.setattr(sys.modules[__name__], "WIDTH", layout.trie.trie.size + 3)
     few_rows(monkeypatch)
     model = MODELS[name]().requires_grad_(False)
     rows = head_logits(model, torch.randn(layout.rows, HIDDEN, requires_grad=True))

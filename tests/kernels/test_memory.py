@@ -22,10 +22,11 @@ from support.kernel_inputs import FORMS, every_function, kept_events, rows_like
 
 import gold
 from gold.kernels import cpu
-from gold.kernels.cpu import loops
+from gold.kernels.cpu import divergences, masses, pieces, sorted, statistics
 from gold.kernels.cpu import simd as lanes
 from gold.tokenize import walks
 
+LOOPS = (masses, statistics, divergences, sorted, pieces)
 WIDTHS = (1, 17, 40, 300, 2500)
 Array = np.ndarray[Any, Any]
 
@@ -52,7 +53,13 @@ def everything_compiled() -> Iterator[CPUDispatcher]:
 def test_the_compiler_may_change_no_rounding() -> None:
     """What `fastmath` or `parallel` allows it does in one copy of a loop and not in the next."""
     found = {*everything_compiled()}
-    known = {walks.__name__, lanes.__name__, loops.__name__, "gold.bytes.plan", "gold.bytes.pieces"}
+    known = {
+        walks.__name__,
+        lanes.__name__,
+        *(m.__name__ for m in LOOPS),
+        "gold.bytes.plan",
+        "gold.bytes.pieces",
+    }
     assert known <= {f.py_func.__module__ for f in found}
     for function in found:
         options = function.targetoptions
@@ -139,7 +146,7 @@ class Given:
         return lp, lq, np.exp(lp), np.exp(lq)
 
     def block(self) -> tuple[Array, Array, Array, Array]:
-        lp, lq, p, q = (x[: loops.TERMS].copy() for x in self.events())
+        lp, lq, p, q = (x[: divergences.TERMS].copy() for x in self.events())
         return lp, lq, p, q
 
     def ranks(self) -> tuple[Array, Array]:
@@ -153,42 +160,40 @@ CASES: dict[CPUDispatcher, Callable[[Given], tuple[Any, ...]]] = {
     lanes.exp_into: lambda g: (g.row(), g.real(9), g.room()),
     lanes.exp_moment: lambda g: (g.row(), g.real(9), g.room()),
     lanes.log_sum: lambda g: (g.row(), g.ids(), 0, g.width, g.width // 3),
-    loops._gather: lambda g: (g.row(), g.ids(), g.room()),
-    loops._set_log_mass: lambda g: (g.row(), np.exp(g.row()), np.exp(g.row()), g.ids(), 0, g.width, 3, 9.0, 2.0),
-    loops._add_share: lambda g: (g.row(1.0).clip(-1), 0, g.width, g.width // 3, 0.7),
-    loops._add_set: lambda g: (g.room(), g.row(), g.ids(), 0, g.width, g.width // 3, 0.7, 9.0),
-    loops._row_side: lambda g: (
+    masses.gather: lambda g: (g.row(), g.ids(), g.room()),
+    masses._set_log_mass: lambda g: (g.row(), np.exp(g.row()), np.exp(g.row()), g.ids(), 0, g.width, 3, 9.0, 2.0),
+    masses._add_share: lambda g: (g.row(1.0).clip(-1), 0, g.width, g.width // 3, 0.7),
+    masses.add_set: lambda g: (g.room(), g.row(), g.ids(), 0, g.width, g.width // 3, 0.7, 9.0),
+    divergences._row_side: lambda g: (
         g.row(), g.room(), g.ids(g.width // 2), g.ids(2), g.ids(), g.room(g.width // 2 + 1)
     ),
-    loops._sum_at: lambda g: (np.exp(g.row()), g.ids()),
-    loops._exp_all: lambda g: (g.logp(), g.room()),
-    loops._entropy: lambda g: (*g.events()[1::2], g.room()),
-    loops._student_kl: lambda g: (*g.block(), g.real(0.7), g.room(2 * loops.TERMS)),
-    loops._student_mixed: lambda g: (*g.block(), g.real(0.7), g.real(0.4), g.room(2 * loops.TERMS)),
-    loops._teacher_kl: lambda g: (*g.block(), g.real(0.7), g.room(2 * loops.TERMS)),
-    loops._teacher_mixed: lambda g: (*g.block(), g.real(0.7), g.real(0.4), g.room(2 * loops.TERMS)),
-    loops._terms: lambda g: (*g.events(), *map(g.real, (0.6, 0.4, 0.4, 0.4)), g.room()),
-    loops._join_rest: lambda g: (*g.events()[:2], 0.1, 0.2),
-    loops._counted: lambda g: (g.ranks()[0], np.zeros((4, loops.INTERVALS), np.int32)),
-    loops._inside: lambda g: (g.ranks()[0], np.arange(loops.INTERVALS) % 2 == 0, g.room(), g.ids()),
-    loops._signed_sum: lambda g: (g.ranks()[0], np.ones(loops.INTERVALS, g.real), g.room()),
-    loops._sorted_row: lambda g: (*(r := g.ranks()), loops._ranks(*r), g.room()),
-    loops._event_sums: lambda g: (
+    divergences._sum_at: lambda g: (np.exp(g.row()), g.ids()),
+    divergences._exp_all: lambda g: (g.logp(), g.room()),
+    divergences._entropy: lambda g: (*g.events()[1::2], g.room()),
+    divergences._student_kl: lambda g: (*g.block(), g.real(0.7), g.room(2 * divergences.TERMS)),
+    divergences._student_mixed: lambda g: (*g.block(), g.real(0.7), g.real(0.4), g.room(2 * divergences.TERMS)),
+    divergences._teacher_kl: lambda g: (*g.block(), g.real(0.7), g.room(2 * divergences.TERMS)),
+    divergences._teacher_mixed: lambda g: (*g.block(), g.real(0.7), g.real(0.4), g.room(2 * divergences.TERMS)),
+    divergences._terms: lambda g: (*g.events(), *map(g.real, (0.6, 0.4, 0.4, 0.4)), g.room()),
+    divergences._join_rest: lambda g: (*g.events()[:2], 0.1, 0.2),
+    sorted._counted: lambda g: (g.ranks()[0], np.zeros((4, sorted.INTERVALS), np.int32)),
+    sorted._inside: lambda g: (g.ranks()[0], np.arange(sorted.INTERVALS) % 2 == 0, g.room(), g.ids()),
+    sorted._signed_sum: lambda g: (g.ranks()[0], np.ones(sorted.INTERVALS, g.real), g.room()),
+    sorted.sorted_row: lambda g: (*(r := g.ranks()), sorted.ranks_for(*r), g.room()),
+    pieces._event_sums: lambda g: (
         g.row(), np.exp(g.row()), g.real(9), 2.0, g.ids() % 7, np.arange(8) * 3, g.ids(2), np.zeros(7), g.room(7)
     ),
-    loops.segments_forward: lambda g: (g.logp(), g.ids() % 7, g.room(9)),
-    loops.segments_backward: lambda g: (g.logp(), g.ids() % 7, g.room(9), g.row()[:1].repeat(9), g.room()),
-    loops.sum_chunks: lambda g: (g.logp(), g.ids() % 5 - 1, g.room(5)),
-    loops.spread_chunks: lambda g: (g.row(), g.ids() - 1, g.room()),
+    pieces.segments_forward: lambda g: (g.logp(), g.ids() % 7, g.room(9)),
+    pieces.segments_backward: lambda g: (g.logp(), g.ids() % 7, g.room(9), g.row()[:1].repeat(9), g.room()),
 }  # fmt: skip
 
 SCALARS: dict[CPUDispatcher, Callable[..., Any]] = {
     lanes._exp_single: lambda f: lambda lp, lq, share: f(lp),
     lanes._log_single: lambda f: lambda lp, lq, share: f(-lp),
     lanes._excess_single: lambda f: lambda lp, lq, share: f(lp * np.float32(0.005), share),
-    loops._kl_term: lambda f: lambda lp, lq, share: f(lp, lq, share, lp * lp)[0],
-    loops._mixed_term: lambda f: lambda lp, lq, share: f(lp, lq, lp * lp, lq * lq, share)[0],
-    loops._interval: lambda f: lambda lp, lq, share: f(lp),
+    divergences._kl_term: lambda f: lambda lp, lq, share: f(lp, lq, share, lp * lp)[0],
+    divergences._mixed_term: lambda f: lambda lp, lq, share: f(lp, lq, lp * lp, lq * lq, share)[0],
+    sorted._interval: lambda f: lambda lp, lq, share: f(lp),
 }
 """What is computed of single numbers, in vectors where a loop is long enough."""
 
@@ -202,8 +207,14 @@ ROWS = {
     },
     "sorted": lambda b, z: b.sorted_l1(z.float().softmax(-1), z.float().softmax(-1).flip(-1)),
 }
-ALLOCATES = {loops._ranks}
-"""Computes nothing."""
+WITHIN = {
+    *(sorted.ranks_for, masses._shares, masses._add_small),
+    *(
+        getattr(divergences, n)
+        for n in ("_bucketed", "_condition", "_put_nan", "_spread", "_matched", "_scaled")
+    ),
+}
+"""Parts of kernels of rows that are seen in these."""
 
 
 @pytest.mark.parametrize("function", CASES, ids=lambda f: f.py_func.__name__)
@@ -224,7 +235,7 @@ def test_a_function_of_numbers_is_the_same_in_vectors(function: CPUDispatcher) -
 
     given = Given(1001, np.float32)
     lp, lq, share = given.logp(), given.logp(), np.float32(0.3)
-    out = given.room() if function is not loops._interval else np.zeros(1001, np.uint32)
+    out = given.room() if function is not sorted._interval else np.zeros(1001, np.uint32)
     of_all(lp, lq, share, out)
     alone = np.array([of_one(x, y, share) for x, y in zip(lp, lq, strict=True)], out.dtype)
     np.testing.assert_array_equal(alone.view(np.uint32), out.view(np.uint32))
@@ -265,7 +276,8 @@ def test_a_kernel_of_rows(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def test_no_kernel_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     of_rows = {kernel for name in ROWS for kernel, _, _ in runs(monkeypatch, name, torch.float32)}
-    missing = (compiled_in(lanes) | compiled_in(loops)) - of_rows - {*CASES} - {*SCALARS} - ALLOCATES
+    compiled = set().union(*map(compiled_in, (lanes, *LOOPS)))
+    missing = compiled - of_rows - {*CASES} - {*SCALARS} - WITHIN
     assert not missing, "without a case here"
 
 

@@ -16,10 +16,10 @@ from support.tokenizers import byte_level_bpe, character_level, sentencepiece_bp
 from gold.align.batch import AlignedBatch
 from gold.align.texts import AlignedText
 from gold.align.vocabularies import VocabularyPair
-from gold.bytes import plan as paths
+from gold.bytes.events import STOP_EVENT
 from gold.demo.models import character_tokenizer
-from gold.kernels import layout, tables
 from gold.kernels import logits as lazy
+from gold.kernels import tables
 from gold.kernels.logits import GivenLogits, HeadLogits, LazyLogits, TopKLogits
 from gold.kernels.tables import byte_tables
 from gold.losses import OBJECTIVES, Loss, LossInputs
@@ -27,12 +27,6 @@ from gold.losses.mixture import Mix, OtherTeacher
 from gold.tokenize.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")
-
-
-def test_both_rooms_number_the_events_alike():
-    """The plan of a text and the kernels that read it may not import each other."""
-    for name in ("EVENTS", "STOP_EVENT", "REST_EVENT"):
-        assert getattr(paths, name) == getattr(layout, name)
 
 
 VOCABULARIES = {
@@ -230,4 +224,4 @@ def test_a_text_that_neither_side_has_a_token_for_is_no_row_and_no_chunk():
     )
     assert batch.one_to_one_bytes.tolist() == [False, True]
     _, row, event = batch.path
-    assert (row.tolist(), event.tolist()) == ([0], [layout.STOP_EVENT])
+    assert (row.tolist(), event.tolist()) == ([0], [STOP_EVENT])

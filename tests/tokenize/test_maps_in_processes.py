@@ -12,9 +12,10 @@ PROGRAM = """
 import sys
 from hashlib import sha256
 from tokenizers import Tokenizer
-from gold.align.overlap import byte_equal_pairs, longest_prefixes
+from gold.align.overlap import byte_equal_pairs
+from gold.bytes.prefixes import longest_prefixes
 from gold.tokenize.vocabulary import Vocabulary
-from gold.bytes.plan import ByteTrie
+from gold.bytes.trie import ByteTrie
 
 listed = [list(Tokenizer.from_file(name).get_vocab()) for name in sys.argv[1:]]
 print(sha256(repr(listed).encode()).hexdigest())

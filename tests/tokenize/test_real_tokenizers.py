@@ -10,7 +10,8 @@ from support.texts import data, ids_of, text
 
 from benchmarks.assets import model_path, tokenizer_path
 from gold.align.chunks import align_tokens
-from gold.align.overlap import byte_equal_pairs, longest_prefixes
+from gold.align.overlap import byte_equal_pairs
+from gold.bytes.prefixes import longest_prefixes
 from gold.tokenize.compare import differences
 from gold.tokenize.vocabulary import Vocabulary
 
