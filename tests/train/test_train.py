@@ -363,7 +363,7 @@ def test_what_the_teacher_or_the_data_lack_is_refused_at_once() -> None:
         run(student=untouched, prompts=[])
     with pytest.raises(DataError, match=r"prompt 7 .* has no completion"):
         run(changed(on_policy=0.5), untouched, prompts=bare)
-    with pytest.raises(ConfigError, match="reward needs a task with a verifier"):
+    with pytest.raises(ConfigError, match="objectives: reward needs a verifier"):
         run(changed(objectives=(Term("reward"),)), untouched, verifier=None)
     with pytest.raises(TeacherError, match="there is no teacher"):
         run(student=untouched, teacher=None)
