@@ -1,5 +1,8 @@
-"""Arithmetic on rows of logits, on arrays and tensors alone: sums of probabilities over sets of tokens, divergences,
-sums over chunks. The back end follows from the device; ``use_backend`` forces one."""
+"""Arithmetic on rows of logits, with arrays and tensors only: probability sums over token sets, divergences, chunk
+sums.
+
+The device selects the back end; ``use_backend`` forces one.
+"""
 
 from gold.kernels.backends import BACKENDS as BACKENDS
 from gold.kernels.backends import backend_for as backend_for

@@ -1,7 +1,7 @@
-"""Which implementation of the kernels runs: numba on a CPU, Triton on a CUDA device, plain torch elsewhere.
+"""Kernel dispatch: numba on a CPU, Triton on a CUDA device, plain torch elsewhere.
 
-Every back end holds the functions of ``reference`` under the same names. The functions here call that of the back end
-for the device of their first argument.
+Every back end implements the functions of ``reference`` under the same names. The functions here call the back end for
+the device of their first argument.
 """
 
 import os
@@ -28,7 +28,7 @@ _FORCED: ContextVar[str | None] = ContextVar("kernel back end", default=None)
 
 
 class _Backends(Mapping[str, ModuleType]):
-    """Back ends by name, each imported when it is asked for: compilers take their time."""
+    """Back ends by name, imported on first use: importing a compiler is slow."""
 
     def __getitem__(self, name: str) -> ModuleType:
         return import_module(_MODULES[name])
@@ -47,10 +47,10 @@ BACKENDS = _Backends()
 
 
 def backend_for(device: torch.device) -> ModuleType:
-    """The back end for tensors on a device: the one of ``use_backend``, else the fastest that runs there.
+    """The back end for tensors on a device: the one forced by ``use_backend``, else the fastest that runs there.
 
     Raises:
-        ConfigError: the back end of ``use_backend`` does not run on this device.
+        ConfigError: the forced back end does not run on this device.
     """
     name = _FORCED.get()
     if name is None:
@@ -63,7 +63,7 @@ def backend_for(device: torch.device) -> ModuleType:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the context, in this thread, kernels run on the back end ``name``, for tests; None: as without.
+    """Within the context, in this thread, forces the back end ``name`` (for tests); None: no forcing.
 
     Raises:
         ConfigError: an unknown name.
@@ -78,12 +78,12 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def used_backend() -> str | None:
-    """The name given to ``use_backend``, None outside of it."""
+    """The name forced by ``use_backend``, None outside of it."""
     return _FORCED.get()
 
 
 def why_not(name: str, device: torch.device) -> str | None:
-    """Why a back end does not run on tensors of a device; None if it does."""
+    """The reason why a back end does not run on tensors of a device; None if it does."""
     if name == "cpu" and device.type != "cpu":
         return "it is for CPUs"
     if name == "cuda":

@@ -1,4 +1,4 @@
-"""Chunks of several rows a side compared as one: their last rows, scaled by what came before, or their mean rows."""
+"""Comparison of chunks with several rows per side: by their last rows, scaled by the tokens before, or by mean rows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gold.kernels.reference import MixedKL, finite_where_either_is, hybrid_of, w
 from gold.kernels.shared import Divergence, SharedEvents
 
 FLOOR = 1e-10
-"""Mean probabilities of the student count as at least this much where their logarithm is taken: of a chunk's mean no
-logits are left, and a sum of probabilities can be 0."""
+"""Lower bound on the student's mean probabilities where their logarithm is taken: the mean over a chunk has no logits,
+and a sum of probabilities can be 0."""
 
 
 def sorted_distance(student: LazyLogits, teacher: LazyLogits) -> Tensor:
-    """Sum of ``reference.sorted_l1`` of the probabilities of row n of both sides."""
+    """Sum over rows n of ``reference.sorted_l1`` of both sides' probabilities."""
     none = torch.empty(0, dtype=torch.int64)
     nothing_S, nothing_T = (none.to(rows.device) for rows in (student, teacher))
     events = SharedEvents(nothing_S, nothing_T, nothing_S, nothing_T)
@@ -39,7 +39,7 @@ def scaled_comparison(
     matched_share: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.hybrid_distance`` of row n of both sides: the sum over rows, and without gradient the divergence and
-    the distance of each: two [N]. A ``MixedKL`` is left to the kernel, any other divergence is computed by torch."""
+    the distance of each row: two [N]. A ``MixedKL`` runs in the kernel, any other divergence in torch."""
     kept = events.kept(student.width, teacher.width)
     one_device = kept[0].ids.device == kept[1].ids.device
 
@@ -67,7 +67,7 @@ def _of_possible(divergence: Divergence) -> Divergence:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Which chunk each row of both sides is in, ascending; every chunk has rows on both sides."""
+    """The chunk of each row of both sides, ascending; every chunk has rows on both sides."""
 
     chunk_S: Tensor
     chunk_T: Tensor
@@ -77,7 +77,7 @@ class Chunks:
 @dataclass(frozen=True)
 class Projected:
     """A sparse matrix from student tokens to teacher tokens, entry e ``weight_E[e]`` at (``ids_V[e]``, ``ids_W[e]``),
-    and the stop event of both sides, which is taken to itself."""
+    and the stop ids of both sides; the stop event maps to itself."""
 
     ids_V: Tensor
     ids_W: Tensor
@@ -89,8 +89,8 @@ class Projected:
 def projected_divergence(
     student: LazyLogits, teacher: LazyLogits, chunks: Chunks, projection: Projected, divergence: Divergence
 ) -> tuple[Tensor, Tensor]:
-    """Sum over chunks of the divergence between mean rows, the student's taken to the teacher's tokens, and the
-    teacher's mass on those that are reached, on which both sides are conditioned, [C], without gradient."""
+    """Sum over chunks of the divergence between mean rows, the student's projected to teacher tokens, and without
+    gradient the teacher's mass on the projected tokens, [C]. Both sides are conditioned on those tokens."""
     there = projection.ids_V < student.width
     there &= (projection.ids_W < teacher.width).to(there.device)
     ids_V, weight_E = projection.ids_V[there], projection.weight_E[there]
@@ -122,7 +122,7 @@ def mean_comparison(
     divergence: Divergence,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean rows of each chunk: the divergence on the shared events plus the sorted L1 distance of all other columns,
-    summed over chunks, and without gradient each: two [C]."""
+    summed over chunks, and without gradient each of the two per chunk: two [C]."""
     kept_S, kept_T = events.kept(student.width, teacher.width)
 
     def compare(p_CV: Tensor, q_CW: Tensor) -> tuple[Tensor, ...]:
@@ -140,7 +140,7 @@ def mean_comparison(
 
 
 def _blocks(student: LazyLogits, teacher: LazyLogits) -> list[tuple[slice, slice]]:
-    """The rows of both sides, as many at a time as the wider one allows."""
+    """Blocks of rows of both sides, sized for the wider one."""
     return [(span, span) for span in spans(len(student), min(student.block_rows, teacher.block_rows))]
 
 
@@ -150,7 +150,7 @@ def _over_chunks(
     chunks: Chunks,
     compare: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
 ) -> tuple[Tensor, ...]:
-    """``compare`` of the mean probabilities of each chunk's rows, [C, V] and [C, W], a block of chunks at a time."""
+    """``compare`` of the mean probabilities of each chunk's rows, [C, V] and [C, W], one block of chunks at a time."""
     if not chunks.count:
         p, q = (torch.zeros((0, rows.width), device=rows.device) for rows in (student, teacher))
         return compare(p, q)
@@ -183,7 +183,7 @@ def _means(rows: LazyLogits, chunk: Tensor, count: int) -> Tensor:
         def part(block: LazyLogits, here: Tensor = chunk[span]) -> tuple[Tensor, ...]:
             prob = torch.softmax(widened(block.logits()), dim=-1)
             weighted = prob * share[here].to(prob)[:, None]
-            # In the order of the rows on every device.
+            # Summed in row order on every device.
             return (torch.segment_reduce(weighted, "sum", lengths=torch.bincount(here, minlength=count)),)
 
         (added,) = recomputed(part, rows.select(span))

@@ -1,6 +1,6 @@
-"""Autograd functions for kernels that compute their gradients themselves.
+"""Autograd functions for kernels that compute their own gradients.
 
-Both take a function that does the work, so that a kernel is written in one place: forward, and backward within it.
+Both take a function that computes the results and returns its backward, so that each kernel is one function.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,22 @@ Backward = Callable[..., None]
 def with_backward(
     rows: Tensor, compute: Callable[[Tensor], tuple[Results, Backward]], overwrite: bool, constant: int = 0
 ) -> Any:
-    """The results of ``compute(rows)``, and a gradient by ``rows``: ``compute`` also returns a function that writes it,
-    called with the rows, where the gradient goes, and the gradients by the results.
+    """The results of ``compute(rows)``, differentiable with respect to ``rows``.
 
-    ``overwrite``: it goes where the rows are. The last ``constant`` results have no gradient.
+    ``compute`` returns the results and a backward function, called with the rows, the tensor to write the gradient to,
+    and the gradients of the results. ``overwrite``: the gradient is written to the memory of the rows. The last
+    ``constant`` results have no gradient.
     """
     results = _WithBackward.apply(rows, compute, overwrite, constant)  # type: ignore[no-untyped-call]
     return results if len(results) > 1 else results[0]
 
 
 def with_gradient(compute: Callable[[bool], tuple[Results, tuple[Tensor, ...]]], *inputs: Tensor) -> Any:
-    """The results of ``compute(wanted)``, of which the first has a gradient, made with it where it is ``wanted``:
-    ``compute`` also returns that of the sum of the first result by each of the inputs."""
+    """The results of ``compute(wanted)``, the first of which is differentiable with respect to ``inputs``.
+
+    ``compute`` returns the results and, where ``wanted``, the gradients of the sum of the first result with respect to
+    each input, computed in the forward pass.
+    """
     results = _WithGradient.apply(compute, *inputs)  # type: ignore[no-untyped-call]
     return results if len(results) > 1 else results[0]
 

@@ -1,4 +1,4 @@
-"""Index arrays on one device, as the kernels read them: a byte plan and its trie, events of columns."""
+"""Index arrays on one device for the kernels: a byte plan with its trie, and the events of columns."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KeptEvents:
-    """Which columns of one side's rows are events of their own, in the order of ``ids``, and which are ``stops``; all
-    others of the ``width`` are ``left``."""
+    """The columns of one side's rows that are separate events, in the order of ``ids``, and the ``stops``; all others
+    of the ``width`` columns are ``left``."""
 
     ids: Tensor
     stops: Tensor
@@ -30,7 +30,7 @@ class KeptEvents:
 
     @cached_property
     def event(self) -> Tensor:
-        """For each column the number of its event: those of ``ids``, then the stop event, then all that is left."""
+        """The event number of each column: those of ``ids``, then the stop event, then one for all ``left`` columns."""
         event = torch.full((self.width,), self.ids.numel() + 1, dtype=torch.int64, device=self.ids.device)
         event[self.stops] = self.ids.numel()
         event[self.ids] = torch.arange(self.ids.numel(), device=self.ids.device)
@@ -44,31 +44,31 @@ class KeptEvents:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which of ``events`` events each column of a row belongs to."""
+    """The event of each column of a row; ``events`` is their number."""
 
     event: Tensor
     events: int
 
     @cached_property
     def small(self) -> Tensor:
-        """``event`` in 32 bits."""
+        """``event`` as int32."""
         return self.event.int()
 
     @cached_property
     def order(self) -> Tensor:
-        """The columns event by event, ascending within each."""
+        """The columns sorted by event, ascending within each."""
         return torch.argsort(self.event, stable=True)
 
     @cached_property
     def starts(self) -> Tensor:
-        """Where in ``order`` each event begins, and the number of columns last."""
+        """Start of each event in ``order``, then the number of columns."""
         counts = torch.bincount(self.event, minlength=self.events)
         return torch.cat((counts.new_zeros(1), torch.cumsum(counts, 0)))
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Single tokens of some rows, and whether each counts by itself alone, not in the sums of its row."""
+    """Single tokens of some rows; ``moved``: the token is excluded from the sums of its row."""
 
     row: Tensor
     id: Tensor
@@ -77,7 +77,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class MassRanges:
-    """Ranges of a pool of ids that make up the masses of a block of rows; a mass may be made of two ranges."""
+    """Ranges of a pool of ids that make up the masses of a block of rows; a mass may consist of two ranges."""
 
     pool: Tensor
     low: Tensor
@@ -92,8 +92,8 @@ class MassRanges:
 class DeviceTrie:
     """A vocabulary's trie on a device, for rows of one width.
 
-    ``pool`` holds every column once: text tokens in byte order, from ``texts`` on all that is neither text nor stop,
-    from ``stop_low`` on the stop ids; ``position`` is its inverse. The others are the trie's own arrays.
+    ``pool`` holds every column once: text tokens in byte order, from ``texts`` on all columns that are neither text nor
+    stop, from ``stop_low`` on the stop ids; ``position`` is its inverse. The other arrays are those of ``ByteTrie``.
     """
 
     texts: int
@@ -108,7 +108,7 @@ class DeviceTrie:
 
 
 class KernelTrie:
-    """A vocabulary's byte trie as the kernels read it: made once for each device and width of rows."""
+    """A vocabulary's byte trie for the kernels, with its tensors cached per device and row width."""
 
     def __init__(self, trie: ByteTrie) -> None:
         self.trie = trie
@@ -116,7 +116,8 @@ class KernelTrie:
         self._in_order: dict[int, KernelTrie] = {}
 
     def outside(self, width: int) -> NDArray[Any]:
-        """Columns of rows ``width`` wide that are neither text nor stop: such ids, then those beyond the vocabulary."""
+        """Columns of rows ``width`` wide that are neither text nor stop: such ids, then columns beyond the
+        vocabulary."""
         ids = self.trie.outside
         return np.concatenate((ids[: np.searchsorted(ids, width)], np.arange(self.trie.size, width)))
 
@@ -133,7 +134,7 @@ class KernelTrie:
         return self._on[width, device]
 
     def in_order(self, width: int) -> KernelTrie:
-        """The trie of rows whose columns stand in the order of the pool."""
+        """The trie for rows whose columns are permuted to the order of the pool."""
         if width not in self._in_order:
             trie, ids = self.trie, np.arange(width, dtype=np.int32)
             texts, stop_low = trie.order.size, width - trie.stops.size
@@ -157,7 +158,7 @@ class DeviceVisits:
 
     @classmethod
     def of(cls, visits: Visits, masses: int, device: torch.device) -> DeviceVisits:
-        """The visits that yield so many masses."""
+        """The visits on a device; together they yield ``masses`` masses."""
 
         def tensor(array: NDArray[Any], dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(array).to(device, dtype)
@@ -178,11 +179,11 @@ class DeviceVisits:
 
 @dataclass(frozen=True)
 class ByteLayout:
-    """A byte plan on a device: which sets of tokens each row's probabilities are summed over, and which event of which
-    byte position each sum belongs to.
+    """A byte plan on a device: the token sets over which each row's probabilities are summed, and the byte position and
+    event of each sum.
 
-    ``mass_cell`` is position · EVENTS + event; ``resolved`` are the events of each position that some mass belongs to;
-    the others are those of ``bytes.plan.BytePlan``.
+    ``mass_cell`` is position · EVENTS + event; ``resolved`` marks the events of each position to which some mass
+    belongs; the other arrays are those of ``bytes.plan.BytePlan``.
     """
 
     trie: KernelTrie
@@ -241,13 +242,14 @@ class ByteLayout:
         )
 
     def reaching(self, position: int, row: int) -> int:
-        """How many rows before ``row``, the first that begins at ``position`` or later, are read for that position."""
+        """How many rows before ``row``, the first that begins at ``position`` or later, are needed for that
+        position."""
         earlier = np.flatnonzero(self.visits.reach[:row] >= position)
         return row - int(earlier[0]) if earlier.size else 0
 
     def window(self, positions: slice, rows: slice) -> tuple[ByteLayout, slice]:
-        """The layout of some byte positions alone, numbered from 0 on, and the rows that it reads: ``rows``, which
-        begin there, and earlier ones whose tokens can reach so far."""
+        """The layout of a range of byte positions, renumbered from 0, and the rows it needs: ``rows``, which begin
+        there, and earlier ones whose tokens can reach that far."""
         rows = slice(rows.start - self.reaching(positions.start, rows.start), rows.stop)
         visits, masses = self.visits.within(rows, positions)
         kept = masses if isinstance(masses, slice) else torch.from_numpy(masses).to(self.device)
@@ -257,7 +259,7 @@ class ByteLayout:
             target=self.target[rows],
             mass_row=self.mass_row[kept] - rows.start,
             mass_cell=self.mass_cell[kept] - positions.start * EVENTS,
-            # A position behind which nothing begins, and which carries no meaning, may name a row before the first.
+            # A position after which nothing begins, and whose row is unused, may name a row before the first.
             position_row=(self.position_row[positions] - rows.start).clamp(min=0),
             position_text=self.position_text[positions],
             supervised=self.supervised[positions],
@@ -272,8 +274,8 @@ class ByteLayout:
         return int(self.visits.mass_ptr[first]), int(self.visits.mass_ptr[last])
 
     def in_order(self, width: int) -> tuple[Tensor, ByteLayout]:
-        """The columns of rows ``width`` wide as they stand in the pool of the trie, and the layout of rows whose
-        columns stand so: every set of tokens that begin alike is a range of them."""
+        """The pool order of columns for rows ``width`` wide, and the layout for rows permuted to it: every set of
+        tokens with a common prefix is then a range of columns."""
         here = self.trie.on(self.device, width)
         known = (self.target >= 0) & (self.target < width)
         target = torch.where(known, here.position.long()[torch.where(known, self.target, 0)], -1)

@@ -1,8 +1,8 @@
-"""From lazy logits to losses and gradients, a block of rows at a time.
+"""Losses and gradients from lazy logits, one block of rows at a time.
 
-Logits exist for one block of rows only. Where a loss is a sum over blocks (``summed``), each block's gradient is made
-with its value, and the logits are dropped; where values of all rows are needed first (``recomputed``), the backward
-pass makes them again.
+Logits exist for one block of rows only. If a loss is a sum over blocks (``summed``), each block's gradient is computed
+with its value and the logits are freed; if values of all rows are needed first (``recomputed``), the backward pass
+computes the logits again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Work = Callable[..., tuple[Tensor, ...]]
 
 
 def recomputed(function: Callable[[LazyLogits], tuple[Tensor, ...]], rows: LazyLogits) -> tuple[Tensor, ...]:
-    """``function(rows)``, whose inner tensors are dropped and made again in the backward pass."""
+    """``function(rows)``, with activation checkpointing: intermediate tensors are recomputed in the backward pass."""
     if not torch.is_grad_enabled():
         return function(rows)
     backend = used_backend()
@@ -40,13 +40,13 @@ def recomputed(function: Callable[[LazyLogits], tuple[Tensor, ...]], rows: LazyL
 def summed(
     function: Work, rows: LazyLogits, blocks: Sequence[tuple[Index, Any]], *others_N: Tensor
 ) -> tuple[Tensor, ...]:
-    """The sum over blocks of the first of what ``function`` returns, with gradient, and all else joined, without.
+    """The sum over blocks of the first result of ``function``, with gradient; the other results concatenated, without.
 
-    For each ``(index, part)`` of ``blocks`` it is called with ``(rows[index], part, *(x[index] for x in others_N))``. A
-    block's gradients with respect to the rows, the head's weights and ``others_N`` are made together with its value, so
-    that its logits are made once and never kept. There is one backward pass, which hands them on.
+    For each ``(index, part)`` of ``blocks``, ``function`` is called with ``(rows[index], part, *(x[index] for x in
+    others_N))``. A block's gradients with respect to the rows, the head's weights and ``others_N`` are computed
+    together with its value, so its logits are computed once and never stored. Only one backward pass is possible.
 
-    Raises: ValueError if the head has parameters that need a gradient and are not among ``rows.weights``.
+    Raises: ValueError if the head has parameters that need a gradient and are not in ``rows.weights``.
     """
     inputs = (*rows.tensors, *others_N, *rows.weights)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
@@ -115,7 +115,8 @@ def _joined(values: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 def token_logp(rows: LazyLogits, target_N: Tensor, stops: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each row's target token (0 where it is −1), and of the stop event, in nats: two [N]."""
+    """Log-probability of each row's target token (0 where the target is −1), and of the stop event, in nats: two
+    [N]."""
     target, stop, _ = token_statistics(rows, target_N, stops)
     return target, stop
 

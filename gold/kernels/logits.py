@@ -1,7 +1,7 @@
-"""Next-token logits of a sequence of positions, computed when they are asked for.
+"""Next-token logits of a sequence of positions, computed on demand.
 
-A row of logits is as wide as a vocabulary; a batch of them is the largest tensor of a training step by far. Only
-what each row is made from is kept, and rows are selected before logits are made.
+A row of logits is as wide as a vocabulary; the logits of a batch are by far the largest tensor of a training step. Only
+their inputs (hidden states) are stored, and rows are selected before logits are computed.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from torch.nn import functional
 from gold.kernels.reference import row_logsumexp, widened
 
 BLOCK_BYTES = 128 * 2**20
-"""Logits of one block take at most this many bytes in float32, and a block holds at least one row."""
+"""Most bytes of one block of logits in float32; a block holds at least one row."""
 ACCELERATED = 16
-"""Times as much on an accelerator, which is idle in small blocks."""
+"""Factor on ``BLOCK_BYTES`` for accelerators, which small blocks leave idle."""
 
 Index = slice | Tensor
 
 
 class LazyLogits(ABC):
-    """Rows of logits, [N, width], computed on demand from ``tensors``, each of which has one row for each of them."""
+    """Rows of logits, [N, width], computed on demand from ``tensors``, each of which has N rows."""
 
     width: int
     """Columns of a row."""
     partial = False
     """Whether only some tokens of each row are known: see ``TopKLogits``."""
     weights: tuple[Any, ...] = ()
-    """Parameters that a gradient of the logits needs, besides ``tensors``."""
+    """Parameters, besides ``tensors``, with respect to which the logits have gradients."""
 
     _by_row: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the rows are made from."""
+        """The tensors from which the rows are computed."""
         return tuple(getattr(self, name) for name in self._by_row)
 
     def with_tensors(self, *tensors: Tensor) -> Self:
-        """Rows that are made from these tensors likewise."""
+        """The same kind of rows, computed from other tensors."""
         rows: Any = self
         changed: Self = replace(rows, **dict(zip(self._by_row, tensors, strict=True)))
         return changed
@@ -66,7 +66,7 @@ class LazyLogits(ABC):
 
     @staticmethod
     def joined(parts: Sequence[LazyLogits]) -> LazyLogits:
-        """The rows of several texts of one model, one text after the other."""
+        """The rows of several texts of one model, concatenated."""
         columns = zip(*(part.tensors for part in parts), strict=True)
         return parts[0].with_tensors(*(torch.cat(column) for column in columns))
 
@@ -76,13 +76,13 @@ class LazyLogits(ABC):
         return [self.with_tensors(*part) for part in parts]
 
     def in_turn(self) -> Self:
-        """The same rows, to be read one block after the other: where gradients are off, logits may be written over
-        those of the block before."""
+        """The same rows, for use one block at a time: without gradients, a block's logits may overwrite those of the
+        last block."""
         return self
 
     def impossible(self, target_N: Tensor, stops: Tensor) -> Tensor:
-        """Which rows are known to give their own event, the token of ``target_N`` or, for −1, a stop id, probability 0:
-        bool [N]. Rows that must be computed first are not known to."""
+        """Rows known without computation to give probability 0 to their target, the token of ``target_N`` or, for −1,
+        the stop event: bool [N]. False for rows that must be computed first."""
         return torch.zeros_like(target_N, dtype=torch.bool)
 
     @property
@@ -92,7 +92,7 @@ class LazyLogits(ABC):
         return max(1, size // (4 * self.width))
 
     def may_overwrite(self, logits: Tensor) -> bool:
-        """Whether a kernel may write over these logits of the rows: nobody else reads them."""
+        """Whether a kernel may overwrite these logits: they do not share memory with ``tensors``."""
         return logits.data_ptr() != self.tensors[0].data_ptr()
 
 
@@ -100,10 +100,10 @@ class LazyLogits(ABC):
 class HeadLogits(LazyLogits):
     """Logits of hidden states: ``head(hidden_ND[i:j], *weights)`` is [j − i, width].
 
-    ``weights``: all parameters of the head that need a gradient; without them it uses its own. In ``summed`` each is a
-    ``SummedWeight``. ``reordered``: from columns, a head that gives these alone; only where that takes no more than a
-    copy of the matrix. ``into``: ``head`` without gradient, the logits being written into given memory of that shape;
-    only where memory that was never used is expensive.
+    ``weights``: all parameters of the head that need a gradient; without them the head uses its own. In ``summed`` each
+    is a ``SummedWeight``. ``reordered``: a function from columns to a head that returns these columns; only where that
+    costs no more than a copy of the matrix. ``into``: ``head`` without gradient, with the logits written to a given
+    output tensor; only where fresh memory is expensive.
     """
 
     hidden_ND: Tensor
@@ -137,7 +137,7 @@ class HeadLogits(LazyLogits):
 
 @dataclass(frozen=True)
 class GivenLogits(LazyLogits):
-    """Logits that are there already: for tests, and for models that give nothing else."""
+    """Logits that exist already: for tests, and for models that return nothing else."""
 
     logits_NV: Tensor
     _by_row = ("logits_NV",)
@@ -154,11 +154,11 @@ class GivenLogits(LazyLogits):
 
 @dataclass(frozen=True)
 class TopKLogits(LazyLogits):
-    """Rows of which only some tokens' log-probabilities are known, in nats.
+    """Rows with the log-probabilities of some tokens only, in nats.
 
-    ``ids_NK`` are below ``size``, the size of the vocabulary, each at most once a row; −1 pads a row, whatever its
-    ``logp_NK`` there. Logits of unknown tokens are −inf, and the last column, which no token has, is the tail mass: the
-    log-probability of all of them together.
+    ``ids_NK`` are below ``size``, the size of the vocabulary, each at most once a row; −1 is padding, whatever its
+    ``logp_NK``. Logits of unknown tokens are −inf. The last column, which is no token, is the tail mass: the
+    log-probability of all unknown tokens together.
     """
 
     ids_NK: Tensor
@@ -177,7 +177,7 @@ class TopKLogits(LazyLogits):
         ids, size = self.ids_NK.long(), self.size
         known = ids >= 0
         logp = self.logp_NK.double().masked_fill(~known, -torch.inf)
-        # Of a row that is known as a whole nothing is left, whatever rounding says.
+        # A fully known row has no tail mass, whatever rounding says.
         tail = log_tail_mass(logp).masked_fill(known.sum(-1) >= size, -torch.inf)
         dense = logp.new_full((logp.shape[0], size + 1), -torch.inf)
         dense = dense.scatter(1, torch.where(known, ids, size), logp)
@@ -193,10 +193,10 @@ class TopKLogits(LazyLogits):
 
 @dataclass(frozen=True)
 class MixedLogits(LazyLogits):
-    """Log-probabilities of a mixture of models that share one vocabulary, on the device of the first.
+    """Log-probabilities of a mixture of models with the same vocabulary, on the device of the first.
 
-    ``mix`` makes one tensor of the models' log-probabilities, [N, width] each; columns from ``width`` on, which are no
-    tokens, are left out first.
+    ``mix`` turns the models' log-probabilities, [N, width] each, into one tensor; columns from ``width`` on are no
+    tokens and are dropped first.
     """
 
     parts: tuple[LazyLogits, ...]
@@ -205,11 +205,11 @@ class MixedLogits(LazyLogits):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the rows of all parts are made from."""
+        """The tensors of all parts."""
         return tuple(x for part in self.parts for x in part.tensors)
 
     def with_tensors(self, *tensors: Tensor) -> Self:
-        """Rows that are made from these tensors likewise."""
+        """The same kind of rows, computed from other tensors."""
         given, parts = list(tensors), []
         for part in self.parts:
             count = len(part.tensors)
@@ -232,8 +232,8 @@ class MixedLogits(LazyLogits):
 
 
 class SummedWeight:
-    """A weight of the head within ``lm_head.summed``: ``leaf`` is the weight as matrix products take it, outside of its
-    graph, and ``total`` the sum of its gradients so far, in float32 or wider."""
+    """A weight of the head within ``lm_head.summed``: ``leaf`` is the detached weight in the dtype of the matrix
+    product, ``total`` the sum of its gradients so far, in float32 or wider."""
 
     def __init__(self, weight: Tensor) -> None:
         leaf, device = weight.detach(), weight.device.type
@@ -248,13 +248,13 @@ class SummedWeight:
         return torch.zeros_like(self.leaf, dtype=self._dtype) if self._total is None else self._total
 
     def add_grad(self) -> None:
-        """Adds what autograd has left at the leaf."""
+        """Adds the gradient that autograd left on the leaf to the total, and clears it."""
         if self.leaf.grad is not None:
             grad, self.leaf.grad = self.leaf.grad, None
             self._total = grad.to(self._dtype) if self._total is None else self._total.add_(grad)
 
     def add_product(self, across: Tensor, hidden: Tensor) -> None:
-        """Adds ``across @ hidden``, in place where the dtypes allow it."""
+        """Adds ``across @ hidden`` to the total, in place where the dtypes allow it."""
         if self._total is None:
             self._total = (across @ hidden).to(self._dtype)
         elif self._dtype == across.dtype:
@@ -296,23 +296,23 @@ class _SummedLinear(torch.autograd.Function):
 
 
 def spans(rows: int, size: int) -> list[slice]:
-    """Slices of at most ``size`` of so many rows, in order; of no rows, one that is empty."""
+    """Slices of at most ``size`` rows that cover ``rows`` rows, in order; one empty slice if there are no rows."""
     return [slice(first, min(first + size, rows)) for first in range(0, max(rows, 1), size)]
 
 
 def log_tail_mass(logp_NK: Tensor) -> Tensor:
-    """What is left of 1 in each row, as a log-probability: −∞ where nothing is."""
+    """Tail mass of each row, ``1 − Σ exp(logp)``, as a log-probability: −∞ where it is 0 or less."""
     left = -torch.expm1(row_logsumexp(logp_NK))
     return torch.where(left > 0, torch.log(left.clamp(min=1e-300)), -torch.inf)
 
 
 @torch.no_grad()
 def likeliest(rows: LazyLogits, top_k: int, also_NA: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Some tokens of each row: those of ``also_NA`` (−1: none), then those of its ``top_k`` likeliest below ``size``
-    that are not among them; of partial rows, all that are known.
+    """Some tokens of each row: those of ``also_NA`` (−1: none), then those of its ``top_k`` most probable below
+    ``size`` that are not among them; for partial rows, all known tokens.
 
     Returns:
-        ids_NK (−1 pads), logp_NK, and the log-probability of all other tokens together [N], in nats, float64.
+        ids_NK (−1 is padding), logp_NK, and the log-probability of all other tokens together [N], in nats, float64.
     """
     if isinstance(rows, TopKLogits):
         ids, logp = rows.ids_NK.long(), rows.logp_NK.double()
@@ -326,7 +326,7 @@ def likeliest(rows: LazyLogits, top_k: int, also_NA: Tensor, size: int) -> tuple
         there = (ranked[:, :, None] == also[:, None, :]).any(-1) | torch.isneginf(value)
         ids = torch.cat((also, ranked.masked_fill(there, -1)), dim=-1)
         norm = torch.logsumexp(logits, dim=-1, keepdim=True)
-        # Pads stand for another of the row's tokens; in a row without any, one logit is set to what it is.
+        # Padding repeats another token of the row; in a row without tokens, one logit is set to its own value.
         some = ids.amax(-1, keepdim=True)
         gone = torch.where(some >= 0, -torch.inf, logits[:, :1])
         others = logits.scatter(1, torch.where(ids >= 0, ids, some.clamp(min=0)), gone.expand(ids.shape))

@@ -1,4 +1,5 @@
-"""Two models' next tokens pushed onto the pieces that both vocabularies can be cut back to, and compared there.
+"""Next-token distributions of both models projected onto pieces, the units that both vocabularies can be split into,
+and compared there.
 
 Rows of logits exist for one block of positions at a time, on both sides.
 """
@@ -26,23 +27,23 @@ if TYPE_CHECKING:
     from gold.bytes.pieces import PieceRanges
 
 NEVER = -1e4
-"""Log-probability of a token on the path that has none: −inf would make all weights equal, this keeps their order. What
-it alone reaches is not reached."""
+"""Log-probability of a token on the path whose probability is 0: −inf would make all weights equal, this keeps their
+order. Events reached through it alone count as not reached."""
 WHITE_SHARE = 0.99
-"""A target that has more than this on white space alone has nothing else."""
+"""A target with more than this share on white space counts as white space only."""
 
 
 class PieceEvents(NamedTuple):
     """Per position the log-mass of every event, [positions, events], and that of the sampled token along this side's
-    own tokens, [positions]: −inf where it is not asked for, else a part of one of the events. Not normalised; where
-    nothing is reached, all is rest."""
+    own tokens, [positions]: −inf where not requested, else contained in one of the events. Not normalised; where
+    nothing is reached, all mass is unresolved."""
 
     joint: Tensor
     path: Tensor
 
 
 class PieceTarget(NamedTuple):
-    """A teacher's events per position: log-probabilities, [positions, events], −inf for what is not reached, the
+    """A teacher's events per position: log-probabilities, [positions, events], −inf for events not reached, the
     probabilities of the last ``EXTRA_EVENTS``, and the share that was moved to the sampled token, [positions]."""
 
     logq: Tensor
@@ -51,10 +52,10 @@ class PieceTarget(NamedTuple):
 
 
 class PieceColumns:
-    """Of one side, the columns of its rows and the pieces that they are: made once for each device and width.
+    """The pieces of the columns of one side's rows, cached per device and row width.
 
-    ``piece_at``: the piece at each byte of the vocabulary, −1 for none; ``offsets``: where the bytes of each id begin;
-    ``pieces``: how many there are.
+    ``piece_at``: the piece at each byte of the vocabulary, −1 for none; ``offsets``: first byte of each id; ``pieces``:
+    the number of pieces.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class PieceColumns:
         self._columns: dict[tuple[torch.device, int], Columns] = {}
 
     def pool(self, device: torch.device, width: int) -> Tensor:
-        """Ids: text in byte order, the stop ids, and every other column of rows that are ``width`` wide."""
+        """Ids: text in byte order, the stop ids, and every other column of rows ``width`` wide."""
         if (device, width) not in self._pools:
             trie = self._trie.trie
             parts = trie.order, trie.stops, self._trie.outside(width)
@@ -77,7 +78,7 @@ class PieceColumns:
         return self._pools[device, width]
 
     def piece_of(self, ids: Tensor, depth: Tensor | int) -> Tensor:
-        """The event that text tokens are behind their first ``depth`` bytes."""
+        """The event of text tokens after their first ``depth`` bytes."""
         if ids.device not in self._bytes_on:
             self._bytes_on[ids.device] = tuple(_tensor(array, ids.device) for array in self._bytes)
         piece_at, offsets = self._bytes_on[ids.device]
@@ -102,7 +103,7 @@ def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class PieceSide:
-    """One side of a batch as it is pushed onto pieces: which ids of which row count at which position."""
+    """One side of a batch for the projection onto pieces: which ids of which row count at which position."""
 
     ranges: PieceRanges
     layout: ByteLayout
@@ -111,8 +112,8 @@ class PieceSide:
 
 @dataclass(frozen=True)
 class PieceBatch:
-    """Both sides of a batch, and for each position what was sampled: ``observed short source observed_white`` of a
-    plan, documented where it is made, on the student's device; ``white``: which pieces are white space alone."""
+    """Both sides of a batch, and what was sampled at each position: ``observed short source observed_white`` are those
+    of the plan, on the student's device; ``white``: which pieces are white space only."""
 
     student: PieceSide
     teacher: PieceSide
@@ -135,11 +136,11 @@ def piece_divergence(
     mask_white: bool,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of the divergences at each position on the events that both sides can reach there, each times its weight (1
+    """Sum over positions of the divergence on the events that both sides can reach there, each times its weight (1
     without one), and parts, [positions] each, without gradient.
 
-    Parts: ``rest``, the student's mass on all else; ``residual``, the teacher's on text that begins with no piece;
-    ``observed``, what was moved to the sampled token; ``white``, 1 where the target is white space alone. With
+    Parts: ``rest``, the student's mass on all other events; ``residual``, the teacher's on text that begins with no
+    piece; ``observed``, the mass moved to the sampled token; ``white``, 1 where the target is white space only. With
     ``mask_white`` the divergence is 0 there.
     """
     parts = "rest", "residual", "observed", "white"
@@ -182,7 +183,7 @@ def piece_divergence(
 
 
 def piece_target(teacher: LazyLogits, needed: Tensor, batch: PieceBatch, span: slice) -> PieceTarget:
-    """The teacher's events at some positions, the sampled token's own included; for ``teacher``, ``needed`` see
+    """The teacher's events at some positions, with the sampled token as an event; ``teacher``, ``needed``: see
     ``piece_events``."""
     joint, path = piece_events(teacher, needed, batch.teacher, batch.short, span)
     none = torch.full((len(joint),), -1, device=joint.device)
@@ -192,7 +193,7 @@ def piece_target(teacher: LazyLogits, needed: Tensor, batch: PieceBatch, span: s
     observed, source = (x[span].to(joint.device) for x in (batch.observed, batch.source))
     at = torch.nonzero(torch.isfinite(path))[:, 0]
     to, fro = observed[at], source[at]
-    # Rounding, and tokens that a row does not know, may make the part larger than the whole.
+    # Rounding, and tokens unknown to a row, may make the part larger than the whole.
     path[at] = torch.minimum(path[at], joint[at, fro])
     joint[at, fro] += torch.log1p(-torch.exp(path[at] - joint[at, fro]).nan_to_num(0.0))
     joint[at, to] = torch.logaddexp(joint[at, to], path[at])
@@ -209,13 +210,13 @@ def piece_events(
     """The events of the positions ``span`` of a batch; ``rows`` are its rows ``needed``.
 
     With ``b_k`` the byte position of row k, ``W_k`` the probability of the tokens before it relative to the last row
-    that begins at e or before, r the bytes from ``b_k`` to e, and ψ(s) the longest piece that s begins with::
+    that begins at or before e, r the bytes from ``b_k`` to e, and ψ(s) the longest piece that is a prefix of s::
 
         joint[e, u] = Σ_{k: b_k ≤ e} W_k · π_k{tokens v = r·s, s not empty, ψ(s) = u}     u a piece; none: RESIDUAL
         joint[e, stop] = Σ_{k: b_k = e} W_k · π_k(stop)
-        joint[e, rest] = Σ_k W_k · π_k{tokens equal to r but for the row's own, special tokens, padding columns}
+        joint[e, unresolved] = Σ_k W_k · π_k{tokens equal to r except the row's own, special tokens, padding columns}
 
-    Of position p the tokens that go on with the sampled one and have the event ``short[p]`` are OBSERVED instead.
+    At position p, tokens that continue with the sampled token and have the event ``short[p]`` are OBSERVED instead.
     """
     device, ranges = rows.device, side.ranges
     entry = _entries(side, needed, short[span].to(device), span, rows.width)
@@ -240,7 +241,7 @@ def piece_events(
             overwrite=rows.may_overwrite(logits),
         )
         if rows.partial:
-            # Of a token that is not known it is known that the others hold it; such rows sum to one.
+            # Unknown tokens of a partial row share its tail mass; such rows sum to one.
             step = torch.where(torch.isneginf(step), logits[:, -1], step)
         steps.append(step)
         values.append(value)
@@ -248,7 +249,7 @@ def piece_events(
         full.append(masses)
         full_at.append(at)
 
-    # Weights in float64: their absolute values fall without bound.
+    # Cumulative sums in float64: they decrease without bound.
     step = torch.cat(steps).double().clamp(min=NEVER)
     before = torch.cumsum(step, 0) - step
     index = torch.cat(order)
@@ -268,7 +269,7 @@ def piece_events(
 
 
 class _Joint(torch.autograd.Function):
-    """Rows of events, and single values that are added to some of them: [positions, events]."""
+    """Rows of events with single values added to some of them: [positions, events]."""
 
     @staticmethod
     def forward(ctx: Any, full: Tensor, at: Tensor, value: Tensor, cell: Tensor, positions: int) -> Tensor:
@@ -297,14 +298,14 @@ class _Joint(torch.autograd.Function):
 
 
 def _named_events(side: PieceSide) -> KeptEvents:
-    """Of the events of a side, all but text that begins with no piece and the unresolved mass."""
+    """The events of a side without RESIDUAL and UNRESOLVED."""
     ids = torch.arange(side.columns.events - 2, device=side.layout.device)
     return KeptEvents(ids, ids[:0], side.columns.events)
 
 
 class _Entries(NamedTuple):
-    """Single tokens that count at a position: row (of those at hand), id, position (of the block), event, and whether
-    it counts for the whole row's."""
+    """Single tokens that count at a position: index of the row in ``needed``, id, position within the block, event, and
+    whether the token is excluded from the sums of its row."""
 
     row: Tensor
     id: Tensor
@@ -314,7 +315,7 @@ class _Entries(NamedTuple):
 
 
 def _entries(side: PieceSide, needed: Tensor, short: Tensor, span: slice, width: int) -> _Entries:
-    """The ranges of some positions, token by token."""
+    """The ranges of some positions, expanded to tokens."""
     device, ranges = side.layout.device, side.ranges
     lo, hi = (int(ranges.start[p]) for p in (span.start, span.stop))
 
@@ -352,6 +353,6 @@ def needed_rows(side: PieceSide, span: slice) -> Tensor:
 
 
 def _local(needed: Tensor, row: NDArray[Any], device: torch.device) -> Tensor:
-    """Where rows are among those needed; −1 stays −1."""
+    """Indices of rows in ``needed``; −1 stays −1."""
     given = torch.from_numpy(row).to(device)
     return torch.where(given >= 0, torch.searchsorted(needed, given), -1)

@@ -1,8 +1,8 @@
-"""The definition of every kernel in plain torch: any device, any float dtype, short enough to check by eye.
+"""The definition of every kernel in plain torch, for any device and float dtype.
 
-The other back ends hold the same function names and are tested against these. Where a function takes ``overwrite``, it
-may leave the gradient in the memory of its first argument: nobody else may read that afterwards, and there is one
-backward pass.
+The other back ends implement the same functions and are tested against these. A function with ``overwrite`` may write
+the gradient to the memory of its first argument: nothing else may use that memory afterwards, and only one backward
+pass is possible.
 """
 
 import math
@@ -17,9 +17,10 @@ from torch.nn import functional
 from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
 
 Rest = Literal["bucket", "renormalise"]
-"""What becomes of probability that is on none of the events compared: one more event, or conditioned away."""
+"""How to treat probability outside the compared events: as one more event, or by conditioning on the compared
+events."""
 SMOOTHING = 1e-5
-"""Share of every event that is reported as the rest, on both sides alike."""
+"""Share of every event that is moved to the bucket, on both sides alike."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class MixedKL:
     """A sum of two KL divergences to mixtures, ``student · KL(p ‖ m) + teacher · KL(q ‖ n)``, p the student's.
 
     ``student_mix``, ``teacher_mix`` are the teacher's shares of the mixtures: ``m = student_mix · q + (1 − student_mix)
-    · p`` and n likewise. ``above_nats``: the second term counts only in rows in which the teacher's entropy is above.
+    · p`` and n likewise. ``above_nats``: the second term counts only in rows with a teacher entropy above this.
     """
 
     student: float = 0.0
@@ -37,14 +38,14 @@ class MixedKL:
     above_nats: float = -math.inf
 
     def finite(self, student_alone: bool, teacher_alone: bool) -> bool:
-        """Whether it stays finite where the student alone, or the teacher alone, gives an event a probability."""
+        """Whether it stays finite where only the student, or only the teacher, gives an event a probability above 0."""
         return not (
             (student_alone and self.student and self.student_mix == 1.0)
             or (teacher_alone and self.teacher and self.teacher_mix == 0.0)
         )
 
     def __call__(self, logp: Tensor, logq: Tensor) -> Tensor:
-        """The divergence per row, [N, events] → [N], in nats; an event counts 0 where its probability is 0."""
+        """The divergence per row, [N, events] → [N], in nats; an event with probability 0 contributes 0."""
         total = logp.new_zeros(logp.shape[:-1])
         if self.student:
             total = total + self.student * expected(logp, logp - mixture(logp, logq, self.student_mix))
@@ -59,7 +60,7 @@ class MixedKL:
 def byte_masses(
     logits_NV: Tensor, layout: ByteLayout, first_row: int, *, overwrite: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability mass of every set of tokens that the layout names, for the rows ``first_row …`` of the batch.
+    """Log-probability mass of every token set of the layout, for the rows ``first_row …`` of the batch.
 
     For mass m of row n, with ids(m) the tokens in its set::
 
@@ -94,7 +95,7 @@ def byte_masses(
 def chunk_sums(logp_N: Tensor, chunk_N: Tensor, chunks: int) -> Tensor:
     """Sum of ``logp_N`` over the tokens of each chunk, in nats: ``out[c] = Σ_{i: chunk[i] = c} logp[i]``.
 
-    ``chunk_N`` holds a chunk index per token; −1 counts nowhere. The gradient of a token is that of its chunk.
+    ``chunk_N`` holds a chunk index per token; tokens with −1 are ignored. The gradient of a token is that of its chunk.
     """
     counted = chunk_N >= 0
     out_C = logp_N.new_zeros(chunks)
@@ -104,8 +105,8 @@ def chunk_sums(logp_N: Tensor, chunk_N: Tensor, chunks: int) -> Tensor:
 def row_statistics(
     logits_NV: Tensor, target_N: Tensor, stops: Tensor, *, overwrite: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What single tokens need of a row, in nats: ``log Σ_v exp(logits[n, v])``, the log-probability of the row's target
-    (0 where it is −1), that of the stop event (−inf where there are no stop ids), and without gradient the entropy.
+    """Per-token statistics of each row, in nats: ``log Σ_v exp(logits[n, v])``, the log-probability of the target (0
+    where it is −1), that of the stop event (−inf if there are no stop ids), and without gradient the entropy.
 
     All [N], in the dtype of the logits widened to at least float32.
     """
@@ -131,12 +132,12 @@ def row_divergence(
     only_common: bool = False,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Divergence between row n of both sides on the events that both have, and the student's mass on them: two [N].
+    """Divergence between row n of both sides on their shared events, and the student's mass on these events: two [N].
 
     The events are the kept tokens, the stop event, and with ``rest`` "bucket" all other columns together, after a share
     ``smoothing`` of every event has moved there (see ``smoothed``); with "renormalise" both sides are conditioned on
-    the first two. ``only_common``: in each row, an event to which one side gives nothing joins all other columns on
-    both sides. Gradient with respect to ``logits_NV`` alone, through the divergence alone.
+    the first two. ``only_common``: in each row, an event with probability 0 on one side joins the bucket on both sides.
+    Gradient with respect to ``logits_NV`` only, through the divergence only.
     """
     return divergence_of(divergence, logits_NV, logits_NW, kept_V, kept_W, rest, smoothing, only_common)
 
@@ -178,12 +179,12 @@ def hybrid_distance(
     *,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row n of both sides, times ``exp(before[n])``: the divergence on the kept tokens and the stop event, as they are
-    and not normalised, and ``sorted_l1`` of all other columns.
+    """Row n of both sides, times ``exp(before[n])``: the divergence on the kept tokens and the stop event, not
+    normalised, and ``sorted_l1`` of all other columns.
 
     Returns:
-        the sum of both, the first weighed by ``matched_share``, the second by the rest of 1, and without gradient each:
-        three [N]. Gradient with respect to ``logits_NV`` and ``before_N``.
+        ``matched_share`` · divergence + (1 − ``matched_share``) · distance, and without gradient each of the two: three
+        [N]. Gradient with respect to ``logits_NV`` and ``before_N``.
     """
     return hybrid_of(
         sorted_l1, logits_NV, logits_NW, before_N, before_T_N, kept_V, kept_W, divergence, matched_share
@@ -201,7 +202,7 @@ def hybrid_of(
     divergence: Callable[[Tensor, Tensor], Tensor],
     matched_share: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``hybrid_distance`` with any divergence, and a back end's own ``sorted_l1``."""
+    """``hybrid_distance`` with any divergence, and with the ``sorted_l1`` of a back end."""
     logp, other_p = (x + before_N.to(x)[:, None] for x in split(logits_NV, kept_V))
     with torch.no_grad():
         parts = split(logits_NW, kept_W)
@@ -212,10 +213,10 @@ def hybrid_of(
 
 
 def sorted_l1(p_NV: Tensor, q_NW: Tensor, *, overwrite: bool = False) -> Tensor:
-    """``Σ_r |p_(r) − q_(r)|`` per row, each side from its largest entry down, the shorter one continued with zeros.
+    """``Σ_r |p_(r) − q_(r)|`` per row, both sides sorted in descending order, the shorter one padded with zeros.
 
-    Entries are at least 0. The gradient, with respect to ``p_NV`` alone, is the sign of an entry's difference, 0 where
-    there is none. Any order of equal entries is right: they may share out their signs.
+    Entries are at least 0. The gradient, with respect to ``p_NV`` only, is the sign of an entry's difference, 0 where
+    the difference is 0. Equal entries may be in any order, and so may exchange their signs.
 
     Source: Boizard et al. 2402.12030, the closed form of the Wasserstein distance that is ULD.
     """
@@ -226,7 +227,8 @@ def sorted_l1(p_NV: Tensor, q_NW: Tensor, *, overwrite: bool = False) -> Tensor:
 
 
 def column_logsumexp(logits_NV: Tensor, columns: Columns, *, overwrite: bool = False) -> Tensor:
-    """``out[n, e] = log Σ_{v: columns.event[v] = e} exp(logits[n, v])``, [N, events]; −inf where there is none."""
+    """``out[n, e] = log Σ_{v: columns.event[v] = e} exp(logits[n, v])``, [N, events]; −inf for an event without
+    columns."""
     logits_NV = widened(logits_NV)
     index = columns.event.expand_as(logits_NV)
     top = logits_NV.new_full((logits_NV.shape[0], columns.events), -torch.inf)
@@ -246,15 +248,15 @@ def piece_masses(
     *,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the events of a block of positions need of its rows, in nats.
+    """Log-probabilities that a block of positions needs from its rows, in nats.
 
-    With π the softmax of a row, and without the tokens that are ``moved`` from the sums of theirs::
+    With π the softmax of a row, and with ``moved`` tokens excluded from the sums of their rows::
 
         full[p, u] = log Σ_{v: columns.event[v] = u} π[whole[p]][v]
         value[t] = log π[row[t]][id[t]]
         step[n] = log π[n][target[n]]        (0 where it is −1)
 
-    ``whole`` are rows in ascending order, none of them twice.
+    ``whole`` are distinct rows in ascending order.
     """
     logits_NV = widened(logits_NV)
     logp_NV = logits_NV - row_logsumexp(logits_NV)[:, None]
@@ -279,8 +281,8 @@ def segment_logsumexp(value: Tensor, segment: Tensor, segments: int) -> Tensor:
 
 
 def row_logsumexp(value: Tensor) -> Tensor:
-    """``log Σ exp(value)`` over the last axis; −inf where all are −inf (or there is none), with gradient 0 there:
-    torch's own has a NaN gradient."""
+    """``log Σ exp(value)`` over the last axis; −inf, with gradient 0, where all are −inf or the axis is empty: torch's
+    own has a NaN gradient there."""
     if value.shape[-1] == 0:
         return value.new_full(value.shape[:-1], -torch.inf)
     top = value.detach().amax(-1, keepdim=True)
@@ -291,14 +293,14 @@ def row_logsumexp(value: Tensor) -> Tensor:
 
 
 def coarsened(logits_NV: Tensor, kept: KeptEvents) -> Tensor:
-    """Log-probabilities of the kept tokens, the stop event, and all other columns together, last."""
+    """Log-probabilities of the kept tokens, the stop event, and last all other columns together."""
     logits_NV = widened(logits_NV)
     joined = [row_logsumexp(logits_NV[:, columns])[:, None] for columns in (kept.stops, kept.left)]
     return torch.cat([logits_NV[:, kept.ids], *joined], dim=-1) - row_logsumexp(logits_NV)[:, None]
 
 
 def split(logits: Tensor, kept: KeptEvents) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the kept events, the stop event last, and of every column that is left."""
+    """Log-probabilities of the kept tokens with the stop event last, and of every other column."""
     logits = widened(logits)
     norm = torch.logsumexp(logits, dim=-1, keepdim=True)
     events = torch.cat((logits[:, kept.ids], row_logsumexp(logits[:, kept.stops])[:, None]), dim=-1)
@@ -306,7 +308,7 @@ def split(logits: Tensor, kept: KeptEvents) -> tuple[Tensor, Tensor]:
 
 
 def bucketed(logp: Tensor, apart: Tensor) -> Tensor:
-    """The events that are not told apart join the bucket, which is the last column."""
+    """Moves events where ``apart`` is false into the bucket, the last column."""
     events = logp[:, :-1]
     bucket = row_logsumexp(torch.cat((events.masked_fill(apart, -torch.inf), logp[:, -1:]), dim=-1))
     return torch.cat((events.masked_fill(~apart, -torch.inf), bucket[:, None]), dim=-1)
@@ -319,12 +321,12 @@ def smoothed(logp_NE: Tensor, smoothing: float) -> Tensor:
 
 
 RULED_OUT = -104.0
-"""What an event of probability 0 counts as where that would be infinitely much, in nats: no positive number of single
-precision has a smaller logarithm."""
+"""Log-probability, in nats, used for an event of probability 0 where the divergence would be infinite: no positive
+single-precision number has a smaller logarithm."""
 
 
 def finite_where_either_is(logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
-    """The distributions with ``RULED_OUT`` in place of −inf where the other has a probability."""
+    """The distributions with ``RULED_OUT`` in place of −inf where the other side is finite."""
     out_p, out_q = torch.isneginf(logp), torch.isneginf(logq)
     return logp.masked_fill(out_p & ~out_q, RULED_OUT), logq.masked_fill(out_q & ~out_p, RULED_OUT)
 
@@ -341,11 +343,11 @@ def mixture(logp: Tensor, logq: Tensor, share: float) -> Tensor:
 
 
 def expected(logw: Tensor, value: Tensor) -> Tensor:
-    """``Σ exp(logw) · value`` over the last axis; where the weight is 0 the value does not count, whatever it is."""
+    """``Σ exp(logw) · value`` over the last axis; terms with weight 0 are 0, whatever their value."""
     weight = torch.exp(logw)
     return (weight * torch.where(weight > 0, value, torch.zeros_like(value))).sum(-1)
 
 
 def widened(logits: Tensor) -> Tensor:
-    """The logits in float32, or in float64 if that is what they are."""
+    """The logits in float32, or in float64 if they are."""
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,4 +1,4 @@
-"""Divergences on the events that two vocabularies share, row by row."""
+"""Divergences on the events shared by two vocabularies, row by row."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SharedEvents:
-    """Events that two vocabularies both have: token ``ids_V[p]`` of the student is token ``ids_W[p]`` of the teacher;
-    then the stop event; what is left on each side is one more event, or is left out. ``everything``: there are no text
-    tokens left on either side."""
+    """The events shared by two vocabularies: token ``ids_V[p]`` of the student is token ``ids_W[p]`` of the teacher,
+    and the stop event; the other tokens of each side form one more event, or are left out. ``everything``: all text
+    tokens of both sides are shared."""
 
     ids_V: Tensor
     ids_W: Tensor
@@ -38,7 +38,7 @@ class SharedEvents:
     everything: bool = False
 
     def kept(self, width_V: int, width_W: int) -> tuple[KeptEvents, KeptEvents]:
-        """Both sides' columns; a vocabulary can have special ids that its model has no row for."""
+        """Both sides' columns; a vocabulary can have special ids for which its model has no row."""
         there = (self.ids_V < width_V) & (self.ids_W < width_W).to(self.ids_V.device)
         return (
             KeptEvents(self.ids_V[there], self.stops_V, width_V),
@@ -56,17 +56,17 @@ def shared_divergence(
     top_k_of_teacher: bool = True,
     weight_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the divergences between row n of both sides on shared events, each times its weight (1 without one), and
-    the student's mass on these events, [N], without gradient.
+    """Sum over rows n of the divergence between both sides on shared events, each times its weight (1 without one), and
+    without gradient the student's mass on these events, [N].
 
     ``renormalise``: condition both sides on the shared events; else all unshared mass is one more event, the bucket.
-    ``top_k``: only the likeliest shared events of one side in each row are events of their own, the others are
-    unshared; so are those that a teacher's row does not know. A ``MixedKL`` is left to the kernel where it can do all
-    that; any other divergence is computed by torch. Where only one side's matrix has rows beyond its vocabulary
-    and that would cost infinitely much, both are smoothed although ``everything`` is shared; where a divergence is
-    infinite all the same, events of probability 0 count as ``reference.finite_where_either_is`` says.
+    ``top_k``: only the most probable shared events of one side in each row are separate events, the others count as
+    unshared; so do those unknown to a partial teacher row. A ``MixedKL`` runs in the kernel where it supports all
+    options; any other divergence runs in torch. If ``everything`` is shared, smoothing applies only where one side's
+    matrix has rows beyond its vocabulary, the other's has none, and the divergence would be infinite; where a
+    divergence is infinite nevertheless, events of probability 0 count as in ``reference.finite_where_either_is``.
 
-    Raises: ValueError if ``top_k`` is more than there are shared events.
+    Raises: ValueError if ``top_k`` is more than the number of shared events.
     """
     kept, kept_T = events.kept(student.width, teacher.width)
     if top_k is not None and top_k > kept.ids.numel() + 1:
@@ -117,7 +117,7 @@ def shared_divergence(
         if renormalise:
             logp, logq = (_conditional(x[:, :-1]) for x in (logp, logq))
         elif apart is not None or smoothing:
-            # Events outside of these of one side may have no probability at all on the other.
+            # Events chosen on one side may have probability 0 on the other.
             logp, logq = smoothed(logp, SMOOTHING), smoothed(logq, SMOOTHING)
         if finite:
             logp, logq = finite_where_either_is(logp, logq)

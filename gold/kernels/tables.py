@@ -1,4 +1,4 @@
-"""Next-byte distributions along a text, from lazy logits: masses of single rows, joined over the rows."""
+"""Next-byte distributions along a text, from lazy logits: masses of single rows, combined over rows."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SCATTERED = {"cuda"}
-"""Devices on which a number that is read alone costs as much as a whole sector of memory: there the rows of an output
-matrix that is not trained are put in the order in which a loss reads them. On a CPU it would save a hundredth."""
+"""Devices on which a random read costs a whole memory sector: there the rows of a frozen output matrix are permuted to
+byte order. On a CPU it would save one percent."""
 
 
 def byte_tables(rows: LazyLogits, layout: ByteLayout, *, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Next-byte table of a batch, and the log-probabilities of its own tokens.
 
-    ``keep``: logits that are a single block are kept for the backward pass instead of made again.
+    ``keep``: logits that fit in one block are stored for the backward pass instead of recomputed.
 
     Returns:
         table [positions, 258] (``byte_table``), log_target_N, log_stop_N (``reference.byte_masses``), nats.
@@ -39,7 +39,7 @@ def byte_tables(rows: LazyLogits, layout: ByteLayout, *, keep: bool = False) -> 
 def filled_byte_tables(
     rows: LazyLogits, layout: ByteLayout, table_other: Tensor, log_path: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``byte_tables``, of rows that are partial: see ``filled_table``."""
+    """As ``byte_tables``, for partial rows: see ``filled_table``."""
     mass, target, stop, tail = _byte_masses(rows, layout, False)
     joint = joint_table(mass, target, layout)
     return filled_table(joint, tail, layout, table_other, log_path), target, stop
@@ -48,9 +48,9 @@ def filled_byte_tables(
 @torch.no_grad()
 def prefix_logp(rows: LazyLogits, layout: ByteLayout, begins: NDArray[np.int64], data: bytes) -> float:
     """Log-probability, in nats, that a text begins with ``data``, the first bytes of the only text of a layout: by its
-    tokens up to some row, and any token of that row that reaches the end of ``data`` or runs across it.
+    tokens up to some row, and any token of that row that reaches or crosses the end of ``data``.
 
-    ``begins``: the byte at which each row begins. Of partial rows only known tokens count: a lower bound.
+    ``begins``: the first byte of each row. For partial rows only known tokens count: a lower bound.
     """
     last = len(data) - 1
     first, until = np.searchsorted(begins, [last, last + 1]).tolist()
@@ -63,8 +63,8 @@ def prefix_logp(rows: LazyLogits, layout: ByteLayout, begins: NDArray[np.int64],
 
 
 def in_byte_order(rows: LazyLogits, layout: ByteLayout) -> tuple[LazyLogits, ByteLayout]:
-    """Rows whose columns stand in the order in which byte masses read them, where that pays, and their layout. The copy
-    of the output matrix lives as long as these rows do."""
+    """Rows with their columns permuted to the order of the byte trie, where that pays, and their layout. The copy of
+    the output matrix lives as long as these rows."""
     if not isinstance(rows, HeadLogits) or rows.reordered is None or rows.device.type not in SCATTERED:
         return rows, layout
     columns, layout = layout.in_order(rows.width)
@@ -72,8 +72,7 @@ def in_byte_order(rows: LazyLogits, layout: ByteLayout) -> tuple[LazyLogits, Byt
 
 
 def _byte_masses(rows: LazyLogits, layout: ByteLayout, keep: bool) -> tuple[Tensor, ...]:
-    """``reference.byte_masses`` of all rows, and the tail mass of partial rows, which is no part of the others; in
-    nats."""
+    """``reference.byte_masses`` of all rows, and separately the tail mass of partial rows; in nats."""
     if len(rows) != layout.rows:
         raise ValueError(f"{len(rows)} rows of logits for a plan of {layout.rows}")
     rows, layout = in_byte_order(rows, layout)
@@ -109,11 +108,11 @@ def byte_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> Te
 
         table[e, y] ∝ Σ_{k: b_k ≤ e} W_k · π_k{tokens that start with r·y}         y a byte
         table[e, stop] ∝ Σ_{k: b_k = e} W_k · π_k(stop)
-        table[e, rest] ∝ Σ_k W_k · π_k{tokens equal to r, special tokens, padding rows}
+        table[e, unresolved] ∝ Σ_k W_k · π_k{tokens equal to r, special tokens, padding rows}
 
-    States earlier than the last one give the cover terms: tokens that would have run across later boundaries of the
-    text. The token that was sampled and ends at e is left out where the next state counts it. Events that no token
-    reaches are −inf, and rows of positions that are not supervised carry no meaning.
+    States before the last one give the cover terms: tokens that would have crossed later token boundaries of the text.
+    The sampled token that ends at e is excluded where the next state accounts for it. Events that no token reaches are
+    −inf; rows of unsupervised positions are meaningless.
 
     Source: next-byte marginals of a token model, Hayase et al. 2506.14123; Phan et al. 2410.09303.
     """
@@ -121,21 +120,22 @@ def byte_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> Te
 
 
 def joint_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> Tensor:
-    """The sums of ``byte_table``, relative to ``W_k`` of each position's last state, before they are normalised."""
-    # Weights relative to the position's own last state, summed in float64: their absolute values fall without bound.
-    # A token of probability 0 on the path would make them all −inf: 1e-4000 keeps their order and stays finite.
+    """The sums of ``byte_table`` before normalisation, relative to ``W_k`` of each position's last state."""
+    # Weights are relative to the position's own last state, and summed in float64: absolute values decrease without
+    # bound. A token of probability 0 on the path would make them all −inf: the bound −1e4 keeps their order and stays
+    # finite.
     step_N = log_target_N.double().clamp(min=-1e4)
     before = torch.cumsum(step_N, 0) - step_N
     weight = before[layout.mass_row] - before[layout.position_row[layout.mass_cell // EVENTS]]
     value = log_mass + weight.to(log_mass.dtype)
     joint = segment_logsumexp(value, layout.mass_cell, layout.positions * EVENTS)
-    # A compiled sum takes NaN for nothing, and a model that gives no numbers would seem to rule everything out.
+    # A compiled sum treats NaN as nothing, so a model with NaN logits would seem to rule out every event.
     broken = torch.isnan(log_mass.detach()).any() | torch.isnan(log_target_N.detach()).any()
     return (joint + torch.where(broken, torch.nan, 0.0).to(joint)).view(-1, EVENTS)
 
 
 def normalised(joint: Tensor) -> Tensor:
-    """The rows, each divided by its sum; rows of nothing stay as they are."""
+    """The rows, each divided by its sum; all-zero rows stay as they are."""
     norm = row_logsumexp(joint)[:, None]
     return joint - torch.where(torch.isfinite(norm), norm, 0.0)
 
@@ -143,16 +143,16 @@ def normalised(joint: Tensor) -> Tensor:
 def filled_table(
     joint: Tensor, log_tail_N: Tensor, layout: ByteLayout, table_other: Tensor, log_path: Tensor
 ) -> Tensor:
-    """The byte table of a model whose rows know some tokens only: the tail mass is where another model puts it.
+    """The byte table of a model with partial rows, whose tail mass is distributed like another model's prediction.
 
-    A row with the tail mass ``exp(log_tail_N)`` stands for its known tokens and that much of what the other model (its
-    table is ``table_other``) writes from the row's own state on::
+    A row with the tail mass ``exp(log_tail_N)`` counts as its known tokens plus that much of the other model's
+    distribution over continuations from the row's own state (its table is ``table_other``)::
 
         table[e, y] ∝ joint[e, y] + tail_k · Π_{b_k ≤ e' < e} other[e', x_e'] · other[e, y]
 
-    with k the last state before e. So nothing is claimed of unknown tokens: neither that they lie outside the path, nor
-    that the known tokens are all there is once the path has entered an unlikely one. A model that is filled with itself
-    stays near itself. ``log_path`` is ``log other[e, x_e]``, 0 where the text has no event.
+    with k the last state before e. Nothing is assumed about unknown tokens: neither that they lie outside the path, nor
+    that the known tokens are complete once the path has entered an improbable one. A model filled with itself stays
+    close to itself. ``log_path`` is ``log other[e, x_e]``, 0 where the text has no event.
     """
     row, position = layout.position_row, torch.arange(layout.positions, device=joint.device)
     begins = torch.ones_like(row, dtype=torch.bool)
@@ -161,18 +161,18 @@ def filled_table(
     step = log_path.double().clamp(min=-1e4)
     before = torch.cumsum(step, 0) - step
     written = (before - before[start])[:, None] + table_other.double()
-    # The positions of a text that has no row name the row after the last one; they carry no meaning.
+    # Positions of a text without rows name the row after the last one; they are unused.
     tail = torch.cat((log_tail_N, log_tail_N.new_zeros(1))).double()[row][:, None]
     return normalised(torch.logaddexp(joint.double(), tail + written))
 
 
 def common_events(table_E: Tensor, resolved_E: Tensor, other_E: Tensor) -> Tensor:
-    """``table_E`` coarsened to the events that both sides resolve; all else joins the rest. Rows still sum to one.
+    """``table_E`` coarsened to the events that both sides resolve; all others join UNRESOLVED. Rows still sum to one.
 
-    Columns that only one side resolves become −inf on both, their mass part of column ``rest``. Inside a token no
-    prefix of which is a token, a side has no rest at all, and what the other side has there would cost infinitely
-    much; so both sides report a share ``SMOOTHING`` of every event as rest. Both pass through the same channel: equal
-    tables stay equal, and a divergence between them is still positive, and 0 only at equality.
+    Columns that only one side resolves become −inf on both, their mass added to the unresolved column. Inside a token
+    no prefix of which is a token, a side has no unresolved mass, and any mass of the other side there would make the
+    divergence infinite; so both sides move a share ``SMOOTHING`` of every event to it. Both pass through the same
+    channel: equal tables stay equal, and a divergence between them is still positive, and 0 only at equality.
     """
     common = resolved_E & other_E
     common[:, UNRESOLVED_EVENT] = False

@@ -1,7 +1,7 @@
-"""numba back end: the functions of ``reference`` on CPU tensors, a row at a time, forward and backward.
+"""numba back end: the functions of ``reference`` on CPU tensors, one row at a time, forward and backward.
 
 Rows are split over plain threads that run ``nogil`` kernels: numba's own thread pools do not survive a fork, and abort
-when two threads enter them. Of bfloat16 a kernel unpacks one row at a time.
+when two threads enter them. A kernel unpacks bfloat16 one row at a time.
 """
 
 # mypy: allow-untyped-calls
@@ -89,7 +89,7 @@ def row_divergence(
     only_common: bool = False,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See ``reference.row_divergence``. With ``overwrite`` the forward pass already leaves the gradient there."""
+    """See ``reference.row_divergence``. With ``overwrite`` the forward pass already overwrites ``logits_NV``."""
     mine, theirs = _both_plain(logits_NV, logits_NW)
     bucket = rest == "bucket"
     shape = _form(divergence), bucket, smoothing if bucket else 0.0, only_common
@@ -116,8 +116,8 @@ def hybrid_distance(
     *,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``reference.hybrid_distance``; as ``sorted_l1``. With ``overwrite`` the forward pass already leaves the
-    gradient there."""
+    """See ``reference.hybrid_distance``, and ``sorted_l1``. With ``overwrite`` the forward pass already overwrites
+    ``logits_NV``."""
     mine, theirs = _both_plain(logits_NV, logits_NW)
     before = _doubles(before_N.detach(), before_T_N.detach())
     shape = _columns(kept_V), _columns(kept_W), _form(divergence), matched_share
@@ -133,10 +133,10 @@ def hybrid_distance(
 
 
 def sorted_l1(p_NV: Tensor, q_NW: Tensor, *, overwrite: bool = False) -> Tensor:
-    """See ``reference.sorted_l1``; no row is sorted whole.
+    """See ``reference.sorted_l1``; no row is fully sorted.
 
-    Entries fall into narrow intervals. Where one side is ahead in rank by more than an interval of the other's holds,
-    all entries in it have the same sign; only what lies in other intervals is sorted.
+    Entries are counted in narrow intervals. Where one side leads in rank by at least the other's count in an interval,
+    all its entries there have the same sign; only entries of other intervals are sorted.
     """
     p = p_NV.contiguous() if p_NV.dtype == torch.float64 else p_NV.float().contiguous()
     q = q_NW.detach().to(p).contiguous()
@@ -203,7 +203,7 @@ def segment_logsumexp(value: Tensor, segment: Tensor, segments: int) -> Tensor:
 
 
 def _plain(logits: Tensor) -> Tensor:
-    """Contiguous, in a dtype that kernels read: float64, float32 or bfloat16."""
+    """The logits, contiguous, in a dtype that kernels support: float64, float32 or bfloat16."""
     kept = logits.dtype in (torch.float64, torch.float32, torch.bfloat16)
     return (logits if kept else logits.float()).contiguous()
 
@@ -226,7 +226,7 @@ def _columns(kept: KeptEvents) -> tuple[Array, ...]:
 
 
 def _array(tensor: Tensor) -> Array:
-    """The tensor's memory; words of 16 bits where it holds bfloat16."""
+    """The tensor's memory; as 16-bit words for bfloat16."""
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(np.uint16)
@@ -234,12 +234,12 @@ def _array(tensor: Tensor) -> Array:
 
 
 def _arrays(logits: Tensor) -> tuple[Array, Array]:
-    """The memory of logits, and an empty array of the type that a row is computed in."""
+    """The memory of logits, and an empty array of the dtype in which rows are computed."""
     return _array(logits), np.empty(0, _real(logits))
 
 
 def _real(tensor: Tensor) -> type[np.floating[Any]]:
-    """The type that a row is computed in."""
+    """The dtype in which rows are computed."""
     return np.float64 if tensor.dtype == torch.float64 else np.float32
 
 
@@ -249,7 +249,7 @@ def _tensors(like: Tensor, *arrays: Array) -> tuple[Tensor, ...]:
 
 
 def _room(logits: Tensor, wanted: bool, overwrite: bool) -> Tensor:
-    """Where the gradient goes; of no rows where it is not wanted."""
+    """The tensor for the gradient; without rows if it is not wanted."""
     if not wanted:
         return logits[:0].detach()
     return logits.detach() if overwrite else torch.empty_like(logits)

@@ -31,7 +31,7 @@ def _kl_term(lp, lq, p, q):
     """``p log(p / q) − p + q``, and ``log(q / p)``.
 
     Summed over all events this is the divergence, since p and q both sum to 1, and each term is small where p and q are
-    close: nothing cancels in rows near probability 1. What is 0 in this precision costs q, also where q is 0.
+    close: no cancellation in rows near probability 1. If p underflows to 0 the term is q, also for q = 0.
     """
     one, nothing, near_by = as_is(1.0, p), as_is(0.0, p), as_is(0.0625, p)
     d = lq - lp
@@ -60,7 +60,8 @@ def _mixed_term(lp, lq, p, q, share):
 
 @compiled
 def _row_side(z, e, ids, stops, left, out):
-    """Log-probabilities of the kept events and the stop event into ``out``, all masses relative to the row's total."""
+    """Log-probabilities of the kept tokens and the stop event into ``out``; maximum, total, and mass of the left
+    columns."""
     top = row_max(z)
     total = exp_into(z, top, e)
     shift = z.dtype.type(math.log(total))
@@ -98,9 +99,8 @@ def _entropy(lq, q, room):
     return -range_sum(room, 0, lq.size)
 
 
-# One loop each, without a choice in it: what is left of a choice keeps a loop out of lanes. ``out`` has the terms
-# behind the slopes, in one array: the compiler asks at run time whether two arrays overlap, but not of more than eight
-# pairs.
+# Each loop is branch-free, since a branch prevents vectorization. ``out`` holds the slopes and then the terms in one
+# array: the compiler checks at run time whether two arrays overlap, but for no more than eight pairs.
 
 TERMS = 1024
 
@@ -174,7 +174,7 @@ def _terms(lp, lq, p, q, student, student_mix, teacher, teacher_mix, out):
 
 @compiled
 def _bucketed(lp, lq, rest, rest_T, smoothing):
-    """All events but the last smoothed in place, and the last, the bucket."""
+    """Smooths all events but the last in place; the last becomes the bucket."""
     events = lp.size - 1
     shift = lp.dtype.type(math.log1p(-smoothing))
     for k in range(events):
@@ -186,7 +186,7 @@ def _bucketed(lp, lq, rest, rest_T, smoothing):
 
 @compiled
 def _condition(lp, p):
-    """Log-probabilities given the events, in place: against their own largest, since all may be next to nothing."""
+    """Conditions log-probabilities on the events, in place, relative to their own maximum, since all may be near 0."""
     top = row_max(lp)
     shift = top + lp.dtype.type(math.log(exp_into(lp, top, p)))
     for k in range(lp.size):
@@ -196,7 +196,7 @@ def _condition(lp, p):
 
 @compiled
 def _join_rest(lp, lq, rest, rest_T):
-    """Events that one side gives nothing, joined to the rest of both."""
+    """Moves events with probability 0 on one side into the bucket of both."""
     for k in range(lp.size):
         if lp[k] == -math.inf or lq[k] == -math.inf:
             rest += math.exp(lp[k])
@@ -216,10 +216,10 @@ def _put_nan(row, n, results, grad):
 @compiled
 def _spread(z, e, ids, stops, left, lp, p, out, scale, single, top, only_common):
     """The gradient of a row in place of its exponentials ``e``: ``out`` are the slopes of the kept events, ``scale``
-    that of what is left, ``single`` what all events lose for their probability."""
+    the factor of the left columns, ``single`` what every event loses in proportion to its probability."""
     events = ids.size + 1
     stop_log = log_sum(z, stops, 0, stops.size, -1)
-    # Rows may share memory with their gradients: what is read of them is read before.
+    # Rows may share memory with their gradients: read first.
     for i in range(stops.size):
         if stop_log > -math.inf:
             part = math.exp(z[stops[i]] - stop_log)
@@ -255,8 +255,8 @@ def divergence(
     results,
     grad,
 ):
-    """``reference.row_divergence``: value and mass into ``results``, and the value's gradient, if that has rows.
-    ``columns``: ids, stops and other columns of a side; ``form``: the numbers of a ``MixedKL``."""
+    """``reference.row_divergence``: value and mass into ``results``, and the value's gradient into ``grad`` if it has
+    rows. ``columns``: ids, stops and other columns of a side; ``form``: the numbers of a ``MixedKL``."""
     ids_V, stops_V, left_V = columns
     student, student_mix, teacher, teacher_mix, above = form
     real = like.dtype.type
@@ -303,10 +303,10 @@ def divergence(
 
 @compiled
 def _matched(lp, lq, p, q, shift, shift_T, form, out):
-    """The divergence of events that sum to less than one, log-probabilities and shifts of both sides given; their
-    slopes are ``out`` and what is returned second, times p.
+    """The divergence of events that sum to less than one, from log-probabilities and shifts of both sides; their slopes
+    are ``out`` plus the second result times p.
 
-    Terms are as of distributions that sum to one; what these sums are less than one is taken back.
+    Terms are computed as if both summed to one; the difference is then subtracted.
     """
     student, student_mix, teacher, teacher_mix, above = form
     real = lp.dtype.type
@@ -331,7 +331,8 @@ def _scaled(e, index, scale, out):
 def hybrid(
     row_lo, row_hi, logits, like, logits_T, before, before_T, columns, columns_T, form, share, results, grad
 ):
-    """``reference.hybrid_distance``: its three results and the slope by ``before``, and the gradient by the logits."""
+    """``reference.hybrid_distance``: its three results and the slope with respect to ``before``, and the logits'
+    gradient."""
     ids_V, stops_V, left_V = columns
     ids_W, stops_W, left_W = columns_T
     real = like.dtype.type

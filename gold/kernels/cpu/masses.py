@@ -1,7 +1,7 @@
-"""numba loops over rows: sums of probabilities over the sets of tokens of a byte plan, and their gradient.
+"""numba loops over rows: sums of probabilities over the token sets of a byte plan, and their gradient.
 
-``kernel(lo, hi, …)`` does the rows lo … hi − 1, without Python's lock. Where logits are bfloat16, words of 16 bits
-stand for them, and a row is unpacked at a time. A row is permuted once, so that tokens that begin alike are a range.
+``kernel(lo, hi, …)`` computes the rows lo … hi − 1 without the GIL. bfloat16 logits are 16-bit words, unpacked one row
+at a time. A row is permuted once, so that tokens with a common prefix are a range.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs
@@ -22,7 +22,7 @@ from gold.kernels.cpu.simd import (
 )
 
 TINY = 1e-25
-"""Sums of exponentials below this, relative to the row's largest, are made again against their own largest."""
+"""Sums of exponentials below this, relative to the row's maximum, are recomputed relative to their own maximum."""
 
 
 @compiled
@@ -34,10 +34,11 @@ def gather(x, index, out):
 
 @compiled
 def _set_log_mass(z, e, g, pool, low, high, skip, top, total):
-    """Log-probability of the tokens at places low … high − 1 of the pool but ``skip``, of the row's ``total``."""
+    """Log-probability of the tokens at places low … high − 1 of the pool except ``skip``, relative to the row's
+    ``total``."""
     mass = range_sum(g, low, high)
     if low <= skip < high:
-        # Not the difference, which could be nothing but rounding.
+        # Not the difference, which could be pure rounding error.
         mass = range_sum(g, low, skip) + range_sum(g, skip + 1, high)
     if mass > TINY:
         return math.log(mass) - math.log(total)
@@ -49,7 +50,8 @@ def masses_forward(
     row_lo, row_hi, logits, like, pool, rank, edges, trie, visits, target, first_row, log_mass, row_stats
 ):
     """``reference.byte_masses``; ``row_stats`` gets each row's log-sum-exp, and its log-probabilities of target and
-    stop. ``trie`` and ``visits`` are arrays of ``ByteTrie`` and ``Visits``, in the order in which they are unpacked."""
+    stop. ``trie`` and ``visits`` are the arrays of ``ByteTrie`` and ``Visits``, in the order in which they are
+    unpacked."""
     low, high, own, first_child, children = trie
     ptr, visit_node, starts, skips, mass_ptr = visits
     width = logits.shape[1]
@@ -104,8 +106,11 @@ def add_set(grad, z, pool, low, high, skip, scale, log_total):
 
 @compiled
 def _shares(coefficient, at, edges, trie, visits, row, base, log_mass, grad_mass, total, stop_share):
-    """Adds to each place's coefficient what its probability is multiplied with in the gradient of the row's masses, but
-    for those that are small: the sums of all gradients and of those of the stop event, and whether a mass is small."""
+    """Adds to each place's coefficient the factor of its probability in the gradient of the row's masses, except small
+    ones.
+
+    Returns the sum of all gradients, that of the stop event, and whether any mass is small.
+    """
     low, high, own, first_child, children = trie
     ptr, visit_node, starts, skips, mass_ptr = visits
     log_tiny, small = math.log(TINY), False
@@ -162,7 +167,7 @@ def masses_backward(
     row_lo, row_hi, logits, like, pool, rank, edges, trie, visits, target, first_row, log_mass, row_stats,
     grad_mass, grad_target, grad_stop, grad_logits,
 ):  # fmt: skip
-    """The gradient of ``masses_forward`` by its three results."""
+    """The gradient of ``masses_forward`` with respect to the logits, from those of its three results."""
     width = logits.shape[1]
     base = visits[4][visits[0][first_row]]
     log_tiny = math.log(TINY)

@@ -22,8 +22,8 @@ from gold.kernels.cpu.simd import (
 
 @compiled
 def _event_sums(z, e, top, log_total, event, starts, without, total, out):
-    """``out[u] = log Σ exp(z[v] − top) − log_total`` over the columns of event u but those of ``without``, whose e, the
-    exponential, is 0; ``total`` is room."""
+    """``out[u] = log Σ exp(z[v] − top) − log_total`` over the columns of event u except ``without``, whose exponential
+    in ``e`` is 0; ``total`` is scratch memory."""
     total[:] = 0.0
     for v in range(e.size):
         total[event[v]] += e[v]
@@ -57,7 +57,7 @@ def _event_sums(z, e, top, log_total, event, starts, without, total, out):
 def pieces_forward(
     row_lo, row_hi, logits, like, target, event, starts, position, ptr, order, id_, moved, full, value, stats
 ):
-    """``reference.piece_masses``, its tokens row by row; ``stats`` gets each row's log-sum-exp and its step."""
+    """``reference.piece_masses``, its tokens sorted by row; ``stats`` gets each row's log-sum-exp and its step."""
     scratch, e = np.empty(logits.shape[1], like.dtype), np.empty(logits.shape[1], like.dtype)
     total = np.empty(full.shape[1], np.float64)
     for n in range(row_lo, row_hi):
@@ -81,7 +81,7 @@ def pieces_backward(
     row_lo, row_hi, logits, like, target, event, starts, position, ptr, order, id_, moved, full, stats,
     grad_full, grad_value, grad_step, grad,
 ):  # fmt: skip
-    """The gradient of ``pieces_forward`` by its three results."""
+    """The gradient of ``pieces_forward`` with respect to the logits, from those of its three results."""
     real = like.dtype.type
     log_tiny = math.log(TINY)
     scratch, e = np.empty(logits.shape[1], like.dtype), np.empty(logits.shape[1], like.dtype)

@@ -1,12 +1,12 @@
-"""Arithmetic of the numba kernels, in loops that LLVM turns into vector instructions.
+"""Arithmetic of the numba kernels, in loops that LLVM vectorizes.
 
-In single precision exponentials and logarithms are polynomials (the compiler calls the scalar library otherwise); in
-double precision they are those of the library. Sums are single within a block and double across.
+In single precision, exponentials and logarithms are polynomials (the compiler would call the scalar library); in double
+precision they are those of the library. Sums are in single precision within a block and double across blocks.
 
-One row has one result, wherever its memory lies: nothing is compiled with `fastmath`, so the compiler may change no
-rounding, and whether it takes a loop in vectors or in single steps (it asks at run time whether arrays overlap) is not
-seen in any bit. What `fastmath` would give for speed is in the source: sums in fixed lanes (``lane_sum``,
-``lane_dot``), and products added without rounding between (``fused``).
+The result of a row does not depend on its memory address: nothing is compiled with `fastmath`, so the compiler may not
+change any rounding, and whether it runs a loop in vectors or scalars (it checks at run time whether arrays overlap)
+does not change any bit. The speed of `fastmath` comes from the source: sums in fixed lanes (``lane_sum``,
+``lane_dot``), and fused multiply-add (``fused``).
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs
@@ -22,13 +22,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 BLOCK = 2048
-"""Numbers of a sum within one precision; a multiple of the lanes."""
+"""Numbers of a sum in single precision; a multiple of the number of lanes."""
 LANE_BYTES = 256
-"""Of a sum's lanes together: eight registers of 32 bytes, or four of 64."""
+"""Bytes of all lanes of a sum: eight registers of 32 bytes, or four of 64."""
 
 compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
 inlined = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
-"""As ``compiled``, for what loops call with single numbers: a call that is left in a loop keeps it out of lanes."""
+"""As ``compiled``, for scalar functions called in loops: a call left in a loop prevents vectorization."""
 
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -40,7 +40,7 @@ F = np.float32
 
 @intrinsic
 def _times_power_of_two(context: Any, x: Any, n: Any) -> Any:
-    """``x · 2^n`` for a whole number n that is a float, −126 ≤ n ≤ 127."""
+    """``x · 2^n`` for an integer-valued float n, −126 ≤ n ≤ 127."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value, power = arguments
@@ -78,7 +78,7 @@ def _mantissa(context: Any, x: Any) -> Any:
 
 @intrinsic
 def word_of(context: Any, x: Any) -> Any:
-    """The bits of a single-precision number; of numbers that are not negative in the numbers' own order."""
+    """The bits of a single-precision number as an integer, which preserves the order of non-negative numbers."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32))
@@ -88,7 +88,7 @@ def word_of(context: Any, x: Any) -> Any:
 
 @intrinsic
 def _widened_half(context: Any, x: Any) -> Any:
-    """The number whose upper half is this 16-bit word: what a bfloat16 stands for."""
+    """The float32 whose upper half is this 16-bit word: the value of a bfloat16."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = ir.IntType(32)
@@ -113,7 +113,7 @@ def _narrowed_half(context: Any, x: Any) -> Any:
 
 
 def _fused(builder: Any, x: Any, y: Any, z: Any) -> Any:
-    """IR of ``x · y + z`` of numbers or vectors: rounded once where the processor can, twice on every other."""
+    """IR of ``x · y + z`` of numbers or vectors: rounded once if the processor has FMA, else twice."""
     wide = isinstance(x.type, ir.VectorType)
     single = x.type.element if wide else x.type
     name = f"v{x.type.count}" if wide else ""
@@ -126,7 +126,7 @@ def _fused(builder: Any, x: Any, y: Any, z: Any) -> Any:
 
 @intrinsic
 def fused(context: Any, x: Any, y: Any, z: Any) -> Any:
-    """``x · y + z`` without rounding between, if the processor can: in vectors and in single steps alike."""
+    """``x · y + z`` with a single rounding if the processor has FMA, in vectors and scalars alike."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return _fused(builder, *arguments)
@@ -137,10 +137,10 @@ def fused(context: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 def _in_lanes(builder: Any, datas: Any, low: Any, high: Any) -> Any:
-    """IR of the sum over low ≤ i < high of ``x[i]``, or of ``x[i] · y[i]`` where two arrays are given.
+    """IR of the sum over low ≤ i < high of ``x[i]``, or of ``x[i] · y[i]`` if two arrays are given.
 
-    Number i goes to lane ``(i − low) mod lanes``; the lanes are added in halves. What is left of the last round goes to
-    eight lanes likewise, and of these to one.
+    Number i goes to lane ``(i − low) mod lanes``; the lanes are added in halves. The remainder goes to eight lanes in
+    the same way, and its remainder to one.
     """
     real = datas[0].type.pointee
     index = low.type
@@ -318,7 +318,7 @@ def _excess_for(d, share):
 
 
 def row_of(matrix, n, scratch):
-    """Row n in the kernel's arithmetic: itself, or unpacked into ``scratch`` where it holds bfloat16."""
+    """Row n in the kernel's dtype: the row itself, or unpacked into ``scratch`` if it is bfloat16."""
     return matrix[n]
 
 
@@ -336,7 +336,7 @@ def _row_for(matrix, n, scratch):
 
 
 def put_row(matrix, n, row):
-    """Row n becomes ``row``, rounded where it holds bfloat16."""
+    """Writes ``row`` to row n, rounded if the matrix is bfloat16."""
     matrix[n] = row
 
 
@@ -359,7 +359,7 @@ def _put_for(matrix, n, row):
 
 @compiled
 def row_max(z):
-    """The largest entry; NaN does not count."""
+    """The largest entry, NaN ignored."""
     lanes = np.full(64, -math.inf, z.dtype)
     whole = z.size - z.size % 64
     for first in range(0, whole, 64):
@@ -376,7 +376,7 @@ def row_max(z):
 
 @compiled
 def range_sum(x, low, high):
-    """Sum of ``x[low:high]``, double across blocks."""
+    """Sum of ``x[low:high]``, in double precision across blocks."""
     total = 0.0
     for first in range(low, high, BLOCK):
         total += lane_sum(x, first, min(first + BLOCK, high))
@@ -392,7 +392,7 @@ def exps(z, shift, out):
 
 @compiled
 def exp_into(z, shift, out):
-    """As ``exps``, and the sum."""
+    """As ``exps``, and returns the sum."""
     total = 0.0
     for first in range(0, z.size, BLOCK):
         last = min(first + BLOCK, z.size)
@@ -403,7 +403,7 @@ def exp_into(z, shift, out):
 
 @compiled
 def exp_moment(z, shift, out):
-    """As ``exp_into``, with ``Σ exp(d) · d`` of the differences d beside the sum."""
+    """As ``exp_into``, and also returns ``Σ exp(d) · d`` of the differences d."""
     total, moment = 0.0, 0.0
     lowest = as_is(-1000.0, z[0])
     room = np.empty(min(BLOCK, z.size), z.dtype)
@@ -421,7 +421,7 @@ def exp_moment(z, shift, out):
 
 @compiled
 def log_sum(z, ids, low, high, skip):
-    """``log Σ exp(z[ids[i]])`` over low ≤ i < high without i = ``skip``, against its own maximum; −∞ of nothing."""
+    """``log Σ exp(z[ids[i]])`` over low ≤ i < high without i = ``skip``, relative to its maximum; −∞ if empty."""
     top = -math.inf
     for i in range(low, high):
         if i != skip and z[ids[i]] > top:

@@ -1,4 +1,4 @@
-"""numba loops over rows: the distance of two rows sorted each by itself, and its slopes."""
+"""numba loops over rows: the L1 distance of two rows, each sorted, and its slopes."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs
 
@@ -16,7 +16,7 @@ from gold.kernels.cpu.simd import (
 
 SHIFT = 18
 INTERVALS = 0x80000000 >> SHIFT
-"""Intervals of numbers that are not negative: those with the same exponent and first five digits."""
+"""Intervals of non-negative numbers: those with the same exponent and leading five mantissa bits."""
 
 
 @inlined
@@ -35,7 +35,7 @@ def _counted(x, counts):
 
 @compiled
 def _inside(x, flags, values, places):
-    """The entries in flagged intervals, and where they are."""
+    """The entries in flagged intervals, and their indices."""
     found = 0
     for v in range(x.size):
         if flags[_interval(x[v])]:
@@ -46,7 +46,7 @@ def _inside(x, flags, values, places):
 
 @compiled
 def _signed_sum(x, sign, out):
-    """``Σ sign[interval of x] · x`` and the signs themselves."""
+    """``Σ sign[interval of x] · x``; the signs go to ``out``."""
     total = 0.0
     for v in range(x.size):
         out[v] = sign[_interval(x[v])]
@@ -57,7 +57,7 @@ def _signed_sum(x, sign, out):
 
 @compiled
 def ranks_for(p, q):
-    """Room for ``sorted_row``: counts, signs, flags and ranks of intervals, entries that are in doubt."""
+    """Scratch memory of ``sorted_row``: counts, signs, flags and ranks of intervals, entries in unsure intervals."""
     return (
         np.empty((2, 4, INTERVALS), np.int32),
         np.empty(INTERVALS, p.dtype),
@@ -73,7 +73,7 @@ def ranks_for(p, q):
 
 @compiled
 def sorted_row(p, q, ranks, signs_p):
-    """``Σ_r |p_(r) − q_(r)|``; ``signs_p`` gets its slope by each entry of p."""
+    """``Σ_r |p_(r) − q_(r)|``; ``signs_p`` gets its slope with respect to each entry of p."""
     counts, sign, flags, above, signs_q, some_p, some_q, place_p, place_q = ranks
     counts_p, counts_q, above_p, above_q = counts[0], counts[1], above[0], above[1]
     _counted(p, counts_p)
@@ -85,7 +85,7 @@ def sorted_row(p, q, ranks, signs_p):
         flags[b] = False
         sign[b] = 0.0
         if ahead_p - ahead_q >= here_q:
-            sign[b] = 1.0 if b > 0 else 0.0  # what is 0 on one side is met by zeros
+            sign[b] = 1.0 if b > 0 else 0.0  # zeros match the zero padding of the other side
         elif ahead_q - ahead_p >= here_p:
             sign[b] = -1.0
         else:
@@ -101,7 +101,7 @@ def sorted_row(p, q, ranks, signs_p):
         sorted_q = np.sort(some_q[:found_q])[::-1]
         i, j = 0, 0
         while i < found_p or j < found_q:
-            # One interval at a time, from the top; both sides' entries of it by rank.
+            # One interval at a time, in descending order; both sides' entries of it by rank.
             first = some_p[order_p[i]] if i < found_p else p.dtype.type(-1.0)
             if j < found_q and sorted_q[j] > first:
                 first = sorted_q[j]

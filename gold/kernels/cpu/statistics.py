@@ -1,4 +1,4 @@
-"""numba loops over rows: what single tokens need of a row, and its gradient."""
+"""numba loops over rows: per-token statistics of a row, and their gradient."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls, no-check-untyped-defs
 
@@ -37,7 +37,7 @@ def statistics_forward(row_lo, row_hi, logits, like, target, stops, stats):
 def statistics_backward(
     row_lo, row_hi, logits, like, target, stops, stats, grad_norm, grad_target, grad_stop, grad_logits
 ):
-    """The gradient of ``statistics_forward`` by all but the entropy."""
+    """The gradient of ``statistics_forward`` through all results except the entropy."""
     scratch, e = np.empty(logits.shape[1], like.dtype), np.empty(logits.shape[1], like.dtype)
     for n in range(row_lo, row_hi):
         z = row_of(logits, n, scratch)

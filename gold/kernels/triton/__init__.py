@@ -1,13 +1,13 @@
 """Triton back end: the functions of ``reference`` on CUDA tensors, or on CPU tensors under Triton's interpreter.
 
-A row is as wide as a vocabulary, so no program ever holds one: rows are read in tiles, each tile leaves a pair
-(maximum, sum of exponentials below it), and pairs are joined. All arithmetic is in float32, or in float64 where the
-logits are; no result depends on the order in which programs run.
+A row is as wide as a vocabulary, so no program holds a whole row: rows are read in tiles, each tile yields a pair
+(maximum, Σ exp(x − maximum)), and pairs are joined. All arithmetic is in float32, or in float64 for float64 logits; no
+result depends on the order in which programs run.
 
-Bytes moved are what counts, for a row has a few operations per byte. Sums over sets of columns read a row once, and the
-columns at the edges of ranges again; divergences read both rows twice, since an event counts by its probability, which
-the whole row decides; every gradient is one read and one write. An order of columns is an index array beside the row:
-columns that stand in that order already are read as if there were none, and others cost a memory sector each.
+Kernels are bound by memory traffic: a row takes a few operations per byte. Sums over column sets read a row once, and
+the columns at range edges again; divergences read both rows twice, since an event is weighted by its probability,
+which depends on the whole row; every gradient is one read and one write. An order of columns is a separate index
+array: columns already in that order are read contiguously, others cost a memory sector each.
 """
 
 # mypy: allow-untyped-calls
@@ -75,7 +75,7 @@ def byte_masses(
 
 
 def chunk_sums(logp_N: Tensor, chunk_N: Tensor, chunks: int) -> Tensor:
-    """See ``reference.chunk_sums``: every chunk is summed in the order of its tokens."""
+    """See ``reference.chunk_sums``: every chunk is summed in token order."""
     chunk_N, order = torch.sort(chunk_N.long(), stable=True)
     edges = torch.searchsorted(chunk_N, torch.arange(-1, chunks + 1, device=chunk_N.device))
     sums = torch.segment_reduce(logp_N.index_select(0, order), "sum", lengths=edges.diff(), unsafe=True)
@@ -123,8 +123,8 @@ def row_divergence(
     only_common: bool = False,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See ``reference.row_divergence``. Columns are gone through in the order of ``logits_NV``; the teacher's are read
-    beside them, side by side where its events stand in the same order."""
+    """See ``reference.row_divergence``. Columns are processed in the order of ``logits_NV``; the teacher's reads are
+    contiguous where its events are in the same order."""
     (rows, width), others = logits_NV.shape, logits_NW.detach()
     partner = _partners(kept_V, kept_W.ids)
     smoothing = smoothing if rest == "bucket" else 0.0
@@ -173,7 +173,7 @@ def row_divergence(
 def _side(
     mine: tuple[Tensor, KeptEvents, Tensor], theirs: tuple[Tensor, KeptEvents], kept: dict[str, Any]
 ) -> Tensor:
-    """What ``divergences.side_of_rows`` says of each row of one side: [6, rows]."""
+    """The statistics of ``divergences.side_of_rows`` of one side: [6, rows]."""
     (logits, events, partner), (others, other_events) = mine, theirs
     rows, width = logits.shape
     tiles = triton.cdiv(width, launch.TILE)
@@ -193,7 +193,7 @@ def _side(
 
 
 def _partners(kept: KeptEvents, others: Tensor) -> Tensor:
-    """For each column the other side's column of the same token; −1 for stops, −2 for what is left."""
+    """For each column the other side's column of the same token; −1 for stops, −2 for left columns."""
     codes = torch.cat((others, torch.arange(-1, -3, -1, device=others.device))).int()
     return codes[kept.event]
 
@@ -226,7 +226,7 @@ def piece_masses(
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``reference.piece_masses``."""
-    logits_NV = widened(logits_NV)  # gradients of several kernels add up here, and are rounded once
+    logits_NV = widened(logits_NV)  # gradients of several kernels are summed here and rounded once
     norm_N, step_N, _, _ = row_statistics(logits_NV, target_N, target_N[:0])
     value = logits_NV[tokens.row, tokens.id].to(norm_N) - norm_N[tokens.row]
     moved = torch.nonzero(tokens.moved)[:, 0]

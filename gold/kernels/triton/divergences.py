@@ -13,7 +13,7 @@ def event_leaves(
     logits, other_logits, partner, leaves, stride_n, stride_v, other_stride_n, other_stride_v, width,
     COMMON: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of each tile, the pair of the kept tokens and that of what is left."""
+    """Per tile, the pair of the kept tokens and that of the left columns."""
     tiles = tl.cdiv(width, TILE)
     n = (tl.program_id(0) // tiles).to(tl.int64)
     at = ((tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)).to(tl.int64)
@@ -34,7 +34,7 @@ def event_leaves(
 
 @triton.jit
 def _if_common(z, y, other):
-    """The partners of a row's columns, those to whom one side gives nothing among what is left."""
+    """The partners of a row's columns; those with probability 0 on one side count as left columns."""
     return tl.where((other >= 0) & ((z == float("-inf")) | (y == float("-inf"))), -2, other)
 
 
@@ -44,9 +44,9 @@ def side_of_rows(
     other_stride_v, stop_count, other_stop_count, tiles,
     COMMON: tl.constexpr, BUCKET: tl.constexpr, SMOOTHING: tl.constexpr, LOG_KEPT: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
-    """Of each row: what is subtracted from a logit, first and second, for its event's log-probability (0, 1); that of
-    the stop event and of the rest, if that is one (2, 3); of what is left, before smoothing (4); and the probability of
-    kept tokens and stops (5)."""
+    """Per row: the two numbers subtracted from a logit, one after the other, to get its event's log-probability (0, 1);
+    the log-probabilities of the stop event and of the bucket, if any (2, 3); that of the left columns before smoothing
+    (4); and the probability of kept tokens and stops (5)."""
     dtype: tl.constexpr = side.dtype.element_ty
     n = tl.program_id(0).to(tl.int64)
     row = leaves + n * tiles * 4
@@ -96,10 +96,10 @@ def _excess(d, SHARE: tl.constexpr):
 
 @triton.jit
 def _mixed_term(logp, logq, p, q, SHARE: tl.constexpr):
-    """``p log(p / m) − p + m`` with ``m = SHARE · q + (1 − SHARE) · p``, and ``log(m / p)``, the share not 0.
+    """``p log(p / m) − p + m`` with ``m = SHARE · q + (1 − SHARE) · p``, and ``log(m / p)``; SHARE is not 0.
 
     Summed over all events this is the divergence, since p and m both sum to 1, and each term is small where p and q are
-    close: nothing cancels in rows near probability 1.
+    close: no cancellation in rows near probability 1.
     """
     d = tl.minimum(tl.where(p > 0.0, logq - tl.where(p > 0.0, logp, 0.0), 0.0), 80.0)
     log_ratio = d
@@ -115,8 +115,8 @@ def _terms(
     logp, logq,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, STUDENT_MIX: tl.constexpr, TEACHER_MIX: tl.constexpr,
 ):  # fmt: skip
-    """What an event adds to each of the two divergences, and the derivatives by ``logp`` up to one multiple of p; an
-    event of probability 0 has none."""
+    """An event's terms of the two divergences, and their derivatives with respect to ``logp`` up to one multiple of p;
+    an event of probability 0 has none."""
     p, q = tl.exp(logp), tl.exp(logq)
     first, first_slope, second, second_slope = p * 0.0, p * 0.0, p * 0.0, p * 0.0
     if STUDENT and STUDENT_MIX > 0.0:
@@ -139,7 +139,7 @@ def _event_logps(
     logits, other_logits, partner, side, other_side, n, at, rows, stride_n, stride_v, other_stride_n,
     other_stride_v, width, COMMON: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Of some columns of a row: their partners, and the log-probabilities of both."""
+    """Partners of some columns of a row, and the log-probabilities of both sides."""
     inside = at < width
     z = tl.load(logits + n * stride_n + at * stride_v, mask=inside, other=float("-inf")).to(dtype)
     other = tl.load(partner + at, mask=inside, other=-1)
@@ -160,7 +160,7 @@ def divergence_of_tiles(
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, STUDENT_MIX: tl.constexpr, TEACHER_MIX: tl.constexpr,
     COMMON: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of each tile, sums over its kept tokens: both terms and their slopes, and the teacher's entropy."""
+    """Per tile, sums over its kept tokens: both terms and their slopes, and the teacher's entropy."""
     dtype: tl.constexpr = sums.dtype.element_ty
     tiles = tl.cdiv(width, TILE)
     n = (tl.program_id(0) // tiles).to(tl.int64)
@@ -195,8 +195,8 @@ def divergence_of_rows(
     STUDENT_WEIGHT: tl.constexpr, TEACHER_WEIGHT: tl.constexpr, ABOVE: tl.constexpr,
     BUCKET: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
-    """Of each row the divergence, and for its gradient: the weight of the second term (0), the slope by all events
-    together (1), by the stop event (2), by what is left (3)."""
+    """Per row the divergence, and for its gradient: the weight of the second term (0), the slopes with respect to all
+    events together (1), the stop event (2), the left columns (3)."""
     n = tl.program_id(0).to(tl.int64)
     row = sums + n * tiles * 5
     first, first_slope = _sum_tiles(row, tiles, JOIN), _sum_tiles(row + 1, tiles, JOIN)
@@ -215,7 +215,7 @@ def divergence_of_rows(
         logq = tl.load(other_side + 3 * rows + n).to(value.dtype.element_ty)
         c, c_slope, d, d_slope = _terms(logp, logq, STUDENT, TEACHER, STUDENT_MIX, TEACHER_MIX)
         first, second, entropy = first + c, second + d, entropy - tl.exp(logq) * finite(logq)
-        # Smoothing passes on only a part of what is left.
+        # Smoothing passes on only a part of the left columns.
         part = tl.exp(tl.load(side + 4 * rows + n) - finite(logp))
         left, left_slope = c_slope * part, d_slope * part
         first_slope, second_slope = first_slope + left, second_slope + left_slope
@@ -236,7 +236,7 @@ def divergence_backward(
     COMMON: tl.constexpr, STUDENT_WEIGHT: tl.constexpr, BUCKET: tl.constexpr, LOG_KEPT: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of ``divergence_of_rows``, a tile of columns at a time."""
+    """The gradient of ``divergence_of_rows``, one tile of columns at a time."""
     dtype: tl.constexpr = slopes.dtype.element_ty
     tiles = tl.cdiv(width, TILE)
     n = (tl.program_id(0) // tiles).to(tl.int64)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from gold.kernels.triton.pairs import sum_leaves
 
-# Sizes are powers of two. They were chosen by arithmetic and the compiler's register counts, not yet measured: 2,048
-# float32 values are 16 a thread with 4 warps, and 64 registers leave room for 8 programs on a multiprocessor.
+# Sizes are powers of two, chosen from arithmetic and the compiler's register counts, not yet measured: 2,048 float32
+# values are 16 a thread with 4 warps, and 64 registers allow 8 programs on a multiprocessor.
 TILE = 2048
-"""Columns per program where a row is gone through once."""
+"""Columns per program in kernels that read a row once."""
 BACK_TILE = 1024
 """Columns per program in a backward pass, which takes up to twice the registers."""
 LEAF = 128
-"""Columns of an order that are summed once for all ranges of it: with more, the edges of ranges are longer."""
+"""Columns of an order that are summed once for all ranges: with more, range edges are longer."""
 RANGES = 16
 """Ranges per program: most hold a handful of columns."""
 STEP = 16
@@ -36,15 +36,15 @@ def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
 
 
 def arithmetic(logits: Tensor) -> torch.dtype:
-    """The dtype that sums are computed in."""
+    """The dtype of sums."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def leaves(
     logits_NV: Tensor, order: Tensor | None, leaf: int, moment: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Maximum, and sum of the exponentials above it, of every ``leaf`` columns of an order: two [N, leaves].
-    ``moment`` gets the same sum, each exponential times its exponent."""
+    """Maximum and Σ exp(logit − maximum) of every ``leaf`` columns of an order: two [N, leaves]. ``moment`` gets the
+    same sum with each exponential times its exponent."""
     rows, width = logits_NV.shape
     shape = (rows, triton.cdiv(width, leaf))
     top, total = (logits_NV.new_empty(shape, dtype=arithmetic(logits_NV)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Triton kernels: probabilities of the sets of tokens of a byte plan, and their gradient."""
+"""Triton kernels: probabilities of the token sets of a byte plan, and their gradient."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 
@@ -14,8 +14,8 @@ def masses_of_rows(
     first_row, stride_n, stride_v, leaves, texts, stop_low, width,
     JOIN: tl.constexpr,
 ):  # fmt: skip
-    """Of each row: maximum, log of the sum above it, log-probability of target, stops, and ids that are neither text
-    nor stop (without the target where the row's first visit leaves it out)."""
+    """Per row: maximum, log Σ exp(logit − maximum), log-probabilities of target, stops, and ids that are neither text
+    nor stop (without the target where the row's first visit skips it)."""
     dtype: tl.constexpr = stats.dtype.element_ty
     n = tl.program_id(0).to(tl.int64)
     top, total = join_leaves(leaf_top + n * leaves, leaf_total + n * leaves, leaves, 1, JOIN)
@@ -72,7 +72,7 @@ def masses_of_ranges(
     row_top = tl.load(stats + n * 5, mask=here, other=0.0)
     row_log_total = tl.load(stats + n * 5 + 1, mask=here, other=0.0)
     value = top - row_top + log(total) - row_log_total
-    # At the start of a row its rest joins what ends there.
+    # At the start of a row, ids that are neither text nor stop join the tokens that end there.
     rest = tl.load(stats + n * 5 + 4, mask=here & is_own & starts, other=float("-inf"))
     both = tl.maximum(value, rest)
     at = finite(both)
@@ -86,7 +86,7 @@ def total_of_rows(
     log_mass, grad_mass, grad_target, grad_stop, target, stats, visit_ptr, mass_ptr, total,
     first_row, first_mass, JOIN: tl.constexpr,
 ):  # fmt: skip
-    """Of each row, the sum of the gradients of all that its probabilities make up."""
+    """Per row, the sum of the gradients of all masses of its probabilities."""
     n = tl.program_id(0).to(tl.int64)
     low = tl.load(mass_ptr + tl.load(visit_ptr + first_row + n)) - first_mass
     high = tl.load(mass_ptr + tl.load(visit_ptr + first_row + n + 1)) - first_mass
@@ -108,7 +108,8 @@ def masses_backward(
     grad_stop, stats, total, first_row, first_mass, stride_n, stride_v, grad_stride_n, grad_stride_v,
     texts, stop_low, width, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Each place of the pool belongs to at most one set of every visit: its share of all of them."""
+    """The gradient of the masses: each place of the pool belongs to at most one set of every visit, and gets its
+    share."""
     dtype: tl.constexpr = log_mass.dtype.element_ty
     tiles = tl.cdiv(width, TILE)
     n = (tl.program_id(0) // tiles).to(tl.int64)
@@ -136,7 +137,7 @@ def masses_backward(
             own_end = low + tl.load(trie_own + node)
             children, first_child = tl.load(trie_children + node), tl.load(trie_first_child + node)
             below = (at >= own_end) & (at < high)
-            # The last child that begins at or before a place; a node has 256 at most.
+            # The last child that begins at or before a place; a node has at most 256.
             child, end = tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32) + children
             for _ in range(8):
                 middle = (child + end) // 2

@@ -1,4 +1,4 @@
-"""Triton functions on pairs (maximum, sum of exponentials below it): of tiles, leaves, lists and ranges of columns."""
+"""Triton functions on pairs (maximum, Σ exp(x − maximum)): of tiles, leaves, lists and ranges of columns."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 
@@ -8,18 +8,18 @@ import triton.language as tl
 VARYING = (
     "first_row", "first_mass", "end_mass", "rows", "segments", "stop_count", "other_stop_count", "texts", "stop_low"
 )  # fmt: skip
-"""Arguments whose divisors are nobody's business: kernels are not compiled again for them."""
+"""Arguments for whose divisibility kernels are not specialized (compiled again)."""
 
 
 @triton.jit
 def finite(top):
-    """The maximum to subtract: 0 where there is nothing, since −inf − −inf is not a number."""
+    """The maximum to subtract: 0 instead of −inf, since −inf − −inf is NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def join(top, total, more_top, more_total):
-    """Two pairs as one."""
+    """The pair of the union of two pairs."""
     both = tl.maximum(top, more_top)
     at = finite(both)
     return both, total * tl.exp(top - at) + more_total * tl.exp(more_top - at)
@@ -27,7 +27,7 @@ def join(top, total, more_top, more_total):
 
 @triton.jit
 def log(total):
-    """−inf for 0, without a warning where the interpreter computes it."""
+    """Logarithm, −inf for 0; without a warning in the interpreter."""
     return tl.where(total == 0.0, float("-inf"), tl.log(tl.where(total == 0.0, 1.0, total)))
 
 
@@ -36,7 +36,8 @@ def sum_leaves(
     logits, order, leaf_top, leaf_total, leaf_moment, stride_n, stride_v, width, leaves,
     LEAF: tl.constexpr, LEAVES: tl.constexpr,
 ):  # fmt: skip
-    """The pair of every leaf of an order of columns; ``leaf_moment``: the sum, each exponential times its exponent."""
+    """The pair of every leaf of an order of columns; ``leaf_moment``: the sum with each exponential times its
+    exponent."""
     groups = tl.cdiv(leaves, LEAVES)
     row = (tl.program_id(0) // groups).to(tl.int64)
     leaf = (tl.program_id(0) % groups) * LEAVES + tl.arange(0, LEAVES)
@@ -73,7 +74,7 @@ def join_leaves(leaf_top, leaf_total, leaves, stride, JOIN: tl.constexpr):
 
 @triton.jit
 def sum_columns(row, columns, low, high, skip, stride_v, dtype: tl.constexpr, JOIN: tl.constexpr):
-    """The pair of the columns that stand in a stretch of a list, without place ``skip``."""
+    """The pair of the columns in a range of a list, without place ``skip``."""
     top = tl.full((), float("-inf"), dtype)
     total = tl.full((), 0.0, dtype)
     for start in range(low, high, JOIN):
@@ -91,8 +92,8 @@ def sum_ranges(
     row, order, leaf_top, leaf_total, low, high, skip, whole, stride_v,
     LEAF: tl.constexpr, RANGES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The pairs of ranges of an order, each of a row of its own: leaves where ``whole`` and a range covers them, single
-    columns (but ``skip``) at the edges."""
+    """The pairs of ranges of an order, each with its own row: leaves where ``whole`` and a range covers them, single
+    columns (except ``skip``) at the edges."""
     dtype: tl.constexpr = leaf_top.dtype.element_ty
     top = tl.full((RANGES,), float("-inf"), dtype)
     total = tl.full((RANGES,), 0.0, dtype)

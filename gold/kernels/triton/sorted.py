@@ -1,4 +1,4 @@
-"""Triton kernels and torch: the distance of two rows sorted each by itself, and its slopes."""
+"""Triton kernels and torch: the L1 distance of two rows, each sorted, and its slopes."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 
@@ -15,24 +15,24 @@ from gold.kernels.triton.pairs import VARYING
 
 SHIFT = 18
 INTERVALS = 0x80000000 >> SHIFT
-"""Intervals of numbers that are not negative: those with the same exponent and first five digits."""
+"""Intervals of non-negative numbers: those with the same exponent and leading five mantissa bits."""
 IN_DOUBT = 2
-"""The sign of an interval whose entries do not all have the same."""
+"""The sign of an interval whose entries may have different signs."""
 
 
 def sorted_l1(p_NV: Tensor, q_NW: Tensor, *, overwrite: bool = False) -> Tensor:
-    """See ``reference.sorted_l1``; no row is sorted whole.
+    """See ``reference.sorted_l1``; no row is fully sorted.
 
-    Entries are counted by narrow intervals. Where one side is ahead in rank by all that the other holds in an interval,
-    all entries in it have one sign; only what lies in other intervals is sorted. How much that is the host must know:
-    it waits for the device once.
+    Entries are counted in narrow intervals. Where one side leads in rank by at least the other's count in an interval,
+    all entries there have one sign; only entries of other intervals are sorted. Their number is needed on the host: one
+    device synchronization.
     """
     p, q = p_NV.detach(), q_NW.detach().to(p_NV)
 
     def compute(wanted: bool) -> tuple[Results, tuple[Tensor, ...]]:
         here_p, here_q = _counts(p), _counts(q)
         lead = _above(here_p) - _above(here_q)
-        # What is 0 on one side is met by zeros.
+        # Zeros of one side are matched with the zero padding of the other.
         ahead = torch.where(torch.arange(INTERVALS, device=lead.device) > 0, 1, 0)
         sign = torch.where(lead >= here_q, ahead, torch.where(-lead >= here_p, -1, IN_DOUBT)).to(torch.int8)
         total_p, signs_p = _signed(p, sign, p.dtype)
@@ -54,8 +54,8 @@ def sorted_l1(p_NV: Tensor, q_NW: Tensor, *, overwrite: bool = False) -> Tensor:
 
 @dataclass(frozen=True)
 class _Ranked:
-    """Entries of one side that are in doubt, row by row from the largest down: where they are, their values, intervals
-    and ranks among those of their interval; ``start`` is where each row's interval begins, ``size`` what it holds."""
+    """Entries of one side in unsure intervals, row by row in descending order: indices, values, intervals and ranks
+    within their interval; ``start`` and ``size`` of each row's intervals."""
 
     row: Tensor
     column: Tensor
@@ -67,7 +67,7 @@ class _Ranked:
 
     @classmethod
     def of(cls, values: Tensor, at: tuple[Tensor, ...], size: Tensor) -> "_Ranked":
-        """Entries at (row, column) of ``values``, of which each row's intervals hold ``size``."""
+        """Entries at (row, column) of ``values``; ``size`` counts the entries of each row's intervals."""
         order = torch.argsort(values[at], descending=True, stable=True)
         order = order[torch.argsort(at[0][order], stable=True)]
         row, column = at[0][order], at[1][order]
@@ -79,8 +79,8 @@ class _Ranked:
         return cls(row, column, value, interval, rank, start, size)
 
     def signs(self, other: "_Ranked", lead: Tensor) -> tuple[Tensor, Tensor]:
-        """The sign of each entry's difference from the other side's entry of the same rank, of which this side's are
-        ``lead`` before it, and the sum of signs times values of each row."""
+        """The sign of each entry's difference from the other side's entry of the same rank, of which this side is
+        ``lead`` entries ahead, and per row the sum of signs times values."""
         cell = self.row, self.interval
         rival = self.rank + lead[cell]
         there = (rival >= 0) & (rival < other.size[cell])
@@ -92,7 +92,7 @@ class _Ranked:
 
 
 def _counts(values: Tensor) -> Tensor:
-    """How many entries of each row each interval holds."""
+    """Number of entries per row and interval."""
     rows, width = values.shape
     counts = torch.zeros((rows, INTERVALS), dtype=torch.int32, device=values.device)
     launch.run(
@@ -103,12 +103,12 @@ def _counts(values: Tensor) -> Tensor:
 
 
 def _above(counts: Tensor) -> Tensor:
-    """How many entries lie in the intervals above each."""
+    """Number of entries in the intervals above each."""
     return torch.cumsum(counts.flip(1), 1, dtype=torch.int32).flip(1) - counts
 
 
 def _signed(values: Tensor, sign: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Per row the sum of all entries that are not in doubt times the sign of their interval, and each entry's sign."""
+    """Per row the sum of entries in sure intervals times the sign of their interval, and each entry's sign."""
     rows, width = values.shape
     tiles = triton.cdiv(width, launch.TILE)
     sums = torch.empty((rows, tiles), dtype=launch.arithmetic(values), device=values.device)
@@ -130,12 +130,12 @@ def _interval(x, SHIFT: tl.constexpr):
 def count_intervals(
     values, counts, stride_n, stride_v, width, INTERVALS: tl.constexpr, SHIFT: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """How many entries of a tile lie in each interval."""
+    """Number of entries of a tile in each interval."""
     tiles = tl.cdiv(width, TILE)
     n = (tl.program_id(0) // tiles).to(tl.int64)
     at = ((tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)).to(tl.int64)
     x = tl.load(values + n * stride_n + at * stride_v, mask=at < width, other=0.0)
-    # Sums of whole numbers: the order in which programs add makes no difference.
+    # Integer sums: independent of the order in which programs add.
     one = tl.full((TILE,), 1, tl.int32)
     tl.atomic_add(counts + n * INTERVALS + _interval(x, SHIFT), one, mask=at < width, sem="relaxed")
 
@@ -145,7 +145,7 @@ def sign_entries(
     values, sign, signs, sums, stride_n, stride_v, width,
     INTERVALS: tl.constexpr, SHIFT: tl.constexpr, IN_DOUBT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Each entry's sign, and the sum of a tile's entries that are not in doubt times their signs."""
+    """Each entry's sign, and the sum of a tile's entries in sure intervals times their signs."""
     dtype: tl.constexpr = sums.dtype.element_ty
     tiles = tl.cdiv(width, TILE)
     n = (tl.program_id(0) // tiles).to(tl.int64)

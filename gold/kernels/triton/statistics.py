@@ -1,4 +1,4 @@
-"""Triton kernels: what single tokens need of a row, sums by the events of columns, and their gradients."""
+"""Triton kernels: per-token statistics of a row, sums by the events of columns, and their gradients."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 
@@ -13,7 +13,7 @@ def statistics_of_rows(
     logits, target, stops, leaf_top, leaf_total, leaf_moment, stats, rows, stride_n, stride_v, stop_count, leaves,
     JOIN: tl.constexpr,
 ):  # fmt: skip
-    """Of each row: maximum, log of the sum above it, log-probability of target and stops, entropy."""
+    """Per row: maximum, log Σ exp(logit − maximum), log-probabilities of target and stops, entropy."""
     dtype: tl.constexpr = stats.dtype.element_ty
     n = tl.program_id(0).to(tl.int64)
     row = logits + n * stride_n
@@ -44,7 +44,7 @@ def statistics_backward(
     logits, grad_logits, target, stops, stats, grad_norm, grad_target, grad_stop, rows, stride_n, stride_v,
     grad_stride_n, grad_stride_v, stop_count, width, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of ``statistics_of_rows``, a tile of columns at a time."""
+    """The gradient of ``statistics_of_rows``, one tile of columns at a time."""
     dtype: tl.constexpr = stats.dtype.element_ty
     tiles = tl.cdiv(width, TILE)
     n = (tl.program_id(0) // tiles).to(tl.int64)
@@ -70,7 +70,7 @@ def columns_of_rows(
     logits, order, starts, leaf_top, leaf_total, out, stride_n, stride_v, leaves, events,
     LEAF: tl.constexpr, RANGES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the columns of several events of a row."""
+    """Log-sum-exp of a row's columns, for several events."""
     groups = tl.cdiv(events, RANGES)
     n = (tl.program_id(0) // groups).to(tl.int64)
     event = (tl.program_id(0) % groups) * RANGES + tl.arange(0, RANGES)
@@ -89,7 +89,7 @@ def columns_backward(
     logits, grad_logits, event_of, out, grad_out, stride_n, stride_v, grad_stride_n, grad_stride_v, width, events,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of ``columns_of_rows``, a tile of columns at a time."""
+    """The gradient of ``columns_of_rows``, one tile of columns at a time."""
     dtype: tl.constexpr = out.dtype.element_ty
     tiles = tl.cdiv(width, TILE)
     n = (tl.program_id(0) // tiles).to(tl.int64)
