@@ -1,1 +1,1 @@
-"""Ids and bytes: the vocabulary of a tokenizer, where its tokens end in a text, its special tokens and templates."""
+"""Tokenizers: bytes of every id, encoding and decoding with byte offsets, special tokens, chat templates."""

@@ -1,4 +1,4 @@
-"""Where a tokenizer splits a text whatever comes next: the ends of pre-tokens that no continuation moves."""
+"""Stable boundaries: positions where a tokenizer splits a text no matter how the text continues."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 from gold.tokenize.rewriting import byte_offsets, decode_replacing, rewriting_boundaries
 from gold.tokenize.text import Bool, TokenizedText
 
-# One continuation of every kind that pre-tokenizers tell apart; what moves most ends comes first.
+# One continuation of each kind that pre-tokenizers distinguish; the ones that move most boundaries come first.
 _PROBES = (
     "a", "1", " ", "\n", ".", "'", "\u0301", "\ufe0f", "A", "é", "ß", "я", "中", "か", "カ", "ا", "अ", "ก", "가",
     "ª", "ʰ", "\u1161", "\u11a8", "\u0e33", "\u094d", "\u093f", "\u20dd", "\u200d", "\u200c", "\u200b", "\xad",
@@ -25,9 +25,10 @@ _MEMORY = 65_536
 
 
 class StableBoundaries:
-    """Answers for one tokenizer, from its normaliser, its pre-tokenizer and the added tokens that it finds in text.
+    """The stable boundaries of one tokenizer, from its normalizer, pre-tokenizer and the added tokens it matches in
+    text.
 
-    `rewrite` is the normaliser as far as bytes are concerned.
+    `rewrite` has the effect of the normalizer on the bytes of a text.
     """
 
     def __init__(
@@ -45,9 +46,9 @@ class StableBoundaries:
         self._known: dict[str, bool] = {}
 
     def ends(self, tokenized: TokenizedText) -> Bool:
-        """For each token of a text: whether the tokenizer splits after it whatever text comes next."""
+        """For each token of a text: True if a split after it does not depend on how the text continues."""
         text, replaced = decode_replacing(tokenized.data)
-        # byte_of[c]: the byte of the given data at which character c of the text begins.
+        # byte_of[c]: the byte offset, in the given data, of character c.
         byte_of = byte_offsets(text)
         if replaced is not None:
             byte_of = replaced[byte_of]
@@ -57,12 +58,12 @@ class StableBoundaries:
         known = np.zeros(len(byte_of), np.bool_)
         known[asked] = [self._splits_at(text, position) for position in asked.tolist()]
         stable &= known[at]
-        # The last token has all that is left of the text, which may be the next one's.
+        # The last token covers all the remaining text, part of which may belong to the next token.
         stable[-1:] &= tokenized.exact[-1:]
         return stable
 
     def _splits_at(self, text: str, position: int) -> bool:
-        """Whether the text is split at a position (in characters) whatever comes after it."""
+        """True if the text is split at a position (in characters) no matter what follows."""
         if self._pre_tokenizer is None or not position:
             return False
         context = _context(text, position)
@@ -82,17 +83,18 @@ class StableBoundaries:
     def _splits_between(self, before: str, text: str) -> bool:
         if not before or not text.startswith(before):
             return False
-        # Dropped white space belongs to the next token: a token ends where a pre-token does, not where one begins.
+        # Dropped white space belongs to the next token: a token ends where a pre-token ends, not where the next one
+        # begins.
         return any(len(before) == span[1] for _, span in self._pre_tokenizer.pre_tokenize_str(text))
 
     def _leaves_apart(self, context: str, text: str) -> bool:
-        """Whether the end of the context is not inside a span that the normaliser rewrites together."""
+        """True if the end of the context is not inside a span that the normalizer rewrites as a whole."""
         rewritten = self._rewrite(text)
         at = len(context.encode())
         return rewritten == text or at in rewriting_boundaries(text, rewritten, self._rewrite)
 
     def _may_begin_added_token(self, context: str) -> bool:
-        """Whether the context's end may begin an added token: those are found before pre-tokens."""
+        """True if an added token may begin at the end of the context: added tokens are matched before pre-tokens."""
         if self._swallows_spaces and context[-1:].isspace():
             return True
         longest = min(self._longest_opening, len(context))
@@ -104,9 +106,10 @@ class StableBoundaries:
 
 
 def _context(text: str, at: int) -> str | None:
-    """The text before a position, from white space on that has a whole word after it; None if that is far.
+    """The text before a position, from the last white space that is followed by a whole word; None if that is too far
+    back.
 
-    Pre-tokens are found from left to right, so after a whole word they are those of the full text.
+    Pre-tokens are found from left to right, so after a whole word they equal those of the full text.
     """
     runs = 0
     for start in range(at - 1, max(at - _FARTHEST, 0), -1):

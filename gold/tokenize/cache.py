@@ -1,6 +1,6 @@
-"""Index arrays that are kept between runs in the user's cache folder.
+"""A cache of index arrays in the user's cache folder, kept between runs.
 
-Whatever is wrong there (no folder, no right to write, a broken file) costs the time to build them again, nothing else.
+Any problem with it (no folder, no write permission, a corrupt file) only costs the time to build the arrays again.
 """
 
 import logging
@@ -22,23 +22,23 @@ Int32 = npt.NDArray[np.int32]
 
 
 def cache_folder() -> Path | None:
-    """The folder that $GOLD_CACHE names, none if that is empty; without it `gold` in $XDG_CACHE_HOME or ~/.cache."""
+    """$GOLD_CACHE, None if it is empty; if it is not set, `gold` in $XDG_CACHE_HOME or ~/.cache."""
     if "GOLD_CACHE" in os.environ:
         named = os.environ["GOLD_CACHE"]
         return Path(named) if named else None
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "gold"
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # the user has no home directory
         return None
 
 
 def cached_ids(content: str, length: int, build: Callable[[], Int32]) -> Int32:
-    """What `build` returns, int32[length], read from the cache folder where it was kept for the same content.
+    """The result of `build`, int32[length], loaded from the cache if it holds an array for the same `content`.
 
-    `content` says of what the array is made, by which rule, and in which version of it. A file holds the SHA-256 of
-    the content and of the array, and the array; one that does not is built again. Several processes may build at once:
-    a file appears whole, and is the same whoever wrote it.
+    `content` identifies the array: its inputs, the algorithm and the version of the algorithm. A file holds the SHA-256
+    of the content and of the array, then the array; a file that does not match is built again. Several processes may
+    build at once: files are written atomically, and all processes write the same bytes.
     """
     folder = cache_folder()
     if folder is None:

@@ -1,13 +1,13 @@
-"""Prompts as the ids that a model reads: plain text after its BOS, or messages in its own chat template.
+"""Token ids of prompts: plain text after BOS, or messages in the model's chat template.
 
-What a user wrote is text. Where a message contains the text of a special token, the ids of that text are used, never
-the token: otherwise a prompt could end its own turn. "Special" are the tokens that the tokenizer declares so; other
-added tokens (`<think>` of some families) are part of a message's vocabulary, as they are in a completion's. For special
-tokens that a model itself writes, such as the `<think>` of other families, see `gold.tokenize.markers`.
+User input is text. Where a message contains the string of a special token, that string is tokenized as text, never as
+the special token: otherwise a prompt could end its own turn. "Special" means that the tokenizer marks the token as
+special; other added tokens (`<think>` in some families) are matched in messages as they are in completions. For
+special tokens that a model itself generates, such as `<think>` in other families, see `gold.tokenize.markers`.
 
-A completion is tokenised apart from its prompt, by each model in its own tokens.
+Completions are tokenized separately from their prompts, by each model's own tokenizer.
 
-The tokenizer is any object with the interface of a Hugging Face tokenizer.
+`tokenizer` is any object with the interface of a Hugging Face tokenizer.
 """
 
 import copy
@@ -23,8 +23,8 @@ from gold.data import Message, Prompt
 from gold.errors import DataError
 from gold.tokenize.templates import Rendering, rendered, template_of
 
-# A model without a chat template reads a conversation as this plain transcript, one blank line between the turns; the
-# completion follows "Assistant:". System and developer messages come first, without a name.
+# Without a chat template, a conversation becomes a plain transcript with one blank line between turns; the completion
+# follows "Assistant:". System and developer messages come first, without a name.
 _TRANSCRIPT_NAMES = {
     "user": "User: ",
     "assistant": "Assistant: ",
@@ -35,14 +35,14 @@ _TRANSCRIPT_NAMES = {
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt, rendering: Rendering | None = None) -> list[int]:
-    """The ids that a model reads before the completion, with at most one BOS in front.
+    """The ids of a prompt, with at most one BOS at the start.
 
-    A text comes after the BOS, where the tokenizer puts one in front of texts. Messages go through the tokenizer's
-    chat template, with the prompt for an answer at the end; without a template they are read as a plain transcript.
+    A text follows BOS if the tokenizer adds BOS to texts. Messages are rendered with the tokenizer's chat template and
+    its generation prompt; without a template they become a plain transcript.
 
     Raises:
-        DataError: the template refuses the messages, or a message contains the text of a special token and the
-            template changes it in a way that cannot be followed.
+        DataError: the template rejects the messages, or a message contains the string of a special token and the
+            template changes it in a way that cannot be tracked.
     """
     if prompt.messages is None or not has_chat_template(tokenizer):
         bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
@@ -60,10 +60,10 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, rendering: Rendering | None = Non
 def teacher_prompt_ids(
     tokenizer: Any, prompt: Prompt, teacher: str, rendering: Rendering | None = None
 ) -> list[int]:
-    """The ids that the teacher of this name reads before the completion.
+    """The ids of a prompt for the teacher of this name.
 
     Raises:
-        DataError: there are none, or its template refuses the messages; the message names the prompt's key.
+        DataError: the prompt is empty or the template rejects it; the error names the prompt's key.
     """
     try:
         ids = prompt_ids(tokenizer, prompt, rendering)
@@ -75,7 +75,7 @@ def teacher_prompt_ids(
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt for people and logs, and for models without a chat template: its text, or a plain transcript."""
+    """The prompt as text, for logs and for models without a chat template: its text, or a plain transcript."""
     if prompt.messages is None:
         return prompt.text or ""
     turns = [_TRANSCRIPT_NAMES[message["role"]] + message["content"].strip() for message in prompt.messages]
@@ -83,21 +83,22 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def begins_anew(prompt: Prompt) -> bool:
-    """Whether a completion of the prompt is a text of its own, before which some tokenizers put a space (Llama-2).
+    """True if the completion of a prompt is tokenized as a new text, before which some tokenizers add a space
+    (Llama-2).
 
-    After messages it is: such models' templates leave that space to the tokenizer ("[/INST]", then "▁Yes"). What comes
-    after a plain text continues it, and a space there is one that the model wrote.
+    It is after messages: the templates of such models leave that space to the tokenizer ("[/INST]", then "▁Yes"). After
+    a plain text the completion continues the text, and a leading space is one that the model generated.
     """
     return prompt.messages is not None
 
 
 def has_chat_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer has a chat template."""
+    """True if the tokenizer has a chat template."""
     return template_of(tokenizer) is not None
 
 
 def specials_in(tokenizer: Any, prompt: Prompt) -> list[str]:
-    """The special tokens of a tokenizer that a prompt holds as text, each once, in their order."""
+    """The special tokens whose strings occur in a prompt, each once, in order."""
     texts = [prompt.text or ""] if prompt.messages is None else [m["content"] for m in prompt.messages]
     pattern = _special(tokenizer).pattern
     return list(dict.fromkeys(found.group() for text in texts for found in pattern.finditer(text)))
@@ -106,12 +107,12 @@ def specials_in(tokenizer: Any, prompt: Prompt) -> list[str]:
 def dropped_roles(
     tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None = None
 ) -> list[int]:
-    """The indices of the messages that a tokenizer's template does not show, whatever they say; empty without one.
+    """The indices of the messages that a tokenizer's template always omits; empty without a template.
 
-    Each content is replaced by a mark that no template knows, so that a short one is not found by chance.
+    Each content is replaced by a marker that no template contains, so that a short content is not found by chance.
 
     Raises:
-        DataError: the template refuses such messages.
+        DataError: the template rejects these messages.
     """
     if not has_chat_template(tokenizer):
         return []
@@ -120,9 +121,9 @@ def dropped_roles(
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a BOS in front of plain texts, by itself or because its settings say so.
+    """True if the tokenizer puts BOS in front of plain texts, by itself or because of its settings.
 
-    That a tokenizer has a BOS token is not enough: some name one that their model never saw in front of a text.
+    Having a BOS token is not enough: some tokenizers name one that the model never saw in front of a text.
     """
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None:
@@ -134,7 +135,7 @@ def adds_bos(tokenizer: Any) -> bool:
 
 @dataclass
 class _Special:
-    """The special tokens of a tokenizer; `size` tells whether tokens were added since."""
+    """The special tokens of a tokenizer; `size` shows whether tokens were added since."""
 
     size: int
     id_of: dict[str, int]
@@ -143,12 +144,12 @@ class _Special:
     guard: "_Guard | None" = None
 
     def in_ids(self, ids: Sequence[int]) -> bool:
-        """Whether special tokens other than the unknown one, which stands for text, are among the ids."""
+        """True if the ids contain special tokens other than the unknown token, which covers text."""
         return not (set(self.id_of.values()) - {self.unknown}).isdisjoint(ids)
 
 
 class _Guard:
-    """A copy of a fast tokenizer that finds a stand-in for each special token in texts, but no special token."""
+    """A copy of a fast tokenizer that matches a placeholder for each special token, and no special tokens."""
 
     def __init__(self, tokenizer: Any, special: _Special) -> None:
         original = getattr(tokenizer, "backend_tokenizer", None)
@@ -176,7 +177,7 @@ class _Guard:
         }
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text, with the special token's for each stand-in."""
+        """The ids of a text, each placeholder replaced by its special token."""
         ids = self._backend.encode(text, add_special_tokens=False).ids
         if self._special.in_ids(ids):
             raise _UnfollowedTemplateError("the tokenizer always reads it as one")
@@ -184,7 +185,7 @@ class _Guard:
 
 
 class _UnfollowedTemplateError(Exception):
-    """A template or tokenizer that the stand-ins cannot follow; says which, as the end of a sentence."""
+    """The placeholders cannot track this template or tokenizer; the message completes a sentence."""
 
 
 _SPECIAL: "WeakKeyDictionary[Any, _Special]" = WeakKeyDictionary()
@@ -199,7 +200,7 @@ def _special(tokenizer: Any) -> _Special:
     for text in tokenizer.all_special_tokens:
         id_of.setdefault(str(text), int(tokenizer.convert_tokens_to_ids(str(text))))
     id_of.pop("", None)
-    # At the leftmost place the longest, as tokenizers find them.
+    # Leftmost, then longest, as tokenizers match them.
     texts = sorted(id_of, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, texts)) if texts else "(?!)")
     special = _SPECIAL[tokenizer] = _Special(size, id_of, pattern, tokenizer.unk_token_id)
@@ -207,7 +208,7 @@ def _special(tokenizer: Any) -> _Special:
 
 
 def _text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text, special-looking parts as text, nothing added."""
+    """Ids of a text, strings of special tokens as text, nothing added."""
     ids = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
     special = _special(tokenizer)
     if special.in_ids(ids):
@@ -225,18 +226,18 @@ def _template_ids(tokenizer: Any, messages: Sequence[Message], rendering: Render
 
 
 def _guarded_ids(tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None) -> list[int]:
-    """Ids of a rendered template in which special tokens count only where the template itself wrote them.
+    """Ids of a rendered template; special tokens count only where the template itself wrote them.
 
-    The template is rendered a second time with a mark in place of each content: what lies between the marks is the
-    template's. There its special tokens are replaced by stand-ins, which a copy of the tokenizer knows as ordinary
-    added tokens while special ones are switched off. One pass of the tokenizer's own code then treats everything as
-    it would have, and special-looking contents as text.
+    The template is rendered a second time with a marker in place of each content: the text between markers comes from
+    the template. There its special tokens are replaced by placeholders, which a copy of the tokenizer knows as ordinary
+    added tokens, with special tokens disabled. One pass of that tokenizer then treats everything as usual, and
+    contents that look like special tokens as text.
     """
     pattern = _special(tokenizer).pattern
     plain = [{**message, "content": pattern.sub("x", message["content"])} for message in messages]
     try:
         ids = _stand_in_ids(tokenizer, messages, rendering)
-        # Compared with the ordinary way, on the same messages without the special-looking parts.
+        # Compare with the usual path, on the same messages without the strings of special tokens.
         if _stand_in_ids(tokenizer, plain, rendering) != _template_ids(tokenizer, plain, rendering):
             raise _UnfollowedTemplateError("the tokenizer treats its special tokens in an unusual way")
     except _UnfollowedTemplateError as error:
@@ -249,7 +250,7 @@ def _guarded_ids(tokenizer: Any, messages: Sequence[Message], rendering: Renderi
 
 
 def _mark(place: int) -> str:
-    """A mark for the content of a message: private-use characters have no case, and no template knows them."""
+    """A marker for the content of a message: private-use characters have no case and occur in no template."""
     return "\uf8e0" + "".join(chr(0xE000 + byte) for byte in place.to_bytes(4, "big")) + "\uf8e1"
 
 
@@ -264,7 +265,7 @@ def _stand_in_ids(tokenizer: Any, messages: Sequence[Message], rendering: Render
     contents = {_mark(place): message["content"] for place, message in enumerate(messages)}
     marked = rendered(tokenizer, _marked(messages), rendering, add_generation_prompt=True)
     parts = re.split("(\uf8e0[^\uf8e1]*\uf8e1)", marked)
-    # Many templates trim the white space around contents.
+    # Many templates strip the white space around contents.
     choices = [[contents[p], contents[p].strip()] if p in contents else [p] for p in parts]
     pattern = "".join("(" + "|".join(map(re.escape, texts)) + ")" for texts in choices)
     match = re.fullmatch(pattern, text)

@@ -1,4 +1,4 @@
-"""How two vocabularies differ, for people."""
+"""Differences between two vocabularies, for display."""
 
 from collections.abc import Iterable
 
@@ -6,9 +6,9 @@ from gold.tokenize.vocabulary import Vocabulary
 
 
 def differences(mine: Vocabulary, theirs: Vocabulary, limit: int = 5, texts: Iterable[str] = ()) -> list[str]:
-    """One line for each way in which two vocabularies differ: sizes, roles, bytes of ids, and ids of sample texts.
+    """One line for each difference between two vocabularies: sizes, roles, bytes of ids, and ids of sample texts.
 
-    At most `limit` ids (and as many texts) are shown, and then how many more there are. Empty if nothing differs.
+    At most `limit` ids (and as many texts) are listed, followed by the number of the remaining ones. Empty if equal.
     """
     lines = [
         f"{role}: {here} here, {there} there"

@@ -1,6 +1,6 @@
-"""The components of a live tokenizer as JSON: its normaliser, pre-tokenizer, decoder and post-processor.
+"""The components of a tokenizer as JSON: normalizer, pre-tokenizer, decoder and post-processor.
 
-A *step* is a component that is no sequence of others, a dict with its `type` and settings.
+A *step* is a component other than a sequence: a dict with its `type` and settings.
 """
 
 import json
@@ -18,11 +18,11 @@ _LARGEST_GROWTH = 1000
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The descriptions of a tokenizer's components by name; None for one that it does not have.
+    """The descriptions of a tokenizer's components by name; None for a component it lacks.
 
-    Raises: VocabularyError if one is written in Python.
+    Raises: VocabularyError if a component is written in Python.
     """
-    # The JSON of a whole tokenizer takes a second for a large vocabulary: the components go into an empty one.
+    # Serializing a whole tokenizer takes a second for a large vocabulary, so move the components to an empty one.
     shell = Tokenizer(models.BPE())
     try:
         for name in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
@@ -36,7 +36,7 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def build(name: str, description: Description | None) -> Any:
-    """The live component of that name, "normalizer" or "pre_tokenizer", from its description."""
+    """The component "normalizer" or "pre_tokenizer" built from its description."""
     if description is None:
         return None
     shell = json.loads(Tokenizer(models.BPE()).to_str())
@@ -44,7 +44,7 @@ def build(name: str, description: Description | None) -> Any:
 
 
 def steps(description: Description | None, kind: str | None = None) -> list[Description]:
-    """The steps of a component in order, or those of one type."""
+    """The steps of a component in order, optionally only those of one type."""
     if description is None:
         return []
     for name in _CHILDREN:
@@ -56,7 +56,7 @@ def steps(description: Description | None, kind: str | None = None) -> list[Desc
 def rebuilt(
     description: Description | None, change: Callable[[Description], Description | None]
 ) -> Description | None:
-    """The description with every step replaced by `change(step)`, or left out where that is None."""
+    """The description with every step replaced by `change(step)`, or dropped where that is None."""
     if description is None:
         return None
     for name in _CHILDREN:
@@ -67,12 +67,12 @@ def rebuilt(
 
 
 def without(description: Description | None, *kinds: str) -> Description | None:
-    """The description without the steps of some types; None if nothing is left."""
+    """The description without steps of the given types; None if nothing is left."""
     return rebuilt(description, lambda step: None if step["type"] in kinds else step)
 
 
 def without_prefix_space(description: Description | None) -> Description | None:
-    """A pre-tokenizer's description that puts no space before a text."""
+    """The pre-tokenizer's description without the option that adds a space before a text."""
 
     def change(step: Description) -> Description:
         if step["type"] == "ByteLevel":
@@ -85,7 +85,7 @@ def without_prefix_space(description: Description | None) -> Description | None:
 
 
 def leading_bos(tokenizer: Tokenizer) -> int | None:
-    """The id that the post-processor puts before a single text; None if it puts none or several."""
+    """The id that the post-processor puts before a single text; None if it adds none or several."""
     found = steps(describe(tokenizer)["post_processor"], "TemplateProcessing")
     single = found[0].get("single", []) if len(found) == 1 else []
     before = next((i for i, item in enumerate(single) if "Sequence" in item), len(single))
@@ -96,7 +96,7 @@ def leading_bos(tokenizer: Tokenizer) -> int | None:
 
 
 def check_growth(tokenizer: Tokenizer) -> None:
-    """Refuses a normaliser that can make texts much longer, such as replacements that each double a text.
+    """Rejects a normalizer that can blow up a text, such as replacements that each double it.
 
     Raises: VocabularyError.
     """

@@ -1,4 +1,4 @@
-"""Text to tokens: the ids that a tokenizer gives a text, and the byte at which each of them ends in it."""
+"""Text to tokens: ids and the byte offset at which each token ends."""
 
 from collections.abc import Callable, Collection
 from functools import cached_property
@@ -25,9 +25,10 @@ from gold.tokenize.token_ends import equal_spans, settle_by_bytes, spans_less_mi
 
 
 class TextEncoder:
-    """Encodes text with one tokenizer, so that no text ever gives one of the `special` ids.
+    """Encodes text with one tokenizer such that no text ever produces one of the `special` ids.
 
-    `table` holds the bytes of every id. `unk_id` may stand for text, although it is special; None if nothing may.
+    `table` holds the bytes of every id. `unk_id` may be produced by text, although it is special; None if there is
+    none.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class TextEncoder:
 
     @cached_property
     def boundaries(self) -> StableBoundaries:
-        """Where this tokenizer splits a text whatever follows."""
+        """The stable boundaries of this tokenizer."""
         tokenizer, _ = self._copy(at_start=False)
         added = tokenizer.get_added_tokens_decoder().values()
         return StableBoundaries(tokenizer.normalizer, tokenizer.pre_tokenizer, added, self.rewrite)
@@ -62,13 +63,15 @@ class TextEncoder:
         return missing_bytes(self._tokenizer, self._family)
 
     def rewrite(self, text: str) -> str:
-        """The normalised text with spaces for the character that stands for them: the text that the tokens have."""
+        """The normalized text, with the family's space character replaced by a space: the text that the tokens
+        cover.
+        """
         normalized = self._normalize(text)
         space = self._family.space
         return normalized if space is None else normalized.replace(space, " ")
 
     def ids(self, text: str, *, at_start: bool = True) -> Int32:
-        """The ids of `encode`, without their places."""
+        """The ids of `encode`, without offsets."""
         return self._as_text(self._read(text, at_start)[0])[0]
 
     def encode(self, data: bytes, *, at_start: bool) -> TokenizedText:
@@ -88,7 +91,7 @@ class TextEncoder:
         text, missing = np.frombuffer(rewritten.encode(), np.uint8), self._missing(rewritten)
         unknown = ids == self._unk_id if self._unk_id is not None else np.zeros(len(ids), np.bool_)
         kept = (text[~missing] if missing.any() else text).tobytes()
-        # Where both white space and unknown characters are dropped, equal bytes may still be others.
+        # Where both white space and unknown characters are dropped, equal bytes do not prove equal positions.
         certain = not (self._family.drops_spaces and missing.any())
         if certain and (joined == kept or (prefix and joined == b" " + kept)):
             own_stops = np.maximum(stops - (len(joined) - len(kept)), 0)
@@ -106,11 +109,11 @@ class TextEncoder:
         return _with_ends(ids, ends, stops, joined, data, prefix)
 
     def _copy(self, at_start: bool, normalized: bool = False) -> tuple[Tokenizer, Int32 | None]:
-        """A copy that takes every text as text, and the original's id of each of its ids, None if all are the same.
+        """A copy that treats every text as text, and a map from its ids to the original ids (None: identity).
 
-        It shares the model, has no post-processor and no special tokens; other added tokens still match. With
-        `at_start` false no space is put before the text where that is put there once. `normalized`: it takes
-        text that is normalised already.
+        It shares the model and has no post-processor and no special tokens; other added tokens still match. With
+        `at_start` false, no space is added before the text if the tokenizer adds one only at the start of a sequence.
+        `normalized`: the input is already normalized.
         """
         family = self._family
         kind = at_start or family.prefix != "text", normalized
@@ -143,7 +146,7 @@ class TextEncoder:
         return self._copies[kind]
 
     def _read(self, text: str, at_start: bool, normalized: bool = False) -> tuple[Int32, Encoding]:
-        """The tokenizer's ids of a text, special ones among them, and its own record of where they lie."""
+        """The tokenizer's ids of a text, including special ones, and its `Encoding`."""
         tokenizer, originals = self._copy(at_start, normalized)
         try:
             encoding = tokenizer.encode(text, add_special_tokens=False)
@@ -157,9 +160,10 @@ class TextEncoder:
         return (ids if originals is None else originals[ids]), encoding
 
     def _as_text(self, ids: Int32) -> tuple[Int32, Int64]:
-        """The ids with special ones replaced by those of their characters, and the place in `ids` each comes from.
+        """The ids with special ones replaced by the ids of their characters, and the index in `ids` that each comes
+        from.
 
-        A model can give text a special id: if its vocabulary has it as a word or a piece, or if its merges build it.
+        A model can produce a special id from text if its vocabulary contains the string or its merges build it.
         """
         forged = self._is_special_V[ids]
         if self._unk_id is not None:
@@ -180,10 +184,10 @@ class TextEncoder:
     def _offsets(
         self, ids: Int32, encoding: Encoding, text: str, rewritten: str, at_start: bool
     ) -> npt.NDArray[np.int64] | None:
-        """The characters (from, to) of the rewritten text under each id; None if they are not known.
+        """The character range (from, to) of each id in the rewritten text; None if unknown.
 
-        The tokenizer reads the rewritten text again where that differs: its offsets are not always right behind a
-        normaliser. They are not known if it gives other ids then (an added token that the normaliser changes).
+        If normalization changes the text, the rewritten text is tokenized again, because offsets after a normalizer are
+        not always right. They are unknown if that gives other ids (an added token that the normalizer changes).
         """
         if rewritten != text:
             again, encoding = self._read(self._normalize(text), at_start, normalized=True)
@@ -195,7 +199,7 @@ class TextEncoder:
 def _with_ends(
     ids: Int32, ends: Int64, stops: Int64, joined: bytes, data: bytes, prefix: bool
 ) -> TokenizedText:
-    """The tokens on the data by their ends in it, NONE where a token ends inside a rewritten span."""
+    """The tokenized data, given the end of each token in it; NONE where a token ends inside a rewritten span."""
     ends = np.maximum.accumulate(np.maximum(ends, 0))
     ends[-1:] = len(data)
     starts, firsts = starts_of(ends), starts_of(stops)

@@ -1,16 +1,16 @@
 """The bytes of every token of a tokenizer: the only module that knows `Ġ`, `▁`, `<0x0A>`, `##` and `</w>`.
 
-What a token string stands for follows from the model and from what the tokenizer does to a text before the model sees
-it: byte-level (GPT-2's alphabet, as in Qwen, Llama-3, gpt-oss), `▁` for a space (Gemma, Llama-2, T5, XLM-R) with or
-without byte pieces, `##` before a token that continues a word (BERT), `</w>` behind one that ends it (CLIP), whole
-words, or plain characters. Everything is read from the live `tokenizers.Tokenizer`, because a file and the tokenizer
-that a library builds from it can differ.
+The bytes of a token string depend on the model and on the steps before it: byte-level (GPT-2's alphabet, as in Qwen,
+Llama-3, gpt-oss), `▁` for a space (Gemma, Llama-2, T5, XLM-R) with or without byte-fallback tokens, `##` before a token
+that continues a word (BERT), `</w>` after a token that ends a word (CLIP), whole words, or plain characters. Everything
+is taken from the `tokenizers.Tokenizer` object, because a file and the tokenizer that a library builds from it can
+differ.
 
-A tokenizer that drops white space still knows where its words begin: there the space is *virtual*. A token that begins
-a word stands for a space and its characters, as ` the` does elsewhere, so sampled ids read as words with spaces
-between them. A token whose first character the tokenizer cuts off by itself, such as a comma or a Chinese character,
-has none. With `</w>` the space is behind the word. Where neither is marked, as in BPE on words without a mark, ids do
-not tell where the spaces were, and there is none.
+A tokenizer that drops white space still knows where words begin: there the space is *virtual*. A token that begins a
+word stands for a space plus its characters, like ` the` elsewhere, so sampled ids decode to words with spaces between
+them. A token whose first character is always split off, such as a comma or a Chinese character, has no virtual space.
+With `</w>` the space is after the word. If neither is marked, as in BPE on words without a mark, ids do not determine
+the spaces, and there is no virtual space.
 """
 
 import re
@@ -27,7 +27,7 @@ from gold.errors import VocabularyError
 from gold.tokenize.components import Description, build, describe, steps, without
 
 MOST_IDS = 2**24
-"""A vocabulary whose ids go further is refused: there is a row for each of them."""
+"""Vocabularies with larger ids are rejected: there is a table row for every id up to the largest."""
 
 BYTE_LEVEL = "byte-level"
 BYTE_FALLBACK = "byte-fallback"
@@ -41,35 +41,37 @@ Prefix = Literal["text", "pieces"]
 
 @dataclass(frozen=True)
 class Family:
-    """How one tokenizer rewrites text before its model sees it, and how its token strings stand for bytes."""
+    """How one tokenizer rewrites text before its model, and how its token strings map to bytes."""
 
     name: str
-    """For people: "byte-level", "byte-fallback", "metaspace", "word pieces", "word ends", "words", "plain", or two."""
+    """For display: "byte-level", "byte-fallback", "metaspace", "word pieces", "word ends", "words", "plain", or two."""
     unk_id: int | None
     normalizer: Description | None
     pre_tokenizer: Description | None
     byte_level: bool
-    """Token strings are written in the byte alphabet."""
+    """Token strings use the byte-level alphabet."""
     byte_pieces: bool
-    """Strings such as `<0x0A>` are bytes."""
+    """Strings such as `<0x0A>` are bytes (byte fallback)."""
     space: str | None
-    """The character that stands for a space, if one does."""
+    """The character that stands for a space, if any."""
     continuing: str
-    """What the string of a token that continues a word begins with, "" for no mark."""
+    """The prefix of a token that continues a word; "" for none."""
     ending: str
-    """What the string of a token that ends a word ends with, "" for no mark."""
+    """The suffix of a token that ends a word; "" for none."""
     drops_spaces: bool
     """The tokenizer drops white space between words."""
     word_space: Literal["before", "after"] | None
-    """Where the virtual space of a word lies."""
+    """The side of a word on which the virtual space lies."""
     prefix: Prefix | None
-    """Whether a space is put before a text that has none: once, or before every piece of it (a virtual one too)."""
+    """Whether a space is added before a text that has none: once, or before every segment of it (also a virtual
+    space).
+    """
 
 
 def read_family(tokenizer: Tokenizer) -> Family:
-    """The family of a live tokenizer.
+    """The family of a tokenizer.
 
-    Raises: VocabularyError for a tokenizer whose tokens stand for no certain bytes.
+    Raises: VocabularyError if the bytes of its tokens are not well defined.
     """
     model, parts = tokenizer.model, describe(tokenizer)
     normalizer, pre_tokenizer = parts["normalizer"], parts["pre_tokenizer"]
@@ -126,16 +128,16 @@ def read_family(tokenizer: Tokenizer) -> Family:
 
 
 def normalizer_of(family: Family) -> Callable[[str], str]:
-    """The normaliser as a function, less the space put before a text and the change to the byte alphabet."""
+    """The normalizer as a function, without the added prefix space and without the byte-level alphabet."""
     plain = build("normalizer", without(family.normalizer, "Prepend", "ByteLevel"))
     return (lambda text: text) if plain is None else plain.normalize_str
 
 
 @cache
 def byte_alphabet() -> dict[str, int]:
-    """The byte that each of the 256 characters of the byte-level alphabet stands for.
+    """The byte for each of the 256 characters of the byte-level alphabet.
 
-    Bytes that are printable in Latin-1 stand for themselves, the others follow from U+0100 in ascending order.
+    Bytes that are printable in Latin-1 map to themselves, the others to U+0100 and up, in ascending order.
     """
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     own = {character: ord(character) for character in characters if ord(character) < 256}
@@ -144,10 +146,10 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def token_contents(tokenizer: Tokenizer, family: Family, special: Collection[int]) -> list[bytes | None]:
-    """The bytes of every id; None for the ids in `special`, for unused ids, and for strings that no text can give.
+    """The bytes of every id; None for the ids in `special`, for unused ids, and for strings that no text can produce.
 
-    Added tokens stand for their raw content, except where a vocabulary that is not byte-level has the same string
-    itself: such runs of spaces are written with `▁`.
+    Added tokens have their raw content, unless a vocabulary that is not byte-level contains the same string: such runs
+    of spaces are written with `▁`.
     """
     added = {
         index: token.content
@@ -168,8 +170,8 @@ def token_contents(tokenizer: Tokenizer, family: Family, special: Collection[int
 def _token_strings(tokenizer: Tokenizer) -> list[str | None]:
     """The string of every id; None for an unused id.
 
-    Of several strings with one id it is the added token's, else the first in the order of strings: the vocabulary
-    itself comes in another order in every process.
+    If several strings share an id, the added token's string wins, else the first in sorted order: the iteration order
+    of the vocabulary differs between processes.
     """
     own = tokenizer.get_vocab(with_added_tokens=False)
     added = tokenizer.get_added_tokens_decoder()
@@ -188,15 +190,15 @@ def _token_strings(tokenizer: Tokenizer) -> list[str | None]:
 
 
 def is_byte_piece(string: str | None) -> bool:
-    """Whether a token string is a byte-fallback piece such as `<0x0A>`."""
+    """True if a token string is a byte-fallback token such as `<0x0A>`."""
     return string is not None and _BYTE_PIECE.fullmatch(string) is not None
 
 
 def missing_bytes(tokenizer: Tokenizer, family: Family) -> Callable[[str], npt.NDArray[np.bool_]]:
-    """The function that tells, for each byte of a normalised text, whether no token has it.
+    """A function that marks each byte of a normalized text that no token covers.
 
-    A byte-level model drops such a byte (or calls it unknown), others a character that is no token and one of
-    whose bytes is no byte piece. For models that read whole words it is not known.
+    A byte-level model drops such a byte (or maps it to unknown); other models drop a character that is no token and has
+    a byte without a byte-fallback token. For word-level models this is unknown.
     """
     has = tokenizer.model.token_to_id
     if family.byte_level:
@@ -217,10 +219,10 @@ def missing_bytes(tokenizer: Tokenizer, family: Family) -> Callable[[str], npt.N
 
 
 def character_ids(tokenizer: Tokenizer, family: Family, index: int, special: Collection[int]) -> list[int]:
-    """The ids of the characters of a token, one by one: what a special token's string is as text.
+    """The ids of the characters of a token: the encoding of a special token's string as text.
 
-    A character without a token of its own is unknown, once for a run of them; nothing stands for it if there is no
-    unknown token. A model of whole words has no tokens for characters.
+    A run of characters without tokens becomes one unknown token, or nothing if there is no unknown token. A word-level
+    model has no tokens for characters.
     """
     string = tokenizer.id_to_token(index) or ""
     has = tokenizer.model.token_to_id
@@ -240,7 +242,7 @@ def character_ids(tokenizer: Tokenizer, family: Family, index: int, special: Col
 
 
 def _unigram_settings(model: Any) -> tuple[int | None, bool]:
-    """The id for unknown characters and whether there are byte pieces; the library shows neither."""
+    """The id for unknown characters and whether byte fallback is on; the library exposes neither."""
     state: bytes = model.__getstate__()
     unk = re.match(rb'\{"type":"Unigram","unk_id":(\d+|null)', state)
     fallback = re.search(rb'"byte_fallback":(true|false)', state[-64:])
@@ -296,7 +298,7 @@ def _drops_spaces(tokenizer: Tokenizer, normalizer: Description | None, space: s
 
 
 def _content_of(tokenizer: Tokenizer, family: Family) -> Callable[[str], bytes | None]:
-    """The function from a token's string to its bytes; None for a string that no text gives."""
+    """The function from a token's string to its bytes; None for a string that no text produces."""
     alphabet = _Alphabet((ord(character), chr(byte)) for character, byte in byte_alphabet().items())
     cut_off = _cut_off(tokenizer, family) if family.word_space == "before" else None
 
@@ -312,7 +314,7 @@ def _content_of(tokenizer: Tokenizer, family: Family) -> Callable[[str], bytes |
         return (string if family.space is None else string.replace(family.space, " ")).encode()
 
     def content(string: str) -> bytes | None:
-        # A mark alone is text: a word that begins with it, or all of one.
+        # A mark alone is text: a word that begins with it or consists of it.
         continues = bool(family.continuing) and string.startswith(family.continuing)
         continues &= string != family.continuing
         body = string.removeprefix(family.continuing) if continues else string
@@ -328,14 +330,16 @@ def _content_of(tokenizer: Tokenizer, family: Family) -> Callable[[str], bytes |
 
 
 class _Alphabet(dict[int, str]):
-    """A translation table under which a character outside the byte alphabet makes the result unencodable."""
+    """A translation table that makes a string with characters outside the byte-level alphabet unencodable."""
 
     def __missing__(self, key: int) -> str:
         return _NOT_A_BYTE
 
 
 def _cut_off(tokenizer: Tokenizer, family: Family) -> Callable[[bytes], bool]:
-    """Whether the tokenizer cuts before a token by its first character alone, so that no space is needed there."""
+    """A predicate: the tokenizer always splits before this token because of its first character, so no space is
+    needed.
+    """
     normalize, pre_tokenizer = normalizer_of(family), tokenizer.pre_tokenizer
 
     @cache
@@ -343,8 +347,8 @@ def _cut_off(tokenizer: Tokenizer, family: Family) -> Callable[[bytes], bool]:
         return len(pre_tokenizer.pre_tokenize_str(normalize(text))) > 1
 
     def cut_off(own: bytes) -> bool:
-        # Where letters and digits are cut apart a number still has a space before it; each of its digits has none
-        # only if digits are cut from each other.
+        # If letters and digits are split apart, a number still has a space before it; its digits have none only if
+        # digits are split from each other.
         first = own.decode("utf-8", "replace")[:1]
         return is_cut(first + first) or (not first.isalnum() and is_cut("a" + first))
 

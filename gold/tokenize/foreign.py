@@ -1,4 +1,4 @@
-"""Calls of tokenizers on files that others wrote: errors and panics become one line that names the file."""
+"""Guards calls of tokenizer libraries on user files: errors and panics become one line that names the file."""
 
 import os
 import sys
@@ -13,9 +13,9 @@ _REDIRECTED = threading.RLock()
 
 @contextmanager
 def foreign(name: str, kinds: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """A context for calls of tokenizers on what a file of that name holds.
+    """A context for calls of `tokenizers` on the contents of the named file.
 
-    The library prints a panic itself, at length, so stderr is discarded meanwhile.
+    The library itself prints panics at length, so stderr is discarded in this context.
 
     Raises: VocabularyError for a panic, for a bare `Exception`, which the library raises otherwise, and for `kinds`.
     """
@@ -32,12 +32,12 @@ def foreign(name: str, kinds: tuple[type[Exception], ...] = ()) -> Iterator[None
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust has met a bug of its own; it is no `Exception`."""
+    """True for a panic of a Rust library, which is not a subclass of `Exception`."""
     return type(error).__name__ == "PanicException"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; the name of its type if there is none."""
+    """The first line of an error's message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -48,7 +48,7 @@ def _without_stderr() -> Iterator[None]:
             sys.stderr.flush()
         try:
             kept = os.dup(2)
-        except OSError:  # there is none
+        except OSError:  # no such file descriptor
             yield
             return
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""From a name to a live tokenizer and the roles of its special tokens: folders, files, objects, Hub ids."""
+"""Loads a tokenizer and the roles of its special tokens from folders, files, objects or Hub ids."""
 
 import os
 import re
@@ -37,16 +37,16 @@ _SETTINGS = (
 )
 _HUB_FILES = ("tokenizer.json", "tekken.json", *_SETTINGS, *FILES)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Whatever makes the library fail with every text fails here, where the source is known.
+# A tokenizer that fails on every text fails here, where the source is known.
 _PROBE = "Hello, wörld!  1234 + aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\n"
 _PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf")
-# What ends a text or an answer in the encodings of one maker, who names no roles.
+# Tokens that end a text or an answer in OpenAI's encodings, which name no roles.
 _TIKTOKEN_ENDS = ("<|return|>", "<|call|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A live tokenizer, and what its source says of its special tokens: roles, and the chat template."""
+    """A tokenizer with the roles and the chat template that its source defines."""
 
     tokenizer: Tokenizer
     name: str
@@ -57,16 +57,16 @@ class Source:
 
 
 def open_source(source: Any, stop_ids: Iterable[int] = (), roles: Roles | None = None) -> Source:
-    """The tokenizer that a path, a Hub id or an object stands for, and its roles.
+    """The tokenizer of a path, a Hub id or an object, and its roles.
 
-    A path is a folder, a tokenizer.json, a GGUF file, a tekken.json, or a SentencePiece model; `tiktoken:NAME` an
+    A path is a folder, a tokenizer.json, a GGUF file, a tekken.json, or a SentencePiece model; `tiktoken:NAME` is an
     encoding of that library. Objects are a `tokenizers.Tokenizer`, a fast Hugging Face tokenizer, a tiktoken encoding
     and a mistral_common tokenizer.
 
-    A sequence ends with the source's EOS, the ids in generation_config.json, the token that its chat template writes
-    after an answer, and the given `stop_ids`. A role that `roles` names replaces everything found for that role.
+    The stop ids are the source's EOS, the ids in generation_config.json, the token that its chat template writes after
+    an answer, and the given `stop_ids`. A role in `roles` replaces everything found for that role.
 
-    Raises: VocabularyError if there is none, if it cannot be read, or has no token of a name in `roles`.
+    Raises: VocabularyError if there is none, if it cannot be loaded, or if it lacks a token named in `roles`.
     """
     found = _open(source)
     try:
@@ -91,7 +91,7 @@ def open_source(source: Any, stop_ids: Iterable[int] = (), roles: Roles | None =
 
 
 def _no_id(ids: Iterable[Any]) -> str | None:
-    """The first that cannot be the id of a token, for people; None where all can."""
+    """The first value that cannot be a token id, for display; None if all can."""
 
     def is_id(value: Any) -> bool:
         whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -140,7 +140,7 @@ def _from_hub(name: str) -> Path:
         ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except Exception as error:  # the Hub's client has many, and for all of them the name is what matters
+    except Exception as error:  # the Hub client raises many types; the name is what matters
         raise VocabularyError(
             f"no tokenizer {name!r}: it is no file or folder, and the Hub answers: {first_line(error)}"
         ) from None
@@ -171,7 +171,7 @@ def _from_folder(folder: Path) -> Source:
 
 
 def _in_folder(folder: Path, config: Mapping[str, Any]) -> Source:
-    """The tokenizer of the newest kind that the folder has, with the roles that this file alone tells."""
+    """The tokenizer from the newest file format in the folder, with the roles that this file defines."""
     for name in ("tokenizer.json", "tekken.json"):
         if (folder / name).exists():
             return _from_file(folder / name)
@@ -221,7 +221,7 @@ def _from_gguf(path: Path) -> Source:
     template = template if isinstance(template, str) else None
     tokens = {f"{role}_token": tokenizer.id_to_token(i) or "" for role, i in ids.items()}
     stops = [ids.get(role) for role in ("eos", "eot", "eom")]
-    # A BERT's sequences end with its separator.
+    # BERT ends sequences with its separator.
     stops = stops if any(i is not None for i in stops) else [ids.get("seperator")]
     return Source(
         tokenizer,
@@ -285,14 +285,14 @@ def _read_tokenizer(path: Path) -> Tokenizer:
             return _whole(Tokenizer.from_buffer(data))
     except VocabularyError as error:
         reason = str(error).removeprefix(f"{path}: ")[:200]
-    content = read_json(path, VocabularyError)  # tells what a file is that is no JSON
+    content = read_json(path, VocabularyError)  # reports what a file is if it is not JSON
     if not isinstance(content, dict) or "model" not in content:
         reason = 'it is JSON, but has no "model"; give a tokenizer.json'
     raise VocabularyError(f"{path} is no tokenizer that tokenizers can read: {reason}")
 
 
 def _whole(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer without limits and padding, which a file may keep of whoever used it last."""
+    """The tokenizer without truncation and padding, which a file may keep from earlier use."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

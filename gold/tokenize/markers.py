@@ -1,9 +1,10 @@
-"""Markers, special tokens without a role such as `<think>`: a model's own become the other model's own.
+"""Markers: special tokens without a role, such as `<think>`, mapped between the tokenizers of two models.
 
-`<think>` is a special token of some models, an added token of others, and plain characters to the rest; so are tool
-calls, and the words that begin a turn. Between two models a marker is its text, so that its probability is compared
-with that of the same text on the other side. Only where both have the same marker, and the first model wrote it as
-such, does the second get its own: characters that merely look like a special token, typed or sampled, never become one.
+`<think>` is a special token in some models, an added token in others, and plain characters in the rest; the same holds
+for tool calls and turn headers. Between two models a marker counts as its text, so its probability is compared with
+that of the same text on the other side. Only if both have the same marker, and the first model generated it as a
+special token, does the second get its own special token: characters that only look like a special token, typed or
+sampled, never become one.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from gold.tokenize.vocabulary import Vocabulary
 
 
 def shared_markers(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
-    """For the source's id of each marker that both vocabularies have: the target's id."""
+    """For each marker that both vocabularies have: source id → target id."""
     theirs = target.markers
     return {index: theirs[content] for content, index in source.markers.items() if content in theirs}
 
@@ -23,9 +24,9 @@ def shared_markers(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
 def retokenize(
     target: Vocabulary, tokenized: TokenizedText, markers: Mapping[int, int], at_start: bool = True
 ) -> TokenizedText:
-    """The same bytes in another vocabulary's tokens, with its own markers where those of `markers` are.
+    """The same bytes tokenized with another vocabulary, using its markers where the source ids are in `markers`.
 
-    What is before, between and behind them is encoded by itself, as text; `at_start` as for `Vocabulary.encode`.
+    The text before, between and after markers is encoded separately; `at_start` as for `Vocabulary.encode`.
     """
     at = np.flatnonzero(np.isin(tokenized.ids, list(markers)) & tokenized.exact)
     if not len(at):

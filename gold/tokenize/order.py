@@ -1,4 +1,4 @@
-"""The ids of a vocabulary in the order of the bytes that they stand for."""
+"""Sorting and grouping the ids of a vocabulary by their bytes."""
 
 import numpy as np
 import numpy.typing as npt
@@ -8,21 +8,21 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 UInt8 = npt.NDArray[np.uint8]
 
-# A number that sorts as the next bytes of a token do: seven of them, and how many there are, 8 for more than seven.
+# An integer that sorts like the next bytes of a token: seven bytes plus their count, 8 for more than seven.
 _WORD = 7
 _KEPT = np.array([(1 << 64) - (1 << (64 - 8 * min(count, _WORD))) for count in range(_WORD + 2)], np.uint64)
 
 
 def byte_order(ids: npt.NDArray[np.integer], offsets: Int64, blob: UInt8) -> tuple[Int32, Bool]:
-    """The ids sorted by their bytes, and for each of these whether it has the same bytes as the one before.
+    """The ids sorted by their bytes, and for each whether its bytes equal those of the one before.
 
-    It is `sorted(ids, key=lambda i: bytes(blob[offsets[i]:offsets[i + 1]]))`: ids of equal bytes keep the order in
-    which they are given.
+    Equivalent to `sorted(ids, key=lambda i: bytes(blob[offsets[i]:offsets[i + 1]]))`: ids with equal bytes keep their
+    order.
     """
     order, repeats = ids.astype(np.int32), np.zeros(len(ids), np.bool_)
     windows = np.lib.stride_tricks.sliding_window_view(np.append(blob, np.zeros(8, np.uint8)), 8)
-    # Sorted by their first words so far; run[i] is where those begin that agree with the one at i, todo those that
-    # agree with another one and go on.
+    # Sorted by the words so far; run[i]: where the group of equal prefixes that contains i begins; todo: members of
+    # groups of several that have more bytes.
     run = np.zeros(len(ids), np.int64)
     todo = np.arange(len(ids))
     depth = 0
@@ -43,7 +43,7 @@ def byte_order(ids: npt.NDArray[np.integer], offsets: Int64, blob: UInt8) -> tup
 
 
 def equal_groups(ids: npt.NDArray[np.integer], offsets: Int64, blob: UInt8) -> list[Int32]:
-    """The ids that stand for equal bytes, one array for each byte string that several of them stand for."""
+    """The groups of ids with equal bytes, one array for each byte string that several ids share."""
     order, repeats = byte_order(ids, offsets, blob)
     bounds = np.flatnonzero(np.diff(np.append(repeats, False)))
     return [order[first : last + 1] for first, last in bounds.reshape(-1, 2).tolist()]

@@ -1,12 +1,12 @@
-"""Boundary maps: which places of a rewritten text are which places of the given one.
+"""Boundary maps: which positions of a rewritten text correspond to which positions of the original text.
 
-Tokenizers rewrite text: invalid UTF-8 is replaced, characters are composed (NFC) or lowered, white space is dropped.
-A *boundary map* from a text B to a text A is an int64 array of len(B) + 1, in bytes: the position in A that
+Tokenizers rewrite text: invalid UTF-8 is replaced, characters are composed (NFC) or lower-cased, white space is
+dropped. A *boundary map* from a text B to a text A is an int64 array of len(B) + 1, in bytes: the position in A that
 corresponds to position p in B, or -1 where p is inside a span that was rewritten. It never decreases. Where A has
-content that B lacks it names the position before that content, so that the next token covers it.
+content that B lacks, the map gives the position before that content, so that the next token covers it.
 
-The map follows from replaying the rewriting piece by piece. Edit operations (rapidfuzz) are used only for differences
-that this does not explain.
+The map is found by replaying the rewriting segment by segment. Edit operations (rapidfuzz) are used only for
+differences that this does not explain.
 """
 
 import codecs
@@ -28,7 +28,7 @@ Codes = npt.NDArray[np.uint32]
 NONE = -1
 """No boundary: inside a rewritten span."""
 
-# Spans that a normaliser rewrites together are short: up to the first number of pieces every length is tried.
+# Spans that a normalizer rewrites as a whole are short: up to the first number of segments every length is tried.
 _SHORT_SPAN, _LONGEST_SPAN = 64, 1024
 _RESUMED = 4
 _FIRST_WINDOW = 48
@@ -53,14 +53,14 @@ codecs.register_error("gold-replace", _replace)
 
 
 def decode_replacing(data: bytes) -> tuple[str, Int64 | None]:
-    """`data.decode("utf-8", "replace")`, and the boundary map from that text to `data`, None if they are equal."""
+    """`data.decode("utf-8", "replace")` and the boundary map from it to `data`, None if they are equal."""
     spans: list[tuple[int, int]] = []
     _replaced.spans = spans
     text = data.decode("utf-8", "gold-replace")
     if not spans:
         return text, None
     starts, stops = np.array(spans, np.int64).T
-    # A replacement is three bytes long, where the data has `stop - start`.
+    # A replacement character has three bytes, the replaced data `stop - start`.
     shifts = np.cumsum(stops - starts - 3)
     text_starts = starts - np.concatenate(([0], shifts[:-1]))
     back = np.arange(len(data) - int(shifts[-1]) + 1)
@@ -70,21 +70,21 @@ def decode_replacing(data: bytes) -> tuple[str, Int64 | None]:
 
 
 def compose(inner: Int64, outer: Int64) -> Int64:
-    """The boundary map from C to A, of the maps from C to B (`inner`) and from B to A (`outer`)."""
+    """The boundary map from C to A, from those from C to B (`inner`) and from B to A (`outer`)."""
     return np.where(inner >= 0, outer[inner], NONE)
 
 
 def byte_offsets(text: str) -> Int64:
-    """The byte at which each character of a text begins, and its length in bytes last."""
+    """The byte offset of each character of a text, followed by the length in bytes."""
     return _byte_offsets(_codes(text))
 
 
 def rewriting_boundaries(text: str, rewritten: str, rewrite: Callable[[str], str]) -> Int64:
     """The boundary map, in bytes, from `rewritten = rewrite(text)` to the text.
 
-    Each character with its marks is rewritten once by itself. Where the results one after the other are not the
-    rewritten text, the shortest span whose rewriting fits is taken. There is no boundary before a character
-    that combines with the one before it, unless it is left as it was or rewritten by itself.
+    Each character with its combining marks is first rewritten separately. Where the concatenation is not the rewritten
+    text, the shortest span whose rewriting matches is taken. There is no boundary before a character that combines with
+    the previous one, unless it is unchanged or rewritten by itself.
     """
     if text == rewritten:
         return np.arange(len(text.encode()) + 1)
@@ -100,11 +100,11 @@ def rewriting_boundaries(text: str, rewritten: str, rewrite: Callable[[str], str
 
 
 def edit_boundaries(expected: bytes, joined: bytes) -> Int64:
-    """The boundary map, in bytes, from joined tokens to the expected bytes, which differ for no known reason.
+    """The boundary map, in bytes, from joined tokens to the expected bytes, for unexplained differences.
 
     Raises: VocabularyError if rapidfuzz, which finds the edit operations, is not installed.
     """
-    # Invalid bytes become one character each, so that no valid character is cut.
+    # Each invalid byte becomes one character, so that no valid character is split.
     text_a, text_b = (side.decode("utf-8", "surrogateescape") for side in (expected, joined))
     a, b = _codes(text_a), _codes(text_b)
     back = np.full(len(b) + 1, NONE, np.int64)
@@ -114,9 +114,9 @@ def edit_boundaries(expected: bytes, joined: bytes) -> Int64:
 
 
 class _Pieces:
-    """A text in pieces that a normaliser rewrites one by one, as far as a piece alone can tell.
+    """A text in segments that a normalizer rewrites independently, as far as a single segment can show.
 
-    Piece k begins at character `starts[k]` of the text, its rewriting at `at[k]` of `rewritten`.
+    Segment k begins at character `starts[k]` of the text, its rewriting at `at[k]` of `rewritten`.
     """
 
     def __init__(self, text: str, rewrite: Callable[[str], str]) -> None:
@@ -129,7 +129,7 @@ class _Pieces:
             pieces = [text[i:j] for i, j in pairwise([0, *starts.tolist(), len(text)])]
         new = {piece: self.rewrite(piece) for piece in set(pieces)}
         if joining:
-            # Marks that are left apart from their character, as they were or rewritten, are pieces of their own.
+            # Combining marks that stay separate from their character, unchanged or rewritten, are segments.
             for character in set("".join(piece for piece in new if len(piece) > 1)):
                 new.setdefault(character, self.rewrite(character))
             split = {
@@ -146,11 +146,11 @@ class _Pieces:
         return len(self.starts) - 1
 
     def rewrite(self, span: str, *, begins: bool = False, ends: bool = False) -> str:
-        """The rewriting of a span of the text; `begins`, `ends`: it is at the beginning or end of the text."""
+        """The rewriting of a span of the text; `begins`, `ends`: the span is at the beginning or end of the text."""
         key = span, begins, ends
         known = self._known.get(key)
         if known is None:
-            # Between two letters, so that what happens at the ends of a text alone (white space stripped) does not.
+            # Placed between two letters, so that rules for the ends of a text (stripping white space) do not apply.
             left, right = ("" if begins else _NEUTRAL), ("" if ends else _NEUTRAL)
             known = self._rewrite(left + span + right)
             if len(known) >= len(left + right) and known.startswith(left) and known.endswith(right):
@@ -162,14 +162,14 @@ class _Pieces:
         return known
 
     def map_to(self, back: Int64, first: int, last: int, shift: int) -> None:
-        """Maps the ends of pieces [first, last), whose rewritings stand `shift` further on in the rewritten text."""
+        """Maps the ends of segments [first, last), whose rewritings are shifted by `shift` in the rewritten text."""
         ends, source = self.at[first + 1 : last + 1], self.starts[first + 1 : last + 1]
         seen = ends > self.at[first:last]
         back[ends[seen] + shift] = source[seen]
 
 
 class _Replay:
-    """Fills a boundary map in characters where the pieces rewritten one by one are not the rewritten text."""
+    """Fills a boundary map, in characters, where the concatenated segments differ from the rewritten text."""
 
     def __init__(self, pieces: _Pieces, rewritten: str, a: Codes, b: Codes, back: Int64) -> None:
         self.pieces, self.rewritten, self.a, self.b, self.back = pieces, rewritten, a, b, back
@@ -184,7 +184,7 @@ class _Replay:
         while k < self.count or j < len(self.b):
             first, begun = k, at[k]
             run = _equal_run(codes, self.b, begun, j)
-            # The first piece that begins behind the equal run, or the one in which it ends.
+            # The first segment that begins after the equal run, or the one in which it ends.
             k = max(bisect_right(at, begun + run) - 1, first)
             if at[k] == begun + run:
                 k = max(bisect_left(at, begun + run), first)
@@ -206,12 +206,12 @@ class _Replay:
                 self.back[j] = self.start[k]
 
     def _span(self, first: int, k: int, j: int, *, fitting: bool) -> tuple[int, int, int] | None:
-        """The shortest span around piece k, none of it before `first`, whose rewriting is what stands in its place.
+        """The shortest span around segment k, not before `first`, whose rewriting matches the rewritten text there.
 
-        Piece k belongs at rewritten[j]. With `fitting` the next piece must be what follows. Returns the piece after
-        the span, and where its rewriting begins and ends; None if there is no such span.
+        Segment k belongs at rewritten[j]. With `fitting` the next segment must match too. Returns the segment after the
+        span and the range of its rewriting; None if there is no such span.
         """
-        # Mostly something is dropped, such as repeated spaces: the rest of both is the same from a later piece on.
+        # Usually something is dropped, such as repeated spaces: from a later segment on both are equal again.
         rewritten, at = self.pieces.rewritten, self.at
         resumed = rewritten.find(self.rewritten[j : j + _RESUMED], at[k], at[k] + _LONGEST_SPAN)
         later = bisect_left(at, resumed) if resumed >= 0 else k
@@ -259,8 +259,9 @@ class _Replay:
 def _map_edited(
     text_a: str, text_b: str, a: Codes, b: Codes, i: int, j: int, back: Int64, edges: Int64
 ) -> tuple[int, int]:
-    """Maps text_a[i:] to text_b[j:] as equal or edited characters, up to the first of `edges` behind i; returns where
-    it has stopped in both."""
+    """Maps text_a[i:] to text_b[j:] as equal or edited characters, up to the first of `edges` after i; returns the
+    positions reached in both.
+    """
     start = i
     while i < len(a) or j < len(b):
         run = _equal_run(a, b, i, j)
@@ -276,12 +277,12 @@ def _map_edited(
 
 
 def _edit(text_a: str, text_b: str, i: int, j: int, back: Int64) -> tuple[int, int]:
-    """Maps text_b from j by edit operations, up to the next long equal run; returns where that is in both.
+    """Maps text_b from j by edit operations, up to the next long equal run; returns its position in both.
 
-    The window doubles until it holds such a run or the rest of both texts.
+    The window doubles until it contains such a run or the rest of both texts.
     """
     try:
-        from rapidfuzz.distance import Levenshtein  # only unexplained differences need it
+        from rapidfuzz.distance import Levenshtein  # only for unexplained differences
     except ImportError:
         raise VocabularyError(
             f"the tokens have {text_b[j : j + 12]!r} where the text has {text_a[i : i + 12]!r}, and rapidfuzz, "
@@ -316,7 +317,7 @@ def _blocks_up_to_an_anchor(blocks: Iterable[Any], at_end: bool) -> list[tuple[i
 
 
 def _joins(character: str) -> bool:
-    """Whether a character may combine with the one before it; "" does not."""
+    """True if a character may combine with the previous one; False for ""."""
     if character < "\u0300":
         return False
     return (
@@ -328,12 +329,13 @@ def _joins(character: str) -> bool:
 
 
 def _in_bytes(back: Int64, a: Codes, b: Codes) -> Int64:
-    """The boundary map in bytes of one in characters; a character that stayed the same keeps the places inside it."""
+    """The boundary map in bytes, from one in characters; unchanged characters keep the positions inside them."""
     at_a, at_b = _byte_offsets(a), _byte_offsets(b)
     known = back >= 0
     in_bytes = np.full(at_b[-1] + 1, NONE, np.int64)
     in_bytes[at_b[known]] = at_a[back[known]]
-    # A character between two boundaries is the one before the second, if any is; before it something may be left out.
+    # The unchanged character between two boundaries is the last one before the second; content before it may be
+    # dropped.
     same = np.flatnonzero((back[:-1] >= 0) & (back[1:] > back[:-1]))
     source = back[1:][same] - 1
     same, source = (at[a[source] == b[same]] for at in (same, source))
@@ -355,7 +357,7 @@ def _sums(widths: Int64) -> Int64:
 
 
 def _equal_run(a: Codes, b: Codes, i: int, j: int) -> int:
-    """The length of the equal run that begins at a[i] and b[j]."""
+    """The length of the equal run at a[i] and b[j]."""
     run, window = 0, 64
     longest = min(len(a) - i, len(b) - j)
     while run < longest:

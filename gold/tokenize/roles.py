@@ -1,4 +1,4 @@
-"""The roles of special tokens: named by a user, by a tokenizer's settings, or written by its chat template."""
+"""The roles of special tokens: from the user, from the tokenizer's settings, or from its chat template."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -9,19 +9,19 @@ from tokenizers import Tokenizer
 
 from gold.errors import VocabularyError
 
-# How turns end in well-known families, for templates that cannot be rendered here.
+# Ends of turns in well-known families, for templates that cannot be rendered here.
 _TURN_ENDS = (
     *("<|im_end|>", "<end_of_turn>", "<turn|>", "<|eot_id|>", "<|eot|>", "<|return|>", "<|end_of_turn|>"),
 )
-# Words that no template knows, trims or cuts.
+# Words that no template contains, strips or truncates.
 _QUESTION, _ANSWER = "QuestionOfTheUser", "AnswerOfTheAssistant"
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Special tokens by role, as a user names them: token strings. None leaves a role to the tokenizer's files.
+    """Special tokens by role, as token strings given by the user. None: use the tokenizer's files.
 
-    `stop` replaces all stop ids that were found, `bos` the token in front of a text, `pad` the one that fills batches.
+    `stop` replaces all stop ids found, `bos` the token in front of a text, `pad` the padding token of batches.
     """
 
     stop: Sequence[str] | None = None
@@ -30,9 +30,9 @@ class Roles:
 
 
 def id_of_role(tokenizer: Tokenizer, role: str, token: str, name: str) -> int:
-    """The id of a token that a user named for a role.
+    """The id of the token that the user named for a role.
 
-    Raises: VocabularyError if the tokenizer does not have it.
+    Raises: VocabularyError if the tokenizer lacks it.
     """
     index: int | None = tokenizer.token_to_id(token)
     if index is None:
@@ -44,13 +44,13 @@ def id_of_role(tokenizer: Tokenizer, role: str, token: str, name: str) -> int:
 
 
 def token_content(token: Any) -> str | None:
-    """The string of a special token in settings, which is a string or an object with `content`."""
+    """The string of a special token in settings: a string, or an object with `content`."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
 
 def default_template(templates: Any) -> str | None:
-    """The chat template among those that settings hold: one, or several by name, of which one is the default."""
+    """The chat template in the settings: the only one, or the default among several by name."""
     if isinstance(templates, list):
         templates = {t.get("name"): t.get("template") for t in templates if isinstance(t, dict)}
     if isinstance(templates, dict):
@@ -59,11 +59,11 @@ def default_template(templates: Any) -> str | None:
 
 
 def turn_ends(template: str | None, settings: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The id of the added token that a chat template writes after an assistant's answer, none if it writes none.
+    """The id of the added token that a chat template writes after an assistant's answer; empty if it writes none.
 
-    A question and an answer are rendered, and if nothing follows the answer there, with a second question behind it
-    (some families end a turn by beginning the next one). `settings` hold the template's variables such as `bos_token`.
-    If the template cannot be rendered, the well-known endings that it mentions are taken.
+    A question and an answer are rendered; if nothing follows the answer, a second question is appended (some families
+    end a turn by beginning the next one). `settings` hold the template's variables such as `bos_token`. If the template
+    cannot be rendered, the well-known turn ends that occur in it are used.
     """
     if template is None:
         return ()
@@ -83,7 +83,7 @@ def turn_ends(template: str | None, settings: Mapping[str, Any], tokenizer: Toke
 
 
 def _rendered(template: str, tokens: Mapping[str, str], turns: Sequence[tuple[str, str]]) -> str | None:
-    """The conversation, its contents as texts or else as lists of parts; None if the template refuses both."""
+    """The conversation, its contents as strings or else as lists of parts; None if the template rejects both."""
     from gold.tokenize.sandbox import compiled_template
 
     for parts in (False, True):
@@ -95,7 +95,7 @@ def _rendered(template: str, tokens: Mapping[str, str], turns: Sequence[tuple[st
             text: str = compiled_template(template).render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=False, **tokens
             )
-        except Exception:  # Jinja's errors, and whatever a template raises
+        except Exception:  # errors of Jinja and of the template
             continue
         if _ANSWER in text:
             return text

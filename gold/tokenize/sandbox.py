@@ -1,8 +1,8 @@
-"""Chat templates, programs that others wrote: compiled as transformers compiles them, in a sandbox with a work limit.
+"""Runs chat templates, which are untrusted programs: compiled as in transformers, in a sandbox with a work limit.
 
-A rendering has a budget of work: a pass through a loop costs 64, a call or filter 512, a made value its
-characters or items (a list that holds another twice counts it twice). Work out of proportion is refused before
-it is done, and so is a rendering that has used the processor for twenty seconds.
+A rendering has a work budget: a loop iteration costs 64, a call or filter 512, a created value its characters or
+items (a list that contains another twice counts it twice). Excessive work is rejected before it is done, and so is a
+rendering that has used twenty seconds of CPU time.
 
 This module imports jinja2; the others import it when they render.
 """
@@ -31,7 +31,7 @@ LONGEST_TEMPLATE = 2**20
 _PASS, _CALL = 64, 512
 _CHECKED_EVERY = 2**14
 _WIDEST = 10_000
-"""Columns, decimals and the like that a template may ask for."""
+"""Maximum for columns, decimals and similar numbers in a template."""
 
 _WIDE = re.compile(
     r"%(?:\([^)]*\))?[-+ #0-9.^_]*(?:\*|\d{5})"  # of a % in Python and of strftime
@@ -43,7 +43,7 @@ _MULTIPLY = {"join", "indent", "wordwrap", "tojson", "xmlattr"}
 
 
 class _Work(threading.local):
-    """What is left of the budget of this thread's rendering."""
+    """The remaining budget of this thread's rendering."""
 
     left, until, checked = MOST_WORK, float("inf"), 0
 
@@ -71,10 +71,10 @@ class CompiledTemplate:
         self._template = template
 
     def render(self, **values: Any) -> str:
-        """The text that the template makes of the values.
+        """The rendered text.
 
-        Raises: jinja2.TemplateError where it refuses them or exceeds the work limit, and whatever else a program
-        raises.
+        Raises: jinja2.TemplateError if the template rejects the values or exceeds the work limit, and any exception
+        that the template raises.
         """
         _work.begin()
         text: str = self._template.render(**values)
@@ -85,7 +85,7 @@ class CompiledTemplate:
 def compiled_template(template: str) -> CompiledTemplate:
     """The compiled template.
 
-    Raises: jinja2.TemplateError for one that cannot be read; so does its `render` for messages that it refuses.
+    Raises: jinja2.TemplateError for a syntax error; so does its `render` for messages that it rejects.
     """
     if len(template) > LONGEST_TEMPLATE:
         raise SecurityError(f"it has more than {LONGEST_TEMPLATE:,} characters")
@@ -114,10 +114,10 @@ class _Generation(Extension):
 
 
 class _Counted(Extension):
-    """What `_WorkCounter` puts in the place of expressions whose work is counted."""
+    """The counting code that `_WorkCounter` inserts."""
 
     @property
-    def step(self) -> bool:  # reading it is ten times as fast as a call in the sandbox
+    def step(self) -> bool:  # an attribute access is ten times as fast as a call in the sandbox
         _work.spend(_PASS)
         return True
 
@@ -132,7 +132,7 @@ class _Counted(Extension):
 
 
 class _WorkCounter(NodeTransformer):
-    """Puts counting into each pass of a loop, each `~`, and each list and tuple that is not constant."""
+    """Inserts counting into each loop iteration, each `~`, and each list and tuple that is not constant."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -171,10 +171,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         _work.spend(_CALL)
-        inner = getattr(__obj, "__wrapped__", __obj)  # the sandbox has its own format
+        inner = getattr(__obj, "__wrapped__", __obj)  # the sandbox has its own `format`
         owner = getattr(inner, "__self__", None)
         if isinstance(owner, str | bytes | int):
-            named = [value for name, value in kwargs.items() if not name.startswith("_")]  # not the context's
+            named = [value for name, value in kwargs.items() if not name.startswith("_")]  # not the context
             _forecast(inner.__name__, owner, (*args, *named))
         elif args and __obj is __context.resolve_or_missing("strftime_now"):
             _forecast("format", args[0], ())
@@ -195,7 +195,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _PlainNamespace(Namespace):
-    """A namespace without names that mean something to Python."""
+    """A namespace that rejects names with a meaning in Python."""
 
     def __init__(self, **values: Any) -> None:
         super().__init__()
@@ -254,7 +254,9 @@ def _counted(name: str, does: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forecast(name: str, subject: Any, arguments: Iterable[Any]) -> None:
-    """Refuses what a method or filter of that name would make too large; counts what it multiplies."""
+    """Rejects calls of this method or filter that would create too large a value; counts the work of those that
+    multiply.
+    """
     given = list(arguments)
     if name in _TAKE_WIDTHS and any(isinstance(one, int) and one > _WIDEST for one in given):
         raise SecurityError(f"{name} to more than {_WIDEST:,} places")
@@ -273,7 +275,7 @@ def _forecast(name: str, subject: Any, arguments: Iterable[Any]) -> None:
 
 
 def _sized(value: Any, spend: bool = False) -> Any:
-    """The value itself, if it is no larger than a rendering may make; `spend`: it has been made just now."""
+    """The value itself, if it is not too large; `spend`: it was just created, so it counts as work."""
     if isinstance(value, str | bytes):
         size = len(value)
     elif isinstance(value, list | tuple | dict):
@@ -286,7 +288,7 @@ def _sized(value: Any, spend: bool = False) -> Any:
 
 
 def _weight(value: Any, weight_of: dict[int, int]) -> int:
-    """Characters and items that a value has where it is written out."""
+    """The number of characters and items of a value when written out."""
     if isinstance(value, str | bytes):
         return len(value)
     if not isinstance(value, list | tuple | dict):

@@ -1,7 +1,7 @@
-"""Chat templates, rendered as transformers renders them but without importing it, and a tokenizer with its template.
+"""Chat templates, rendered as in transformers but without importing it, and a tokenizer with its template.
 
-The messages of every tokenizer are rendered here, also of transformers' own: `gold doctor` and `gold align` show the
-prompts that a run reads, and a run decides which day a template writes.
+All tokenizers are rendered here, including those of transformers: `gold doctor` and `gold align` show exactly the
+prompts of a run, and a run fixes the date that a template writes.
 """
 
 import json
@@ -27,17 +27,17 @@ _TAKEN = {
     *("strftime_now", "raise_exception", "namespace", "dict", "range", "lipsum", "cycler", "joiner"),
     *("additional_special_tokens", "extra_special_tokens", *_NAMED),
 }
-"""Names that a template knows already, or that are options of transformers and never reach it."""
+"""Names that templates already know, or options of transformers that are not passed to them."""
 
 
 @dataclass(eq=False)
 class Rendering:
-    """What a chat template is given besides the messages.
+    """The inputs of a chat template besides the messages.
 
-    ``arguments`` are names and values that the template asks for, such as ``enable_thinking``. ``day`` is the date that
-    a template writes if it prints one; None: today's, which changes tomorrow. A run pins it at its start (`pin_day`).
+    ``arguments`` are variables of the template, such as ``enable_thinking``. ``day`` is the date for templates that
+    print one; None: today. A run fixes it at its start (`pin_day`).
 
-    Raises: ConfigError for arguments that no template can be given.
+    Raises: ConfigError for arguments that cannot be passed to a template.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -47,12 +47,12 @@ class Rendering:
         check_arguments(self.arguments)
 
     def pin_day(self, day: date) -> None:
-        """Every later rendering writes this day."""
+        """Uses this date in every later rendering."""
         self.day = day
 
 
 def check_arguments(arguments: object) -> None:
-    """Refuses arguments that a chat template cannot be given: names that are taken, values that are not JSON.
+    """Rejects arguments that cannot be passed to a chat template: reserved names, values that are not JSON.
 
     Raises: ConfigError that names the first of them.
     """
@@ -73,7 +73,7 @@ def check_arguments(arguments: object) -> None:
 
 
 def template_of(tokenizer: Any) -> str | None:
-    """The chat template of a tokenizer, the default one where it has several; None without one."""
+    """The chat template of a tokenizer, the default one if it has several; None without one."""
     return default_template(getattr(tokenizer, "chat_template", None))
 
 
@@ -84,9 +84,9 @@ def rendered(
     *,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The messages as a tokenizer's chat template writes them.
+    """The messages rendered with the tokenizer's chat template.
 
-    Raises: DataError if the template refuses them.
+    Raises: DataError if the template rejects them.
     """
     from gold.tokenize.sandbox import compiled_template
 
@@ -101,7 +101,7 @@ def rendered(
             strftime_now=lambda form: now.strftime(form),
             **{**tokenizer.special_tokens_map, **rendering.arguments},
         )
-    except Exception as error:  # Jinja's, and whatever a template raises: it is a program
+    except Exception as error:  # Jinja's errors, and any exception that the template raises
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"the model's chat template refuses the messages: {reason}") from error
 
@@ -110,13 +110,13 @@ class PromptTokenizer:
     """The part of the interface of a Hugging Face tokenizer that `gold.tokenize.chat` needs.
 
     `settings` are those of a folder in Hugging Face format: the strings of special tokens, and whether texts begin with
-    a BOS. Without any, the strings are those of the vocabulary's roles.
+    BOS. Without them, the strings come from the vocabulary's roles.
     """
 
     def __init__(self, vocabulary: Vocabulary, settings: Mapping[str, Any] | None = None) -> None:
         self.chat_template = vocabulary.chat_template
         self.backend_tokenizer = vocabulary.tokenizer
-        self._size: int = vocabulary.tokenizer.get_vocab_size()  # which goes through all of them each time
+        self._size: int = vocabulary.tokenizer.get_vocab_size()  # slow: visits the whole vocabulary
         self.bos_token_id, self.unk_token_id = vocabulary.bos_id, vocabulary.unk_id
         if settings is None:
             eos = (*vocabulary.stop_ids, None)[0]
@@ -128,7 +128,7 @@ class PromptTokenizer:
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> "PromptTokenizer":
-        """The tokenizer of a vocabulary, with the settings in the folder that it was loaded from.
+        """The tokenizer of a vocabulary, with the settings of the folder it was loaded from.
 
         Raises: DataError for a file that cannot be read.
         """
@@ -149,18 +149,18 @@ class PromptTokenizer:
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """The tokens that have a role."""
+        """The strings of the tokens that have a role."""
         return [t for t in self.special_tokens_map.values() if self.convert_tokens_to_ids(t) is not None]
 
     def convert_tokens_to_ids(self, token: str) -> int | None:
-        """The id of a token, None if there is no such token."""
+        """The id of a token; None if there is no such token."""
         index: int | None = self.backend_tokenizer.token_to_id(token)
         return index
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, split_special_tokens: bool = False
     ) -> list[int]:
-        """The ids of a text; `split_special_tokens`: special tokens in it are text."""
+        """The ids of a text; `split_special_tokens`: strings of special tokens are text."""
         backend = self.backend_tokenizer
         before, backend.encode_special_tokens = backend.encode_special_tokens, split_special_tokens
         try:

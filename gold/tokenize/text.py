@@ -1,4 +1,4 @@
-"""A tokenized text, and the bytes of every id of a vocabulary."""
+"""Tokenized text with byte ranges, and the table of bytes of every id."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class TokenizedText:
     the next token covers the whole span.
 
     `exact[i]`: the token's own bytes equal the bytes that it covers. `repaired_bytes` counts the bytes under inexact
-    tokens; a token that only has the space that the tokenizer puts before a text is inexact but not counted.
+    tokens; a token that differs only by the space that the tokenizer adds before a text is inexact but not counted.
 
     >>> import numpy as np
     >>> text = TokenizedText(np.array([7, 3], np.int32), np.array([2, 5]), b"it is", np.array([True, True]), 0)
@@ -42,12 +42,12 @@ class TokenizedText:
 
     @property
     def starts(self) -> Int64:
-        """The byte at which each token begins."""
+        """The byte offset at which each token begins."""
         return starts_of(self.ends)
 
 
 def starts_of(ends: Int64) -> Int64:
-    """Where consecutive ranges begin, given where they end."""
+    """The starts of consecutive ranges, given their ends."""
     starts = np.zeros_like(ends)
     starts[1:] = ends[:-1]
     return starts
@@ -55,7 +55,7 @@ def starts_of(ends: Int64) -> Int64:
 
 @dataclass(frozen=True, eq=False)
 class TokenBytes:
-    """The bytes of every id: id i has `blob[offsets[i]:offsets[i + 1]]`, nothing if it is special or unused."""
+    """The bytes of every id: `blob[offsets[i]:offsets[i + 1]]` for id i, empty if it is special or unused."""
 
     offsets: Int64
     blob: npt.NDArray[np.uint8]
@@ -63,7 +63,7 @@ class TokenBytes:
 
     @classmethod
     def of(cls, contents: Sequence[bytes | None]) -> "TokenBytes":
-        """The table of the bytes of each id in order; None stands for none."""
+        """The table from the bytes of each id in order; None counts as empty."""
         lengths = np.array([len(data or b"") for data in contents], np.int32)
         offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
         return cls(offsets, np.frombuffer(b"".join(data or b"" for data in contents), np.uint8), lengths)
@@ -75,7 +75,7 @@ class TokenBytes:
         return self.blob[self.offsets[index] : self.offsets[index + 1]].tobytes()
 
     def with_contents(self, contents: dict[int, bytes]) -> "TokenBytes":
-        """The same table with bytes for these ids, which had none."""
+        """The same table with bytes for the given ids, which had none."""
         ids = np.array(sorted(contents), np.int64)
         lengths = self.lengths_V.copy()
         lengths[ids] = [len(contents[i]) for i in ids.tolist()]
@@ -84,13 +84,13 @@ class TokenBytes:
         return TokenBytes(np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths))), blob, lengths)
 
     def ends(self, ids: Int32) -> Int64:
-        """The byte at which each of the ids ends; ids beyond the table have no bytes."""
+        """The byte offset at which each of the ids ends; ids beyond the table have no bytes."""
         ends = np.empty(len(ids), np.int64)
         walk(fill_ends, len(ids))(ids, self.lengths_V, ends)
         return ends
 
     def join(self, ids: Int32) -> tuple[bytes, Int64]:
-        """The bytes of the ids one after the other, and where each of them ends."""
+        """The concatenated bytes of the ids, and the offset at which each ends."""
         ends = self.ends(ids)
         data = np.empty(ends[-1] if len(ends) else 0, np.uint8)
         walk(fill_bytes, len(ids))(ids, ends, self.offsets, self.blob, data)
@@ -100,9 +100,9 @@ class TokenBytes:
 def less_added_space(
     ids: Int32, joined: bytes, stops: Int64, data: bytes, *, first: bool, last: bool
 ) -> TokenizedText | None:
-    """The tokens on `data` if their bytes, `joined`, are the data; None if they differ.
+    """The tokens on `data` if their bytes, `joined`, equal the data; None if they differ.
 
-    With `first` they may have one space before the data, with `last` one behind it.
+    With `first` they may have one extra space before the data, with `last` one after it.
     """
     exact = np.ones(len(ids), np.bool_)
     if joined == data:

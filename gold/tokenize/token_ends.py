@@ -1,6 +1,6 @@
-"""Where tokens end in a text whose bytes are not theirs: normalised text, dropped or unknown characters.
+"""Token ends in a text that differs from the bytes of its tokens: normalized text, dropped or unknown characters.
 
-The functions here work on the rewritten text B and a boundary map `back` from B to the given text A; see
+The functions here work on the rewritten text B and a boundary map `back` from B to the original text A; see
 `gold.tokenize.rewriting`.
 """
 
@@ -18,9 +18,9 @@ _WHITE = np.frombuffer(b" \t\n\v\f\r", np.uint8)
 def true_ends(first: Int64, last: Int64, back: Int64, *, take_what_follows: bool = False) -> Int64:
     """The end of each token in A, NONE where it lies inside a rewritten span or inside another token.
 
-    Token i covers B[first[i] : last[i]]; tokens may overlap and leave gaps. A token ends between the last end of
-    all tokens up to it and the first start of those after it: at the first boundary in that range, so that what stands
-    in a gap belongs to the next token, or with `take_what_follows` at the last, so that it belongs to this one.
+    Token i covers B[first[i] : last[i]]; tokens may overlap and leave gaps. A token ends between the largest end of the
+    tokens up to it and the smallest start of those after it: at the first boundary in that range, so that a gap belongs
+    to the next token, or with `take_what_follows` at the last one, so that it belongs to this token.
     """
     if not len(first):
         return first
@@ -46,12 +46,12 @@ def settle_by_bytes(
     unknown: Bool,
     back: Int64,
 ) -> None:
-    """Corrects in place the ends that `true_ends` found, by the bytes of the tokens (`joined`) and those of B (`text`).
+    """Corrects in place the ends found by `true_ends`, using the bytes of the tokens (`joined`) and of B (`text`).
 
-    Tokens without an end between them (they share a character) cover one span together. Where their bytes are
-    those of B there, apart from white space at both sides and `missing` bytes, the ends inside follow from the bytes.
-    Where they are not, and no token is `unknown`, the tokenizer's offsets are wrong, and an end between two such spans
-    becomes NONE.
+    Tokens without an end between them (they share a character) cover one span together. If their bytes equal those of B
+    there, ignoring white space at both sides and `missing` bytes, the ends inside the span follow from the bytes. If
+    they differ and no token is `unknown`, the tokenizer's offsets are wrong, and an end between two such spans becomes
+    NONE.
     """
     closed = np.flatnonzero(ends != NONE)
     if not len(closed):
@@ -79,7 +79,7 @@ def settle_by_bytes(
 
 
 def _trimmed(text: Bytes, begin: Int64, end: Int64) -> tuple[Int64, Int64]:
-    """Spans of a text without the white space at both sides."""
+    """Spans of a text, stripped of white space at both sides."""
     solid = np.flatnonzero(~np.isin(text, _WHITE))
     after = np.append(solid, len(text))[np.searchsorted(solid, begin)]
     begin = np.minimum(after, end)
@@ -88,10 +88,10 @@ def _trimmed(text: Bytes, begin: Int64, end: Int64) -> tuple[Int64, Int64]:
 
 
 def spans_less_missing(stops: Int64, unknown: Bool, missing: Bool, characters: Int64) -> tuple[Int64, Int64]:
-    """Where tokens begin and end in a text B, if their bytes are those of B without the `missing` ones.
+    """The starts and ends of tokens in a text B, if their bytes equal B without the `missing` bytes.
 
-    Unknown tokens (no bytes) between two others cover what is missing there, one character each and the last of
-    them all that is left; `characters` are the bytes at which the characters of B begin, and its length.
+    Unknown tokens (no bytes) between two others cover the missing bytes there, one character each and the last of them
+    the remainder; `characters` are the byte offsets of the characters of B, and its length.
     """
     kept_at = np.flatnonzero(~missing)
     befores, afters = np.concatenate(([0], kept_at + 1)), np.append(kept_at, len(missing))
@@ -112,7 +112,7 @@ def spans_less_missing(stops: Int64, unknown: Bool, missing: Bool, characters: I
 
 
 def equal_spans(a: Bytes, first_a: Int64, b: Bytes, first_b: Int64, widths: Int64) -> Bool:
-    """Whether a[first_a : first_a + width] == b[first_b : first_b + width], for each of many spans."""
+    """For each of many spans: a[first_a : first_a + width] == b[first_b : first_b + width]."""
     total = np.cumsum(widths)
     if not len(total) or not total[-1]:
         return np.ones(len(widths), np.bool_)

@@ -24,10 +24,9 @@ __all__ = ["Bool", "Int32", "Int64", "TokenizedText", "Vocabulary"]
 class Vocabulary:
     """The bytes of every id of a tokenizer, the roles of its special tokens, and its tokenizer for plain text.
 
-    `offsets` (int64[size + 1]) and `blob` (uint8) hold the bytes of all ids one after the other. `is_special[id]`: the
-    id is a special token, unknown or unused, and has no bytes. `stop_ids`, `bos_id`, `pad_id` and `unk_id` are roles.
-    `family` is a name for people, such as "byte-level" or "word pieces"; `chat_template` is the source's, None without
-    one.
+    `offsets` (int64[size + 1]) and `blob` (uint8) hold the concatenated bytes of all ids. `is_special[id]`: the id is a
+    special token, unknown or unused, and has no bytes. `stop_ids`, `bos_id`, `pad_id` and `unk_id` are roles. `family`
+    is a name for display, such as "byte-level" or "word pieces"; `chat_template` is the source's, None without one.
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class Vocabulary:
         name: str = "tokenizers.Tokenizer",
         chat_template: str | None = None,
     ) -> None:
-        """The vocabulary of a live tokenizer; `Vocabulary.load` finds the roles too.
+        """The vocabulary of a tokenizer object; `Vocabulary.load` finds the roles too.
 
         Raises: VocabularyError if the family is not supported or a stop id is no added token.
         """
@@ -65,7 +64,7 @@ class Vocabulary:
             special.add(self.unk_id)
         self._special = frozenset(special)
         table = TokenBytes.of(token_contents(tokenizer, family, self._special))
-        # An unknown token that also ends or begins a sequence must not stand for text.
+        # An unknown token that also ends or begins a sequence must not be produced by text.
         unk_id = None if self.unk_id in (*self.stop_ids, bos_id) else self.unk_id
         self._encoder = TextEncoder(tokenizer, family, self._special, table, unk_id, name)
         self._unmarked: Vocabulary | None = None
@@ -82,8 +81,8 @@ class Vocabulary:
     ) -> "Vocabulary":
         """The vocabulary of a path, a Hub id or an object: see `gold.tokenize.load.open_source`.
 
-        `stop_ids` are further ids that end a sequence, beside those that the source names; a bare tokenizer names none.
-        A role that `roles` names replaces everything found for that role.
+        `stop_ids` are added to the stop ids that the source names; a bare tokenizer names none. A role in `roles`
+        replaces everything found for that role.
 
         Raises: VocabularyError if there is no such tokenizer, or if its family is not supported.
         """
@@ -113,7 +112,9 @@ class Vocabulary:
 
     @cached_property
     def markers(self) -> dict[str, int]:
-        """The special tokens that are neither BOS, stop, pad nor unknown, by contents: `<think>` in some families."""
+        """Markers: special tokens that are neither BOS, stop, pad nor unknown, by content, such as `<think>` in some
+        families.
+        """
         roles = {*self.stop_ids, self.bos_id, self.pad_id, self.unk_id}
         added = sorted(self.tokenizer.get_added_tokens_decoder().items())
         return {t.content: i for i, t in added if t.special and t.content and i not in roles}
@@ -121,14 +122,14 @@ class Vocabulary:
     def with_markers(self, rows: int | None = None) -> "Vocabulary":
         """The same vocabulary with the contents of the markers as their bytes.
 
-        What a model writes with a marker is then the text that a model without it would write, and its probability
-        counts for that text. Text that looks like a marker still never gives it. Markers from id `rows` on, for which a
-        model has no row, keep no bytes.
+        A marker that a model generates then counts as the text that a model without it would generate, and so does its
+        probability. Text that looks like a marker still never produces it. Markers with ids from `rows` on, for which a
+        model has no output row, keep no bytes.
         """
         if self._unmarked is not None:
             return self if rows is None else self._unmarked.with_markers(rows)
         last = self.size if rows is None else rows
-        other = object.__new__(Vocabulary)  # shares what was read of the tokenizer
+        other = object.__new__(Vocabulary)  # shares everything derived from the tokenizer
         other.__dict__.update({k: v for k, v in self.__dict__.items() if k != "fingerprint"})
         other._set_table(
             self._table.with_contents({i: text.encode() for text, i in self.markers.items() if i < last})
@@ -137,14 +138,14 @@ class Vocabulary:
         return other
 
     def without_markers(self) -> "Vocabulary":
-        """The same vocabulary with markers that have no bytes, as it was loaded."""
+        """The same vocabulary, its markers without bytes, as it was loaded."""
         return self._unmarked or self
 
     @cached_property
     def fingerprint(self) -> str:
-        """The SHA-256 of all bytes, of which ids are special, and of which text never gives, in hexadecimal.
+        """The SHA-256 (hexadecimal) of all bytes, of which ids are special, and of which ids text never produces.
 
-        It is equal for equal vocabularies, in every process.
+        It is the same for equal vocabularies in every process.
         """
         never_V = np.zeros(self.size, np.bool_)
         never_V[list(self._special)] = True
@@ -155,16 +156,16 @@ class Vocabulary:
 
     @property
     def dummy_prefix(self) -> bool:
-        """Whether a space is put before a text at the start of a sequence."""
+        """True if a space is added before a text at the start of a sequence."""
         return self._family.prefix is not None
 
     @property
     def space_after_words(self) -> bool:
-        """Whether a token that ends a word stands for the space behind it (CLIP)."""
+        """True if a token that ends a word includes the space after it (CLIP)."""
         return self._family.word_space == "after"
 
     def token_bytes(self, index: int) -> bytes:
-        """The bytes of one id, none for a special token.
+        """The bytes of one id; empty for a special token.
 
         Raises: VocabularyError for an id that the vocabulary does not have.
         """
@@ -173,18 +174,18 @@ class Vocabulary:
         return self._table[index]
 
     def label(self, index: int) -> str:
-        """The tokenizer's own string for an id, for people to read; its number where it has none."""
+        """The tokenizer's string for an id, for display; the id as a number if it has none."""
         return self.tokenizer.id_to_token(index) or f"#{index}"
 
     # Text to ids
 
     def encode(self, text: str | bytes, *, at_start: bool = True) -> TokenizedText:
-        """The tokens that the tokenizer gives a text, without BOS and EOS, with their places in the given bytes.
+        """The tokens of a text, without BOS and EOS, with their ranges in the given bytes.
 
-        Text that looks like a special token is text. Invalid UTF-8 is U+FFFD to the tokenizer. With
-        `at_start` false the text continues a sequence: no space is put before it where the family would put one
-        before a text (Llama-2). An unknown token covers the text that it replaces; what has no token at all, such
-        as dropped white space, belongs to the next token.
+        Text that looks like a special token is text. Invalid UTF-8 is passed to the tokenizer as U+FFFD. With
+        `at_start` false the text continues a sequence: no space is added before it even if the family adds one before a
+        text (Llama-2). An unknown token covers the text that it replaces; text without any token, such as dropped white
+        space, belongs to the next token.
 
         Raises: VocabularyError if the tokenizer has neither a token for a character nor an unknown token, or if
         rapidfuzz is needed and missing.
@@ -193,21 +194,21 @@ class Vocabulary:
         return self._encoder.encode(data, at_start=at_start)
 
     def stable_ends(self, tokenized: TokenizedText) -> Bool:
-        """For each token of a text: whether the tokenizer splits after it whatever text comes next.
+        """For each token of a text: True if it ends at a stable boundary (a split there whatever text follows).
 
-        The pre-tokenizer is asked with one continuation of every kind (letters, digits, spaces, marks,
-        symbols …). An end that one of them moves, or that lies inside a character, is not stable. No end is without
-        a pre-tokenizer, nor where words have their space behind them.
+        The pre-tokenizer is tried with one continuation of each kind (letters, digits, spaces, marks, symbols …). An
+        end that one of them moves, or that lies inside a character, is not stable. Without a pre-tokenizer, or if words
+        include the space after them, no end is stable.
         """
         if self.space_after_words:
             return np.zeros(len(tokenized), np.bool_)
         return self._encoder.boundaries.ends(tokenized)
 
     def canonical_ids(self) -> Int32:
-        """For each id the one among those of equal bytes that text gives; special tokens stand for themselves.
+        """For each id: the canonical id among those with equal bytes; special tokens map to themselves.
 
-        Of ids with equal bytes it is the one that the tokenizer itself gives these bytes, else the lowest
-        that is no byte-fallback piece, else the lowest.
+        It is the id that the tokenizer itself gives for these bytes, else the lowest one that is no byte-fallback
+        token, else the lowest one.
         """
         canonical = np.arange(self.size, dtype=np.int32)
         for group in equal_groups(np.flatnonzero(~self.is_special), self.offsets, self.blob):
@@ -224,7 +225,7 @@ class Vocabulary:
         return min(group, key=lambda index: (is_byte_piece(self.tokenizer.id_to_token(index)), index))
 
     def same_as(self, other: "Vocabulary") -> bool:
-        """Whether every id has the same bytes in both and the same ids stop: one can score the other's ids."""
+        """True if every id has the same bytes in both and the stop ids are the same: one can score the other's ids."""
         return self.fingerprint == other.fingerprint and set(self.stop_ids) == set(other.stop_ids)
 
     # Ids to text
@@ -232,11 +233,11 @@ class Vocabulary:
     def decode(
         self, ids: Sequence[int] | npt.NDArray[Any], *, at_start: bool = True, rows: int = 0
     ) -> TokenizedText:
-        """The text of any ids, canonical or not: the bytes that they stand for.
+        """The text of any ids, canonical or not: their concatenated bytes.
 
-        With `at_start` the space that the family puts before a text (Llama-2, BERT) is dropped from the first token
-        that has one; where spaces are behind words (CLIP) the last one is always dropped. Ids up to `rows`, the rows of
-        an output matrix that is larger than the vocabulary, have no bytes.
+        With `at_start` the space that the family adds before a text (Llama-2, BERT) is dropped from the first token
+        that has one; if spaces follow words (CLIP), the last space is always dropped. Ids up to `rows`, the rows of an
+        output matrix larger than the vocabulary, have no bytes.
 
         Raises: VocabularyError for an id below 0, or beyond both the vocabulary and `rows`.
         """
@@ -256,9 +257,9 @@ class Vocabulary:
         return tokenized
 
     def ends(self, ids: Int32) -> Int64:
-        """The byte at which each of the ids ends; ids beyond the vocabulary have no bytes.
+        """The byte offset at which each of the ids ends; ids beyond the vocabulary have no bytes.
 
-        It is `decode(ids).ends` without the bytes, the check of the ids, and the care for a space put before a text.
+        It is `decode(ids).ends` without the bytes, the check of the ids, and the handling of an added space.
         """
         return self._table.ends(ids)
 

@@ -1,4 +1,4 @@
-"""Single passes over the tokens of a text: plain Python, compiled by numba where that is loaded or the text is long."""
+"""Single passes over the tokens of a text: plain Python, or compiled by numba if it is loaded or the text is long."""
 
 import sys
 from collections.abc import Callable
@@ -12,17 +12,17 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 UInt8 = npt.NDArray[np.uint8]
 
-# Up to this many tokens a walk costs less in Python, some microseconds each, than importing numba for it.
+# Up to this many tokens, Python (some microseconds per token) is faster than importing numba.
 _SMALL_TOKENS = 1 << 15
 
 
 def walk(function: Callable[..., Any], tokens: int) -> Callable[..., Any]:
-    """One of the functions below, as it is best run over this many tokens."""
+    """The Python or compiled version of a function below, whichever is faster for this many tokens."""
     return _compiled(function) if tokens > _SMALL_TOKENS or "numba" in sys.modules else function
 
 
 def fill_ends(ids: Int32, lengths_V: Int32, ends: Int64) -> None:
-    """Writes the byte at which each token ends; an id beyond `lengths_V` has no bytes."""
+    """Writes the byte offset at which each token ends; an id beyond `lengths_V` has no bytes."""
     size, total = len(lengths_V), 0
     for i in range(len(ids)):
         if ids[i] < size:
@@ -31,7 +31,7 @@ def fill_ends(ids: Int32, lengths_V: Int32, ends: Int64) -> None:
 
 
 def fill_bytes(ids: Int32, ends: Int64, offsets: Int64, blob: UInt8, data: UInt8) -> None:
-    """Writes the bytes of the tokens one after the other."""
+    """Writes the concatenated bytes of the tokens."""
     at = 0
     for i in range(len(ids)):
         if ends[i] > at:
@@ -44,13 +44,13 @@ def fill_bytes(ids: Int32, ends: Int64, offsets: Int64, blob: UInt8, data: UInt8
 def fill_chunks(ends_S: Int64, ends_T: Int64, length: int, chunks: Int32, ends_C: Int64) -> int:
     """Writes the chunks of `gold.align.chunks.Alignment` and returns their number.
 
-    There must be room for one chunk more than the shorter side has tokens, and one of the sides has a token.
+    The arrays must have room for one chunk more than the shorter side has tokens; at least one side has a token.
     """
     count_S, count_T = len(ends_S), len(ends_T)
     i = j = count = edge = 0
     chunks[0, 0] = chunks[0, 2] = 0
-    # No branch depends on the ends: which side ends first is as good as random, and a wrong guess costs more than
-    # a chunk that is written again.
+    # Branch-free in the ends: which side ends first is as good as random, and a misprediction costs more than writing a
+    # chunk again.
     while i < count_S and j < count_T:
         end_S, end_T = ends_S[i], ends_T[j]
         i += end_S <= end_T
