@@ -1,1 +1,1 @@
-"""What a teacher said of texts, kept in a folder: numpy and bytes alone."""
+"""The score cache: a teacher's scores of texts, stored in a folder; numpy and bytes only."""

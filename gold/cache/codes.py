@@ -1,4 +1,4 @@
-"""The scores of one text as bytes: log-probabilities in 16 bits on a scale that is finest near 0, ids bit by bit."""
+"""The scores of one text as bytes: 16-bit log-probabilities on a scale that is finest near 0, and bit-packed ids."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import numpy as np
 import numpy.typing as npt
 
 FAR_NATS = 10_000.0
-"""Log-probabilities below −FAR_NATS are kept as that."""
+"""Log-probabilities below −FAR_NATS are clamped to it."""
 STEP = math.log1p(FAR_NATS) / 65_534
 _NEVER = 65_535
 """The code of −∞."""
 MOST_OFF = 1e-2
-"""How far from 1 the mass of a row may be; a server's rounding takes it a tenth as far."""
+"""Tolerance for the mass of a row around 1; the rounding of servers reaches a tenth of it."""
 _HEAD = struct.Struct("<IIB")
 _MOST_PLACES = 2**26
-"""Places for tokens, those that pad rows included, that some bytes may take."""
+"""Limit on the ids, padding included, that decoded bytes may contain."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What is known of each row of a text, in nats.
+    """The observed distribution of each row of a text, in nats.
 
-    ``ids_NK`` (−1 pads) are the tokens that are told apart, the one that stands in the text first, and ``logp_NK``
-    their log-probabilities; ``log_rest_N`` is that of all other tokens together. A row's mass is 1.
+    ``ids_NK`` (−1 pads) are the observed tokens, the one of the text first, and ``logp_NK`` their log-probabilities;
+    ``log_rest_N`` is the log of the tail mass (all other tokens). A row's mass is 1.
     """
 
     ids_NK: npt.NDArray[np.int64]
@@ -38,11 +38,13 @@ class Scores:
 
 
 def encode(scores: Scores) -> bytes:
-    """The scores as bytes, little-endian: number of rows and of known tokens (uint32 each) and bits per id (uint8);
-    known tokens of each row, codes of ``log_rest_N`` and of the known log-probabilities (uint16 each, row by row); ids,
-    their highest bit first, as many to a byte as there is room for.
+    """The scores as bytes, little-endian.
 
-    The code of l is round(ln(1 − l) / STEP), 65,535 for −∞, so that l comes back within 7.1e-5 · (1 − l).
+    The layout is: number of rows and of observed tokens (uint32 each) and bits per id (uint8); number of observed
+    tokens of each row, codes of ``log_rest_N`` and of the observed log-probabilities (uint16 each, row by row); ids,
+    highest bit first, packed without gaps.
+
+    The code of l is round(ln(1 − l) / STEP), 65,535 for −∞, so that l is restored within 7.1e-5 · (1 − l).
 
     Raises: ValueError for a row with NaN, or whose mass is not 1.
     """
@@ -66,11 +68,11 @@ def encode(scores: Scores) -> bytes:
 
 
 def decode(data: bytes | memoryview) -> Scores:
-    """The scores in these bytes, each row's mass brought to 1 again.
+    """The scores in these bytes, each row renormalized to mass 1.
 
-    A log-probability l of a row that is told apart with entropy H comes back within 7.1e-5 · (2 − l + H), in nats.
+    An observed log-probability l of a row with entropy H is restored within 7.1e-5 · (2 − l + H), in nats.
 
-    Raises: ValueError for bytes that ``encode`` does not make.
+    Raises: ValueError for bytes that ``encode`` does not produce.
     """
     rows, size, bits = _HEAD.unpack_from(data) if len(data) >= _HEAD.size else (0, 0, 0)
     if bits == 0 or len(data) != _HEAD.size + 2 * (2 * rows + size) + (size * bits + 7) // 8:

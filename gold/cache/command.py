@@ -1,4 +1,4 @@
-"""What `gold cache` says of caches, in lines for people and as JSON."""
+"""The output of `gold cache`, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TELL_S = 5.0
 
 
 def facts(cache: ScoreCache) -> dict[str, Any]:
-    """What a cache holds, as JSON types."""
+    """The contents of a cache, as JSON types."""
     size, rows = cache.size_bytes, cache.rows
     return {
         "folder": str(cache.folder),
@@ -34,7 +34,7 @@ def facts(cache: ScoreCache) -> dict[str, Any]:
 
 
 def run_info(folder: Path, as_json: bool = False) -> None:
-    """Prints what a cache holds.
+    """Prints the contents of a cache.
 
     Raises: TeacherError if there is none, or it cannot be read.
     """
@@ -48,7 +48,7 @@ def run_info(folder: Path, as_json: bool = False) -> None:
 
 
 def run_verify(folder: Path) -> bool:
-    """Reads every byte of a cache, prints each damaged place in a line, and says whether there is none.
+    """Reads every byte of a cache, prints a line for each damaged range, and returns True if there is none.
 
     Raises: TeacherError if there is none, or it cannot be read.
     """
@@ -64,7 +64,7 @@ def run_verify(folder: Path) -> bool:
 
 
 def run_merge(into: Path, sources: Sequence[Path]) -> None:
-    """Merges caches and prints what is there then, and what of the sources was damaged.
+    """Merges caches and prints the resulting contents and the damage in the sources.
 
     Raises: GoldError as for ``merge``.
     """
@@ -75,14 +75,14 @@ def run_merge(into: Path, sources: Sequence[Path]) -> None:
 
 
 def summary(cache: ScoreCache) -> str:
-    """What a cache holds, in a line."""
+    """The contents of a cache in one line."""
     found = facts(cache)
     each = "" if found["bytes_per_token"] is None else f", {found['bytes_per_token']:.1f} bytes per token"
     return f"{cache.folder}: {found['texts']:,} texts, {found['tokens']:,} tokens, {found['bytes']:,} bytes{each}"
 
 
 def teller() -> Callable[[int, int, int], None]:
-    """Prints how far a build is, every few seconds and at its end."""
+    """Prints the progress of a build, every few seconds and at its end."""
     started = told = time.perf_counter()
 
     def tell(total: int, done: int, rows: int) -> None:

@@ -1,4 +1,4 @@
-"""One file of a score cache: whose scores it holds, records, and an end once it is closed. It is only appended to."""
+"""One append-only file of a score cache: its origin, records, and an end marker once it is closed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gold.errors import TeacherError
 from gold.files import json_value, open_file
 
 SHARD_BYTES = 2**30
-"""A shard that has grown beyond this is followed by another one."""
+"""A shard larger than this is followed by a new one."""
 _SHARD = b"gold scores 1\n"
 _ORIGIN = struct.Struct("<II")
 _MARK = b"\xf6row"
@@ -38,12 +38,12 @@ Bytes = mmap.mmap | bytes
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose scores a cache holds.
+    """The teacher, weights and vocabulary of the scores in a cache.
 
-    ``teacher`` is its name, for people, and ``date`` the day, as 2026-11-29, that a chat template which prints the date
-    wrote into all its prompts, None where that was not kept. The others identify the scores: ``revision`` the weights,
-    ``vocabulary`` (a fingerprint) the tokens, and ``top_k`` how many tokens of each row are known beside the one in the
-    text.
+    ``teacher`` is its name, for display, and ``date`` the day, as 2026-11-29, that a chat template which prints the
+    date wrote into all its prompts, None if not stored. The others identify the scores: ``revision`` the weights,
+    ``vocabulary`` (a fingerprint) the tokens, and ``top_k`` the number of observed tokens of each row in addition to
+    the one of the text.
     """
 
     teacher: str
@@ -54,13 +54,13 @@ class Origin:
 
     @cached_property
     def digest(self) -> bytes:
-        """The SHA-256 of what identifies the scores."""
+        """The SHA-256 of the fields that identify the scores."""
         return sha256(json.dumps([self.revision, self.vocabulary, self.top_k]).encode()).digest()
 
     def key(self, prompt: Sequence[int], ids: Sequence[int], stopped: bool) -> bytes:
         """The key of a text: 16 bytes of the SHA-256 of all that its scores depend on.
 
-        ``prompt`` is what the teacher reads before it, ``ids`` its own tokens of the text's bytes, ``stopped`` whether
+        ``prompt`` are the teacher's ids of the prompt, ``ids`` its own tokens of the text's bytes, ``stopped`` whether
         the end of the text is scored.
         """
         numbers = np.array([len(prompt), stopped, *prompt, *ids], "<i4")
@@ -69,7 +69,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Damage:
-    """Bytes ``start`` to ``end`` of a shard that are no record as it was written, and what is wrong with them."""
+    """Bytes ``start`` to ``end`` of a shard that are not an intact record, and the reason."""
 
     shard: Path
     start: int
@@ -82,7 +82,7 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Where the scores of a text are, and their checksum."""
+    """The location of the scores of a text, and their checksum."""
 
     shard: Shard
     start: int
@@ -91,9 +91,9 @@ class Record:
     crc: int
 
     def read(self) -> bytes | None:
-        """The scores, None where they are damaged.
+        """The scores; None if they are damaged.
 
-        Raises: TeacherError if the file cannot be read any more.
+        Raises: TeacherError if the file can no longer be read.
         """
         data = self.shard.pread(self.length, self.start)
         return data if crc32(data) == self.crc else None
@@ -106,14 +106,14 @@ class Record:
 
 
 class Shard:
-    """A shard that is read."""
+    """A shard opened for reading."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: BinaryIO | None = None
 
     def pread(self, length: int, start: int) -> bytes:
-        """Up to so many bytes from ``start`` on; read, not mapped, since the file may be cut short meanwhile.
+        """Up to ``length`` bytes from ``start`` on; not memory-mapped, since the file may be truncated meanwhile.
 
         Raises: TeacherError if it cannot be read.
         """
@@ -126,9 +126,9 @@ class Shard:
             raise TeacherError(f"{self.path} cannot be read: {why(error)}") from error
 
     def walk(self) -> Iterator[Origin | Damage | tuple[bytes, Record]]:
-        """What is in the file, in its order: the origin, records by key, and damaged ranges.
+        """The contents of the file in order: the origin, records by key, and damaged ranges.
 
-        Raises: TeacherError if it cannot be read, or is no file.
+        Raises: TeacherError if it cannot be read, or is not a file.
         """
         with open_file(self.path, TeacherError) as file:
             try:
@@ -159,7 +159,7 @@ class Shard:
         yield Damage(self.path, at, len(data), "cut short, or its writer was killed or is still writing")
 
     def _record(self, data: Bytes, at: int) -> Record | None:
-        """The record that begins at a byte, None where there is none or not all of it."""
+        """The record that begins at a byte; None if there is none or it is incomplete."""
         start = at + _RECORD_BYTES
         if start > len(data) or data[at : at + 4] != _MARK:
             return None
@@ -169,13 +169,14 @@ class Shard:
         return Record(self, start, length, rows, crc) if start + length <= len(data) else None
 
     def origin(self) -> Origin | None:
-        """Whose scores it holds, None where that cannot be read."""
+        """The origin of its scores; None if it cannot be read."""
         return _read_origin(self.pread(2**16, 0))[0]
 
 
 class ShardWriter:
-    """A new shard in a folder, which this process alone appends to; its end is written with ``close``, or when the
-    writer is collected or the process ends.
+    """A new shard in a folder, to which only this process appends.
+
+    Its end marker is written by ``close``, or when the writer is collected or the process ends.
 
     Raises: OSError if it cannot be written.
     """
@@ -195,11 +196,11 @@ class ShardWriter:
 
     @property
     def full(self) -> bool:
-        """Whether another shard is to follow."""
+        """True if the next records go to a new shard."""
         return os.fstat(self._file).st_size >= SHARD_BYTES
 
     def append(self, records: Sequence[tuple[bytes, int, bytes]]) -> dict[bytes, Record]:
-        """Writes the scores of texts, given as key, number of rows and bytes: all or nothing; the records by key.
+        """Appends the scores of texts (key, number of rows, bytes), all or nothing; returns the records by key.
 
         Raises: OSError if they cannot be written.
         """
@@ -216,17 +217,17 @@ class ShardWriter:
 
 
 def why(error: OSError | ValueError) -> str:
-    """What an error of the system says, without the path."""
+    """The message of a system error, without the path."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def _ends(data: Bytes, at: int) -> bool:
-    """Whether a shard's end begins at a byte."""
+    """True if a shard's end marker begins at a byte."""
     return at + len(_ENDING) == len(data) and data[at:] == _ENDING
 
 
 def _read_origin(data: Bytes) -> tuple[Origin | None, int]:
-    """What a shard begins with, and where its records do; None and 0 where it cannot be read."""
+    """The origin at the start of a shard, and the offset of its records; None and 0 if it cannot be read."""
     start = len(_SHARD) + _ORIGIN.size
     if len(data) < start or data[: len(_SHARD)] != _SHARD:
         return None, 0
@@ -247,7 +248,7 @@ def _read_origin(data: Bytes) -> tuple[Origin | None, int]:
 
 
 def _create(folder: Path) -> tuple[Path, int]:
-    """A new file with the next number; of two processes that begin at once, each gets its own."""
+    """A new file with the next number; two processes that start at once get different ones."""
     number = max((int(p.stem) for p in folder.glob("*.scores") if p.stem.isdecimal()), default=-1)
     while True:
         path = folder / f"{(number := number + 1):06d}.scores"
@@ -269,7 +270,7 @@ def _append(file: int, data: bytes) -> None:
 
 
 def _finish(file: int) -> None:
-    """Writes a shard's end, brings it to the disk and closes it; without that it counts as cut short."""
+    """Writes a shard's end marker, syncs and closes it; without the marker it counts as truncated."""
     with contextlib.suppress(OSError):
         _append(file, _ENDING)
         os.fsync(file)

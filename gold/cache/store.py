@@ -1,4 +1,4 @@
-"""A folder of scores by key: shards that are only appended to, each by the one process that began it."""
+"""A folder of scores by key: append-only shards, each written by one process."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MERGE_BYTES = 2**24
 
 
 class ScoreCache:
-    """The scores in a folder, by key; opened, it has what was there then and what it adds itself.
+    """The scores in a folder, by key: those present when it was opened and those it added itself.
 
-    Several processes may write at once: each begins its own shards. Of a text that is there twice the first counts.
-    ``damage`` lists the ranges that are no records; what a damaged record held counts as missing.
+    Several processes may write at once: each creates its own shards. If a text is stored twice, the first counts.
+    ``damage`` lists the ranges that are not intact records; the contents of a damaged record count as missing.
     """
 
     def __init__(self, folder: Path, origin: Origin | None, shards: Sequence[Shard] = ()) -> None:
@@ -51,10 +51,10 @@ class ScoreCache:
 
     @classmethod
     def open(cls, folder: str | Path, origin: Origin | None = None) -> Self:
-        """The cache in a folder, or a new one of ``origin``; nothing is written before there is something to keep.
+        """The cache in a folder, or a new one of ``origin``; nothing is written until scores are added.
 
         Raises:
-            ConfigError: it is another teacher's, or of another revision, vocabulary or top_k.
+            ConfigError: it has another teacher, revision, vocabulary or top_k.
             TeacherError: there is none and no ``origin``, it cannot be read, or it holds scores of two teachers.
         """
         folder = Path(folder)
@@ -77,14 +77,14 @@ class ScoreCache:
 
     @property
     def rows(self) -> int:
-        """Rows of all texts: one per token, and one per end."""
+        """The number of rows of all texts: one per token, and one per end."""
         return sum(record.rows for record in self._records.values())
 
     @property
     def size_bytes(self) -> int:
         """The size on disk, with repeated and damaged records.
 
-        Raises: TeacherError if it is not there any more.
+        Raises: TeacherError if it no longer exists.
         """
         try:
             return sum(shard.path.stat().st_size for shard in self.shards)
@@ -95,11 +95,11 @@ class ScoreCache:
 
     @property
     def repeated(self) -> int:
-        """Records of texts that are there already."""
+        """The number of records of texts that are stored more than once."""
         return sum(map(len, self._repeated.values()))
 
     def get(self, key: bytes, level: int = logging.WARNING) -> bytes | None:
-        """The scores of a text as they were added; None where there are none.
+        """The stored scores of a text; None if there are none.
 
         A damaged record is skipped, and logged at ``level``.
         """
@@ -116,12 +116,12 @@ class ScoreCache:
         return None
 
     def add(self, records: Sequence[tuple[bytes, int, bytes]]) -> None:
-        """Keeps the scores of texts, given as key, number of rows and bytes.
+        """Stores the scores of texts, given as key, number of rows and bytes.
 
-        The system has them when this returns, so that a kill loses none; ``close`` brings them to the disk.
+        They are written when this returns, so that a kill of the process loses none; ``close`` syncs them to disk.
 
         Raises:
-            TeacherError: the disk is full or fails; the cache is as it was before.
+            TeacherError: the disk is full or fails; the cache is unchanged.
         """
         if not records:
             return
@@ -140,7 +140,7 @@ class ScoreCache:
             self._keep(key, record)
 
     def close(self) -> None:
-        """Ends the shard that is written and brings it to the disk, as the end of the process does."""
+        """Closes the current shard and syncs it to disk, as the end of the process does."""
         if self._writer is not None:
             self._writer.close()
         self._writer = None
@@ -152,7 +152,7 @@ class ScoreCache:
         self.close()
 
     def verify(self) -> list[Damage]:
-        """Every damaged range, each byte of the shards having been read; closes the cache."""
+        """Every damaged range, after reading each byte of the shards; closes the cache."""
         self.close()
         every = (found for shard in self.shards for found in shard.walk())
         broken = [e[1].damage for e in every if isinstance(e, tuple) and e[1].read() is None]
@@ -161,7 +161,7 @@ class ScoreCache:
         return sorted([*kept, *broken], key=lambda d: (d.shard, d.start))
 
     def take(self, other: ScoreCache) -> None:
-        """Adds every text of another cache that this one lacks; of a damaged record the other keeps the damage.
+        """Adds every text of another cache that this one lacks; damaged records are added to the other's ``damage``.
 
         Raises:
             TeacherError: one of them cannot be read or written.
@@ -185,13 +185,13 @@ class ScoreCache:
 
 
 def merge(into: str | Path, sources: Sequence[str | Path]) -> tuple[ScoreCache, list[Damage]]:
-    """The cache ``into``, new or not, with every text of the sources that it lacked; and the damage of the sources.
+    """The cache ``into``, new or existing, with all texts of the sources added; and the damage of the sources.
 
-    Of a text that several have, that of ``into`` counts, then that of the first source.
+    If several caches have a text, ``into`` takes precedence, then the first source.
 
     Raises:
-        ConfigError: they are of different teachers, revisions, vocabularies or top_k.
-        TeacherError: a source that is none, or cannot be read; a disk that is full.
+        ConfigError: they have different teachers, revisions, vocabularies or top_k.
+        TeacherError: a source does not exist or cannot be read; the disk is full.
     """
     origin = next(filter(None, map(find_origin, (into, *sources))), None)
     opened = [ScoreCache.open(source, origin) for source in sources]
@@ -205,7 +205,7 @@ def merge(into: str | Path, sources: Sequence[str | Path]) -> tuple[ScoreCache, 
 
 
 def find_origin(folder: str | Path) -> Origin | None:
-    """Whose scores a folder holds, None where there are none or no shard says it.
+    """The origin of the scores in a folder; None if there are none or no shard names it.
 
     Raises: TeacherError if it cannot be read.
     """
@@ -215,7 +215,7 @@ def find_origin(folder: str | Path) -> Origin | None:
 def _shards(folder: Path) -> list[Shard]:
     try:
         return [Shard(path) for path in sorted(folder.glob("*.scores"))]
-    except (OSError, ValueError) as error:  # a path with a null character makes a ValueError
+    except (OSError, ValueError) as error:  # a path with a null character raises ValueError
         raise TeacherError(f"cache {folder}: cannot be read: {why(error)}") from error
 
 

@@ -1,4 +1,4 @@
-"""Teachers: whatever can say how likely it finds a completion, token by token of its own."""
+"""Teachers: models that score completions token by token, in their own tokenization."""
 
 from gold.teachers.absent import AbsentTeacher
 from gold.teachers.cached import CachedTeacher

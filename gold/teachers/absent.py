@@ -1,4 +1,4 @@
-"""A teacher whose model is not in this process: only its tokenizer files are here."""
+"""A teacher without a model in this process: only its tokenizer files are available."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class AbsentTeacher(Teacher):
-    """The tokenizer of a teacher that cannot be asked: its completions are in a cache.
+    """The tokenizer of a teacher that cannot be queried: its scores are in a cache.
 
     ``path`` is a folder or a Hub id with tokenizer files; ``rows`` of the model's output matrix and its ``context`` in
-    tokens, where they are known; ``template_kwargs`` as of ``load_model``. Its rows are made on ``device``.
+    tokens, where known; ``template_kwargs`` as for ``load_model``. Its logits are created on ``device``.
 
     Raises:
-        VocabularyError: a tokenizer that is not there, or whose tokens have no bytes.
+        VocabularyError: the tokenizer does not exist, or its tokens have no bytes.
     """
 
     gives: Need = "nothing"

@@ -1,4 +1,4 @@
-"""A teacher whose answers are kept in a folder: no text is asked for twice, and what is kept can be learned from."""
+"""A teacher with a score cache in a folder: no text is requested twice, and a run can train on the cache alone."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     pass
 
 TOP_K = 20
-"""Tokens that are kept of a row of a teacher in this process, where nothing else is said."""
+"""Default number of tokens kept per row, for a teacher in this process."""
 _NEVER_NATS = -9990.0
-"""Below, a probability is 0: folders of before hold the −9999 that servers write for −∞, give or take a nat."""
+"""Lower log-probabilities are −∞: older folders contain the −9999 that servers write for it, within a nat."""
 _BATCH_TOKENS = 16384
 _CHUNK = 4096
 _ADVICE = (
@@ -40,18 +40,17 @@ _ADVICE = (
 
 
 class CachedTeacher(Teacher):
-    """A teacher with a folder in front of it that keeps its scores.
+    """A teacher with a cache of its scores in a folder.
 
-    A text that is in the cache is not asked for; one that is not is asked for once, and kept. Either way its rows are
-    decoded from the cache: a run that finds everything computes what the run did that asked for everything. The rows
-    are partial, whatever the teacher gives: ``top_k`` tokens of each (of a served teacher, what it was asked for;
-    otherwise as many as the cache has, or 20 in a new one), the one in the text and the stop ids, and the mass of all
-    others. ``revision`` tells a served model from others of its name. Of an ``AbsentTeacher`` a text that is missing
-    is an error.
+    A text in the cache is not requested; any other text is requested once and stored. In both cases the rows are
+    decoded from the cache: a run that finds all scores computes the same as the run that requested them. The rows are
+    partial, whatever the teacher gives: ``top_k`` tokens each (for a served teacher, the number it requests; otherwise
+    that of the cache, or 20 in a new one), the token of the text and the stop ids, and the tail mass. ``revision``
+    distinguishes served models of the same name. For an ``AbsentTeacher`` a missing text is an error.
 
     Raises:
-        ConfigError: the cache is another teacher's, or of another revision, vocabulary or top_k.
-        TeacherError: it cannot be read, or is not there and there is nobody to ask.
+        ConfigError: the cache has another teacher, revision, vocabulary or top_k.
+        TeacherError: the cache cannot be read, or does not exist and the teacher is absent.
     """
 
     def __init__(
@@ -78,17 +77,17 @@ class CachedTeacher(Teacher):
         self._width = max(1, origin.top_k) + 1 + len(self.vocabulary.stop_ids)
 
     def check_before_asking(self, check: Callable[[], None]) -> None:
-        """Has ``check`` called once, before the first text that is asked for; its ConfigError ends the run."""
+        """Calls ``check`` once, before the first request; its ConfigError ends the run."""
         self._check = check
 
     @property
     def context(self) -> int | None:  # type: ignore[override]
-        """The teacher's, which its server may lower."""
+        """The teacher's context, which its server may lower."""
         return self.teacher.context
 
     @property
     def retries(self) -> int | None:
-        """How many requests a served teacher has repeated so far."""
+        """The number of requests that a served teacher has repeated so far."""
         return self.teacher.retries
 
     def adapt_prompt(self, prompt: Prompt) -> Prompt:
@@ -110,7 +109,7 @@ class CachedTeacher(Teacher):
 
         Raises:
             DataError: a prompt that the teacher cannot read.
-            TeacherError: the teacher does not answer, or is not there and texts are missing; the disk is full.
+            TeacherError: the teacher does not answer, or is absent and texts are missing; the disk is full.
         """
         keys = self._keys(prompts, tokenized_texts, stopped)
         kept = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
@@ -133,14 +132,14 @@ class CachedTeacher(Teacher):
     def missing(
         self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
     ) -> list[int]:
-        """Which of these texts are not kept; of equal ones the first."""
+        """Indices of the texts that are not in the cache; of equal ones the first."""
         keys = self._keys(prompts, tokenized_texts, stopped)
         return [i for i in _firsts(keys) if keys[i] not in self.cache]
 
     def check_kept(
         self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
     ) -> None:
-        """See ``Teacher.check_kept``; the message says how many texts are missing."""
+        """See ``Teacher.check_kept``; the error gives the number of missing texts."""
         if not self.complete and (lacking := self.missing(prompts, tokenized_texts, stopped)):
             raise TeacherError(
                 f"cache {self.cache.folder}: lacks {len(lacking):,} of {len(prompts):,} texts, that of prompt "
@@ -159,11 +158,11 @@ class CachedTeacher(Teacher):
     def _ask(
         self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
     ) -> list[tuple[int, bytes]]:
-        """The number of rows of each text, and its scores as they are kept."""
+        """The number of rows of each text, and its encoded scores."""
         if self._check is not None:
             try:
                 self._check()
-            except ConfigError as error:  # a run that has begun keeps a checkpoint
+            except ConfigError as error:  # TeacherError: a run in progress saves a checkpoint
                 raise TeacherError(str(error)) from error
             self._check = None
         stops = torch.tensor(self.vocabulary.stop_ids, device=self.device)
@@ -172,7 +171,7 @@ class CachedTeacher(Teacher):
         for prompt, rows, tokenized, stop in zip(prompts, answers, tokenized_texts, stopped, strict=True):
             target = torch.tensor([*tokenized.ids.tolist(), *([-1] * bool(stop))], device=self.device)
             also = torch.cat((target[:, None], stops.expand(len(target), -1)), dim=1).long()
-            also = also.masked_fill(also >= rows.width, -1)  # a stop id that the model has no row for
+            also = also.masked_fill(also >= rows.width, -1)  # a stop id beyond the model's rows
             parts = likeliest(rows, self.cache.origin.top_k, also, self.vocabulary.size)
             try:
                 results.append((len(rows), encode(Scores(*(part.cpu().numpy() for part in parts)))))
@@ -194,11 +193,11 @@ class CachedTeacher(Teacher):
             raise TeacherError(
                 f"cache {self.cache.folder}: a text is not kept as it must be ({error}); build the cache anew"
             ) from error
-        # Rows of several texts are joined, so all have the same width.
+        # Rows of several texts are concatenated, so all have the same width.
         gap = ((0, 0), (0, self._width - scores.ids_NK.shape[1]))
         never = scores.logp_NK < _NEVER_NATS
         logp = np.pad(np.where(never, -np.inf, scores.logp_NK), gap)
-        never[:, :1] = False  # the token in the text is told, whatever it is
+        never[:, :1] = False  # the token of the text is always kept
         ids = np.pad(np.where(never, -1, scores.ids_NK), gap, constant_values=-1)
         known_ids, known_logp = (torch.from_numpy(a).to(self.device) for a in (ids, logp))
         return TopKLogits(known_ids, known_logp, self.vocabulary.size)
@@ -207,10 +206,10 @@ class CachedTeacher(Teacher):
 def record(
     teacher: CachedTeacher, prompts: Sequence[Prompt], told: Callable[[int, int], None] = lambda *_: None
 ) -> list[str]:
-    """Asks for the completions of prompts that are not kept, ends included, and keeps them; a kill loses a batch.
+    """Requests and stores the completions of prompts, ends included, that are not cached; a kill loses one batch.
 
-    Returns why the teacher cannot read some of them, one line each: they are left out, as a run leaves them out.
-    ``told`` is given the number of prompts that are done with and that of the rows that were asked for, time and again.
+    Returns one line for each prompt that the teacher cannot read; those are skipped, as in a run. ``told`` is called
+    repeatedly with the number of finished prompts and the number of requested rows.
 
     Raises:
         DataError: a prompt without a completion, or that the teacher cannot read.
@@ -246,14 +245,14 @@ def _completion(teacher: CachedTeacher, prompt: Prompt) -> TokenizedText:
 
 
 def _firsts(keys: Sequence[bytes]) -> list[int]:
-    """The index of each different key, ascending."""
+    """The index of the first occurrence of each key, ascending."""
     return sorted({key: i for i, key in reversed(list(enumerate(keys)))}.values())
 
 
 def _opened(teacher: Teacher, folder: Path, top_k: int | None, revision: str | None) -> ScoreCache:
     known = find_origin(folder)
     if known is None and not teacher.complete:
-        return ScoreCache.open(folder)  # which says what is wrong
+        return ScoreCache.open(folder)  # raises the error that names the problem
     if teacher.top_k is not None:
         if top_k not in (None, teacher.top_k):
             raise ConfigError(
@@ -270,9 +269,10 @@ def _opened(teacher: Teacher, folder: Path, top_k: int | None, revision: str | N
 
 
 def _fingerprint(vocabulary: Vocabulary) -> str:
-    """The SHA-256 of all tokens as the tokenizer writes them, and of which ids are stops.
+    """The SHA-256 of all tokens as the tokenizer decodes them, and of which ids are stops.
 
-    Not the vocabulary's own fingerprint: a loaded tokenizer and its file can differ in which tokens are special.
+    This is not the vocabulary's own fingerprint: a loaded tokenizer and its file can differ in which tokens are
+    special.
     """
     tokens = [vocabulary.label(index) for index in range(vocabulary.size)]
     return sha256(json.dumps([tokens, sorted(vocabulary.stop_ids)]).encode()).hexdigest()

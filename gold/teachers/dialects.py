@@ -1,4 +1,4 @@
-"""The requests and answers of servers that return log-probabilities of given tokens: vLLM, SGLang, OpenAI's echo."""
+"""The HTTP APIs that return log-probabilities of given tokens: vLLM, SGLang, OpenAI's echo."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from gold.teachers.http import BadAnswerError, Call, shown
 from gold.tokenize.vocabulary import Vocabulary
 
 TokenLogp = dict[int, float]
-"""Log-probabilities of some tokens at one position, by id, in nats; only the token that was sent can have −∞."""
+"""Log-probabilities (nats) of some tokens at one position, by id; only the token that was sent can have −∞."""
 NEVER_NATS = -9999.0
-"""What vLLM writes for −∞, which JSON cannot; this and everything below it, null and "-Infinity" mean that."""
+"""vLLM's substitute for −∞, which JSON cannot express; lower values, null and "-Infinity" also mean −∞."""
 MOST_ABOVE_ONE = 1e-3
-"""How far rounding may take a probability, or the mass of several, above 1."""
+"""Rounding tolerance for a probability, or the mass of several, above 1."""
 MOST_APART = 0.1
-"""How far apart two log-probabilities of one token in one answer may be, in nats."""
+"""The largest difference between two log-probabilities of one token in one answer, in nats."""
 _LEAST = 2
-"""The fewest likeliest tokens that are requested: where the first is certain, the second shows that it was computed."""
+"""The minimum of requested top tokens: if the first has probability 1, the second shows that it was computed."""
 _ENTRY_BYTES = 256
-"""Of the longest line of JSON for one token, whose text may have 64 bytes."""
+"""The longest line of JSON for one token, whose text may have 64 bytes."""
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Token ids of a prompt and of the text after it, which begins at ``start`` and is to be scored.
+    """Token ids of a prompt followed by the text to be scored, which begins at ``start``.
 
-    ``top_k`` likeliest tokens are wanted at each position and, where a server can be asked for those, the tokens of
-    ``also``. With ``salt``, unique to this request, the server bypasses its prefix cache. Zeros at the beginning may
-    stand for log-probabilities that the prefix cache lacks, unless they are ``trusted``.
+    Requests the ``top_k`` tokens of highest probability at each position and, if the server supports it, the tokens of
+    ``also``. With ``salt``, unique to this request, the server bypasses its prefix cache. Zeros at the beginning can
+    mean that the prefix cache has no log-probabilities there; with ``trusted`` they are taken as they are.
     """
 
     ids: tuple[int, ...]
@@ -47,49 +47,50 @@ class ScoreRequest:
 
     @property
     def text(self) -> tuple[int, ...]:
-        """The ids that are scored."""
+        """The ids to be scored."""
         return self.ids[self.start :]
 
 
 class FromPrefixCache:
-    """The result of an answer that has only zeros, or nothing, where it begins: the prefix cache has no more."""
+    """The result of an answer that begins with zeros or nothing only: the prefix cache has no log-probabilities."""
 
 
 Result = list[TokenLogp] | FromPrefixCache
 
 
 class Dialect:
-    """The requests that one kind of server understands."""
+    """The API of one kind of server."""
 
     advice: str
-    """What to change on a server that gives too few of the likeliest tokens."""
+    """The setting to change on a server that returns too few top tokens."""
     uncached: str
-    """What switches its prefix cache off."""
+    """The option that disables its prefix cache."""
     chosen = False
-    """Whether it returns the tokens of ``also`` at every position."""
+    """True if it returns the tokens of ``also`` at every position."""
 
     def call(self, model: str, request: ScoreRequest) -> Call:
-        """The request for the log-probabilities of ``request.text``; its result is one ``TokenLogp`` for each, or
-        ``FromPrefixCache``, where there is neither salt nor trust."""
+        """The request for the log-probabilities of ``request.text``.
+
+        Its result is one ``TokenLogp`` per token, or ``FromPrefixCache`` if the request has neither salt nor trust.
+        """
         raise NotImplementedError
 
     def tokenize(self, model: str, text: str) -> Call:
-        """The request for the server's own tokens of a text: their ids, or their strings where it has no ids."""
+        """The request for the server's tokenization of a text: ids, or strings if it has no ids."""
         raise NotImplementedError
 
     def same_tokens(self, ids: Sequence[int], found: Sequence[Any]) -> bool:
-        """Whether the result of ``tokenize`` can be these ids."""
+        """True if the result of ``tokenize`` is consistent with these ids."""
         return list(ids) == list(found)
 
     def context(self, model: str) -> Call | None:
-        """The request for the longest sequence in tokens that the server takes (None: it did not say), None where there
-        is none."""
+        """The request for the server's context length in tokens (None: not reported); None if not supported."""
         return None
 
     def template(
         self, model: str, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, Any] | None = None
     ) -> Call | None:
-        """The request for the ids that its chat template makes of messages, None where there is none."""
+        """The request for the ids of messages in the server's chat template; None if not supported."""
         return None
 
     def _result(
@@ -108,10 +109,10 @@ class Dialect:
 
 
 class VLLM(Dialect):
-    """``prompt_logprobs`` of ``/v1/completions``; the first position has none. −∞ comes as −9999.
+    """``prompt_logprobs`` of ``/v1/completions``; the first position has none. −∞ is returned as −9999.
 
-    With ``chosen`` the tokens of ``also`` come too, by ``prompt_logprob_token_ids`` of ``/inference/v1/generate``, a
-    list for each position, which not every server has; see ``probe_chosen``.
+    With ``chosen`` the tokens of ``also`` are returned too, by ``prompt_logprob_token_ids`` of
+    ``/inference/v1/generate``, a list for each position, which not every server supports; see ``probe_chosen``.
     """
 
     advice = "start the server with a higher --max-logprobs"
@@ -154,7 +155,7 @@ class VLLM(Dialect):
         return Call(path, body | _salted("cache_salt", request), read, _limit(len(request.ids), request))
 
     def probe_chosen(self, model: str, request: ScoreRequest) -> Call:
-        """The request whose result is whether the server returns chosen tokens as this dialect expects."""
+        """The request that tests whether the server returns chosen tokens as this dialect expects."""
         call = self.call(model, request)
 
         def read(answer: Any) -> bool:
@@ -192,8 +193,11 @@ class VLLM(Dialect):
 
 
 class SGLang(Dialect):
-    """``return_logprob`` of the native ``/generate``: [log-probability, id, text] of the tokens from
-    ``logprob_start_len`` on, the first of which has no log-probability."""
+    """``return_logprob`` of the native ``/generate``.
+
+    It returns [log-probability, id, text] of the tokens from ``logprob_start_len`` on, the first of which has no
+    log-probability.
+    """
 
     advice = "the server gives fewer than top_k tokens: lower teacher.served.top_k"
     uncached = "--disable-radix-cache"
@@ -227,7 +231,7 @@ class SGLang(Dialect):
         return Call("/generate", body | _salted("extra_key", request), read, _limit(count + 1, request))
 
     def tokenize(self, model: str, text: str) -> Call:
-        """See ``Dialect.tokenize``; the tokens are those that it says it has read."""
+        """See ``Dialect.tokenize``; the tokens are the input tokens that the server reports."""
 
         def read(answer: Any) -> list[int]:
             entries = _get(answer, "meta_info", "input_token_logprobs")
@@ -238,10 +242,10 @@ class SGLang(Dialect):
 
 
 class OpenAI(Dialect):
-    """``echo`` and ``logprobs`` of ``/v1/completions``, whose tokens are strings.
+    """``echo`` and ``logprobs`` of ``/v1/completions``, which identify tokens by strings.
 
-    A string counts as the one token whose text it is. Of a string that several tokens share, as U+FFFD often is, only
-    the log-probability of the token that was sent is used.
+    A string is matched to the one token with that text. If several tokens share a string, as is often the case for
+    U+FFFD, only the log-probability of the token that was sent is used.
     """
 
     advice = "the server limits logprobs: lower teacher.served.top_k to that"
@@ -256,14 +260,17 @@ class OpenAI(Dialect):
         self._id_of = {text: ids[0] for text, ids in ids_of.items() if len(ids) == 1}
 
     def _strings(self, index: int) -> set[str]:
-        """How a server may write a token: its number, as vLLM can be told to, and its text, or its name where it has
-        none; a text that is no valid UTF-8 is written in many ways."""
+        """The strings by which a server may name a token: its id (an option of vLLM), its text, or its name without
+        one.
+
+        A text that is not valid UTF-8 is written in many ways.
+        """
         data = self._vocabulary.token_bytes(index)
         text = data.decode("utf-8", "replace") if data else self._vocabulary.label(index)
         return {f"token_id:{index}"} | ({text} if "\ufffd" not in text else set())
 
     def _reads_as(self, found: str, index: int) -> bool:
-        """Whether a string of the server can be this token."""
+        """True if a string of the server can be this token."""
         known = self._strings(index)
         if self._vocabulary.is_special[index]:
             return not found or found in known
@@ -280,7 +287,7 @@ class OpenAI(Dialect):
         def read(answer: Any) -> Result:
             logprobs = _get(answer, "choices", 0, "logprobs")
             tokens, own, top = (_get(logprobs, n) for n in ("tokens", "token_logprobs", "top_logprobs"))
-            # The one token that was drawn may come after them.
+            # The sampled token may follow them.
             for each in (tokens, own, top):
                 _check_count(each, len(request.ids), at_most=len(request.ids) + 1)
             found: list[dict[int, Any]] = []
@@ -304,7 +311,7 @@ class OpenAI(Dialect):
         )
 
     def tokenize(self, model: str, text: str) -> Call:
-        """See ``Dialect.tokenize``; strings, as they are echoed."""
+        """See ``Dialect.tokenize``; the echoed strings."""
         bos = self._vocabulary.bos_id
 
         def read(answer: Any) -> list[str]:
@@ -317,10 +324,11 @@ class OpenAI(Dialect):
 def checked(found: Sequence[Mapping[Any, Any]], request: ScoreRequest, uncached: str = "") -> list[TokenLogp]:
     """The log-probabilities of each position, the token that was sent first; of the others only those above −∞.
 
-    ``uncached`` is the option that switches the prefix cache off, where an empty answer may be due to that.
+    ``uncached`` is the option that disables the prefix cache, which may be the reason for an empty answer.
 
     Raises:
-        BadAnswerError: a token that was sent is missing; an id is none; a value is no number, NaN, or above 0; the mass
+        BadAnswerError: a token that was sent is missing; an id is invalid; a value is no number, NaN, or above 0; the
+            mass
             of a position is above 1.
     """
     results = []
@@ -356,8 +364,10 @@ def _logp(value: Any, place: int) -> float:
 
 
 def _from_prefix_cache(found: Sequence[Mapping[Any, Any]], request: ScoreRequest) -> bool:
-    """Whether the first position has nothing but zeros and nulls, as some servers write for what is in their prefix
-    cache. Where a token is certain indeed, the others are far below 0."""
+    """True if the first position has only zeros and nulls, which some servers write for tokens in their prefix cache.
+
+    If a token really has probability 1, the others are far below 0.
+    """
     if request.salt or request.trusted or not found:
         return False
     return all(value is None or (type(value) in (int, float) and value == 0) for value in found[0].values())
@@ -367,7 +377,7 @@ def _matrix(text: str, rows: int, width: int) -> npt.NDArray[np.float32]:
     """The float32 numbers of an array in NumPy's file format, in base64.
 
     Raises:
-        ValueError: it is none, or has another shape or type.
+        ValueError: it is no such array, or has another shape or dtype.
     """
     file = BytesIO(base64.b64decode(text, validate=True))
     if np.lib.format.read_magic(file) != (1, 0):
@@ -381,7 +391,7 @@ def _join(found: Sequence[TokenLogp], also: Sequence[int], logp: npt.NDArray[np.
     """Adds chosen tokens to each position.
 
     Raises:
-        BadAnswerError: a token that was there already has another value: another position, or no logarithms.
+        BadAnswerError: a token that is already present has another value: another position, or not log-probabilities.
     """
     for known, row in zip(found, logp.tolist(), strict=True):
         for index, value in zip(also, row, strict=True):
@@ -393,7 +403,7 @@ def _join(found: Sequence[TokenLogp], also: Sequence[int], logp: npt.NDArray[np.
 
 
 def _completion(model: str, prompt: Any) -> dict[str, Any]:
-    """The body of a completion; which token is drawn does not matter, and a temperature of 1 changes nothing."""
+    """The body of a completion request; the sampled token is ignored, and a temperature of 1 changes nothing."""
     return {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 1.0}
 
 

@@ -17,11 +17,11 @@ from gold.teachers.local import LocalTeacher
 
 
 class SelfTeacher(LocalTeacher):
-    """A copy of the student that grades it; useful where its prompts contain more than the student's.
+    """A copy of the student as its teacher; useful if the teacher's prompts contain more than the student's.
 
-    The copy is made when this is created. With ``decay`` 1 it stays as it is; below, it averages the student: after
-    every optimizer step ``θ_T ← decay · θ_T + (1 − decay) · θ_S`` over the trained weights, starting from the
-    student's. It is as large as the student; 16-bit weights are averaged, and kept, in float32.
+    The copy is made at creation. With ``decay`` 1 it is fixed; below 1, it averages the student: after every optimizer
+    step ``θ_T ← decay · θ_T + (1 − decay) · θ_S`` over the trained weights, starting from the student's. It needs as
+    much memory as the student; 16-bit weights are averaged, and kept, in float32.
 
     Raises:
         ConfigError: a decay outside 0 to 1.
@@ -34,7 +34,7 @@ class SelfTeacher(LocalTeacher):
         if not 0.0 <= decay <= 1.0:
             raise ConfigError(f"decay of a self teacher: expected 0 to 1, got {decay}")
         lm = copy.deepcopy(student.lm)
-        # In 16 bits a hundredth of a small difference is rounded away.
+        # In 16 bits, a hundredth of a small difference rounds to zero.
         if decay < 1.0 and next(lm.parameters()).dtype in (torch.bfloat16, torch.float16):
             lm = lm.float()
         what = "frozen" if decay == 1.0 else f"averaged, decay {decay:g}"
@@ -53,7 +53,7 @@ class SelfTeacher(LocalTeacher):
                 mine.lerp_(masters.get(theirs, theirs).detach().to(mine), 1.0 - self.decay)
 
     def state(self) -> dict[str, Tensor] | None:
-        """The averaged weights; None where they do not change."""
+        """The averaged weights; None if they are fixed."""
         return None if self.decay == 1.0 else self.model.lm.state_dict()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

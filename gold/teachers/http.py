@@ -1,4 +1,4 @@
-"""Requests to a server: bounded concurrency, size and time, retries with a pause, and one clear line on failure."""
+"""HTTP requests with limits on concurrency, size and time, retries with backoff, and one-line errors."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from gold.errors import ConfigError, TeacherError
 logger = logging.getLogger(__name__)
 
 MOST_WAIT_S = 300.0
-"""A server that asks for a longer pause than this counts as gone."""
+"""A server that asks for a longer pause counts as unavailable."""
 LONGEST_BACKOFF_S = 30.0
 _QUOTED_BYTES = 65536
-"""How much of an error's body is read; a line of it is shown."""
+"""The number of bytes read of an error's body; one line of it is shown."""
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
-"""Statuses of a server that may answer the same request later."""
+"""Statuses after which a retry may succeed."""
 
 
 class BadAnswerError(Exception):
-    """An answer that is not what was asked for; the message is the end of a sentence about the server."""
+    """An answer that does not match the request; the message completes a sentence about the server."""
 
 
 class RefusedError(TeacherError):
-    """A request that the server understood and refuses; asking again would not help."""
+    """A request that the server understood and rejects; a retry would not help."""
 
 
 class _FaultError(Exception):
-    """An attempt that failed in a way that may pass; the message is the end of a sentence about the server."""
+    """A failed attempt that may be retried; the message completes a sentence about the server."""
 
     def __init__(self, message: str, wait_s: float = 0.0) -> None:
         super().__init__(message)
@@ -50,10 +50,10 @@ class _FaultError(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """One request: the path below the server's root, its JSON body, and ``read``, which makes its result of the answer.
+    """One request: the path below the server's root, its JSON body, and ``read``, which parses the answer.
 
     ``read`` raises ``BadAnswerError`` for an answer that cannot be used; the request is then repeated. A status in
-    ``final`` is a refusal, also where others would pass. ``accepts_errors``: ``read`` is given answers that are errors.
+    ``final`` is a rejection, even if it is usually retried. ``accepts_errors``: ``read`` also receives error answers.
     """
 
     path: str
@@ -64,7 +64,7 @@ class Call:
     accepts_errors: bool = False
 
     def result(self, answer: Any) -> Any:
-        """The result of an answer, which may have any shape.
+        """The result of an answer of any JSON type.
 
         Raises:
             BadAnswerError: it cannot be used.
@@ -81,14 +81,14 @@ class Call:
 
 @dataclass
 class Server:
-    """A server by its URL, as far as ``/v1`` where it has that, and how it is asked.
+    """A server by its URL (including ``/v1`` if it has that), with concurrency and retry settings.
 
-    ``concurrency`` requests are under way at a time; each attempt is given ``timeout_s`` in all, and after a fault
-    repeated up to ``retries`` times, the first time after about ``first_wait_s``, then twice as long each time, or as
-    long as the server says. ``key`` is sent as a bearer token and shown nowhere. ``repeated`` counts repeated requests.
+    ``concurrency`` requests run at a time; each attempt has ``timeout_s`` in total. A failed attempt is repeated up to
+    ``retries`` times, first after about ``first_wait_s``, then twice as long each time, or as long as the server asks
+    for. ``key`` is sent as a bearer token and never shown. ``repeated`` counts repeated requests.
 
     Raises:
-        ConfigError: a URL that is none, or that holds a key.
+        ConfigError: an invalid URL, or one that contains a key.
     """
 
     url: str
@@ -108,14 +108,15 @@ class Server:
         return self.url.rstrip("/").removesuffix("/v1")
 
     def ask(self, calls: Sequence[Call]) -> list[Any]:
-        """The result of each call, in their order; they are sent in this order too.
+        """The result of each call, in order; they are sent in this order too.
 
-        Only what failed is repeated. Either all is answered or an error is raised: there is no partial result.
+        Only failed calls are repeated. Either all are answered or an error is raised: there is no partial result.
 
         Raises:
-            RefusedError: a request that the server refuses.
-            TeacherError: no usable answer after all retries, an answer that is too long, a certificate that is not
-                valid, a redirect, SSL_CERT_FILE or a proxy variable that cannot be used.
+            RefusedError: a request that the server rejects.
+            TeacherError: no usable answer after all retries, an answer that is too long, an invalid certificate, a
+                redirect,
+                SSL_CERT_FILE or a proxy variable that cannot be used.
         """
         return _run(self._ask(calls)) if calls else []
 
@@ -138,13 +139,13 @@ class Server:
         try:
             bare = near and urlsplit(self.url).scheme == "http"
             tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if bare else _tls()
-        except (OSError, ValueError) as error:  # what ssl raises is an OSError
+        except (OSError, ValueError) as error:  # ssl errors are OSErrors
             raise self._error(
                 f"SSL_CERT_FILE cannot be read as certificates: {self._line(str(error))}; correct or unset it"
             ) from error
         try:
-            # The semaphore bounds the connections, and one timeout around the whole attempt takes the place of those
-            # for its parts, which a server that sends a byte at a time would pass. This machine needs no proxy.
+            # The semaphore limits the connections, and one timeout around the whole attempt replaces those for its
+            # parts, which a server that sends a byte at a time would never hit. Requests to this machine use no proxy.
             return httpx2.AsyncClient(
                 headers=headers, limits=httpx2.Limits(), timeout=None, verify=tls, trust_env=not near
             )
@@ -170,7 +171,7 @@ class Server:
                     logger.info(
                         "%s: %s; attempt %d of %d failed", self.url, fault, attempt + 1, self.retries + 1
                     )
-                    # Requests that were refused together must not come back together.
+                    # Jitter: requests rejected together must not be repeated together.
                     await asyncio.sleep(max(fault.wait_s, backoff * random.SystemRandom().uniform(0.5, 1.0)))
         raise AssertionError("unreachable")
 
@@ -191,7 +192,7 @@ class Server:
         except (httpx2.HTTPError, httpx2.InvalidURL, UnicodeError) as error:
             if invalid := _certificate_error(error):
                 raise self._error(f"its certificate is not valid: {invalid}") from error
-            if "location header" in str(error):  # looked at though it is not followed
+            if "location header" in str(error):  # parsed although it is not followed
                 raise self._error(_redirected("")) from error
             raise _FaultError(
                 f"cannot be reached: {self._line(str(error)) or type(error).__name__}"
@@ -225,7 +226,7 @@ class Server:
         return TeacherError(f"server {self.url}: {fact}")
 
     def _line(self, text: str) -> str:
-        """A server's own words on one short line, without the key, which some servers repeat."""
+        """A server's message on one short line, without the key, which some servers repeat."""
         if self.key:
             text = text.replace(self.key, "…")
         line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
@@ -233,7 +234,7 @@ class Server:
 
 
 def shown(value: Any) -> str:
-    """A value of an answer for an error message, cut short; of anything nested, its type alone."""
+    """A value of an answer for an error message, truncated; for nested values only the type."""
     if isinstance(value, str | int | float | bool | None):
         line = repr(value[:40] if isinstance(value, str) else value)
         return line if len(line) <= 50 else f"{line[:49]}…"
@@ -241,7 +242,7 @@ def shown(value: Any) -> str:
 
 
 def is_near(url: str) -> bool:
-    """Whether a URL names this machine itself."""
+    """True if a URL refers to this machine."""
     host = urlsplit(url).hostname or ""
     try:
         address = ip_address(host)
@@ -251,7 +252,7 @@ def is_near(url: str) -> bool:
 
 
 def check_url(url: str) -> None:
-    """Checks that a URL is one of HTTP without a key in it.
+    """Checks that a URL is an HTTP URL without a key in it.
 
     Raises:
         ConfigError: it is not; the message does not repeat it, because of the key.
@@ -263,7 +264,7 @@ def check_url(url: str) -> None:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         if sound and "@" not in parts.netloc:
-            httpx2.Request("POST", url)  # the characters of a host are checked no earlier
+            httpx2.Request("POST", url)  # validates the characters of the host
     except (ValueError, httpx2.InvalidURL):
         raise wrong from None
     if not sound:
@@ -277,7 +278,7 @@ def check_url(url: str) -> None:
 
 @cache
 def _tls() -> ssl.SSLContext:
-    """The trusted certificates; reading them takes longer than a request."""
+    """The trusted certificates; loading them takes longer than a request."""
     return httpx2.create_ssl_context()
 
 
@@ -286,13 +287,13 @@ def _run(coroutine: Any) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
-    # In a notebook a loop is running already, which must not be waited in.
+    # A notebook already has a running event loop, in which this must not block.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
 
 
 async def _content(response: httpx2.Response, limit: int) -> bytes:
-    """The body, the rest of which is not read once it is longer than the limit."""
+    """The body; reading stops when it exceeds the limit."""
     content = bytearray()
     async for part in response.aiter_bytes():
         content += part
@@ -302,7 +303,7 @@ async def _content(response: httpx2.Response, limit: int) -> bytes:
 
 
 def _redirected(location: str) -> str:
-    """Where an answer would send a request, and with it the key: the host alone, since the rest may hold secrets."""
+    """The host of a redirect, to which the key would be sent too; the rest of the URL may contain secrets."""
     try:
         host = urlsplit(location).hostname or ("another path" if location else "no address that can be read")
     except ValueError:
@@ -311,7 +312,7 @@ def _redirected(location: str) -> str:
 
 
 def _message(content: bytes) -> str:
-    """The message in the body of an error, where the usual servers put it."""
+    """The message in the body of an error, in the formats of the usual servers."""
     text = content.decode("utf-8", "replace")
     try:
         found = json.loads(text)
@@ -324,7 +325,7 @@ def _message(content: bytes) -> str:
 
 
 def _pause_s(header: str | None) -> float:
-    """Seconds that a Retry-After asks for, 0 for none or one that cannot be read."""
+    """The seconds of a Retry-After header; 0 if it is missing or invalid."""
     try:
         return max(0.0, float(header or 0.0))
     except ValueError:
@@ -336,7 +337,7 @@ def _pause_s(header: str | None) -> float:
 
 
 def _certificate_error(error: BaseException) -> str:
-    """What is wrong with a server's certificate, "" where that is not what failed."""
+    """The problem with a server's certificate; "" if something else failed."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):

@@ -53,7 +53,7 @@ class LocalTeacher(Teacher):
         """See ``Teacher.score``.
 
         Raises:
-            DataError: a prompt that it cannot read, or that does not fit its context together with the completion.
+            DataError: a prompt that it cannot read, or that exceeds its context together with the completion.
         """
         encoded = [self.prompt_ids(prompt) for prompt in prompts]
         sizes = [tokenized.ids.size for tokenized in tokenized_texts]
@@ -79,8 +79,10 @@ class LocalTeacher(Teacher):
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices grouped so that no group, padded to its longest, holds more than ``batch_tokens`` tokens (one always
-    fits); longest first."""
+    """Indices in groups of at most ``batch_tokens`` tokens, padded to the longest text; longest first.
+
+    A single text always fits.
+    """
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if groups and (len(groups[-1]) + 1) * max(1, lengths[groups[-1][0]]) <= batch_tokens:

@@ -1,4 +1,4 @@
-"""The protocol of a teacher: what training, evaluation, the prompt checks and the run folder ask of one."""
+"""The interface of a teacher, as used by training, evaluation, the prompt checks and the run folder."""
 
 from __future__ import annotations
 
@@ -22,51 +22,51 @@ if TYPE_CHECKING:
 
 
 class Teacher(Protocol):
-    """Reads prompts in its own chat template and scores completions in its own tokens.
+    """A teacher renders prompts in its own chat template and scores completions in its own tokens.
 
     A subclass sets ``name``, ``gives``, ``vocabulary`` and ``device``, and implements ``score``; everything else has a
-    default. With a ``tokenizer`` its prompts are checked before a run; with a ``model`` that gives full rows,
+    default. With a ``tokenizer``, its prompts are checked before a run; with a ``model`` that gives full rows,
     evaluations also measure the forward KL on its samples.
     """
 
     name: str
-    """What run headers and error messages call it."""
+    """The name in run headers and error messages."""
     gives: Need
-    """The most that it gives; an objective that needs more is refused before the run."""
+    """The level of detail of its rows; an objective that needs more is rejected before the run."""
     vocabulary: Vocabulary
     device: torch.device
-    """Where its rows are."""
+    """The device of its rows."""
     dtype: torch.dtype = torch.float32
     """The dtype of its rows."""
     top_k: int | None = None
-    """How many of the likeliest tokens of each row it gives, where its ``gives`` is not "rows"."""
+    """The number of top tokens per row, if ``gives`` is not "rows"."""
     context: int | None = None
-    """Its longest sequence in tokens, None where it is unknown."""
+    """Its longest sequence in tokens; None if unknown."""
     tokenizer: Any = None
     """The tokenizer of its prompts, with its chat template."""
     rendering: Rendering | None = None
     """The arguments of its chat template."""
     model: LanguageModel | None = None
-    """Its model, where that is in this process."""
+    """Its model, if it is in this process."""
     pinned_date: date | None = None
-    """The day that its chat template must print, None where any day will do."""
+    """The date that its chat template must print; None for any date."""
     complete: bool = True
-    """Whether it scores any text; a cache without a model behind it scores only the texts that it holds."""
+    """True if it scores any text; a cache without a model scores only the texts that it holds."""
 
     @property
     def retries(self) -> int | None:
-        """How many requests have been repeated so far; None for a teacher that makes none."""
+        """The number of repeated requests so far; None for a teacher that makes none."""
         return None
 
     def adapt_prompt(self, prompt: Prompt) -> Prompt:
-        """The prompt as this teacher reads it: by default with its teacher context."""
+        """The prompt for this teacher: by default with its teacher context."""
         return prompt.for_teacher
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The ids that it reads before the completion.
+        """The ids of a prompt in its template.
 
         Raises:
-            DataError: there are none, or its template refuses the messages; the message names the prompt's key.
+            DataError: the prompt is empty or its template rejects it; the error names the prompt's key.
         """
         try:
             ids = prompt_ids(self.tokenizer, self.adapt_prompt(prompt), self.rendering)
@@ -77,7 +77,7 @@ class Teacher(Protocol):
         return ids
 
     def misfit(self, prompt: Prompt, tokens: int) -> str:
-        """Why it cannot score a completion of so many tokens after a prompt, "" where it can.
+        """Why it cannot score a completion of this many tokens after a prompt; "" if it can.
 
         Such a text is not sent to it and counts for no objective.
         """
@@ -97,12 +97,14 @@ class Teacher(Protocol):
     def score(
         self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
     ) -> list[LazyLogits]:
-        """The teacher's rows for each completion, without gradient: one per token of ``tokenized_texts`` (in the
-        teacher's tokens), and one more for the end where the text ``stopped``.
+        """The teacher's logits for each completion, without gradient.
+
+        There is one row per token of ``tokenized_texts`` (the teacher's tokens), and one more for the end if the text
+        ``stopped``.
 
         Raises:
             DataError: a prompt that it cannot read.
-            TeacherError: it cannot answer now; a run keeps a checkpoint and ends.
+            TeacherError: it cannot answer now; a run saves a checkpoint and ends.
         """
         raise TeacherError(f"teacher {self.name}: is not there to be asked")
 
@@ -117,12 +119,15 @@ class Teacher(Protocol):
         return
 
     def ema_update(self, student: Any, masters: Mapping[Tensor, Tensor]) -> None:
-        """Called after each optimizer step with the student's transformers model and the float32 master copies of its
-        weights (by weight); for teachers that average the student."""
+        """Called after each optimizer step, for teachers that average the student.
+
+        ``student`` is the student's transformers model, ``masters`` the float32 master copies of its weights (by
+        weight).
+        """
         return
 
     def state(self) -> dict[str, Tensor] | None:
-        """What a checkpoint keeps of it, None for a teacher that does not change."""
+        """Its state for a checkpoint; None for a teacher that does not change."""
         return None
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -130,10 +135,10 @@ class Teacher(Protocol):
         return
 
     def cache_revision(self, given: str | None) -> str:
-        """What tells its scores in a cache from those of other weights; ``given`` is the configured revision."""
+        """Identifies its weights in a cache; ``given`` is the configured revision."""
         return given or self.name
 
     def pin_date(self, day: date) -> None:
-        """Fixes the day that its chat template prints, if it has none of its own."""
+        """Fixes the date that its chat template prints, unless it already has one."""
         if self.rendering is not None:
             self.rendering.pin_day(self.pinned_date or day)

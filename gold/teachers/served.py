@@ -1,4 +1,4 @@
-"""A teacher behind a server that returns log-probabilities of given token ids and of its likeliest tokens."""
+"""A teacher on a server that returns log-probabilities of given token ids and of its top tokens."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 Api = Literal["vllm", "sglang", "openai"]
 _CERTAIN = 3
-"""So many texts whose first token has probability 1 without the prefix cache too make it believed from then on."""
+"""After this many texts whose first token has probability 1 even without the prefix cache, such values are trusted."""
 
 
 class ServedTeacher(AbsentTeacher):
-    """A model behind a server that scores completions.
+    """A model on a server that scores completions.
 
-    It reads each prompt in its own template, by the tokenizer files in ``path``, a folder or a Hub id, which must be
-    those of the model that is served. ``top_k`` tokens of each row come beside the one that was sent; with 0 it gives
-    log-probabilities of given tokens alone. ``url`` and what follows: see ``Server``; ``key_env`` names the environment
-    variable that holds the server's key. ``files`` are the options of ``AbsentTeacher``.
+    Prompts are rendered with the tokenizer files in ``path``, a folder or a Hub id, which must be those of the served
+    model. Each row has ``top_k`` tokens in addition to the one that was sent; with 0 it gives only log-probabilities of
+    given tokens. ``url`` and the following arguments: see ``Server``; ``key_env`` names the environment variable with
+    the server's key. ``files`` are the options of ``AbsentTeacher``.
 
-    The end of a text is sent as one stop id, the one that the chat template writes after messages, else the first. The
-    other stop ids count where they are known: SGLang returns all of them, and so does vLLM from 0.33 on, where a client
-    can choose tokens; other servers those among the likeliest.
+    The end of a text is sent as one stop id: the one that the chat template writes after messages, else the first. The
+    other stop ids count where their probabilities are known: SGLang returns all of them, and so does vLLM from 0.33 on,
+    where a client can choose tokens; other servers return those among the top tokens.
 
     Raises:
-        ConfigError: a URL that is none, or a variable that is not set.
-        VocabularyError: a tokenizer that is not there, or whose tokens have no bytes.
+        ConfigError: an invalid URL, or a variable that is not set.
+        VocabularyError: the tokenizer does not exist, or its tokens have no bytes.
         TeacherError: a tokenizer without a stop id.
     """
 
@@ -84,21 +84,21 @@ class ServedTeacher(AbsentTeacher):
         self.dialect = _dialect(api, self.vocabulary)
         self._turn_end = self._find_turn_end()
         self.bypasses_cache = False
-        """Whether it has sent zeros for what was in its prefix cache; requests then bypass that."""
+        """True once it has sent zeros for tokens in its prefix cache; requests then bypass that."""
         self._certain = 0
         self._probed = False
 
     @property
     def retries(self) -> int:
-        """How many requests have been repeated so far."""
+        """The number of repeated requests so far."""
         return self.server.repeated
 
     def cache_revision(self, given: str | None) -> str:
-        """See ``Teacher.cache_revision``: the model's name at its server, and what is given."""
+        """See ``Teacher.cache_revision``: the model's name on its server, and ``given``."""
         return f"served as {self.served_model}" + (f", {given}" if given else "")
 
     def learn_context(self) -> None:
-        """Takes the server's own limit of a sequence where that is lower than the known one; vLLM has one.
+        """Uses the server's own context length if it is lower than the known one; vLLM reports one.
 
         Raises:
             TeacherError: the server does not answer.
@@ -111,11 +111,11 @@ class ServedTeacher(AbsentTeacher):
                 self.context = own if self.context is None else min(own, self.context)
 
     def misfit(self, prompt: Prompt, tokens: int) -> str:
-        """See ``Teacher.misfit``; the end is sent with a text, and servers want room for one token more."""
+        """See ``Teacher.misfit``; the end is sent with a text, and servers need room for one more token."""
         return super().misfit(prompt, tokens + 2)
 
     def request(self, prompt: Prompt, ids: Sequence[int], stopped: bool) -> ScoreRequest:
-        """The request for a completion's ids, and for its end where it ``stopped``."""
+        """The request for a completion's ids, and for its end if it ``stopped``."""
         before = self.prompt_ids(prompt)
         stops = self.vocabulary.stop_ids
         own_turn = self.adapt_prompt(prompt).messages is not None
@@ -124,13 +124,12 @@ class ServedTeacher(AbsentTeacher):
         return ScoreRequest((*before, *map(int, ids), *end), len(before), top_k, stops)
 
     def token_logp(self, requests: Sequence[ScoreRequest]) -> list[list[TokenLogp]]:
-        """The log-probabilities that the server gives for each position of each text, by token id, that of the text's
-        own token first.
+        """The log-probabilities at each position of each text, by token id, the text's own token first.
 
         Raises:
-            TeacherError: it does not answer, or not what was asked; see ``Server.ask``.
+            TeacherError: the server does not answer, or the answer does not match the request; see ``Server.ask``.
         """
-        # Longest first, so that the last ones under way are short.
+        # Longest first, so that the last running requests are short.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].ids), i))
         order = [i for i in order if requests[i].text]
         if order and not self._probed:
@@ -142,7 +141,7 @@ class ServedTeacher(AbsentTeacher):
         return results
 
     def _probe_chosen(self, request: ScoreRequest) -> None:
-        """Asks vLLM for chosen tokens from now on, if it returns them."""
+        """Requests chosen tokens from vLLM from now on, if it returns them."""
         if isinstance(self.dialect, VLLM):
             chosen = VLLM(chosen=True)
             with suppress(RefusedError):
@@ -150,7 +149,7 @@ class ServedTeacher(AbsentTeacher):
                     self.dialect = chosen
 
     def _ask(self, requests: Sequence[ScoreRequest]) -> list[list[TokenLogp]]:
-        """The results; those that its prefix cache lacks are asked for a second time without it."""
+        """The results; requests that the prefix cache left incomplete are repeated without it."""
         trusted = self._certain >= _CERTAIN
         answers = self._send([replace(r, trusted=trusted) for r in requests], self.bypasses_cache)
         lost = [n for n, answer in enumerate(answers) if isinstance(answer, FromPrefixCache)]
@@ -183,7 +182,8 @@ class ServedTeacher(AbsentTeacher):
 
         Raises:
             DataError: a prompt that the teacher cannot read.
-            TeacherError: the server does not answer, or not what was asked; there is no partial result.
+            TeacherError: the server does not answer, or the answer does not match the request; there is no partial
+                result.
         """
         requests = [
             self.request(prompt, tokenized.ids.tolist(), bool(stop))
@@ -192,7 +192,7 @@ class ServedTeacher(AbsentTeacher):
         return [self._rows(positions) for positions in self.token_logp(requests)]
 
     def _rows(self, positions: Sequence[TokenLogp]) -> LazyLogits:
-        # Rows of several texts are joined, so all have the same width.
+        # Rows of several texts are concatenated, so all have the same width.
         width = max(1, self.top_k) + 1 + len(self.vocabulary.stop_ids)
         size = self.vocabulary.size
         counts = np.array([len(known) for known in positions], np.int64)
@@ -202,7 +202,7 @@ class ServedTeacher(AbsentTeacher):
         )
         row = np.repeat(np.arange(len(positions)), counts)
         column = np.arange(ids.size) - np.repeat(np.cumsum(counts) - counts, counts)
-        # A model can have more rows than its tokenizer has ids; they are among what is left.
+        # A model can have more rows than its tokenizer has ids; they belong to the tail mass.
         kept = (column < width) & (ids >= 0) & (ids < size)
         ids_NK = np.full((len(positions), width), -1, np.int64)
         logp_NK = np.zeros((len(positions), width))
@@ -212,13 +212,13 @@ class ServedTeacher(AbsentTeacher):
         return TopKLogits(known_ids, known_logp, size)
 
     def _find_turn_end(self) -> int | None:
-        """The stop id that the chat template writes after an answer, None without one."""
+        """The stop id that the chat template writes after an answer; None without one."""
         if not has_chat_template(self.tokenizer):
             return None
         turns = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]
         try:
             text = rendered(self.tokenizer, turns, self.rendering)
-        except Exception:  # a template is a program: it may raise anything
+        except Exception:  # a template may raise any exception
             return None
         closing = text.rpartition("A1")[2].lstrip()
         ends = [i for i in self.vocabulary.stop_ids if closing.startswith(self.vocabulary.label(i))]

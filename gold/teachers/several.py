@@ -1,4 +1,4 @@
-"""Several teachers at once, each with its own tokenizer and template: one for each prompt, or all for every prompt."""
+"""Several teachers, each with its own tokenizer and template: one for each prompt, or all for every prompt."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from gold.teachers.protocol import Teacher
 class Teachers:
     """Teachers by name.
 
-    Without ``mix`` each prompt is graded by the one that its ``route`` names (by the only one, where there is one).
-    With it every prompt is graded by all, as one distribution: ``linear`` is ``Σ w q``, ``log_linear`` ``Π q^w``,
-    normalised, on the events where they are compared with the student; see ``losses.mixture``. ``weights`` are equal
-    where they are not given; only their ratios count.
+    Without ``mix`` each prompt is scored by the teacher that its ``route`` names (or by the only one). With it every
+    prompt is scored by all, combined into one distribution: ``linear`` is ``Σ w q``, ``log_linear`` ``Π q^w``,
+    normalised, on the events where they are compared with the student; see ``losses.mixture``. ``weights`` are equal by
+    default; only their ratios count.
 
     Raises:
-        ConfigError: no teacher; a weight of no teacher, none for one of them, or one that is not above 0; weights
+        ConfigError: no teacher; a weight for an unknown teacher, a missing weight, or one that is not above 0; weights
             without a mix.
     """
 
@@ -50,16 +50,16 @@ class Teachers:
 
     @property
     def several(self) -> bool:
-        """Whether there is more than one."""
+        """True if there is more than one."""
         return len(self.members) > 1
 
     @property
     def routes(self) -> tuple[str, ...]:
-        """The names, where different prompts have different teachers."""
+        """The names, if different prompts have different teachers."""
         return tuple(self.members) if self.several and self.mix is None else ()
 
     def of(self, prompt: Prompt) -> tuple[str, ...]:
-        """The names of those who grade a prompt.
+        """The names of the teachers that score a prompt.
 
         Raises:
             DataError: its route names none of them; the message names its key.
@@ -70,12 +70,11 @@ class Teachers:
         return (str(prompt.route),)
 
     def weight(self, name: str) -> float:
-        """How much a teacher counts for the prompts that it grades; over those of one prompt this sums to one."""
+        """The weight of a teacher; over those of one prompt the weights sum to one."""
         return 1.0 if self.mix is None else self.mix.weights[name]
 
     def frozen_copy(self, lm: Any) -> Any:
-        """The transformers model of a member that does not change and equals ``lm`` bit for bit; None where there is
-        none."""
+        """The transformers model of a fixed teacher that equals ``lm`` bit for bit; None if there is none."""
         for teacher in self.members.values():
             if teacher.model is not None and teacher.state() is None and _equal(teacher.model.lm, lm):
                 return teacher.model.lm
@@ -83,7 +82,7 @@ class Teachers:
 
 
 def check_routes(prompts: Iterable[Prompt], names: Iterable[str]) -> None:
-    """Nothing, where each prompt is routed to one of the names.
+    """Checks that each prompt is routed to one of the names.
 
     Raises:
         DataError: the first that is not; the message names its key.
@@ -114,7 +113,7 @@ def _shares(members: Mapping[str, Teacher], weights: Mapping[str, float]) -> dic
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two models have the same configuration and, bit for bit, the same weights."""
+    """True if two models have the same configuration and, bit for bit, the same weights."""
     if one is other or type(one) is not type(other) or one.config.to_dict() != other.config.to_dict():
         return False
     mine, theirs = list(one.parameters()), list(other.parameters())

@@ -25,8 +25,7 @@ _MEMORY = 65_536
 
 
 class StableBoundaries:
-    """The stable boundaries of one tokenizer, from its normalizer, pre-tokenizer and the added tokens it matches in
-    text.
+    """The stable boundaries of one tokenizer, given its normalizer, pre-tokenizer and added tokens.
 
     `rewrite` has the effect of the normalizer on the bytes of a text.
     """
@@ -106,8 +105,7 @@ class StableBoundaries:
 
 
 def _context(text: str, at: int) -> str | None:
-    """The text before a position, from the last white space that is followed by a whole word; None if that is too far
-    back.
+    """The text before a position, from the last white space followed by a whole word; None if that is too far back.
 
     Pre-tokens are found from left to right, so after a whole word they equal those of the full text.
     """

@@ -83,8 +83,7 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def begins_anew(prompt: Prompt) -> bool:
-    """True if the completion of a prompt is tokenized as a new text, before which some tokenizers add a space
-    (Llama-2).
+    """True if the completion of a prompt is tokenized as a new text; some tokenizers add a space before it (Llama-2).
 
     It is after messages: the templates of such models leave that space to the tokenizer ("[/INST]", then "▁Yes"). After
     a plain text the completion continues the text, and a leading space is one that the model generated.

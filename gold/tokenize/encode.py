@@ -63,9 +63,7 @@ class TextEncoder:
         return missing_bytes(self._tokenizer, self._family)
 
     def rewrite(self, text: str) -> str:
-        """The normalized text, with the family's space character replaced by a space: the text that the tokens
-        cover.
-        """
+        """The normalized text with spaces in place of the family's space character: the text that tokens cover."""
         normalized = self._normalize(text)
         space = self._family.space
         return normalized if space is None else normalized.replace(space, " ")
@@ -160,8 +158,7 @@ class TextEncoder:
         return (ids if originals is None else originals[ids]), encoding
 
     def _as_text(self, ids: Int32) -> tuple[Int32, Int64]:
-        """The ids with special ones replaced by the ids of their characters, and the index in `ids` that each comes
-        from.
+        """The ids with special ones replaced by the ids of their characters, and for each its index in `ids`.
 
         A model can produce a special id from text if its vocabulary contains the string or its merges build it.
         """

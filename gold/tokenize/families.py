@@ -63,9 +63,7 @@ class Family:
     word_space: Literal["before", "after"] | None
     """The side of a word on which the virtual space lies."""
     prefix: Prefix | None
-    """Whether a space is added before a text that has none: once, or before every segment of it (also a virtual
-    space).
-    """
+    """Whether a space is added before a text that has none: once, or before every segment (also a virtual one)."""
 
 
 def read_family(tokenizer: Tokenizer) -> Family:
@@ -337,9 +335,7 @@ class _Alphabet(dict[int, str]):
 
 
 def _cut_off(tokenizer: Tokenizer, family: Family) -> Callable[[bytes], bool]:
-    """A predicate: the tokenizer always splits before this token because of its first character, so no space is
-    needed.
-    """
+    """A predicate: the tokenizer always splits before this token because of its first character (no space needed)."""
     normalize, pre_tokenizer = normalizer_of(family), tokenizer.pre_tokenizer
 
     @cache

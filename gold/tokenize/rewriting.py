@@ -259,8 +259,9 @@ class _Replay:
 def _map_edited(
     text_a: str, text_b: str, a: Codes, b: Codes, i: int, j: int, back: Int64, edges: Int64
 ) -> tuple[int, int]:
-    """Maps text_a[i:] to text_b[j:] as equal or edited characters, up to the first of `edges` after i; returns the
-    positions reached in both.
+    """Maps text_a[i:] to text_b[j:], as equal or edited characters, up to the first of `edges` after i.
+
+    Returns the positions reached in both.
     """
     start = i
     while i < len(a) or j < len(b):

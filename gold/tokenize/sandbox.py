@@ -254,9 +254,7 @@ def _counted(name: str, does: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forecast(name: str, subject: Any, arguments: Iterable[Any]) -> None:
-    """Rejects calls of this method or filter that would create too large a value; counts the work of those that
-    multiply.
-    """
+    """Rejects calls of this method or filter with too large a result; counts the work of multiplying ones."""
     given = list(arguments)
     if name in _TAKE_WIDTHS and any(isinstance(one, int) and one > _WIDEST for one in given):
         raise SecurityError(f"{name} to more than {_WIDEST:,} places")

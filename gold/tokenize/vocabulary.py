@@ -112,9 +112,7 @@ class Vocabulary:
 
     @cached_property
     def markers(self) -> dict[str, int]:
-        """Markers: special tokens that are neither BOS, stop, pad nor unknown, by content, such as `<think>` in some
-        families.
-        """
+        """Markers: special tokens that are neither BOS, stop, pad nor unknown (`<think>` in some families)."""
         roles = {*self.stop_ids, self.bos_id, self.pad_id, self.unk_id}
         added = sorted(self.tokenizer.get_added_tokens_decoder().items())
         return {t.content: i for i, t in added if t.special and t.content and i not in roles}
