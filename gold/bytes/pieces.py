@@ -1,7 +1,9 @@
-"""Byte strings that two vocabularies can both be cut back to, and the plan that pushes both sides' tokens onto them.
+"""Pieces, the byte strings to which tokens of two vocabularies can be truncated, and the plan that maps both sides'
+tokens to them.
 
-A piece is a student token that is the longest prefix of some teacher token. Cut back to the longest piece that begins
-it, every token of either vocabulary names one, so that rows over two vocabularies become rows over the same events.
+A piece is a student token that is the longest prefix of some teacher token. Truncated to its longest prefix that is a
+piece, every token of either vocabulary maps to one piece, so rows over two vocabularies become rows over the same
+events.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -24,11 +26,11 @@ from gold.tokenize.vocabulary import Vocabulary
 
 @dataclass(frozen=True, eq=False)
 class Pieces:
-    """The student tokens that are the longest prefix of some teacher token: `ids[p]`, ascending, one for equal bytes.
+    """The student tokens that are the longest prefix of some teacher token: `ids[p]`, ascending, one per byte string.
 
-    `at_S[k]` is the longest piece that begins at byte k of the student's `blob` and does not run over the end of the
-    token there, -1 for none; `at_T` likewise. A token's own piece is that at its first byte; the others are those of
-    what is left of it behind some of its bytes. `lengths` are in bytes; `white`: nothing but white space.
+    `at_S[k]` is the longest piece that begins at byte k of the student's `blob` within the token there, -1 for none;
+    `at_T` likewise. A token's own piece is that at its first byte; the others are the pieces of its suffixes. `lengths`
+    are in bytes; `white`: white space only.
     """
 
     ids: Int32
@@ -51,7 +53,7 @@ class Pieces:
 
 
 class _Only:
-    """A vocabulary of which only some ids are text."""
+    """A vocabulary in which only some ids are text."""
 
     stop_ids: tuple[int, ...] = ()
     dummy_prefix = False
@@ -65,7 +67,7 @@ class _Only:
 @dataclass(frozen=True, eq=False)
 class PieceRows:
     """One side of a batch: its trie and byte plan, the byte position after each row's token (-1 where the row has no
-    token), where each id begins in the vocabulary's `blob`, and the piece that begins at each byte of that."""
+    token), the first byte of each id in the vocabulary's `blob`, and the piece at each byte of the blob."""
 
     trie: ByteTrie
     plan: BytePlan
@@ -75,8 +77,8 @@ class PieceRows:
 
     @cached_property
     def origin(self) -> Int64:
-        """The byte position at which each row would visit the root of the trie: one less than where it begins, behind
-        a space that is not in the text. Beyond all positions for a row that visits none."""
+        """The byte position at which each row would visit the root of the trie: one less than its begin if the walk
+        starts after a space that is not in the text. Beyond all positions for a row without visits."""
         origin = np.full(self.plan.rows, self.plan.positions, np.int64)
         visits = self.plan.visits
         starts = visits.starts
@@ -85,7 +87,7 @@ class PieceRows:
 
     @property
     def walk(self) -> tuple[NDArray[np.generic], ...]:
-        """What a walk along the visits of a row reads."""
+        """The arrays that a walk along the visits of a row uses."""
         trie, visits = self.trie, self.plan.visits
         nodes = trie.low, trie.high, trie.first_child, trie.children, trie.byte
         return *nodes, visits.ptr, visits.node, self.origin, self.row_ends
@@ -93,16 +95,17 @@ class PieceRows:
 
 @dataclass(frozen=True, eq=False)
 class PieceRanges:
-    """Which ids of which row count at which position, and as what: ranges `low … high` of a pool of ids, by position.
+    """Which ids of which row count at which position, and as which event: ranges `low … high` of a pool of ids, by
+    position.
 
     The pool is the text tokens in byte order, the stop ids, and all other columns of the rows; `high` -1 is its end.
-    `event` is the event that the ids of a range are. BY_PIECE: each is the longest piece at its byte `depth`. MOVED: as
-    BY_PIECE, of a row that counts as a whole, and only for those ids that begin with the sampled token. PATH: no event,
-    but the probability of the sampled token. Ids at `inner_low … inner_high` begin with the sampled token. `skips`:
-    without the row's target.
+    `event` is the event of the ids of a range. BY_PIECE: for each id the longest piece at its byte `depth`. MOVED: as
+    BY_PIECE, in a row that is counted whole, and only for ids that begin with the sampled token. PATH: no event, but
+    the probability of the sampled token. Ids at `inner_low … inner_high` begin with the sampled token. `skips`:
+    excluding the row's target.
 
-    `start[p] … start[p + 1]` are the ranges of position p. `whole[p]` is the row that begins there, of which every
-    column counts, by its piece at byte 0; -1 for none. `last[p]` is the last row that begins there or before. The rows
+    `start[p] … start[p + 1]` are the ranges of position p. `whole[p]` is the row that begins there, every column of
+    which counts by its piece at byte 0; -1 for none. `last[p]` is the last row that begins there or before. The rows
     `reach[p, 0] … reach[p, 1]` are needed for p.
     """
 
@@ -122,12 +125,12 @@ class PieceRanges:
 
 @dataclass(frozen=True, eq=False)
 class PiecePlan:
-    """How both sides of a batch are compared on pieces at given byte positions, at each of which a student row begins.
+    """The comparison of both sides of a batch on pieces, at byte positions at each of which a student row begins.
 
-    Where the teacher needs several tokens for what the student sampled there, `observed[p]` is the event that is the
-    sampled token: its own piece, or, where it is none, OBSERVED; then `short[p]` is the event that it is cut back to,
-    and what begins with it counts as OBSERVED instead. `source[p]` is the event of the first of the teacher's tokens.
-    All are -1 elsewhere. `observed_white`: the sampled token is nothing but white space.
+    Where the teacher needs several tokens for the sampled student token, `observed[p]` is the event of the sampled
+    token: its own piece, or OBSERVED if it is no piece; then `short[p]` is the event it is truncated to, and tokens
+    that begin with it count as OBSERVED instead. `source[p]` is the event of the first of the teacher's tokens. All are
+    -1 elsewhere. `observed_white`: the sampled token is white space only.
     """
 
     student: PieceRanges
@@ -169,7 +172,7 @@ class PiecePlan:
 
 
 def _whole_rows(side: PieceRows, positions: Int64) -> Int64:
-    """The row that begins at each position in the root of the trie, the last of several; -1 for none."""
+    """The row that begins at each position at the root of the trie, the last of several; -1 for none."""
     row = side.plan.position_row[positions].astype(np.int64)
     return np.where(side.origin[row] == positions, row, -1)
 
@@ -177,7 +180,7 @@ def _whole_rows(side: PieceRows, positions: Int64) -> Int64:
 def _ranges(
     side: PieceRows, positions: Int64, whole: Int64, split: Int64, text: UInt8, size: int, paths: Int64
 ) -> PieceRanges:
-    """The ranges of one side. `split[p]`: the end of a sampled token that is an event of its own, else -1."""
+    """The ranges of one side. `split[p]`: the end of a sampled token that is a separate event, else -1."""
     trie, plan = side.trie, side.plan
     number = np.full(plan.positions, -1, np.int64)
     number[positions] = np.arange(positions.size)
@@ -232,7 +235,8 @@ def _below(first_child, children, byte, node, text, begin, end):
 
 @numba.njit(cache=True, nogil=True)
 def _inner(p, node, positions, split, text, walk):
-    """For each visit the range of tokens that go on with a sampled token that is an event; empty for none."""
+    """For each visit the range of tokens that continue with a sampled token that is a separate event; empty for
+    none."""
     trie_low, trie_high, first_child, children, byte = walk[:5]
     low, high = np.zeros(p.size, np.int64), np.zeros(p.size, np.int64)
     for v in range(p.size):
@@ -256,7 +260,7 @@ def _visit(walk, row, position):
 
 @numba.njit(cache=True, nogil=True)
 def _tokens_from(walk, row, text, end):
-    """The tokens that run from a row's start along the text to ``end`` or across it, as a range of the byte order."""
+    """The tokens that follow the text from a row's begin to ``end`` or beyond, as a range of the byte order."""
     trie_low, trie_high, first_child, children, byte = walk[:5]
     node = _visit(walk, row, end - 1)
     if node >= 0:
@@ -269,13 +273,13 @@ def _observed(
     positions, whole_S, last_T, text, lengths,
     target_S, offsets_S, piece_S, walk_S, target_T, offsets_T, piece_T, walk_T,
 ):  # fmt: skip
-    """The end of the sampled token where the teacher needs several, the arrays of PiecePlan there, and the ranges along
-    the teacher's tokens: position, row, low, high."""
+    """The end of the sampled token where the teacher needs several tokens, the arrays of PiecePlan there, and the
+    ranges along the teacher's tokens: position, row, low, high."""
     count = positions.size
     end, observed = np.full(count, -1, np.int64), np.full(count, -1, np.int64)
     short, source = np.full(count, -1, np.int64), np.full(count, -1, np.int64)
     origin_S, ends_S, origin_T, ends_T = walk_S[7], walk_S[8], walk_T[7], walk_T[8]
-    # A teacher row lies inside one student token at most.
+    # A teacher row lies inside at most one student token.
     paths, found = np.empty((ends_T.size, 4), np.int64), 0
     for p in range(count):
         e, row = positions[p], whole_S[p]
@@ -285,7 +289,7 @@ def _observed(
         low, high = _tokens_from(walk_S, row, text, stop)
         if high <= low or ends_T[at] <= e or ends_T[at] >= stop:
             continue
-        # The teacher's own tokens, each of which must be spelled exactly, up to the one that reaches the end.
+        # The teacher's own tokens, each with exactly the bytes of the text, up to the one that reaches the end.
         before, k = found, at
         while 0 <= ends_T[k] < stop and _visit(walk_T, k, ends_T[k]) >= 0:
             k += 1

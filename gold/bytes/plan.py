@@ -1,10 +1,10 @@
-"""The plan that turns a model's rows into next-byte distributions along given texts.
+"""The plan that maps a model's rows to next-byte distributions along given texts.
 
-A language model over tokens is also a language model over bytes. At byte offset ``e`` of a text whose tokens are known,
-the probability of the next byte is a ratio of two sums over tokens that agree with the text so far: tokens that start
-at the last token boundary, and longer ones that start at an earlier boundary and would have run across it (the *cover*
-terms). Which tokens these are depends on the vocabulary and the text alone, never on the model; this module finds them
-once, as index arrays, and the kernels then only add probabilities.
+A language model over tokens is also a language model over bytes. At byte offset ``e`` of a text with known tokens, the
+probability of the next byte is a ratio of two sums over tokens that agree with the text so far: tokens that start at
+the last token boundary, and longer ones that start at an earlier boundary and cross it (the *cover* terms). These token
+sets depend on the vocabulary and the text only, not on the model; this module computes them once, as index arrays, and
+the kernels then only add probabilities.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -25,7 +25,7 @@ from gold.bytes.trie import Bool, ByteTrie, Int32, Int64, VocabularyBytes, child
 
 
 class TextTokens(Protocol):
-    """What a plan needs of a text in one side's tokens: ids, where each ends, the bytes, which tokens are exact."""
+    """A tokenized text, as far as a plan needs it."""
 
     @property
     def ids(self) -> Int32:
@@ -50,11 +50,11 @@ class TextTokens(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Visits:
-    """The trie nodes along the text that rows visit: row k the visits ``ptr[k] … ptr[k + 1]``.
+    """The trie nodes that rows visit along the text: row k has the visits ``ptr[k] … ptr[k + 1]``.
 
     Visit v yields the masses ``mass_ptr[v] … mass_ptr[v + 1]``: first the tokens that end at its node (at the row's
-    start: everything that is neither a reachable token nor a stop), then each child, and at the row's start last the
-    stop ids. ``skips_target``: the first of these is without the row's own token, which the next row counts.
+    start also all ids that are neither text nor stop), then each child, and at the row's start last the stop ids.
+    ``skips_target``: the first of these excludes the row's own token, which the next row accounts for.
     """
 
     ptr: Int64
@@ -71,14 +71,15 @@ class Visits:
 
     @cached_property
     def reach(self) -> Int64:
-        """The last byte position that each row visits; −1 for a row that visits none."""
+        """The last byte position that each row visits; −1 for a row without visits."""
         reach = np.full(self.ptr.size - 1, -1)
         some = np.diff(self.ptr) > 0
         reach[some] = self.position[self.ptr[1:][some] - 1]
         return reach
 
     def within(self, rows: slice, positions: slice) -> tuple[Visits, slice | NDArray[np.intp]]:
-        """The visits of some rows at some positions, rows and masses numbered from 0 on, and which masses these are."""
+        """The visits of some rows at some positions, rows and masses renumbered from 0, and the indices of these
+        masses."""
         first, last = self.ptr[[rows.start, rows.stop]].tolist()
         ptr, here = self.ptr[rows.start : rows.stop + 1] - first, slice(first, last)
         masses = np.diff(self.mass_ptr[first : last + 1])
@@ -96,11 +97,11 @@ class Visits:
 
 @dataclass(frozen=True, eq=False)
 class BytePlan:
-    """Which masses of which row add up to which event of which byte position, for a batch of texts on one side.
+    """For a batch of texts on one side, which masses of which row add up to which event of which byte position.
 
-    Rows are the model's states: row ``k`` of a text predicts its token ``k``; a text that stopped has one more row,
-    for the stop event. Positions are byte offsets ``0 … L`` of each text, one text after the other. ``target``: the id
-    of each row, −1 for the stop event. ``position_row``: the last row that begins at each position or before it.
+    Rows are model states: row ``k`` of a text predicts its token ``k``; a text that stopped has one more row, for the
+    stop event. Positions are the byte offsets ``0 … L`` of each text, concatenated. ``target``: the id of each row, −1
+    for the stop event. ``position_row``: the last row that begins at or before each position.
     """
 
     visits: Visits
@@ -114,25 +115,25 @@ class BytePlan:
 
     @property
     def rows(self) -> int:
-        """Number of model states that the plan reads."""
+        """Number of model states of the plan."""
         return int(self.target.size)
 
     @property
     def positions(self) -> int:
-        """Number of byte positions, the one after the last byte of each text included."""
+        """Number of byte positions, including the one after the last byte of each text."""
         return int(self.supervised.size)
 
     @classmethod
     def of(
         cls, vocabulary: VocabularyBytes, trie: ByteTrie, texts: Sequence[TextTokens], stopped: Sequence[bool]
     ) -> BytePlan:
-        """The plan of ``texts``, read through their own tokens; ``stopped[b]`` says whether the stop event follows.
+        """The plan of ``texts`` in their own tokens; ``stopped[b]``: whether the stop event follows text b.
 
-        Where the tokenizer puts a space before a text that is not in its bytes, the first token is looked up behind
+        If the tokenizer puts a space before a text that is not in its bytes, the walk of the first token starts after
         that space.
 
-        A position is supervised where some row's walk passes it: everywhere but inside spans that the tokens do not
-        spell exactly, and at the end of a text that did not stop.
+        A position is supervised if some row's walk passes it: everywhere except inside spans whose bytes the tokens do
+        not reproduce exactly, and at the end of a text that did not stop.
         """
         lengths = [len(t.data) for t in texts]
         starts = _starts(np.array(lengths, np.int64) + 1)
@@ -154,7 +155,7 @@ class BytePlan:
         visits = Visits(ptr, node, position, first_visit, end[row] == position, _starts(masses))
         position_row = np.zeros(int(starts[-1]), np.int32)
         position_row[starts[:-1]] = _starts([p[0].size for p in parts])[:-1]
-        position_row[position[first_visit]] = row[first_visit]  # of several rows that begin there the last
+        position_row[position[first_visit]] = row[first_visit]  # the last of several rows that begin there
         supervised = np.zeros(position_row.size, np.bool_)
         supervised[position] = True
         event = np.empty(visits.mass_ptr[-1], np.int32)
@@ -172,9 +173,9 @@ class BytePlan:
 
 
 def behind_space(vocabulary: VocabularyBytes, text: TextTokens) -> tuple[Bool, int]:
-    """Which tokens spell their span of the text, and how many states stand behind the space put before a text.
+    """Which tokens have exactly the bytes of their span, and how many states follow the space put before a text.
 
-    The first token that is text has that space in surplus, or has none; special tokens may stand before it.
+    The first text token has that space in addition to its span, or no space; special tokens may precede it.
     """
     exact = text.exact.astype(np.bool_, copy=True)
     if not vocabulary.dummy_prefix:
@@ -192,14 +193,15 @@ def behind_space(vocabulary: VocabularyBytes, text: TextTokens) -> tuple[Bool, i
 def _rows(
     vocabulary: VocabularyBytes, trie: ByteTrie, text: TextTokens, stopped: bool, first: int
 ) -> tuple[NDArray[np.int64], ...]:
-    """Of each row of a text that begins at position ``first``: id, position before and after its token, the node where
-    its walk begins, the position at which it must end, and the last that it may visit (before the first: no walk)."""
+    """For each row of a text that begins at position ``first``: id, position before and after its token, the node where
+    its walk begins, the position at which the walk must end, and the last position it may visit (before the first: no
+    walk)."""
     exact, spaced = behind_space(vocabulary, text)
     ends, length = text.ends.astype(np.int64), len(text.data)
     begin = np.concatenate(([0], ends))
     wide = ends > begin[:-1]
-    # A walk must not enter a span that the tokens do not spell exactly: there the text's bytes are not what the model
-    # read. Nor does one begin after a token of no width that is not exact: that state stands inside such a span.
+    # A walk must not enter a span whose bytes the tokens do not reproduce exactly: the model did not read the text's
+    # bytes there. Nor does one begin after an inexact token of zero width: that state is inside such a span.
     inexact = np.append(begin[:-1][~exact & wide], length)
     limit = inexact[np.searchsorted(inexact, begin)]
     begins = np.concatenate(([True], exact | wide))
@@ -224,7 +226,7 @@ def _starts(counts: Sequence[int] | NDArray[np.integer]) -> Int64:
 
 @numba.njit(cache=True, nogil=True)
 def _walk_rows(first_child, children, byte, data, begin, root, limit, last, ptr, node):
-    """How many nodes each row visits along the text; they are written to ``node``, unless that is empty."""
+    """Number of nodes that each row visits along the text; they are written to ``node``, unless that is empty."""
     counts = np.zeros(begin.size, np.int64)
     for k in range(begin.size):
         at, e = root[k], begin[k]

@@ -1,4 +1,4 @@
-"""The map from the tokens of one vocabulary to the longest tokens of another that begin them."""
+"""The map from the tokens of one vocabulary to their longest prefixes among the tokens of another."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from gold.bytes.trie import ByteTrie, Int32
 from gold.tokenize.cache import cached_ids
 from gold.tokenize.vocabulary import Vocabulary
 
-# Raised when other maps follow from the same two vocabularies: no file of an older rule is read then.
+# Increment when the same two vocabularies yield other maps: it invalidates cached files.
 _VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
 class PrefixMap:
-    """φ(w): for every teacher token w the longest student token that its bytes begin with, as index arrays.
+    """φ(w): for every teacher token w its longest prefix that is a student token, as index arrays.
 
-    `ids_W[w]` is φ(w), −1 for special tokens and where no student token begins w; of ids with equal bytes it is the
-    canonical one. `prefix_bytes_W[w]` is the length of φ(w), 0 for none, and `rest_bytes_W[w]` that of what follows it.
+    `ids_W[w]` is φ(w), −1 for special tokens and where no student token is a prefix of w; of ids with equal bytes it is
+    the canonical one. `prefix_bytes_W[w]` is the length of φ(w), 0 for none, and `rest_bytes_W[w]` that of the
+    remaining bytes.
     """
 
     ids_W: Int32
@@ -30,8 +31,8 @@ class PrefixMap:
 def longest_prefixes(student: Vocabulary, teacher: Vocabulary) -> PrefixMap:
     """φ from the teacher's vocabulary to the student's; with the sides swapped, the reverse.
 
-    It is kept in the cache folder (`gold.tokenize.cache`), under both fingerprints. Of ids with equal bytes
-    `Vocabulary.canonical_ids` is asked each time: it follows from more than the bytes.
+    Cached on disk (`gold.tokenize.cache`) under both fingerprints. `Vocabulary.canonical_ids` is applied after loading:
+    it depends on more than the bytes.
     """
 
     def build() -> Int32:

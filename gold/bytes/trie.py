@@ -1,4 +1,4 @@
-"""The trie of a vocabulary's bytes: which tokens begin with a prefix, as ranges of one order."""
+"""The byte trie of a vocabulary: the tokens with a given prefix are a range of one order."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls
 
@@ -18,7 +18,7 @@ UInt8 = NDArray[np.uint8]
 
 
 class VocabularyBytes(Protocol):
-    """What a trie needs of a vocabulary: the bytes of every id, and which ids are no text."""
+    """The part of a vocabulary that a trie needs: the bytes of every id, and which ids are not text."""
 
     size: int
     offsets: Int64
@@ -28,7 +28,7 @@ class VocabularyBytes(Protocol):
 
     @property
     def dummy_prefix(self) -> bool:
-        """Whether a space is put before a text."""
+        """Whether the tokenizer puts a space before a text."""
         ...
 
 
@@ -36,8 +36,8 @@ class VocabularyBytes(Protocol):
 class ByteTrie:
     """All text tokens of a vocabulary in byte order, and the trie of their prefixes, as flat arrays.
 
-    The tokens below node ``n`` are ``order[low[n]:high[n]]``; the first ``own[n]`` of them spell exactly the node's
-    prefix. The children of ``n`` are the nodes ``first_child[n] … first_child[n] + children[n]``, by rising
+    The tokens below node ``n`` are ``order[low[n]:high[n]]``; the bytes of the first ``own[n]`` of them are exactly the
+    node's prefix. The children of ``n`` are the nodes ``first_child[n] … first_child[n] + children[n]``, by ascending
     ``byte``. Node 0 is the root, the empty prefix.
     """
 
@@ -54,10 +54,10 @@ class ByteTrie:
 
     @classmethod
     def of(cls, vocabulary: VocabularyBytes) -> Self:
-        """The trie of every id that is text (not special, at least one byte); ``outside`` are the other ids but the
-        stop ids.
+        """The trie of every text id (not special, at least one byte); ``outside`` are the other ids except the stop
+        ids.
 
-        Ids that spell the same bytes stand side by side, by rising id.
+        Ids with equal bytes are adjacent, in ascending order.
         """
         offsets, blob = vocabulary.offsets, vocabulary.blob
         stops = np.array(sorted(set(vocabulary.stop_ids)), dtype=np.int32)
@@ -71,9 +71,8 @@ class ByteTrie:
         return cls(order, low, high, own, first_child, children, byte, outside, stops, vocabulary.size)
 
     def longest_tokens(self, offsets: Int64, blob: UInt8) -> Int32:
-        """For every byte of another vocabulary's ``blob`` the longest token that begins there and does not run over the
-        end of the other's token: its lowest id, -1 if there is none.
-        """
+        """For every byte of another vocabulary's ``blob`` the longest token that begins there and stays within the
+        other's token: its lowest id, -1 if there is none."""
         nodes = self.low, self.own, self.first_child, self.children, self.byte
         found: Int32 = _longest_tokens(self.order, *nodes, offsets, blob)
         return found

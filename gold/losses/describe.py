@@ -1,4 +1,4 @@
-"""The table of objectives for people."""
+"""Text description of the registered objectives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gold.losses.table import OBJECTIVES, SUPPORTS, Arguments, DivergenceRow, ar
 
 
 def describe_objectives(name: str | None = None) -> Iterator[str]:
-    """Lines on every objective, or on one: what it is, what it needs of a teacher, its options and their defaults.
+    """Lines on every objective, or on one: summary, what it needs from a teacher, its options and their defaults.
 
     Raises: ConfigError: there is no objective of that name.
     """

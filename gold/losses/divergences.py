@@ -1,7 +1,7 @@
 """Divergences between rows of log-probabilities, [N, events] → [N] in nats: p the student's, q the teacher's.
 
-Those of the table are sums of two KL divergences to mixtures, a form that kernels know; any other function of two such
-rows is as good a divergence, and is computed in torch.
+The registered ones are sums of two KL divergences to mixtures, a form that the kernels implement; any other function of
+two such rows also works as a divergence, and runs in torch.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 def reverse_kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p ‖ q) per row, p the student: ``Σ p (log p − log q)``. Events of probability 0 under p count 0."""
+    """KL(p ‖ q) per row, p the student: ``Σ p (log p − log q)``. Events with probability 0 under p contribute 0."""
     return _FORMS[reverse_kl]()(logp, logq)
 
 
 def forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(q ‖ p) per row, q the teacher: ``Σ q (log q − log p)``. Events of probability 0 under q count 0."""
+    """KL(q ‖ p) per row, q the teacher: ``Σ q (log q − log p)``. Events with probability 0 under q contribute 0."""
     return _FORMS[forward_kl]()(logp, logq)
 
 
 def jsd(logp: Tensor, logq: Tensor, beta: Share = 0.5) -> Tensor:
     """Generalised Jensen–Shannon divergence: ``β KL(q ‖ m) + (1 − β) KL(p ‖ m)`` with ``m = β q + (1 − β) p``.
 
-    β = 0 and β = 1, where the formula itself is 0, mean its limits forward KL and reverse KL.
+    β = 0 and β = 1, where the formula is 0, give its limits: forward KL and reverse KL.
 
     Source: Agarwal et al. 2306.13649, equation 1.
     """
@@ -59,9 +59,9 @@ def skew_reverse_kl(logp: Tensor, logq: Tensor, alpha: Share = 0.1) -> Tensor:
 def entropy_aware_kl(
     logp: Tensor, logq: Tensor, threshold: Annotated[float, Field(ge=0)] = 0.8, forward: Share = 1.0
 ) -> Tensor:
-    """Reverse KL, and on rows where the teacher's entropy is above ``threshold`` nats ``forward`` times forward KL too.
+    """Reverse KL, plus ``forward`` times forward KL on rows where the teacher's entropy is above ``threshold`` nats.
 
-    Where a teacher is unsure, reverse KL keeps to one of its choices; forward KL brings the others back.
+    Where a teacher is uncertain, reverse KL concentrates on one of its options; forward KL restores the others.
 
     Source: Jin et al. 2603.07079; there the entropy is that of the teacher's tokens, here that of the events compared.
     """
@@ -95,7 +95,7 @@ _FORMS: Mapping[Callable[..., Tensor], Callable[..., MixedKL]] = {
 
 
 def form_of(divergence: Divergence) -> MixedKL | None:
-    """The form in which kernels know a divergence of the table, with its options or without; None for any other."""
+    """The ``MixedKL`` form of a registered divergence, with or without options; None for any other function."""
     function, options = divergence, {}
     if isinstance(divergence, partial):
         function, options = divergence.func, divergence.keywords

@@ -1,4 +1,4 @@
-"""Several teachers as one: a linear or a log-linear mixture of their distributions over the same events."""
+"""Several teachers as one: a linear or log-linear mixture of their distributions over the same events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rule = Literal["linear", "log_linear"]
 
 @dataclass(frozen=True)
 class OtherTeacher:
-    """One more teacher of a microbatch: the same texts as it reads them, and its states over them."""
+    """One more teacher of a microbatch: the same texts in its tokens, and its states."""
 
     batch: AlignedBatch
     rows: LazyLogits
@@ -25,7 +25,7 @@ class OtherTeacher:
 
 @dataclass(frozen=True)
 class Mix:
-    """Which teachers become one distribution, by name, and how; the weights sum to one."""
+    """The names, weights and rule of a mixture of teachers; the weights sum to one."""
 
     rule: Rule
     weights: dict[str, float]
@@ -38,10 +38,10 @@ class Mix:
 def mixture(logq: Sequence[Tensor], weights: Sequence[float], rule: Rule) -> Tensor:
     """Log-probabilities of a mixture of distributions over the same events, [N, events].
 
-    ``linear``: ``log Σ_i w_i q_i``. ``log_linear``: ``Σ_i w_i log q_i``, normalised: what one of them rules out has
-    probability 0. The weights are positive; only their ratios count.
+    ``linear``: ``log Σ_i w_i q_i``. ``log_linear``: ``Σ_i w_i log q_i``, normalised: an event with probability 0 under
+    one of them has probability 0. The weights are positive; only their ratios matter.
 
-    Raises: ValueError where a log-linear mixture leaves no event of a row.
+    Raises: ValueError where a log-linear mixture gives every event of a row probability 0.
 
     Source: Genest and Zidek, Statistical Science 1 (1986), 114–135: the linear and the logarithmic opinion pool.
     """
@@ -59,7 +59,7 @@ def mixture(logq: Sequence[Tensor], weights: Sequence[float], rule: Rule) -> Ten
 def mixed_rows(rows: Sequence[LazyLogits], size: int, mix: Mix) -> LazyLogits:
     """Rows of teachers that share one vocabulary of ``size`` ids, as rows of their mixture.
 
-    Each teacher's rows of the output matrix that no id has are left out first. Rows of the mixture are whole, and on
-    the device of the first teacher's.
+    Padding rows of each teacher's output matrix are dropped first. Rows of the mixture are complete, and on the device
+    of the first teacher.
     """
     return MixedLogits(tuple(rows), mix.of, min(size, *(r.width for r in rows)))

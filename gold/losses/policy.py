@@ -1,4 +1,4 @@
-"""Policy gradients: an advantage for each token that the student sampled, and nothing that it did not."""
+"""Policy gradients: an advantage for each token that the student sampled."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def span_pg(
     importance_cap: Positive | None = None,
     noncanonical_penalty: NotNegative = 0.0,
 ) -> Loss:
-    """Policy gradient of the reverse KL from log-probabilities of given tokens alone, span by span.
+    """Policy gradient of the reverse KL from log-probabilities of given tokens only, span by span.
 
     Every student token of span c gets the advantage ``A = L_T(c) − L_S(c)``, the difference of both sides' summed
     log-probabilities of the same bytes; the loss is ``−Σ A log π(a)``. No credit from later spans, no gradient through
-    the advantage. Unbiased for the sum of the spans' reverse KL, because a span's end is known when it is reached.
+    the advantage. Unbiased for the sum of the spans' reverse KL, because a span's end is known once it is reached.
 
     The options are those of ``policy_loss``.
 
@@ -61,13 +61,14 @@ def token_pg(
     importance_cap: Positive | None = None,
     noncanonical_penalty: NotNegative = 0.0,
 ) -> Loss:
-    """Policy gradient of the reverse KL token by token, from the teacher's probability of the bytes that each adds.
+    """Policy gradient of the reverse KL token by token, from the teacher's probability of the bytes that each token
+    adds.
 
-    With P the teacher's probability that its text begins with given bytes, all tokens that reach across their end
-    counted, token i has the reward ``r_i = log P(to its end) − log P(to its start) − log π(a_i)``, the stop event ``log
-    P(text, stop) − log P(text) − log π(stop)``; the first two are sums over the teacher's byte table. An advantage is
-    all reward from its token on, ``A_i = Σ_{j ≥ i} r_j``, to the end of the text or of its span; the loss is ``−Σ A log
-    π(a)``. One reward alone is no divergence: prefixes are nested, so that short tokens would always seem better.
+    With P the teacher's probability that its text begins with given bytes, including all tokens that cross their end,
+    token i has the reward ``r_i = log P(to its end) − log P(to its start) − log π(a_i)``, the stop event ``log P(text,
+    stop) − log P(text) − log π(stop)``; the first two are sums over the teacher's byte table. An advantage is the sum
+    of rewards from its token on, ``A_i = Σ_{j ≥ i} r_j``, to the end of the text or of its span; the loss is ``−Σ A log
+    π(a)``. A single reward is not a divergence: prefixes are nested, so short tokens would always seem better.
 
     The options are those of ``policy_loss``.
 
@@ -82,15 +83,16 @@ def token_pg(
 
 
 def reward(inputs: LossInputs, *, importance_cap: Positive | None = None) -> Loss:
-    """Policy gradient of a task reward: ``−Σ A log π(a)`` over sampled tokens, the stop id included, with A the reward
-    of the rollout less its group's mean, over the group's standard deviation.
+    """Policy gradient of a task reward: ``−Σ A log π(a)`` over sampled tokens, including the stop id, with A the reward
+    of the rollout minus its group's mean, divided by the group's standard deviation.
 
-    Source: Shao et al. 2402.03300, section 4.1, without clipping: rollouts are used once, by the policy that made them.
+    Source: Shao et al. 2402.03300, section 4.1, without clipping: rollouts are used once, by the policy that sampled
+    them.
     """
     batch = inputs.batch
     mine = student_target_logp(inputs)
     given = torch.tensor([t.advantage for t in batch.texts], dtype=mine.event.dtype, device=mine.event.device)
-    # The sampled id itself, of several stop ids the one that was drawn.
+    # The sampled id itself: of several stop ids the one that was drawn.
     mine = TargetLogp(mine.target, mine.target)
     inside = batch.sampled_row_mask
     advantage = torch.where(inside, given[batch.row_text], 0.0)
@@ -100,9 +102,8 @@ def reward(inputs: LossInputs, *, importance_cap: Positive | None = None) -> Los
 
 @dataclass(frozen=True)
 class Credit:
-    """What each row of the student is credited with, [N] each: its ``advantage`` in nats, the ``reward`` that was given
-    at the row itself, and the ``stretch`` of a text, numbered from 0, that its advantage is about; −1: the row counts
-    nowhere."""
+    """Credit of each student row, [N] each: its ``advantage`` in nats, the ``reward`` of the row itself, and the
+    ``stretch``, the number from 0 of the range of rows that its advantage covers; −1: the row is not counted."""
 
     advantage: Tensor
     reward: Tensor
@@ -110,14 +111,14 @@ class Credit:
 
     @property
     def inside(self) -> Tensor:
-        """Which rows count."""
+        """Which rows are counted."""
         return self.stretch >= 0
 
 
 @torch.no_grad()
 def span_credit(inputs: LossInputs, event: Tensor, theirs: TargetLogp) -> Credit:
-    """The credit of ``span_pg``, given the student's log-probability of each row's event; a span's reward is given at
-    its last row."""
+    """The credit of ``span_pg``, given the student's log-probability of each row's target; a span's reward is at its
+    last row."""
     span_S, span_T, spans = inputs.batch.spans
     if not spans:
         return Credit(event * 0.0, event * 0.0, span_S)
@@ -132,8 +133,8 @@ def span_credit(inputs: LossInputs, event: Tensor, theirs: TargetLogp) -> Credit
 
 @torch.no_grad()
 def token_credit(inputs: LossInputs, event: Tensor, horizon: Horizon) -> tuple[Credit, TargetLogp]:
-    """The credit of ``token_pg``, given the student's log-probability of each row's event, and the teacher's scores.
-    Rows that the teacher does not observe have no reward of their own, only that of later rows."""
+    """The credit of ``token_pg``, given the student's log-probability of each row's target, and the teacher's scores.
+    Rows that the teacher does not observe have no reward themselves, only that of later rows."""
     batch = inputs.batch
     table, target, stop = byte_tables(inputs.teacher_rows, batch.teacher.layout)
     position, row, happened = (x.to(table.device) for x in batch.path)
@@ -147,8 +148,8 @@ def token_credit(inputs: LossInputs, event: Tensor, horizon: Horizon) -> tuple[C
 
 
 def sampled_credit(inputs: LossInputs, name: str, options: Mapping[str, Any]) -> Credit:
-    """The credit of ``span_pg`` or ``token_pg`` as it was when the texts were drawn: what a baseline is made of before
-    the student's states are there. ``inputs.student`` is not read."""
+    """The credit of ``span_pg`` or ``token_pg`` under the sampling policy, used for baselines before the student's
+    states are computed. ``inputs.student`` is not used."""
     event = inputs.batch.sampling_logprobs
     if name == "span_pg":
         return span_credit(inputs, event, teacher_target_logp(inputs))
@@ -158,11 +159,11 @@ def sampled_credit(inputs: LossInputs, name: str, options: Mapping[str, Any]) ->
 def means_of_others(
     credits: Sequence[Credit], numbers: Sequence[Tensor], size: int, add_up: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """For each row of each microbatch the mean advantage of the step's other texts at the same token of theirs, of at
-    most ``size``; 0 where there is none.
+    """For each row of each microbatch, the mean advantage of the step's other texts at the same token index, at most
+    ``size``; 0 where there is none.
 
-    ``numbers`` are the rows' numbers in their texts; ``add_up`` sums over processes. What a text is compared with is
-    independent of it, so its expected gradient stays what it is.
+    ``numbers`` are the token indices of the rows in their texts; ``add_up`` sums over processes. The baseline is
+    independent of the text, so the expected gradient is unchanged.
     """
     sums = torch.zeros(2, size, dtype=torch.float64)
     given = [torch.stack((c.inside.double(), c.advantage.double() * c.inside)).cpu() for c in credits]
@@ -187,13 +188,13 @@ def policy_loss(
     importance_cap: float | None,
     noncanonical_penalty: float,
 ) -> Tensor:
-    """``−Σ w A log π(a)`` over the rows that count, without gradient through w and A.
+    """``−Σ w A log π(a)`` over the counted rows, without gradient through w and A.
 
-    ``baseline`` "others": A less its mean over the step's other texts at the same token of theirs, ``inputs.baselines``
-    of this objective; without these the microbatch counts as the step. ``noncanonical_penalty``: nats taken off A at
-    tokens that the student's tokenizer would not have put there. ``clip``: A is kept within ± that.
-    ``importance_cap``: w is the product, over the stretch that A is about, of π(a) over the probability that a was
-    drawn with, at most that; else 1. The order is this one.
+    ``baseline`` "others": A minus its mean over the step's other texts at the same token index, ``inputs.baselines`` of
+    this objective; without these the microbatch counts as the step. ``noncanonical_penalty``: nats subtracted from A at
+    tokens that the student's tokenizer would not have produced. ``clip``: A is clamped to ± that. ``importance_cap``: w
+    is the product, over the rows covered by A, of π(a) over the probability with which a was sampled, at most that;
+    else 1. Applied in this order.
     """
     batch, inside, advantage = inputs.batch, credit.inside, credit.advantage
     with torch.no_grad():
@@ -212,7 +213,7 @@ def policy_loss(
             stretches = int(credit.stretch.max()) + 1 if credit.stretch.numel() else 0
             log_ratio = mine.target.detach().double() - batch.sampling_logprobs
             ratio = chunk_sums(log_ratio, credit.stretch, stretches).exp()
-            ratio = torch.cat((ratio.clamp(max=importance_cap), ratio.new_zeros(1)))  # the last is that of −1
+            ratio = torch.cat((ratio.clamp(max=importance_cap), ratio.new_zeros(1)))  # the last is for −1
             advantage = advantage * ratio[credit.stretch].to(advantage)
     return -(advantage[inside] * mine.event[inside]).sum()
 

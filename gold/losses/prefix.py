@@ -1,4 +1,4 @@
-"""Divergences on pieces: the teacher's next token cut back to what the student's vocabulary can begin with."""
+"""Divergences on pieces: the teacher's next token truncated to its longest prefix in the student's vocabulary."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def prefix_divergence(
     half_life: HalfLife | None = None,
 ) -> Loss:
     """Divergence between next-token distributions over pieces, the student tokens that are the longest prefix of some
-    teacher token: every token of either side counts as the longest piece that begins it.
+    teacher token: every token of either side counts as its longest prefix that is a piece.
 
-    Tokens that began earlier and run across the state count with what is left of them. Where the student sampled a
-    token for which the teacher needs several, the probability of these moves from the piece of the first to that token.
-    ``interior``: also at states of the student inside the teacher's tokens; a student of shorter tokens needs them.
-    ``white_space``: with ``mask``, states at which the teacher expects nothing but white space add nothing to the sum;
-    they stay in the count. Part ``white_space_share`` counts them.
+    Tokens that began earlier and cross the state count with their remaining bytes. Where the student sampled a token
+    for which the teacher needs several, the probability of these moves from the piece of the first to that token.
+    ``interior``: also at student states inside the teacher's tokens; needed by a student with shorter tokens.
+    ``white_space``: with ``mask``, states at which the teacher expects only white space add 0 to the sum but stay in
+    the count. Part ``white_space_share`` counts them.
 
     Source: prefix marginals for distillation, 2607.22334; the pieces and the cover terms as derived in docs/method.md.
     """
@@ -63,13 +63,13 @@ def prefix_states(
     half_life: HalfLife | None = None,
     **_: Any,
 ) -> float:
-    """States of the student that are compared on pieces, by their weight."""
+    """Number of student states compared on pieces, weighted."""
     return float(fading(batch.byte_offsets[prefix_positions(batch, interior, where)], half_life).sum())
 
 
 def prefix_positions(batch: AlignedBatch, interior: bool, where: Where) -> Tensor:
-    """Byte positions, ascending, at which a state of the student is compared: where one of the teacher begins too, or,
-    with ``interior``, everywhere; ``one_to_one``: only where the next token is a chunk by itself, or the text ends."""
+    """Byte positions, ascending, at which a student state is compared: where a teacher state begins too, or, with
+    ``interior``, everywhere; ``one_to_one``: only where the next token is a one-to-one chunk, or the text ends."""
     mine, theirs = batch.row_positions
     if where == "one_to_one":
         return torch.nonzero(mine & theirs & batch.one_to_one_bytes)[:, 0]

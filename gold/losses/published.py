@@ -1,7 +1,7 @@
-"""Published objectives, for comparison: each is what its paper says, in sums over the microbatch.
+"""Published objectives, for comparison: each as defined in its paper, summed over the microbatch.
 
-Where two vocabularies are one, those that name tokens are the plain token-level divergence that they extend. What the
-papers add beside them (cross-entropy on the text, schedules of weights) is a matter of other terms of a loss.
+With a shared vocabulary, those that compare tokens are the plain token-level divergence that they extend. Other parts
+of the papers' losses (cross-entropy on the text, weight schedules) are separate terms of the loss.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ EXCEPTIONS: Mapping[str, Mapping[str, str]] = {
 
 
 def gkd(inputs: LossInputs, *, beta: Share = 0.5) -> Loss:
-    """Generalised Jensen–Shannon divergence token by token, of models that share one vocabulary.
+    """Generalised Jensen–Shannon divergence token by token, for models that share one vocabulary.
 
-    β weighs the teacher in the mixture; 0 is forward KL, 1 reverse KL. Stop ids are tokens like others, padding rows of
-    the output matrix one more.
+    β weighs the teacher in the mixture; 0 is forward KL, 1 reverse KL. Stop ids are ordinary tokens; all padding rows
+    of the output matrix are one more.
 
     Source: Agarwal et al. 2306.13649, equations 1 and 2; at temperature 1.
     """
@@ -71,13 +71,14 @@ def gkd(inputs: LossInputs, *, beta: Share = 0.5) -> Loss:
 
 
 def opd(inputs: LossInputs, *, clip: Positive | None = None, importance_cap: Positive | None = None) -> Loss:
-    """On-policy distillation by policy gradient, of models that share one vocabulary: every sampled token has the
-    advantage ``A = log q(a) − log π(a)``, its own negative reverse KL, and no credit from later ones.
+    """On-policy distillation by policy gradient, for models that share one vocabulary: every sampled token has the
+    advantage ``A = log q(a) − log π(a)``, its own negative reverse KL, without credit from later tokens.
 
     The loss is ``−Σ A log π(a)``, without gradient through A; the options are those of ``policy_loss``. The stop ids
     count as one event.
 
-    Source: Lu, "On-Policy Distillation", Thinking Machines 2025; there A holds π as it was sampled, here as it is now.
+    Source: Lu, "On-Policy Distillation", Thinking Machines 2025; there A uses the sampling policy, here the current
+    one.
     """
     batch = inputs.batch
     mine, theirs = student_target_logp(inputs), teacher_target_logp(inputs)
@@ -92,14 +93,14 @@ def opd(inputs: LossInputs, *, clip: Positive | None = None, importance_cap: Pos
 
 
 def uld(inputs: LossInputs) -> Loss:
-    """Universal logit distillation: the L1 distance between both sides' probabilities in falling order, position by
-    position.
+    """Universal logit distillation: the L1 distance between both sides' sorted probabilities, token index by token
+    index.
 
-    Row i of the student's tokens is compared with row i of the teacher's, as far as both go, whatever text the two have
-    read by then: part ``out_of_step`` counts the positions at which it is not the same.
+    Row i of the student's tokens is compared with row i of the teacher's, up to the shorter length, even if the two
+    have read different text: part ``out_of_step`` counts the positions where they have.
 
     Source: Boizard et al. 2402.12030, the Wasserstein term of the ULD loss in its closed form for uniform cost; at
-    temperature 1. Their loss adds cross-entropy on the text; weigh ``sft`` for it.
+    temperature 1. Their loss adds cross-entropy on the text; add an ``sft`` term for it.
     """
     rows_S, rows_T, in_step = _positions(inputs.batch)
     total = sorted_distance(inputs.student.select(rows_S), inputs.teacher_rows.select(rows_T))
@@ -110,9 +111,10 @@ def gold_hybrid(inputs: LossInputs, *, beta: Share = 0.5, matched_share: Share |
     """General on-policy logit distillation: per chunk, a JSD(β) on tokens of equal bytes plus the sorted L1 distance of
     all other probabilities.
 
-    The row of a chunk with tokens t_1 … t_k is that of its last token times the probability of those before it,
-    ``p(t_1) ⋯ p(t_{k−1} | …) · p(· | t_{<k})``, unnormalised. ``matched_share`` weighs the first term, the rest of 1
-    the second; without it, it is the share of the teacher's vocabulary that is matched. The stop event is matched.
+    The row of a chunk with tokens t_1 … t_k is that of its last token times the probability of the tokens before it,
+    ``p(t_1) ⋯ p(t_{k−1} | …) · p(· | t_{<k})``, unnormalised. ``matched_share`` weighs the first term, 1 −
+    ``matched_share`` the second; default: the share of the teacher's vocabulary that is matched. The stop event is
+    matched.
 
     Source: Patiño et al., "Unlocking On-Policy Distillation for Any Model Family", Hugging Face 2025, with the rows
     that predict the chunk's tokens. Tokens are matched by their bytes, there by their strings.
@@ -151,14 +153,15 @@ def gold_hybrid(inputs: LossInputs, *, beta: Share = 0.5, matched_share: Share |
 
 
 def alm(inputs: LossInputs, *, temperature: Positive = 100.0) -> Loss:
-    """Approximate likelihood matching: per chunk, the KL divergence between two coins that show the chunk's tokens with
-    each side's likelihood of them, to the power of 1 / temperature.
+    """Approximate likelihood matching: per chunk, the KL divergence between two Bernoulli variables whose probabilities
+    are each side's likelihood of the chunk's tokens, to the power of 1 / temperature.
 
     With a the teacher's and b the student's, ``a log(a / b) + (1 − a) log((1 − a) / (1 − b))``. Both log-likelihoods,
-    divided by the temperature, are lowered by 1e-6, so that a certain chunk stays finite. The stop event is a chunk.
+    divided by the temperature, are lowered by 1e-6, so that a chunk of probability 1 stays finite. The stop event is a
+    chunk.
 
     Source: Minixhofer et al. 2503.20083, the binarised f-divergence, with f that of KL; the 1e-6 is that of their
-    implementation. Chunks are the finest that both tokenizers respect, and are not debiased by what may follow them.
+    implementation. Chunks are the finest that both tokenizers share, without debiasing for possible continuations.
     """
     batch, chunks = inputs.batch, _chunks(inputs.batch)
     mine, theirs = student_target_logp(inputs), teacher_target_logp(inputs)
@@ -177,14 +180,14 @@ def alm(inputs: LossInputs, *, temperature: Positive = 100.0) -> Loss:
 def x_token(inputs: LossInputs, *, variant: Literal["p_kl", "h_kl"] = "p_kl") -> Loss:
     """Forward KL through a sparse matrix from student tokens to teacher tokens, per chunk, between mean rows.
 
-    ``p_kl``: the student's row is taken to the teacher's tokens by the matrix, the stop event to itself; both sides are
-    conditioned on what is reached. ``h_kl``: each student token is matched with the teacher token of its largest
-    weight, if that is at least 0.6; KL on matched tokens, unnormalised, plus the sorted L1 distance of all other
-    probabilities. The matrix is ``gold.align.decomposition.token_weights``, and is not learned.
+    ``p_kl``: the student's row is projected to the teacher's tokens by the matrix, the stop event to itself; both sides
+    are conditioned on the projected tokens. ``h_kl``: each student token is matched with the teacher token of its
+    largest weight, if that is at least 0.6; KL on matched tokens, unnormalised, plus the sorted L1 distance of all
+    other probabilities. The matrix is ``gold.align.decomposition.token_weights``, and is not learned.
 
     Source: Sreenivas et al. 2605.21699, P-KL and H-KL, and section 3.2 for the matrix. Their implementation takes means
-    over a chunk (of the teacher, of logarithms; here of probabilities on both sides) and keeps the teacher's 8192
-    likeliest tokens of a batch; here all that are reached count, so that a text's loss does not depend on its batch.
+    over a chunk (of the teacher, of logarithms; here of probabilities on both sides) and keeps the teacher's 8192 most
+    probable tokens of a batch; here all projected tokens count, so that a text's loss does not depend on its batch.
     """
     batch, pair = inputs.batch, inputs.batch.vocabularies
     if pair.same:
@@ -209,17 +212,17 @@ _CERTAIN = 1e-6
 
 
 def paired_positions(batch: AlignedBatch) -> float:
-    """Positions that both sides' tokens of a text have, the stop event being the last one."""
+    """Number of token indices that both sides have in each text, the stop event being the last one."""
     return float(_positions(batch)[0].numel())
 
 
 def whole_chunks(batch: AlignedBatch) -> float:
-    """Chunks in which both sides have tokens, the stop events included."""
+    """Number of chunks in which both sides have tokens, including stop events."""
     return float(_chunks(batch).count)
 
 
 def _positions(batch: AlignedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Row i of both sides of every text, as far as both go, and whether both have read the same bytes by then."""
+    """Row i of both sides of every text, up to the shorter length, and whether both have read the same bytes."""
     rows_S, rows_T, in_step = [], [], []
     for text, first_S, first_T in zip(
         batch.texts, batch.student.row_starts[:-1], batch.teacher.row_starts[:-1], strict=True
@@ -237,8 +240,8 @@ def _positions(batch: AlignedBatch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _chunks(batch: AlignedBatch) -> Chunks:
-    """The chunks in which both sides have tokens, numbered through; rows of others, of which all tokens are events on
-    one side, have −1."""
+    """The chunks in which both sides have tokens, renumbered; rows of other chunks, where one side has only special
+    tokens, have −1."""
     chunk_S, chunk_T, count, _ = batch.chunk_index
     there_S, there_T = (torch.bincount(c, minlength=count).to(batch.device) > 0 for c in (chunk_S, chunk_T))
     both = there_S & there_T

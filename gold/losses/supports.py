@@ -1,4 +1,4 @@
-"""Divergences on a support: the events on which two models that do not share a vocabulary can be compared."""
+"""Divergences on a support: the events on which models with different vocabularies can be compared."""
 
 from __future__ import annotations
 
@@ -40,11 +40,10 @@ def bytes_divergence(
 ) -> Loss:
     """Divergence between next-byte distributions at every byte of the texts, and at the stop event.
 
-    Each model's rows become one table of byte events on their own; a row is compared on the events that both sides
-    resolve, all else being one more event. The tail of a teacher that gives its top k tokens alone is filled in with
-    the student's own probabilities, without gradient.
-
-    Several teachers are one distribution: the mixture of their tables, on the events that all of them resolve.
+    Each model's rows become a table of byte events, compared on the events that both sides resolve, with all other mass
+    as one more event. The tail mass of a teacher's top k tokens is distributed like the student's own probabilities,
+    without gradient. Several teachers are one distribution: the mixture of their tables, on the events that all
+    resolve.
     """
     batch = inputs.batch
     at, weight = byte_positions(batch, where), fading(batch.byte_offsets, half_life)
@@ -58,7 +57,8 @@ def bytes_divergence(
         positions, _, events = batch.path
         inside = (positions >= place.start) & (positions < place.stop)
         path = positions[inside] - place.start, events[inside]
-        # The student's logits are kept until their gradient is made: a teacher that does not need them goes first.
+        # The student's logits are kept until their gradient is computed: a teacher that does not need them is computed
+        # first.
         sides = [] if partial else [_teacher_side(teacher, place, path, here) for teacher in teachers]
         table, *mine = byte_tables(block, window.layout, keep=True)
         if partial:
@@ -67,7 +67,7 @@ def bytes_divergence(
         for side in sides[1:]:
             resolved_T = resolved_T & side.resolved
         logp = common_events(table[here], resolved, resolved_T)
-        # Leaked before they are mixed, so that there is always an event that all of them allow.
+        # Smoothed before they are mixed, so that at least one event is possible under all of them.
         tables = [common_events(side.logq.to(logp), resolved_T, resolved) for side in sides]
         logq = tables[0] if inputs.mix is None else inputs.mix.of(tables)
         logp, logq = finite_where_either_is(logp, logq)
@@ -94,9 +94,9 @@ def bytes_divergence(
 
 
 def _path_logp(inputs: LossInputs, mine: Tensor, theirs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """As ``sequence_logp``, from the byte tables' log-probabilities of what did happen: [events of ``batch.path``] of
-    the student and of each teacher. So both say how likely their text is to begin with the bytes of one that was cut
-    off, whatever token runs across its end."""
+    """As ``sequence_logp``, from the byte tables' log-probabilities of the observed events: [events of ``batch.path``]
+    of the student and of each teacher. For a truncated text both are the probability that a text begins with its bytes,
+    whatever token crosses its end."""
     batch = inputs.batch
     _, row, event = batch.path
     observed = batch.sampled_row_mask[row]
@@ -114,8 +114,8 @@ def _path_logp(inputs: LossInputs, mine: Tensor, theirs: Sequence[Tensor]) -> di
 
 @dataclass(frozen=True)
 class _Window:
-    """Byte positions that are compared together: the student's layout of them, the ``rows`` that it reads, and which of
-    these begin there."""
+    """Byte positions compared together: the student's layout of them, the ``rows`` it needs, and which of these begin
+    there."""
 
     places: slice
     layout: ByteLayout
@@ -124,10 +124,11 @@ class _Window:
 
 
 def _windows(batch: AlignedBatch, student: LazyLogits, teachers: Sequence[_Teacher]) -> list[_Window]:
-    """All byte positions, in stretches that read about as many rows of the student as a block holds.
+    """All byte positions, in ranges that need about as many student rows as a block holds.
 
-    A stretch begins where a text does or where a token of every side does, so that what a side says of it follows from
-    the rows that begin there and the few before whose tokens could have run across."""
+    A range begins where a text does or where tokens of all sides do, so that a side's table depends only on the rows
+    that begin there and the few before whose tokens could cross into it.
+    """
     begins = [batch.student.begins, *(teacher.begins for teacher in teachers)]
     together = reduce(np.intersect1d, begins)
     cuts = np.union1d(batch.student.position_starts, together)
@@ -152,7 +153,7 @@ def _window(layout: ByteLayout, begins: NDArray[np.int64], places: slice) -> _Wi
 
 @dataclass(frozen=True)
 class _Teacher:
-    """A teacher of the texts of a batch: its rows, the byte position at which each begins, and its layout of them."""
+    """A teacher of the texts of a batch: its rows, the byte position at which each begins, and its layout."""
 
     batch: AlignedBatch
     rows: LazyLogits
@@ -167,8 +168,8 @@ class _Teacher:
 
 @dataclass(frozen=True)
 class _TeacherSide:
-    """A teacher's byte table at some positions, which events it resolves there, and its log-probabilities of its own
-    tokens and of the stop event, [N] each, and of the events that did happen."""
+    """A teacher's byte table at some positions, the events it resolves there, and its log-probabilities of its own
+    tokens and of the stop event, [N] each, and of the observed events."""
 
     logq: Tensor
     resolved: Tensor
@@ -183,7 +184,7 @@ def _teacher_side(
     here: Tensor,
     table_S: Tensor | None = None,
 ) -> _TeacherSide:
-    """At ``here`` of ``places``; partial rows need ``table_S``, the student's table."""
+    """The teacher's side at ``here`` of ``places``; partial rows need ``table_S``, the student's table."""
     window = _window(teacher.layout, teacher.begins, places)
     layout, rows = window.layout, teacher.rows.select(window.rows)
     if rows.partial:
@@ -196,7 +197,7 @@ def _teacher_side(
         table, *scores = byte_tables(rows, layout)
     logq, resolved = table.to(here.device)[here], layout.resolved.to(here.device)[here]
     if rows.partial:
-        resolved = resolved & ~torch.isneginf(logq)  # resolved events, less those without an observed token
+        resolved = resolved & ~torch.isneginf(logq)  # without events that no known token reaches
     target, stop = (x[window.own] for x in scores)
     here_path = table[tuple(x.to(table.device) for x in path)]
     return _TeacherSide(logq, resolved, (target, stop, here_path))
@@ -213,9 +214,11 @@ def states_divergence(
     half_life: HalfLife | None = None,
 ) -> Loss:
     """Divergence between next-token distributions at states that have read the same bytes, on the tokens that both
-    vocabularies have and the stop event. ``unshared``: the mass of all other tokens is one more event (``bucket``) or
-    is conditioned away (``renormalise``). ``top_k``: only that many of these events, the likeliest of one side in each
-    row, stay apart. With one vocabulary this is the plain token-level objective of GKD.
+    vocabularies have and the stop event.
+
+    ``unshared``: the mass of all other tokens is one more event (``bucket``) or is conditioned away (``renormalise``).
+    ``top_k``: only that many of these events, the most probable of one side in each row, stay separate. With one
+    vocabulary this is the plain token-level objective of GKD.
 
     Source: Agarwal et al. 2306.13649, equation 2, for the plain form.
     """
@@ -234,9 +237,11 @@ def states_divergence(
 
 
 def reference_kl(inputs: LossInputs) -> Loss:
-    """Reverse KL, token by token, from the student to what it was before training: a leash, whatever the teacher says.
+    """Reverse KL, token by token, from the student to the student before training: a regulariser independent of the
+    teacher.
 
-    At every state of texts that the student wrote; padding rows of the output matrix included, as both have them.
+    At every state of texts that the student wrote; includes padding rows of the output matrix, since both models have
+    them.
     """
     batch = inputs.batch
     if inputs.reference is None:
@@ -255,15 +260,15 @@ def reference_kl(inputs: LossInputs) -> Loss:
 
 
 def byte_positions(batch: AlignedBatch, where: Where = "everywhere") -> Tensor:
-    """The byte positions that are compared, ascending: all that both sides supervise, or those of them that lie in
-    chunks of one token on both sides, and the stop events."""
+    """The byte positions that are compared, ascending: all that both sides supervise, or only those in one-to-one
+    chunks, and the stop events."""
     at = batch.supervised_bytes
     return at if where == "everywhere" else at[batch.one_to_one_bytes[at]]
 
 
 def state_rows(batch: AlignedBatch, where: Where = "everywhere") -> tuple[Tensor, Tensor, Tensor]:
     """Rows of both sides that have read the same bytes, and how many bytes of the text those are; ``one_to_one``: only
-    where the next token is a chunk by itself on both sides, or the text ends."""
+    where the next token is a one-to-one chunk, or the text ends."""
     rows_S, rows_T = batch.synced_states
     offsets, single = batch.synced_offsets, batch.synced_one_to_one
     if where == "everywhere":
@@ -272,7 +277,7 @@ def state_rows(batch: AlignedBatch, where: Where = "everywhere") -> tuple[Tensor
 
 
 def fading(offset: Tensor, half_life: float | None) -> Tensor:
-    """The weight of each position of a text: half as much every ``half_life`` bytes; 1 where that is None."""
+    """The weight of each position of a text: halved every ``half_life`` bytes; 1 where that is None."""
     if half_life is None:
         return torch.ones_like(offset, dtype=torch.float64)
     return torch.exp2(-offset.double() / half_life)

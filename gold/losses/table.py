@@ -1,8 +1,8 @@
-"""The table of objectives: what each is called and computes, what it needs of a teacher, what it is counted in.
+"""The registry of objectives: name, function, what each needs from a teacher, and the unit it is normalised by.
 
-An objective is a pure function from a microbatch to a sum, its options keyword arguments. Whoever calls it divides by
+An objective is a pure function from a microbatch to a sum, with keyword arguments as its options. The caller divides by
 the count of its unit in the whole optimizer step, so that accumulation over microbatches and processes equals one large
-batch. To add one, write the function and give it a row.
+batch. To add one, write the function and add a row.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Objective:
     def __call__(self, inputs: LossInputs) -> Loss:
         """The objective's sum over a microbatch.
 
-        Raises: ConfigError: it compares models that share one vocabulary, and these do not.
+        Raises: ConfigError: it needs models that share one vocabulary, and these do not.
         """
         if self.own_vocabulary:
             check_one_vocabulary(self.name, inputs.batch.vocabularies.same)
@@ -75,12 +75,12 @@ class Objective:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table; called with options, it gives the objective.
+    """A row of the registry; called with options, it returns the objective.
 
     ``loss(inputs, **options)`` and ``count(batch)``, in the objective's ``unit``. ``on_policy``: it learns from texts
-    that the student wrote, as samples of the policy itself. ``own_vocabulary``: it compares models that share one.
-    ``needs_verifier``: it learns from scores of completions. ``exceptions``: clauses of the contract that it cannot
-    hold by its nature, each with the reason.
+    that the student wrote, as samples of the policy itself. ``own_vocabulary``: it needs models that share one
+    vocabulary. ``needs_verifier``: it learns from scores of completions. ``exceptions``: clauses of the contract that
+    it cannot satisfy by its nature, each with the reason.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Row:
         return _first_sentence(self.loss)
 
     def resolve(self, options: Mapping[str, Any]) -> Options:
-        """All options, those not given (or given as None) at their defaults.
+        """All options, with defaults for those not given (or given as None).
 
         Raises: ConfigError for an unknown option, or a value that the option cannot take.
         """
@@ -145,7 +145,7 @@ class Support:
 
 @dataclass(frozen=True)
 class DivergenceRow:
-    """A row of the table for a divergence, which can be taken on several supports; ``bytes`` is the default."""
+    """A row of the registry for a divergence, available on several supports; ``bytes`` is the default."""
 
     name: str
     divergence: Callable[..., Any]
@@ -173,7 +173,7 @@ class DivergenceRow:
         return _first_sentence(self.divergence)
 
     def resolve(self, options: Mapping[str, Any]) -> Options:
-        """All options of the chosen support, those not given (or given as None) at their defaults.
+        """All options of the chosen support, with defaults for those not given (or given as None).
 
         Raises: ConfigError for an unknown option, one of another support, or a value that the option cannot take.
         """
@@ -189,7 +189,7 @@ class DivergenceRow:
         return {"support": support, **{n: given.get(n, default) for n, (_, default) in here.items()}}
 
     def moved(self, support: str, options: Mapping[str, Any]) -> Options:
-        """The options on another support: those that it has too."""
+        """The options that another support has too."""
         here = self._arguments_on(support)
         kept = {name: value for name, value in self.resolve(options).items() if name in here}
         return {**kept, "support": support}
@@ -232,7 +232,7 @@ _RENAMED = {"rest": "unshared"}
 
 
 def _checked(objective: str, arguments: Arguments, options: Mapping[str, Any]) -> Options:
-    """All arguments, given or at their defaults."""
+    """All arguments, with defaults for those not given."""
     for name in options:
         if name not in arguments:
             if (meant := _RENAMED.get(name)) in arguments:
@@ -273,34 +273,34 @@ def _problem(error: ValidationError) -> str:
 def supervised_bytes(
     batch: AlignedBatch, where: Where = "everywhere", half_life: HalfLife | None = None
 ) -> float:
-    """Byte positions, stop events included, where both sides say what comes next, by their weight."""
+    """Number of byte positions, including stop events, where both sides predict the next event, weighted."""
     return float(fading(batch.byte_offsets[byte_positions(batch, where)], half_life).sum())
 
 
 def synced_states(
     batch: AlignedBatch, where: Where = "everywhere", half_life: HalfLife | None = None, **_: Any
 ) -> float:
-    """States at which both sides have read the same bytes, by their weight."""
+    """Number of states at which both sides have read the same bytes, weighted."""
     return float(fading(state_rows(batch, where)[2], half_life).sum())
 
 
 def span_tokens(batch: AlignedBatch) -> float:
-    """Student tokens in spans, stop ids included."""
+    """Number of student tokens in spans, including stop ids."""
     return float((batch.spans[0] >= 0).sum())
 
 
 def data_tokens(batch: AlignedBatch) -> float:
-    """Student tokens of completions from a data set, stop ids included."""
+    """Number of student tokens of completions from a data set, including stop ids."""
     return float((~batch.sampled_row_mask).sum())
 
 
 def observed_tokens(batch: AlignedBatch) -> float:
-    """Sampled student tokens, stop ids included, whose bytes all have a probability from the teacher."""
+    """Number of sampled student tokens, including stop ids, to all of whose bytes the teacher gives a probability."""
     return float(batch.observed_rows.sum())
 
 
 def sampled_tokens(batch: AlignedBatch) -> float:
-    """Student tokens of sampled completions, stop ids included."""
+    """Number of student tokens of sampled completions, including stop ids."""
     return float(batch.sampled_row_mask.sum())
 
 
@@ -365,9 +365,9 @@ def find(name: str) -> Row | DivergenceRow:
 
 
 def check_one_vocabulary(name: str, same: bool) -> None:
-    """Nothing, where the objective can compare these models.
+    """Checks that the objective can compare these models.
 
-    Raises: ConfigError: it compares models that share one vocabulary, and these do not.
+    Raises: ConfigError: it needs models that share one vocabulary, and these do not.
     """
     if find(name).own_vocabulary and not same:
         raise ConfigError(

@@ -7,8 +7,9 @@ from gold.losses.types import Loss, LossInputs
 
 
 def sft(inputs: LossInputs) -> Loss:
-    """Negative log-likelihood of the tokens of completions that came from a data set, the stop id included. With texts
-    of the teacher this is sequence-level distillation.
+    """Negative log-likelihood of the tokens of completions from a data set, including the stop id.
+
+    With texts of the teacher this is sequence-level distillation.
 
     Source: Kim and Rush 1606.07947, section 3.2, for the teacher's texts.
     """

@@ -1,4 +1,4 @@
-"""What a loss is given and what it gives back."""
+"""Input and output types of losses."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from gold.kernels.logits import LazyLogits
 from gold.losses.mixture import Mix, OtherTeacher
 
 Need = Literal["nothing", "tokens", "top_k", "rows"]
-"""What an objective asks of a teacher, each including those before: nothing, log-probabilities of given tokens, those
-of its k likeliest tokens with the mass of all others, or full rows."""
+"""What an objective needs from a teacher, each level including those before: nothing, log-probabilities of given
+tokens, those of its k most probable tokens with the tail mass, or full rows."""
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """One microbatch as a loss sees it: the texts with their index arrays, and the models' states over them.
+    """One microbatch as input of a loss: the texts with their index arrays, and the models' states over them.
 
     ``teacher`` is None for objectives that need no teacher; ``reference``, the student before training with one row for
-    each of the student's, for all but those that ask for it. With a ``mix`` the teacher is the first of several, and
-    ``other_teachers`` are the others, in its order. ``baselines``: of a policy gradient, by name, what is taken off the
-    advantage of each row of the student, in nats.
+    each of the student's, is None for all objectives that do not need it. With a ``mix`` the teacher is the first of
+    several, and ``other_teachers`` are the others, in its order. ``baselines``: for policy gradients, by name, the
+    baseline subtracted from the advantage of each student row, in nats.
     """
 
     batch: AlignedBatch
@@ -52,9 +52,9 @@ class LossInputs:
 class Loss:
     """Sum of an objective over a microbatch in nats, with gradient.
 
-    ``parts`` are sums over the same unit, without gradient, by name; ``sequence_logp`` both sides' summed
-    log-probability of the sampled texts, stop events included, as far as both say it, and the bytes of these, where the
-    objective comes across it.
+    ``parts`` are sums over the same unit, without gradient, by name; ``sequence_logp``, where the objective computes
+    it, has both sides' summed log-probability of the sampled texts, including stop events, as far as both are defined,
+    and the bytes of these.
     """
 
     total: Tensor
@@ -63,30 +63,31 @@ class Loss:
 
 
 IMPOSSIBLE = -1e4
-"""What the logarithm of a probability of 0 counts as, in nats, where such an event has happened."""
+"""Log-probability, in nats, used for an observed event of probability 0."""
 
 
 def possible(logp: Tensor) -> Tensor:
-    """Log-probabilities of what has happened, in nats: an event of probability 0 counts as one of e^-10000, so that a
+    """Log-probabilities of observed events, in nats: an event of probability 0 counts as one of e^-10000, so that a
     single one does not make all sums infinite."""
     return logp.clamp(min=IMPOSSIBLE)
 
 
 @dataclass(frozen=True)
 class TargetLogp:
-    """One side's log-probability of each row's own event, its token or the stop, and of its id alone, in nats: [N]."""
+    """One side's log-probability of each row's target event, its token or the stop, and of its single id, in nats:
+    [N]."""
 
     event: Tensor
     target: Tensor
 
     @classmethod
     def of(cls, target: Tensor, stop: Tensor, is_stop: Tensor) -> TargetLogp:
-        """From the log-probabilities of tokens and of the stop event; what is ruled out is ``possible`` here."""
+        """From the log-probabilities of tokens and of the stop event; ``event`` is passed through ``possible``."""
         return cls(possible(torch.where(is_stop, stop, target)), target)
 
 
 def student_target_logp(inputs: LossInputs) -> TargetLogp:
-    """The student's log-probability of what it wrote, with gradient."""
+    """The student's log-probability of the tokens it wrote, with gradient."""
     batch = inputs.batch
     target, stop = token_logp(inputs.student, batch.student.targets, batch.student.stops)
     return TargetLogp.of(target, stop, batch.stop_rows)
@@ -101,10 +102,10 @@ def teacher_target_logp(inputs: LossInputs) -> TargetLogp:
 
 
 def sequence_logp(batch: AlignedBatch, student: TargetLogp, teacher: TargetLogp) -> dict[str, Tensor]:
-    """Sums over the spans of sampled texts of both sides' log-probability, stop events included, and their bytes.
+    """Sums over the spans of sampled texts of both sides' log-probability, including stop events, and their bytes.
 
-    What follows the last span of a text that was cut off is left out: of single tokens nobody can tell how likely the
-    teacher's text is to go on so, only how likely it is to go on with a token that ends there.
+    Tokens after the last span of a truncated text are left out: single tokens do not give the probability that the
+    teacher's text continues this way, only that it continues with a token that ends there.
     """
     span_S, span_T, _ = batch.spans
     inside = span_S >= 0
