@@ -1,1 +1,1 @@
-"""The embedded demonstration: two tiny models whose tokenizers differ, one task, every step offline."""
+"""The built-in demonstration: two tiny models with different tokenizers, one task, everything offline."""

@@ -1,4 +1,4 @@
-"""Two tiny causal models whose tokenizers differ, and how they learn before distillation begins."""
+"""Two tiny causal models with different tokenizers, and their training before distillation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPECIAL = ("<pad>", "<bos>", "<eos>")
 
 
 def character_tokenizer() -> Tokenizer:
-    """One token per character of the task: byte-level BPE without a single merge."""
+    """One token per character of the task: byte-level BPE without merges."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     symbols = sorted({symbol for c in ALPHABET for symbol in byte_level.pre_tokenize_str(c)[0][0]})
     vocabulary = {token: i for i, token in enumerate((*SPECIAL, *symbols))}
@@ -32,7 +32,7 @@ def character_tokenizer() -> Tokenizer:
 
 
 def word_tokenizer(texts: Sequence[str], size: int = 160) -> Tokenizer:
-    """Byte-level BPE learned on ``texts``: a number or a step, with its sign and the space before it, is one token."""
+    """Byte-level BPE trained on ``texts``: a number or a step, with its sign and the space before it, is one token."""
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(" ", "merged_with_next")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -51,7 +51,7 @@ def _with_bos(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def tiny_model(tokenizer: Tokenizer, name: str, *, layers: int, width: int = 64, seed: int) -> LanguageModel:
-    """A fresh Llama-like model for a tokenizer."""
+    """A randomly initialized Llama-like model for a tokenizer."""
     pad, bos, eos = (tokenizer.token_to_id(t) for t in SPECIAL)
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
@@ -62,7 +62,7 @@ def tiny_model(tokenizer: Tokenizer, name: str, *, layers: int, width: int = 64,
         num_key_value_heads=4,
         max_position_embeddings=128,
         tie_word_embeddings=False,
-        initializer_range=0.08,  # about one over the root of the width; 0.02 is for far wider models
+        initializer_range=0.08,  # about 1/√width; 0.02 is for far wider models
         pad_token_id=pad,
         bos_token_id=bos,
         eos_token_id=eos,
@@ -87,7 +87,7 @@ def learn_answers(
 ) -> int:
     """Supervised training on the prompts' own completions; returns the number of steps taken.
 
-    ``watch(step)``, called every ``every`` steps, ends it by returning True.
+    ``watch(step)``, called every ``every`` steps, stops the training by returning True.
     """
     pad = model.pad_id
     given = [completed(model, p, 10**6) for p in prompts]
@@ -103,7 +103,7 @@ def learn_answers(
     model.lm.train()
     for step in range(steps):
         chosen = torch.from_numpy(rng.integers(0, len(whole), batch))
-        # Padding stands on the right, and no label looks at it: attention needs no mask.
+        # Padding is on the right and has no labels: attention needs no mask.
         loss: Any = model.lm(input_ids=ids[chosen], labels=labels[chosen], use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.lm.parameters(), 1.0)

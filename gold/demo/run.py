@@ -1,7 +1,7 @@
-"""The demonstration: a tiny student learns a task from a tiny teacher whose tokens are other than its own.
+"""The demonstration: a tiny student learns a task from a tiny teacher with another tokenizer.
 
-Everything is made here and runs offline: the tokenizers, the teacher, the student's poor start; then the same prompts
-are spent four ways, on-policy distillation and three usual alternatives, two processes side by side.
+Everything is created here and runs offline: the tokenizers, the teacher, the weak initial student; then the same
+prompts are used in four ways, on-policy distillation and three usual alternatives, in two parallel processes.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ TASK = RunningSums()
 SAMPLING = Sampling(max_new_tokens=20)
 MARK = "demo.json"
 BATCH = 128
-"""Completions of a step, whichever way."""
+"""Completions per step, in every way."""
 ANSWERS_PER_STEP = 48
 
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """How much of everything the demonstration spends."""
+    """The sizes and numbers of steps of the demonstration."""
 
     seed: int = 0
     prompts: int = 2000
@@ -62,9 +62,12 @@ class DemoPlan:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the demonstration's table. ``accuracy`` is the share of held-out prompts answered right, greedily, with
-    its 95 % interval; ``sequences`` counts the completions that the model was trained on, over ``prompts`` different
-    prompts; ``cpu_s`` is the processor time that this took, its evaluations left out where they change nothing."""
+    """A row of the demonstration's table.
+
+    ``accuracy`` is the share of held-out prompts answered right, greedily, with its 95 % interval; ``sequences`` counts
+    the completions that the model was trained on, over ``prompts`` different prompts; ``cpu_s`` is the processor time
+    of the training, without evaluations where they change nothing.
+    """
 
     name: str
     accuracy: float
@@ -78,7 +81,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Spent:
-    """What came of one way of spending the prompts: its row, and accuracy over steps and processor seconds."""
+    """The result of one way: its row, and accuracy over steps and processor seconds."""
 
     entry: Entry
     curve: list[dict[str, float]]
@@ -86,7 +89,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Way:
-    """One way of spending the prompts: its title in the table, what it learns from, and its recipe."""
+    """One way of using the prompts: its title in the table, the texts it trains on, and its recipe."""
 
     title: str
     learned_from: str
@@ -112,21 +115,22 @@ WAYS = {
     "kd_greedy": Way("sequence-level KD, greedy", "the teacher's likeliest texts", _IMITATION),
     "reward_only": Way("reward only (groups of 8)", "its own texts, right or wrong", _REWARD),
 }
-"""What the prompts are spent on, each at the best learning rate of a few that were tried for it on another seed."""
+"""The compared ways, each at the best of a few learning rates that were tried for it on another seed."""
 
 ASKING = "distilled", "kd_sampled", "kd_greedy"
 """The ways that need a teacher."""
 
 SHARE, AHEAD = 0.9, 0.03
-"""What the demonstration holds itself to: distillation reaches this share of its teacher's accuracy and is this far
-ahead of every other way, and its interval lies above theirs."""
+"""The required result: distillation reaches this share of its teacher's accuracy and is this far ahead of every other
+way, and its interval lies above theirs.
+"""
 
 
 def main(out: Path) -> None:
-    """Runs the demonstration into the folder ``out``, prints its table, and says whether it showed what it is to show.
+    """Runs the demonstration in the folder ``out``, prints its table, and whether it shows the required result.
 
     Raises:
-        ConfigError: ``out`` holds something else.
+        ConfigError: ``out`` contains something else.
         TrainingError: the distilled student is too far below its teacher or not clearly ahead of the other ways.
     """
     begun = time.perf_counter()
@@ -138,11 +142,10 @@ def main(out: Path) -> None:
 
 
 def check(entries: Mapping[str, Entry]) -> None:
-    """Nothing, where the distilled student is near its teacher and clearly ahead of every other way: ``SHARE`` and
-    ``AHEAD`` are the numbers.
+    """Checks that the distilled student meets ``SHARE`` and ``AHEAD``, compared with its teacher and every other way.
 
     Raises:
-        TrainingError: it is not.
+        TrainingError: it does not.
     """
     teacher, distilled = entries["teacher"], entries["distilled"]
     if distilled.accuracy < SHARE * teacher.accuracy:
@@ -160,27 +163,29 @@ def check(entries: Mapping[str, Entry]) -> None:
 
 
 def say(text: str) -> None:
-    """A line for whoever watches, at once."""
+    """Prints a line at once."""
     terminal.show(text)
 
 
 def run_demo(out: Path, plan: DemoPlan, say: Callable[[str], None]) -> dict[str, Entry]:
-    """The whole demonstration; returns the rows of its table by name. Models, runs, curves and table stay in ``out``.
+    """Runs the whole demonstration; returns the rows of its table by name.
+
+    Models, runs, curves and table are saved in ``out``.
 
     Raises:
-        ConfigError: ``out`` holds something else than an earlier demonstration.
+        ConfigError: ``out`` contains something other than an earlier demonstration.
     """
     _make_room(out)
     answered = TASK.prompts("train", 1, plan.seed)[0]
     say(f"task          {answered.text}{answered.completion}")
     say(f"each way      {plan.prompts:,} prompts, {plan.steps} steps of {BATCH} completions")
-    # One thread to a process: models this small are not worth sharing, and threads that wait for each other spin.
+    # One thread per process: models this small gain nothing from more, and waiting threads spin.
     workers = min(2, os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=one_thread) as pool:
         teacher, start = (pool.submit(make, out, plan) for make in (make_teacher, make_start))
         spending: dict[str, Future[Spent]] = {}
-        # What asks no teacher need not wait for it.
+        # Ways without a teacher need not wait for it.
         for made, asking in ((start, False), (teacher, True)):
             made.result()
             spending |= {
@@ -198,13 +203,13 @@ def run_demo(out: Path, plan: DemoPlan, say: Callable[[str], None]) -> dict[str,
 
 
 def make_teacher(out: Path, plan: DemoPlan) -> Entry:
-    """The teacher, which reads and writes single characters, trained on answers until it knows the task."""
+    """The teacher, whose tokens are single characters, trained on answers until it knows the task."""
     model = tiny_model(character_tokenizer(), "teacher", layers=3, seed=plan.seed)
     return _learned(model, plan, out, "teacher", plan.teacher_steps, plan.teacher_accuracy, skip=0)
 
 
 def make_start(out: Path, plan: DemoPlan) -> Entry:
-    """The student, whose tokens are whole numbers, at its poor start: training on other answers stopped early."""
+    """The weak initial student, whose tokens are whole numbers: training on other answers, stopped early."""
     words = word_tokenizer([f"{p.text}{p.completion}" for p in TASK.prompts("train", 4000, plan.seed)])
     model = tiny_model(words, "student", layers=2, seed=plan.seed + 1)
     title = "student's cold start"
@@ -212,13 +217,13 @@ def make_start(out: Path, plan: DemoPlan) -> Entry:
 
 
 def spend(name: str, out: Path, plan: DemoPlan) -> Spent:
-    """One way of spending the prompts, from the student's start."""
+    """Runs one way of using the prompts, from the initial student."""
     way = WAYS[name]
     student = load_model(out / "student-start")
     teacher = load_model(out / "teacher") if name in ASKING else None
     recipe = way.recipe.replace(steps=plan.steps, seed=plan.seed)
     clock = CpuSeconds()
-    # The answers are not given: a way that wants texts takes the teacher's.
+    # The answers are removed: a way that needs texts uses the teacher's.
     prompts = [replace(p, completion=None) for p in TASK.prompts("train", plan.prompts, plan.seed)]
     if teacher and recipe.on_policy < 1.0:
         prompts = _taught(teacher, prompts, plan.seed, greedy=name == "kd_greedy")
@@ -248,18 +253,20 @@ def spend(name: str, out: Path, plan: DemoPlan) -> Spent:
 
 
 class CpuSeconds(Quiet):
-    """Processor seconds of this process after each step, evaluations left out; what comes before the run counts to
-    its first evaluation's step."""
+    """Processor seconds of this process after each step, without evaluations.
+
+    Time before the run counts towards the step of the first evaluation.
+    """
 
     def __init__(self) -> None:
         self.spent, self._since = [0.0], time.process_time()
 
     def start(self, run: RunInfo) -> None:
-        """Counts what came before the run."""
+        """Counts the time before the run."""
         self.spent[0] = time.process_time() - self._since
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Counts a step, or leaves an evaluation out."""
+        """Counts a step, or excludes an evaluation."""
         if kind == "train":
             self.spent.append(self.spent[-1] + time.process_time() - self._since)
         self._since = time.process_time()
@@ -280,7 +287,7 @@ def table(entries: dict[str, Entry]) -> str:
 
 
 def one_thread() -> None:
-    """Begins a process that shares the machine with others like it."""
+    """Limits a worker process to one thread."""
     torch.set_num_threads(1)
 
 
@@ -293,7 +300,7 @@ def _learned(
     enough: float,
     skip: int,
 ) -> Entry:
-    """Trains a model on ``plan.answers`` answers, the first ``skip`` left out, until it is good enough; saves it."""
+    """Trains a model on ``plan.answers`` answers, without the first ``skip``, until it is good enough; saves it."""
     heldout = _heldout(plan)
     answers = TASK.prompts("train", skip + plan.answers, plan.seed)[skip:]
     parameters = sum(p.numel() for p in model.lm.parameters())
@@ -319,7 +326,7 @@ def _learned(
 
 
 def _taught(teacher: LanguageModel, prompts: Sequence[Prompt], seed: int, greedy: bool) -> list[Prompt]:
-    """The prompts with the teacher's own completions: four samples of each, or the likeliest one."""
+    """The prompts with the teacher's own completions: four samples of each, or the greedy one."""
     asked = [p for p in prompts for _ in range(1 if greedy else 4)]
     sampling = replace(SAMPLING, temperature=0.0) if greedy else SAMPLING
     seeds = [(seed, 10**6, n) for n in range(len(asked))]
@@ -363,7 +370,7 @@ def _entry(
 
 
 def _make_room(out: Path) -> None:
-    """An empty folder ``out``; an earlier demonstration there is removed, anything else is not touched."""
+    """Creates an empty folder ``out``: an earlier demonstration is removed, any other content is an error."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK).is_file())):
         raise ConfigError(f"{out} exists and is no earlier demonstration; give another folder with --out")
     shutil.rmtree(out, ignore_errors=True)
@@ -372,7 +379,7 @@ def _make_room(out: Path) -> None:
 
 
 def _draw(path: Path, curves: dict[str, list[dict[str, float]]], entries: dict[str, Entry]) -> None:
-    """Accuracy over training steps of every way, with the teacher as a line."""
+    """Plots the accuracy over training steps of every way, with the teacher as a line."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
 """The demonstration's task: running sums, which a program can check.
 
-A prompt is a number and some steps, `` 24 +7 -3 +8 =``; the answer every value on the way, `` 31 28 36``.
+A prompt is a number and some steps, `` 24 +7 -3 +8 =``; the answer is every intermediate value, `` 31 28 36``.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class RunningSums:
             )
 
     def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
-        """``count`` different prompts; no prompt is in both splits, whatever the seeds.
+        """``count`` different prompts; no prompt is in both splits, for any seeds.
 
         Raises:
-            ConfigError: an unknown split, or more prompts than there are.
+            ConfigError: an unknown split, or more prompts than exist.
         """
         if split not in ("train", "heldout"):
             raise ConfigError(f"running_sums: unknown split {split!r}; choose train or heldout")
@@ -53,7 +53,7 @@ class RunningSums:
             if tries > 100 * count + 1000:
                 raise ConfigError(f"running_sums: cannot make {count} different prompts; ask for fewer")
             text, values = self._draw(rng)
-            # Which side a prompt is on follows from its own text: every eighth is held out.
+            # The split of a prompt follows from its text: every eighth is held out.
             if (zlib.crc32(text.encode()) % 8 == 0) is heldout:
                 answer = "".join(f" {v}" for v in values)
                 made.setdefault(
@@ -62,7 +62,7 @@ class RunningSums:
         return list(made.values())
 
     def score(self, prompt: Prompt, completion: str) -> float:
-        """1 where every value is right and nothing else is written, else 0."""
+        """1 if every value is right and nothing else is written, else 0."""
         return float(completion == prompt.reference)
 
     def _draw(self, rng: np.random.Generator) -> tuple[str, list[int]]:

@@ -1,1 +1,1 @@
-"""Checks of a pair before it is trained: tokenizers, prompts, weights, servers; each finding says what to do."""
+"""Checks of a student-teacher pair before training: tokenizers, prompts, weights, servers; findings with advice."""

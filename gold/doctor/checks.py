@@ -1,4 +1,4 @@
-"""The checks that need no weights: what two tokenizers, and the files beside them, say about a pair."""
+"""Checks of a pair that need no weights: its tokenizers and the files in their folders."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from gold.tokenize.vocabulary import TokenizedText
 
 # Thresholds of the checks
 MOST_REPAIRED = 0.5  # fail above: share of bytes that a side's tokens do not reproduce
-MOST_CHANGED = 0.01  # warn above: the same share; a normaliser that composes the odd accent stays below
+MOST_CHANGED = 0.01  # warn above: the same share; a normalizer that composes a rare accent stays below
 LEAST_ONE_TO_ONE = 0.25  # warn below: share of the student's tokens; real pairs have 0.4 to 0.9 on prose
 LONGEST_SPAN_BYTES = 256  # warn above: mean bytes between stable boundaries; over fifty tokens
-NEARLY_SAME = 0.98  # warn above: share of ids with the same bytes; two families never come near it
+NEARLY_SAME = 0.98  # warn above: share of ids with the same bytes; two different families never reach it
 MOST_WITHOUT_PREFIX = 0.001  # warn above: share of the teacher's tokens without a prefix in the student's
 MARKERS = (
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "[TOOL_CALLS]"),
     *("<|python_tag|>", "<|channel|>", "<|call|>", "<｜tool▁calls▁begin｜>"),
 )
-"""Thinking and tool markers of the families that have some."""
+"""Thinking and tool markers of common families."""
 
 _TOKEN_BASED = ("shared", "one_to_one", "gold")  # options and objectives that compare tokens of equal bytes
 _UTF8_BYTES = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]
@@ -39,7 +39,7 @@ _NUMBER = re.compile(rb"\d{2,}")
 
 @dataclass(frozen=True)
 class _Text:
-    """One text in both sides' tokens."""
+    """One text tokenized by both sides."""
 
     student: TokenizedText
     teacher: TokenizedText
@@ -48,7 +48,7 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Both sides, and the texts that they are compared on: of each class, and of the class that decides (`judged`)."""
+    """Both sides, and their texts by class; the class `judged` decides whether the pair passes."""
 
     student: Side
     teacher: Side
@@ -66,7 +66,7 @@ class _Pair:
 
     @cached_property
     def repaired(self) -> dict[str, dict[str, float]]:
-        """By side and class, the share of bytes that the side's tokens do not reproduce."""
+        """By side and class: the share of bytes that the side's tokens do not reproduce."""
         return {
             role: {
                 kind: getattr(c, f"{role}_repaired_bytes") / max(c.bytes, 1)
@@ -77,9 +77,9 @@ class _Pair:
 
 
 def examine_pair(student: Side, teacher: Side, texts: Sequence[str] = ()) -> Report:
-    """What the tokenizers of a pair, and the files beside them, say before a model is loaded.
+    """The report on a pair from its tokenizers and the files in their folders, without loading a model.
 
-    `texts` are the run's own, where there is a run: then they decide whether the pair can be trained, and the built-in
+    `texts` are those of a run, if there is one: then they decide whether the pair can be trained, and the built-in
     sample only shows where it is weak.
     """
     texts = [text for text in texts if text]
@@ -187,7 +187,7 @@ def _stop_tokens(pair: _Pair) -> Finding:
 
 
 def _ending(side: Side) -> int | None:
-    """The special token with which a side's template ends an answer, where it writes one."""
+    """The special token with which a side's template ends an answer, if any."""
     closing = "" if side.turn is None else side.turn.closing.lstrip()
     found = [
         (len(token.content), index)
@@ -289,7 +289,7 @@ def _bytes(pair: _Pair) -> Finding:
 
 
 def _lacking(side: Side) -> str:
-    """The bytes of UTF-8 that a vocabulary has no token for; empty where it has all."""
+    """The bytes of UTF-8 that no token of a vocabulary covers; empty if all are covered."""
     vocabulary = side.vocabulary
     single = np.flatnonzero(np.diff(vocabulary.offsets) == 1)
     own = set(vocabulary.blob[vocabulary.offsets[single]].tolist())
@@ -328,7 +328,7 @@ def _one_to_one(pair: _Pair) -> Finding:
 
 
 def _digits(pair: _Pair) -> Finding:
-    """Compares the boundaries inside every run of digits that both sides reproduce."""
+    """Compares the boundaries inside each run of digits that both sides reproduce."""
     numbers = apart = 0
     longest = [1, 1]
     for text in pair.all_texts:

@@ -1,4 +1,4 @@
-"""What a run does with findings about a teacher: it stops at failures, and notes what concerns it."""
+"""How a run handles findings about a teacher: it stops at failures and notes relevant warnings."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from gold.teachers.served import ServedTeacher
 
 @dataclass(frozen=True)
 class Examiner:
-    """Examines a teacher for a run, by the prompts that it grades.
+    """Examines a teacher for a run, with the prompts that it scores.
 
-    ``concerns``: the run's objectives and options, by which warnings are chosen. ``stop``: a failed check is a
-    ConfigError. ``whose`` stands before each note. ``is_student``: the teacher has the files of the student.
+    ``concerns``: the run's objectives and options, which select the warnings. ``stop``: a failed check is a
+    ConfigError. ``whose`` is the prefix of each note. ``is_student``: the teacher has the files of the student.
     """
 
     prompts: Sequence[Prompt]
@@ -34,7 +34,7 @@ class Examiner:
         """Notes the findings that concern the run.
 
         Raises:
-            ConfigError: a failed check, where the run is to stop then.
+            ConfigError: a failed check, if the run is to stop at failures.
         """
         for line in judge(findings, self.concerns, stop=self.stop, whose=self.whose):
             self.note(line)
@@ -48,9 +48,9 @@ class Examiner:
         self.report(examine_server(teacher, self.prompts))
 
     def examine_noise(self, teacher: ServedTeacher) -> None:
-        """Reports on how much a server's answers to the same request differ."""
+        """Reports how much a server's answers to the same request differ."""
         self.report([examine_noise(teacher, self.prompts)])
 
     def compare(self, teacher: ServedTeacher, student: LanguageModel) -> None:
-        """Reports on a server's answers beside the student's."""
+        """Compares a server's answers with the student's and reports the findings."""
         self.report(compare_with_student(teacher, self.prompts, student, is_student=self.is_student))

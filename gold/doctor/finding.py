@@ -1,4 +1,4 @@
-"""A finding, the checks that make one, and the report of a pair."""
+"""Findings, tables of checks, and the report of a pair."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Subject = TypeVar("Subject")
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, and what to do about it; no advice where it passed.
+    """The result of one check, and advice unless it passed.
 
     `concerns`: a warning that matters only to some runs names them, by objectives, by values of their options such as
     the support "shared", or by "messages" among the prompts.
@@ -33,23 +33,23 @@ class Finding:
 
 
 def passed(found: str) -> Finding:
-    """A finding without a problem; the table of checks gives it its name."""
+    """A finding without a problem; the table of checks sets its name."""
     return Finding("", "pass", found)
 
 
 def warning(found: str, advice: str, *concerns: str) -> Finding:
-    """A finding that a run can live with, or only some runs cannot."""
+    """A finding that does not prevent training, or only for some runs."""
     return Finding("", "warn", found, advice, concerns)
 
 
 def failure(found: str, advice: str = "") -> Finding:
-    """A finding that no run can live with."""
+    """A finding that prevents any run."""
     return Finding("", "fail", found, advice)
 
 
 @dataclass(frozen=True)
 class Check(Generic[Subject]):
-    """One row of a table of checks: its name, the question that it answers, and the function that answers it."""
+    """One row of a table of checks: its name, its question, and the function that answers it."""
 
     name: str
     question: str
@@ -57,7 +57,7 @@ class Check(Generic[Subject]):
 
 
 def run_checks(checks: Iterable[Check[Subject]], subject: Subject) -> list[Finding]:
-    """The findings of all checks, in order, under the names of their checks."""
+    """The findings of all checks, in order, with the names of their checks."""
     found: list[Finding] = []
     for check in checks:
         answer = check.answer(subject)
@@ -77,7 +77,7 @@ def judge(
     """The notes that a run shows: failures, and warnings that concern it (`concerns`: its objectives and options).
 
     Raises:
-        ConfigError: `stop`, and a check has failed.
+        ConfigError: `stop` is set and a check has failed.
     """
     failed = failures(findings)
     if stop and failed:
@@ -97,8 +97,11 @@ def judge(
 
 @dataclass(frozen=True)
 class ClassCoverage:
-    """How both sides split the texts of a class: shares of tokens and bytes in chunks of one token on both sides, bytes
-    that a side's tokens do not reproduce, chunks, and tokens."""
+    """How both sides tokenize the texts of a class.
+
+    Shares of tokens and bytes in chunks of one token on both sides, bytes that a side's tokens do not reproduce,
+    chunks, and tokens.
+    """
 
     bytes: int
     student_tokens: int
@@ -114,10 +117,10 @@ class ClassCoverage:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was found of a pair.
+    """All findings about a pair.
 
-    `unchecked`: what could not be examined, and what that would take. `memory`: the sizes behind the check of that
-    name. `sides`: student and teacher by their files, where those can be read.
+    `unchecked`: what could not be examined, and what would be needed. `memory`: the sizes behind the check of that
+    name. `sides`: student and teacher from their files, if those can be read.
     """
 
     checks: list[Finding]
@@ -128,7 +131,7 @@ class Report:
 
     @property
     def failures(self) -> list[Finding]:
-        """The findings that say that the pair cannot be trained."""
+        """The findings that prevent training."""
         return failures(self.checks)
 
     @property

@@ -1,4 +1,4 @@
-"""The checks of a run's prompts as both sides read them: chat templates, special tokens in texts, lengths."""
+"""Checks of a run's prompts on both sides: chat templates, special tokens in texts, lengths."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from gold.tokenize.templates import Rendering, rendered, template_of
 from gold.tokenize.vocabulary import Vocabulary
 
 MOST = 2000
-"""Prompts that are examined; of more than these, as many drawn with a fixed seed, and the longest."""
+"""Maximum number of examined prompts; of more, this many drawn with a fixed seed, plus the longest."""
 LONGEST = 200
 _SEED = 0
 _MEASURED = 64
-"""Prompts whose texts show how many tokens each side needs for the same bytes."""
+"""Number of prompts used to measure how many tokens each side needs for the same bytes."""
 _ANOTHER_TEMPLATE = "another chat_template.jinja in its folder"
 
 
 @dataclass(frozen=True)
 class PromptReader:
-    """A side that reads prompts, with or without its weights.
+    """One side's tokenizer and template for prompts, with or without its weights.
 
-    ``role`` is "student", "teacher" or "teacher NAME"; ``grades`` says which prompts a teacher reads. ``context`` is
-    None where it is not known. A teacher reads ``adapt(prompt)``.
+    ``role`` is "student", "teacher" or "teacher NAME"; ``grades`` says which prompts a teacher scores. ``context`` is
+    None if unknown. A teacher reads ``adapt(prompt)``.
     """
 
     role: str
@@ -54,18 +54,18 @@ class PromptReader:
 
     @property
     def teaches(self) -> bool:
-        """Whether it reads the teacher's context of a prompt too."""
+        """True if its prompts include the teacher context."""
         return self.role != "student"
 
     def seen(self, prompt: Prompt) -> Prompt:
-        """The prompt as this side reads it."""
+        """The prompt for this side."""
         return self.adapt(prompt) if self.teaches else prompt
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The ids that it reads before a completion of a prompt as it reads it.
+        """The ids of a prompt that is already adapted to this side.
 
         Raises:
-            DataError: it cannot read the prompt.
+            DataError: its tokenizer or template rejects the prompt.
         """
         try:
             return prompt_ids(self.tokenizer, prompt, self.rendering)
@@ -75,9 +75,9 @@ class PromptReader:
 
 @dataclass
 class Tally:
-    """What was found in one side's prompts: for each kind how many, and one as an example.
+    """Problems in one side's prompts: for each kind their number and one example.
 
-    ``refused`` by the reason, with the error of that one; ``dropped`` and ``changed`` by the role of the message;
+    ``refused`` by the reason, with the error of the example; ``dropped`` and ``changed`` by the role of the message;
     ``special`` by token. ``tokens`` are the side's for the texts of some prompts.
     """
 
@@ -100,7 +100,7 @@ def _count(kinds: dict[str, tuple[int, str]], kind: str, example: str) -> None:
 
 
 def examined(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts that are examined: all, or of very many some drawn with a fixed seed and the longest ones."""
+    """The prompts to examine: all, or of very many some drawn with a fixed seed and the longest ones."""
     if len(prompts) <= MOST:
         return list(prompts)
     drawn = random.Random(_SEED).sample(range(len(prompts)), MOST)
@@ -121,8 +121,10 @@ class _Prompts:
 def examine_prompts(
     prompts: Sequence[Prompt], heldout: Sequence[Prompt], readers: Sequence[PromptReader], new_tokens: int
 ) -> list[Finding]:
-    """What is wrong with a run's prompts, the student being the first of the readers; where a run would be refused, a
-    check has failed."""
+    """Findings about a run's prompts; the student is the first of the readers.
+
+    A check fails where a run would be rejected.
+    """
     chosen = [*examined(prompts), *examined(heldout)]
     sides = [Tally(reader) for reader in readers]
     for number, prompt in enumerate(chosen):
@@ -143,7 +145,7 @@ def _tally(tally: Tally, prompt: Prompt, new_tokens: int) -> None:
     try:
         ids = encode_prompt(reader, prompt, 1 if reader.teaches else new_tokens)
     except DataError as error:
-        # Prompts are grouped by the reason, without the key and the length of each.
+        # Prompts are grouped by the reason, without their keys and lengths.
         _count(tally.refused, re.sub(r"\d+ tokens", "", str(error).partition(": ")[2]), str(error))
         return
     tally.longest = max(tally.longest, (len(ids), prompt.key))
@@ -157,7 +159,7 @@ def _tally(tally: Tally, prompt: Prompt, new_tokens: int) -> None:
     if roles not in known:
         try:
             known[roles] = dropped_roles(reader.tokenizer, prompt.messages, reader.rendering)
-        except DataError:  # it takes these messages and no others
+        except DataError:  # the template accepts only some conversations
             known[roles] = []
     for place, message in enumerate(prompt.messages):
         content = message["content"].strip()
@@ -166,10 +168,10 @@ def _tally(tally: Tally, prompt: Prompt, new_tokens: int) -> None:
 
 
 def _reads_date(reader: PromptReader, prompt: Prompt, text: str) -> bool:
-    """Whether the template writes another text on another day."""
+    """True if the template renders another text on another date."""
     if "strftime_now" not in (template_of(reader.tokenizer) or ""):
         return False
-    other = (reader.rendering.day or date.today()) + timedelta(days=399)  # another day, month and year
+    other = (reader.rendering.day or date.today()) + timedelta(days=399)  # differs in day, month and year
     then = Rendering(reader.rendering.arguments, other)
     return rendered(reader.tokenizer, prompt.messages or (), then, add_generation_prompt=True) != text
 
@@ -273,17 +275,17 @@ def _lengths(found: _Prompts) -> list[Finding]:
 
 
 def raise_refused(findings: Sequence[Finding]) -> None:
-    """Nothing, where no check has failed.
+    """Raises an error if a check has failed.
 
     Raises:
-        DataError: one line for each that has.
+        DataError: one line for each failed check.
     """
     if failed := failures(findings):
         raise DataError("\n".join(f"{f.found}; {f.advice}" if f.advice else f.found for f in failed))
 
 
 def notes_of(findings: Sequence[Finding]) -> list[str]:
-    """What a run says about its prompts before it begins: warnings, and that not all were examined."""
+    """Notes about the prompts before a run: warnings, and the number examined if not all were."""
     sampled = [f for f in findings if f.check == "prompts" and f.status == "pass" and "fixed seed" in f.found]
     return [str(f) for f in (*sampled, *(f for f in findings if f.status == "warn"))]
 

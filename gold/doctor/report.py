@@ -1,4 +1,4 @@
-"""The body of `gold doctor`: all checks of a pair, as a table, as lines or as JSON."""
+"""The implementation of `gold doctor`: all checks of a pair, as a table, as lines or as JSON."""
 
 from __future__ import annotations
 
@@ -46,14 +46,15 @@ def diagnose(
     load: Callable[[], tuple[LanguageModel, LanguageModel | None]] | None = None,
     served: bool = False,
 ) -> Report:
-    """All checks of two folders, tokenizer files or Hub ids; those of their weights too with `load`, which gives both
-    models, or the student alone where the teacher is `served`.
+    """The report on two folders, tokenizer files or Hub ids.
 
-    `texts` are a run's own, `roles` the special tokens that it names, `renderings` its arguments of the chat templates,
-    `dtypes` those of the weights. A forward pass reads `sequences`, each of `prompt` and `tokens` student tokens.
+    With `load`, which returns both models (the student alone if the teacher is `served`), their weights are checked
+    too. `texts` are a run's own, `roles` the special tokens that it names, `renderings` its arguments of the chat
+    templates, `dtypes` those of the weights. A forward pass reads `sequences`, each of `prompt` and `tokens` student
+    tokens.
 
     Raises:
-        VocabularyError: a source that is no tokenizer at all; one whose tokens are not bytes is a failed check.
+        VocabularyError: a source is no tokenizer at all; one whose tokens are not bytes is a failed check.
         ModelError: weights that cannot be loaded.
     """
     sides, refused = [], []
@@ -67,7 +68,7 @@ def diagnose(
         try:
             sides.append(read_side(role, source, named, rendering))
         except VocabularyError as error:
-            open_source(source, roles=named)  # a file that cannot be read is an error, not a finding
+            open_source(source, roles=named)  # an unreadable file is an error, not a finding
             refused.append(Finding("tokenizers", "fail", f"{role}: {error}", _remedy(error)))
     if refused:
         return Report(refused)
@@ -93,7 +94,7 @@ def diagnose(
 
 
 def _remedy(error: VocabularyError) -> str:
-    """What to do about a tokenizer whose tokens are not bytes, where the error does not say it itself."""
+    """Advice for a tokenizer whose tokens are not bytes, unless the error already gives it."""
     return "use a model of another family" if "cannot be spelled in bytes" in str(error) else ""
 
 
@@ -109,7 +110,7 @@ def load_pair(student: str, teacher: str) -> tuple[LanguageModel, LanguageModel]
 
 
 def combined(reports: Mapping[str, Report]) -> Report:
-    """One report of a student and several teachers, each finding under its teacher's name, memory for all at once."""
+    """One report on a student and several teachers: findings under each teacher's name, memory for all at once."""
     if len(reports) == 1:
         return next(iter(reports.values()))
     each = reports.items()
@@ -122,7 +123,7 @@ def combined(reports: Mapping[str, Report]) -> Report:
 
 
 def print_report(report: Report, *, as_json: bool = False, stream: TextIO | None = None) -> None:
-    """Writes a report: a table on a terminal, plain lines elsewhere, or one JSON object."""
+    """Prints a report: a table on a terminal, plain lines elsewhere, or one JSON object."""
     out = stream or sys.stdout
     if as_json:
         content = {
@@ -145,7 +146,7 @@ def print_report(report: Report, *, as_json: bool = False, stream: TextIO | None
 
 
 def verdict_line(report: Report) -> str:
-    """Whether the pair can be trained, and if not, why, in one line."""
+    """Whether the pair can be trained, or why not, in one line."""
     failed = [f"{finding.check}: {finding.found}" for finding in report.failures]
     return f"{report.verdict}: {_VERDICTS[report.verdict]}" + (f": {'; '.join(failed)}" if failed else "")
 
@@ -196,7 +197,7 @@ def _coverage_table(report: Report) -> Any:
 
 
 def memory_finding(needed: StepMemory) -> Finding:
-    """Whether a step fits into this machine's memory."""
+    """A check that one step fits into this machine's memory."""
     teachers = "teacher" if needed.teachers == 1 else f"{needed.teachers} teachers"
     millions = f"{_gib(needed.teacher)} ({needed.teacher_parameters / 1e6:,.0f} M)"
     found = (

@@ -1,4 +1,4 @@
-"""`gold doctor` of a configuration: its pairs, judged by its own prompts, and what a run would refuse."""
+"""`gold doctor` for a configuration: its pairs, judged by its own prompts, and problems that would stop a run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from gold.train.setup import pairs_of, terms_of
 def diagnose_run(
     source: Path, *, weights: bool = False, sequences: int | None = None, tokens: int | None = None
 ) -> Report:
-    """The findings about a configuration's pairs; with several teachers each check names its teacher.
+    """The report on a configuration's pairs; with several teachers each check names its teacher.
 
     Raises:
         GoldError: as for ``gold.build.train``.
@@ -60,7 +60,7 @@ def diagnose_run(
 
 
 def _diagnosed(config: Config, data: RunData, name: str, weights: bool, sizes: tuple[int, int]) -> Report:
-    """The findings about the student and one teacher."""
+    """The report on the student and one teacher."""
     teacher = config.named_teachers[name]
     model: ModelConfig = config.student if teacher.kind == "self" else teacher
     prompts = graded_by(config, data, name)
@@ -100,7 +100,7 @@ def _diagnosed(config: Config, data: RunData, name: str, weights: bool, sizes: t
 
 
 def _files(config: Config) -> list[Finding]:
-    """Models that a run would refuse: files that are missing, broken or of another kind, devices that are not there."""
+    """Models that a run would reject: missing or broken files, other kinds of models, missing devices."""
     checks = []
     for model in (config.student, *(t for t in config.named_teachers.values() if t.kind == "local")):
         try:
@@ -112,7 +112,7 @@ def _files(config: Config) -> list[Finding]:
 
 @dataclass
 class _Absent(Teacher):
-    """A teacher that is not loaded, as far as the checks of a recipe ask about it."""
+    """A teacher that is not loaded, with the attributes that the checks of a recipe need."""
 
     name: str
     gives: Need
@@ -121,9 +121,9 @@ class _Absent(Teacher):
 
 
 def _of_run(config: Config, data: RunData, sides: Mapping[str, tuple[Side, ...]]) -> list[Finding]:
-    """What a run would refuse or note of its objectives and prompts, by both sides' files."""
+    """What a run would reject or note about its objectives and prompts, from both sides' files."""
     if not all(sides.values()):
-        return []  # which is another check's failure
+        return []  # reported by another check
     mine = next(iter(sides.values()))[0]
     named, several = config.named_teachers, len(config.named_teachers) > 1
     readers = [PromptReader("student", mine.name, mine.tokenizer, mine.marked, mine.rendering, mine.context)]
@@ -137,7 +137,7 @@ def _of_run(config: Config, data: RunData, sides: Mapping[str, tuple[Side, ...]]
             PromptReader(role, side.name, side.tokenizer, side.marked, side.rendering, side.context, graded)
         )
     checks, recipe, what = [], config.recipe, "objectives"
-    student = cast(LanguageModel, readers[0])  # its vocabulary and prompts are all that is asked for
+    student = cast(LanguageModel, readers[0])  # only its vocabulary and prompts are used
     try:
         check_recipe(recipe, data.train, data.verifier, 1)
         pairs = pairs_of(student, teachers := Teachers(absent, config.mix))

@@ -1,4 +1,4 @@
-"""Texts to judge a pair by: short ones of each class on which tokenizers differ, and a run's own."""
+"""Sample texts for judging a pair: short ones of each class on which tokenizers differ, and a run's own."""
 
 from collections.abc import Sequence
 
@@ -55,13 +55,13 @@ SAMPLE = {
 """Texts by class."""
 
 JUDGED = "prose"
-"""The class that every pair must be able to read; the others only show where it is weak."""
+"""The class that every pair must reproduce; the others only show where it is weak."""
 RUN_TEXTS = "run"
-"""The class of a run's own texts, which decides where there is a run."""
+"""The class of a run's own texts, which decides if there is a run."""
 
 
 def run_texts(prompts: Sequence[Prompt]) -> list[str]:
-    """4 kB of a run's texts: completions of some prompts, or the prompts themselves where there are none."""
+    """4 kB of a run's texts: completions of some prompts, or the prompts themselves if there are none."""
     texts: list[str] = []
     for prompt in prompts[:: max(1, len(prompts) // 64)]:
         text = prompt.completion or prompt_text(prompt)

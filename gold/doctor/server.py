@@ -1,4 +1,4 @@
-"""The checks of a served teacher: what its server reads, how much it gives, how reproducible its answers are."""
+"""Checks of a served teacher: tokenization, number of top tokens, reproducibility of its answers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ from gold.tokenize.chat import has_chat_template, prompt_ids, prompt_text
 from gold.tokenize.templates import Rendering
 
 MOST_NOISE = 0.01
-"""Warn above, in nats per byte: the spread of answers to the same request. Near its end a run has some hundredths of
-reverse KL left to learn from; answers in 16 bits, batched as they come, stay well below."""
+"""Warn above, in nats per byte: the spread of answers to the same request. Near the end of a run, the remaining reverse
+KL is some hundredths; 16-bit servers with dynamic batching stay well below this.
+"""
 MOST_OWN_KL = 5e-3
-"""Fail above, in nats per byte: KL of the student from itself as it is served. A server in bfloat16 was 0.001 from the
-same weights in float32; other weights, templates or positions are above 0.05."""
+"""Fail above, in nats per byte: KL between the student and the same model on the server. A server in bfloat16 was 0.001
+from the same weights in float32; other weights, templates or positions are above 0.05.
+"""
 MOST_NOISE_SHARE = 0.1
 """Warn above: the spread as a share of the distance between student and teacher; from 1 on nothing is learned."""
 _TIMES = 3
@@ -46,20 +48,20 @@ _REPRODUCIBLE = "let one replica answer, in one dtype, with kernels that do not 
 
 @dataclass(frozen=True)
 class _Served:
-    """A teacher, a run's prompts, and the short texts that it is asked about."""
+    """A teacher, a run's prompts, and the short probe texts sent to it."""
 
     teacher: ServedTeacher
     prompts: Sequence[Prompt]
     probes: Sequence[Prompt]
     student: LanguageModel | None = None
-    answer: Sequence[TokenLogp] = ()  # to the first of the probes, token by token
+    answer: Sequence[TokenLogp] = ()  # for the first probe, token by token
 
     @classmethod
     def of(cls, teacher: ServedTeacher, prompts: Sequence[Prompt], student: LanguageModel | None) -> _Served:
         return cls(teacher, prompts, _probes(teacher, prompts), student)
 
     def answers(self, times: int) -> tuple[int, list[list[float]]]:
-        """The probes' size in bytes, and each answer's log-probabilities of the tokens sent, ``times`` per probe."""
+        """The probes' size in bytes, and each answer's log-probabilities of the sent tokens, ``times`` per probe."""
         texts = [self.teacher.vocabulary.encode(p.completion or "") for p in self.probes]
         both = zip(self.probes, texts, strict=True)
         asked = [self.teacher.request(p, t.ids.tolist(), times > 1) for p, t in both]
@@ -68,13 +70,14 @@ class _Served:
 
 
 def _first(known: TokenLogp) -> float:
-    """The log-probability of the token that was sent, which comes first."""
+    """The log-probability of the sent token, which comes first."""
     return next(iter(known.values()))
 
 
 def examine_server(teacher: ServedTeacher, prompts: Sequence[Prompt] = ()) -> list[Finding]:
-    """Whether the server answers, gives as many tokens as are wanted, and reads texts and messages as the tokenizer
-    files do.
+    """Findings on a server: whether it answers, returns enough top tokens, and tokenizes like the tokenizer files.
+
+    The tokenizations of texts and of messages are compared.
 
     Raises:
         TeacherError: it does not answer.
@@ -93,8 +96,9 @@ def examine_server(teacher: ServedTeacher, prompts: Sequence[Prompt] = ()) -> li
 def examine_noise(
     teacher: ServedTeacher, prompts: Sequence[Prompt] = (), student: LanguageModel | None = None
 ) -> Finding:
-    """How much answers to the same request differ, in nats per byte, compared with the difference between ``student``
-    and teacher on the same texts where there is one.
+    """A finding on how much answers to the same request differ, in nats per byte.
+
+    With ``student``, it is compared with the difference between student and teacher on the same texts.
 
     Raises:
         TeacherError: the server does not answer.
@@ -103,11 +107,11 @@ def examine_noise(
 
 
 def examine_own(teacher: ServedTeacher, prompts: Sequence[Prompt], student: LanguageModel) -> Finding:
-    """Whether a server that serves the student agrees with the student in this process, in nats per byte.
+    """A finding on whether a server of the student's model agrees with the student in this process, in nats per byte.
 
-    The larger of two measures: the reverse KL, token by token, on the tokens that the server names and all others
-    together; and half the squared difference of the log-probabilities of the texts' own tokens, which is that KL to
-    second order, and works for servers that name no other tokens.
+    The larger of two measures: the reverse KL, token by token, on the tokens that the server returns plus the tail
+    mass; and half the squared difference of the log-probabilities of the texts' own tokens, which is that KL to second
+    order, and works for servers that return no other tokens.
 
     Raises:
         TeacherError: the server does not answer.
@@ -118,7 +122,7 @@ def examine_own(teacher: ServedTeacher, prompts: Sequence[Prompt], student: Lang
 def compare_with_student(
     teacher: ServedTeacher, prompts: Sequence[Prompt], student: LanguageModel, *, is_student: bool
 ) -> list[Finding]:
-    """``examine_noise``, and, where the server serves the student itself, ``examine_own``."""
+    """``examine_noise``, and ``examine_own`` if the server serves the student itself."""
     return run_checks(STUDENT_CHECKS[: 1 + is_student], _Served.of(teacher, prompts, student))
 
 
@@ -126,7 +130,7 @@ def _noise(served: _Served) -> Finding:
     teacher, student = served.teacher, served.student
     size, logp = served.answers(_TIMES)
     same = [logp[n : n + _TIMES] for n in range(0, len(logp), _TIMES)]
-    # A token of probability 0 each time does not differ.
+    # A token with probability 0 in every answer does not differ.
     noise = sum(max(v) - min(v) for each in same for v in zip(*each, strict=True) if min(v) < max(v)) / size
     found = f"{_TIMES} answers to the same request differ by {noise:.2g} nats per byte"
     if teacher.bypasses_cache:
@@ -178,7 +182,7 @@ def _top_k(served: _Served) -> Finding:
     if enough:
         stops = ", and all stop ids" if teacher.dialect.chosen else ""
         return passed(f"gives {teacher.gives} at each position{stops}")
-    # The OpenAI dialect leaves out strings that stand for several tokens.
+    # The OpenAI dialect drops strings that several tokens share.
     return (warning if teacher.api == "openai" else failure)(few, teacher.dialect.advice)
 
 
@@ -186,7 +190,7 @@ def _tokenization(served: _Served) -> Finding:
     teacher = served.teacher
     texts = [p.completion or "" for p in served.probes]
     texts += [text for kind in SAMPLE.values() for text in kind[:2]]
-    # A server may refuse a text without tokens.
+    # A server may reject a text without tokens.
     texts = [text for text in texts if teacher.vocabulary.encode(text).ids.size]
     try:
         answers = teacher.server.ask([teacher.dialect.tokenize(teacher.served_model, text) for text in texts])
@@ -216,7 +220,7 @@ def _template(served: _Served) -> list[Finding]:
         return [
             warning(f"not compared: {error}", "compare with the server's chat template yourself", "messages")
         ]
-    # The server writes today's date, whatever day a run or a cache began on.
+    # The server writes today's date, not the date on which a run or a cache began.
     if theirs == prompt_ids(teacher.tokenizer, talk, Rendering(arguments)):
         return [passed("the server's gives the same tokens for messages")]
     return [
@@ -236,7 +240,7 @@ def _key(served: _Served) -> list[Finding]:
 
 
 def _probes(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Short completions of a run's prompts, where they have some; else its prompts or sample texts, cut in two."""
+    """Short completions of a run's prompts if they have some; else its prompts or sample texts, cut in two."""
     chosen = prompts[:: max(1, len(prompts) // _PROBES)][:_PROBES]
     own = [replace(p, completion=p.completion[:_PROBE_CHARACTERS]) for p in chosen if p.completion]
     texts = [prompt_text(p)[: 2 * _PROBE_CHARACTERS] for p in chosen]
@@ -251,7 +255,7 @@ def _probes(teacher: ServedTeacher, prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _total_logp(student: LanguageModel, prompt: Prompt) -> float:
-    """The student's log-probability of a prompt's completion and its end, in nats; 0 where it is too long for it."""
+    """The student's log-probability (nats) of a prompt's completion and its end; 0 if it exceeds the context."""
     try:
         return float(_text_logp(student, prompt).sum())
     except DataError:
@@ -263,7 +267,7 @@ def _text_logp(student: LanguageModel, prompt: Prompt) -> torch.Tensor:
     """The student's log-probabilities of a prompt's completion, token by token, and of its stop id, in nats.
 
     Raises:
-        DataError: it is too long for it.
+        DataError: it exceeds the student's context.
     """
     rollout = completed(student, prompt, 10**6)
     was_training = student.lm.training

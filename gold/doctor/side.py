@@ -1,4 +1,4 @@
-"""One side of a pair by its files: vocabulary, special tokens, chat template, config.json. No weights are loaded."""
+"""One side of a pair from its files: vocabulary, special tokens, chat template, config.json; no weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from gold.tokenize.vocabulary import Vocabulary
 _CONTEXT = (
     *("max_position_embeddings", "n_positions", "n_ctx"),
     *("seq_length", "max_seq_len", "max_sequence_length"),
-)  # the names of the context length in config.json
+)  # keys of the context length in config.json
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a chat template writes around a question and its answer."""
+    """The text that a chat template writes around a question and its answer."""
 
     before: str
     """up to the question"""
@@ -38,11 +38,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Side:
-    """A tokenizer, and what its folder says about the model.
+    """A tokenizer, and the model's settings in its folder.
 
     `tokenizer` has the interface that `gold.tokenize.chat` needs. `bare`: the source is a tokenizer file alone, which
-    names no stop ids. `config` is the text model's part of config.json, empty where there is none; `folder` is where
-    the files are.
+    names no stop ids. `config` is the text model's part of config.json, empty if there is none; `folder` contains the
+    files.
     """
 
     role: str
@@ -55,7 +55,7 @@ class Side:
 
     @property
     def name(self) -> str:
-        """Where its files are."""
+        """The location of its files."""
         return self.vocabulary.name
 
     @property
@@ -64,30 +64,30 @@ class Side:
         return template_of(self.tokenizer)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The ids that it reads before a completion."""
+        """The ids of a prompt."""
         return prompt_ids(self.tokenizer, prompt, self.rendering)
 
     @cached_property
     def added(self) -> Mapping[int, AddedToken]:
-        """The special and other added tokens."""
+        """The added tokens, including special ones."""
         found: Mapping[int, AddedToken] = self.tokenizer.added_tokens_decoder
         return found
 
     @cached_property
     def puts_bos(self) -> bool:
-        """Whether the tokenizer puts its BOS before every text."""
+        """True if the tokenizer puts its BOS before every text."""
         return adds_bos(self.tokenizer)
 
     @cached_property
     def turn(self) -> Turn | None:
-        """What its chat template writes around an answer; None without one, and where it refuses a plain question."""
+        """What its chat template writes around an answer; None without one, or if it rejects a plain question."""
         if not self.template:
             return None
         question, answer = {"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}
         try:
             asked = rendered(self.tokenizer, [question], self.rendering, add_generation_prompt=True)
             answered = rendered(self.tokenizer, [question, answer], self.rendering)
-        except Exception:  # a template is a program: it may raise anything
+        except Exception:  # a template may raise any exception
             return None
         before, q, opening = asked.rpartition("Q1")
         _, a, closing = answered.rpartition("A1")
@@ -95,24 +95,24 @@ class Side:
 
     @cached_property
     def marked(self) -> Vocabulary:
-        """The vocabulary as a run uses it, in which thinking and tool markers are text."""
+        """The vocabulary as in a run, in which thinking and tool markers are text."""
         return self.vocabulary.with_markers(self.config.get("vocab_size"))
 
     @property
     def context(self) -> int | None:
-        """Longest sequence in tokens that the model was built for, None where config.json does not say."""
+        """The model's context length in tokens; None if config.json does not give it."""
         found = [self.config.get(name) for name in _CONTEXT]
         return next((n for n in found if isinstance(n, int) and n > 0), None)
 
     def kind(self, token: str) -> str:
-        """What a string is to this side: a "special token", another "added token", or "text"."""
+        """How this side treats a string: as a "special token", another "added token", or "text"."""
         for added in self.added.values():
             if added.content == token:
                 return "special token" if added.special else "added token"
         return "text"
 
     def tokens(self, ids: tuple[int, ...]) -> str:
-        """Special tokens as people write them."""
+        """The strings of special tokens, for display."""
         return " ".join(self.added[i].content if i in self.added else str(i) for i in ids) or "none"
 
 
@@ -126,7 +126,7 @@ def read_side(role: str, source: Any, roles: Roles | None = None, rendering: Ren
     folder = Path(vocabulary.name) if not live and Path(vocabulary.name).is_dir() else None
     config = _text_config(folder)
     if not vocabulary.stop_ids and (stops := config.get("eos_token_id")) is not None:
-        # As transformers does where the generation settings name none.
+        # The fallback of transformers if the generation settings name none.
         vocabulary = Vocabulary.load(source, stops if isinstance(stops, list) else [stops], roles)
     tokenizer = source if live else PromptTokenizer.of(vocabulary)
     bare = folder is None and not live

@@ -7,7 +7,7 @@
     logits       6 blocks of at most 128 MiB: both sides' rows of one block, and what their gradients need
 
 The factors of the activations were fitted to two real models (the formula gives 1.22 times what a Llama keeps for the
-backward pass, 0.89 times for a Gemma). The rollout's cache of keys and values is freed before, and not included.
+backward pass, 0.89 times for a Gemma). The rollout's KV cache is freed before the step, and not included.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BLOCKS = 6
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that one optimizer step needs, by part, where a forward pass reads ``sequences`` of ``tokens`` each."""
+    """Bytes that one optimizer step needs, by part; a forward pass reads ``sequences`` of ``tokens`` each."""
 
     sequences: int
     tokens: int
@@ -43,7 +43,7 @@ class StepMemory:
     teachers: int = 1
 
     def plus_teachers(self, other: StepMemory) -> StepMemory:
-        """With the teachers of another pair of the same student in memory at the same time."""
+        """The sum with the teachers of another pair of the same student, all in memory at the same time."""
         return replace(
             self,
             tokens=max(self.tokens, other.tokens),
@@ -56,7 +56,7 @@ class StepMemory:
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """The sum of all parts."""
         return self.student + self.teacher + self.activations + self.logits
 
 
@@ -68,9 +68,9 @@ def step_memory(
     dtypes: tuple[str, str] = ("float32", "auto"),
     served: bool = False,
 ) -> StepMemory | None:
-    """Memory of a step; None where a config.json lacks sizes that the formula needs.
+    """The memory of a step; None if a config.json lacks sizes that the formula needs.
 
-    The dtype "auto" is the one in config.json; a ``served`` teacher's weights are elsewhere.
+    The dtype "auto" is the one in config.json; the weights of a ``served`` teacher are not counted.
     """
     mine, theirs = student.config, teacher.config
     counts = parameters(student), 0 if served else parameters(teacher)
@@ -101,13 +101,15 @@ def _bytes_of(dtype: str, config: Mapping[str, Any]) -> int:
 
 
 def parameters(side: Side) -> int | None:
-    """Parameters of a side's model: by the headers of its safetensors, else by config.json as a dense gated
-    transformer; None where neither is known."""
+    """The number of parameters of a side's model; None if unknown.
+
+    From the headers of its safetensors, else from config.json, assuming a dense gated transformer.
+    """
     return _saved_parameters(side.folder) or _dense_parameters(side.config)
 
 
 def machine_memory() -> int | None:
-    """Main memory of this machine in bytes, None where the system does not say."""
+    """Main memory of this machine in bytes; None if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -120,7 +122,7 @@ def _saved_parameters(folder: Path | None) -> int:
         try:
             tensors, _ = safetensors_header(file, ModelError)
         except ModelError:
-            return 0  # loading names the fault
+            return 0  # loading the model reports the error
         total += sum(math.prod(entry["shape"]) for entry in tensors.values())
     return total
 
@@ -145,6 +147,6 @@ def _shape(config: Mapping[str, Any]) -> tuple[int, int, int, int, int, int] | N
 
 
 def _count(config: Mapping[str, Any], name: str) -> int:
-    """A size in a config.json; 0 where it has none, or none that is possible."""
+    """A size in a config.json; 0 if it is missing or impossible."""
     value = config.get(name)
     return value if type(value) is int and 0 < value < 2**40 else 0

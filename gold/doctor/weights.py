@@ -1,4 +1,4 @@
-"""The checks that need weights: KL of a model from itself, bits per byte of texts, time of a forward pass."""
+"""Checks that need weights: KL of a model from itself, bits per byte of texts, time of a forward pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from gold.teachers.protocol import Teacher
 
 LARGEST_SELF_KL = 1e-3
 """Fail above, in nats per byte. A divergence is of second order in rounding errors: 16-bit models stay below 1e-4, two
-models that differ at all are above 1e-2."""
+different models are above 1e-2.
+"""
 LANGUAGE_BITS = 4.0
 """Warn above, in bits per byte: a trained model needs about 1 for prose in its languages, a uniform one 8."""
 _LONGEST_TRIAL_S = 2.0
@@ -45,8 +46,10 @@ class _Trial:
 def examine_weights(
     student: LanguageModel, teacher: LanguageModel | None, texts: Sequence[str], sequences: int, tokens: int
 ) -> list[Finding]:
-    """KL of each model from itself, bits per byte of each on the texts, seconds to read a batch; of the student alone
-    where the teacher is not in this process."""
+    """Findings: KL of each model from itself, bits per byte of each on the texts, seconds to read a batch.
+
+    Only the student is checked if the teacher is not in this process.
+    """
     prompts = _split(texts) or _split(SAMPLE[JUDGED])
     models = {"student": student, **({"teacher": teacher} if teacher else {})}
     return run_checks(WEIGHT_CHECKS, _Trial(models, prompts, sequences, tokens))
@@ -55,7 +58,7 @@ def examine_weights(
 def self_divergence(model: LanguageModel, prompts: Sequence[Prompt]) -> float:
     """Reverse KL on next bytes of a model from itself as its teacher, on the prompts' completions, in nats per byte.
 
-    The student reads all texts as one padded batch, the teacher each by itself.
+    The student reads all texts as one padded batch, the teacher one at a time.
     """
     return divergence(model, LocalTeacher(model, batch_tokens=1), prompts, "bytes")
 
@@ -81,7 +84,7 @@ def divergence(
 
 @torch.no_grad()
 def bits_per_byte(model: LanguageModel, prompts: Sequence[Prompt]) -> float:
-    """Bits that a model needs for a byte of the prompts' completions, in its own tokens, given the prompts."""
+    """Bits per byte of the prompts' completions given the prompts, in the model's own tokens."""
     texts = [model.vocabulary.encode(prompt.completion or "") for prompt in prompts]
     stops = torch.tensor(model.vocabulary.stop_ids, device=model.device)
     nats = 0.0
@@ -144,8 +147,10 @@ def _speed(trial: _Trial) -> Finding:
 
 @torch.no_grad()
 def _forward_seconds(model: LanguageModel, sequences: int, tokens: int) -> float:
-    """Seconds of a forward pass over such a batch, logits included; a CPU, which one sequence keeps busy, is measured
-    with one."""
+    """Seconds of a forward pass over such a batch, logits included.
+
+    A CPU, which one sequence keeps busy, is measured with one.
+    """
     measured = 1 if model.device.type == "cpu" else sequences
     tokens = min(tokens, model.context)
     ids = torch.full((measured, tokens), model.pad_id, device=model.device)
@@ -163,8 +168,7 @@ def _forward_seconds(model: LanguageModel, sequences: int, tokens: int) -> float
 
 
 def _split(texts: Sequence[str]) -> list[Prompt]:
-    """Each text as a prompt of a few words and its completion, without those that are too short; the first kilobyte of
-    all."""
+    """Each text as a prompt of a few words and its completion, except too short ones, up to 1 kB in total."""
     prompts: list[Prompt] = []
     room = 1024
     for text in texts:

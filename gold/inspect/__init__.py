@@ -1,1 +1,1 @@
-"""What people look at: alignments in a terminal and as a page, scores, and plots of a run."""
+"""Views for people: alignments in a terminal and as an HTML page, scores, and plots of a run."""

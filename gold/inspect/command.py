@@ -1,4 +1,4 @@
-"""The body of `gold align`: two tokenizers, a text, and where their tokens end."""
+"""The implementation of `gold align`: the tokens of two tokenizers on one text."""
 
 import io
 import os
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gold.tokenize.templates import Rendering
 
 MOST_BYTES = 8 * 2**20
-"""A longer text is refused: tokenizers hold some 150 bytes of memory for every byte of a text."""
+"""A longer text is rejected: tokenizers need some 150 bytes of memory for every byte of a text."""
 
 
 class Scorer(Protocol):
@@ -41,7 +41,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class _Given:
-    """A text, or the student's own ids; with a prompt it is a turn that has ended. `where` begins its errors."""
+    """A text, or the student's own ids; with a prompt it is a finished turn. `where` is the prefix of its errors."""
 
     text: str | bytes = b""
     ids: tuple[int, ...] | None = None
@@ -67,11 +67,11 @@ def run_align(
 ) -> None:
     """Writes the alignment of one text, or of each line of a JSON Lines file, to the stream.
 
-    The text is one of `text`, the bytes of a `file`, the last message of a `chat`, what the student's own `ids` spell,
-    and the `text` of each line of `jsonl`, answered by a line of JSON; without any of them, or where the name is `-`,
-    it is read from standard input. `template_kwargs` are what the chat templates of student and teacher are given, as
-    JSON. `html` is a page to write in place of the picture. There are colours only on a
-    terminal, and only if `color` and without NO_COLOR. `load_scorer` loads the models of both sides, to score the text.
+    The text is one of `text`, the bytes of a `file`, the last message of a `chat`, the decoded student `ids`, and the
+    `text` of each line of `jsonl`, for which a line of JSON is written; without any of them, or for the name `-`, it is
+    read from standard input. `template_kwargs` are the arguments of the chat templates of student and teacher, as JSON.
+    `html` is the path of a page to write instead of the terminal output. Colours are used only on a terminal, if
+    `color` is set and NO_COLOR is not. `load_scorer` loads the models of both sides, to score the text.
 
     Raises: DataError for a text that cannot be read, VocabularyError for a tokenizer.
     """
@@ -102,14 +102,14 @@ def run_align(
     else:
         from gold.inspect.terminal import show_alignment
 
-        if isinstance(out, io.TextIOWrapper):  # an encoding without these characters is no reason to fail
+        if isinstance(out, io.TextIOWrapper):  # an encoding without these characters must not fail
             out.reconfigure(errors="backslashreplace")
         color = color and not os.environ.get("NO_COLOR")
         show_alignment(view, terminal.new_console(out, color=color))
 
 
 class _Pair:
-    """Both tokenizers, and what does not change from text to text."""
+    """Both tokenizers, and everything that is the same for all texts."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class _Pair:
         )
 
     def view(self, given: _Given) -> AlignmentView:
-        """The text with both sides' tokens."""
+        """The text tokenized by both sides."""
         try:
             view = self._tokenized(given)
             return self.scorer.score(view) if self.scorer else view
@@ -191,7 +191,7 @@ class _Pair:
 
 
 def _shared(vocabulary: Vocabulary, tokenized: TokenizedText, others: set[bytes]) -> float:
-    """The share of tokens whose bytes are one of the other vocabulary's."""
+    """The share of tokens whose bytes are one token of the other vocabulary."""
     ids, counts = np.unique(tokenized.ids[tokenized.ids < vocabulary.size], return_counts=True)
     known = [vocabulary.token_bytes(index) in others for index in ids.tolist()]
     return float(counts[known].sum()) / max(len(tokenized), 1)
@@ -212,7 +212,7 @@ def _rendering(side: str, arguments: str | None) -> "Rendering":
 def _given(
     text: str | None, file: Path | None, jsonl: Path | None, chat: Path | None, ids: str | None
 ) -> Iterator[_Given]:
-    """The texts; what is wrong with the options themselves is raised before a tokenizer is loaded."""
+    """The texts; errors in the options themselves are raised before a tokenizer is loaded."""
     if sum(source is not None for source in (text, file, jsonl, chat, ids)) > 1:
         raise DataError("give at most one of TEXT, --file, --jsonl, --chat and --ids")
     if jsonl is not None:

@@ -1,4 +1,4 @@
-"""An alignment as a page: one file without network, to look at with a mouse, a finger or a keyboard."""
+"""An alignment as one HTML file without network access, usable by mouse, touch or keyboard."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 from gold.inspect.view import AlignmentView, TokenizedSide, prompt_runs, summary, token_runs
 
 _LEVELS = 9
-"""A token's shade says how many nats it cost, up to so many."""
+"""The shade of a token is its −log-probability in nats, up to this level."""
 
 _TAGS = {"text": "{}", "mark": "<i>{}</i>", "event": "<em>{}</em>"}
 _HERE = Path(__file__).parent
@@ -21,9 +21,9 @@ _HERE = Path(__file__).parent
 def page(view: AlignmentView) -> str:
     """The page, as HTML.
 
-    Every chunk shows the student's tokens over the teacher's; pointing at it, touching it or walking to it with the
+    Every chunk shows the student's tokens over the teacher's; pointing at it, touching it or moving to it with the
     arrow keys shows the ids, bytes, offsets and log-probabilities of its tokens. Without scripts the picture and the
-    summary are still there.
+    summary are still shown.
     """
     style = (_HERE / "page.css").read_text(encoding="utf-8") + _shades()
     script = (_HERE / "page.js").read_text(encoding="utf-8")
@@ -94,7 +94,7 @@ def _side_data(side: TokenizedSide, count: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "ids": side.tokenized.ids[:count].tolist(),
         "ends": side.tokenized.ends[:count].tolist(),
-        # The bytes of tokens that are not the text's.
+        # The bytes of tokens that differ from the text's.
         "own": {k: _own_bytes(side, k).hex(" ") for k in range(count) if not side.tokenized.exact[k]},
     }
     for name, value_N in (("logp", side.logp_N), ("entropy", side.entropy_N)):
@@ -109,7 +109,7 @@ def _own_bytes(side: TokenizedSide, k: int) -> bytes:
 
 
 def _lines(view: AlignmentView) -> Iterator[str]:
-    """The chunks of each line of the text; a browser lays out only the lines that are in sight."""
+    """The chunks of each line of the text; a browser lays out only the visible lines."""
     ends = view.alignment.ends_C.tolist()
     rows = list(_tokens(view.student, view, 1)), list(_tokens(view.teacher, view, 3))
     line = []
@@ -132,7 +132,7 @@ def _lines(view: AlignmentView) -> Iterator[str]:
 
 
 def _tokens(side: TokenizedSide, view: AlignmentView, last: int) -> Iterator[str]:
-    """Each token that is drawn."""
+    """Each drawn token."""
     count = int(view.alignment.chunks[view.drawn - 1, last]) if view.drawn else 0
     start = 0
     for k, end in enumerate(side.tokenized.ends[:count].tolist()):

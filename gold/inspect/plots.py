@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its metrics."""
+"""Plots of a run's metrics."""
 
 import contextlib
 import math
@@ -12,14 +12,14 @@ from typing import Any, cast
 from gold.errors import CheckpointError, ConfigError
 from gold.train.run_folder import RunFolder
 
-# Training metrics that get a panel where a run has them: name, title, unit.
+# Training metrics that get a panel if a run has them: name, title, unit.
 _TRAIN_PANELS = (
     ("loss", "loss", ""),
     ("reward_mean", "reward", ""),
     ("length_tokens", "completion length", "tokens"),
     ("tokens_per_s", "speed", "tokens/s"),
 )
-# Measures that come first, in this order; the others follow as the run has them.
+# Measures that come first, in this order; the others follow in the order of the run.
 _FIRST = ("accuracy", "score", "reverse_kl_per_byte", "forward_kl_per_byte", "bits_per_byte")
 _UNITS = {"nats": "nats", "bits": "bits", "bytes": "bytes", "s": "s", "mib": "MiB", "tokens": "tokens"}
 _TRAIN_COLOUR = "#4269d0"
@@ -27,15 +27,15 @@ _EVAL_COLOUR = "#d0652f"
 
 
 def plot_run(run_dir: str | Path) -> list[Path]:
-    """The pictures drawn, `plots/learning.png` in the run's folder; it shows what was measured over the steps.
+    """Draws the metrics of a run over its steps; returns the written files, `plots/learning.png` in the run's folder.
 
-    Every numeric measure of the held-out evaluations, save times, gets a panel, and of the training steps the
-    loss, the reward, the completion length and the tokens per second, where they are there. A measure `x` with
-    `x_low` and `x_high` beside it is drawn with that band. Null, NaN and infinite values are gaps.
+    Every numeric measure of the held-out evaluations, except times, gets a panel; of the training steps, the loss, the
+    reward, the completion length and the tokens per second, if present. A measure `x` that comes with `x_low` and
+    `x_high` is drawn with that band. Null, NaN and infinite values are gaps.
 
     Raises:
         ConfigError: matplotlib is not installed.
-        CheckpointError: no run is there, it has no metrics yet, or the picture cannot be written.
+        CheckpointError: there is no run, it has no metrics yet, or the picture cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -49,7 +49,7 @@ def plot_run(run_dir: str | Path) -> list[Path]:
 
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
-    # A Figure of its own, no pyplot: nothing global is touched, and no display is needed.
+    # A Figure without pyplot: no global state is changed, and no display is needed.
     figure = Figure(figsize=(3.4 * columns + 0.4, 2.5 * rows + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(run.path.resolve().name, fontsize=10)
@@ -71,7 +71,7 @@ def plot_run(run_dir: str | Path) -> list[Path]:
 
 @dataclass
 class _Panel:
-    """One measure over the steps, on held-out prompts or in training; `band`: its interval's lower and upper ends."""
+    """One measure over the steps, held-out or in training; `band`: the lower and upper ends of its interval."""
 
     title: str
     unit: str
@@ -88,7 +88,7 @@ class _Panel:
         return [value for _, value in self.points]
 
     def draw(self, axes: Any, last: int) -> None:
-        """Draw on matplotlib axes, steps from 0 to `last` as on every other panel."""
+        """Draws on matplotlib axes, steps from 0 to `last` as in every other panel."""
         if self.held_out:
             axes.plot(self.steps, self.values, color=_EVAL_COLOUR, marker="o", markersize=3, linewidth=1.4)
             if self.band is not None:
@@ -113,7 +113,7 @@ class _Panel:
 
 def _panels(evals: Sequence[dict[str, Any]], trains: Sequence[dict[str, Any]]) -> list[_Panel]:
     measures = {name: None for record in evals for name, value in record.items() if _is_number(value)}
-    # No bounds of intervals, and nothing of how long an evaluation took.
+    # Without bounds of intervals and times of evaluations.
     names = [
         name
         for name in measures
@@ -139,7 +139,7 @@ def _panels(evals: Sequence[dict[str, Any]], trains: Sequence[dict[str, Any]]) -
 
 
 def _points(records: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """Step and value of every record that has the measure; NaN where it is null, so that the line breaks."""
+    """Step and value of every record that has the measure; NaN for null, so that the line breaks."""
     if not any(_is_number(record.get(name)) for record in records):
         return []
     having = (record for record in records if name in record)
@@ -147,12 +147,12 @@ def _points(records: Sequence[dict[str, Any]], name: str) -> list[tuple[int, flo
 
 
 def _is_number(value: object) -> bool:
-    # A whole number beyond all floats is none either.
+    # An integer beyond the range of floats counts as infinite.
     return type(value) in (int, float) and abs(cast(float, value)) <= sys.float_info.max
 
 
 def _words(name: str) -> tuple[str, str]:
-    """A measure's name for people, and its unit: reverse_kl_per_byte → ("reverse KL", "nats per byte")."""
+    """A measure's name for display, and its unit: reverse_kl_per_byte → ("reverse KL", "nats per byte")."""
     base, _, per = name.partition("_per_")
     stem, _, last = base.rpartition("_")
     unit = ""

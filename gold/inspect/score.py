@@ -1,4 +1,4 @@
-"""What two models think of one text, token by token: the log-probabilities that `gold align --score` shows."""
+"""Scores of one text by two models, token by token: the log-probabilities of `gold align --score`."""
 
 from __future__ import annotations
 
@@ -45,14 +45,13 @@ class PairScorer:
         return self.student.tokenizer, self.teacher.tokenizer
 
     def score(self, view: AlignmentView) -> AlignmentView:
-        """The text with the log-probability of each token, the entropy before it, and the stop event's log-probability
-        where there is one.
+        """The text with each token's log-probability and the entropy before it, and the stop event's log-probability.
 
-        Before the text stands the prompt, else a BOS where the student's own ids began with one or the tokenizer puts
-        one in front; where there is neither, the first token has no log-probability. Nor has what has probability 0, a
-        token or the stop event.
+        The text follows the prompt, else BOS if the student's own ids began with one or the tokenizer adds one; if
+        there is neither, the first token has no log-probability. A token or stop event of probability 0 has none
+        either.
 
-        Raises: DataError for a text that does not fit a model's context, or has ids that a model has no row for.
+        Raises: DataError for a text that exceeds a model's context, or has ids beyond a model's rows.
         """
         return AlignmentView(_scored(self.student, view.student), _scored(self.teacher, view.teacher))
 

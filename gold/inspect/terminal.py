@@ -1,4 +1,4 @@
-"""An alignment in a terminal: both tokenizations one under the other, chunk by chunk, and what they have in common."""
+"""An alignment in a terminal: both tokenizations one above the other, chunk by chunk, and a summary."""
 
 import unicodedata
 from bisect import bisect_left, bisect_right
@@ -21,19 +21,19 @@ _LEGEND = {
     "~": "other bytes than the text's",
     _GOES_ON: "goes on in the next line",
 }
-# Where a terminal writes some scripts from right to left, this keeps the tokens in their order; it has no width.
+# Keeps tokens in order in terminals that write some scripts from right to left; it has no width.
 _LEFT_TO_RIGHT = "\u200e"
-# Columns of a part of a chunk, however narrow the terminal.
+# Minimum columns for a part of a chunk, however narrow the terminal.
 _LEAST_ROOM = 16
 
 
 def show_alignment(view: AlignmentView, console: Console) -> None:
     """Prints the prompts, if there are any, the picture and the summary of one alignment.
 
-    Chunks stand between `┃`, the tokens of a chunk between `¦`. White space is visible; bytes that are no character by
-    themselves are hexadecimal; `⟨…⟩` is a special token, `∅` another token of no width, `~` follows a token whose own
-    bytes are not those of the text. A chunk that is wider than the terminal goes on, at the same byte on both sides, in
-    the next line; a token that is cut there has `⋯` at the cut.
+    Chunks are separated by `┃`, the tokens of a chunk by `¦`. White space is visible; bytes that are not a whole
+    character are hexadecimal; `⟨…⟩` is a special token, `∅` another token of no width, `~` follows a token whose own
+    bytes differ from the text. A chunk that is wider than the terminal continues, at the same byte on both sides, in
+    the next line; a token that is split there has `⋯` at the split.
     """
     for label, side in zip(_LABELS, view.sides, strict=True):
         if side.prompt_ids is not None:
@@ -72,7 +72,7 @@ class _Cell:
 
 
 def _lines(view: AlignmentView, room: int) -> Iterator[tuple[Text, Text]]:
-    """The two rows of each line of the picture, as many cells in a line as there is room for."""
+    """The two rows of each line of the picture, with as many cells as fit."""
     above, below, used = Text(), Text(), 0
     for cell in _cells(view, max(room, _LEAST_ROOM)):
         if used and used + len(_BETWEEN_CHUNKS) + cell.width > room:
@@ -121,7 +121,7 @@ class _Row:
         self.starts = [int(side.tokenized.ends[first - 1]) if first else 0, *self.ends][: last - first]
 
     def part(self, start: int, stop: int, goes_on: bool = False) -> Text:
-        """The tokens within some bytes of the chunk; `goes_on`: more bytes of it follow."""
+        """The tokens within a byte range of the chunk; `goes_on`: more bytes of it follow."""
         parts: list[tuple[tuple[tuple[str, str], ...], int]] = []
         for k in range(bisect_left(self.ends, start), len(self.ends)):
             first, last = self.starts[k], self.ends[k]
@@ -171,7 +171,7 @@ def _folded(
 
 
 def _fold(data: bytes, start: int, end: int, rows: tuple[_Row, _Row], room: int) -> int:
-    """Where the next part of a chunk ends: the last character that fits, or the end of a token not far before it."""
+    """The end of the next part of a chunk: the last character that fits, or the end of a token shortly before it."""
     window = data[start : min(end, start + 4 * (room + 2))]
     widths = [
         len(character.encode("utf-8", "surrogateescape"))

@@ -1,4 +1,4 @@
-"""One text as `gold align` shows it: both sides' tokens, special tokens, prompts and scores, and readable bytes."""
+"""The data behind `gold align`: one text with both sides' tokens, special tokens, prompts and scores."""
 
 import math
 import re
@@ -18,7 +18,7 @@ from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 Float64 = npt.NDArray[np.float64]
 
 DRAWN_BYTES = 65_536
-"""Of a longer text, pictures and pages have the chunks that start within so many bytes; JSON has all of them."""
+"""Pictures and pages show only the chunks that start within this many bytes; JSON has all of them."""
 
 _WHITE_SPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
 
@@ -27,10 +27,10 @@ _WHITE_SPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "⍽
 class TokenizedSide:
     """One side's tokens of a text.
 
-    `name` is what the user calls it. `shared` is the share of its tokens whose bytes are one token of the other
+    `name` is the user's name for it. `shared` is the share of its tokens whose bytes are one token of the other
     vocabulary too. `bos_id` and `stop_ids` are the special tokens around the text, `prompt_ids` the tokens of the
     prompt. `logp_N` is the log-probability of each token given all before it, `stop_logp` that of the stop event,
-    `entropy_N` the entropy of the distribution that each token was drawn from; in nats, NaN where there is none.
+    `entropy_N` the entropy of the distribution before each token; in nats, NaN if there is none.
     """
 
     name: str
@@ -50,10 +50,10 @@ class TokenizedSide:
 
 @dataclass(frozen=True)
 class Score:
-    """What both models' log-probabilities say of one text, on the chunks that both sides score whole.
+    """Both models' scores of one text, on the chunks in which every token has a log-probability on both sides.
 
-    Bits per byte and the nats per byte by which the student's log-probability exceeds the teacher's: of a text that
-    the student sampled, an estimate of the reverse KL. The stop event counts where the text has one.
+    Bits per byte, and the nats per byte by which the student's log-probability exceeds the teacher's: for a text that
+    the student sampled, an estimate of the reverse KL. The stop event counts if the text has one.
     """
 
     scored_bytes: int
@@ -64,7 +64,7 @@ class Score:
 
 @dataclass(frozen=True, eq=False)
 class AlignmentView:
-    """One text, as both sides read it."""
+    """One text as tokenized by both sides."""
 
     student: TokenizedSide
     teacher: TokenizedSide
@@ -86,29 +86,29 @@ class AlignmentView:
 
     @property
     def coverage(self) -> Coverage:
-        """How finely the two sides agree."""
+        """Statistics of the alignment: how fine the chunks are."""
         return coverage(self.student.tokenized, self.teacher.tokenized, self.alignment)
 
     @cached_property
     def drawn(self) -> int:
-        """How many chunks are drawn."""
+        """The number of drawn chunks."""
         return int(np.searchsorted(self.alignment.starts_C, DRAWN_BYTES, "right"))
 
     @property
     def undrawn(self) -> str:
-        """Where the picture ends; empty where it has the whole text."""
+        """The end of the picture, in words; empty if it contains the whole text."""
         if self.drawn == len(self.alignment):
             return ""
         return f"the picture ends at byte {self.alignment.starts_C[self.drawn]} of {len(self.data)}"
 
     @property
     def bos_names(self) -> tuple[str, str] | None:
-        """The names of both sides' BOS, where one of them has it; "–" for none."""
+        """The names of both sides' BOS, if one of them has it; "–" for none."""
         return self._names([() if side.bos_id is None else (side.bos_id,) for side in self.sides])
 
     @property
     def stop_names(self) -> tuple[str, str] | None:
-        """The names of both sides' stop ids, where one of them has any; "–" for none."""
+        """The names of both sides' stop ids, if one of them has any; "–" for none."""
         return self._names([side.stop_ids for side in self.sides])
 
     def _names(self, ids: Sequence[tuple[int, ...]]) -> tuple[str, str] | None:
@@ -122,7 +122,7 @@ class AlignmentView:
 
     @cached_property
     def chunk_logp(self) -> tuple[Float64, Float64] | None:
-        """Both sides' log-probability of each chunk, in nats; NaN where a token of it has none."""
+        """Both sides' log-probability of each chunk, in nats; NaN if a token of it has none."""
         student, teacher = (side.logp_N for side in self.sides)
         if student is None or teacher is None:
             return None
@@ -131,8 +131,10 @@ class AlignmentView:
 
     @cached_property
     def score(self) -> Score | None:
-        """The sums over chunks that are scored whole on both sides, and the stop event if both sides have scored it;
-        None without log-probabilities."""
+        """The sums over chunks with all log-probabilities on both sides, and the stop event if both have scored it.
+
+        None without log-probabilities.
+        """
         if self.chunk_logp is None:
             return None
         whole = ~np.isnan(self.chunk_logp[0]) & ~np.isnan(self.chunk_logp[1])
@@ -151,9 +153,9 @@ class AlignmentView:
 def describe(view: AlignmentView) -> dict[str, Any]:
     """A text as JSON: ids and byte ends of both sides, and chunks as half-open ranges of their tokens.
 
-    A side has the keys `bos_id` and `stop_ids` where the text has these tokens, `prompt_ids` where there is a prompt,
-    `logp` and `entropy` (nats, null where a token has none) and `stop_logp` where the text was scored; the
-    text has `score` then.
+    A side has the keys `bos_id` and `stop_ids` if the text has these tokens, `prompt_ids` if there is a prompt,
+    `logp` and `entropy` (nats, null for a token without) and `stop_logp` if the text was scored; the text then has
+    `score` too.
     """
     found = {
         "bytes": len(view.data),
@@ -168,7 +170,7 @@ def describe(view: AlignmentView) -> dict[str, Any]:
 
 
 def summary(view: AlignmentView) -> list[str]:
-    """Lines on how finely both sides agree, and on the text's probability where they have scored it."""
+    """Lines on how fine the chunks are, and on the text's probability if it was scored."""
     (student, teacher), found = view.sides, view.coverage
     repaired = [side.tokenized.repaired_bytes for side in view.sides]
     lines = [
@@ -203,10 +205,10 @@ def summary(view: AlignmentView) -> list[str]:
 
 
 def visible(data: bytes) -> list[tuple[str, bool]]:
-    """Runs of what is shown for some bytes; True marks a stand-in.
+    """The visible form of some bytes, in runs; True marks placeholders.
 
-    There are stand-ins for white space, for characters that show nothing by themselves, and for bytes that are no
-    character (hexadecimal). A leading mark that would combine with what stands before it gets a circle.
+    Placeholders are used for white space, for invisible characters, and for bytes that are not a character
+    (hexadecimal). A leading combining mark gets a circle.
     """
     text = data.decode("utf-8", "surrogateescape")
     shown = [_stand_in(character) for character in text]
@@ -216,15 +218,15 @@ def visible(data: bytes) -> list[tuple[str, bool]]:
 
 
 def event_name(vocabulary: Vocabulary, ids: Iterable[int]) -> str:
-    """What an event is called: the tokenizer's own strings for its ids."""
+    """The name of special tokens: the tokenizer's own strings for the ids."""
     return "⟨" + "/".join(_shown_string(vocabulary, index) for index in ids) + "⟩"
 
 
 def token_runs(side: TokenizedSide, index: int, first: int, last: int) -> Iterator[tuple[str, str]]:
-    """What is shown for the bytes of the text from `first` to `last` of one token: "text", "mark" and "event" runs.
+    """The visible form of one token's bytes from `first` to `last`, in runs of kind "text", "mark" or "event".
 
-    A token of no width is the name of its event, else `∅`. One whose own bytes are not the text's is followed by `~`,
-    an event that stands for text (the unknown token) by its name.
+    A token of no width is the name of its special token, else `∅`. A token whose own bytes differ from the text's is
+    followed by `~`, a special token that covers text (the unknown token) by its name.
     """
     tokenized, vocabulary = side.tokenized, side.vocabulary
     token = int(tokenized.ids[index])
@@ -242,9 +244,9 @@ def token_runs(side: TokenizedSide, index: int, first: int, last: int) -> Iterat
 
 
 def prompt_runs(side: TokenizedSide) -> Iterator[tuple[str, str]]:
-    """The prompt of one side in runs of "text", "mark" (a stand-in, see `visible`) and "event" (its name).
+    """The prompt of one side in runs of kind "text", "mark" (see `visible`) and "event" (a special token).
 
-    Spaces are spaces here, and a line ends after each stand-in of a line break.
+    Spaces are plain spaces here, and a line ends after each placeholder of a line break.
     """
     vocabulary = side.vocabulary
     ids = list(side.prompt_ids or ())
@@ -285,7 +287,7 @@ def _describe_side(side: TokenizedSide) -> dict[str, Any]:
 
 
 def _sums(logp_N: Float64, firsts: npt.NDArray[np.int32], lasts: npt.NDArray[np.int32]) -> Float64:
-    """The sum of each run of tokens; NaN for a run without any: it says nothing of the bytes."""
+    """The sum of each range of tokens; NaN for an empty range: it says nothing about the bytes."""
     sums = [logp_N[a:b].sum() if b > a else np.nan for a, b in zip(firsts, lasts, strict=True)]
     return np.array(sums, np.float64)
 

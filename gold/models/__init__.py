@@ -1,1 +1,1 @@
-"""Causal language models from transformers, and what their files tell before they are loaded."""
+"""Causal language models from transformers, and checks of their files before loading."""

@@ -1,4 +1,4 @@
-"""What a model's files say before any weight is read: whether they are complete, and what kind of model it is."""
+"""Checks of a model's files before any weight is read: complete, and of a causal language model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _LONGEST_HEADER = 2**30
 
 
 def check_files(path: str | Path, *, gguf_file: str | None = None) -> None:
-    """Checks that a folder holds the complete files of a causal language model, or that the Hub knows a name.
+    """Checks that a folder holds the complete files of a causal language model, or that the Hub has the name.
 
     A path that ends in ``.gguf`` is the file itself.
 
     Raises:
         ModelError: a folder that is missing, without configuration or weights, with truncated weights, or with a model
-            of another kind; a name that is neither a folder nor known to the Hub.
+            of another kind; a name that is neither a folder nor on the Hub.
     """
     path, gguf_file = folder_and_file(path, gguf_file)
     folder = Path(path)
@@ -43,7 +43,7 @@ def check_files(path: str | Path, *, gguf_file: str | None = None) -> None:
 
 
 def check_kind(path: str | Path) -> None:
-    """Checks by adapter_config.json and config.json that a folder which has them holds a causal language model.
+    """Checks with adapter_config.json and config.json, if present, that a folder holds a causal language model.
 
     Raises:
         ModelError: adapters without their model, an encoder-decoder, an encoder, a classifier or reward model, a model
@@ -86,9 +86,9 @@ def check_kind(path: str | Path) -> None:
 
 
 def check_own_code(path: str | Path) -> None:
-    """Refuses a config.json that names attention code on the Hub.
+    """Rejects a config.json that names attention code on the Hub.
 
-    Code beside the weights (``auto_map``) needs no check: transformers runs it only with ``trust_remote_code``.
+    Code in the folder (``auto_map``) needs no check: transformers runs it only with ``trust_remote_code``.
 
     Raises:
         ModelError: it names such code.
@@ -108,13 +108,13 @@ def check_own_code(path: str | Path) -> None:
 
 
 def check_ids(name: str, value: Any) -> tuple[int, ...]:
-    """The ids that a configuration names under ``name``: one, a list or none.
+    """The ids under the key ``name`` of a configuration: one, a list or none.
 
     Raises:
         ModelError: something else.
     """
     ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    least = 0 if name == "eos_token_id" else -1  # older files write -1 for no padding
+    least = 0 if name == "eos_token_id" else -1  # older files use -1 for no padding
     wrong = [i for i in ids if type(i) is not int or not least <= i < 2**31]
     if wrong or (isinstance(value, list | tuple) and name != "eos_token_id"):
         shown = repr(value)
@@ -128,13 +128,13 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     """The object in a folder's config.json.
 
     Raises:
-        ModelError: it cannot be read, or holds no JSON object.
+        ModelError: it cannot be read, or is no JSON object.
     """
     return read_json_object(folder / "config.json", ModelError)
 
 
 def folder_and_file(path: str | Path, gguf_file: str | None) -> tuple[str, str | None]:
-    """A model's folder or Hub id, and the name of its GGUF file, where a path may be that of the file itself."""
+    """A model's folder or Hub id, and the name of its GGUF file; ``path`` may be that of the file itself."""
     name = os.path.expanduser(path)
     if gguf_file is None and name.endswith(".gguf"):
         return os.path.dirname(name) or ".", os.path.basename(name)
@@ -142,7 +142,7 @@ def folder_and_file(path: str | Path, gguf_file: str | None) -> tuple[str, str |
 
 
 def _reads_text(kind: str) -> bool:
-    """Whether transformers loads this multimodal kind as a causal language model too."""
+    """True if transformers can also load this multimodal kind as a causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -176,7 +176,7 @@ def _check_folder(folder: Path, gguf_file: str | None) -> None:
 
 
 def _check_safetensors(folder: Path, file: Path) -> None:
-    """Compares the file's size with its header, which finds an interrupted copy or download without reading it."""
+    """Compares the file's size with its header, which detects an interrupted copy or download without reading it."""
     try:
         size = file.stat().st_size
         with open(file, "rb") as stream:
@@ -196,7 +196,7 @@ def _check_safetensors(folder: Path, file: Path) -> None:
 
 
 def _check_hub(name: str) -> None:
-    """Asks for the name once: without a network, asking for each file would take a minute."""
+    """Queries the name once: without a network, a query for each file would take a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 

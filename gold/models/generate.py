@@ -1,4 +1,4 @@
-"""Generation by transformers, with none of the model's own generation settings."""
+"""Generation by transformers, without the model's own generation settings."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def generate(
     pad_id: int,
     processor: LogitsProcessor,
 ) -> Tensor:
-    """The likeliest ids after each prompt, [B, new tokens], once ``processor`` has changed the logits.
+    """The greedy continuation of each prompt, [B, new tokens], after ``processor`` has changed the logits.
 
-    Prompts are padded on the left. The model's own generation settings are set aside: ``generate`` would take from them
-    whatever a call leaves unset, top-k for example.
+    Prompts are padded on the left. The model's own generation settings are removed: ``generate`` would use them for
+    unset arguments, top-k for example.
     """
     longest = max(len(p) for p in prompts)
     ids = np.full((len(prompts), longest), pad_id, np.int64)

@@ -18,7 +18,7 @@ Batches = Literal["any lengths", "equal lengths", "one prompt"]
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal model, its tokenizer, and the vocabulary read from that tokenizer.
+    """A causal model, its tokenizer, and that tokenizer's vocabulary.
 
     The vocabulary's stop ids come from tokenizer, configuration and generation settings together; thinking and tool
     markers count as text in it (see ``gold.tokenize.markers``). ``rendering`` holds the chat template's arguments.
@@ -29,32 +29,31 @@ class LanguageModel:
     tokenizer: Any
     vocabulary: Vocabulary
     generates: Batches = "any lengths"
-    """Prompts that one call of ``generate`` completes correctly: of any lengths, padded on the left; of equal lengths;
-    or one alone."""
+    """The batches for which ``generate`` is correct: any lengths (left padding), equal lengths, or one prompt only."""
     generation_error: str | None = None
-    """Why ``generate`` is wrong even for one prompt; None where it works."""
+    """Why ``generate`` is wrong even for one prompt; None if it works."""
     rendering: Rendering = field(default_factory=Rendering, kw_only=True)
 
     @property
     def runs_own_code(self) -> bool:
-        """Whether its class comes from its own folder or repository (``trust_remote_code``)."""
+        """True if its class comes from its own folder or repository (``trust_remote_code``)."""
         return any(
             type(part).__module__.startswith("transformers_modules.") for part in (self.lm, self.tokenizer)
         )
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The ids that the model reads before a completion, see ``chat.prompt_ids``."""
+        """The ids of a prompt, see ``chat.prompt_ids``."""
         return prompt_ids(self.tokenizer, prompt, self.rendering)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         device: torch.device = next(self.lm.parameters()).device
         return device
 
     @property
     def context(self) -> int:
-        """Longest sequence in tokens that the model was built for."""
+        """The context length in tokens."""
         config = self.lm.config.get_text_config()
         return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
@@ -76,14 +75,14 @@ def without_adapters(lm: Any) -> Any:
 
 
 def output_width(lm: Any) -> int:
-    """Number of rows of the output matrix, which may be more than the tokenizer has ids."""
+    """The number of rows of the output matrix, which may exceed the number of ids."""
     return int(without_adapters(lm).get_output_embeddings().weight.shape[0])
 
 
 def backbone(lm: Any) -> nn.Module:
-    """The model below its output matrix."""
+    """The model without its output matrix."""
     model: Any = without_adapters(lm)
     module: nn.Module = model.base_model
-    if module is model:  # its base_model_prefix names no attribute, as in Llama4ForCausalLM
+    if module is model:  # base_model_prefix names no attribute, as in Llama4ForCausalLM
         return cast(nn.Module, model.model)
     return module

@@ -1,4 +1,4 @@
-"""Causal language models from a folder, the Hub or a GGUF file; saving them. The only module that loads weights."""
+"""Loads causal language models from a folder, the Hub or a GGUF file; saves them. Only this module loads weights."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ def load_model(
 ) -> LanguageModel:
     """A causal model and its tokenizer from a folder in Hugging Face format, a Hub id, or a GGUF file.
 
-    ``dtype``: ``auto`` keeps the checkpoint's, but takes float32 on a CPU without 16-bit arithmetic, where the other
-    would be many times slower; a model from a GGUF file is dequantised to it and saves like any other. ``device``:
-    ``auto`` is the GPU where there is one. ``roles``: special tokens that replace those of the files (``wrap_model``).
-    ``trust_remote_code``: whether code that comes with the model may run. ``template_kwargs``: arguments of its chat
-    template, such as ``{"enable_thinking": False}`` of Qwen3.
+    ``dtype``: ``auto`` keeps the checkpoint's, but uses float32 on a CPU without 16-bit arithmetic, where 16-bit types
+    would be many times slower; a model from a GGUF file is dequantized to it and saves like any other. ``device``:
+    ``auto`` is the GPU if there is one. ``roles``: special tokens that replace those of the files (``wrap_model``).
+    ``trust_remote_code``: allow code that comes with the model to run. ``template_kwargs``: arguments of its chat
+    template, such as ``{"enable_thinking": False}`` for Qwen3.
 
     Raises:
         ModelError: a folder that is missing or broken, weights that cannot be read or are incomplete, a model whose
             logits are not its output matrix applied to its last hidden states.
-        VocabularyError: a tokenizer whose tokens are not bytes, or that has no token of a name in ``roles``.
+        VocabularyError: a tokenizer whose tokens are not bytes, or that lacks a token named in ``roles``.
     """
     check_arguments(template_kwargs or {})
     check_files(path, gguf_file=gguf_file)
@@ -86,10 +86,10 @@ def wrap_model(
     roles: Roles | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
-    """A ``LanguageModel`` of a model and a tokenizer in memory.
+    """A ``LanguageModel`` from a model and a tokenizer in memory.
 
-    ``roles`` are set on both, so that they are saved with them: the stop ids among the generation settings, the BOS as
-    the token before plain texts.
+    ``roles`` are set on both, so that they are saved with them: the stop ids in the generation settings, BOS as the
+    token before plain texts.
 
     Raises:
         ModelError: as for ``load_model``.
@@ -102,9 +102,9 @@ def wrap_model(
             f"model {name}: no stop id found in its tokenizer or generation settings; set an EOS token"
         )
     if getattr(lm.config, "rescale_every", 0):
-        lm.config.rescale_every = 0  # RWKV would halve its own weights whenever it is evaluated
+        lm.config.rescale_every = 0  # RWKV would halve its own weights in eval mode
     rows = output_width(lm)
-    # Special ids beyond the matrix are harmless: Gemma's text models ship an image token without a row.
+    # Special ids beyond the matrix are harmless: Gemma's text models include an image token without a row.
     if not vocabulary.is_special[rows:].all():
         raise ModelError(
             f"model {name}: its tokenizer has {vocabulary.size} ids, its output matrix {rows} rows; "
@@ -118,7 +118,7 @@ def wrap_model(
 
 
 def save_model(model: LanguageModel, folder: Path) -> None:
-    """Writes weights, configuration and tokenizer in plain Hugging Face format, so that transformers alone loads it."""
+    """Writes weights, configuration and tokenizer in plain Hugging Face format, loadable by transformers alone."""
     with _no_progress_bars():
         model.lm.save_pretrained(folder, safe_serialization=True)
     model.tokenizer.save_pretrained(folder)
@@ -133,7 +133,7 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
     own = next(model.lm.parameters())
     try:
         with _no_progress_bars():
-            # By the model's own class, so that nothing in the folder chooses which code runs.
+            # Uses the model's own class, so that nothing in the folder decides which code runs.
             saved = type(model.lm).from_pretrained(folder, dtype=own.dtype, trust_remote_code=False)
         model.lm.load_state_dict(saved.state_dict())
     except Exception as error:
@@ -141,7 +141,7 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is the GPU where there is one.
+    """The device of that name; ``auto`` is the GPU if there is one.
 
     Raises:
         ModelError: a device that this machine does not have.
@@ -165,7 +165,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 itself; else torch converts every number first."""
+    """True if this processor has bfloat16 arithmetic; otherwise torch converts every number first."""
     return any(
         getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
@@ -174,10 +174,11 @@ def cpu_has_bf16() -> bool:
 def gguf_tokenizer(path: str | Path, file: str) -> Any:
     """The Hugging Face tokenizer of a GGUF file in a folder or a Hub repository.
 
-    Not by transformers' own reader, which ignores the name of the pre-tokenizer: SmolLM's digits would not be split.
+    It does not use transformers' own reader, which ignores the name of the pre-tokenizer: SmolLM's digits would not be
+    split.
 
     Raises:
-        VocabularyError: a file that is broken, or whose tokenizer is not known.
+        VocabularyError: a file that is broken, or whose tokenizer is unknown.
     """
     from huggingface_hub import hf_hub_download
 
@@ -206,14 +207,14 @@ def _load_tokenizer(path: str, gguf_file: str | None, trust_remote_code: bool, w
 
 def _load_lm(path: str, gguf_file: str | None, dtype: Any, trust_remote_code: bool, where: str) -> Any:
     """The transformers model with all its weights, on the CPU."""
-    # A download takes minutes and shows its progress; a folder is read in a moment.
+    # A download takes minutes and shows its progress; a folder loads in a moment.
     bars = _no_progress_bars() if Path(path).is_dir() else contextlib.nullcontext()
     with _as_model_error(where), _no_loading_report(), bars:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # rejected below, by name
             trust_remote_code=trust_remote_code,
             **({"gguf_file": gguf_file} if gguf_file else {}),
         )
@@ -243,7 +244,7 @@ def _load_lm(path: str, gguf_file: str | None, dtype: Any, trust_remote_code: bo
 
 @contextlib.contextmanager
 def _as_model_error(what: str) -> Iterator[None]:
-    """Errors of transformers as one line."""
+    """Converts errors of transformers to one line."""
     try:
         yield
     except GoldError:
@@ -259,7 +260,7 @@ def _as_model_error(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_loading_report() -> Iterator[None]:
-    """Without transformers' tables of weights that do not fit, which become one line here."""
+    """Suppresses transformers' tables of mismatched weights, which become one line here."""
     before = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
@@ -272,7 +273,7 @@ def _no_loading_report() -> Iterator[None]:
 def _no_progress_bars() -> Iterator[None]:
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
-    # The GGUF reader has its own bar, which that setting does not reach.
+    # The GGUF reader has a separate progress bar, which that setting does not affect.
     reader: Any = modeling_gguf_pytorch_utils
     bar, reader.tqdm = reader.tqdm, lambda given, **_: given
     try:
@@ -284,7 +285,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _forget_quantizer(lm: Any) -> None:
-    """Removes the marks of a GGUF load from a dequantised model, which transformers would refuse to save."""
+    """Removes the GGUF attributes of a dequantized model, which transformers would refuse to save."""
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(lm, name):
             delattr(lm, name)
@@ -304,7 +305,7 @@ def _set_roles(lm: Any, tokenizer: Any, vocabulary: Vocabulary, roles: Roles) ->
 
 
 def _stop_ids(lm: Any, name: str) -> tuple[int, ...]:
-    """Stop ids that the checkpoint's generation settings name, else its configuration."""
+    """The stop ids in the checkpoint's generation settings, else in its configuration."""
     for config in (getattr(lm, "generation_config", None), lm.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:

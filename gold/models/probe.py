@@ -1,4 +1,4 @@
-"""Tries a model on five tokens: whether the loss would be of the model itself, and which batches it generates right."""
+"""Tests a model on five tokens: whether the loss sees its logits, and which batches it generates right."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ _PREFIXES: dict[Batches, tuple[int, ...]] = {
 
 @torch.no_grad()
 def examine(lm: Any, name: str, pad_id: int) -> tuple[Batches, str | None]:
-    """Which prompts ``generate`` completes correctly in one call, and why none, where it is none.
+    """The prompts for which ``generate`` is correct in one call, and the error if it is not correct even for one.
 
-    One text of five tokens is read by the whole model, and as padded states beside a shorter text: the logits must be
-    the same, else the loss would train another model. Then ``generate`` is forced to write it after its prefixes.
+    One text of five tokens is read by the whole model, and as padded states together with a shorter text: the logits
+    must be the same, else the loss would train another model. Then ``generate`` is forced to write it after its
+    prefixes.
 
     Raises:
         ModelError: it is no causal model whose logits are its output matrix applied to its last hidden states.
@@ -69,7 +70,7 @@ class _Text:
 
     @classmethod
     def read(cls, lm: Any, name: str) -> _Text:
-        # From the middle of the vocabulary, where no special tokens are.
+        # From the middle of the vocabulary, where there are no special tokens.
         width = output_width(lm)
         ids = [(width // 2 + 3 * k) % width for k in range(_LENGTH)]
         given = torch.tensor([ids], device=next(lm.parameters()).device)
@@ -82,14 +83,14 @@ class _Text:
         return cls(ids, logits, 6e-2 if lm.dtype.itemsize < 4 else 1e-3)
 
     def agrees(self, logits: Tensor, positions: Sequence[int]) -> bool:
-        """Whether these are, up to rounding, the logits at these positions."""
+        """True if these equal, up to rounding, the logits at these positions."""
         own = torch.log_softmax(self.logits[list(positions)], -1)
         difference = (torch.log_softmax(logits, -1) - own).abs().max()
         return bool(difference <= self.tolerance * (1.0 + self.logits.abs().max()))
 
 
 def _check_states(lm: Any, name: str, kind: str, text: _Text, pad_id: int) -> None:
-    """Raises where the logits of padded states are not those of the plain forward pass."""
+    """Raises an error if the logits of padded states differ from those of the plain forward pass."""
     first, rest = text.ids[:1], np.array(text.ids[1:])
     device = next(lm.parameters()).device
     states = PaddedStates.of([first, first], [rest, rest[: _SHORT - 1]], [_LENGTH, _SHORT], pad_id, device)
@@ -107,8 +108,10 @@ def _check_states(lm: Any, name: str, kind: str, text: _Text, pad_id: int) -> No
 
 
 def _generation_fault(lm: Any, text: _Text, prefixes: Sequence[int], pad_id: int) -> str | None:
-    """What is wrong where ``generate``, forced to continue prefixes of these lengths with the text, has other logits
-    than the text's, in its first step or in the next, from its cache; None where all agree."""
+    """The error of ``generate``, forced to continue prefixes of these lengths with the text; None if it is correct.
+
+    Its logits are compared with the text's, in its first step and in the next, which uses its cache.
+    """
     forced = _Forced([text.ids[n] for n in prefixes])
     try:
         generate(lm, [text.ids[:n] for n in prefixes], 2, (), pad_id, forced)

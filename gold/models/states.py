@@ -1,4 +1,4 @@
-"""Last hidden states of a causal model along given texts, as logits that are computed when they are needed.
+"""Last hidden states of a causal model on given texts, and logits computed from them on demand.
 
 The one shift of the package is here: the state at position i − 1 predicts token i.
 """
@@ -29,7 +29,7 @@ _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_c
 
 @dataclass(frozen=True)
 class PaddedStates:
-    """Right-padded sequences, and which of their positions are the states that predict the completions' tokens."""
+    """Right-padded sequences, and the positions of the states that predict the completions' tokens."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -41,7 +41,7 @@ class PaddedStates:
         cls, prompts: Sequence[Sequence[int]], completions: Sequence[NDArray[np.integer[Any]]], rows: Sequence[int],
         pad_id: int, device: torch.device,
     ) -> PaddedStates:  # fmt: skip
-        """States ``0 … rows[b] − 1`` of each completion: state k has read the prompt and k tokens of the completion."""
+        """States ``0 … rows[b] − 1`` of each completion: state k has seen the prompt and k tokens of the completion."""
         texts = [
             np.concatenate((np.asarray(p, np.int64), c)) for p, c in zip(prompts, completions, strict=True)
         ]
@@ -57,7 +57,7 @@ class PaddedStates:
 
 
 def lazy_logits(lm: Any, states: PaddedStates) -> LazyLogits:
-    """The model's logits at the chosen positions: one forward pass now, the output matrix when they are asked for."""
+    """The model's logits at the chosen positions: one forward pass now, the output matrix on demand."""
     with states_only(lm):
         output = backbone(lm)(
             input_ids=states.input_ids, attention_mask=states.attention_mask, use_cache=False
@@ -66,10 +66,10 @@ def lazy_logits(lm: Any, states: PaddedStates) -> LazyLogits:
 
 
 class StatesModule(nn.Module):
-    """A causal model whose forward pass gives its states to a function and returns the function's result.
+    """A causal model whose forward pass passes its states to a function and returns the function's result.
 
-    The loss is computed inside ``forward``, so that wrappers which shard or reduce parameters around it see every use
-    of the output matrix.
+    The loss is computed inside ``forward``, so that wrappers which shard or reduce parameters see every use of the
+    output matrix.
     """
 
     def __init__(self, lm: Any) -> None:
@@ -83,8 +83,10 @@ class StatesModule(nn.Module):
 
 @contextlib.contextmanager
 def states_only(lm: Any) -> Iterator[None]:
-    """A context in which the model returns its states and nothing that its configuration asks for besides: an auxiliary
-    loss of its routers, for example, fails where a mask is longer than the tokens."""
+    """A context in which the model returns only its states, and no optional outputs of its configuration.
+
+    An auxiliary loss of its routers, for example, fails if a mask is longer than the tokens.
+    """
     wanted = {"output_router_logits": False, "output_hidden_states": False, "return_dict": True}
     config = without_adapters(lm).config
     text_config = config.get_text_config()
@@ -114,7 +116,7 @@ class _Head:
         self.divide = getattr(config, "logits_scaling", None)
 
     def __call__(self, hidden: Tensor, *weights: Tensor | SummedWeight) -> Tensor:
-        """Logits by ``weights`` in the place of the trained parameters of the matrix, where they are given."""
+        """The logits, with ``weights`` in place of the trained parameters of the matrix, if given."""
         given = dict(zip(self.trained, weights, strict=True)) if weights else {}
         if "weight" in given and type(self.matrix) is nn.Linear:
             return self.finish(linear(hidden, given["weight"], given.get("bias", self.matrix.bias)))
@@ -122,7 +124,7 @@ class _Head:
         return self.finish(functional_call(self.matrix, tensors, (hidden,)) if given else self.matrix(hidden))
 
     def finish(self, logits: Tensor) -> Tensor:
-        out = None if torch.is_grad_enabled() else logits  # without gradient, no memory for a second copy
+        out = None if torch.is_grad_enabled() else logits  # without gradient: no memory for a second copy
         if self.multiply:
             logits = torch.mul(logits, self.multiply, out=out)
         if self.divide:
@@ -145,10 +147,10 @@ class _Head:
 
 
 def head_logits(lm: Any, hidden_ND: Tensor) -> LazyLogits:
-    """Last hidden states as rows whose logits are exactly the model's own: output matrix, then scale and soft cap."""
+    """Rows with exactly the model's own logits: last hidden states, output matrix, then scale and soft cap."""
     head = _Head(lm)
     matrix = head.matrix
-    # A weight that is sharded over processes is whole only while its module runs.
+    # A weight sharded over processes is complete only while its module runs.
     plain = type(matrix) is nn.Linear and not head.trained and not hasattr(matrix, "_hf_hook")
     here = plain and type(matrix.weight.data) is Tensor and matrix.weight.device == hidden_ND.device
     reusing = here and matrix.weight.dtype == hidden_ND.dtype and not torch.is_autocast_enabled("cpu")
@@ -163,12 +165,12 @@ def head_logits(lm: Any, hidden_ND: Tensor) -> LazyLogits:
 
 
 def recompute_activations(lm: Any) -> None:
-    """Makes the model drop its layers' activations and compute them again in the backward pass: less memory, more time.
+    """Enables activation checkpointing in the model's layers: less memory, more time.
 
-    Not by transformers' own switch, which works only in train mode, where dropout is active.
+    It does not use transformers' own switch, which works only in train mode, where dropout is active.
 
     Raises:
-        ModelError: it has no layers that are known to allow that.
+        ModelError: it has no layers that support this.
     """
     inside: set[nn.Module] = set()
     for layer in without_adapters(lm).modules():
