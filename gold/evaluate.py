@@ -1,4 +1,4 @@
-"""Measures that no tokenizer enters: how far the student is from its teacher, and how well it does its task."""
+"""Evaluation independent of any tokenizer: the divergence of the student from its teacher, and its task performance."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from gold.tokenize.chat import begins_anew, prompt_text
 
 
 class Verifier(Protocol):
-    """What scores a completion of a task."""
+    """Scores completions of a task."""
 
     def score(self, prompt: Prompt, completion: str) -> float:
         """0 to 1."""
@@ -42,7 +42,7 @@ class Verifier(Protocol):
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """How an evaluation is run: sampling at temperature 1, top-p 1, whatever training does."""
+    """Settings of an evaluation; it samples at temperature 1, top-p 1, whatever the training settings."""
 
     num_generations: int = 1
     max_new_tokens: int = 128
@@ -54,27 +54,27 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measures by name, each present only where it can be taken, and a few completions with both models'
+    """Measures by name, each present only where it is defined, and a few completions with both models'
     log-probabilities of each chunk.
 
     - ``reverse_kl_per_byte`` (nats; needs a teacher): Σ (log π − log q) over student samples and their stop events,
-      over their bytes; ``_low`` and ``_high`` are a 95 % bootstrap interval over prompts. Of a sample that was cut off
-      both are of all texts that begin so; ``bounded_share`` is there where a teacher tells only some tokens, and then
-      the share of samples at whose end too little is known of it, so that they count with a little too much.
-    - ``impossible_share``: samples to which a teacher gives probability 0, where there are any; the reverse KL, which
-      is infinite with them, is over the others.
+      over their bytes; ``_low`` and ``_high`` are a 95 % bootstrap interval over prompts. For a truncated sample both
+      are probabilities that a text begins with it; ``bounded_share`` is present where a teacher returns only some
+      tokens: the share of samples at whose end too little is known, so that they count slightly too much.
+    - ``impossible_share``: samples to which a teacher gives probability 0, if any; the reverse KL, which is infinite
+      with them, is over the others.
     - ``forward_kl_per_byte`` (nats; needs local teachers): the same over teacher samples, signs swapped.
-    - Of several teachers these are over each prompt's own, and ``…[NAME]`` over the prompts of one; of a mix they are
-      the weighted mean over all, which the divergence to the mixture itself is not above.
+    - With several teachers these are over each prompt's own, and ``…[NAME]`` over the prompts of one; with a mix they
+      are the weighted mean over all, an upper bound on the divergence to the mixture itself.
     - ``bits_per_byte``: of the prompts' own completions under the student, else of the teacher's samples.
     - ``accuracy`` with a 95 % Wilson interval (needs a verifier): share of greedy completions that score 1; ``score``
       is the mean score of the samples at temperature 1.
     - ``stop_rate``, ``stop_prob`` and ``teacher_stop_prob`` (both models' probability of stopping where samples did),
       ``length_tokens``, ``length_bytes``, ``canonical_share`` (samples whose ids are the tokenizer's own for their
-      text), ``one_to_one_share`` (student tokens that are one chunk with one teacher token), ``repaired_share`` (bytes
-      that the teacher does not spell exactly).
-    - ``skipped_sequences``: texts that are in no comparison of the two, where there are any: behind their prompts they
-      do not fit the teacher's context, or, of its samples, the student's.
+      text), ``one_to_one_share`` (student tokens in one-to-one chunks), ``repaired_share`` (bytes that the teacher's
+      tokens do not reproduce exactly).
+    - ``skipped_sequences``: texts excluded from the comparison, if any: with their prompts they do not fit the
+      teacher's context, or, for its samples, the student's.
     """
 
     measures: dict[str, float]
@@ -83,9 +83,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Scored:
-    """Both models' log-probabilities of one text, per student row and per teacher row, stop event last, the student's
-    of the text less the teacher's, and the bytes that this is about; the number of its prompt, and its teacher's name.
-    ``bounded``: the teacher's of the text is a lower bound."""
+    """Both models' log-probabilities of one text, per student row and per teacher row, stop event last; the student's
+    of the text minus the teacher's, and the number of bytes covered; the index of its prompt, and its teacher's name.
+    ``bounded``: the teacher's log-probability of the text is a lower bound."""
 
     rollout: Rollout
     text: AlignedText
@@ -116,7 +116,7 @@ def evaluate(
     prompts = list(prompts)
     teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
     if teachers and not all(t.complete for t in teachers.members.values()):
-        teachers = None  # what the student writes now is in no cache
+        teachers = None  # a cache does not contain the student's new samples
     engine = engine or HuggingFaceEngine(student, plan.generation_batch_size)
     sampling = Sampling(max_new_tokens=plan.max_new_tokens)
     repeated = [p for p in prompts for _ in range(plan.num_generations)]
@@ -131,7 +131,7 @@ def evaluate(
         comparison = _Comparison(student, teachers, prompts, plan)
         scored, skipped = comparison.of_student(rollouts)
         measures |= comparison.reverse_kl(scored) | _agreement(scored)
-        signals = {s.number: s for s in reversed(scored)}  # a prompt's first sample, by its first teacher
+        signals = {s.number: s for s in reversed(scored)}  # each prompt's first sample and teacher
         for n, shown in enumerate(samples):
             if teachers.several and n in signals:
                 shown["teacher"] = signals[n].teacher
@@ -158,7 +158,7 @@ def evaluate(
 
 
 class _Comparison:
-    """Texts of the student, and of its teachers, scored by both."""
+    """Texts of the student and of its teachers, scored by both."""
 
     def __init__(
         self, student: LanguageModel, teachers: Teachers, prompts: Sequence[Prompt], plan: EvaluationPlan
@@ -171,13 +171,13 @@ class _Comparison:
 
     @property
     def writers(self) -> dict[str, LanguageModel] | None:
-        """The teachers' models, where all are in this process and give full rows: they can be sampled from."""
+        """The teachers' models, if all are in this process and return full rows, so that they can be sampled from."""
         members = self.teachers.members
         found = {name: t.model for name, t in members.items() if t.model is not None and t.gives == "rows"}
         return found if len(found) == len(members) else None
 
     def of_student(self, rollouts: Sequence[Rollout]) -> tuple[list[_Scored], int]:
-        """The student's samples, and how many of them a teacher cannot score; of a mix, any."""
+        """The student's samples, and how many of them some teacher cannot score."""
         members = self.teachers.members
         logp_S = _student_logp(self.student, rollouts, self.plan)
         texts = [
@@ -240,7 +240,7 @@ class _Comparison:
         texts: Sequence[AlignedText],
         logp_S: Sequence[_StudentLogp],
     ) -> list[_Scored]:
-        """Both models' log-probabilities of each rollout, as the teacher reads it, given the student's."""
+        """Both models' log-probabilities of each rollout, retokenized for the teacher, given the student's."""
         teacher, pair = self.teachers.members[name], self.pairs[name]
         found = []
         for first in range(0, len(rollouts), self.plan.micro_batch_size):
@@ -260,7 +260,7 @@ class _Comparison:
         return found
 
     def reverse_kl(self, scored: Sequence[_Scored]) -> dict[str, float]:
-        """The reverse KL over the samples that no teacher rules out, and the share of the others."""
+        """The reverse KL over the samples that no teacher gives probability 0, and the share of the others."""
         measures: dict[str, float] = {}
         written = [s for s in scored if (s.logp_T > IMPOSSIBLE).all()]
         if len(written) < len(scored):
@@ -268,7 +268,7 @@ class _Comparison:
         return measures | self.divergences("reverse_kl_per_byte", written, sign=1.0)
 
     def divergences(self, name: str, scored: Sequence[_Scored], sign: float) -> dict[str, float]:
-        """The divergence over all prompts, and, of several teachers, over those of each."""
+        """The divergence over all prompts and, with several teachers, over those of each."""
         if not scored:
             return {}
         teachers = self.teachers
@@ -286,7 +286,7 @@ class _Comparison:
         weight, prompts = np.array(weights), len(self.prompts)
         gaps = sign * np.bincount(number, weight * [s.gap_nats for s in scored], prompts)
         sizes = np.bincount(number, weight * [float(s.gap_bytes) for s in scored], prompts)
-        there = np.unique(number)  # prompts of other teachers are not drawn
+        there = np.unique(number)  # without prompts of other teachers
         low, high = bootstrap_ratio(gaps[there], sizes[there], self.plan.seed)
         return {name: float(gaps.sum() / max(1.0, sizes.sum())), f"{name}_low": low, f"{name}_high": high}
 
@@ -305,8 +305,8 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
 def bootstrap_ratio(
     numerator: NDArray[np.float64], denominator: NDArray[np.float64], seed: int, draws: int = 1000
 ) -> tuple[float, float]:
-    """95 % percentile interval of ``Σ numerator / Σ denominator``, items resampled with replacement; not-a-number where
-    an item is infinite or none."""
+    """95 % percentile interval of ``Σ numerator / Σ denominator``, items resampled with replacement; NaN where an item
+    is infinite or there are none."""
     if not np.isfinite(numerator).all():
         return math.nan, math.nan
     chosen = np.random.default_rng(seed).integers(0, numerator.size, (draws, numerator.size))
@@ -373,11 +373,11 @@ def _bits_per_byte(logp: Sequence[NDArray[np.float64]], rollouts: Sequence[Rollo
 def _gap_of_prefixes(
     batch: AlignedBatch, student: LazyLogits, teacher: LazyLogits
 ) -> tuple[float, int, bool]:
-    """Of a text that was cut off: the student's log-probability of texts that begin so, less the teacher's; the bytes
-    that both can say; whether the teacher's is only a lower bound.
+    """For a truncated text: the student's log-probability that a text begins with it, minus the teacher's; the bytes
+    covered by both; whether the teacher's is only a lower bound.
 
-    The token that the text ends with is one of many that it could have gone on with, on both sides alike. What comes
-    after the last byte that both can say, such as the first bytes of a character, is left out.
+    On both sides any last token that reaches or crosses the end of the text counts, not only the sampled one. Bytes
+    after the last one that both cover, such as the first bytes of a character, are left out.
     """
     position, _, event = batch.path
     told = batch.observed_path & batch.student.layout.resolved[position, event]
@@ -395,8 +395,8 @@ def _gap_of_prefixes(
 
 @dataclass(frozen=True)
 class _StudentLogp:
-    """The student's log-probability of each of its tokens of a text, the stop event last; and of a text that was cut
-    off its states."""
+    """The student's log-probability of each of its tokens of a text, the stop event last; for a truncated text also its
+    states."""
 
     events: NDArray[np.float64]
     rows: LazyLogits | None

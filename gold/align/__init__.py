@@ -1,1 +1,1 @@
-"""Alignment of two tokenizations of one text, in bytes: chunks, overlap of vocabularies, batches."""
+"""Byte alignment of two tokenizations of one text: chunks, vocabulary overlap, batches."""

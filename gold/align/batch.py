@@ -1,4 +1,4 @@
-"""A batch of texts as both models see them, and the index arrays that a loss needs, on the devices of the models."""
+"""A batch of texts in both models' tokens, with the index arrays for losses, on the devices of the models."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class BatchSide:
-    """One model's side of a batch: the rows of its states, what each predicts, and where in the bytes it stands.
+    """One model's side of a batch: the rows of its states, the target of each, and its byte position.
 
-    Rows of all texts stand one after the other: a text of n tokens has rows 0 … n − 1, row k predicting token k, and
-    one more for the stop event if it stopped. Byte positions do too: a text of L bytes has L + 1.
+    Rows of all texts are concatenated: a text of n tokens has rows 0 … n − 1, row k predicting token k, and one more
+    for the stop event if it stopped. So are byte positions: a text of L bytes has L + 1.
     """
 
     def __init__(
@@ -46,17 +46,17 @@ class BatchSide:
 
     @cached_property
     def row_starts(self) -> NDArray[np.int64]:
-        """First row of each text, and the number of rows last."""
+        """First row of each text, then the number of rows."""
         return _starts(t.ids.size + s for t, s in zip(self._texts, self._stopped, strict=True))
 
     @cached_property
     def position_starts(self) -> NDArray[np.int64]:
-        """First byte position of each text, and the number of positions last."""
+        """First byte position of each text, then the number of positions."""
         return _starts(len(t.data) + 1 for t in self._texts)
 
     @cached_property
     def targets(self) -> Tensor:
-        """The id that each row predicts; of the stop event the student's own stop id, −1 on the teacher's side."""
+        """The id that each row predicts; for the stop event the sampled stop id, −1 on the teacher's side."""
         return _ids(self._targets, self.device)
 
     @cached_property
@@ -84,24 +84,24 @@ class BatchSide:
 
     @cached_property
     def layout(self) -> ByteLayout:
-        """How rows of logits become byte tables."""
+        """The layout that converts rows of logits to byte tables."""
         return ByteLayout.of(self._trie(), self.plan, self.device)
 
     @cached_property
     def plan(self) -> BytePlan:
-        """Which sums of probabilities make up the byte tables."""
+        """The sums of probabilities that make up the byte tables."""
         return BytePlan.of(self.vocabulary, self._trie().trie, list(self._texts), list(self._stopped))
 
     def pieces(self, piece_at: NDArray[np.int32]) -> PieceRows:
-        """The rows as pieces read them; ``piece_at``: the piece at each byte of the vocabulary."""
+        """The rows with their pieces; ``piece_at``: the piece at each byte of the vocabulary."""
         return PieceRows(self._trie().trie, self.plan, self.ends, self.vocabulary.offsets, piece_at)
 
 
 class AlignedBatch:
     """A microbatch of texts and, on demand, the index arrays of each support, on the devices of the two models.
 
-    ``other_batches``: the same texts with further teachers, where these are compared as one distribution; a byte is
-    supervised where all of them are.
+    ``other_batches``: the same texts with the other teachers of a mixture; a byte is supervised where all teachers
+    supervise it.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class AlignedBatch:
 
     @property
     def tokens(self) -> int:
-        """Student tokens of all texts, stop ids included."""
+        """Student tokens of all texts, including stop ids."""
         return sum(len(t.ids) for t in self.texts)
 
     # student rows
@@ -156,12 +156,12 @@ class AlignedBatch:
 
     @cached_property
     def row_number(self) -> Tensor:
-        """The number of each student row in its own text, from 0."""
+        """The index of each student row in its own text, from 0."""
         return _ids([np.arange(n) for n in np.diff(self.student.row_starts)], self.device)
 
     @cached_property
     def row_bytes(self) -> Tensor:
-        """The bytes of the token of each student row; 0 for stop events."""
+        """The number of bytes of the token of each student row; 0 for stop events."""
         return _ids(
             [np.append(t.student.ends - t.student.starts, [0] * t.stopped) for t in self.texts], self.device
         )
@@ -185,7 +185,7 @@ class AlignedBatch:
 
     @cached_property
     def sampling_logprobs(self) -> Tensor:
-        """The log-probability that each student row's id was drawn with; 0 for ids of a data set.
+        """The log-probability with which each student row's id was sampled; 0 for ids of a data set.
 
         Raises: ValueError if a sampled text does not have it.
         """
@@ -199,7 +199,7 @@ class AlignedBatch:
 
     @cached_property
     def canonical_rows(self) -> Tensor:
-        """Whether the token of each student row is one that the student's tokenizer itself puts there; stops are."""
+        """Whether the student's tokenizer would produce the token of each student row; true for stops."""
         student = self.vocabularies.student
         return _flags(
             [
@@ -218,18 +218,18 @@ class AlignedBatch:
 
     @cached_property
     def one_to_one_bytes(self) -> Tensor:
-        """Which byte positions lie in chunks of one token on both sides, or at the end of a text."""
+        """Which byte positions lie in one-to-one chunks, or at the end of a text."""
         return _flags([alignment.one_to_one_bytes() for alignment in self._alignments], self.device)
 
     @cached_property
     def path(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The events that happened: at which byte position, by which student row, which event of a byte table."""
+        """The observed events: byte position, student row, and event of the byte table."""
         positions, rows, events = [], [], []
         for b, text in enumerate(self.texts):
             data = np.frombuffer(text.student.data, np.uint8)
             widths = text.student.ends - text.student.starts
             row = np.repeat(np.arange(len(widths)), widths)
-            data = data[: row.size]  # of a text that the student has no token for, nothing was written
+            data = data[: row.size]  # a text without student tokens has no events
             if text.stopped:
                 data, row = np.append(data.astype(np.int64), STOP_EVENT), np.append(row, len(widths))
             positions.append(self.student.position_starts[b] + np.arange(data.size))
@@ -239,8 +239,9 @@ class AlignedBatch:
 
     @cached_property
     def observed_path(self) -> Tensor:
-        """For each event of ``path`` whether the teacher gives it a probability: not inside a span that its tokens do
-        not spell exactly, nor a byte that none of them has, nor the stop event of a teacher without stop ids."""
+        """For each event of ``path``, whether the teacher gives it a probability: not inside a span whose bytes its
+        tokens do not reproduce exactly, nor for a byte that none of its tokens has, nor for the stop event of a teacher
+        without stop ids."""
         position, _, event = (x.to(self.teacher.device) for x in self.path)
         observed = self.teacher.layout.resolved[position, event]
         if not self.vocabularies.teacher.stop_ids:
@@ -256,7 +257,7 @@ class AlignedBatch:
 
     @cached_property
     def supervised_bytes(self) -> Tensor:
-        """Byte positions where both sides predict what comes next, ascending."""
+        """Byte positions where both sides predict the next event, ascending."""
         known = self.student.layout.supervised
         for batch in (self, *self.other_batches):
             known = known & batch.teacher.layout.supervised.to(self.device)
@@ -266,7 +267,7 @@ class AlignedBatch:
 
     @cached_property
     def row_positions(self) -> tuple[Tensor, Tensor]:
-        """At which byte positions a row of the student begins, and one of the teacher, both sides being supervised."""
+        """The supervised byte positions at which a student row begins, and those at which a teacher row begins."""
         both = torch.zeros(int(self.student.position_starts[-1]), dtype=torch.bool, device=self.device)
         both[self.supervised_bytes] = True
         begins = []
@@ -278,7 +279,8 @@ class AlignedBatch:
         return begins[0], begins[1]
 
     def piece_batch(self, positions: Tensor) -> PieceBatch:
-        """What both sides are compared on at the given byte positions, ascending; a student row begins at each."""
+        """The inputs of the comparison on pieces at the given byte positions, ascending; a student row begins at
+        each."""
         pieces = self.vocabularies.pieces
         student, teacher = self.student.pieces(pieces.at_S), self.teacher.pieces(pieces.at_T)
         text = np.frombuffer(b"".join(t.student.data + b"\0" for t in self.texts), np.uint8)
@@ -306,7 +308,7 @@ class AlignedBatch:
 
     @cached_property
     def synced_one_to_one(self) -> Tensor:
-        """Whether what follows each synced state is a chunk of one token on both sides, or the text's end."""
+        """Whether each synced state is followed by a one-to-one chunk or the text's end."""
         return _flags(self._synced[3], self.device)
 
     @cached_property
@@ -344,8 +346,8 @@ class AlignedBatch:
 
     @cached_property
     def chunk_index(self) -> tuple[Tensor, Tensor, int, Tensor]:
-        """Chunk of each student row and of each teacher row, the number of chunks, and which of them are one token on
-        both sides. The stop event is a chunk by itself; with one vocabulary every token is."""
+        """Chunk of each student row and of each teacher row, the number of chunks, and which of them are one-to-one.
+        The stop event is a chunk by itself; with one vocabulary every token is."""
         found = [alignment.chunks() for alignment in self._alignments]
         firsts = _starts(single.size for _, _, single in found)
         return (

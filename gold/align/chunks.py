@@ -1,4 +1,4 @@
-"""The finest cut of one text that two tokenizers both respect."""
+"""The finest partition of one text into chunks, by the token boundaries that two tokenizers share."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +13,10 @@ from gold.tokenize.walks import Int32, Int64, fill_chunks, walk
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """The chunks of one text: cells of the finest partition of its bytes whose edges both tokenizers share.
+    """The chunks of one text: cells of the finest partition of its bytes by boundaries that both tokenizers share.
 
-    `chunks[c]` is (s0, s1, t0, t1): student tokens [s0, s1) and teacher tokens [t0, t1) spell the same bytes,
-    which end before byte `ends_C[c]`. Every token is in exactly one chunk.
+    `chunks[c]` is (s0, s1, t0, t1): student tokens [s0, s1) and teacher tokens [t0, t1) have the same bytes, which end
+    before byte `ends_C[c]`. Every token is in exactly one chunk.
     """
 
     chunks: Int32
@@ -50,7 +50,7 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How finely two tokenizers agree on one text; the shares are in [0, 1], and 0 for an empty text."""
+    """How finely two tokenizations of one text agree; the shares are in [0, 1], and 0 for an empty text."""
 
     chunks: int
     one_to_one_chunks: int
@@ -62,14 +62,14 @@ class Coverage:
 
 
 def align_tokens(student: TokenizedText, teacher: TokenizedText) -> Alignment:
-    """The chunks of a text that the student and the teacher spell.
+    """The chunks of a text tokenized by the student and the teacher.
 
         edges = {0, len} | (set(student.ends) & set(teacher.ends))
 
-    A token of zero width belongs to the chunk that starts at its offset, at the end of the text to the last
-    one. An empty text is one chunk if it has any token (events), else none.
+    A token of zero width belongs to the chunk that starts at its offset, at the end of the text to the last one. An
+    empty text is one chunk if it has any token (special tokens), else none.
 
-    Raises: DataError if the two sides spell different bytes.
+    Raises: DataError if the bytes of the two sides differ.
     """
     if student.data != teacher.data:
         at = _first_difference(student.data, teacher.data)
@@ -81,7 +81,7 @@ def align_tokens(student: TokenizedText, teacher: TokenizedText) -> Alignment:
 
 
 def chunks_of(ends_S: Int64, ends_T: Int64, length: int) -> Alignment:
-    """The chunks of a text of `length` bytes by where the tokens of both sides end, as `align_tokens` has them."""
+    """The chunks of a text of `length` bytes from the token ends of both sides, as in `align_tokens`."""
     count_S, count_T = len(ends_S), len(ends_T)
     chunks = np.empty((min(count_S, count_T) + 1, 4), np.int32)
     ends_C = np.empty(len(chunks), np.int64)
@@ -92,7 +92,7 @@ def chunks_of(ends_S: Int64, ends_T: Int64, length: int) -> Alignment:
 
 
 def coverage(student: TokenizedText, teacher: TokenizedText, alignment: Alignment) -> Coverage:
-    """The shares of tokens and bytes that lie in chunks of one token on both sides."""
+    """The shares of tokens and bytes in one-to-one chunks."""
     ones = alignment.one_to_one_C
     widths = alignment.ends_C - alignment.starts_C
     tokens = (alignment.chunks[:, 1::2] - alignment.chunks[:, 0::2]).sum(axis=1)

@@ -1,4 +1,4 @@
-"""From rollouts to what the two models are given: retokenized texts, batches of like length, padded sequences."""
+"""Collation of rollouts for the models: retokenized texts, batches of similar length, padded sequences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gold.tokenize.chat import begins_anew
 
 
 def retokenize(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
-    """The rollout with the teacher's own tokens of the same bytes."""
+    """The rollout with the teacher's tokens of the same bytes."""
     anew = begins_anew(rollout.prompt)
     return AlignedText(
         rollout.ids,
@@ -30,7 +30,7 @@ def retokenize(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
 
 
 def length_batches(rollouts: Sequence[Rollout], size: int) -> list[list[int]]:
-    """Indices of the rollouts in batches of at most ``size``, those of like length together, longest first."""
+    """Indices of the rollouts in batches of at most ``size``, grouped by length, longest first."""
     order = sorted(
         range(len(rollouts)), key=lambda i: (-len(rollouts[i].prompt_ids) - rollouts[i].ids.size, i)
     )
@@ -38,7 +38,7 @@ def length_batches(rollouts: Sequence[Rollout], size: int) -> list[list[int]]:
 
 
 def student_states(model: LanguageModel, rollouts: Sequence[Rollout]) -> PaddedStates:
-    """The student's states for the rollouts' own ids: one per id, the stop id included."""
+    """The student's states for the rollouts' own ids: one per id, including the stop id."""
     return PaddedStates.of(
         [r.prompt_ids for r in rollouts],
         [r.tokenized.ids for r in rollouts],

@@ -1,4 +1,4 @@
-"""The tokens of one vocabulary that each token of another falls into, and a sparse matrix of weights made of them."""
+"""Retokenization of each token of one vocabulary with another tokenizer, and the sparse weight matrix of X-Token."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Float64 = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.integer]
 
 MOST_TOKENS = 4
-"""Of a longer decomposition only so many tokens count, the first ones."""
+"""Number of tokens of a decomposition that count, from the first."""
 DECAY = 0.1
 """Weight of each token of a decomposition relative to the one before."""
 
-# Raised when other decompositions follow from the same two vocabularies: no file of an older rule is read then.
+# Increment when the same two vocabularies yield other decompositions: it invalidates cached files.
 _VERSION = 1
 
 
@@ -29,7 +29,7 @@ _VERSION = 1
 class TokenWeights:
     """A sparse matrix from student tokens to teacher tokens: entry e is `weight_E[e]` at (`ids_V[e]`, `ids_W[e]`).
 
-    The entries of one student token stand together, the largest first, and add up to 1; student tokens rise. A student
+    Entries are sorted by student token, then by descending weight; those of one student token add up to 1. A student
     token without entries has no counterpart.
     """
 
@@ -39,15 +39,15 @@ class TokenWeights:
 
 
 def token_weights(student: Vocabulary, teacher: Vocabulary, top_k: int = 4) -> TokenWeights:
-    """The matrix that X-Token begins with, from the vocabularies alone.
+    """The initial matrix of X-Token, from the vocabularies only.
 
-    A student token of which the teacher has a byte-equal one has that one, with weight 1. Any other has the tokens that
-    the teacher's tokenizer cuts it into, token i with a weight in proportion to 0.1^i, and the teacher tokens that the
-    student's tokenizer cuts so that it is token i of them, weighted alike. Weights at one place are added; of a student
-    token the `top_k` largest are kept, and divided by their sum. Events have no entries.
+    A student token with a byte-equal teacher token has that one, with weight 1. Any other has the tokens into which the
+    teacher's tokenizer splits it, token i with a weight in proportion to 0.1^i, and the teacher tokens that the
+    student's tokenizer splits so that it is token i of them, weighted alike. Weights of the same entry are added; the
+    `top_k` largest of a student token are kept and divided by their sum. Special tokens have no entries.
 
-    Source: Sreenivas et al. 2605.21699, section 3.2. There equality is of strings brought to one spelling, here of
-    bytes; special tokens, there matched by likeness of name, are left to their roles.
+    Source: Sreenivas et al. 2605.21699, section 3.2. There strings are compared after normalisation, here bytes;
+    special tokens, there matched by similar names, are left to their roles.
     """
     own_V, into_W, forth = _entries(student, teacher)
     own_W, into_V, back = _entries(teacher, student)
@@ -60,7 +60,7 @@ def token_weights(student: Vocabulary, teacher: Vocabulary, top_k: int = 4) -> T
     )
     weight_E = np.asarray(np.bincount(entry, np.concatenate((forth, back))[other], len(places)), np.float64)
     ids_V, ids_W = places // teacher.size, places % teacher.size
-    # Entries of one weight stand in the order of their bytes: no numbering of ids decides which are cut.
+    # Equal weights are ordered by bytes: which entries are cut does not depend on the numbering of ids.
     order = np.lexsort((_ranks(teacher)[ids_W], -weight_E, ids_V))
     ids_V, ids_W, weight_E = ids_V[order], ids_W[order], weight_E[order]
     kept = np.arange(len(ids_V)) - np.searchsorted(ids_V, ids_V) < top_k
@@ -76,8 +76,8 @@ def likeliest_pairs(weights: TokenWeights, student: Vocabulary, least: float = 0
     """Each student token with the teacher token of its largest weight, where that is at least `least`: (ids_V, ids_W),
     every id at most once, in ascending order of the student's id.
 
-    Of several student tokens with one teacher token the one of the largest weight has it, of equal weights the first in
-    the order of bytes.
+    If several student tokens have the same teacher token, the one with the largest weight gets it; among equal weights
+    the first in byte order.
 
     Source: Sreenivas et al. 2605.21699, the pairs of H-KL; the threshold is that of their implementation.
     """
@@ -90,11 +90,11 @@ def likeliest_pairs(weights: TokenWeights, student: Vocabulary, least: float = 0
 
 
 def retokenized(source: Vocabulary, target: Vocabulary) -> Int32:
-    """The tokens into which the target's tokenizer cuts the bytes of each token of the source: int32[size, 4].
+    """The tokens into which the target's tokenizer splits the bytes of each token of the source: int32[size, 4].
 
-    Of more than four the first ones; −1 fills a row. A row is empty for events, for bytes that are no text by
-    themselves, and where the target's tokens do not spell them exactly. What the target has byte-equal is not asked
-    for and empty too. It is kept in the cache folder, under both tokenizers.
+    Only the first four tokens; −1 is padding. A row is empty for special tokens, for bytes that are not valid text on
+    their own, where the target's tokens do not reproduce the bytes exactly, and where the target has a byte-equal
+    token. Cached on disk under both tokenizers.
     """
 
     def build() -> Int32:
@@ -111,14 +111,14 @@ def retokenized(source: Vocabulary, target: Vocabulary) -> Int32:
                 rows[index, : len(tokenized)] = tokenized.ids[:MOST_TOKENS]
         return rows.reshape(-1)
 
-    # A fingerprint says nothing of merges, on which the cuts depend.
+    # A fingerprint does not cover merges, on which the result depends.
     sides = [x for side in (source, target) for x in (side.fingerprint, side.tokenizer.to_str())]
     content = "\0".join([f"retokenized {_VERSION} {MOST_TOKENS}", *sides])
     return cached_ids(content, source.size * MOST_TOKENS, build).reshape(-1, MOST_TOKENS)
 
 
 def _entries(source: Vocabulary, target: Vocabulary) -> tuple[Int64, Int32, Float64]:
-    """Tokens of the source, the target's tokens that they are cut into, and the weights of these, entry by entry."""
+    """Source tokens, target tokens of their decompositions, and weights, entry by entry."""
     ids_NP = retokenized(source, target)
     there = ids_NP >= 0
     weight = np.where(there, DECAY ** np.arange(MOST_TOKENS), 0.0)
@@ -127,7 +127,7 @@ def _entries(source: Vocabulary, target: Vocabulary) -> tuple[Int64, Int32, Floa
 
 
 def _ranks(vocabulary: Vocabulary) -> Int32:
-    """The place of each id in the order of bytes."""
+    """The rank of each id in byte order."""
     order, _ = byte_order(np.arange(vocabulary.size), vocabulary.offsets, vocabulary.blob)
     ranks = np.empty(vocabulary.size, np.int32)
     ranks[order] = np.arange(vocabulary.size, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""One completion as both sides tokenize it, and how its tokens fall into states, chunks and spans that both share."""
+"""One completion in both sides' tokens, and its states, chunks and spans shared by both."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AlignedText:
-    """One completion: the student's ids as sampled, and its bytes as both sides tokenize them.
+    """One completion: the student's ids as sampled, and its bytes in both sides' tokens.
 
-    ``ids`` holds the stop id last where the text ``stopped``; the tokenized texts never do. ``sampled``: which ids the
-    student wrote, one flag for all or one for each. ``advantage`` is the task reward relative to its group.
-    ``sampling_logprobs`` is the log-probability that each id was drawn with, where that is known. ``at_start``: it
-    begins a sequence, as in ``Vocabulary.encode``.
+    ``ids`` ends with the stop id if the text ``stopped``; the tokenized texts never contain it. ``sampled``: which ids
+    the student wrote, one flag for all or one for each. ``advantage`` is the task reward relative to its group.
+    ``sampling_logprobs`` is the log-probability with which each id was sampled, if known. ``at_start``: the text begins
+    a sequence, as in ``Vocabulary.encode``.
     """
 
     ids: NDArray[np.int32]
@@ -42,7 +42,7 @@ class AlignedText:
 
 
 class TextAlignment:
-    """The chunks, states and spans of one text, in rows of its own; a text that stopped has one row more than tokens.
+    """The chunks, states and spans of one text, by row of that text; a text that stopped has one row more than tokens.
 
     With one vocabulary every token is a chunk, and every row a state and a span.
     """
@@ -64,18 +64,18 @@ class TextAlignment:
         return chunk_S, chunk_T, single
 
     def one_to_one_bytes(self) -> NDArray[np.bool_]:
-        """Which byte positions lie in chunks of one token on both sides; the end of the text does."""
+        """Which byte positions lie in one-to-one chunks, or at the end of the text."""
         inside = np.zeros(len(self.text.student.data) + 1, np.bool_)
         chunks = np.repeat(self.tokens.one_to_one_C, self.tokens.ends_C - self.tokens.starts_C)
-        inside[: chunks.size] = chunks  # a text that neither side has a token for has no chunk
+        inside[: chunks.size] = chunks  # a text without tokens on both sides has no chunk
         inside[-1] = True
         return inside
 
     def states(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        """Rows of both sides that have read the same bytes, how many bytes, and whether a chunk of one token on both
-        sides (or the end of the text) follows: the start of every chunk, and the end of a text that stopped."""
+        """Rows of both sides that have read the same bytes, how many bytes, and whether a one-to-one chunk (or the end
+        of the text) follows: the start of every chunk, and the end of a text that stopped."""
         text, tokens = self.text, self.tokens
-        # A teacher that has no token for a text is in no state but the one before its stop event.
+        # A teacher without tokens for a text has only the state before its stop event.
         count = len(tokens) if text.teacher.ids.size or text.stopped else 0
         rows_S, rows_T = (tokens.chunks[:count, i].astype(np.int64) for i in (0, 2))
         single = tokens.one_to_one_C[:count]
@@ -91,10 +91,10 @@ class TextAlignment:
     def spans(self) -> tuple[NDArray[np.integer], NDArray[np.integer], int]:
         """Span of each student row, of each teacher row (−1: in none), and the number of spans.
 
-        A span goes up to the next stable boundary of the teacher, where it cuts whatever text comes next, so that its
-        end is known when the student reaches it; the stop event ends the last one. What follows the last stable
-        boundary of a text that did not stop is in no span, nor is one of which the teacher's tokens do not spell every
-        byte, nor a text of a data set: nobody sampled it.
+        A span ends at the next stable boundary of the teacher, which is a token boundary whatever text follows, so its
+        end is known when the student reaches it; the stop event ends the last one. In no span are: text after the last
+        stable boundary if the text did not stop, text whose bytes the teacher's tokens do not reproduce exactly, and
+        texts of a data set, which are not sampled.
         """
         text, tokens = self.text, self.tokens
         if text.ids.size and not text.sampled_mask.any():
@@ -105,7 +105,7 @@ class TextAlignment:
             return rows, rows, rows.size
         teacher = self.vocabularies.teacher
         last = tokens.chunks[:, 3] - 1
-        ends = np.append(teacher.stable_ends(text.teacher), False)[last]  # −1: no token of the teacher yet
+        ends = np.append(teacher.stable_ends(text.teacher), False)[last]  # −1: no teacher token yet
         span_C = np.cumsum(ends) - ends
         closed = int(ends.sum())
         span_C = np.where((span_C < closed) | text.stopped, span_C, -1)
@@ -114,15 +114,15 @@ class TextAlignment:
             final = int(span_C[-1]) if span_C.size and not ends[-1] else closed
             span_S, span_T = np.append(span_S, final), np.append(span_T, final)
             closed = final + 1
-        left_out = np.zeros(closed + 1, np.bool_)  # the last is that of −1
+        left_out = np.zeros(closed + 1, np.bool_)  # the last is for −1
         left_out[span_T[: len(text.teacher)][~_spelled(teacher, text.teacher)]] = True
         left_out[-1] = True
         return np.where(left_out[span_S], -1, span_S), np.where(left_out[span_T], -1, span_T), closed
 
 
 def _spelled(teacher: Vocabulary, tokenized: TokenizedText) -> NDArray[np.bool_]:
-    """Which of the teacher's tokens have exactly the bytes of the text; those of no width do, and so does a space that
-    its tokenizer puts around a text."""
+    """Which of the teacher's tokens have exactly the bytes of the text; true for tokens of zero width, and for a space
+    that its tokenizer adds around a text."""
     if not tokenized.repaired_bytes:
         return np.ones(len(tokenized), np.bool_)
     from gold.bytes.plan import behind_space
@@ -133,8 +133,8 @@ def _spelled(teacher: Vocabulary, tokenized: TokenizedText) -> NDArray[np.bool_]
 
 
 def canonical_tokens(vocabulary: Vocabulary, tokenized: TokenizedText, at_start: bool) -> NDArray[np.bool_]:
-    """Which tokens of a text are those that its own tokenizer puts there; the last ones, where the text ends inside a
-    character, count as such, since nobody knows the rest."""
+    """Which tokens of a text its tokenizer would produce; at the end of a text that ends inside a character all count
+    as such, since the rest is unknown."""
     own = vocabulary.encode(tokenized.data, at_start=at_start)
     tokens = set(zip(own.starts.tolist(), own.ends.tolist(), own.ids.tolist(), strict=True))
     unfinished = _unfinished(tokenized.data)
@@ -143,7 +143,7 @@ def canonical_tokens(vocabulary: Vocabulary, tokenized: TokenizedText, at_start:
 
 
 def _unfinished(data: bytes) -> int:
-    """Where the character begins that the end of the data cuts off; the data's length if it cuts none."""
+    """The byte at which an incomplete final character begins; the data's length if there is none."""
     for back, byte in enumerate(reversed(data[-3:]), 1):
         if byte >= 0xC0:
             width = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4

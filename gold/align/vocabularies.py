@@ -1,4 +1,4 @@
-"""Two vocabularies and what follows from them alone."""
+"""Two vocabularies and everything derived from them only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VocabularyPair:
-    """The student's and the teacher's vocabulary: tries, byte-equal tokens, whether they are one."""
+    """The student's and the teacher's vocabulary: tries, byte-equal tokens, whether they are the same."""
 
     student: Vocabulary
     teacher: Vocabulary
@@ -50,14 +50,14 @@ class VocabularyPair:
 
     @cached_property
     def pieces(self) -> Pieces:
-        """The byte strings that both vocabularies can be cut back to."""
+        """The byte strings to which tokens of both vocabularies can be truncated."""
         from gold.bytes.pieces import Pieces
 
         return Pieces.of(self.student, self.teacher)
 
     @cached_property
     def kernel_tries(self) -> tuple[KernelTrie, KernelTrie]:
-        """The byte tries of the student and of the teacher as the kernels read them."""
+        """The byte tries of the student and of the teacher for the kernels."""
         from gold.kernels.layout import KernelTrie  # torch
 
         mine = KernelTrie(self.student_trie)
@@ -77,7 +77,7 @@ class VocabularyPair:
 
     @cached_property
     def token_weights(self) -> TokenWeights:
-        """The sparse matrix from student tokens to teacher tokens of ``x_token``."""
+        """The sparse matrix of ``x_token`` from student tokens to teacher tokens."""
         return token_weights(self.student, self.teacher)
 
     @cached_property
@@ -87,15 +87,15 @@ class VocabularyPair:
 
     @cached_property
     def markers(self) -> dict[int, int]:
-        """For each marker of the student that the teacher has too: the teacher's id of it."""
+        """The teacher's id of each of the student's markers that the teacher has too."""
         return shared_markers(self.student, self.teacher)
 
     def read(self, tokenized: TokenizedText, *, at_start: bool = True) -> TokenizedText:
-        """The teacher's tokens of a text that the student spelled; the same ids with one vocabulary."""
+        """The teacher's tokens of a text tokenized by the student; the same ids with one vocabulary."""
         return tokenized if self.same else retokenize(self.teacher, tokenized, self.markers, at_start)
 
     def read_back(self, tokenized: TokenizedText, *, at_start: bool = True) -> TokenizedText:
-        """The student's tokens of a text that the teacher spelled."""
+        """The student's tokens of a text tokenized by the teacher."""
         back = {theirs: mine for mine, theirs in self.markers.items()}
         return tokenized if self.same else retokenize(self.student, tokenized, back, at_start)
 

@@ -1,1 +1,1 @@
-"""Rollouts: what the student writes."""
+"""Rollouts: sampled completions of the student."""

@@ -1,4 +1,4 @@
-"""The rollout engine in this process: transformers' ``generate`` on the student itself."""
+"""The in-process rollout engine: transformers' ``generate`` on the student model."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from gold.rollout.types import Sampling
 
 
 class HuggingFaceEngine:
-    """A rollout engine that generates with ``model`` itself, ``batch`` sequences at a time, prompts of like length
-    together. A model that pads wrongly gets prompts of one length, or one at a time (``LanguageModel.generates``)."""
+    """A rollout engine that generates with ``model`` itself, ``batch`` sequences at a time, grouped by prompt length. A
+    model that handles padding wrongly gets prompts of equal length, or one at a time (``LanguageModel.generates``)."""
 
     def __init__(self, model: LanguageModel, batch: int = 32) -> None:
         self.model, self.batch, self.version = model, batch, 0
 
     def push(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Notes the version: the model is the one that is trained, so its weights are there already."""
+        """Stores the version only: the model is the trained one, so it has the weights already."""
         self.version = version
 
     def close(self) -> None:
-        """Nothing: the model is not the engine's own."""
+        """Does nothing: the engine does not own the model."""
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """See ``RolloutEngine.generate``.
 
         Raises:
-            ModelError: a model that does not generate right; see ``LanguageModel.generation_error``.
+            ModelError: the model does not generate correctly; see ``LanguageModel.generation_error``.
         """
         model = self.model
         if model.generation_error:
@@ -84,9 +84,9 @@ def _generate(model: LanguageModel, requests: Sequence[Request]) -> list[tuple[n
 
 
 class _Draw(LogitsProcessor):
-    """Draws each sequence's next token from its own uniform number, and keeps the log-probability it was drawn with.
+    """Samples each sequence's next token from its own uniform number, and stores its log-probability.
 
-    Everything but the drawn token is masked, so that a greedy ``generate`` takes it; no [steps, V] tensor is kept.
+    All other tokens are masked, so that a greedy ``generate`` selects it; no [steps, V] tensor is stored.
     """
 
     def __init__(self, uniform: Tensor, prompt_length: int, sampling: Sampling) -> None:
@@ -105,7 +105,7 @@ class _Draw(LogitsProcessor):
                 logits = nucleus(logits, self.sampling.top_p)
             prob = torch.softmax(logits, dim=-1)
             cumulative = torch.cumsum(prob, dim=-1, dtype=torch.float64)
-            # The last positive entry is the end: a number that rounds to the total must not fall on a masked token.
+            # Clamp to the last positive entry: a number that rounds to the total must not select a masked token.
             point = self.uniform[:, step : step + 1] * cumulative[:, -1:]
             token = torch.searchsorted(cumulative, point, right=True).clamp(max=logits.shape[1] - 1)
             token = torch.where(prob.gather(1, token) > 0, token, prob.argmax(-1, keepdim=True))
@@ -115,7 +115,7 @@ class _Draw(LogitsProcessor):
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """``logits`` with −inf outside the smallest set of likeliest tokens whose probability reaches ``top_p``.
+    """``logits`` with −inf outside the smallest set of most probable tokens whose probability reaches ``top_p``.
 
     Source: Holtzman et al. 1904.09751, section 3.1.
     """

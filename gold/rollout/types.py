@@ -1,4 +1,4 @@
-"""What a rollout is: the ids of one completion, who wrote which of them, how likely they were, and their bytes."""
+"""Rollouts: the ids of one completion, which of them the student sampled, their log-probabilities, and their bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ Seed = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. The defaults draw from the model itself; ``temperature`` 0 is greedy decoding."""
+    """Sampling parameters. The defaults sample from the model's own distribution; ``temperature`` 0 is greedy
+    decoding."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -24,7 +25,7 @@ class Sampling:
 
 
 class Segment(NamedTuple):
-    """A span of a rollout's ids, from ``start`` to ``end``: written by the student, or given to it."""
+    """A range of a rollout's ids, from ``start`` to ``end``: sampled by the student, or given."""
 
     start: int
     end: int
@@ -35,11 +36,11 @@ class Segment(NamedTuple):
 class Rollout:
     """One completion of a prompt.
 
-    ``ids`` includes the stop id last where the completion ``stopped``; ``tokenized`` holds the bytes of the ids without
-    that stop id. ``segments`` cover ``ids`` in order: a completion that the student wrote is one sampled segment, a
-    completion from a data set one given segment. ``sampling_logprobs`` is the log-probability of each id under the
-    distribution that it was drawn from (temperature and top-p included), in nats; 0 for given ids.
-    ``policy_version`` is the step whose weights drew it.
+    ``ids`` ends with the stop id if the completion ``stopped``; ``tokenized`` holds the bytes of the ids without it.
+    ``segments`` cover ``ids`` in order: a completion that the student wrote is one sampled segment, a completion from a
+    data set one given segment. ``sampling_logprobs`` is the log-probability of each id under its sampling distribution
+    (temperature and top-p included), in nats; 0 for given ids. ``policy_version`` is the training step of the weights
+    that sampled it.
     """
 
     prompt: Prompt
@@ -68,11 +69,11 @@ class Rollout:
 
     @property
     def text(self) -> str:
-        """The completion for display: bytes that are not valid UTF-8 show as U+FFFD."""
+        """The completion for display: invalid UTF-8 is shown as U+FFFD."""
         return self.tokenized.data.decode("utf-8", "replace")
 
     def without_text(self, nothing: TokenizedText) -> Rollout:
-        """The same rollout with no ids: nothing of it counts in any objective. ``nothing``: no bytes, tokenized."""
+        """The same rollout without ids, which no objective counts. ``nothing``: an empty tokenized text."""
         return replace(
             self,
             ids=self.ids[:0],
@@ -84,9 +85,10 @@ class Rollout:
 
 
 def group_advantages(rewards: NDArray[np.float64], group: int) -> NDArray[np.float64]:
-    """Reward less its group's mean, over the group's standard deviation; 0 where a group's rewards are all equal.
+    """Reward minus its group's mean, divided by the group's standard deviation; 0 where a group's rewards are all
+    equal.
 
-    A group is ``group`` consecutive rollouts, all of one prompt.
+    A group is ``group`` consecutive rollouts of one prompt.
 
     Source: Shao et al. 2402.03300, section 4.1.2.
     """
