@@ -34,9 +34,10 @@ from gold.kernels.projection import needed_rows, piece_events, piece_target
 from gold.kernels.tables import byte_tables
 from gold.losses import LossInputs
 from gold.losses.prefix import prefix_positions
+from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model
-from gold.models.states import PaddedStates, lazy_logits
+from gold.models.padding import PaddedStates
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Sampling

@@ -19,15 +19,15 @@ from torch import Tensor
 from benchmarks.assets import assets_folder
 from benchmarks.record import device_name, write_record
 from gold.align.batch import AlignedBatch
-from gold.align.collate import retokenize, student_states, teacher_logits
+from gold.align.model_inputs import aligned_text, student_states, teacher_logits
 from gold.align.vocabularies import VocabularyPair
 from gold.data import load_prompts, split_by_hash
 from gold.kernels.logits import GivenLogits, LazyLogits, likeliest
 from gold.losses import OBJECTIVES
 from gold.losses.types import LossInputs
+from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model
-from gold.models.states import lazy_logits
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Rollout, Sampling
@@ -86,7 +86,7 @@ class Compared:
     def __init__(self, student: LanguageModel, teacher: LocalTeacher, rollouts: Sequence[Rollout]) -> None:
         self.student, self.rollouts = student, rollouts
         self.pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
-        self.texts = [retokenize(rollout, self.pair) for rollout in rollouts]
+        self.texts = [aligned_text(rollout, self.pair) for rollout in rollouts]
         with torch.no_grad():
             self.logits = lazy_logits(student.lm, student_states(student, rollouts)).logits()
 

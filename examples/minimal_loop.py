@@ -9,16 +9,16 @@ import sys
 import torch
 
 from gold.align.batch import AlignedBatch
-from gold.align.collate import retokenize, student_states, teacher_logits
+from gold.align.model_inputs import aligned_text, student_states, teacher_logits
 from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.kernels.logits import LazyLogits
 from gold.losses import OBJECTIVES, LossInputs
+from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model
-from gold.models.states import lazy_logits
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Sampling
@@ -36,7 +36,7 @@ def train(student: LanguageModel, teacher: LocalTeacher, prompts: list[Prompt], 
         # The student writes, the teacher reads the same bytes in its own tokens.
         seeds = [(0, step, n) for n in range(len(prompts))]
         rollouts = sample(engine, student, prompts, sampling, seeds=seeds)
-        texts = [retokenize(rollout, pair) for rollout in rollouts]
+        texts = [aligned_text(rollout, pair) for rollout in rollouts]
         batch = AlignedBatch(texts, pair, student.device, teacher.device)
         teacher_states = LazyLogits.joined(teacher_logits(teacher, rollouts, texts))
         student_rows = lazy_logits(student.lm, student_states(student, rollouts))

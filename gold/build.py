@@ -31,10 +31,10 @@ from gold.teachers.several import Teachers, check_routes
 from gold.tokenize.compare import differences
 from gold.tokenize.roles import Roles
 from gold.tokenize.templates import Rendering
-from gold.train.changes import Inputs
-from gold.train.checks import check_recipe
-from gold.train.inputs import of_files, of_prompts
+from gold.train.input_digests import of_files, of_prompts
+from gold.train.preflight import check_recipe
 from gold.train.recipe import Recipe
+from gold.train.resume_rules import Inputs
 from gold.train.trackers import Tracker
 
 Note = Callable[[str], None]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gold.align.batch import AlignedBatch
 from gold.align.chunks import align_tokens
-from gold.align.collate import length_batches, retokenize, student_states, teacher_logits
+from gold.align.model_inputs import aligned_text, length_batches, student_states, teacher_logits
 from gold.align.texts import AlignedText, canonical_tokens
 from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
@@ -22,8 +22,8 @@ from gold.kernels.lm_head import token_logp
 from gold.kernels.logits import LazyLogits
 from gold.kernels.tables import prefix_logp
 from gold.losses.types import IMPOSSIBLE, possible
+from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
-from gold.models.states import lazy_logits
 from gold.rollout.engine import RolloutEngine, completed, given_rollout, sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Rollout, Sampling, Seed
@@ -181,7 +181,7 @@ class _Comparison:
         members = self.teachers.members
         logp_S = _student_logp(self.student, rollouts, self.plan)
         texts = [
-            {name: retokenize(r, self.pairs[name]) for name in self.teachers.of(r.prompt)} for r in rollouts
+            {name: aligned_text(r, self.pairs[name]) for name in self.teachers.of(r.prompt)} for r in rollouts
         ]
         skipped = {
             i
@@ -224,7 +224,7 @@ class _Comparison:
                     rollout = given_rollout(self.student, prompt, back, written.stopped)
                 except DataError:
                     continue
-                text = replace(retokenize(rollout, pair), teacher=written.tokenized)
+                text = replace(aligned_text(rollout, pair), teacher=written.tokenized)
                 taught.append((n, rollout, text))
             skipped += len(graded) - len(taught)
             rollouts, texts = [r for _, r, _ in taught], [t for _, _, t in taught]

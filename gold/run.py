@@ -31,8 +31,8 @@ from gold.teachers.local import LocalTeacher
 from gold.teachers.served import ServedTeacher
 from gold.teachers.several import Teachers
 from gold.train.checkpoint import latest_checkpoint
-from gold.train.checks import pin_date, read_date, readers_of
 from gold.train.loop import Run, Saving, check_output, distill
+from gold.train.preflight import pin_date, read_date, readers_of
 from gold.train.run_folder import RunFolder
 from gold.train.state import average_file, load_average
 from gold.train.trackers import Tracker

@@ -20,7 +20,7 @@ ROOT = Path(gold.__file__).parent
 
 # Heavy or optional packages, and the only modules that may import them.
 HOME_OF = {
-    "accelerate": ("gold.train.state", "gold.train.loop", "gold.train.checks"),
+    "accelerate": ("gold.train.state", "gold.train.loop", "gold.train.preflight"),
     "gguf": ("gold.models.load",),
     "httpx2": ("gold.teachers.http",),
     "matplotlib": ("gold.inspect.plots", "gold.demo"),
@@ -78,7 +78,8 @@ FORBIDDEN_IN = {
         "gold.align",
         "gold.kernels",
         "gold.models.load",
-        "gold.models.states",
+        "gold.models.hidden_states",
+        "gold.models.padding",
     ),
     "gold.data": ("torch", "transformers"),
     "gold.tasks": ("torch", "transformers"),
@@ -353,7 +354,7 @@ def test_asking_for_help_loads_nothing_heavy(asked: str) -> None:
         name
         for name in modules()
         if any(below(name, room) for room in ("gold.align", "gold.bytes", "gold.tokenize"))
-        and name not in ("gold.align.batch", "gold.align.collate")
+        and name not in ("gold.align.batch", "gold.align.model_inputs")
     ],
 )
 def test_aligning_loads_no_model_library(module: str) -> None:

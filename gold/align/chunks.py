@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gold.errors import DataError
+from gold.tokenize.token_loops import Int32, Int64, fill_chunks, walk
 from gold.tokenize.vocabulary import TokenizedText
-from gold.tokenize.walks import Int32, Int64, fill_chunks, walk
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,7 +36,7 @@ from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.chat import prompt_text
 from gold.tokenize.vocabulary import Vocabulary
-from gold.train.checks import check_kept, check_recipe
+from gold.train.preflight import check_kept, check_recipe
 from gold.train.setup import pairs_of, terms_of
 
 

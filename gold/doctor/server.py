@@ -10,15 +10,15 @@ from urllib.parse import urlsplit
 
 import torch
 
-from gold.align.collate import student_states
+from gold.align.model_inputs import student_states
 from gold.data import Prompt
 from gold.doctor.finding import Check, Finding, failure, passed, run_checks, warning
 from gold.doctor.sample import JUDGED, SAMPLE
 from gold.doctor.weights import divergence
 from gold.errors import DataError, TeacherError
 from gold.kernels.lm_head import token_logp
+from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
-from gold.models.states import lazy_logits
 from gold.rollout.engine import completed
 from gold.teachers.dialects import TokenLogp
 from gold.teachers.http import RefusedError, is_near

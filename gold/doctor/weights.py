@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from gold.align.batch import AlignedBatch
-from gold.align.collate import retokenize, student_states
+from gold.align.model_inputs import aligned_text, student_states
 from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
 from gold.doctor.finding import Check, Finding, failure, passed, run_checks, warning
@@ -20,8 +20,9 @@ from gold.errors import GoldError
 from gold.kernels.lm_head import token_logp
 from gold.kernels.logits import LazyLogits
 from gold.losses import OBJECTIVES, LossInputs
+from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
-from gold.models.states import PaddedStates, lazy_logits
+from gold.models.padding import PaddedStates
 from gold.rollout.engine import completed
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
@@ -70,7 +71,7 @@ def divergence(
     pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
     objective = OBJECTIVES["reverse_kl"](support=support)
     rollouts = [completed(student, prompt, 10**6) for prompt in prompts]
-    texts = [retokenize(rollout, pair) for rollout in rollouts]
+    texts = [aligned_text(rollout, pair) for rollout in rollouts]
     batch = AlignedBatch(texts, pair, student.device, teacher.device)
     theirs = teacher.score(prompts, [t.teacher for t in texts], [t.stopped for t in texts])
     was_training = student.lm.training

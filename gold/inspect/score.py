@@ -12,9 +12,10 @@ import torch
 from gold.errors import DataError
 from gold.inspect.view import AlignmentView, TokenizedSide
 from gold.kernels.lm_head import token_statistics
+from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel, output_width
 from gold.models.load import load_model
-from gold.models.states import PaddedStates, lazy_logits
+from gold.models.padding import PaddedStates
 from gold.tokenize.chat import adds_bos
 from gold.tokenize.vocabulary import Vocabulary
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from gold.models.states import states_only
+from gold.models.hidden_states import states_only
+from gold.models.padding import padded
 
 
 def generate(
@@ -26,12 +25,7 @@ def generate(
     Prompts are padded on the left. The model's own generation settings are removed: ``generate`` would use them for
     unset arguments, top-k for example.
     """
-    longest = max(len(p) for p in prompts)
-    ids = np.full((len(prompts), longest), pad_id, np.int64)
-    mask = np.zeros((len(prompts), longest), np.int64)
-    for b, prompt in enumerate(prompts):
-        ids[b, longest - len(prompt) :] = prompt
-        mask[b, longest - len(prompt) :] = 1
+    ids, mask = padded(prompts, pad_id, next(lm.parameters()).device, left=True)
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -40,17 +34,16 @@ def generate(
         pad_token_id=pad_id,
         use_cache=True,
     )
-    device = next(lm.parameters()).device
     own = lm.generation_config
     lm.generation_config = GenerationConfig()
     try:
         with states_only(lm):
             whole: Tensor = lm.generate(
-                input_ids=torch.from_numpy(ids).to(device),
-                attention_mask=torch.from_numpy(mask).to(device),
+                input_ids=ids,
+                attention_mask=mask,
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([processor]),
             )
     finally:
         lm.generation_config = own
-    return whole[:, longest:]
+    return whole[:, ids.shape[1] :]

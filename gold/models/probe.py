@@ -14,8 +14,9 @@ from transformers import LogitsProcessor
 from gold.errors import GoldError, ModelError
 from gold.models.files import first_line
 from gold.models.generate import generate
+from gold.models.hidden_states import lazy_logits, states_only
 from gold.models.language_model import Batches, output_width, without_adapters
-from gold.models.states import PaddedStates, lazy_logits, states_only
+from gold.models.padding import PaddedStates
 
 _LENGTH = 5
 _SHORT = 3

@@ -11,8 +11,9 @@ import torch
 from gold.data import Prompt
 from gold.errors import DataError
 from gold.kernels.logits import LazyLogits
+from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
-from gold.models.states import PaddedStates, lazy_logits
+from gold.models.padding import PaddedStates
 from gold.teachers.protocol import Teacher
 from gold.tokenize.vocabulary import TokenizedText
 

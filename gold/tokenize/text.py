@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gold.tokenize.walks import fill_bytes, fill_ends, walk
+from gold.tokenize.token_loops import fill_bytes, fill_ends, walk
 
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]

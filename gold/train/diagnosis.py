@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from gold.align.collate import student_states
+from gold.align.model_inputs import student_states
 from gold.kernels.lm_head import token_logp
 from gold.kernels.logits import LazyLogits
+from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
-from gold.models.states import lazy_logits
 from gold.rollout.types import Rollout
 
 

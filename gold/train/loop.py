@@ -28,7 +28,6 @@ from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.vocabulary import Vocabulary
 from gold.train.alarms import Warnings, check_end, remedy_for, why_bad
-from gold.train.changes import Inputs
 from gold.train.checkpoint import (
     is_write_failure,
     latest_checkpoint,
@@ -37,11 +36,12 @@ from gold.train.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from gold.train.checks import check_kept, check_recipe, pin_date, read_date, readers_of, write_date
-from gold.train.inputs import of_run
+from gold.train.input_digests import of_run
 from gold.train.interrupt import NAMES, Interrupt, ended_by
+from gold.train.preflight import check_kept, check_recipe, pin_date, read_date, readers_of, write_date
 from gold.train.progress import Lasting, Quiet
 from gold.train.recipe import Recipe
+from gold.train.resume_rules import Inputs
 from gold.train.run_folder import RunFolder
 from gold.train.setup import Setup
 from gold.train.state import TrainState
@@ -107,8 +107,8 @@ def distill(
         heldout: prompts of the evaluations before, during and after; none, no evaluation.
         verifier: scores completions, for the ``reward`` objective and for accuracy.
         settings: what ``config.yaml`` of the run folder holds; the recipe, where it is left out.
-        inputs: what ``inputs.json`` of the run folder holds, see ``gold.train.inputs``; digests of what is given, where
-            it is left out.
+        inputs: what ``inputs.json`` of the run folder holds, see ``gold.train.input_digests``; digests of what is
+            given, where it is left out.
         progress: what a person sees of the run; notes on stderr, where it is left out.
         trackers: further receivers of every metric and note, see ``gold.train.trackers``.
         engine: generates completions with the weights that it is given after every step, and is closed by its maker;

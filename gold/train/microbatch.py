@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gold.align.batch import AlignedBatch
-from gold.align.collate import length_batches, retokenize, teacher_logits
+from gold.align.model_inputs import aligned_text, length_batches, teacher_logits
 from gold.align.texts import AlignedText
 from gold.kernels.logits import LazyLogits
 from gold.losses import LossInputs
@@ -37,7 +37,7 @@ class Microbatch:
         return next(iter(self.batches.values()))
 
 
-def collate(setup: Setup, rollouts: Sequence[Rollout]) -> tuple[list[Microbatch], list[str]]:
+def build_microbatches(setup: Setup, rollouts: Sequence[Rollout]) -> tuple[list[Microbatch], list[str]]:
     """The rollouts in microbatches, each with one set of teachers, retokenized for these; and why a teacher cannot
     score the others, which are in none."""
     asked = setup.members if setup.needs_teacher else {}
@@ -45,7 +45,7 @@ def collate(setup: Setup, rollouts: Sequence[Rollout]) -> tuple[list[Microbatch]
     by_teachers: dict[tuple[str, ...], list[tuple[Rollout, dict[str, AlignedText]]]] = {}
     for rollout in rollouts:
         names = setup.teachers.of(rollout.prompt) if setup.teachers else ("",)
-        texts = {name: retokenize(rollout, setup.pairs[name]) for name in names}
+        texts = {name: aligned_text(rollout, setup.pairs[name]) for name in names}
         reasons = (asked[n].misfit(rollout.prompt, texts[n].teacher.ids.size) for n in names if n in asked)
         if reason := next(filter(None, reasons), ""):
             skipped.append(reason)
@@ -125,7 +125,7 @@ def drop_impossible(setup: Setup, microbatches: Sequence[Microbatch]) -> tuple[l
 def _without(setup: Setup, microbatch: Microbatch, lost: set[int]) -> Microbatch:
     nothing = setup.student.vocabulary.encode(b"")
     rollouts = tuple(r.without_text(nothing) if n in lost else r for n, r in enumerate(microbatch.rollouts))
-    texts_of = {name: [retokenize(r, setup.pairs[name]) for r in rollouts] for name in microbatch.batches}
+    texts_of = {name: [aligned_text(r, setup.pairs[name]) for r in rollouts] for name in microbatch.batches}
     logits = {
         name: [rows.select(slice(0)) if n in lost else rows for n, rows in enumerate(each)]
         for name, each in microbatch.teacher_logits.items()

@@ -2,7 +2,7 @@
 
 config.yaml        the resolved configuration, as of the last resumption
 environment.json   versions, devices, command line, start time; one more entry for each resumption, with what changed
-inputs.json        digests of what the run was given: prompts, tokenizers, chat templates, weights (inputs.py)
+inputs.json        digests of what the run was given: prompts, tokenizers, chat templates, weights (input_digests.py)
 template_date.txt  the day that chat templates write, where one prints the date (loop.py)
 metrics.jsonl      {"kind": "train" | "eval", "step": n, …} a line
 samples.jsonl      {"kind": "sample", "step": n, …} a line
@@ -29,7 +29,9 @@ import yaml
 from gold.errors import CheckpointError, ConfigError
 from gold.files import append, plain, read_json, replace_text
 from gold.train.alarms import check_end
-from gold.train.changes import (
+from gold.train.checkpoint import newest_step
+from gold.train.records import FILE_OF_KIND, open_to_append, read_lines, record_line
+from gold.train.resume_rules import (
     Change,
     Inputs,
     changes,
@@ -39,8 +41,6 @@ from gold.train.changes import (
     is_inputs,
     refuse_changes,
 )
-from gold.train.checkpoint import newest_step
-from gold.train.records import FILE_OF_KIND, open_to_append, read_lines, record_line
 from gold.train.trackers import Tracker
 from gold.yaml_file import read_yaml
 

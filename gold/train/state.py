@@ -18,9 +18,10 @@ from torch import Tensor
 from gold.errors import CheckpointError, TeacherError
 from gold.files import read_json
 from gold.kernels.logits import LazyLogits
+from gold.models.hidden_states import StatesModule, lazy_logits, recompute_activations
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_weights, save_model
-from gold.models.states import PaddedStates, StatesModule, lazy_logits, recompute_activations
+from gold.models.padding import PaddedStates
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.train.checkpoint import Checkpoint

@@ -14,20 +14,21 @@ import torch
 from torch import Tensor
 
 from gold.align.batch import AlignedBatch
-from gold.align.collate import student_states
+from gold.align.model_inputs import student_states
 from gold.align.texts import AlignedText
 from gold.data import Prompt, PromptOrder
 from gold.errors import DataError
 from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.losses import LossInputs
 from gold.losses.policy import means_of_others, sampled_credit
-from gold.models.states import PaddedStates, lazy_logits
+from gold.models.hidden_states import lazy_logits
+from gold.models.padding import PaddedStates
 from gold.rollout.engine import RolloutEngine, completed, encode_prompt, sample
 from gold.rollout.types import Rollout, Seed, group_advantages
 from gold.teachers.several import Teachers
 from gold.train.diagnosis import why_not_finite
 from gold.train.metrics import PhaseTimer, device_clock, rollout_sums, step_record
-from gold.train.microbatch import Microbatch, ask_teachers, collate, drop_impossible, loss_inputs
+from gold.train.microbatch import Microbatch, ask_teachers, build_microbatches, drop_impossible, loss_inputs
 from gold.train.setup import Setup
 from gold.train.state import TrainState
 
@@ -52,12 +53,12 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
     timer = PhaseTimer(setup.now or device_clock(state.student.device))
     torch.manual_seed(int(np.random.SeedSequence([recipe.seed, state.step]).generate_state(1)[0]))
     with timer("rollout"):
-        rollouts, skipped = generate(state, setup)
+        rollouts, skipped = generate_rollouts(state, setup)
     with timer("align"):
-        microbatches, misfits = collate(setup, rollouts)
+        microbatches, misfits = build_microbatches(setup, rollouts)
         skipped += misfits
     with timer("teacher"):
-        microbatches, sums, impossible = score(state, setup, microbatches)
+        microbatches, sums, impossible = query_teachers(state, setup, microbatches)
     with timer("align"):
         counts = state.sum(unit_counts(setup, microbatches))
         microbatches = with_baselines(state, setup, microbatches)
@@ -81,7 +82,7 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
     return StepReport(metrics | {"bad_steps": state.bad_steps}, examples)
 
 
-def generate(state: TrainState, setup: Setup) -> tuple[list[Rollout], list[str]]:
+def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], list[str]]:
     """This process's share of the step's rollouts, rewarded where there is a verifier; and why others are left out, for
     each: the student has no room for their prompt. Of very many prompts not all are checked before a run."""
     recipe, accelerator = setup.recipe, state.accelerator
@@ -123,7 +124,7 @@ def push_weights(state: TrainState, engine: RolloutEngine) -> None:
         engine.push(state.gather(), state.step)
 
 
-def score(
+def query_teachers(
     state: TrainState, setup: Setup, microbatches: list[Microbatch]
 ) -> tuple[list[Microbatch], dict[str, float], str]:
     """The microbatches with the teachers' logits, counts for the metrics, and one text of probability 0, if any.

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from gold.align import chunks as chunks_module
 from gold.align.chunks import Alignment, align_tokens, coverage
 from gold.errors import DataError
+from gold.tokenize.token_loops import _compiled
 from gold.tokenize.vocabulary import TokenizedText
-from gold.tokenize.walks import _compiled
 
 
 def tokenized(data: bytes, ends: list[int]) -> TokenizedText:

@@ -19,7 +19,7 @@ from support.trackers import Recorder
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import gold.teachers.cached
-import gold.train.checks
+import gold.train.preflight
 from gold.config import Config
 from gold.data import Prompt
 from gold.doctor.finding import Finding
@@ -39,8 +39,8 @@ from gold.teachers.absent import AbsentTeacher
 from gold.tokenize.chat import prompt_ids
 from gold.tokenize.templates import PromptTokenizer, Rendering, rendered
 from gold.tokenize.vocabulary import Vocabulary
-from gold.train.checks import read_date
 from gold.train.loop import Saving, distill
+from gold.train.preflight import read_date
 from gold.train.recipe import Recipe
 
 TURNS = (
@@ -302,7 +302,7 @@ def test_a_run_keeps_its_day_and_goes_on_with_it(tmp_path: Path, monkeypatch: py
     )
 
     def run(day: str, resume: bool) -> tuple[list[int], Recorder]:
-        monkeypatch.setattr(gold.train.checks, "date", a_day(day))
+        monkeypatch.setattr(gold.train.preflight, "date", a_day(day))
         student, notes = tiny.tiny_student(), Recorder()
         student.tokenizer.chat_template = NUMBERS
         saving = Saving(tmp_path / "run", resume=resume)
@@ -336,7 +336,7 @@ def test_a_cache_keeps_the_day_that_its_texts_were_read_on(
     assert later.cache.origin.date == "2026-11-29"
     assert later.missing(TALKS, spelled, [True] * len(TALKS)) == []
     # A run with it reads the day of the cache too.
-    gold.train.checks.pin_date(student := tiny.tiny_student(), gold.Teachers({"teacher": later}))
+    gold.train.preflight.pin_date(student := tiny.tiny_student(), gold.Teachers({"teacher": later}))
     assert student.rendering.day == date(2026, 11, 29)
 
 

@@ -20,7 +20,7 @@ from gold.inspect.score import PairScorer
 from gold.inspect.view import AlignmentView, TokenizedSide, describe
 from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.models.language_model import LanguageModel
-from gold.models.states import PaddedStates
+from gold.models.padding import PaddedStates
 
 TEXT = " 24 +7 -3 = 31 28"
 

@@ -21,7 +21,7 @@ from gold.kernels import logits, tables
 from gold.kernels.lm_head import summed, token_logp, token_loss
 from gold.kernels.logits import GivenLogits, HeadLogits, LazyLogits, spans
 from gold.kernels.tables import byte_tables
-from gold.models.states import head_logits
+from gold.models.hidden_states import head_logits
 
 STOPS = torch.tensor([3])
 WIDTH, HIDDEN, COUNT = 41, 8, 11

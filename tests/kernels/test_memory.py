@@ -24,7 +24,7 @@ import gold
 from gold.kernels import cpu
 from gold.kernels.cpu import divergences, masses, pieces, sorted, statistics
 from gold.kernels.cpu import simd as lanes
-from gold.tokenize import walks
+from gold.tokenize import token_loops
 
 LOOPS = (masses, statistics, divergences, sorted, pieces)
 WIDTHS = (1, 17, 40, 300, 2500)
@@ -41,20 +41,20 @@ def everything_compiled() -> Iterator[CPUDispatcher]:
         if re.search(r"numba|import compiled|\bcompiled,", path.read_text(encoding="utf-8")):
             name = ".".join(path.relative_to(folder.parent).with_suffix("").parts)
             yield from compiled_in(import_module(name.removesuffix(".__init__")))
-    for name, value in vars(walks).items():
+    for name, value in vars(token_loops).items():
         if (
             callable(value)
-            and getattr(value, "__module__", "") == walks.__name__
+            and getattr(value, "__module__", "") == token_loops.__name__
             and not name.startswith("_")
         ):
-            yield walks._compiled(value)
+            yield token_loops._compiled(value)
 
 
 def test_the_compiler_may_change_no_rounding() -> None:
     """What `fastmath` or `parallel` allows it does in one copy of a loop and not in the next."""
     found = {*everything_compiled()}
     known = {
-        walks.__name__,
+        token_loops.__name__,
         lanes.__name__,
         *(m.__name__ for m in LOOPS),
         "gold.bytes.plan",

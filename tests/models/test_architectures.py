@@ -12,13 +12,14 @@ import torch
 from support.architectures import KINDS, SIZE, tiny_lm, wrapped
 from transformers import LogitsProcessor
 
-from gold.align.collate import student_states
+from gold.align.model_inputs import student_states
 from gold.data import Prompt
 from gold.errors import ModelError
 from gold.kernels.lm_head import token_logp
 from gold.models.generate import generate
+from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
-from gold.models.states import PaddedStates, lazy_logits
+from gold.models.padding import PaddedStates
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Rollout, Sampling

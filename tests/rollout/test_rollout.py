@@ -9,7 +9,8 @@ from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.errors import DataError
-from gold.models.states import PaddedStates, lazy_logits
+from gold.models.hidden_states import lazy_logits
+from gold.models.padding import PaddedStates
 from gold.rollout.engine import completed, sample
 from gold.rollout.hf import HuggingFaceEngine, nucleus
 from gold.rollout.types import Sampling, group_advantages

@@ -15,8 +15,8 @@ from gold.evaluate import EvaluationPlan, evaluate
 from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.teachers import Teacher
 from gold.tokenize.chat import prompt_text
-from gold.train.checks import readers_of
 from gold.train.loop import distill
+from gold.train.preflight import readers_of
 
 RECIPE = Recipe(steps=2, prompts_per_step=2, num_generations=1, max_new_tokens=6)
 

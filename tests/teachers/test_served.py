@@ -26,7 +26,7 @@ from gold import (
     ServedTeacher,
     TeacherError,
 )
-from gold.align.collate import retokenize, teacher_logits
+from gold.align.model_inputs import aligned_text, teacher_logits
 from gold.align.vocabularies import VocabularyPair
 from gold.doctor.server import examine_noise, examine_server
 from gold.kernels.lm_head import token_logp
@@ -65,7 +65,7 @@ def graded(
 ) -> list[tuple[LazyLogits, torch.Tensor]]:
     """The rows of each text, and its targets, −1 for the stop event."""
     pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
-    texts = [retokenize(r, pair) for r in rollouts]
+    texts = [aligned_text(r, pair) for r in rollouts]
     targets = [torch.tensor([*t.teacher.ids.tolist(), *([-1] * t.stopped)]) for t in texts]
     return list(zip(teacher_logits(teacher, rollouts, texts), targets, strict=True))
 

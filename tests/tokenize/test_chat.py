@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gold.align.collate import retokenize
+from gold.align.model_inputs import aligned_text
 from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
 from gold.errors import DataError
@@ -306,7 +306,7 @@ def test_the_completion_of_a_plain_text_goes_on_with_it(family, completion):
     # What another model wrote behind the same text is read in the same way.
     student = reader(byte_level()).vocabulary
     pair = VocabularyPair(student, model.vocabulary)
-    theirs = retokenize(replace(rollout, tokenized=student.encode(completion)), pair).teacher
+    theirs = aligned_text(replace(rollout, tokenized=student.encode(completion)), pair).teacher
     assert pair.same or theirs.ids.tolist() == rollout.tokenized.ids.tolist()
 
 

@@ -22,9 +22,10 @@ from transformers import (
 
 from gold.demo.models import character_tokenizer
 from gold.errors import ModelError
+from gold.models.hidden_states import lazy_logits, recompute_activations
 from gold.models.language_model import LanguageModel
 from gold.models.load import wrap_model
-from gold.models.states import PaddedStates, lazy_logits, recompute_activations
+from gold.models.padding import PaddedStates
 from gold.teachers.several import Teachers
 from gold.train.recipe import Recipe, Term
 from gold.train.setup import Setup
@@ -119,6 +120,6 @@ def test_activations_are_made_again_and_the_gradient_is_the_same(make: Any) -> N
 
 def test_layers_that_nobody_knows_to_make_again(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = LlamaForCausalLM(LlamaConfig(**IDS, hidden_size=64, intermediate_size=8, num_hidden_layers=1))
-    monkeypatch.setattr("gold.models.states.GradientCheckpointingLayer", torch.nn.LSTM)
+    monkeypatch.setattr("gold.models.hidden_states.GradientCheckpointingLayer", torch.nn.LSTM)
     with pytest.raises(ModelError, match=r"train\.gradient_checkpointing: LlamaForCausalLM has no layers"):
         recompute_activations(lm)

@@ -25,8 +25,8 @@ import gold.run
 from gold.cli import main
 from gold.config import Config
 from gold.models.load import load_model, save_model
-from gold.train.changes import MAY_CHANGE, _flat
 from gold.train.recipe import Recipe
+from gold.train.resume_rules import MAY_CHANGE, _flat
 
 TIMED = ("_s", "tokens_per_s")
 STEPS = 4

@@ -20,11 +20,11 @@ from gold.errors import ConfigError, DataError, TeacherError, TrainingError
 from gold.kernels import use_backend
 from gold.kernels.logits import GivenLogits
 from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
+from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
-from gold.models.states import lazy_logits
 from gold.run import evaluate_source
-from gold.train.checks import check_recipe
 from gold.train.loop import Run, Saving, distill
+from gold.train.preflight import check_recipe
 from gold.train.recipe import Recipe, Term
 from gold.train.state import load_optimizer
 
@@ -337,7 +337,7 @@ def test_a_completion_that_the_student_rules_out_is_named(monkeypatch: pytest.Mo
         logits = rows.logits().index_fill(1, torch.tensor([token]), -math.inf)
         return GivenLogits(logits)
 
-    monkeypatch.setattr("gold.models.states.lazy_logits", without)
+    monkeypatch.setattr("gold.models.hidden_states.lazy_logits", without)
     monkeypatch.setattr("gold.train.diagnosis.lazy_logits", without)
     with pytest.raises(
         TrainingError, match=r"probability 0 to .* in the completion of prompt .*leave that prompt out"

@@ -12,8 +12,8 @@ from support.texts import ids_of
 from support.tokenizers import byte_level_bpe
 
 from gold.tokenize import text as text_module
+from gold.tokenize.token_loops import _compiled
 from gold.tokenize.vocabulary import Vocabulary
-from gold.tokenize.walks import _compiled
 
 VOCABULARY = Vocabulary.load(byte_level_bpe())
 ids_and_padding = ids_of(VOCABULARY).flatmap(

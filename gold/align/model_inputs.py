@@ -1,4 +1,4 @@
-"""Collation of rollouts for the models: retokenized texts, batches of similar length, padded sequences."""
+"""What the two models are given of rollouts: aligned texts, batches of similar length, padded sequences."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from gold.align.texts import AlignedText
 from gold.align.vocabularies import VocabularyPair
 from gold.kernels.logits import LazyLogits
 from gold.models.language_model import LanguageModel
-from gold.models.states import PaddedStates
+from gold.models.padding import PaddedStates
 from gold.rollout.types import Rollout
 from gold.teachers.protocol import Teacher
 from gold.tokenize.chat import begins_anew
 
 
-def retokenize(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
+def aligned_text(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
     """The rollout with the teacher's tokens of the same bytes."""
     anew = begins_anew(rollout.prompt)
     return AlignedText(

@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from gold.align.collate import retokenize
+from gold.align.model_inputs import aligned_text
 from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt, PromptOrder
 from gold.doctor.prompts import PromptReader
@@ -142,7 +142,7 @@ def check_kept(
     needed = [prompts[i] for i in sorted(set().union(*steps))]
     for name, teacher in unasked.items():
         given = [completed(student, p, recipe.max_new_tokens) for p in needed if name in teachers.of(p)]
-        texts = [retokenize(rollout, pairs[name]) for rollout in given]
+        texts = [aligned_text(rollout, pairs[name]) for rollout in given]
         kept = [
             (r.prompt.for_teacher, t)
             for r, t in zip(given, texts, strict=True)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from gold.data import Prompt
 from gold.teachers.local import LocalTeacher
 from gold.teachers.several import Teachers
-from gold.train import inputs
-from gold.train.inputs import of_files, of_model, of_prompts, of_run
+from gold.train import input_digests
+from gold.train.input_digests import of_files, of_model, of_prompts, of_run
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=4).filter(str.strip)
 PROMPTS = st.builds(
@@ -49,7 +49,7 @@ def test_prompts_have_one_digest_exactly_where_they_are_equal(
 def test_what_is_read_has_the_first_and_the_last_byte_and_no_more_than_said(
     size: int, block: int, count: int, whole: bool
 ) -> None:
-    ranges = list(inputs._spread(size, whole, block, count))
+    ranges = list(input_digests._spread(size, whole, block, count))
     read = [place for first, last in ranges for place in range(first, last)]
     assert read == sorted(set(read))
     if whole or size <= block * count:
@@ -90,8 +90,8 @@ def test_every_file_that_is_loaded_counts_and_no_other(folder: Path, monkeypatch
     assert changed(first, without) == {"model.safetensors (weights)"}
     assert of_files(moved / "nowhere") is None
     # Of a long file the ends are read, and what lies between blocks is not.
-    monkeypatch.setattr(inputs, "BLOCK_BYTES", 16)
-    monkeypatch.setattr(inputs, "BLOCKS", 4)
+    monkeypatch.setattr(input_digests, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(input_digests, "BLOCKS", 4)
     sampled = of_files(moved)
     (moved / "model-2.safetensors").write_bytes(b"x" * 500)
     assert changed(sampled, of_files(moved)) == {"model-2.safetensors (weights)"}
@@ -105,12 +105,12 @@ def test_a_gguf_file_alone_counts(tmp_path: Path) -> None:
     assert of_files(tmp_path / "a.gguf")["digests"] == alone["digests"]
 
 
-@pytest.mark.parametrize("blocks", [inputs.BLOCKS, 1])
+@pytest.mark.parametrize("blocks", [input_digests.BLOCKS, 1])
 def test_a_model_in_memory_is_known_by_its_weights_tokenizer_and_template(
     monkeypatch: pytest.MonkeyPatch, blocks: int
 ) -> None:
-    monkeypatch.setattr(inputs, "BLOCKS", blocks)
-    monkeypatch.setattr(inputs, "BLOCK_BYTES", 4096 if blocks == 1 else inputs.BLOCK_BYTES)
+    monkeypatch.setattr(input_digests, "BLOCKS", blocks)
+    monkeypatch.setattr(input_digests, "BLOCK_BYTES", 4096 if blocks == 1 else input_digests.BLOCK_BYTES)
     model = tiny.tiny_student()
     first = of_model(model)
     assert of_model(tiny.tiny_student()) == first

@@ -1,19 +1,13 @@
-"""Last hidden states of a causal model on given texts, and logits computed from them on demand.
-
-The one shift of the package is here: the state at position i − 1 predicts token i.
-"""
+"""Last hidden states of a causal model on padded texts, and logits computed from them on demand."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -23,37 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from gold.errors import ModelError
 from gold.kernels.logits import HeadLogits, LazyLogits, SummedWeight, leaf_of, linear
 from gold.models.language_model import backbone, output_width, without_adapters
+from gold.models.padding import PaddedStates
 
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
-
-@dataclass(frozen=True)
-class PaddedStates:
-    """Right-padded sequences, and the positions of the states that predict the completions' tokens."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    sequence: Tensor
-    position: Tensor
-
-    @classmethod
-    def of(
-        cls, prompts: Sequence[Sequence[int]], completions: Sequence[NDArray[np.integer[Any]]], rows: Sequence[int],
-        pad_id: int, device: torch.device,
-    ) -> PaddedStates:  # fmt: skip
-        """States ``0 … rows[b] − 1`` of each completion: state k has seen the prompt and k tokens of the completion."""
-        texts = [
-            np.concatenate((np.asarray(p, np.int64), c)) for p, c in zip(prompts, completions, strict=True)
-        ]
-        longest = max(t.size for t in texts)
-        ids = np.full((len(texts), longest), pad_id, np.int64)
-        mask = np.zeros((len(texts), longest), np.int64)
-        for b, text in enumerate(texts):
-            ids[b, : text.size] = text
-            mask[b, : text.size] = 1
-        sequence = np.repeat(np.arange(len(texts)), rows)
-        position = np.concatenate([len(p) - 1 + np.arange(r) for p, r in zip(prompts, rows, strict=True)])
-        return cls(*(torch.from_numpy(a).to(device) for a in (ids, mask, sequence, position)))
 
 
 def lazy_logits(lm: Any, states: PaddedStates) -> LazyLogits:
