@@ -1,8 +1,8 @@
 """On-policy distillation between language models that do not share a tokenizer.
 
-The public names live in the modules named below and are loaded when they are first used, so that
-`import gold` costs nothing: it loads neither torch, transformers nor numba. No public name equals the name
-of a module: `gold.align` is always the package, `gold.evaluate` always the module.
+The public names are defined in the modules below and loaded on first use, so that `import gold` is cheap: it loads
+neither torch, transformers nor numba. No public name equals the name of a module: `gold.align` is always the package,
+`gold.evaluate` always the module.
 """
 
 import logging
@@ -21,7 +21,7 @@ from gold.errors import (
 )
 from gold.version import __version__
 
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # whoever imports gold decides what is shown
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # the application decides what is shown
 
 if TYPE_CHECKING:
     from gold.align.chunks import Alignment, align_tokens

@@ -1,4 +1,4 @@
-"""`python -m gold` is the command line."""
+"""The command line as `python -m gold`."""
 
 from gold.cli import main
 

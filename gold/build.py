@@ -1,4 +1,4 @@
-"""What a configuration names, as objects: prompts, models, teachers. Everything else gets plain values."""
+"""Builds the objects of a configuration: prompts, models, teachers. Other modules get plain values."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RunData:
 
     @property
     def heldout(self) -> list[Prompt]:
-        """The prompts of evaluations."""
+        """The held-out prompts that evaluations use."""
         return self.all_heldout[: self.evaluated]
 
 
@@ -63,7 +63,7 @@ def load_data(config: Config) -> RunData:
 
     Raises:
         DataError: a file that is missing or has a bad line.
-        ConfigError: a task that is unknown, or data that the objectives cannot be trained on.
+        ConfigError: an unknown task, or data that the objectives cannot be trained on.
     """
     data = config.data
     verifier: Verifier | None = None
@@ -93,7 +93,7 @@ def load_data(config: Config) -> RunData:
 
 
 def _check_context(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
-    """Nothing, unless the student is its own teacher and both see the same prompts."""
+    """Rejects a student that is its own teacher on the same prompts."""
     grades = all(find(term.name).needs != "nothing" for term in recipe.objectives if term.weight)
     if grades and not any(p.teacher_context is not None for p in prompts):
         raise ConfigError(
@@ -103,7 +103,7 @@ def _check_context(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
 
 
 def evaluation_of(config: Config) -> EvaluationPlan:
-    """How a configuration's evaluations are run."""
+    """The evaluation plan of a configuration."""
     return EvaluationPlan(
         num_generations=config.evaluate.num_generations,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -115,7 +115,7 @@ def evaluation_of(config: Config) -> EvaluationPlan:
 
 
 def inputs_of(config: Config, data: RunData, known: Inputs | None = None) -> dict[str, Mapping[str, Any]]:
-    """The digests of a configuration's prompts and of the local files of its models; ``known`` ones are kept."""
+    """The digests of a configuration's prompts and of the local files of its models; ``known`` ones are reused."""
     found: dict[str, Mapping[str, Any]] = dict(known or {})
     source = config.data
     if not found:
@@ -135,7 +135,7 @@ def inputs_of(config: Config, data: RunData, known: Inputs | None = None) -> dic
 
 
 def graded_by(config: Config, data: RunData, name: str) -> list[Prompt]:
-    """The training prompts that a teacher grades, as it reads them."""
+    """The training prompts that a teacher scores, adapted to it."""
     return [p.for_teacher for p in data.train if config.route is None or p.route == name]
 
 
@@ -143,7 +143,7 @@ def graded_by(config: Config, data: RunData, name: str) -> list[Prompt]:
 
 
 def note_to(progress: Tracker | None) -> Note:
-    """Where notes go. All processes find the same; the first shows it."""
+    """A function that shows notes. All processes have the same notes; the first shows them."""
     if progress is None or os.environ.get("RANK", "0") != "0":
         return lambda note: None
     return progress.note
@@ -156,11 +156,11 @@ def build_models(
     progress: Tracker | None,
     examined: bool = True,
 ) -> tuple[LanguageModel, Teachers]:
-    """Student and teachers; ``examined``: each pair and each server are examined first, by files where possible.
+    """Student and teachers; ``examined``: each pair and each server are examined first, from files where possible.
 
     Raises:
-        ConfigError: a pair that cannot be trained, where the run is to stop then.
-        ModelError: files or a device that are not there.
+        ConfigError: a pair that cannot be trained, if the run is to stop then.
+        ModelError: missing files or devices.
     """
     named, note = config.named_teachers, note_to(progress)
     examiners = {name: examiner_of(config, data, name, note) for name in named if examined}
@@ -181,7 +181,7 @@ def build_models(
         check_model(here)
     mine = file_side("student", student)
     sides |= {name: file_side("teacher", teacher) for name, teacher in local.items()}
-    late = []  # pairs that only the loaded tokenizers tell of
+    late = []  # pairs that need the loaded tokenizers
     for name, side in sides.items() if examined else ():
         if mine is None or side is None:
             late.append(name)
@@ -199,7 +199,7 @@ def build_models(
         _compare(examiners[name], server, members[name], model)
     for name, teacher in named.items():
         if teacher.kind == "self":
-            # The student that the run began with, whichever is evaluated.
+            # The initial student of the run, whichever is evaluated.
             origin = model if student == config.student else load(config.student, note)
             members[name] = SelfTeacher(origin, teacher.decay if teacher.self == "ema" else 1.0)
     weights = {name: t.weight for name, t in config.teachers.items()} if config.mix else None
@@ -207,12 +207,12 @@ def build_models(
 
 
 def _holds_scores(teacher: Teacher) -> bool:
-    """Whether a cache holds scores. Its server was examined when they were asked for, and may be gone now."""
+    """True if a cache holds scores. Its server was examined when they were requested, and may be unavailable now."""
     return isinstance(teacher, CachedTeacher) and len(teacher.cache) > 0
 
 
 def _compare(examiner: Examiner, server: ServedTeacher, member: Teacher, student: LanguageModel) -> None:
-    """Compares a server with the student; behind a cache that holds scores, not before a request is needed."""
+    """Compares a server with the student; with a cache that holds scores, only when a request is needed."""
 
     def examine() -> None:
         examiner.examine_server(server)
@@ -225,7 +225,7 @@ def _compare(examiner: Examiner, server: ServedTeacher, member: Teacher, student
 
 
 def examiner_of(config: Config, data: RunData, name: str, note: Note) -> Examiner:
-    """What examines a teacher for a run."""
+    """The examiner of a teacher for a run."""
     prompts = graded_by(config, data, name)
     concerns = {term.name for term in config.objectives}
     concerns |= {str(value) for term in config.objectives for value in term.options.values()}
@@ -241,7 +241,7 @@ def examiner_of(config: Config, data: RunData, name: str, note: Note) -> Examine
 
 
 def is_student(config: Config, name: str) -> bool:
-    """Whether a teacher has the files of the student."""
+    """True if a teacher has the files of the student."""
     teacher = config.named_teachers[name]
     return teacher.kind == "self" or os.path.realpath(config.student.source) == os.path.realpath(
         teacher.source
@@ -249,13 +249,13 @@ def is_student(config: Config, name: str) -> bool:
 
 
 def served_teacher(config: TeacherConfig) -> ServedTeacher:
-    """The teacher behind a server."""
+    """The teacher on a server."""
     assert config.served is not None
     return ServedTeacher(config.source, **_remote(config) | config.served.model_dump(exclude_none=True))
 
 
 def absent_teacher(config: TeacherConfig) -> AbsentTeacher:
-    """The teacher whose scores are in a cache alone."""
+    """The teacher whose scores are only in a cache."""
     return AbsentTeacher(config.source, **_remote(config))
 
 
@@ -276,7 +276,7 @@ def cached_teacher(
     teacher: Teacher,
     note: Note = lambda note: None,
 ) -> Teacher:
-    """A teacher behind its cache, where the configuration names one."""
+    """The teacher with its cache, if the configuration names one."""
     cache = config.cache
     if cache is None:
         return teacher
@@ -292,7 +292,7 @@ def cached_teacher(
 
 
 def check_model(model: ModelConfig) -> None:
-    """Nothing, where the files and the device of a model are there."""
+    """Checks that the files and the device of a model exist."""
     check_files(model.path or "", gguf_file=model.gguf_file)
     try:
         pick_device(model.device)
@@ -301,7 +301,7 @@ def check_model(model: ModelConfig) -> None:
 
 
 def load(model: ModelConfig, note: Note = lambda note: None, side: Side | None = None) -> LanguageModel:
-    """A model with its weights; notes where its tokenizer differs from that of its files, ``side``."""
+    """A model with its weights; notes if its tokenizer differs from that of its files, ``side``."""
     loaded = load_model(
         model.path or "",
         gguf_file=model.gguf_file,
@@ -324,7 +324,7 @@ def _loaded_side(role: str, model: LanguageModel) -> Side:
 
 
 def file_side(role: str, model: ModelConfig) -> Side | None:
-    """A side by the files of a model folder, where a tokenizer.json is among them."""
+    """A side from the files of a model folder; None if it has no tokenizer.json."""
     there = (Path(model.path or "") / "tokenizer.json").is_file()
     return read_side(role, model.path, roles_of(model), rendering_of(model)) if there else None
 
@@ -335,12 +335,12 @@ def teacher_side(teacher: TeacherConfig) -> Side:
 
 
 def roles_of(model: ModelConfig) -> Roles:
-    """The special tokens that a configuration names for a model."""
+    """The special tokens that a configuration sets for a model."""
     return Roles(model.roles.stop, model.roles.bos, model.roles.pad)
 
 
 def rendering_of(model: ModelConfig) -> Rendering:
-    """The arguments of a model's chat template; the date is that of its cache, where it has one."""
+    """The arguments of a model's chat template; with a cache, the date is the cache's."""
     cache = model.cache if isinstance(model, TeacherConfig) else None
     origin = find_origin(cache.path) if cache is not None else None
     day = date.fromisoformat(origin.date) if origin is not None and origin.date else None

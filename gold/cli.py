@@ -1,4 +1,4 @@
-"""The command line. Commands import what they need when they run, so that help stays quick."""
+"""The command line. Commands import what they need when they run, so that help is fast."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import gold
 from gold import terminal
 from gold.errors import GoldError
 
-# Errors of the system that are no bug: no space, no permission, no such name, no more open files.
+# System errors that are not bugs: no space, no permission, no such name, too many open files.
 _SYSTEM_ERRORS = {
     getattr(errno, name)
     for name in (
@@ -30,7 +30,7 @@ _SYSTEM_ERRORS = {
 
 
 def _line_of(error: BaseException) -> object | None:
-    """What is printed of an error that is no bug of gold's; None for one that may be."""
+    """The message of an error that is not a bug of gold; None for one that may be."""
     if isinstance(error, GoldError):
         return error
     if isinstance(error, SystemExit):
@@ -44,14 +44,14 @@ def _line_of(error: BaseException) -> object | None:
         reason = " ".join(str(error).split())[:200]
         keys = "train.micro_batch_size, evaluate.micro_batch_size and rollout.generation_batch_size"
         return f"out of memory{f': {reason}' if reason else ''}; {keys} say how much is held at a time"
-    if kind == "PanicException":  # of a library in Rust, and no Exception
+    if kind == "PanicException":  # from a Rust library; not an Exception
         return f"a tokenizer failed in the library that runs it: {' '.join(str(error).split())[:300]}"
     return None
 
 
 @contextmanager
 def _reported() -> Iterator[None]:
-    """Errors that are no bugs become lines on stderr and exit code 1, Ctrl-C exit code 130."""
+    """Prints errors that are not bugs as lines on stderr with exit code 1; Ctrl-C is exit code 130."""
     try:
         yield
     except KeyboardInterrupt:
@@ -96,7 +96,7 @@ _APPENDIX: dict[str | None, Callable[[], str]] = {"align": lambda: _FORMATS, "tr
 
 
 class _WithAppendix(TyperCommand):
-    """A command whose help ends with a text that keeps its lines."""
+    """A command whose help ends with an appendix that keeps its line breaks."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help, then the appendix."""
@@ -105,7 +105,7 @@ class _WithAppendix(TyperCommand):
 
 
 class _Group(TyperGroup):
-    """The commands, whose errors are reported."""
+    """The command group, which reports errors."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
@@ -119,7 +119,7 @@ app = typer.Typer(
     help="On-policy distillation between language models that do not share a tokenizer.",
     no_args_is_help=True,
     add_completion=False,
-    # An error that gold raises is one line; any other keeps Python's own traceback.
+    # An error that gold raises is one line; any other has Python's own traceback.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -196,7 +196,7 @@ def align(
     ] = False,
     no_color: Annotated[bool, typer.Option("--no-color", help="no colours")] = False,
 ) -> None:
-    """Show how two tokenizers cut one text, and the chunks on which they agree."""
+    """Show how two tokenizers split one text, and the chunks on which they agree."""
     from gold.inspect.command import run_align
 
     run_align(
@@ -321,7 +321,7 @@ def evaluate(
 
 
 def _measure_lines(measures: Mapping[str, float]) -> Iterator[str]:
-    """Each measure in a line, with its 95 % interval where it has one."""
+    """Each measure on a line, with its 95 % interval if it has one."""
     for name, value in measures.items():
         if name.endswith(("_low", "_high")) and name.rpartition("_")[0] in measures:
             continue
@@ -414,7 +414,7 @@ def main() -> None:
             code = app(standalone_mode=False, prog_name="gold")
             sys.stdout.flush()
         except Exception as error:
-            if not hasattr(error, "format_message"):  # everything but wrong usage
+            if not hasattr(error, "format_message"):  # everything except usage errors
                 sys.excepthook = terminal.show_traceback
                 raise
             context = getattr(error, "ctx", None)

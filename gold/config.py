@@ -1,8 +1,8 @@
-"""One run as one value: the schema of a configuration file, its overrides, and what it refuses.
+"""The configuration of a run: the schema of its file, overrides, and checks.
 
-A configuration is a YAML file (scalars of YAML 1.2, so `no` is a word and `1e-5` a number), changed by
-`section.key=value` overrides. Everything that can be judged without loading a model is judged here, and every
-problem is one line that names its key. Paths are relative to the working directory.
+A configuration is a YAML file (scalars of YAML 1.2, so `no` is a string and `1e-5` a number), changed by
+`section.key=value` overrides. All checks that need no model are done here, and every problem is one line that names
+its key. Paths are relative to the working directory.
 """
 
 from __future__ import annotations
@@ -60,25 +60,25 @@ TemplateArguments = Annotated[dict[str, JsonValue], AfterValidator(_for_template
 
 
 class RolesConfig(Section):
-    """Special tokens by role, where a model's own files are wrong: as its tokenizer writes them."""
+    """Special tokens by role, for models whose own files are wrong: as the tokenizer writes them."""
 
     stop: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)] | None = None
-    """tokens that end a completion; null: as the files and the chat template say"""
+    """tokens that end a completion; null: from the files and the chat template"""
     bos: Text | None = None
-    """token in front of a plain text; null: as the files say"""
+    """token before a plain text; null: from the files"""
     pad: Text | None = None
-    """token that fills batches; null: as the files say"""
+    """padding token of batches; null: from the files"""
 
 
 class ModelConfig(Section):
-    """A model, and how it is loaded."""
+    """A model and how to load it."""
 
     path: Text | None = None
     """model folder, GGUF file, or Hub id"""
     gguf_file: Text | None = None
-    """name of the GGUF file inside `path`, where the weights come from one"""
+    """name of the GGUF file inside `path`, if the weights come from one"""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
-    """dtype of the weights; auto: as saved, float32 on a CPU that cannot multiply bfloat16 itself"""
+    """dtype of the weights; auto: as saved, but float32 on a CPU without bfloat16 arithmetic"""
     device: Device = "auto"
     """auto | cpu | cuda | cuda:1 | mps | xpu"""
     trust_remote_code: bool = False
@@ -89,46 +89,46 @@ class ModelConfig(Section):
 
     @property
     def source(self) -> str | Path:
-        """Where the files of its tokenizer are."""
+        """The location of its tokenizer files."""
         assert self.path is not None
         return Path(self.path) / self.gguf_file if self.gguf_file else self.path
 
 
 class StudentConfig(ModelConfig):
-    """The model that learns."""
+    """The model that is trained."""
 
     path: Text
     """model folder, GGUF file, or Hub id"""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """dtype of the weights, as a teacher's; bfloat16 is trained on float32 copies, so it saves no memory of weights"""
+    """dtype of the weights, as for a teacher; bfloat16 has float32 copies in training, so it saves no memory"""
 
 
 class ServedConfig(Section):
-    """A server that has the teacher; `path` is then read for its tokenizer alone."""
+    """A server with the teacher; only the tokenizer is then read from `path`."""
 
     url: Text
-    """where the API is, such as http://localhost:8000/v1"""
+    """URL of the API, such as http://localhost:8000/v1"""
     model: Text
-    """what the server calls the model"""
+    """the model's name on the server"""
     api: Literal["vllm", "sglang", "openai"] = "vllm"
-    """what it understands; openai: /v1/completions with echo and logprobs"""
+    """API of the server; openai: /v1/completions with echo and logprobs"""
     top_k: CountInt = 20
-    """likeliest tokens of each row that are asked for; 0: log-probabilities of given tokens alone"""
+    """number of top tokens requested per row; 0: only log-probabilities of given tokens"""
     concurrency: PositiveInt = 8
-    """requests under way at a time"""
+    """maximum of concurrent requests"""
     timeout_s: PositiveFloat = 60.0
-    """longest time of a request"""
+    """time limit of a request"""
     retries: CountInt = 5
-    """how often a request that failed is sent again, with growing pauses"""
+    """how often a failed request is repeated, with growing pauses"""
     context: PositiveInt | None = None
-    """longest sequence in tokens that it takes; null: as the config.json in `path`, and vLLM itself, say"""
+    """longest sequence in tokens; null: from the config.json in `path`, and from vLLM itself"""
     key_env: Text | None = None
     """name of the environment variable that holds the server's key"""
 
     @field_validator("url")
     @classmethod
     def _is_url(cls, url: str) -> str:
-        from gold.teachers.http import check_url  # loads torch, which this module's import must not
+        from gold.teachers.http import check_url  # imports torch, which this module must not
 
         try:
             check_url(url)
@@ -145,31 +145,31 @@ class ServedConfig(Section):
 
 
 class CacheConfig(Section):
-    """A folder that keeps what the teacher says, so that it is asked once; see docs/teacher-cache.md."""
+    """A folder with the teacher's scores, so that each text is requested once; see docs/teacher-cache.md."""
 
     path: Text
-    """the folder; it is made where there is none"""
+    """the folder; it is created if it does not exist"""
     top_k: CountInt | None = None
-    """likeliest tokens of each row that are kept of a teacher in this process; null: as in the folder, else 20"""
+    """number of top tokens kept per row, for a teacher in this process; null: as in the folder, else 20"""
     missing: Literal["ask", "stop"] = "ask"
-    """texts that are not in it: ask the teacher and keep its answer, or stop; with stop the teacher is not loaded"""
+    """texts that are not in it: ask the teacher and store its answer, or stop; with stop the teacher is not loaded"""
     revision: Text | None = None
-    """what tells the teacher from others of its name, such as a commit; null: its weights, where they are here"""
+    """distinguishes teachers of the same name, such as a commit; null: the digest of its weights, if available"""
 
 
 class TeacherConfig(ModelConfig):
-    """The model that is learned from."""
+    """The teacher model."""
 
     self: Literal["frozen", "ema"] | None = None
-    """the student itself in place of `path`: its weights at the start, or their moving average"""
+    """the student itself instead of `path`: its initial weights, or a moving average of its weights"""
     decay: Share = 0.99
-    """of that average: what is kept of it at each step"""
+    """decay of the moving average per step"""
     served: ServedConfig | None = None
     cache: CacheConfig | None = None
 
     @property
     def kind(self) -> Literal["self", "cache", "served", "local"]:
-        """What gives the scores: the student, a cache alone, a server, or a model in this process."""
+        """The source of the scores: the student, only a cache, a server, or a model in this process."""
         if self.self is not None:
             return "self"
         if self.cache is not None and self.cache.missing == "stop":
@@ -188,19 +188,19 @@ class TeacherConfig(ModelConfig):
 
 
 class WeighedTeacherConfig(TeacherConfig):
-    """One of several teachers; NAME is what a prompt's route says."""
+    """One of several teachers; NAME is the value of a prompt's route."""
 
     weight: PositiveFloat = 1.0
-    """its share of a mix, against the others'"""
+    """its weight in a mix, relative to the others"""
 
 
 class TaskConfig(Section):
-    """A procedural task: prompts that are made, and a verifier that scores completions."""
+    """A procedural task: generated prompts, and a verifier that scores completions."""
 
     name: Text
     """running_sums, or a task of reasoning-gym such as countdown"""
     options: dict[str, JsonValue] = Field(default={})
-    """options of the task itself"""
+    """options of the task"""
     seed: CountInt = 0
     """seed of the prompts"""
     train: PositiveInt = 400
@@ -210,7 +210,7 @@ class TaskConfig(Section):
 
 
 class DataConfig(Section):
-    """Where prompts come from: exactly one of `prompts` and `task`."""
+    """The prompts: exactly one of `prompts` and `task`."""
 
     prompts: Text | None = None
     """JSONL file with `prompt` or `messages`, and optionally `completion`"""
@@ -219,7 +219,7 @@ class DataConfig(Section):
     heldout: Text | None = None
     """JSONL file of held-out prompts; null: a share of `prompts`, split by hash"""
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """share of `prompts` that is held out where no `heldout` file is given"""
+    """share of `prompts` that is held out if no `heldout` file is given"""
 
 
 class TrainConfig(Training):
@@ -230,7 +230,7 @@ class TrainConfig(Training):
     keep_last: PositiveInt = 2
     """checkpoints kept"""
     doctor: Literal["stop", "report"] = "stop"
-    """what `gold doctor` finds of the pair before the run: stop where it cannot be trained, or report that and go on"""
+    """if `gold doctor` finds that a pair cannot be trained: stop, or report it and continue"""
 
 
 class EvaluateConfig(Section):
@@ -239,7 +239,7 @@ class EvaluateConfig(Section):
     every: PositiveInt = 50
     """steps between evaluations"""
     prompts: PositiveInt = 64
-    """held-out prompts that are used"""
+    """number of held-out prompts used"""
     num_generations: PositiveInt = 1
     """completions per prompt"""
     samples: CountInt = 4
@@ -255,18 +255,18 @@ class Config(Section):
     teachers: dict[TeacherName, WeighedTeacherConfig] = Field(default={})
     teacher: TeacherConfig | None = None
     route: Text | None = None
-    """field of a prompt's line that names its teacher, of several"""
+    """field of a prompt's line that names its teacher, if there are several"""
     mix: Literal["linear", "log_linear"] | None = None
     """several teachers as one distribution for every prompt: Σ w q, or Π q^w normalised"""
     data: DataConfig
     rollout: Rollout = Rollout()
     objectives: Objectives = (Term(),)
-    """terms of the loss, added up with their weights"""
+    """terms of the loss, a weighted sum"""
     optimizer: Optimizer = Optimizer()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     output: Text
-    """run folder; it must hold no run that has begun, unless that is resumed or overwritten"""
+    """run folder; it must not contain a run, unless that is resumed or overwritten"""
 
     @field_validator("teacher")
     @classmethod
@@ -288,11 +288,11 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
-        """The configuration in a YAML file, changed by `section.key=value` overrides in their order.
+        """The configuration in a YAML file, changed by `section.key=value` overrides in order.
 
         Override values are YAML; a list item is addressed by its index: `objectives.0.weight=0.5`.
 
-        Raises ConfigError: one line per problem, with file and line number, or the override, that caused it.
+        Raises ConfigError: one line per problem, with the file and line number, or the override, that caused it.
         """
         tree, line_of = read_yaml(Path(path), ConfigError)
         if tree is None:
@@ -306,7 +306,7 @@ class Config(Section):
             origin_of[changed] = f"{_named(override)}: "
 
         def where(key: Key) -> str:
-            """The file and line, or the override, that the value or else the section comes from."""
+            """The file and line, or the override, of the value or else of its section."""
             above = (key[:length] for length in range(len(key), 0, -1))
             below = (known for known in origin_of if known[: len(key)] == key)  # an override made the section
             return next((origin_of[known] for known in (*above, *below) if known in origin_of), f"{path}: ")
@@ -315,7 +315,7 @@ class Config(Section):
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Config:
-        """The configuration that a nested dictionary describes; `to_dict` gives one back.
+        """The configuration of a nested dictionary; the inverse of `to_dict`.
 
         Raises ConfigError: one line per problem, naming its key.
         """
@@ -325,7 +325,7 @@ class Config(Section):
 
     @classmethod
     def _validated(cls, tree: Any, where: Callable[[Key], str]) -> Config:
-        """First the keys and their values, which loads nothing; then whether they can work together."""
+        """First checks the keys and their values, which loads nothing; then their combinations."""
         try:
             config: Config = cls.__pydantic_validator__.validate_python(tree)
         except ValidationError as error:
@@ -342,17 +342,17 @@ class Config(Section):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionary of JSON types with every value written out."""
+        """Nested dictionary of JSON types with all values, including defaults."""
         return self.model_dump(mode="json")
 
 
 def _key_of(line: str) -> Key:
-    """The key that a line begins with."""
+    """The key at the beginning of a line."""
     return tuple(int(part) if part.isdecimal() else part for part in line.split(":")[0].split("."))
 
 
 def describe() -> str:
-    """Every key with its type, default and meaning, one a line, for people."""
+    """Every key with its type, default and meaning, one per line, for display."""
     lines = []
     for key, kind, default, meaning in keys_of(Config):
         if kind == "section":
@@ -367,7 +367,7 @@ def describe() -> str:
 
 
 def _impossible(config: Config) -> Iterator[str]:
-    """One line for each combination of settings that cannot work; it begins with the key."""
+    """One line for each invalid combination of settings, beginning with the key."""
     data = config.data
     if data.prompts is None and data.task is None:
         yield "data: neither prompts nor task is given: name a JSONL file or a task"
@@ -384,7 +384,7 @@ def _impossible(config: Config) -> Iterator[str]:
 
 
 def _impossible_source(config: Config, teacher: TeacherConfig, key: str) -> Iterator[str]:
-    """What a teacher lacks, and what its server or cache cannot give."""
+    """Missing settings of a teacher, and objectives that its server or cache cannot provide for."""
     from gold.losses import find
 
     if teacher.path is None and teacher.self is None:
@@ -406,7 +406,7 @@ def _impossible_source(config: Config, teacher: TeacherConfig, key: str) -> Iter
 
 
 def _impossible_teachers(config: Config) -> Iterator[str]:
-    """What does not go together in the choice of teachers."""
+    """Invalid combinations of teachers."""
     from gold.data import LINE_KEYS
     from gold.losses import DivergenceRow, find
 
@@ -436,7 +436,7 @@ def _impossible_teachers(config: Config) -> Iterator[str]:
 
 
 def _apply(tree: dict[str, Any], override: str) -> Key:
-    """The key that a `section.key=value` override has set in the tree."""
+    """Applies a `section.key=value` override to the tree; returns its key."""
     name, equals, text = override.partition("=")
     parts = name.strip().split(".")
     if not equals or not all(parts):
@@ -457,7 +457,7 @@ def _apply(tree: dict[str, Any], override: str) -> Key:
 
 
 def _step(place: Any, part: str, key: Key, override: str) -> str | int:
-    """The key or index that `part` names in a place of the tree."""
+    """The key or index that `part` selects in `place`."""
     if isinstance(place, dict):
         return part
     if isinstance(place, list):
@@ -469,7 +469,7 @@ def _step(place: Any, part: str, key: Key, override: str) -> str | int:
 
 
 def _named(override: str) -> str:
-    """What errors call an override; the value is left out where it may be a server's secret in the wrong place."""
+    """The name of an override in errors, without its value if that may be a misplaced secret."""
     name, equals, _ = override.partition("=")
     if not name.strip().startswith("teacher"):
         return f"override {override}"

@@ -1,4 +1,4 @@
-"""Prompts: read from JSON lines, split by content, put in an order that only seed and step decide."""
+"""Prompts: loading from JSON Lines, splitting by content, and an order determined by seed and step."""
 
 import hashlib
 import json
@@ -24,15 +24,15 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a completion continues: a plain text, or the messages of a conversation; exactly one of the two.
+    """A prompt for a completion: a plain text, or the messages of a conversation; exactly one of the two.
 
-    `key` is unique within its file and does not change when other lines come or go. `completion` is a given
-    answer, for training off-policy; `reference` is whatever the verifier needs. `teacher_context` is read by teachers
-    alone: a text, or, before messages, messages. `route` names the prompt's teacher, where there are several.
+    `key` is unique within its file and does not change when other lines are added or removed. `completion` is a given
+    answer, for off-policy training; `reference` is any data for the verifier. `teacher_context` is added for teachers
+    only: a text, or, before messages, messages. `route` names the prompt's teacher, if there are several.
 
     Raises:
         DataError: neither or both of `text` and `messages`, an empty one, an unknown role, text that UTF-8
-            cannot hold, messages as the context of a plain text.
+            cannot encode, messages as the context of a plain text.
     """
 
     key: str
@@ -63,12 +63,12 @@ class Prompt:
 
     @property
     def for_teacher(self) -> "Prompt":
-        """The prompt as teachers read it: behind its context, if it has one.
+        """The prompt for teachers: with its teacher context, if it has one.
 
-        A context of a plain text stands directly before it. A text stands before what the last message of the user
-        says (without one, before the last message), a blank line between. Messages stand before all others; only a
-        system or developer message that the conversation begins with keeps its place, and takes one of the same role
-        that the context begins with into itself.
+        The context of a plain text directly precedes it. With messages, a text is inserted before the content of the
+        last user message (without one, the last message), separated by a blank line. Messages are inserted before all
+        others; only a system or developer message at the beginning of the conversation stays first, merged with one of
+        the same role at the beginning of the context.
         """
         context = self.teacher_context
         if context is None:
@@ -89,21 +89,21 @@ class Prompt:
 
 
 def content_hash(prompt: Prompt) -> str:
-    """The sha256 of what the models read of a prompt, in hexadecimal; its answers and key do not enter."""
+    """The SHA-256 (hexadecimal) of the part of a prompt that models read, without its answers and key."""
     content = prompt.text if prompt.messages is None else [[m["role"], m["content"]] for m in prompt.messages]
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode("ascii")).hexdigest()
 
 
 def load_prompts(path: str | Path, *, route: str | None = None) -> list[Prompt]:
-    """The prompts of a JSON-lines file, in its order; blank lines are skipped.
+    """The prompts of a JSON Lines file, in order; blank lines are skipped.
 
     Each line is an object with exactly one of `prompt` (a text) and `messages` (a list of {role, content}),
     and optionally `completion`, `id`, `reference` and `teacher_context` (a text, or messages); with `route`, the
     field of that name, a string, is each prompt's route. Without an `id` the key is a hash of the content, numbered
-    where the same content comes again.
+    if the same content occurs again.
 
     Raises:
-        DataError: the file is missing, empty or not UTF-8, or a line is bad; such a message starts with
+        DataError: the file is missing, empty or not UTF-8, or a line is bad; the error for a line starts with
             `file:line`.
     """
     path = Path(path)
@@ -112,7 +112,7 @@ def load_prompts(path: str | Path, *, route: str | None = None) -> list[Prompt]:
     prompts: list[Prompt] = []
     line_of_key: dict[str, int] = {}
     repeats: Counter[str] = Counter()
-    # Split at b"\n" alone: str.splitlines would also cut at U+2028, which JSON strings may hold.
+    # Split only at b"\n": str.splitlines would also split at U+2028, which JSON strings may contain.
     for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not raw.strip():
             continue
@@ -139,10 +139,10 @@ def load_prompts(path: str | Path, *, route: str | None = None) -> list[Prompt]:
 
 
 def split_by_hash(prompts: Sequence[Prompt], heldout_share: float) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on and those held out, each in the given order.
+    """The training prompts and the held-out prompts, each in the given order.
 
-    A prompt is held out where the hash of its content, as a number in [0, 1), lies below `heldout_share`:
-    adding or removing prompts never moves another across, and equal contents are never on both sides.
+    A prompt is held out if the hash of its content, as a number in [0, 1), is below `heldout_share`: adding or removing
+    prompts never moves another one, and equal contents are never on both sides.
 
     Raises:
         ConfigError: `heldout_share` is not in [0, 1).
@@ -153,7 +153,7 @@ def split_by_hash(prompts: Sequence[Prompt], heldout_share: float) -> tuple[list
     train: list[Prompt] = []
     heldout: list[Prompt] = []
     for prompt in prompts:
-        # 52 bits: an exact float, so that the comparison is the same everywhere.
+        # 52 bits: an exact float, so the comparison is the same on every machine.
         place = int(content_hash(prompt)[:13], 16) / 2**52
         (heldout if place < heldout_share else train).append(prompt)
     if not train:
@@ -170,10 +170,9 @@ def split_by_hash(prompts: Sequence[Prompt], heldout_share: float) -> tuple[list
 
 @dataclass(frozen=True)
 class PromptOrder:
-    """Which prompts each step reads: `count` prompts, shuffled anew for every epoch, epoch after epoch.
+    """The indices of each step's prompts: `count` prompts, reshuffled for every epoch.
 
-    Nothing is remembered: `batch` depends on the seed and the step alone, so that a resumed run needs no
-    saved position.
+    It is stateless: `batch` depends only on the seed and the step, so a resumed run needs no saved position.
 
     Raises:
         ConfigError: `count` is below 1 or `seed` below 0.
@@ -189,9 +188,9 @@ class PromptOrder:
             raise ConfigError(f"seed is {self.seed}; expected 0 or more")
 
     def batch(self, step: int, size: int) -> list[int]:
-        """The indices of the `size` prompts of a step, steps counted from 0; a batch may straddle two epochs.
+        """The indices of the `size` prompts of a step, counted from 0; a batch may span two epochs.
 
-        The same size must be given for every step of a run: step n starts at place n·size.
+        The size must be the same for every step of a run: step n starts at position n·size.
         """
         if step < 0 or size < 1:
             raise ConfigError(
@@ -203,7 +202,7 @@ class PromptOrder:
 
 @lru_cache(maxsize=4)
 def _shuffled(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    # Sorting raw Philox words, not Generator.permutation: of the two, NumPy promises to keep only the words.
+    # Sorts raw Philox words instead of calling Generator.permutation: NumPy only promises to keep the former stable.
     words = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(count)
     order: NDArray[np.int64] = np.argsort(words, kind="stable")
     order.setflags(write=False)
@@ -216,11 +215,11 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "messages": ((list,), 'a list of {"role": …, "content": …}'),
     "teacher_context": ((str, list), "a string, or a list of messages"),
 }
-"""The JSON types of a line's values, and what messages call them."""
+"""The JSON types of a line's values, and their names in errors."""
 
 
 def _prompt_of_line(raw: bytes, route: str | None) -> tuple[Prompt, bool]:
-    """The prompt of one line, keyed by its content's hash if it gives no id, and whether it gives one."""
+    """The prompt of one line, keyed by its content's hash if it has no id, and whether it has one."""
     line = _object_of(raw)
     for name in line:
         if name not in LINE_KEYS and name != route:
@@ -333,7 +332,7 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _kind(value: object) -> str:
-    """What messages call the type of a JSON value."""
+    """The name of a JSON value's type in errors."""
     if value is None:
         return "null or missing"
     if isinstance(value, bool):

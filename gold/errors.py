@@ -1,8 +1,8 @@
-"""Every error that gold raises on purpose.
+"""All exceptions that gold raises on purpose.
 
-A message states the fact, what was got, where, and what to do. Inner code states the fact; the outermost function that
-knows the item adds "prompt 17, rollout 3:". The command line prints the message as one line and exits 1; an error of
-several problems has one argument, and one line, for each.
+A message states the fact, the value, its place, and what to do. Inner code states the fact; the outermost function
+that knows the item adds "prompt 17, rollout 3:". The command line prints the message as one line and exits with code 1;
+an error with several problems has one argument, and one line, for each.
 """
 
 from collections.abc import Iterable
@@ -10,9 +10,9 @@ from difflib import get_close_matches
 
 
 def did_you_mean(got: object, known: Iterable[str], otherwise: str | None = None) -> str:
-    """The end of a message about an unknown name: `; did you mean seed?`.
+    """The suffix of an error about an unknown name: `; did you mean seed?`.
 
-    Where no known name is near: ``otherwise``, by default all of them.
+    If no known name is close: ``otherwise``, by default all of them.
     """
     names = sorted(known)
     near = get_close_matches(str(got), names, n=1)
@@ -33,7 +33,7 @@ class ConfigError(GoldError, ValueError):
 
 
 class VocabularyError(GoldError, ValueError):
-    """A tokenizer that cannot be read, or whose tokens stand for no certain bytes."""
+    """A tokenizer that cannot be read, or whose tokens have no well-defined bytes."""
 
 
 class DataError(GoldError, ValueError):
@@ -45,7 +45,7 @@ class ModelError(GoldError, RuntimeError):
 
 
 class TeacherError(GoldError, RuntimeError):
-    """A teacher that cannot give what the objective needs."""
+    """A teacher that cannot provide what the objective needs."""
 
 
 class CheckpointError(GoldError, RuntimeError):
@@ -53,4 +53,4 @@ class CheckpointError(GoldError, RuntimeError):
 
 
 class TrainingError(GoldError, RuntimeError):
-    """A training run that cannot go on."""
+    """A training run that cannot continue."""

@@ -1,4 +1,4 @@
-"""Files read whole (bytes, text, JSON; what cannot be used is one line that names the file) and written whole."""
+"""Reads and writes whole files (bytes, text, JSON); errors are one line that names the file."""
 
 import contextlib
 import errno
@@ -14,18 +14,18 @@ from typing import Any, BinaryIO
 from gold.errors import DataError, GoldError
 
 MOST_BYTES = 2**28
-"""A longer file of settings or of a tokenizer is refused; the longest that are published have an eighth of it."""
+"""Larger settings or tokenizer files are rejected; the largest published ones have an eighth of it."""
 
 _DEEPEST = 100
-_LONGEST_HEADER = 100_000_000  # of a safetensors file, as its own reader has it
+_LONGEST_HEADER = 100_000_000  # of a safetensors file; the limit of its own reader
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path, error: type[GoldError], most: int = MOST_BYTES) -> Any:
-    """The value in a JSON file; NaN and infinities are numbers, as Python and transformers write them.
+    """The value in a JSON file; NaN and infinities are numbers, as in Python and transformers.
 
-    Raises: `error`, in one line, for a file that cannot be read (see `read_bytes`), and for what is no JSON, is nested
-    more than 100 deep, or holds text that UTF-8 cannot.
+    Raises: `error`, in one line, for a file that cannot be read (see `read_bytes`), and for content that is not JSON,
+    is nested more than 100 deep, or contains text that UTF-8 cannot encode.
     """
     data = read_bytes(path, error, most)
     try:
@@ -53,9 +53,9 @@ def read_json_object(path: Path, error: type[GoldError], most: int = MOST_BYTES)
 
 
 def json_value(data: bytes | str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """The value of a JSON text; `pairs` makes the objects, as `object_pairs_hook` of Python's reader.
+    """The value of a JSON text; `pairs` creates objects, like Python's `object_pairs_hook`.
 
-    Raises: ValueError with a reason of one line, whatever is wrong; JSONDecodeError and UnicodeDecodeError are ones.
+    Raises: ValueError (also its subclasses JSONDecodeError and UnicodeDecodeError) with a one-line reason.
     """
     text = data.removeprefix(b"\xef\xbb\xbf").decode() if isinstance(data, bytes) else data
     try:
@@ -63,7 +63,7 @@ def json_value(data: bytes | str, pairs: Callable[[list[tuple[str, Any]]], Any] 
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
-        if type(error) is not ValueError:  # the caller's `pairs` refuses them
+        if type(error) is not ValueError:  # raised by the caller's `pairs`
             raise
         raise ValueError("it has a whole number of thousands of digits") from None
     if text.count("[") + text.count("{") > _DEEPEST and _is_deep(value):
@@ -83,7 +83,7 @@ def read_text(path: Path, error: type[GoldError], most: int = MOST_BYTES) -> str
 
 
 def read_bytes(path: Path, error: type[GoldError], most: int | None = MOST_BYTES) -> bytes:
-    """The content of a file, or of an open pipe that a shell names (`/dev/fd/63`).
+    """The content of a file, or of an open pipe passed by a shell (`/dev/fd/63`).
 
     Raises: `error` as `open_file`, and if it has more bytes than `most`.
     """
@@ -98,10 +98,10 @@ def read_bytes(path: Path, error: type[GoldError], most: int | None = MOST_BYTES
 
 
 def open_file(path: Path, error: type[GoldError]) -> BinaryIO:
-    """A file to be read, or an open pipe that a shell names (`/dev/fd/63`).
+    """A file opened for reading, or an open pipe passed by a shell (`/dev/fd/63`).
 
-    Raises: `error`, in one line, if there is none, if it may not be read, is a folder or a named pipe, which could
-    keep the reader waiting for ever.
+    Raises: `error`, in one line, if it does not exist, is not readable, or is a folder or a named pipe, which could
+    block forever.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -119,7 +119,7 @@ def open_file(path: Path, error: type[GoldError]) -> BinaryIO:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Put a new content in place of a file and on the disk, or fail and leave the old one."""
+    """Replaces a file atomically and syncs it to disk, or fails and keeps the old one."""
     partial = path.with_name(f".tmp-{path.name}")
     try:
         with open(partial, "w", encoding="utf-8", newline="\n") as stream:
@@ -133,7 +133,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def append(descriptor: int, data: bytes) -> None:
-    """Add all of the data to the end of an open file, or fail and leave it as it was."""
+    """Appends all of the data to an open file, or fails and leaves it unchanged."""
     size = os.fstat(descriptor).st_size
     try:
         written = 0
@@ -146,9 +146,9 @@ def append(descriptor: int, data: bytes) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON and YAML hold it: lists, string keys, plain numbers; NaN and infinities as None.
+    """A value as JSON and YAML types: lists, string keys, plain numbers; NaN and infinities as None.
 
-    Raises: DataError for anything that neither holds.
+    Raises: DataError for anything that neither can represent.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
@@ -160,7 +160,7 @@ def plain(value: Any) -> Any:
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Path):
         return str(value)
-    if hasattr(value, "tolist"):  # of NumPy and torch
+    if hasattr(value, "tolist"):  # NumPy and torch
         return plain(value.tolist())
     raise DataError(
         f"a record cannot hold a {type(value).__name__}; give numbers, strings, lists or mappings"
@@ -168,18 +168,18 @@ def plain(value: Any) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception in one line, its type where it has none."""
+    """The message of an exception in one line, or its type if it has none."""
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def safetensors_header(path: Path, error: type[GoldError]) -> tuple[dict[str, Any], int]:
-    """What the header of a safetensors file lists, by tensor, and how many bytes the file must have.
+    """The entries in the header of a safetensors file, by tensor, and the number of bytes that the file must have.
 
-    A tensor has a dtype, a shape of whole numbers and data_offsets; the entry `__metadata__` is left out.
+    A tensor has a dtype, a shape of integers and data_offsets; the entry `__metadata__` is dropped.
 
-    Raises: `error`, in one line, for a file that cannot be read, or whose header is none or longer than the format
+    Raises: `error`, in one line, for a file that cannot be read, or whose header is invalid or longer than the format
     allows.
     """
     with open_file(path, error) as stream:

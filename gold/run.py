@@ -1,4 +1,4 @@
-"""The commands that a configuration describes: train, evaluate, build a cache."""
+"""The commands that run a configuration: train, evaluate, build a cache."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def train(
     allow_changed: bool = False,
     progress: Tracker | None = None,
 ) -> Run:
-    """The run that a configuration describes: loads prompts and models, trains, evaluates, saves; see ``Saving``.
+    """Runs a configuration: loads prompts and models, trains, evaluates, saves; see ``Saving``.
 
-    Whatever can be refused without a model is refused before one is loaded.
+    All checks that need no model come before a model is loaded.
 
     Raises:
         GoldError: anything in the configuration, the data or the models that cannot work; see ``distill``.
@@ -56,7 +56,7 @@ def train(
     output, settings = Path(config.output), config.to_dict()
     every, keep = config.train.checkpoint_every, config.train.keep_last
     saving = Saving(output, resume, config.evaluate.every, every, keep, overwrite, allow_changed)
-    check_output(saving, settings, {})  # before anything is read
+    check_output(saving, settings, {})  # before reading anything
     data = load_data(config)
     inputs = inputs_of(config, data)
     check_output(saving, settings, inputs)
@@ -71,7 +71,7 @@ def train(
         evaluation=evaluation_of(config),
         saving=saving,
         settings=settings,
-        inputs=inputs_of(config, data, inputs),  # files that were fetched from the Hub just now
+        inputs=inputs_of(config, data, inputs),  # files just downloaded from the Hub
         progress=progress,
     )
     if run.is_main_process:
@@ -82,7 +82,7 @@ def train(
 def evaluate_source(
     source: str | Path, overrides: Sequence[str] = (), progress: Tracker | None = None
 ) -> Evaluation:
-    """The student of a configuration, or the trained student of a run folder, on the held-out prompts.
+    """Evaluates the student of a configuration, or the trained student of a run folder, on the held-out prompts.
 
     Raises:
         GoldError: as for ``train``.
@@ -110,10 +110,10 @@ def evaluate_source(
 def build_cache(
     config: Config, progress: Tracker, told: Callable[[int, int, int], None] = lambda *_: None
 ) -> list[CachedTeacher]:
-    """The teachers of a configuration that have a cache, once it holds all completions of their training prompts.
+    """The configuration's teachers with a cache, after storing all completions of their training prompts.
 
-    Texts that it holds already are not scored again. ``told(prompts, done, rows)`` is called repeatedly: how many
-    prompts a teacher has, how many of them are done, and how many rows were asked for. The student is not needed.
+    Texts already in the cache are not scored again. ``told(prompts, done, rows)`` is called repeatedly: a teacher's
+    number of prompts, how many of them are done, and the number of requested rows. The student is not needed.
 
     Raises:
         GoldError: as for ``train``.
@@ -156,7 +156,7 @@ def _draw(output: Path, progress: Tracker | None) -> None:
 
 
 def _check_trained(folder: Path) -> None:
-    """Nothing, where a run folder holds a configuration and a trained student."""
+    """Checks that a run folder contains a configuration and a trained student."""
     if "recipe" in RunFolder.open(folder).config:
         raise ConfigError(
             f"{folder}: the run was made from Python, and its config.yaml names no data; give a configuration with "
@@ -169,7 +169,7 @@ def _check_trained(folder: Path) -> None:
 
 
 def _load_averages(folder: Path, teachers: Teachers) -> None:
-    """Loads the weights that teachers which average the student had at the last checkpoint of a run."""
+    """Loads the weights of EMA teachers from the last checkpoint of a run."""
     for name, teacher in teachers.members.items():
         if teacher.state() is None:
             continue

@@ -1,4 +1,4 @@
-"""The schema of settings: what a section is, and the one-line errors about its keys."""
+"""The base class of configuration sections, and the one-line errors about their keys."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ RENAMED = {
     "recipe.sampling.top_p": "recipe.top_p",
     "recipe.sequences_per_forward": "recipe.micro_batch_size",
 }
-"""Dotted keys of earlier versions, and their names now; ``recipe`` holds the arguments of a Recipe."""
+"""Dotted keys of earlier versions, and their present names; ``recipe`` holds the arguments of a Recipe."""
 
 
 class Section(BaseModel):
-    """Settings that belong together: unknown keys and values of another type are refused, values never change."""
+    """A group of settings: unknown keys and values of another type are rejected; instances are immutable."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -52,7 +52,7 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
     )
 
-    if not TYPE_CHECKING:  # a type checker knows the fields
+    if not TYPE_CHECKING:  # type checkers know the fields
 
         def __init__(self, **settings: Any) -> None:
             try:
@@ -60,7 +60,7 @@ class Section(BaseModel):
             except ValidationError as error:
                 raise ConfigError(*problem_lines(error, type(self), prefix="recipe.")) from None
 
-        # Sections within sections are validated in place, so that an error knows its whole key.
+        # Nested sections are validated in place, so that errors contain the full key.
         __init__.__pydantic_base_init__ = True
 
 
@@ -72,8 +72,8 @@ def problem_lines(
 ) -> list[str]:
     """One line per problem that pydantic found in settings of the type ``root``.
 
-    ``where(key)`` is put before a line: the file and line number that the key comes from. ``prefix`` stands before the
-    keys of ``root`` in ``RENAMED``.
+    ``where(key)`` is the prefix of a line: the file and line number of the key. ``prefix`` precedes the keys of
+    ``root`` in ``RENAMED``.
     """
     found = (dict(each) for each in error.errors(include_url=False))
     return [line for each in found for line in _lines(each, root, where, prefix)]
@@ -138,12 +138,12 @@ def _problem(
 
 
 def dotted(key: Key) -> str:
-    """A key as people write it: ``objectives.0.weight``."""
+    """A key in dotted form: ``objectives.0.weight``."""
     return ".".join(map(str, key))
 
 
 _NEVER_SHOWN = {"served", "url", "key_env"}
-"""Keys under which a server's secret may have been written by mistake."""
+"""Keys whose values may be a misplaced secret of a server."""
 
 
 def shown(value: Any, key: Key = ()) -> str:
@@ -158,7 +158,7 @@ def shown(value: Any, key: Key = ()) -> str:
 
 
 def _meant_key(key: Key, root: type[BaseModel], prefix: str) -> str:
-    """What an unknown key was probably meant to be."""
+    """The probably intended name of an unknown key."""
     old = prefix + dotted(key)
     renamed = [new for known, new in RENAMED.items() if known == old or known.startswith(f"{old}.")]
     if renamed:
@@ -173,7 +173,7 @@ def _meant_key(key: Key, root: type[BaseModel], prefix: str) -> str:
 
 
 def _plain(annotation: Any) -> Any:
-    """The annotation without its constraints and without None."""
+    """The annotation without constraints and None."""
     origin = typing.get_origin(annotation)
     if origin is Annotated:
         return _plain(typing.get_args(annotation)[0])

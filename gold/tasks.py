@@ -1,7 +1,7 @@
 """Procedural tasks: generated prompts, and a verifier that scores completions.
 
-gold's own tasks are in OWN_TASKS; every other name is one of reasoning-gym's (countdown, chain_sum, gsm_symbolic, …;
-https://github.com/open-thought/reasoning-gym), whose questions and verifiers are used as they are.
+gold's own tasks are in OWN_TASKS; every other name is a task of reasoning-gym (countdown, chain_sum, gsm_symbolic, …;
+https://github.com/open-thought/reasoning-gym), whose questions and verifiers are used unchanged.
 """
 
 import dataclasses
@@ -24,24 +24,24 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """The name that `load_task` knows it by."""
+        """The name for `load_task`."""
         ...
 
     def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
-        """`count` distinct prompts of a split, "train" or "heldout"; no prompt is in both, whatever the seeds."""
+        """`count` distinct prompts of a split, "train" or "heldout"; no prompt is in both, for any seeds."""
         ...
 
     def score(self, prompt: Prompt, completion: str) -> float:
-        """How right a completion is, from 0 to 1."""
+        """The score of a completion, from 0 (wrong) to 1 (right)."""
         ...
 
 
 OWN_TASKS: dict[str, str | Callable[..., Task]] = {"running_sums": "gold.demo.running_sums:RunningSums"}
-"""Tasks by name: a class, or ``module:class`` of one that is imported when it is needed."""
+"""Tasks by name: a class, or ``module:class`` to import on demand."""
 
 
 def load_task(name: str, **options: Any) -> Task:
-    """The task of a name, with its options.
+    """The task with this name and these options.
 
     Raises:
         ConfigError: an unknown name, option or value, or reasoning-gym is needed and not installed.
@@ -62,10 +62,10 @@ def load_task(name: str, **options: Any) -> Task:
 
 
 class ReasoningGym:
-    """A task of reasoning-gym: its question as a user's message, its `score_answer` on the extracted answer.
+    """A task of reasoning-gym: its question as a user message, its `score_answer` on the extracted answer.
 
-    A question belongs to a split by a hash of its text, one in four to the held-out one, so that the two never share
-    a question, whatever the seeds and counts.
+    The split of a question follows from a hash of its text (one in four is held out), so the two splits never share a
+    question, for any seeds and counts.
 
     Raises:
         ConfigError: see `load_task`.
@@ -95,7 +95,7 @@ class ReasoningGym:
             )
         fields = {f.name: f for f in dataclasses.fields(self._config_type) if f.name not in ("seed", "size")}
         _check_options(name, options, fields)
-        # YAML has lists, and no tuples.
+        # YAML has lists but no tuples.
         self._options = {
             option: tuple(value) if isinstance(value, list) and _is_tuple(fields[option]) else value
             for option, value in options.items()
@@ -134,9 +134,9 @@ class ReasoningGym:
         )
 
     def score(self, prompt: Prompt, completion: str) -> float:
-        """The dataset's own score of the answer in a completion, from 0 to 1; some give part marks.
+        """The dataset's own score of the answer in a completion, from 0 to 1; some give partial credit.
 
-        See `extract_answer`. Verifiers that evaluate the answer as an expression see it only if it is a plain one.
+        See `extract_answer`. Verifiers that evaluate the answer as an expression receive it only if it is a plain one.
 
         Raises:
             DataError: the prompt is not one of this task's.
@@ -149,7 +149,7 @@ class ReasoningGym:
         try:
             score = self._verifier.score_answer(answer if plain is None or plain(answer) else None, entry)
         except Exception:
-            # A verifier that breaks on an answer, however odd, has not found it right.
+            # If a verifier raises an error on an answer, the answer counts as wrong.
             return 0.0
         return min(1.0, max(0.0, float(score)))
 
@@ -164,10 +164,10 @@ class ReasoningGym:
 
 
 def extract_answer(completion: str) -> str:
-    """What a completion gives as its answer, white space around it removed.
+    """The answer in a completion, without surrounding white space.
 
-    The text after the last `Answer:` (in any case) or between the last `<answer>` and its `</answer>`, whichever of
-    the two comes later; without either, the last line that is not empty. A pair of `**` around it is removed.
+    The text after the last `Answer:` (in any case) or between the last `<answer>` and its `</answer>`, whichever comes
+    later; without either, the last line that is not empty. A pair of `**` around it is removed.
     """
     markers = list(re.finditer(r"\banswer\s*:(?:\*\*)?|<answer>", completion, re.IGNORECASE))
     if markers:
@@ -183,7 +183,7 @@ def extract_answer(completion: str) -> str:
     return answer
 
 
-# Questions by the thousand come in blocks of this size, each with a seed of its own.
+# Large numbers of questions are generated in blocks of this size, each with its own seed.
 _BLOCK = 500
 # It mixes other tasks; a run has one.
 _WITHOUT_USE = frozenset({"composite"})
@@ -192,7 +192,7 @@ _HASH_SEEDED = frozenset({"isomorphic_strings", "list_functions", "polynomial_mu
 
 
 def _is_tuple(field: Any) -> bool:
-    """Whether the default of a dataclass field is a tuple."""
+    """True if the default of a dataclass field is a tuple."""
     return isinstance(
         field.default if field.default_factory is dataclasses.MISSING else field.default_factory(), tuple
     )
@@ -203,12 +203,12 @@ def _is_heldout(digest: str) -> bool:
 
 
 def _derived_seed(*parts: object) -> int:
-    # Seeds side by side would overlap: reasoning-gym makes question i of seed s from s + i.
+    # Adjacent seeds would overlap: reasoning-gym generates question i of seed s from s + i.
     return int(hashlib.sha256(repr(parts).encode("utf-8")).hexdigest()[:8], 16) >> 1
 
 
-# Some verifiers hand the answer to eval, or to sympy, which does the same. What a model wrote must not be run as a
-# program, nor keep the process busy for hours with 9**9**9.
+# Some verifiers pass the answer to eval, or to sympy, which does the same. Model output must not be executed as a
+# program, nor block the process for hours with 9**9**9.
 
 
 def _is_plain_arithmetic(answer: str) -> bool:

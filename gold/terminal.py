@@ -1,8 +1,8 @@
-"""What people see: lines in which nothing steers the terminal, whatever the names, tokens and messages in them hold.
+"""Safe terminal output: names, tokens and messages in it cannot send control characters to the terminal.
 
-Everything that gold prints goes through here, and so do the warnings and log records of other packages. Shown as
-`\\x1b`, `\\n`, `\\u202e` are control characters (C0, DEL, C1), line and paragraph separators, what turns the direction
-of writing, and lone surrogates. A line of text is one line on the screen.
+All output of gold goes through here, as do the warnings and log records of other packages. Control characters (C0, DEL,
+C1), line and paragraph separators, characters that change the writing direction, and lone surrogates are shown as
+`\\x1b`, `\\n`, `\\u202e`. A line of text is one line on the screen.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from gold.errors import GoldError
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
 
-# U+200E stays: it turns nothing, and pictures keep their tokens in order with it.
+# U+200E is kept: it is harmless, and pictures use it to keep tokens in order.
 _STEERS = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _STEERS_IN_LINES = re.compile(_STEERS.pattern.replace("\0-\x1f", "\0-\x09\x0b-\x1f"))
 
 
 def line(text: object) -> str:
-    """The text as one line that a terminal only shows."""
+    """The text as one line without control characters."""
     return _STEERS.sub(_escape, str(text))
 
 
 def lines(text: object) -> str:
-    """The text with its line breaks, each line as `line` has it: for what is meant to have several."""
+    """The text with its line breaks, each line as in `line`: for multi-line texts."""
     return _STEERS_IN_LINES.sub(_escape, str(text))
 
 
@@ -47,28 +47,28 @@ def show(*texts: object, stream: TextIO | None = None, end: str = "\n") -> None:
 
 
 def show_lines(text: object, stream: TextIO | None = None) -> None:
-    """Prints a text that is meant to have several lines."""
+    """Prints a multi-line text."""
     print(lines(text), file=stream, flush=True)
 
 
 def show_json(value: Any, stream: TextIO | None = None) -> None:
-    """Prints a value as one line of JSON, all of it ASCII."""
+    """Prints a value as one line of ASCII JSON."""
     print(json.dumps(value).replace("\x7f", "\\u007f"), file=stream, flush=True)
 
 
 def show_error(error: object) -> None:
-    """Prints each line of an error behind `error:` on stderr: those of a `GoldError` are its arguments."""
+    """Prints each line of an error with the prefix `error:` on stderr: those of a `GoldError` are its arguments."""
     said = error.args if isinstance(error, GoldError) else (error,)
     show(*(f"error: {each}" for each in said or ("",)), stream=sys.stderr)
 
 
 def show_note(text: object) -> None:
-    """Prints something that a person should know on stderr."""
+    """Prints a note on stderr."""
     show(f"gold: {text}", stream=sys.stderr)
 
 
 def new_console(stream: TextIO | None = None, *, color: bool = True) -> Console:
-    """A rich console for a stream, stdout if none is given, whose texts steer nothing and are no markup."""
+    """A rich console for a stream (default stdout) whose texts contain no control characters and no markup."""
     from rich.console import Console, RenderHook
     from rich.segment import Segment
 
@@ -94,13 +94,15 @@ def new_console(stream: TextIO | None = None, *, color: bool = True) -> Console:
 
 
 def prepare() -> None:
-    """Makes stdin, stdout and stderr usable where they are closed or cannot show every character, and lets the
-    warnings, log records and tracebacks of this process steer nothing."""
+    """Prepares stdin, stdout and stderr if they are closed or cannot encode every character.
+
+    It also removes control characters from the warnings, log records and tracebacks of this process.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started the process
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # a stream that someone put in its place
+        with contextlib.suppress(AttributeError, ValueError):  # a replaced stream
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     warnings.formatwarning = _warning
     logging.setLogRecordFactory(_Record)
@@ -110,7 +112,7 @@ def prepare() -> None:
 
 
 def silence() -> None:
-    """Lets go of a stdout that nobody reads or that cannot be written, with what is still to be written there."""
+    """Discards the unwritten output to a stdout that is closed or cannot be written."""
     with contextlib.suppress(AttributeError, OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -128,7 +130,7 @@ class _Record(logging.LogRecord):
 
 
 class _Shown(logging.Handler):
-    """Shows records on stderr, a line each."""
+    """Prints log records on stderr, one line each."""
 
     def emit(self, record: logging.LogRecord) -> None:
         show(f"{record.levelname.lower()}: {record.getMessage()}", stream=sys.stderr)

@@ -1,4 +1,4 @@
-"""The values in a YAML file, and the line that each key stands on; what cannot be used is one line that says where."""
+"""Reads YAML files with the line number of each key; errors are one line with the place."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +13,17 @@ from gold.files import read_text
 Key = tuple[str | int, ...]
 
 MOST_BYTES = 2**20
-"""A longer file is refused: it is no configuration."""
+"""A larger file is rejected: it is no configuration."""
 
 _MOST_VALUES = 100_000
 _DEEPEST = 100
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the scalars of the 1.2 core schema, where a key given twice is refused."""
+    """YAML with the scalars of the 1.2 core schema; duplicate keys are rejected."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node, its keys text and each of them once."""
+        """The mapping of a node; keys are strings without duplicates."""
         line_of: dict[str, int] = {}
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -51,7 +51,7 @@ for _tag, _pattern, _first in (
 
 
 def read_yaml(path: Path, error: type[GoldError]) -> tuple[Any, dict[Key, int]]:
-    """The value in a YAML file, None if it is empty, and the line, from 1, that each key below it stands on.
+    """The value in a YAML file, None if it is empty, and the line, from 1, of each key.
 
     Raises: `error`, in one line, for a file that cannot be read, and as `parse_yaml`.
     """
@@ -63,8 +63,8 @@ def parse_yaml(
 ) -> tuple[Any, dict[Key, int]]:
     """The value in a YAML text, and the lines of its keys; errors name the source, and the line if `numbered`.
 
-    Raises: `error`, in one line, for what is no YAML, a key that is no text or is given twice, and what is larger than
-    any configuration: an alias counts as what it stands for.
+    Raises: `error`, in one line, for invalid YAML, a key that is not a string or is duplicated, and for a text that is
+    larger than any configuration: an alias counts as much as its anchor.
     """
     try:
         loader = _Loader(text)
@@ -82,12 +82,12 @@ def parse_yaml(
     except RecursionError:
         raise error(f"{source}: is nested too deeply") from None
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as fault:
-        # What the constructors of PyYAML raise for `!!int x`, `!!timestamp x` and whole numbers without end.
+        # Raised by the constructors of PyYAML for `!!int x`, `!!timestamp x` and extremely long integers.
         raise error(f"{source}: a value is not of the kind that its tag says: {str(fault)[:100]}") from fault
 
 
 def _check_size(node: yaml.Node, size_of: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many values a node stands for, itself included, and how deep they are nested."""
+    """The number of values below a node, itself included, and their nesting depth."""
     known = size_of.get(id(node))
     if known is None:
         size_of[id(node)] = (0, 0)
