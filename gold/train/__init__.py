@@ -1,1 +1,1 @@
-"""Training: one step, the run around it, and what a run folder holds."""
+"""Training: the training step, the training loop, and run folders."""

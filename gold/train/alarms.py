@@ -1,4 +1,4 @@
-"""Warnings about a run: what a step left out or could not apply, and what goes wrong slowly."""
+"""Warnings about a run: skipped data, steps not applied, and slow drift of metrics."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 from gold.errors import TrainingError
 
 WINDOW = 5
-"""Steps that are averaged, the first ones and the last ones."""
+"""Number of steps averaged at the start and at the end."""
 LENGTH_FACTOR = 3.0
-"""Longer or shorter than at the start by this factor."""
+"""Factor by which the length may differ from the start before a run warns."""
 REPETITION_SHARE = 0.5
-"""Share of repeated n-grams above which a text says nothing new, if it was half as much at the start."""
+"""Share of repeated n-grams above which a run warns, if it has also more than doubled since the start."""
 ENTROPY_FACTOR = 10.0
-"""Nats per sampled token lower than at the start by this factor. A student that learns well loses half of them."""
+"""Factor by which nats per sampled token may fall from the start. A student that learns well loses half of them."""
 CANONICAL_LOSS = 0.1
-"""How much lower than at the start the share of canonical tokens may be."""
+"""Largest drop of the share of canonical tokens from the start."""
 NGRAM_BYTES = 8
-"""Bytes of an n-gram that counts as repeated where the same text had it before."""
+"""Bytes of an n-gram; it is repeated if the same text contained it before."""
 MISSED_SHARE = 0.1
-"""Share of bytes at which the student gives the teacher's likeliest byte less than 1 %, above which a run warns."""
+"""Share of bytes at which the student gives the teacher's most probable byte less than 1 %, above which a run warns."""
 
 
 def repetition(data: bytes) -> float:
-    """Share of the text's byte n-grams that occurred in it before; 0 for a text that has none."""
+    """Share of the text's byte n-grams that occurred in it before; 0 for a text without n-grams."""
     ngrams = [data[i : i + NGRAM_BYTES] for i in range(len(data) - NGRAM_BYTES + 1)]
     return 1.0 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
@@ -38,7 +38,7 @@ class Warnings:
         self._shown: set[str] = set()
 
     def after(self, record: Mapping[str, Any], examples: Mapping[str, str]) -> list[str]:
-        """What to tell after this step; ``examples`` of what it left out, by metric."""
+        """The messages after this step; ``examples`` of skipped items, by metric."""
         found = {}
         if count := record.get("skipped_sequences"):
             example = examples.get("skipped_sequences")
@@ -80,7 +80,7 @@ class Drift:
         self._last: dict[str, list[float]] = {}
 
     def check(self, record: Mapping[str, Any]) -> dict[str, str]:
-        """What has drifted, by kind; empty during the first ``WINDOW`` steps."""
+        """Messages on drifted metrics, by kind; empty during the first ``WINDOW`` steps."""
         found: dict[str, str] = {}
         for name in ("length_bytes", "repetition", "sampled_entropy", "canonical_share"):
             if name not in record:
@@ -124,24 +124,24 @@ def _drifted(name: str, before: float, now: float) -> dict[str, str]:
 
 
 def why_bad(record: Mapping[str, Any]) -> str:
-    """The reason why a step was not applied, by its metrics."""
+    """The reason why a step was not applied, from its metrics."""
     if record.get("teacher_impossible") and not record.get("grad_norm"):
         return "no text that the teacher finds possible"
     return str(record.get("why", "a NaN or infinite loss or gradient"))
 
 
 def remedy_for(record: Mapping[str, Any]) -> str:
-    """What to do about a step that was not applied, by its metrics."""
+    """The advice about a step that was not applied, from its metrics."""
     if record.get("teacher_impossible") and not record.get("grad_norm"):
         return "let the server tell what is unlikely too (gold doctor says how), or take another teacher"
     return str(record.get("remedy", "lower optimizer.lr, or look at the last lines of metrics.jsonl"))
 
 
 def check_end(record: Mapping[str, Any]) -> None:
-    """Nothing, where the last step of an ended run, of which this is the record, was applied.
+    """Checks that the last step of a finished run, given by its record, was applied.
 
     Raises:
-        TrainingError: it was not, nor were those before it that are counted with it.
+        TrainingError: it was not, nor the bad steps before it counted with it.
     """
     if bad := record.get("bad_steps"):
         raise TrainingError(

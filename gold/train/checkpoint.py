@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: written aside, listed in a manifest, renamed into place.
+"""Atomic checkpoints: written to a temporary folder, listed in a manifest, renamed into place.
 
-checkpoints/step-000010/             whatever the writer wrote
+checkpoints/step-000010/             the writer's files
 checkpoints/step-000010/manifest.json  name, size and sha256 of every file; written last
-checkpoints/.tmp-…                   a save or a removal under way, or what a kill left of one
+checkpoints/.tmp-…                   a save or a removal in progress, or the remains of a killed one
 checkpoints/.old-step-000010/        a checkpoint about to be replaced by another of the same step
 """
 
@@ -32,21 +32,21 @@ _NAME = re.compile(r"(?P<old>\.old-)?step-(?P<step>\d{6,})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: the step after which it was taken, and its folder."""
+    """A complete checkpoint: the step after which it was taken, and its folder."""
 
     step: int
     path: Path
 
 
 def save_checkpoint(folder: Path, step: int, writer: Callable[[Path], None], keep_last: int) -> Path:
-    """The folder `folder/step-…` that holds everything `writer` wrote into the empty folder it was given.
+    """The folder `folder/step-…` with everything `writer` wrote into the empty folder passed to it.
 
-    The files get into place by one rename, after they and their manifest have reached the disk: a process killed at
-    any moment leaves the earlier checkpoints as they were. Then all but the newest `keep_last` are removed. One process
-    saves at a time; what killed saves have left is removed first.
+    The files are moved into place by one rename, after they and their manifest are synced to disk: a process killed at
+    any moment leaves the earlier checkpoints unchanged. Then all but the newest `keep_last` are removed. Only one
+    process may save at a time; remains of killed saves are removed first.
 
     Raises:
-        CheckpointError: the disk is full or fails; half-written files are gone, earlier checkpoints intact.
+        CheckpointError: the disk is full or fails; partial files are removed, earlier checkpoints intact.
         ConfigError: `step` is below 0 or `keep_last` below 1.
     """
     if step < 0 or keep_last < 1:
@@ -56,7 +56,7 @@ def save_checkpoint(folder: Path, step: int, writer: Callable[[Path], None], kee
     final = folder / f"step-{step:06d}"
     partial = folder / f".tmp-{final.name}"
     try:
-        folder.mkdir(exist_ok=True)  # not those above: a run folder that was moved away is not made again
+        folder.mkdir(exist_ok=True)  # not its parents: a run folder that was moved away is not recreated
         remove_leftovers(folder)
         partial.mkdir()
         writer(partial)
@@ -78,11 +78,11 @@ def save_checkpoint(folder: Path, step: int, writer: Callable[[Path], None], kee
 
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose files are all as its manifest says, None where there is no checkpoint at all, and a
-    note on each newer one.
+    """The newest checkpoint whose files all match its manifest, None if there is no checkpoint at all, and a note on
+    each newer one.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is whole.
+        CheckpointError: there are checkpoints, but none is complete.
     """
     notes: list[str] = []
     for step, path in _checkpoints(folder):
@@ -96,21 +96,21 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def newest_step(folder: Path, whole: bool = True) -> int | None:
-    """The step of the newest checkpoint; None where there is none or, if it is to be `whole`, where its files are not
-    as long as its manifest says."""
+    """The step of the newest checkpoint; None if there is none or, with `whole`, if the sizes of its files do not match
+    its manifest."""
     for step, path in _checkpoints(folder):
         return step if not whole or find_fault(path, contents=False) is None else None
     return None
 
 
 def find_fault(path: Path, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint folder by its manifest, None where nothing is; without `contents` no hash is
+    """The first fault of a checkpoint folder by its manifest, None if there is none; without `contents` no hash is
     computed."""
     try:
         files = _read_manifest(path)
         for name, entry in files.items():
             _check_size(path / name, name, entry["bytes"])
-        # A named pipe among the files would keep a reader waiting.
+        # Opening a named pipe among the files would block.
         for other in path.rglob("*"):
             if not (other.is_file() or other.is_dir()):
                 return f"{other.relative_to(path)} is no file"
@@ -125,18 +125,18 @@ def find_fault(path: Path, contents: bool = True) -> str | None:
 
 
 def prune(folder: Path, saved_step: int, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` whole checkpoints up to the one just saved.
+    """Remove all but the newest `keep_last` complete checkpoints up to the one just saved.
 
-    Later steps than the one just saved are from before a resumption at an earlier step, so they go too.
+    Later steps than the one just saved predate a resumption at an earlier step, so they are removed too.
     """
     kept = 0
     for step, path in _checkpoints(folder):
-        # Sizes alone: to read every byte again after each save would cost more than the save.
+        # Sizes only: reading every byte again after each save would cost more than the save.
         if step <= saved_step and kept < keep_last and find_fault(path, contents=False) is None:
             kept += 1
             continue
         doomed = path.with_name(f".tmp-remove-{path.name}")
-        # Renamed first, so that a kill half-way leaves no checkpoint that looks truncated.
+        # Renamed first, so that a kill during removal leaves no checkpoint that looks truncated.
         try:
             path.rename(doomed)
             shutil.rmtree(doomed)
@@ -145,9 +145,9 @@ def prune(folder: Path, saved_step: int, keep_last: int) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed saves have left in a checkpoint folder.
+    """Remove the remains of killed saves from a checkpoint folder.
 
-    Only the process that saves may call it: to another, a save under way looks the same.
+    Only the saving process may call it: another cannot tell them from a save in progress.
     """
     for path in folder.glob(".tmp-*"):
         shutil.rmtree(path)
@@ -160,14 +160,14 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def reach_disk(folder: Path) -> None:
-    """Make all files of a folder, and it and the folders in it, reach the disk."""
+    """Sync all files of a folder, the folder and its subfolders to disk."""
     for path in sorted(folder.rglob("*"), reverse=True):
         _fsync(path)
     _fsync(folder)
 
 
 def _seal(folder: Path, step: int) -> None:
-    """Write the manifest, last of all files, and make everything reach the disk."""
+    """Write the manifest, last of all files, and sync everything to disk."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))
@@ -183,7 +183,7 @@ def _seal(folder: Path, step: int) -> None:
 def _put_in_place(partial: Path, final: Path) -> None:
     old = final.with_name(f".old-{final.name}")
     if final.exists():
-        # A folder cannot be renamed over a full one. Between the two renames the old one still counts.
+        # A folder cannot be renamed over a non-empty one. Between the two renames the old one still counts.
         final.rename(old)
     partial.rename(final)
     _fsync(final.parent)
@@ -192,12 +192,12 @@ def _put_in_place(partial: Path, final: Path) -> None:
 
 
 def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Every checkpoint folder, whole or not, the newest step first; of one step, the replacement first."""
+    """Every checkpoint folder, complete or not, the newest step first; for equal steps, the replacement first."""
     found = []
     try:
         for path in folder.iterdir():
             match = _NAME.fullmatch(path.name)
-            # Of thousands of digits it is nobody's step.
+            # A name with thousands of digits is not a step.
             if match and path.is_dir() and len(match["step"]) < 16:
                 found.append((int(match["step"]), match["old"] is None, path))
     except FileNotFoundError:
@@ -241,7 +241,7 @@ def _check_size(file: Path, name: str, size: object) -> None:
 
 
 def is_write_failure(error: BaseException) -> bool:
-    """Whether a writer failed for the disk's sake; torch and safetensors do not raise OSError for that."""
+    """Whether a writer failed because of the disk; torch and safetensors do not raise OSError for that."""
     if isinstance(error, GoldError):
         return False
     return isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"
@@ -250,7 +250,7 @@ def is_write_failure(error: BaseException) -> bool:
 def _is_full(folder: Path, error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    # torch says only "file write failed", so ask the disk itself, before the half-written files are removed.
+    # torch says only "file write failed", so query the disk itself, before the partial files are removed.
     with contextlib.suppress(OSError):
         return "No space left" in str(error) or shutil.disk_usage(folder).free < 2**20
     return False

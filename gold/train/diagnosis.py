@@ -1,4 +1,4 @@
-"""Why the loss or the gradient of a step is no finite number, where that can be told."""
+"""Diagnosis of a step whose loss or gradient is not finite."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def why_not_finite(
     terms: Mapping[str, float],
     batch: int,
 ) -> tuple[str, str]:
-    """The fact and what to do about it: of a step's rollouts, the rows by which each teacher graded its own, and each
+    """The cause and what to do about it, from a step's rollouts, the rows of each teacher for its rollouts, and each
     term's sum. Costs another forward pass, ``batch`` sequences at a time."""
     for name, graded in teachers.items():
         for rollout, rows in graded:

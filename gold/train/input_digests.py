@@ -1,9 +1,9 @@
-"""Digests of what a run is given, so that a resumption sees what has changed under the same name.
+"""Digests of a run's inputs, so that a resumption detects changed contents under the same name.
 
-Files and weights of up to 256 MiB are read whole; of longer ones their length and 256 blocks of 1 MiB, the first and
-the last among them and the others evenly between, so that any change of a hundredth of the bytes in one piece is seen,
-whatever the size; of a model in memory every tensor has blocks of its own. Times and paths do not enter. One core reads
-1.0 to 1.2 GB/s where the processor has instructions for SHA-256.
+Files and weights of up to 256 MiB are read completely; of longer ones the length and 256 blocks of 1 MiB, the first and
+the last and the others evenly spaced, so that any contiguous change of a hundredth of the bytes is detected, whatever
+the size; of a model in memory every tensor has its own blocks. Times and paths are not included. One core reads
+1.0 to 1.2 GB/s if the processor has instructions for SHA-256.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 2**20
 BLOCKS = 256
-# What transformers reads of a model's folder, and what is in it.
+# The files that transformers reads from a model's folder, by kind of contents.
 _KINDS = {
     "weights": ("*.safetensors", "pytorch_model*.bin"),
     "settings": ("config.json", "generation_config.json", "adapter_config.json"),
@@ -57,8 +57,8 @@ def of_prompts(prompts: Sequence[Prompt], where: str) -> dict[str, Any]:
 def of_files(
     path: str | Path, gguf_file: str | None = None, *, weights: bool = True
 ) -> dict[str, Any] | None:
-    """The digests of the files of a model, or of its tokenizer alone; None where it is neither a folder nor a file nor
-    in the cache of the Hub.
+    """The digests of the files of a model, or of its tokenizer only; None if the path is neither a folder nor a file
+    nor in the Hub cache.
 
     Raises:
         ModelError: one of them cannot be read.
@@ -98,7 +98,7 @@ def of_model(model: "LanguageModel") -> dict[str, Any]:
         if tensor.is_meta:
             continue
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        # Every tensor has its part of the blocks, so that one that alone has changed is seen.
+        # Every tensor gets a share of the blocks, so that a change of one tensor is detected.
         share = BLOCKS * BLOCK_BYTES // max(1, len(state))
         for first, last in _spread(data.numel(), total <= BLOCKS * BLOCK_BYTES, max(1, share // 4), 4):
             digest.update(data[first:last].cpu().numpy())
@@ -118,7 +118,7 @@ def of_run(
     prompts: Sequence[Prompt],
     heldout: Sequence[Prompt],
 ) -> dict[str, dict[str, Any]]:
-    """The digests of all that a run from Python is given, by name."""
+    """The digests of all inputs of a run from Python, by name."""
     found = {
         "student": of_model(student),
         "training prompts": of_prompts(prompts, "given in Python"),
@@ -134,14 +134,14 @@ def of_run(
 
 
 def _found(path: str | Path, gguf_file: str | None) -> tuple[Path | None, str | None]:
-    """The folder of a model, and the one file in it that counts, if there is one."""
+    """The folder of a model, and the single file in it that is used, if there is one."""
     name, file = folder_and_file(path, gguf_file)
     folder = Path(name)
     if folder.is_dir():
         return folder, file
     if folder.is_file():
         return folder.parent, folder.name
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):  # no name on the Hub
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):  # not a name on the Hub
         return None, None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -169,7 +169,7 @@ def _of_text(tokenizer: Any) -> str:
 
 
 def _spread(size: int, whole: bool, block: int, count: int) -> Iterator[tuple[int, int]]:
-    """The ranges of bytes that are read of `size`: all, or `count` blocks with the first and the last among them."""
+    """The byte ranges read of `size`: all, or `count` blocks including the first and the last."""
     if whole or size <= block * count:
         yield from ((first, min(first + BLOCK_BYTES, size)) for first in range(0, size, BLOCK_BYTES))
         return

@@ -1,4 +1,4 @@
-"""Signals that end a run: the step under way is finished and kept first."""
+"""Signals that end a run: the current step is finished and saved first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIG
 
 
 class Interrupt:
-    """Keeps the number of the first Ctrl-C, SIGTERM or SIGHUP in `caught`, so that the step can be finished; the second
-    ends the program. A signal that the process was started to ignore, as under `nohup`, stays ignored."""
+    """Stores the number of the first Ctrl-C, SIGTERM or SIGHUP in `caught`, so that the step can be finished; the
+    second ends the program. A signal ignored at process start, as under `nohup`, stays ignored."""
 
     def __init__(self) -> None:
         self.caught = 0
@@ -22,7 +22,7 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         for number in NAMES:
             before = signal.getsignal(number)
-            # Only the main thread may set handlers; elsewhere signals stay with whoever runs the thread.
+            # Only the main thread may set handlers; in other threads signals are left to the caller.
             with contextlib.suppress(ValueError):
                 if before is not signal.SIG_IGN and before is not None:
                     signal.signal(number, self._catch)
@@ -39,12 +39,12 @@ class Interrupt:
                 signal.signal(each, signal.SIG_DFL)
             raise ended_by(number)
         self.caught = number
-        # Streams may be in use where the signal arrives; the descriptor takes a line, if somebody still reads it.
+        # The signal may arrive while a stream is in use; the raw descriptor still accepts a line, if it has a reader.
         line = f"gold: {NAMES[signal.Signals(number)]}: finishing this step; a second signal ends at once\n"
         with contextlib.suppress(OSError):
             os.write(2, line.encode())
 
 
 def ended_by(number: int) -> BaseException:
-    """What ends a program as a signal would: KeyboardInterrupt, or an exit code of 128 and the signal's number."""
+    """The exception for a signal's default exit: KeyboardInterrupt, or SystemExit with 128 plus the signal's number."""
     return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""A training run: steps, evaluations, checkpoints, signals, and the run folder around them."""
+"""The training loop: steps, evaluations, checkpoints, signals, and the run folder."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ from gold.train.trackers import RunInfo, Tracker, Trackers
 
 @dataclass(frozen=True)
 class Saving:
-    """Where a run keeps what it makes, and how often it evaluates and saves.
+    """Where a run is saved, and how often it evaluates and saves.
 
-    ``overwrite`` removes the run that is in ``output``. ``allow_changed`` resumes it although a key or an input differs
-    that makes it another run; what differs is kept in its environment.json.
+    ``overwrite`` removes an existing run in ``output``. ``allow_changed`` resumes it despite refused changes of keys or
+    inputs; they are recorded in its environment.json.
     """
 
     output: Path | None = None
@@ -69,7 +69,7 @@ class Saving:
 @dataclass
 class Run:
     """The result of a training run: the trained student, every step's metrics, every evaluation, and the run folder,
-    which the main process alone has written."""
+    which only the main process has written."""
 
     student: LanguageModel
     folder: Path | None
@@ -96,26 +96,26 @@ def distill(
 ) -> Run:
     """Trains ``student``, in place, on its own completions of ``prompts``, scored by ``teacher``; returns the run.
 
-    Each step draws prompts, lets the student complete them, has the teacher score the same bytes in its own tokens and
-    template, and takes one optimizer step on the recipe's objectives, each divided by the count of its unit in the
-    whole step over all processes. With ``saving.output`` the run is a folder that can be resumed; every random draw
-    is a function of the seed, the step and the sequence's number, so a resumed run repeats an uninterrupted one.
+    Each step draws prompts, samples completions from the student, has the teacher score the same bytes in its own
+    tokens and template, and takes one optimizer step on the recipe's objectives, each divided by the count of its unit
+    in the whole step over all processes. With ``saving.output`` the run is a folder that can be resumed; every random
+    draw is a function of the seed, the step and the sequence's index, so a resumed run repeats an uninterrupted one.
 
     Args:
         student: a model, or where to load one from.
-        teacher: likewise, or anything that scores texts as a teacher does; None where no objective needs one.
-        heldout: prompts of the evaluations before, during and after; none, no evaluation.
+        teacher: likewise, or anything with a teacher's interface; None if no objective needs one.
+        heldout: prompts of the evaluations before, during and after training; if empty, no evaluation.
         verifier: scores completions, for the ``reward`` objective and for accuracy.
-        settings: what ``config.yaml`` of the run folder holds; the recipe, where it is left out.
-        inputs: what ``inputs.json`` of the run folder holds, see ``gold.train.input_digests``; digests of what is
-            given, where it is left out.
-        progress: what a person sees of the run; notes on stderr, where it is left out.
-        trackers: further receivers of every metric and note, see ``gold.train.trackers``.
-        engine: generates completions with the weights that it is given after every step, and is closed by its maker;
-            transformers' ``generate`` on the student itself, where it is left out.
+        settings: contents of ``config.yaml`` in the run folder; default: the recipe.
+        inputs: contents of ``inputs.json`` in the run folder, see ``gold.train.input_digests``; default: digests of the
+            arguments.
+        progress: shows the run to a person; default: notes on stderr.
+        trackers: additional receivers of all metrics and notes, see ``gold.train.trackers``.
+        engine: generates completions with the weights pushed after every step, and is closed by the caller; default:
+            transformers' ``generate`` on the student itself.
 
     Raises:
-        GoldError: models, data or settings that do not go together; a teacher that cannot answer any more, or too many
+        GoldError: models, data or settings that do not go together; a teacher that stopped answering, or too many
             steps in a row without a finite loss and gradient (a checkpoint is kept).
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; SystemExit with 143 or 129 after SIGTERM or
             SIGHUP.
@@ -125,7 +125,7 @@ def distill(
     teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
     setup = Setup.of(student, teachers, _prompts(prompts), recipe, engine=engine, verifier=verifier)
     accelerator = _accelerator(recipe.precision, student.device)
-    # All processes do and find the same; one of them logs.
+    # All processes run the checks with the same result; one of them logs.
     tracker = Trackers(*([Lasting(progress or Quiet()), *trackers] if accelerator.is_main_process else []))
     evaluation = evaluation or EvaluationPlan(
         max_new_tokens=recipe.max_new_tokens, generation_batch_size=recipe.generation_batch_size
@@ -143,7 +143,7 @@ def _run(
     inputs: Inputs | None,
     tracker: Trackers,
 ) -> Run:
-    """Checks, the folder or the checkpoint that is resumed, the training itself, and the trained student saved."""
+    """Checks, opens the folder or resumes the checkpoint, trains, and saves the trained student."""
     student, teachers, recipe = setup.student, setup.teachers, setup.recipe
     check_recipe(recipe, setup.prompts, setup.verifier, accelerator.num_processes)
     kept_day = read_date(saving.output) if saving.output and saving.resume else None
@@ -232,7 +232,7 @@ class _Training:
                 self.give_up(record)
 
     def first_evaluation(self) -> None:
-        """The evaluation before the first step; a resumed run has it already, unless its teacher was gone."""
+        """The evaluation before the first step; a resumed run has it already, unless its teacher failed."""
         state = self.state
         done = any(record["step"] == state.step for record in self.run.evaluations)
         if not state.any_process(self.run.is_main_process and self.is_evaluation_due and not done):
@@ -245,12 +245,12 @@ class _Training:
 
     @property
     def is_evaluation_due(self) -> bool:
-        """Whether an evaluation belongs after the current step."""
+        """Whether an evaluation follows the current step."""
         step = self.state.step
         return step % self.saving.evaluate_every == 0 or step == self.setup.recipe.steps
 
     def evaluate(self) -> None:
-        """An evaluation after the current step; every process does the same, so that all know the result."""
+        """An evaluation after the current step; every process computes it, so that all know the result."""
         if not self.heldout:
             return
         state, setup, started = self.state, self.setup, time.perf_counter()
@@ -280,15 +280,15 @@ class _Training:
             self.state.accelerator.wait_for_everyone()
 
     def stop(self, error: GoldError) -> NoReturn:
-        """Ends a run whose teacher is gone, or that has met a text it cannot use, the steps so far kept."""
+        """Saves the steps so far and ends a run whose teacher failed, or that met a text it cannot use."""
         if not isinstance(error, TeacherError) and self.state.accelerator.num_processes > 1:
-            raise error  # the others know nothing of it, and would wait
+            raise error  # the others did not fail, and would wait for this process
         self.save_checkpoint()
         kept = "; its checkpoint is kept, go on with --resume" if self.saving.output else ""
         raise type(error)(f"after step {self.state.step}: {error}{kept}") from error
 
     def give_up(self, record: Mapping[str, Any]) -> NoReturn:
-        """Ends a run of which too many steps in a row were not applied."""
+        """Ends a run after too many steps in a row that were not applied."""
         step = self.state.step
         kept = (
             f"; the checkpoint of step {step} is kept, and goes on from there with --resume --allow-changed"
@@ -301,7 +301,7 @@ class _Training:
         )
 
     def signal_in_any_process(self) -> int:
-        """The number of a signal that has reached any process, the same in all of them; 0 where none has."""
+        """The number of a signal caught in any process, the same in all of them; 0 if there is none."""
         caught = self.interrupt.caught
         reached = self.state.sum({str(int(each)): float(caught == each) for each in NAMES})
         return next((int(each) for each in NAMES if reached[str(int(each))]), 0)
@@ -314,7 +314,8 @@ def _check_prompts(
     evaluated_tokens: int,
     tracker: Tracker,
 ) -> bool:
-    """Refuses prompts that a side cannot read, and notes what is odd; whether a chat template prints the date."""
+    """Refuses prompts that a side cannot encode, and notes anomalies; returns whether a chat template prints the
+    date."""
     room = max(setup.recipe.max_new_tokens, evaluated_tokens)
     checks = examine_prompts(setup.prompts, heldout, readers, room)
     raise_refused(checks)
@@ -326,11 +327,11 @@ def _check_prompts(
 def _resume(
     state: TrainState, saving: Saving, steps: int, folder: RunFolder | None, tracker: Tracker
 ) -> None:
-    """Restores the newest whole checkpoint; the first step where there is none.
+    """Restores the newest complete checkpoint; starts at the first step if there is none.
 
     Raises:
-        CheckpointError: none is whole, or what it holds is not of this run; metrics that cannot be read.
-        ConfigError: it is of a later step than the run is to have.
+        CheckpointError: none is complete, its contents are not of this run, or metrics cannot be read.
+        ConfigError: it is of a later step than the run's last.
     """
     assert saving.output is not None
     found, notes = latest_checkpoint(saving.output / "checkpoints")
@@ -350,13 +351,13 @@ def _resume(
         tracker.note(note)
     state.accelerator.wait_for_everyone()
     if folder and state.step == steps:
-        # What was killed between its last save and what that removes.
+        # Remains of a process killed between its last save and the pruning.
         remove_leftovers(folder.checkpoints)
         prune(folder.checkpoints, state.step, saving.keep_last)
 
 
 def header(state: TrainState, setup: Setup) -> dict[str, str]:
-    """What the run will do, in a few lines for people."""
+    """Summary of the run in a few named lines."""
     recipe, student, teachers = setup.recipe, state.student, setup.teachers
     terms = ", ".join(f"{t.weight:g} × {t.label}" if t.weight != 1 else t.label for t in setup.terms)
     by_token = teachers and any(t.label.endswith("_tokens") for t in setup.terms)
@@ -419,7 +420,7 @@ def _names(teachers: Teachers | None) -> Any:
 
 
 def _accelerator(precision: str, device: torch.device) -> Accelerator:
-    # Accelerate keeps the precision of a process's first run for good; a later run may want another.
+    # Accelerate keeps the precision of a process's first run; a later run may need another.
     AcceleratorState._reset_state()
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
@@ -427,10 +428,10 @@ def _accelerator(precision: str, device: torch.device) -> Accelerator:
 
 
 def check_output(saving: Saving, settings: Mapping[str, Any], inputs: Inputs) -> None:
-    """Checks that a run can begin in this folder, or that the run in it can go on with these settings and inputs.
+    """Checks that a run can begin in this folder, or that its run can be resumed with these settings and inputs.
 
     Raises:
-        ConfigError: the folder lies in a model's, holds another run or other files, or was begun with others.
+        ConfigError: the folder is inside a model's, holds another run or other files, or its run has refused changes.
         CheckpointError: ``resume`` without a run.
     """
     assert saving.output is not None
@@ -456,7 +457,7 @@ def _open_folder(saving: Saving, settings: Mapping[str, Any], inputs: Inputs, tr
 
 
 def _save_student(student: LanguageModel, folder: Path) -> None:
-    """The student in ``folder/student``, whole or not there."""
+    """Writes the student to ``folder/student`` atomically."""
     final, partial = folder / "student", folder / ".tmp-student"
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -1,4 +1,4 @@
-"""A step's metrics: what is summed over its sequences and processes, and the record that is made of the sums."""
+"""Metrics of a step: sums over its sequences and processes, and the record computed from them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MEANS = (
 
 
 def device_clock(device: torch.device) -> Callable[[], float]:
-    """A clock, in seconds, that waits for the device's work, which else would count for a later phase."""
+    """A clock, in seconds, that synchronizes the device first, so that its work counts for the right phase."""
 
     def now() -> float:
         if device.type == "cuda":
@@ -60,7 +60,7 @@ class PhaseTimer:
 def rollout_sums(
     rollouts: Sequence[Rollout], kept: Sequence[Rollout], batches: Sequence[AlignedBatch]
 ) -> dict[str, float]:
-    """Sums over the step's completions, and over ``kept``, those that it learns from, aligned in ``batches``."""
+    """Sums over the step's completions, and over ``kept``, those used for training, aligned in ``batches``."""
     sampled = [r for r in rollouts if r.sampled]
     canonical = [b.canonical_rows[b.sampled_rows] for b in batches]
     return {
@@ -126,7 +126,7 @@ def step_record(
 def _by_teacher(
     sums: Mapping[str, float], counts: Mapping[str, float], terms: Sequence[BoundTerm], teachers: Teachers
 ) -> dict[str, Any]:
-    """The same for each of several teachers: of routes each term, of a mix the sampled reverse KL."""
+    """The metrics of each of several teachers: with routes each term, with a mix the sampled reverse KL."""
     record: dict[str, Any] = {}
     for name in teachers.routes:
         labels = [f"{t.label}[{name}]" for t in terms]

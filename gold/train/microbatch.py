@@ -1,4 +1,4 @@
-"""Microbatches: rollouts that go through the models together, as each of their teachers reads them."""
+"""Microbatches: rollouts that go through the models together, retokenized for each of their teachers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from gold.train.setup import Setup
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Rollouts with their texts as each teacher reads them, by its name (of a mix several, else one; "" where there is
-    no teacher). Once the teachers were asked, ``teacher_logits`` are theirs, one for each rollout; ``baselines`` are
-    what policy gradients subtract from the advantages, by objective."""
+    """Rollouts with their texts retokenized for each teacher, by its name (several with a mix, else one; "" without a
+    teacher). ``teacher_logits``, once requested, are one per rollout and teacher; ``baselines`` are subtracted from the
+    advantages of policy gradients, by objective."""
 
     rollouts: tuple[Rollout, ...]
     batches: Mapping[str, AlignedBatch]
@@ -33,13 +33,13 @@ class Microbatch:
 
     @property
     def batch(self) -> AlignedBatch:
-        """The texts as the first teacher reads them."""
+        """The texts aligned with the first teacher's tokens."""
         return next(iter(self.batches.values()))
 
 
 def build_microbatches(setup: Setup, rollouts: Sequence[Rollout]) -> tuple[list[Microbatch], list[str]]:
-    """The rollouts in microbatches, each with one set of teachers, retokenized for these; and why a teacher cannot
-    score the others, which are in none."""
+    """The rollouts in microbatches, each with one set of teachers and retokenized for them; and for each rollout that a
+    teacher cannot score, the reason. These are in no microbatch."""
     asked = setup.members if setup.needs_teacher else {}
     skipped: list[str] = []
     by_teachers: dict[tuple[str, ...], list[tuple[Rollout, dict[str, AlignedText]]]] = {}
@@ -62,7 +62,7 @@ def build_microbatches(setup: Setup, rollouts: Sequence[Rollout]) -> tuple[list[
 
 
 def _aligned(setup: Setup, texts_of: Mapping[str, Sequence[AlignedText]]) -> dict[str, AlignedBatch]:
-    """The texts aligned with each teacher's, in the order of the names; the first knows the others."""
+    """The texts aligned with each teacher's, in the order of the names; the first refers to the others."""
     found: dict[str, AlignedBatch] = {}
     for name in reversed(list(texts_of)):
         device = setup.members[name].device if name in setup.members else None
@@ -72,10 +72,10 @@ def _aligned(setup: Setup, texts_of: Mapping[str, Sequence[AlignedText]]) -> dic
 
 
 def ask_teachers(setup: Setup, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
-    """The microbatches with their teachers' logits; each teacher is asked once, for all its texts of the step.
+    """The microbatches with their teachers' logits; each teacher gets one request for all its texts of the step.
 
     Raises:
-        TeacherError: one of them cannot answer.
+        TeacherError: one of them fails.
     """
     found: list[dict[str, list[LazyLogits]]] = [{} for _ in microbatches]
     for name, teacher in setup.members.items():
@@ -90,15 +90,15 @@ def ask_teachers(setup: Setup, microbatches: Sequence[Microbatch]) -> list[Micro
 
 @dataclass(frozen=True)
 class Impossible:
-    """The texts of a step to which a teacher gives probability 0: how many, and what one of them is."""
+    """The texts of a step to which a teacher gives probability 0: their number, and an example."""
 
     count: int
     example: str = ""
 
 
 def drop_impossible(setup: Setup, microbatches: Sequence[Microbatch]) -> tuple[list[Microbatch], Impossible]:
-    """The microbatches with an empty text in the place of each to which a teacher gives probability 0, from which no
-    loss can learn; and how many these are."""
+    """The microbatches with an empty text in place of each text to which a teacher gives probability 0, since no loss
+    can learn from it; and their number."""
     kept, count, example = [], 0, ""
     for microbatch in microbatches:
         lost: set[int] = set()
@@ -136,7 +136,7 @@ def _without(setup: Setup, microbatch: Microbatch, lost: set[int]) -> Microbatch
 def loss_inputs(
     setup: Setup, microbatch: Microbatch, student_logits: LazyLogits, reference: LazyLogits | None = None
 ) -> LossInputs:
-    """A microbatch as objectives see it."""
+    """The input of the objectives for a microbatch."""
     batch = microbatch.batch
     if not microbatch.teacher_logits:
         return LossInputs(batch, student_logits, None, reference)
@@ -146,6 +146,6 @@ def loss_inputs(
     if mix is not None and setup.mixes_bytes:
         other_teachers = tuple(map(OtherTeacher, list(microbatch.batches.values())[1:], others))
     elif mix is not None:
-        # Of one vocabulary: the mixture's rows are rows like any other teacher's.
+        # With one vocabulary the mixture's rows are ordinary teacher rows.
         first, mix = mixed_rows([first, *others], batch.vocabularies.student.size, mix), None
     return LossInputs(batch, student_logits, first, reference, mix, other_teachers, microbatch.baselines)

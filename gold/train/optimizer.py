@@ -1,4 +1,4 @@
-"""AdamW on float32 copies of weights that have 16 bits."""
+"""AdamW on float32 master copies of 16-bit weights."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _MASTERS = "masters"
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW whose steps are not lost in the rounding of bfloat16.
+    """AdamW whose updates are not lost in bfloat16 rounding.
 
-    A bfloat16 weight has 8 significant bits: a step of less than 1/512 of it changes nothing, and at a learning rate of
-    1e-5 hardly any weight moves. Such weights have a float32 copy, a master: a step is taken on the masters and rounded
-    into the model, and moments are float32 too. Weights of 32 bits and more are stepped on themselves. The masters
-    begin at the model's weights when the optimizer is made, and are part of its state.
+    A bfloat16 weight has 8 significant bits: an update of less than 1/512 of it changes nothing, and at a learning rate
+    of 1e-5 hardly any weight moves. Such weights have a float32 copy, a master: an update is applied to the masters and
+    rounded into the model, and moments are float32 too. Weights of 32 bits and more are updated directly. The masters
+    are copied from the model when the optimizer is created, and are part of its state.
 
     Bytes for each trained weight: 16 in float32 (weight, gradient, two moments), and in bfloat16 (2 + 2 + 4 + 8; during
-    a step 2 more, for a float32 gradient). A step of masters takes the gradients away.
+    a step 2 more, for a float32 gradient). A step with masters clears the gradients.
 
     Raises:
         ConfigError: a float16 weight. Its gradients underflow below 6e-8.
@@ -43,7 +43,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One step on the gradients of the model's weights."""
+        """One optimizer step from the gradients of the model's weights."""
         for weight, master in self.masters.items():
             master.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
         super().step(closure)
@@ -52,20 +52,20 @@ class MasterAdamW(torch.optim.AdamW):
             master.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients of the model's weights."""
+        """Clears the gradients of the model's weights."""
         for weight in self.trained:
             weight.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's, with the masters in the order of their weights."""
+        """AdamW's state, with the masters in the order of their weights."""
         return {**super().state_dict(), _MASTERS: list(self.masters.values())}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes a state over, bit for bit; the model's own weights are not touched.
+        """Loads a state, bit for bit; the model's own weights are unchanged.
 
         Raises:
-            CheckpointError: it is of weights of another dtype.
+            CheckpointError: it is for weights of another dtype.
         """
         state = dict(state_dict)
         masters = state.pop(_MASTERS, [])

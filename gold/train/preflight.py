@@ -1,4 +1,4 @@
-"""What is checked before a run: recipe, folder, prompts' readers, the date of chat templates, a cache's contents."""
+"""Checks before a run: recipe, prompts, the date of chat templates, a cache's contents."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gold.tokenize.templates import Rendering
 from gold.train.recipe import Recipe, problems
 
 DATE_FILE = "template_date.txt"
-"""Of a run folder: the day that chat templates print, where one of them prints the date."""
+"""File of a run folder with the date that chat templates print, if one of them prints the date."""
 
 
 def check_recipe(
@@ -51,7 +51,7 @@ def check_recipe(
 
 
 def readers_of(student: LanguageModel, teachers: Teachers | None) -> list[PromptReader]:
-    """Who reads prompts: the student, and the teachers that have a tokenizer here."""
+    """The encoders of prompts: the student, and the teachers with a local tokenizer."""
     readers = [
         PromptReader(
             "student", student.name, student.tokenizer, student.vocabulary, student.rendering, student.context
@@ -84,21 +84,21 @@ def pin_date(
     kept: date | None = None,
     accelerator: Accelerator | None = None,
 ) -> date:
-    """The day that all chat templates print from now on: the one that a run has kept, else the one that its teacher's
-    cache began on, else today. What a cache holds is read by the day of that cache in any case."""
+    """The date that all chat templates print from now on: that of the resumed run, else the date of a teacher's cache,
+    else today. A cached teacher's templates always use the date of its cache."""
     members = list(teachers.members.values()) if teachers else []
     day = kept or next((t.pinned_date for t in members if t.pinned_date), None) or date.today()
     if accelerator is not None and accelerator.num_processes > 1:
-        day = gather_object([day])[0]  # midnight may be between two processes
+        day = gather_object([day])[0]  # processes may start on different sides of midnight
     student.rendering.pin_day(day)
-    # Those with a day of their own last: a model may stand behind several.
+    # Members with a pinned date last: several may share one model.
     for teacher in sorted(members, key=lambda t: t.pinned_date is not None):
         teacher.pin_date(day)
     return day
 
 
 def read_date(folder: Path) -> date | None:
-    """The day that a run's templates print, where it has kept one.
+    """The date that a run's templates print, if it is stored.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -111,7 +111,7 @@ def read_date(folder: Path) -> date | None:
 
 
 def write_date(folder: Path, day: date) -> None:
-    """Keeps the day for a resumption.
+    """Stores the date for a resumption.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -129,10 +129,10 @@ def check_kept(
     prompts: Sequence[Prompt],
     recipe: Recipe,
 ) -> None:
-    """Checks that a cache without a model behind it holds all that a run on the data's completions will ask of it.
+    """Checks that a cache without a model contains everything that a run on the data's completions will request.
 
     Raises:
-        TeacherError: it does not; the message says how many it lacks.
+        TeacherError: it does not; the message gives the number of missing entries.
     """
     unasked = {n: t for n, t in (teachers.members if teachers else {}).items() if not t.complete}
     if teachers is None or not unasked or recipe.on_policy > 0:

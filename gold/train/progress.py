@@ -1,4 +1,4 @@
-"""A run in the terminal: trackers that print."""
+"""Trackers that print a run to the terminal."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SHOWN = (
 
 
 class Quiet(Tracker):
-    """Shows notes alone, on stderr."""
+    """Shows only notes, on stderr."""
 
     def note(self, text: str) -> None:
         terminal.show_note(text)
 
 
 class Lasting(Tracker):
-    """Passes on to another tracker until its terminal closes or its pipe's reader ends; the run goes on."""
+    """Forwards to another tracker until its terminal closes or its pipe's reader ends; the run continues."""
 
     def __init__(self, inner: Tracker) -> None:
         self.inner, self.ended = inner, False
@@ -54,7 +54,7 @@ class Lasting(Tracker):
             if error.errno not in (errno.EIO, errno.EPIPE):
                 raise
             self.ended = True
-            terminal.silence()  # what is left to be written would be an error again when the program ends
+            terminal.silence()  # remaining output would raise again at exit
 
 
 class Lines(Tracker):
@@ -129,12 +129,12 @@ def for_terminal() -> Tracker:
 
 
 def step_summary(record: Mapping[str, Any]) -> str:
-    """The few numbers of a step that fit beside a bar."""
+    """A few metrics of a step, short enough for a progress bar."""
     parts = [f"loss {record['loss']:.4f}", f"{record['length_bytes']:.0f} bytes"]
     if "reward_mean" in record:
         parts.append(f"reward {record['reward_mean']:.2f}")
     parts += [f"{record['tokens_per_s']:.0f} tokens/s", f"{record['step_s']:.2f} s"]
-    if "teacher_retries" in record:  # of a server; a teacher in this process never has any
+    if "teacher_retries" in record:  # only of a server; a local teacher has none
         parts.append(f"teacher {record['teacher_tokens_per_s']:.0f} tokens/s")
     if record.get("teacher_retries"):
         parts.append(f"{record['teacher_retries']} retries")
@@ -142,6 +142,6 @@ def step_summary(record: Mapping[str, Any]) -> str:
 
 
 def evaluation_line(record: Mapping[str, Any]) -> str:
-    """An evaluation in a line."""
+    """One line on an evaluation."""
     shown = [f"{label} {form.format(record[name])}" for name, label, form in SHOWN if name in record]
     return f"held out, step {record['step']}:  " + "  ".join(shown)

@@ -1,4 +1,4 @@
-"""What a training run does: the sections of a configuration that decide what the training loop computes."""
+"""Training settings: the sections of a configuration that determine what the training loop computes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Term(Section):
     model_config = ConfigDict(extra="allow")
 
     name: Text = "reverse_kl"
-    """what is minimised"""
+    """objective to minimise"""
     weight: NonNegative = 1.0
     """factor of this term"""
 
@@ -45,7 +45,7 @@ class Term(Section):
         return dict(self.__pydantic_extra__ or {})
 
     def resolved(self) -> Term:
-        """The term with all of its objective's options written out.
+        """The term with all options of its objective, defaults included.
 
         Raises:
             ConfigError: an unknown objective or option, or a value that the option cannot take; begins with the key.
@@ -74,7 +74,7 @@ class Rollout(Section):
     num_generations: PositiveInt = 4
     """completions per prompt"""
     on_policy: Share = 1.0
-    """λ: expected share of sequences that the student writes; the rest are the data's completions, one a prompt"""
+    """λ: expected share of sequences that the student writes; the rest are the data's completions, one per prompt"""
     generation_batch_size: PositiveInt = 32
     """sequences generated together"""
 
@@ -93,7 +93,7 @@ class Optimizer(Section):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """decay after the warm-up"""
     final_lr_share: Share = 0.1
-    """share of `lr` that is left at the last step"""
+    """learning rate of the last step, as a share of `lr`"""
     max_grad_norm: PositiveFloat = 1.0
     """largest norm of the gradient"""
 
@@ -121,7 +121,8 @@ Objectives = Annotated[tuple[Term, ...], Field(strict=False)]
 
 
 class Recipe(Training, Optimizer, Rollout):
-    """Everything that decides what a run computes, given the models and the prompts: ``Recipe(steps=200, lr=3e-5)``.
+    """All settings that determine what a run computes, given the models and the prompts: ``Recipe(steps=200,
+    lr=3e-5)``.
 
     The arguments are the keys of a configuration's sections `rollout`, `optimizer` and `train`, and its `objectives`.
     A prompt has ``num_generations`` sequences of the student or one of the data (``student_writes``).
@@ -145,25 +146,25 @@ class Recipe(Training, Optimizer, Rollout):
 
     @property
     def sampling(self) -> Sampling:
-        """How completions are drawn."""
+        """The sampling parameters of completions."""
         from gold.rollout.types import Sampling
 
         return Sampling(self.temperature, self.top_p, self.max_new_tokens)
 
     def student_writes(self, step: int, place: int) -> bool:
-        """Whether the student completes the prompt at a place of a step; else the data's completion is used.
+        """Whether the student completes prompt ``place`` of a step; else the data's completion is used.
 
         True with probability ``λ / (λ + num_generations (1 − λ))``, so that λ of the sequences are the student's: such
         a prompt has ``num_generations``, any other has one. A function of the seed, the step and the place.
         """
-        import numpy as np  # a configuration is described without it
+        import numpy as np  # imported here: configurations need no numpy
 
         share = self.on_policy / (self.on_policy + self.num_generations * (1.0 - self.on_policy))
         return bool(np.random.default_rng((self.seed, step, place, 1)).random() < share)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0: linear warm-up, then the schedule down to ``final_lr_share`` of
-        ``lr`` at the last step. A function of the step alone, so there is no schedule to save."""
+        ``lr`` at the last step. A function of the step only, so there is no scheduler state."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         if self.schedule == "constant":

@@ -1,4 +1,4 @@
-"""A run's records as lines of JSON: written whole, read up to a broken end."""
+"""Records of a run as JSON lines: written as whole lines, read up to a broken end."""
 
 import json
 import os
@@ -14,10 +14,10 @@ FILE_OF_KIND = {"train": "metrics.jsonl", "eval": "metrics.jsonl", "sample": "sa
 
 
 def record_line(kind: str, record: Mapping[str, Any]) -> bytes:
-    """The line of a record. Scalars of NumPy and torch become numbers, NaN and infinities null.
+    """The line of a record. NumPy and torch scalars become numbers, NaN and infinities null.
 
     Raises:
-        DataError: an unknown kind, no integer `step`, or a value that JSON cannot hold.
+        DataError: an unknown kind, no integer `step`, or a value that JSON cannot represent.
     """
     if kind not in FILE_OF_KIND:
         raise DataError(f"unknown kind of record {kind!r}; known are {', '.join(FILE_OF_KIND)}")
@@ -29,7 +29,7 @@ def record_line(kind: str, record: Mapping[str, Any]) -> bytes:
 
 
 def read_lines(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], int]:
-    """Every line with its record, and the number of bytes after the last whole line.
+    """Every line with its record, and the number of bytes up to the end of the last whole line.
 
     Raises:
         CheckpointError: a broken line before a whole one.
@@ -53,10 +53,10 @@ def read_lines(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], int]:
 
 
 def open_to_append(file: Path) -> int:
-    """The descriptor of a file of records, made where it is missing.
+    """The descriptor of a file of records, created if missing.
 
     Raises:
-        CheckpointError: it is no file, or its last line is not whole.
+        CheckpointError: it is not a file, or its last line is incomplete.
     """
     stream = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     found = os.fstat(stream)

@@ -1,7 +1,7 @@
-"""May a run go on with these settings and inputs, and what has changed?
+"""Comparison of a run's settings and inputs with those at resumption.
 
-A change is *free* (it decides nothing that the run holds), *noted* (the run goes on, and says so), or *refused* (the
-next steps would not be those of the run that was begun).
+A change is *free* (it affects no result of the run), *noted* (the run continues with a note), or *refused* (the next
+steps would not be those of the original run).
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from gold.version import __version__
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numba", "numpy")
 
 Inputs = Mapping[str, Mapping[str, Any]]
-"""What a run was given, by name ("student", "training prompts"): `from`, where it was, and `digests` by part."""
+"""Inputs of a run by name ("student", "training prompts"): `from`, the location, and `digests` by part."""
 
 _DIGITS = "results may differ in their last digits"
 _SCHEDULE = "the learning rate goes on along the schedule of the new number"
 _MEASURED = "evaluations before and after are not over the same completions"
-# Keys, as patterns, of a configuration and of a run from Python, and what a note says of a change; None: it is free.
-# Where the folder lies decides no number, nor does the way to a teacher's server or cache.
+# Key patterns, of a configuration and of a run from Python, with the note on a change; None: the change is free. The
+# folder's location affects no result, nor does the access to a teacher's server or cache.
 MAY_CHANGE: dict[str, str | None] = {
     "output": None,
     "teacher*.cache.path": None,
@@ -44,7 +44,7 @@ MAY_CHANGE: dict[str, str | None] = {
     "evaluate.prompts": _MEASURED,
     "evaluate.num_generations": _MEASURED,
     "evaluate.micro_batch_size": _DIGITS,
-    # Other batches are other sums.
+    # Other batch sizes change the order of summation.
     "rollout.generation_batch_size": _DIGITS,
     "recipe.generation_batch_size": _DIGITS,
     **{
@@ -60,13 +60,14 @@ MAY_CHANGE: dict[str, str | None] = {
     **{f"{side}.trust_remote_code": "" for side in ("student", "teacher*")},
     **{f"{side}.device": _DIGITS for side in ("student", "teacher*")},
 }
-# Where an input lies, and its name among the inputs, if that is not the key's own: content is compared, so it may move.
+# Keys of input locations with the input's name, if that is not the key itself: contents are compared, so files may
+# move.
 _PLACES = {"data.prompts": "training prompts", "data.heldout": "held-out prompts"}
 
 
 @dataclass(frozen=True)
 class Change:
-    """A difference in one line, and what it means for the run."""
+    """A difference in one line, and its consequence for the run."""
 
     text: str
     kind: Literal["free", "noted", "refused"]
@@ -76,7 +77,7 @@ def changes(
     old: Mapping[str, Any], new: Mapping[str, Any], old_inputs: Inputs, new_inputs: Inputs
 ) -> list[Change]:
     """One `optimizer.lr was 1e-05, is 2e-05` per dotted key of a configuration that differs, and one line per part of
-    an input that has another content; inputs that only one side has are not compared."""
+    an input whose contents differ; inputs that only one side has are not compared."""
     flat_old, flat_new = _flat(plain(old)), _flat(plain(new))
     found = []
     for key in [*flat_old, *(key for key in flat_new if key not in flat_old)]:
@@ -105,10 +106,10 @@ def _config_change(key: str, text: str, inputs: Inputs) -> Change:
 
 
 def refuse_changes(found: Sequence[Change], folder: Path) -> None:
-    """Nothing, where none of the changes makes another run.
+    """Checks that no change is refused.
 
     Raises:
-        ConfigError: some do; it names each.
+        ConfigError: some are; it names each.
     """
     if lines := [change.text for change in found if change.kind == "refused"]:
         raise ConfigError(
@@ -131,7 +132,7 @@ def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> li
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices, command line and start time of this process, as JSON holds them."""
+    """Versions, devices, command line and start time of this process, as a JSON object."""
     import torch
 
     versions: dict[str, str | None] = {"python": platform.python_version(), "gold": __version__}

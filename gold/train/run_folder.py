@@ -1,9 +1,9 @@
-"""One run as one folder: its configuration, where it ran, what it measured, and its checkpoints.
+"""The folder of a run: its configuration, environment, metrics and checkpoints.
 
 config.yaml        the resolved configuration, as of the last resumption
-environment.json   versions, devices, command line, start time; one more entry for each resumption, with what changed
-inputs.json        digests of what the run was given: prompts, tokenizers, chat templates, weights (input_digests.py)
-template_date.txt  the day that chat templates write, where one prints the date (loop.py)
+environment.json   versions, devices, command line, start time; one more entry for each resumption, with its changes
+inputs.json        digests of the inputs: prompts, tokenizers, chat templates, weights (input_digests.py)
+template_date.txt  the date that chat templates print, if one prints it (loop.py)
 metrics.jsonl      {"kind": "train" | "eval", "step": n, …} a line
 samples.jsonl      {"kind": "sample", "step": n, …} a line
 checkpoints/       see gold.train.checkpoint
@@ -55,14 +55,14 @@ _FILES = (
     "samples.jsonl",
 )
 _FOLDERS = ("checkpoints", "plots", "student")
-# What a kill may leave of a folder that was no run yet.
+# Files that a process killed before config.yaml was written may leave.
 _BEFORE_CONFIG = {".lock", "environment.json", "inputs.json"}
 _BEFORE_CONFIG |= {".tmp-environment.json", ".tmp-inputs.json", ".tmp-config.yaml"}
 _MODEL_FILES = ("*.safetensors", "pytorch_model*.bin", "*.gguf", "tokenizer.json", "tokenizer.model")
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML that readers of version 1.1 and of 1.2 understand alike."""
+    """YAML with the same meaning in versions 1.1 and 1.2."""
 
 
 # The texts 1e-5 and 0.E0 are numbers in YAML 1.2, so they are quoted.
@@ -79,7 +79,7 @@ def config_text(config: Mapping[str, Any]) -> str:
 
 
 class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
-    """A run's folder, to read or to write; the first write locks it against every other process.
+    """A run's folder, to read or to write; the first write locks it against all other processes.
 
     Only the main process of a distributed run writes. Close it, or use it in a `with` statement.
     """
@@ -89,17 +89,17 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
         self.checkpoints = path / "checkpoints"
         self.plots = path / "plots"
         self.config = config
-        self.notes: list[str] = []  # what a resumption finds changed
+        self.notes: list[str] = []  # changes found at resumption
         self._lock: int | None = None
         self._identity: tuple[int, int] | None = None
         self._streams: dict[str, int] = {}
 
     @classmethod
     def check_new(cls, path: str | Path, overwrite: bool = False) -> None:
-        """Nothing, where `create` may make a run of the folder; nothing is written.
+        """Checks that `create` may make a run of the folder; nothing is written.
 
         Raises:
-            ConfigError: a run that has begun is there already, or other files, or the folder lies inside a model's.
+            ConfigError: it holds a run that has begun, or other files, or is inside a model's folder.
         """
         path = Path(path)
         refuse_model_folder(path)
@@ -128,11 +128,11 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
         inputs: Inputs | None = None,
         allow_changed: bool = False,
     ) -> list[Change]:
-        """What differs from the run in the folder; nothing is written.
+        """Differences from the run in the folder; nothing is written.
 
         Raises:
-            ConfigError: a key or an input makes it another run, each is named; with `allow_changed` it is not raised.
-            CheckpointError: no run is there, or its files cannot be read.
+            ConfigError: refused changes of keys or inputs, each named; with `allow_changed` it is not raised.
+            CheckpointError: there is no run, or its files cannot be read.
         """
         run = cls.open(path)
         found = changes(run.config, config, run._inputs(allow_changed), inputs or {})
@@ -150,8 +150,8 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
     ) -> Self:
         """A new run folder, locked, with its configuration, environment and inputs written.
 
-        What an earlier run wrote there is removed first, and nothing else: with `overwrite`, or where that run had not
-        taken a step.
+        Files of an earlier run are removed first, and nothing else: with `overwrite`, or if that run had not taken a
+        step.
 
         Raises:
             ConfigError: as `check_new`.
@@ -179,7 +179,7 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
         """An existing run folder, to read; nothing is locked until the first write.
 
         Raises:
-            CheckpointError: no run is there, or its configuration cannot be read.
+            CheckpointError: there is no run, or its configuration cannot be read.
         """
         path = Path(path)
         file = path / "config.yaml"
@@ -198,14 +198,14 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
         inputs: Inputs | None = None,
         allow_changed: bool = False,
     ) -> Self:
-        """An existing run folder to go on with, locked: it has the given configuration and inputs now, and an entry of
+        """An existing run folder to continue, locked, with the given configuration and inputs written, and an entry on
         the resumption in environment.json.
 
         Call `rewind` with the step of the checkpoint before anything is logged.
 
         Raises:
             ConfigError: as `check_resume`.
-            CheckpointError: no run is there, it cannot be read or written, or another process is writing it.
+            CheckpointError: there is no run, it cannot be read or written, or another process is writing it.
         """
         run, found = cls.open(path), cls.check_resume(path, config, inputs, allow_changed)
         with run._closed_on_failure():
@@ -228,7 +228,7 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
         return run
 
     def _inputs(self, allow_broken: bool = False) -> dict[str, Any]:
-        """The run's inputs; none where it kept none."""
+        """The run's inputs; none if it stored none."""
         file = self.path / "inputs.json"
         try:
             inputs = read_json(file, CheckpointError) if file.exists() else {}
@@ -243,14 +243,14 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
     def _write_state(self, environment: object, inputs: object) -> None:
         for name, value in (("environment.json", environment), ("inputs.json", inputs)):
             replace_text(self.path / name, json.dumps(value, indent=1) + "\n")
-        # The configuration comes last: with it the folder is a run.
+        # The configuration comes last: its file makes the folder a run.
         replace_text(self.path / "config.yaml", config_text(self.config))
 
     def check_place(self) -> None:
-        """Nothing, where the folder is still where it was when it was locked.
+        """Checks that the folder is still where it was locked.
 
         Raises:
-            CheckpointError: it was moved or removed while the run went on.
+            CheckpointError: it was moved or removed during the run.
         """
         here = None
         with contextlib.suppress(OSError):
@@ -264,10 +264,11 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
         """Write one line: `train` and `eval` to metrics.jsonl, `sample` to samples.jsonl.
 
-        The line is handed to the system at once, so that a kill loses none; `sync` guards against power cuts.
+        The line is passed to the operating system at once, so that a kill loses none; `sync` protects against power
+        loss.
 
         Raises:
-            CheckpointError: the disk is full or fails (no half line stays), or the file ends in a half line.
+            CheckpointError: the disk is full or fails (no partial line stays), or the file ends with a partial line.
             DataError: as `record_line`.
         """
         data = record_line(kind, record)
@@ -281,10 +282,10 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
             append(self._streams[name], data)
 
     def sync(self) -> None:
-        """Make every line logged so far reach the disk; call it before a checkpoint is saved.
+        """Sync every line logged so far to disk; call it before a checkpoint is saved.
 
         Raises:
-            CheckpointError: the disk is full or fails; some file systems say so only now.
+            CheckpointError: the disk is full or fails; some file systems report it only now.
         """
         self.check_place()
         with _writing(f"the run folder {self.path}", "; free some space and resume"):
@@ -292,8 +293,8 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
                 os.fsync(stream)
 
     def rewind(self, step: int) -> list[str]:
-        """Drop every line of a later step than `step`, and broken lines at the end, as a kill or a power cut leaves
-        them; a note on each file that had some.
+        """Drop every line of a step after `step`, and broken lines at the end, as after a kill or power loss; returns a
+        note on each file that had some.
 
         Raises:
             CheckpointError: a line in the middle is broken, or the files cannot be written.
@@ -322,7 +323,7 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
         )
 
     def close(self) -> None:
-        """Let go of the files and of the lock; the folder can be opened again."""
+        """Close the files and release the lock; the folder can be opened again."""
         self._close_streams()
         if self._lock is not None:
             os.close(self._lock)
@@ -348,7 +349,7 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
             return
         lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            # The system lets go of it when the process ends, however it ends: no stale lock after a kill.
+            # The operating system releases it when the process ends in any way: no stale lock after a kill.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.pread(lock, 100, 0).decode("ascii", "replace").strip()
@@ -358,13 +359,13 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
                 "wait for it, or give another output"
             ) from error
         except OSError as error:
-            # Some network file systems have no locks. The lock guards against a slip, nothing rests on it.
+            # Some network file systems have no locks. The lock only guards against mistakes.
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 os.close(lock)
                 raise
             logger.info("%s is not locked: %s", self.path, error.strerror)
         self._lock = lock
-        with contextlib.suppress(OSError):  # a full disk: the name is for people
+        with contextlib.suppress(OSError):  # a full disk: the name is only informative
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"process {os.getpid()} on {platform.node()}\n".encode("ascii", "replace"), 0)
         self._identity = _identity(self.path)
@@ -376,8 +377,8 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
 
 
 def ended(path: str | Path, config: Mapping[str, Any], steps: int) -> str | None:
-    """A line that says that the run has ended, where resuming it with this configuration would change nothing: it has
-    taken as many steps and saved its student. None for any other run.
+    """A line that the run has ended, if resuming it with this configuration would change nothing: it has taken as many
+    steps and saved its student. None for any other run.
 
     Raises:
         CheckpointError: the run's files cannot be read.
@@ -397,10 +398,10 @@ def ended(path: str | Path, config: Mapping[str, Any], steps: int) -> str | None
 
 
 def refuse_model_folder(path: str | Path) -> None:
-    """Nothing, where `path` is neither a model folder nor inside one.
+    """Checks that `path` is neither a model folder nor inside one.
 
     Raises:
-        ConfigError: the folder or one above it holds a config.json beside weights or a tokenizer.
+        ConfigError: the folder or one above it holds a config.json together with weights or a tokenizer.
     """
     resolved = Path(path).resolve()
     for folder in (resolved, *resolved.parents):
@@ -415,7 +416,7 @@ def _holds_run(path: Path) -> bool:
 
 
 def _has_begun(path: Path) -> bool:
-    """Whether the run in a folder has a checkpoint, a step or a student; one that cannot be read may have."""
+    """Whether the run in a folder has a checkpoint, a step or a student; true if it cannot be read."""
     run = RunFolder(path, {})
     if (path / "student").exists() or newest_step(run.checkpoints, whole=False) is not None:
         return True

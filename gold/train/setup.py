@@ -1,4 +1,4 @@
-"""What the steps of a run have in common: models, prompts, engine, and the terms of the loss, checked for these."""
+"""The setup shared by all steps of a run: models, prompts, engine, and the loss terms, checked for these."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gold.teachers.several import Teachers
 from gold.train.recipe import Recipe, Term
 
 NEEDS: tuple[Need, ...] = typing.get_args(Need)
-"""What objectives ask of a teacher, least first."""
+"""What objectives need from a teacher, in increasing order."""
 _MEANING: Mapping[Need, str] = {
     "tokens": "log-probabilities of given tokens",
     "top_k": "the likeliest tokens of each row",
@@ -40,7 +40,7 @@ class BoundTerm:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all steps of a run have in common. ``now``: a clock other than the device's."""
+    """Everything shared by the steps of a run. ``now``: a clock to use instead of the device's."""
 
     student: LanguageModel
     teachers: Teachers | None
@@ -74,17 +74,17 @@ class Setup:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether any objective compares with the student before training."""
+        """Whether any objective uses the student before training."""
         return any(t.objective.name == "reference_kl" for t in self.terms)
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any objective asks something of a teacher."""
+        """Whether any objective needs a teacher."""
         return any(t.objective.needs != "nothing" for t in self.terms)
 
     @property
     def mixes_bytes(self) -> bool:
-        """Whether objectives mix several teachers byte by byte; else these share one vocabulary."""
+        """Whether objectives mix several teachers byte by byte; else the teachers share one vocabulary."""
         return any(t.label.endswith("_bytes") for t in self.terms)
 
     @property
@@ -94,12 +94,12 @@ class Setup:
 
     @property
     def routes(self) -> tuple[str, ...]:
-        """The teachers' names, where different prompts have different teachers."""
+        """The teachers' names, if different prompts have different teachers."""
         return self.teachers.routes if self.teachers else ()
 
 
 def pairs_of(student: LanguageModel, teachers: Teachers | None) -> dict[str, VocabularyPair]:
-    """The student's and each teacher's vocabulary, by the teacher's name; the student's twice where there is none."""
+    """The vocabularies of the student and each teacher, by the teacher's name; without teachers the student's twice."""
     own = student.vocabulary
     if teachers is None:
         return {"": VocabularyPair(own, own)}
@@ -109,15 +109,15 @@ def pairs_of(student: LanguageModel, teachers: Teachers | None) -> dict[str, Voc
 def terms_of(
     recipe: Recipe, teachers: Teachers | None, pairs: Mapping[str, VocabularyPair]
 ) -> list[BoundTerm]:
-    """The recipe's terms for these pairs; where all vocabularies are one, divergences go token by token.
+    """The recipe's terms for these pairs; if all vocabularies are the same, divergences are token-level.
 
     Raises:
         ConfigError: no term, an unknown one, or options that it cannot take.
-        TeacherError: a term that needs more than a teacher gives.
+        TeacherError: a term needs more than a teacher provides.
     """
     same = all(pair.same for pair in pairs.values())
     if teachers is not None and teachers.mix is not None:
-        # What is known of a partial row differs from teacher to teacher.
+        # The known tokens of a partial row differ between teachers.
         same = same and all(t.gives == "rows" for t in teachers.members.values())
     terms = [_bound(term, teachers, pairs, same) for term in recipe.objectives if term.weight]
     labels = [t.label for t in terms]

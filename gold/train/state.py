@@ -1,4 +1,4 @@
-"""What a run trains, averages and optimises: the only place that knows how weights are gathered, saved and loaded."""
+"""The training state: weights, optimizer, averaged teachers. The only module that gathers, saves and loads weights."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ Answer = TypeVar("Answer")
 class TrainState:
     """The student, its optimizer with float32 master weights, the teachers that average it, and the steps so far.
 
-    ``module`` is the student as accelerate has wrapped it: forward and backward passes of a step go through it.
-    ``reference`` is the student before training, where an objective compares with it (``keep_reference``). Random
-    draws and the place in the data follow from ``step``; everything else that a next step depends on is in ``save``.
+    ``module`` is the student wrapped by accelerate: forward and backward passes of a step go through it. ``reference``
+    is the student before training, if an objective needs it (``keep_reference``). Random draws and the position in the
+    data follow from ``step``; everything else that a next step depends on is in ``save``.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class TrainState:
             student.lm.to(accelerator.device)
         self.reference: Any = None
         if keep_reference:
-            # A teacher that is the student as it is now need not be held twice.
+            # A teacher that equals the current student need not be stored twice.
             held = teachers.frozen_copy(student.lm) if teachers else None
             self.reference = held or copy.deepcopy(student.lm).eval().requires_grad_(False)
         if recipe.gradient_checkpointing:
             recompute_activations(student.lm)
-        # Policy and gradient are of one distribution: no dropout, nor whatever else is random in train mode.
+        # Policy and gradient must use the same distribution: no dropout or other randomness of train mode.
         student.lm.eval()
         trained = [p for p in student.lm.parameters() if p.requires_grad]
         optimizer = MasterAdamW(
             trained, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
         self.masters = optimizer.masters
-        # The model stays where it is: a run of one process keeps the device that was asked for.
+        # The model is not moved: a single-process run keeps the requested device.
         self.module, self.optimizer = accelerator.prepare(
             StatesModule(student.lm), optimizer, device_placement=[False, False]
         )
@@ -82,21 +82,21 @@ class TrainState:
             return lazy_logits(self.reference, states)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around the forward and backward pass of a microbatch: processes exchange gradients at the ``last`` alone."""
+        """Context of a microbatch's forward and backward pass: processes exchange gradients only at the ``last``."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.module)
 
     def backward_nothing(self) -> None:
-        """A gradient of zero: other processes wait for this one's share."""
+        """A backward pass with gradient zero: other processes wait for this one's share."""
         pad, none = self.student.pad_id, np.empty(0, np.int32)
         states = PaddedStates.of([[pad]], [none], [1], pad, self.student.device)
         self.accelerator.backward(self.module(states, lambda logits: 0.0 * logits.logits().sum()))
 
     def clip_gradient(self, max_norm: float) -> float:
-        """The norm of the gradient, which is scaled down to ``max_norm`` where it is larger."""
+        """The norm of the gradient, which is scaled down to ``max_norm`` if it is larger."""
         return float(self.accelerator.clip_grad_norm_(self.module.parameters(), max_norm))
 
     def update(self, lr: float) -> None:
-        """One optimizer step, and one of every teacher that averages the student."""
+        """One optimizer step, and one EMA update of every teacher that averages the student."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -104,13 +104,13 @@ class TrainState:
             teacher.ema_update(self.student.lm, self.masters)
 
     def zero_grad(self) -> None:
-        """Forgets the gradient."""
+        """Clears the gradient."""
         self.optimizer.zero_grad(set_to_none=True)
 
     # weights
 
     def gather(self) -> dict[str, Tensor]:
-        """The student's whole weights by name, tied ones under each of their names; nothing is copied."""
+        """The student's full weights by name, tied ones under each of their names; without copying."""
         return dict(self.student.lm.state_dict())
 
     def save(self, folder: Path) -> None:
@@ -123,7 +123,7 @@ class TrainState:
         (folder / "state.json").write_text(json.dumps({"step": self.step, "bad_steps": self.bad_steps}))
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Restores what ``save`` has written, bit for bit.
+        """Restores the state written by ``save``, bit for bit.
 
         Raises:
             CheckpointError: it is broken, or of another run.
@@ -140,7 +140,7 @@ class TrainState:
     # processes
 
     def sum(self, values: Mapping[str, float], *, ragged: bool = False) -> dict[str, float]:
-        """Sums over all processes; ``ragged``: some names are not there in every process."""
+        """Sums over all processes; ``ragged``: some names are missing in some processes."""
         if self.accelerator.num_processes == 1:
             return dict(values)
         names = sorted(set(gather_object(list(values)))) if ragged else sorted(values)
@@ -161,19 +161,19 @@ class TrainState:
         return self.sum({"flag": float(flag)})["flag"] > 0
 
     def together(self, ask: Callable[[], Answer]) -> Answer:
-        """What ``ask`` returns; a TeacherError in one process is raised in all, which would wait for each other."""
+        """The result of ``ask``; a TeacherError in one process is raised in all, since the others would wait."""
         try:
             answer, failure = ask(), None
         except TeacherError as error:
             answer, failure = None, error
         if self.any_process(failure is not None):
-            reasons = gather_object([str(failure or "")])  # so that each process can say why
+            reasons = gather_object([str(failure or "")])  # so that each process can report the cause
             raise TeacherError(next(filter(None, reasons))) from failure
         return cast(Answer, answer)
 
 
 def average_file(name: str) -> str:
-    """The file of a checkpoint that holds the weights of a teacher that averages the student."""
+    """The checkpoint file with the weights of a teacher that averages the student."""
     return f"teacher-{name}.pt"
 
 
@@ -188,10 +188,10 @@ def load_average(teacher: Teacher, file: Path) -> None:
 
 
 def load_optimizer(optimizer: Any, file: Path, device: torch.device) -> None:
-    """Restores the moments of a checkpoint; learning rate and weight decay stay the optimizer's own.
+    """Restores the moments of a checkpoint; learning rate and weight decay stay those of the optimizer.
 
     Raises:
-        ValueError: they are of other weights; whatever torch raises for a file that it cannot read.
+        ValueError: they are for other weights; any torch error for a file that it cannot read.
     """
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(torch.load(file, map_location=device, weights_only=True))
@@ -205,7 +205,7 @@ def load_optimizer(optimizer: Any, file: Path, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _errors_of(file: Path) -> Iterator[None]:
-    """Whatever torch raises about a file, as one line."""
+    """Converts any torch error about a file to one line."""
     try:
         yield
     except Exception as error:
@@ -214,7 +214,7 @@ def _errors_of(file: Path) -> Iterator[None]:
 
 
 def read_steps(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Steps taken, and how many of the last were not applied."""
+    """Number of steps taken, and how many of the last were not applied."""
     file = checkpoint.path / "state.json"
     saved = read_json(file, CheckpointError)
     step, bad_steps = (saved.get(name) if isinstance(saved, dict) else None for name in ("step", "bad_steps"))

@@ -1,4 +1,4 @@
-"""One optimizer step, from top to bottom: prompts, rollouts, alignment, the teachers, losses, update, metrics."""
+"""One optimizer step, from top to bottom: prompts, rollouts, alignment, teachers, losses, update, metrics."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from gold.train.setup import Setup
 from gold.train.state import TrainState
 
 NO_LOGITS = GivenLogits(torch.zeros(0, 1))
-"""The student's logits where they are not read."""
+"""Placeholder for the student's logits where they are not used."""
 
 
 class StepReport(NamedTuple):
-    """The metrics of a step, and for a metric that counts what was left out one example of it, for a message."""
+    """The metrics of a step, and for each metric of skipped items one example for messages."""
 
     metrics: dict[str, Any]
     examples: dict[str, str]
 
 
 def train_step(state: TrainState, setup: Setup) -> StepReport:
-    """One optimizer step.
+    """Takes one optimizer step and returns its metrics.
 
     Raises:
-        TeacherError: a teacher has not scored all of this step's texts; nothing has changed.
+        TeacherError: a teacher could not score all of this step's texts; no state has changed.
     """
     recipe = setup.recipe
     timer = PhaseTimer(setup.now or device_clock(state.student.device))
@@ -73,7 +73,7 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
         finite = math.isfinite(head["grad_norm"]) and math.isfinite(sums["loss"])
         if not finite:
             head |= diagnosis(state, setup, microbatches, sums)
-        # Where no text could be used, nothing has gone wrong either.
+        # A step without usable texts is not a bad step.
         bad = not head["applied"] and (not finite or sums["kept"] > 0)
         state.bad_steps = 0 if head["applied"] else state.bad_steps + bad
         state.step += 1
@@ -83,8 +83,8 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
 
 
 def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], list[str]]:
-    """This process's share of the step's rollouts, rewarded where there is a verifier; and why others are left out, for
-    each: the student has no room for their prompt. Of very many prompts not all are checked before a run."""
+    """This process's share of the step's rollouts, with rewards if there is a verifier; and for each skipped prompt,
+    which leaves the student no room, the reason. Very large prompt sets are not fully checked before a run."""
     recipe, accelerator = setup.recipe, state.accelerator
     order = PromptOrder(len(setup.prompts), recipe.seed)
     chosen = list(enumerate(order.batch(state.step, recipe.prompts_per_step)))
@@ -119,7 +119,7 @@ def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], l
 
 
 def push_weights(state: TrainState, engine: RolloutEngine) -> None:
-    """Has the engine generate with the student's weights as they are now."""
+    """Pushes the student's current weights to the engine."""
     if engine.version != state.step:
         engine.push(state.gather(), state.step)
 
@@ -127,10 +127,10 @@ def push_weights(state: TrainState, engine: RolloutEngine) -> None:
 def query_teachers(
     state: TrainState, setup: Setup, microbatches: list[Microbatch]
 ) -> tuple[list[Microbatch], dict[str, float], str]:
-    """The microbatches with the teachers' logits, counts for the metrics, and one text of probability 0, if any.
+    """The microbatches with the teachers' logits, counts for the metrics, and a text of probability 0, if any.
 
     Raises:
-        TeacherError: a teacher cannot answer, in any of the processes.
+        TeacherError: a teacher fails, in any of the processes.
     """
     teachers = setup.teachers
     if teachers is None or not setup.needs_teacher:
@@ -151,7 +151,7 @@ def _retries(teachers: Teachers) -> int | None:
 
 
 def unit_counts(setup: Setup, microbatches: Sequence[Microbatch]) -> dict[str, float]:
-    """How many units of each term this process has, and, where prompts have different teachers, of each teacher's."""
+    """This process's count of units of each term, and, if prompts have different teachers, of each teacher's."""
     counts = {t.label: 0.0 for t in setup.terms}
     for name in setup.routes:
         counts |= {f"{t.label}[{name}]": 0.0 for t in setup.terms}
@@ -165,7 +165,7 @@ def unit_counts(setup: Setup, microbatches: Sequence[Microbatch]) -> dict[str, f
 
 
 def with_baselines(state: TrainState, setup: Setup, microbatches: list[Microbatch]) -> list[Microbatch]:
-    """The microbatches with what terms subtract from their advantages: means over the whole step, all processes."""
+    """The microbatches with the baselines of their advantages: means over the whole step and all processes."""
     for term in setup.terms:
         name, options = term.objective.name, term.objective.options
         if options.get("baseline") != "others":
@@ -184,7 +184,7 @@ def with_baselines(state: TrainState, setup: Setup, microbatches: list[Microbatc
 def accumulate_gradients(
     state: TrainState, setup: Setup, microbatches: Sequence[Microbatch], counts: Mapping[str, float]
 ) -> dict[str, float]:
-    """Adds up the gradient of the step's loss; returns this process's share of the loss and of its parts."""
+    """Accumulates the gradient of the step's loss; returns this process's share of the loss and of its parts."""
     sums: dict[str, float] = defaultdict(float)
     state.module.eval()
     state.zero_grad()
@@ -230,7 +230,7 @@ def step_loss(
         for label in [t.label for t in setup.terms if t.label in parts]:
             parts[f"{label}[{name}]"] = parts[label] if name in microbatch.batches else 0.0 * parts[label]
     parts["loss"] = total.detach()
-    # A step whose terms count nothing still needs a graph, or the processes would wait for each other.
+    # A step without counted units still needs a graph, or the other processes would wait.
     if not total.requires_grad:
         total = total + 0.0 * student_logits.select(slice(1)).logits().sum()
     return total * state.accelerator.num_processes, parts
@@ -239,7 +239,7 @@ def step_loss(
 def update(
     state: TrainState, setup: Setup, sums: Mapping[str, float], counts: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The optimizer step, unless its loss or gradient is not finite or nothing was learned: the moments of the
+    """The optimizer step, skipped if the loss or gradient is not finite or nothing was counted: the moments of the
     optimizer would still move."""
     norm = state.clip_gradient(setup.recipe.max_grad_norm)
     finite = math.isfinite(norm) and math.isfinite(sums["loss"])
@@ -254,7 +254,7 @@ def update(
 def diagnosis(
     state: TrainState, setup: Setup, microbatches: Sequence[Microbatch], sums: Mapping[str, float]
 ) -> dict[str, str]:
-    """Why the step's loss or gradient is not finite, as far as this process can tell."""
+    """Why the step's loss or gradient is not finite, as far as this process can determine."""
     scored = {
         name: [
             pair
@@ -271,8 +271,8 @@ def diagnosis(
 
 
 def warm_up(state: TrainState, setup: Setup) -> float:
-    """Runs every term once on a text of one letter, so that its kernels are compiled, and kept for later runs; returns
-    the seconds that this took."""
+    """Runs every term once on a text of one letter, so that its kernels are compiled and cached; returns the seconds
+    taken."""
     now = setup.now or device_clock(state.student.device)
     started = now()
     student = state.student
@@ -296,7 +296,7 @@ def warm_up(state: TrainState, setup: Setup) -> float:
         )
         for term in setup.terms:
             total = term.objective.loss(inputs).total
-            # A teacher that cannot write the letter makes it infinite.
+            # Infinite if a teacher has no token for the letter.
             if total.requires_grad and total.isfinite():
                 total.backward()
     return now() - started

@@ -1,7 +1,7 @@
-"""Where a run's metrics go: each step and each evaluation is one dict, handed to a list of trackers.
+"""Trackers receive a run's metrics: each step and each evaluation is one dict, passed to all trackers.
 
-A tracker needs four methods; a class that derives from `Tracker` inherits empty ones. The run folder (`run_folder.py`)
-and the terminal (`progress.py`) are trackers, `gold.distill(..., trackers=[...])` takes more.
+A tracker needs four methods; a class derived from `Tracker` inherits empty ones. The run folder (`run_folder.py`) and
+the terminal (`progress.py`) are trackers; `gold.distill(..., trackers=[...])` takes more.
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker learns before the first step.
+    """Information for trackers before the first step.
 
-    `config` is what config.yaml holds, `header` describes the run in a few named lines, `done` counts the steps taken
-    before a resumption.
+    `config` is the contents of config.yaml, `header` describes the run in a few named lines, `done` is the number of
+    steps taken before a resumption.
     """
 
     config: Mapping[str, Any]
@@ -24,28 +24,29 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """Receives a run's metrics, in the main process alone. An exception that it raises ends the run."""
+    """Receives a run's metrics, in the main process only. An exception that it raises ends the run."""
 
     def start(self, run: RunInfo) -> None:
-        """Before the first step; notes may come earlier. A resumed run logs again the steps after its checkpoint."""
+        """Called before the first step; notes may come earlier. A resumed run logs again the steps after its
+        checkpoint."""
         return
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
-        """A record with an integer `step`; `kind` is `train` (a step), `eval` (an evaluation's measures) or `sample`
-        (one completion of an evaluation)."""
+        """Receives a record with an integer `step`; `kind` is `train` (a step), `eval` (an evaluation's measures) or
+        `sample` (one completion of an evaluation)."""
         return
 
     def note(self, text: str) -> None:
-        """A line for people: a warning, a resumption, an interruption."""
+        """Receives a line for people: a warning, a resumption, an interruption."""
         return
 
     def finish(self) -> None:
-        """After the last step, or when the run ends early; only if it was started."""
+        """Called after the last step, or when the run ends early; only if it was started."""
         return
 
 
 class Trackers(Tracker):
-    """Several trackers as one, called in order. Without any it is silent."""
+    """Several trackers as one, called in order; without members it does nothing."""
 
     def __init__(self, *members: Tracker) -> None:
         self.members = list(members)
