@@ -97,9 +97,8 @@ def chunk_sums(logp_N: Tensor, chunk_N: Tensor, chunks: int) -> Tensor:
 
     ``chunk_N`` holds a chunk index per token; tokens with −1 are ignored. The gradient of a token is that of its chunk.
     """
-    counted = chunk_N >= 0
-    out_C = logp_N.new_zeros(chunks)
-    return out_C.index_add(0, chunk_N.clamp(min=0).long(), logp_N.masked_fill(~counted, 0.0))
+    out_C = logp_N.new_zeros(chunks + 1)  # the last is for −1
+    return out_C.index_add(0, torch.where(chunk_N < 0, chunks, chunk_N).long(), logp_N)[:chunks]
 
 
 def row_statistics(

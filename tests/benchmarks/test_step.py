@@ -57,7 +57,7 @@ def test_a_step_is_the_sum_of_its_phases(tiny: Path) -> None:
 
 def test_what_no_phase_counted_is_the_update() -> None:
     made = step._step({"rollout": 1.0, "student": 2.0}, Sample(3.5, 7), 10)
-    assert made.seconds == {"rollout": 1.0, "read": 0.0, "teacher": 0.0, "student": 2.0, "update": 0.5}
+    assert made.seconds == {"rollout": 1.0, "align": 0.0, "teacher": 0.0, "student": 2.0, "update": 0.5}
     one = step.summary("x", [made, Step(made.seconds, 4.5, 2**20, 20)])
     assert one.whole_s.median == 4.0
     assert one.share["rollout"] == 0.25

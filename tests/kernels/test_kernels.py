@@ -195,6 +195,13 @@ def test_segment_logsumexp(backend: ModuleType) -> None:
 
 
 @over
+def test_chunk_sums_of_rows_in_no_chunk(backend: ModuleType) -> None:
+    none = torch.full((3,), -1)
+    assert backend.chunk_sums(torch.full((3,), -torch.inf), none, 0).shape == (0,)
+    assert backend.chunk_sums(torch.full((3,), -torch.inf), none, 2).tolist() == [0.0, 0.0]
+
+
+@over
 def test_chunk_sums(backend: ModuleType) -> None:
     chunk = torch.tensor([0, 0, -1, 2, 2, 2, -1])
     value, grad = outcome(

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.trackers import Recorder
 
-import gold.train.step
+import gold.train.state
 from gold.build import load_data
 from gold.config import Config
 from gold.data import Prompt, load_prompts
@@ -365,7 +365,7 @@ def test_frozen_weights_and_a_leash_are_held_once(monkeypatch: pytest.MonkeyPatc
     student = tiny.tiny_student()
     teacher = SelfTeacher(student)
     monkeypatch.setattr(
-        gold.train.step, "copy", SimpleNamespace(deepcopy=lambda *_: pytest.fail("a second copy"))
+        gold.train.state, "copy", SimpleNamespace(deepcopy=lambda *_: pytest.fail("a second copy"))
     )
     terms = (Term("reverse_kl"), Term("reference_kl", weight=0.1))
     done = run(teacher, told(tiny.prompts()), student, objectives=terms, steps=1)
