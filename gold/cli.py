@@ -243,10 +243,10 @@ def doctor(
         int | None, typer.Option(min=1, help="of a sequence; default: the run's, or 256", show_default=False)
     ] = None,
 ) -> None:
-    """Check whether a pair can be trained and what stands in its way; exit code 1 if it cannot.
+    """Check whether a pair can be trained, and if not, why; exit code 1 if it cannot.
 
     Memory of a step, as estimated, in bytes:
-    student: parameters × 4 × bytes of its dtype (weights, gradients, AdamW)
+    student: parameters × 16 in float32 and bfloat16 (weights, gradients, AdamW)
     teacher: parameters × bytes of its dtype
     activations: sequences × tokens × layers ×
     (9 hidden + 4 inner + 3 (queries + keys)) × 4
@@ -353,7 +353,7 @@ def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")])
 
 @cache.command("build")
 def cache_build(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Score the completions of a run's training prompts into teacher.cache.path, those that are not in it yet.
+    """Score the completions of a run's training prompts that are not yet in teacher.cache.path, and store them there.
 
     The student of the configuration is not needed.
     """
@@ -370,7 +370,7 @@ def cache_build(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @cache.command("info")
 def cache_info(folder: CacheFolder, as_json: AsJson = False) -> None:
-    """Show which teacher's scores a cache holds, of how much text, and its size."""
+    """Show the teacher of a cache, how many texts it holds, and its size."""
     from gold.cache.command import run_info
 
     run_info(folder, as_json)
@@ -378,7 +378,7 @@ def cache_info(folder: CacheFolder, as_json: AsJson = False) -> None:
 
 @cache.command("verify")
 def cache_verify(folder: CacheFolder) -> None:
-    """Read every byte of a cache and name what is damaged or cut short; exit code 1 if anything is."""
+    """Read every byte of a cache and list damaged or truncated parts; exit code 1 if there are any."""
     from gold.cache.command import run_verify
 
     if not run_verify(folder):
@@ -390,7 +390,7 @@ def cache_merge(
     into: Annotated[Path, typer.Argument(metavar="INTO", help="folder of a cache, new or not")],
     sources: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="caches of the same teacher")],
 ) -> None:
-    """Add what other caches hold to a cache; damaged parts and duplicates are left out."""
+    """Add the contents of other caches to a cache, without damaged records and duplicates."""
     from gold.cache.command import run_merge
 
     run_merge(into, sources)
@@ -400,7 +400,7 @@ def cache_merge(
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="run folder of the demo")] = Path("runs/demo"),
 ) -> None:
-    """Make two tiny models with different tokenizers, distil one into the other, compare; offline."""
+    """Train two tiny models with different tokenizers, distil one into the other, and compare; offline."""
     from gold.demo.run import main as run
 
     run(out)

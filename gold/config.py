@@ -100,7 +100,7 @@ class StudentConfig(ModelConfig):
     path: Text
     """model folder, GGUF file, or Hub id"""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """dtype of the weights, as for a teacher; bfloat16 has float32 copies in training, so it saves no memory"""
+    """dtype of the weights, as for a teacher; bfloat16 is trained on float32 copies: no less memory for weights"""
 
 
 class ServedConfig(Section):

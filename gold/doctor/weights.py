@@ -67,7 +67,7 @@ def self_divergence(model: LanguageModel, prompts: Sequence[Prompt]) -> float:
 def divergence(
     student: LanguageModel, teacher: Teacher, prompts: Sequence[Prompt], support: Literal["bytes", "shared"]
 ) -> float:
-    """Reverse KL of a student from a teacher on the prompts' completions and their ends, in nats per byte."""
+    """Reverse KL(student ‖ teacher) on the prompts' completions and their ends, in nats per byte."""
     pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
     objective = OBJECTIVES["reverse_kl"](support=support)
     rollouts = [completed(student, prompt, 10**6) for prompt in prompts]

@@ -171,7 +171,7 @@ class _Pair:
 
     @cached_property
     def _token_bytes(self) -> list[set[bytes]]:
-        """The bytes of all tokens of both vocabularies."""
+        """The token bytes of each vocabulary, as sets."""
         blobs = (
             (v.blob.tobytes(), v.offsets.tolist())
             for v in (self.vocabularies.student, self.vocabularies.teacher)

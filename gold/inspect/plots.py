@@ -168,7 +168,7 @@ def _words(name: str) -> tuple[str, str]:
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean of the finite values of up to `width` steps around each; NaN where there is none."""
+    """Mean of the finite values of up to `width` steps around each; NaN if there is none."""
     around = (values[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(values)))
     finite = ([value for value in near if math.isfinite(value)] for near in around)
     return [sum(near) / len(near) if near else math.nan for near in finite]

@@ -59,7 +59,7 @@ class LanguageModel:
 
     @property
     def pad_id(self) -> int:
-        """An id to pad batches with; which one never matters, since attention masks it."""
+        """The id for padding batches; its value never matters, since attention masks it."""
         return pad_id(self.tokenizer, self.vocabulary)
 
 

@@ -1,4 +1,4 @@
-"""Sequences of unlike length as one rectangle of ids: padded on the right for scoring, on the left for generation."""
+"""Padding of sequences to one length: on the right for scoring, on the left for generation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 def padded(
     texts: Sequence[Sequence[int] | NDArray[np.integer[Any]]], pad_id: int, device: torch.device, *, left: bool = False
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Ids, and 1 where they are a text's own: [B, longest] each, int64, with ``pad_id`` and 0 on one side of a text."""
+    """Ids and attention mask: [B, longest] each, int64, with ``pad_id`` and 0 at the padding."""
     longest = max(map(len, texts))
     ids = np.full((len(texts), longest), pad_id, np.int64)
     mask = np.zeros((len(texts), longest), np.int64)

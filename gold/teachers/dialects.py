@@ -417,7 +417,7 @@ def _salted(key: str, request: ScoreRequest) -> dict[str, str]:
 
 
 def _id(key: str) -> int:
-    """The id that a key of JSON names, in the one way that numbers are written."""
+    """The id in a key of a JSON object; only the canonical decimal form is accepted."""
     if not (key.isascii() and key.isdecimal()) or key != str(int(key)):
         raise BadAnswerError(f"gives {shown(key)} as a token id")
     return int(key)
@@ -452,7 +452,7 @@ def _check_count(positions: Sequence[Any], count: int, at_most: int | None = Non
 
 
 def _tail(meta: Any, name: str, count: int) -> list[Any]:
-    """The entries of the tokens that are scored; the one before them may come first."""
+    """The entries of the scored tokens; an entry for the token before them is dropped."""
     entries = _get(meta, name)
     if len(entries) not in (count, count + 1):
         raise BadAnswerError(f"answers for {len(entries)} tokens where {count + 1} were asked for")

@@ -45,7 +45,7 @@ class SelfTeacher(LocalTeacher):
 
     @torch.no_grad()
     def ema_update(self, student: Any, masters: Mapping[Tensor, Tensor] = MappingProxyType({})) -> None:
-        """One step of the average towards the student's weights, or their float32 master copies."""
+        """Updates the average with the student's weights, or their float32 master copies."""
         if self.decay == 1.0:
             return
         for mine, theirs in zip(self.model.lm.parameters(), student.parameters(), strict=True):

@@ -73,7 +73,7 @@ def open_source(source: Any, stop_ids: Iterable[int] = (), roles: Roles | None =
         check_growth(found.tokenizer)
     except VocabularyError as error:
         raise VocabularyError(f"{found.name}: {error}") from None
-    with foreign(found.name), suppress(Exception):  # an unknown character may be an error
+    with foreign(found.name), suppress(Exception):  # unknown characters may raise an error
         found.tokenizer.encode(_PROBE)
 
     def index(role: str, token: str) -> int:

@@ -307,7 +307,7 @@ def _edit(text_a: str, text_b: str, i: int, j: int, back: Int64) -> tuple[int, i
 
 
 def _blocks_up_to_an_anchor(blocks: Iterable[Any], at_end: bool) -> list[tuple[int, int, int]] | None:
-    """The equal runs of a window up to the start of the first long one, or all of them where both texts end."""
+    """The equal runs of a window up to the start of the first long one; all of them if both texts end."""
     found = []
     for block in blocks:
         anchor = block.size >= _ANCHOR

@@ -34,7 +34,7 @@ _WIDEST = 10_000
 """Maximum for columns, decimals and similar numbers in a template."""
 
 _WIDE = re.compile(
-    r"%(?:\([^)]*\))?[-+ #0-9.^_]*(?:\*|\d{5})"  # of a % in Python and of strftime
+    r"%(?:\([^)]*\))?[-+ #0-9.^_]*(?:\*|\d{5})"  # of Python's % and of strftime
     r"|\{[^{}]*:[^{}]*(?:\{|\d{5})"
 )
 _TAKE_WIDTHS = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes"}
