@@ -1,4 +1,4 @@
-"""Objectives: pure functions from a microbatch to a sum with named parts, and the registry of them by name.
+"""Objectives: pure functions from a microbatch to a sum with named parts, and the table of them by name.
 
 ``reverse_kl`` is KL(student ‖ teacher), ``forward_kl`` is KL(teacher ‖ student).
 """

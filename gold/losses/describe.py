@@ -1,4 +1,4 @@
-"""Text description of the registered objectives."""
+"""The table of objectives as text for `gold objectives`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Divergences between rows of log-probabilities, [N, events] → [N] in nats: p the student's, q the teacher's.
 
-The registered ones are sums of two KL divergences to mixtures, a form that the kernels implement; any other function of
-two such rows also works as a divergence, and runs in torch.
+Those in the table of objectives are sums of two KL divergences to mixtures, a form that the kernels implement; any
+other function of two such rows also works as a divergence, and runs in torch.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ _FORMS: Mapping[Callable[..., Tensor], Callable[..., MixedKL]] = {
 
 
 def form_of(divergence: Divergence) -> MixedKL | None:
-    """The ``MixedKL`` form of a registered divergence, with or without options; None for any other function."""
+    """The ``MixedKL`` form of a divergence of the table, with or without options; None for any other function."""
     function, options = divergence, {}
     if isinstance(divergence, partial):
         function, options = divergence.func, divergence.keywords

@@ -1,4 +1,4 @@
-"""The registry of objectives: name, function, what each needs from a teacher, and the unit it is normalised by.
+"""The table of objectives: name, function, what each needs from a teacher, and the unit it is normalised by.
 
 An objective is a pure function from a microbatch to a sum, with keyword arguments as its options. The caller divides by
 the count of its unit in the whole optimizer step, so that accumulation over microbatches and processes equals one large
@@ -75,7 +75,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the registry; called with options, it returns the objective.
+    """A row of the table; called with options, it returns the objective.
 
     ``loss(inputs, **options)`` and ``count(batch)``, in the objective's ``unit``. ``on_policy``: it learns from texts
     that the student wrote, as samples of the policy itself. ``own_vocabulary``: it needs models that share one
@@ -145,7 +145,7 @@ class Support:
 
 @dataclass(frozen=True)
 class DivergenceRow:
-    """A row of the registry for a divergence, available on several supports; ``bytes`` is the default."""
+    """A row of the table for a divergence, available on several supports; ``bytes`` is the default."""
 
     name: str
     divergence: Callable[..., Any]
