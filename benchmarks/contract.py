@@ -116,11 +116,11 @@ def page(data: Mapping[str, Any]) -> str:
     if data["peers"]:
         versions = ", ".join(f"{name} {version}" for name, version in data["peer_versions"].items())
         theirs = f"""
-## Losses of peers
+## Losses of other libraries
 
-The same clauses, put to the published functions of {versions} as they are called in training,
-one text at a time. A number is what was measured where the clause allows less. What `uld` and `gold` are excused from
-above, no loss of their kind can hold.
+The same clauses for the published functions of {versions} as they are called in training, one text at a
+time. A number is the measured value where the clause allows less. The exceptions of `uld` and `gold` above apply to
+every loss of their kind.
 
 {_table(data["clauses"], data["peers"])}
 """
@@ -131,31 +131,32 @@ above, no loss of their kind can hold.
     says = "\n".join(f"- **{number}** {text}" for number, text in data["clauses"].items())
     return f"""# The contract
 
-What every objective is held to. Each clause is a measurement with a bound, on toy models whose tokenizers really
-disagree, in float64 ([clauses](../tests/contract/clauses.py)); an objective is under contract by being in the table.
-`python -m benchmarks contract` writes this page.
+The properties that every objective is tested for. Each clause is a measurement with a bound, on toy models with
+different tokenizers, in float64 ([clauses](../tests/contract/clauses.py)). Every row of the table of objectives is
+tested. `python -m benchmarks contract` writes this page.
 
 {says}
 
-A sampled estimator's expectation is held by full enumeration instead of clauses 1 and 7
-([policy gradients](../tests/contract/test_policy.py)).
+For sampled estimators, full enumeration of their expectation replaces clauses 1 and 7
+([policy gradients](../tests/contract/test_policy.py)). "–" means that a clause does not apply.
 
 {_table(data["clauses"], data["ours"])}
 
 ## Exceptions
 
-What an objective cannot hold by its nature is declared beside it, with the reason, and a test shows that it is so.
+Clauses that an objective cannot hold by its nature. They are declared in its row of the table, with the reason, and a
+test shows each of them.
 
 {chr(10).join(exceptions)}
 
 ## Floors
 
-Clause 8a in numbers: the expected loss per unit where student and teacher write one and the same source of
-text, each in its tokenizer's own tokens, so that the true divergence is 0; and the length of the expected gradient
-there, as a share of the one towards a teacher of another source. All texts of up to four letters are enumerated,
-tokens that are never written have logits of {source.NEVER:g}. Such a loss cannot fall to 0, and training that starts at
-the teacher moves away from it. A policy gradient's value says nothing, its expected gradient does. The tokenizers:
-{tokenizers}.
+Clause 8a in numbers: the expected loss per unit if student and teacher are models of one source of text, each in its
+own tokenizer's tokens, so that the true divergence is 0; and the length of the expected gradient there, as a share of
+the one towards a teacher of another source. All texts of up to four letters are enumerated,
+tokens that are never written have logits of {source.NEVER:g}. Such a loss cannot fall to 0, and training
+that starts at the teacher moves away from it. For policy gradients only the expected gradient is meaningful. The
+tokenizers: {tokenizers}.
 
 {_floors(data["floors"])}
 {theirs}"""

@@ -1,4 +1,4 @@
-"""Distillation in one call: what `gold train` does, from Python.
+"""`gold train` from Python, in one call.
 
 python examples/distill_api.py STUDENT TEACHER PROMPTS.jsonl OUTPUT    # two model folders or Hub ids
 """

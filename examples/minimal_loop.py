@@ -1,6 +1,6 @@
-"""On-policy distillation across tokenizers without command line, configuration or run folder: one loop.
+"""On-policy distillation across tokenizers as one loop, without command line, configuration or run folder.
 
-python examples/minimal_loop.py                    # two tiny random models, made on the spot
+python examples/minimal_loop.py                    # two tiny random models
 python examples/minimal_loop.py STUDENT TEACHER    # two model folders or Hub ids
 """
 
@@ -26,21 +26,21 @@ from gold.teachers import LocalTeacher
 
 
 def train(student: LanguageModel, teacher: LocalTeacher, prompts: list[Prompt], *, steps: int, lr: float):
-    """Yields each step's loss in nats per byte; the student learns on the way."""
+    """Trains the student in place; yields the loss of each step in nats per byte."""
     pair = VocabularyPair(student.vocabulary, teacher.vocabulary)
     objective = OBJECTIVES["reverse_kl"](support="bytes")
     optimizer = torch.optim.AdamW(student.lm.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     sampling = Sampling(max_new_tokens=24)
     engine = HuggingFaceEngine(student)
     for step in range(steps):
-        # The student writes, the teacher reads the same bytes in its own tokens.
+        # The student samples completions; the teacher scores its own tokens of the same bytes.
         seeds = [(0, step, n) for n in range(len(prompts))]
         rollouts = sample(engine, student, prompts, sampling, seeds=seeds)
         texts = [aligned_text(rollout, pair) for rollout in rollouts]
         batch = AlignedBatch(texts, pair, student.device, teacher.device)
         teacher_states = LazyLogits.joined(teacher_logits(teacher, rollouts, texts))
         student_rows = lazy_logits(student.lm, student_states(student, rollouts))
-        # Both become next-byte distributions along the text, and their divergence is the loss.
+        # The loss is the divergence between both models' next-byte distributions along the text.
         loss = objective(LossInputs(batch, student_rows, teacher_states)).total / objective.count(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.lm.parameters(), 1.0)

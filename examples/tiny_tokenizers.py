@@ -1,4 +1,4 @@
-"""Two byte-level BPE tokenizers of some fifteen tokens that cut the same words in different places.
+"""Two byte-level BPE tokenizers of about fifteen tokens that split the same words in different places.
 
 python examples/tiny_tokenizers.py FOLDER      # writes student.json and teacher.json
 """
@@ -13,7 +13,7 @@ TEACHER = "h+e l+l ll+o _+w _w+o r+l rl+d"
 
 
 def tokenizer_of(merges: str) -> Tokenizer:
-    """BPE over the letters of the given merges and the comma; `_` is a space."""
+    """BPE with the given merges over their letters and the comma; `_` is a space."""
     pairs = [tuple(m.split("+")) for m in merges.replace("_", "Ġ").split()]
     letters = sorted({",", *(letter for pair in pairs for letter in "".join(pair))})
     tokens = ["<eos>", *letters, *(left + right for left, right in pairs)]
