@@ -159,11 +159,11 @@ def sampled_credit(inputs: LossInputs, name: str, options: Mapping[str, Any]) ->
 def means_of_others(
     credits: Sequence[Credit], numbers: Sequence[Tensor], size: int, add_up: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """For each row of each microbatch, the mean advantage of the step's other texts at the same token index, at most
-    ``size``; 0 where there is none.
+    """For each row of each microbatch, the mean advantage of the step's other texts at the same token index; 0 where
+    there is none.
 
-    ``numbers`` are the token indices of the rows in their texts; ``add_up`` sums over processes. The baseline is
-    independent of the text, so the expected gradient is unchanged.
+    ``numbers`` are the token indices of the rows in their texts, all below ``size``; ``add_up`` sums over processes.
+    The baseline is independent of the text, so the expected gradient is unchanged.
     """
     sums = torch.zeros(2, size, dtype=torch.float64)
     given = [torch.stack((c.inside.double(), c.advantage.double() * c.inside)).cpu() for c in credits]

@@ -105,7 +105,7 @@ class _Draw(LogitsProcessor):
                 logits = nucleus(logits, self.sampling.top_p)
             prob = torch.softmax(logits, dim=-1)
             cumulative = torch.cumsum(prob, dim=-1, dtype=torch.float64)
-            # Clamp to the last positive entry: a number that rounds to the total must not select a masked token.
+            # Rounding may select a token of probability 0 (masked): then the most probable one is taken.
             point = self.uniform[:, step : step + 1] * cumulative[:, -1:]
             token = torch.searchsorted(cumulative, point, right=True).clamp(max=logits.shape[1] - 1)
             token = torch.where(prob.gather(1, token) > 0, token, prob.argmax(-1, keepdim=True))

@@ -141,7 +141,7 @@ def check_end(record: Mapping[str, Any]) -> None:
     """Checks that the last step of a finished run, given by its record, was applied.
 
     Raises:
-        TrainingError: it was not, nor the bad steps before it counted with it.
+        TrainingError: it was not; the message gives the number of bad steps at the end, and the reason.
     """
     if bad := record.get("bad_steps"):
         raise TrainingError(
