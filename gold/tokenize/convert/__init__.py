@@ -1,1 +1,1 @@
-"""Tokenizers from files that the tokenizers library does not read itself."""
+"""Converts tokenizer files that the `tokenizers` library cannot load."""

@@ -1,4 +1,4 @@
-"""What the tokenizers of all formats are built of."""
+"""Building blocks shared by the tokenizers of all formats."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -22,13 +22,13 @@ def bpe_model(vocab: Mapping[str, int], merges: Iterable[tuple[str, str]], **opt
 
 
 def merges_of_ranked(ranked: Iterable[str], parts: Collection[str]) -> list[tuple[str, str]]:
-    """The merges of a vocabulary that only ranks its tokens: all pairs of `parts` that make up a ranked token.
+    """The merges of a vocabulary that only ranks its tokens: all pairs of `parts` that form a ranked token.
 
-    A vocabulary of ranks merges whichever neighbours make the best ranked token, the leftmost where two are equal; a
-    list of merges takes the first pair of the list. Both give the same tokens: as long as neither neighbour was merged
-    across its outer edge, what happens within the two is what would happen to their text alone, and on its way to one
-    token that text is in two parts only once. So of all ways to cut a token in two, text shows one, and the order among
-    them never matters.
+    A rank vocabulary merges the neighbours that form the best ranked token, the leftmost if two are equal; a list of
+    merges applies the first matching pair of the list. Both give the same tokens: as long as neither neighbour was
+    merged across its outer edge, the merges inside the two are those of their text alone, and while that text is merged
+    into one token, it consists of two parts only once. So of all ways to split a token in two, text reaches only one,
+    and the order among them never matters.
     """
     known = frozenset(parts)
     return [
@@ -40,9 +40,9 @@ def merges_of_ranked(ranked: Iterable[str], parts: Collection[str]) -> list[tupl
 
 
 def byte_level_tokenizer(model: models.Model, patterns: Sequence[str], *, nfc: bool = False) -> Tokenizer:
-    """The tokenizer of a model in the byte alphabet; each pattern splits what the one before it left.
+    """The tokenizer of a model in the byte-level alphabet; each pattern splits the result of the previous one.
 
-    Raises: Exception for a pattern that tokenizers cannot read.
+    Raises: Exception for a pattern that tokenizers cannot compile.
     """
     tokenizer = Tokenizer(model)
     if nfc:
@@ -58,7 +58,7 @@ def byte_level_tokenizer(model: models.Model, patterns: Sequence[str], *, nfc: b
 
 
 def word_piece_tokenizer(vocab: Mapping[str, int], unknown: str, **normalizer: Any) -> Tokenizer:
-    """BERT's tokenizer of a vocabulary; the options are those of its normaliser."""
+    """BERT's tokenizer with this vocabulary; the options are those of its normalizer."""
     tokenizer = Tokenizer(models.WordPiece(vocab=dict(vocab), unk_token=unknown))
     tokenizer.normalizer = normalizers.BertNormalizer(**normalizer)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -67,12 +67,12 @@ def word_piece_tokenizer(vocab: Mapping[str, int], unknown: str, **normalizer: A
 
 
 def space_decoder(*, strips: bool) -> decoders.Sequence:
-    """The decoder of pieces with `▁` for a space; `strips` drops the one before a text."""
+    """The decoder for tokens with `▁` for a space; `strips` drops the space before a text."""
     strip = [decoders.Strip(" ", 1, 0)] if strips else []
     return decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
 
 
 def add_tokens(tokenizer: Tokenizer, special: Iterable[str], others: Iterable[str] = ()) -> None:
-    """Adds tokens by their strings, found in the text as it was given; empty strings are left out."""
+    """Adds tokens by their strings, matched in the raw text; empty strings are skipped."""
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special if token])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in others if token])

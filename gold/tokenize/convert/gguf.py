@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file, read from its metadata alone: no weights, and no package that would list them first."""
+"""Reads the tokenizer of a GGUF file from its metadata, without weights and without a package that would list them."""
 
 import mmap
 import struct
@@ -30,13 +30,13 @@ from gold.tokenize.convert.sentencepiece import (
     tokenizer_of,
 )
 
-# How a value of each type is stored; 8 is a string, 9 an array.
+# The struct format of each value type; 8 is a string, 9 an array.
 _SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
 
 _KEY = "tokenizer.ggml."
-# Ids by role in files of each kind that do not name them.
+# Default ids by role, for files of each kind that do not name them.
 _DEFAULT_IDS: dict[str, dict[str, int]] = {
     "llama": {"bos": 1, "eos": 2},
     "bert": {"bos": 101, "seperator": 102, "padding": 0},
@@ -109,9 +109,9 @@ def _values(data: mmap.mmap) -> dict[str, Any]:
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that the metadata of a GGUF file describe, with its BOS in front of texts if they say so.
+    """The tokenizer in the metadata of a GGUF file, with its BOS in front of texts if they say so.
 
-    Raises: VocabularyError if there is none, or one that cannot be built from what the file says.
+    Raises: VocabularyError if there is none, or one that cannot be built from the metadata.
     """
     if isinstance(whole := metadata.get("tokenizer.huggingface.json"), str):
         try:
@@ -156,9 +156,9 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def role_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """The ids that GGUF metadata name by role: bos, eos, eot, eom, padding, seperator (so written), unknown, mask.
+    """The ids in GGUF metadata by role: bos, eos, eot, eom, padding, seperator (this spelling), unknown, mask.
 
-    An id that the vocabulary does not have names no token and is left out.
+    Ids beyond the vocabulary are skipped.
     """
     size = len(metadata.get(f"{_KEY}tokens", ()))
     defaults = _DEFAULT_IDS.get(str(metadata.get(f"{_KEY}model")), {})
@@ -185,7 +185,7 @@ class _Fields:
         return self._metadata.get(_KEY + name, default)
 
     def numbers(self, name: str, default: int) -> list[Any]:
-        """One number for each token."""
+        """A list with one number per token."""
         found, count = self.get(name), len(self.tokens)
         if found is None:
             return [default] * count
@@ -203,7 +203,7 @@ class _Fields:
         return [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(found, cuts, strict=True)]
 
     def vocab(self) -> dict[str, int]:
-        """The ids of the tokens that are used, by their strings."""
+        """The ids of the used tokens by their strings."""
         vocab: dict[str, int] = {}
         for index, token in enumerate(self.tokens):
             if token and self.kinds[index] != UNUSED and vocab.setdefault(token, index) != index:
@@ -237,7 +237,7 @@ def _byte_level(fields: _Fields, name: str | None) -> Tokenizer:
 
 
 def _merged_pieces(fields: _Fields) -> Tokenizer:
-    """Pieces with `▁` and bytes as in SentencePiece, but with merges of their own; lines are cut apart (Gemma 4)."""
+    """Tokens with `▁` and byte fallback as in SentencePiece, but with merges; text is split at lines (Gemma 4)."""
     merges = fields.merges()
     if merges is None:
         raise VocabularyError("it has neither scores nor merges (tokenizer.ggml.scores, .merges)")
@@ -259,7 +259,7 @@ def _merged_pieces(fields: _Fields) -> Tokenizer:
 
 
 def _word_pieces(fields: _Fields) -> Tokenizer:
-    # The file marks the pieces that begin a word, BERT those that continue one.
+    # The file marks tokens that begin a word, BERT those that continue one.
     fields.tokens = pieces = [
         token if kind in (UNKNOWN, CONTROL) or (token.startswith("[") and token.endswith("]"))
         else token[1:] if token.startswith(SPACE) else f"##{token}"

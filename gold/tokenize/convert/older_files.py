@@ -1,4 +1,4 @@
-"""Tokenizers in folders from before tokenizer.json: `tokenizer.model`, `vocab.json` with `merges.txt`, `vocab.txt`."""
+"""Tokenizers of folders without tokenizer.json: `tokenizer.model`, `vocab.json` with `merges.txt`, `vocab.txt`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from gold.tokenize.roles import token_content
 
 FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 
-# Classes of transformers whose ids and words are those of the file itself, for folders that name one.
+# Classes of transformers that use the ids and the pre-tokenization of the file, for folders that name one.
 _PIECES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 _WORDS_OF = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
 _WORD_PIECES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")
@@ -27,10 +27,10 @@ _BERT = {
 
 
 def older_tokenizer(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, int]] | None:
-    """The tokenizer of a folder's older files and its ids by role, as far as the files tell; None if it has none.
+    """The tokenizer of a folder's older files and the ids by role that they define; None if it has no such files.
 
-    `config` are the settings beside them. A folder without settings is read as the format's first user wrote it: spaces
-    in front as in Llama-2, words as in GPT-2, lower case as in BERT.
+    `config` are the folder's settings. A folder without settings is interpreted like the first model of its format: a
+    space in front as in Llama-2, words as in GPT-2, lower case as in BERT.
 
     Raises: VocabularyError if a file is broken, or the settings name a tokenizer that does more than its file says.
     """
@@ -88,7 +88,7 @@ def _word_pieces(file: Path, config: Mapping[str, Any]) -> Tokenizer:
 
 
 def _with_named(tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer with the tokens added that the settings name: by id, by file, and special ones by role."""
+    """The tokenizer plus the tokens named in the settings: by id, by file, and special ones by role."""
     listed = config.get("added_tokens_decoder")
     by_id = dict(listed) if isinstance(listed, dict) else {}
     file = folder / "added_tokens.json"

@@ -1,4 +1,4 @@
-"""Byte-level pre-tokenizers by the names that GGUF files use."""
+"""Byte-level pre-tokenizers by their names in GGUF files."""
 
 from collections.abc import Iterable, Mapping
 
@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 
 from gold.tokenize.convert.construct import bpe_model, byte_level_tokenizer
 
-# The regular expressions that pre-tokenizers are made of, each cutting what the one before it left.
+# The regular expressions of pre-tokenizers; each splits the result of the previous one.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CASED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,7 +36,7 @@ _HAN_UPPER, _HAN_LOWER = (
     r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]",
 )
 
-# By llama.cpp's names, what the published tokenizers of these models cut.
+# The patterns of the published tokenizers of these models, by llama.cpp's names.
 _WORDS: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
     "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
@@ -110,24 +110,24 @@ _WORDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 _WORDS["bailingmoe2"] = _WORDS["llada-moe"] = _WORDS["bailingmoe"]
 _WORDS["cohere2moe"] = _WORDS["tiny_aya"]
-# These tokenizers compose characters (NFC) before they cut; the file does not say so.
+# These tokenizers normalize to NFC before splitting; the file does not say so.
 _COMPOSING = frozenset({"qwen2", "qwen35", "command-r", "olmo", "mpt"})
-# A word that is a token as a whole is not built of merges.
+# A word that is a token as a whole is not built by merges.
 _WHOLE_WORDS = frozenset(
     {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"}
     | {"tekken", "minicpm5", "kimi-k2"}
 )
 BOS_FIRST = _WHOLE_WORDS - {"minicpm5", "kimi-k2"}
-"""Names of tokenizers that put a BOS in front of texts, unless the file says otherwise."""
+"""Names of tokenizers that put BOS in front of texts, unless the file says otherwise."""
 
 
 def known_words(name: object) -> bool:
-    """Whether there is a pre-tokenizer of that name."""
+    """True if there is a pre-tokenizer of that name."""
     return name in _WORDS
 
 
 def named_byte_level(vocab: Mapping[str, int], merges: Iterable[tuple[str, str]], name: str) -> Tokenizer:
-    """The byte-level BPE tokenizer of a vocabulary in the byte alphabet, with the pre-tokenizer of that name.
+    """The byte-level BPE tokenizer with this vocabulary (byte-level alphabet) and the pre-tokenizer of that name.
 
     Raises: VocabularyError if the merges do not fit the vocabulary.
     """

@@ -1,4 +1,4 @@
-"""Tokenizers of SentencePiece's pieces and scores: the file `tokenizer.model`, and what GGUF files keep of it."""
+"""Tokenizers from SentencePiece pieces and scores: the file `tokenizer.model`, and its contents in GGUF files."""
 
 import re
 import struct
@@ -11,15 +11,15 @@ from gold.errors import VocabularyError
 from gold.tokenize.convert.construct import SPACE, add_tokens, merges_of_ranked, space_decoder
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Kinds of a piece."""
+"""Types of pieces."""
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A SentencePiece model: its pieces by id, with scores and kinds, and how it rewrites a text first.
+    """A SentencePiece model: its pieces by id, with scores and types, and its normalization.
 
-    `charsmap` is its compiled map of characters, empty if it has none. With `squeezes` spaces at both ends are dropped
-    and runs of them become one; with `space_first` a space is then put before the text.
+    `charsmap` is its compiled character map, empty if it has none. With `squeezes`, spaces at both ends are dropped and
+    runs of spaces become one; with `space_first` a space is then added before the text.
     """
 
     strings: Sequence[str]
@@ -32,11 +32,11 @@ class Pieces:
 
 
 def tokenizer_of(pieces: Pieces) -> Tokenizer:
-    """The tokenizer that gives texts the ids of a SentencePiece model.
+    """The tokenizer that gives texts the same ids as a SentencePiece model.
 
-    Control pieces are special tokens; user-defined ones are found in the text before anything else, and what follows
-    one is read as the beginning of a text. As published tokenizers of this kind have it, user-defined runs of spaces
-    are merged like other pieces, the longest first.
+    Control pieces are special tokens; user-defined ones are matched in the text before anything else, and the text
+    after one is tokenized like the beginning of a text. As in published tokenizers of this kind, user-defined runs of
+    spaces are merged like other pieces, the longest first.
     """
     named = {kind: [i for i, k in enumerate(pieces.kinds) if k == kind] for kind in range(1, 7)}
     unknown = named[UNKNOWN][0] if named[UNKNOWN] else None
@@ -53,7 +53,7 @@ def tokenizer_of(pieces: Pieces) -> Tokenizer:
 def read_model(data: bytes, where: str) -> tuple[Pieces, dict[str, int]]:
     """The pieces in the bytes of a `tokenizer.model`, and its ids by role: bos, eos, pad.
 
-    Raises: VocabularyError if it is none, or splits text into words or characters instead of pieces.
+    Raises: VocabularyError if it is no such file, or a word or character model.
     """
     strings: list[str] = []
     scores: list[float] = []
@@ -99,7 +99,7 @@ _ROLE_FIELDS = (("bos", 41, 1), ("eos", 42, 2), ("pad", 43, 1 << 64))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Numbers and values of the fields of a protobuf message: integers, or bytes for everything else."""
+    """The numbers and values of the fields of a protobuf message: integers, or bytes for everything else."""
     at = 0
 
     def varint() -> int:
@@ -138,7 +138,7 @@ def _bpe(pieces: Pieces, unknown: int | None) -> models.BPE:
     normal = [i for i in used if pieces.kinds[i] == NORMAL]
     ranked = [strings[i] for i in sorted(normal, key=lambda i: -pieces.scores[i])]
     parts = {strings[i] for i in used if pieces.kinds[i] in (NORMAL, USER_DEFINED)}
-    # All runs have one score; longer ones first, as the published files order them.
+    # All runs have the same score; longer ones come first, as in the published files.
     of_runs = merges_of_ranked(runs, {*runs, SPACE})
     of_runs.sort(key=lambda pair: (len(pair[0]), len(pair[1])), reverse=True)
     return models.BPE(
@@ -153,7 +153,7 @@ def _bpe(pieces: Pieces, unknown: int | None) -> models.BPE:
 def _unigram(pieces: Pieces, unknown: int | None) -> models.Unigram:
     normal = [s for s, kind in zip(pieces.scores, pieces.kinds, strict=True) if kind == NORMAL]
     lowest = min(normal, default=0.0)
-    # The others are there for their ids; a lower score would be taken for the unknown character's.
+    # The others are kept for their ids; a lower score would be taken for the unknown character's.
     scored = [
         (string, score if kind == NORMAL else lowest)
         for string, score, kind in zip(pieces.strings, pieces.scores, pieces.kinds, strict=True)
@@ -162,7 +162,7 @@ def _unigram(pieces: Pieces, unknown: int | None) -> models.Unigram:
 
 
 def _words(pieces: Pieces) -> pre_tokenizers.Sequence:
-    """What keeps text from becoming a control piece or a byte: `<0x0A>` is six characters. A space begins a word."""
+    """Prevents text from matching control or byte pieces: `<0x0A>` is six characters. A space begins a word."""
     silent = {
         s for s, kind in zip(pieces.strings, pieces.kinds, strict=True) if kind in (UNKNOWN, CONTROL, BYTE)
     }
@@ -191,5 +191,5 @@ def _normalizer(pieces: Pieces) -> normalizers.Sequence:
 
 
 def _as_run(string: str) -> str:
-    """The string itself, or for spaces alone as many marks."""
+    """The string itself; spaces alone become as many `▁`."""
     return string if string.strip(" ") else SPACE * len(string)

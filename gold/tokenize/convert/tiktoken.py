@@ -1,4 +1,4 @@
-"""Tokenizers of ranked byte strings and a pattern of pre-tokens: tiktoken's encodings and Mistral's `tekken.json`."""
+"""Tokenizers from ranked byte strings and a pre-tokenization pattern: tiktoken encodings, Mistral's `tekken.json`."""
 
 import base64
 import re
@@ -25,7 +25,7 @@ _PROBES = (
     " camelCaseHTTPServer __init__ ../path/to//file?x=1&y=2 ",
 )
 _TEKKEN_ROLES = {"bos": "<s>", "eos": "</s>", "pad": "<pad>"}
-# The first versions of the file do not list them; in the order of their ids.
+# Names, in the order of ids, that the first versions of the file do not list.
 _OLD_NAMES = (
     "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
     "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] "
@@ -41,8 +41,8 @@ def ranked_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of ranked byte strings; id = `first_id` + rank, and the given ids for the special tokens.
 
-    Raises: VocabularyError for a pattern that tokenizers cannot follow, and for a special token whose text is that of
-    another token.
+    Raises: VocabularyError for a pattern that tokenizers cannot reproduce, and for a special token with the same text
+    as another token.
     """
     symbol_of = {byte: symbol for symbol, byte in byte_alphabet().items()}
     ranked = sorted(ranks, key=ranks.__getitem__)
@@ -65,11 +65,12 @@ def ranked_tokenizer(
 
 
 def oniguruma(pattern: str) -> str:
-    """A pattern of tiktoken's that matches the same in the dialect of tokenizers.
+    """The equivalent of a tiktoken pattern in the regex dialect of `tokenizers`.
 
-    There `$` and `^` stand at every line, `{m,n}+` repeats instead of being possessive, and flags but `i` differ.
+    There `$` and `^` match at every line, `{m,n}+` repeats instead of being possessive, and flags other than `i`
+    differ.
 
-    Raises: VocabularyError for what cannot be said there.
+    Raises: VocabularyError for a pattern without an equivalent.
     """
     parts, classes = [], 0
     for found in _PARTS_OF_PATTERN.finditer(pattern):
@@ -77,7 +78,7 @@ def oniguruma(pattern: str) -> str:
         if part in "[]":
             classes += 1 if part == "[" else -1
         if not classes:
-            # At the end of an alternative nothing follows that could ask for a part of it back.
+            # At the end of an alternative nothing follows that could need backtracking.
             if found["flags"] or (found["possessive"] and found["last"] is None):
                 raise VocabularyError(f"its pattern has {part!r}, which tokenizers reads differently")
             part = {"$": r"\z", "^": r"\A"}.get(part, part[:-1] if found["possessive"] else part)
@@ -86,7 +87,7 @@ def oniguruma(pattern: str) -> str:
 
 
 def is_encoding(source: Any) -> bool:
-    """Whether an object is a tiktoken encoding."""
+    """True if an object is a tiktoken encoding."""
     return all(hasattr(source, name) for name in ("_mergeable_ranks", "_pat_str", "_special_tokens"))
 
 
@@ -95,7 +96,7 @@ def encoding_tokenizer(encoding: Any, special: Mapping[str, int] | None = None) 
 
     `special` are special tokens with the first ids, before all others; None: those of the encoding.
 
-    Raises: VocabularyError if it cannot be converted, or reads one of the texts differently.
+    Raises: VocabularyError if it cannot be converted, or tokenizes one of the texts differently.
     """
     first = 0 if special is None else len(special)
     special = encoding._special_tokens if special is None else special
@@ -110,7 +111,7 @@ def encoding_tokenizer(encoding: Any, special: Mapping[str, int] | None = None) 
 def named_encoding(name: str) -> Any:
     """The tiktoken encoding of that name, such as `o200k_base`.
 
-    Raises: VocabularyError without the library, for an unknown name, and where its ranks cannot be had.
+    Raises: VocabularyError without the library, for an unknown name, and if its ranks are not available.
     """
     try:
         import tiktoken
@@ -121,12 +122,12 @@ def named_encoding(name: str) -> Any:
         raise VocabularyError(f"tiktoken has no encoding {name!r}; it has {known}")
     try:
         return tiktoken.get_encoding(name)
-    except Exception as error:  # whatever the download meets
+    except Exception as error:  # any error of the download
         raise VocabularyError(f"tiktoken cannot fetch the ranks of {name}: {first_line(error)}") from None
 
 
 def is_tekken(content: Any) -> bool:
-    """Whether JSON is a `tekken.json`."""
+    """True if a JSON value is a `tekken.json`."""
     return (
         isinstance(content, dict)
         and isinstance(content.get("vocab"), list)
@@ -136,7 +137,7 @@ def is_tekken(content: Any) -> bool:
 
 
 def tekken_tokenizer(content: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer in a `tekken.json`: the special tokens have the first ids, those without a name get one.
+    """The tokenizer in a `tekken.json`: special tokens have the first ids, and get a name if they have none.
 
     Raises: VocabularyError if it is broken.
     """
