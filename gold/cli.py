@@ -253,7 +253,7 @@ def doctor(
     logits: 6 blocks of at most 128 MiB
     """
     if teacher is None:
-        from gold.doctor.run import diagnose_run
+        from gold.diagnose import diagnose_run
 
         report = diagnose_run(Path(student), weights=weights, sequences=sequences, tokens=tokens)
     else:

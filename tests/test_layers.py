@@ -83,12 +83,13 @@ FORBIDDEN_IN = {
     ),
     "gold.data": ("torch", "transformers"),
     "gold.tasks": ("torch", "transformers"),
+    "gold.doctor": ("gold.config", "gold.build", "gold.run", "gold.train"),
     "gold.evaluate": ("gold.train",),
     "gold.train": ("gold.config", "gold.build", "gold.run"),
 }
 
 # The only modules that see a configuration; they hand plain values on.
-SEE_CONFIG = ("gold", "gold.cli", "gold.build", "gold.run", "gold.demo", "gold.doctor.run")
+SEE_CONFIG = ("gold", "gold.cli", "gold.build", "gold.run", "gold.demo", "gold.diagnose")
 
 # Needed only where the thing itself is needed, so never when a module is loaded.
 LAZY = ("rapidfuzz", "matplotlib", "reasoning_gym", "huggingface_hub", "tiktoken")

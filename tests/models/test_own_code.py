@@ -17,8 +17,8 @@ from transformers import dynamic_module_utils
 
 from gold.cli import main
 from gold.config import Config
+from gold.diagnose import diagnose_run
 from gold.doctor.report import diagnose, load_pair
-from gold.doctor.run import diagnose_run
 from gold.errors import GoldError, ModelError
 from gold.inspect.score import PairScorer
 from gold.models.load import load_model, save_model

@@ -24,7 +24,7 @@ from gold.build import load_data
 from gold.config import Config
 from gold.data import Prompt, load_prompts
 from gold.demo.models import tiny_model, word_tokenizer
-from gold.doctor.run import diagnose_run
+from gold.diagnose import diagnose_run
 from gold.errors import ConfigError, DataError, TeacherError
 from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.losses.mixture import Mix, mixed_rows, mixture
