@@ -89,7 +89,7 @@ def opd(inputs: LossInputs, *, clip: Positive | None = None, importance_cap: Pos
         credit = Credit(advantage, advantage, torch.where(inside, row, -1))
     total = policy_loss(inputs, mine, credit, "opd", clip, "none", importance_cap, 0.0)
     logp = sequence_logp(batch, mine, theirs)
-    return Loss(total, {"reverse_kl": -advantage.sum()}, logp)
+    return Loss(total, sequence_logp=logp, details={"reverse_kl": -advantage.sum()})
 
 
 def uld(inputs: LossInputs) -> Loss:
@@ -97,14 +97,14 @@ def uld(inputs: LossInputs) -> Loss:
     index.
 
     Row i of the student's tokens is compared with row i of the teacher's, up to the shorter length, even if the two
-    have read different text: part ``out_of_step`` counts the positions where they have.
+    have read different text: detail ``out_of_step`` counts the positions where they have.
 
     Source: Boizard et al. 2402.12030, the Wasserstein term of the ULD loss in its closed form for uniform cost; at
     temperature 1. Their loss adds cross-entropy on the text; add an ``sft`` term for it.
     """
     rows_S, rows_T, in_step = _positions(inputs.batch)
     total = sorted_distance(inputs.student.select(rows_S), inputs.teacher_rows.select(rows_T))
-    return Loss(total, {"out_of_step": (~in_step).sum()})
+    return Loss(total, details={"out_of_step": (~in_step).sum()})
 
 
 def gold_hybrid(inputs: LossInputs, *, beta: Share = 0.5, matched_share: Share | None = None) -> Loss:
@@ -124,7 +124,8 @@ def gold_hybrid(inputs: LossInputs, *, beta: Share = 0.5, matched_share: Share |
         loss = states_divergence(inputs, divergence)
         share = 1.0 if matched_share is None else matched_share
         return Loss(
-            share * loss.total, {"matched": loss.total.detach(), "unmatched": loss.total.detach() * 0.0}
+            share * loss.total,
+            details={"matched": loss.total.detach(), "unmatched": loss.total.detach() * 0.0},
         )
     events, chunks = batch.shared_events, _chunks(batch)
     if matched_share is None:
@@ -149,7 +150,7 @@ def gold_hybrid(inputs: LossInputs, *, beta: Share = 0.5, matched_share: Share |
         form_of(divergence) or divergence,
         matched_share,
     )
-    return Loss(total, {"matched": matched.sum(), "unmatched": unmatched.sum()})
+    return Loss(total, details={"matched": matched.sum(), "unmatched": unmatched.sum()})
 
 
 def alm(inputs: LossInputs, *, temperature: Positive = 100.0) -> Loss:
@@ -173,8 +174,8 @@ def alm(inputs: LossInputs, *, temperature: Positive = 100.0) -> Loss:
     log_b = total_S.double() / temperature - _CERTAIN
     value = a * (log_a - log_b) + (1.0 - a) * (log_not_a - torch.log(-torch.expm1(log_b)))
     logp = sequence_logp(batch, mine, theirs)
-    parts = {"log_ratio": (total_S.detach() - total_T).sum()}
-    return Loss(value.sum().to(mine.event.dtype), parts, logp)
+    details = {"log_ratio": (total_S.detach() - total_T).sum()}
+    return Loss(value.sum().to(mine.event.dtype), sequence_logp=logp, details=details)
 
 
 def x_token(inputs: LossInputs, *, variant: Literal["p_kl", "h_kl"] = "p_kl") -> Loss:
@@ -199,13 +200,13 @@ def x_token(inputs: LossInputs, *, variant: Literal["p_kl", "h_kl"] = "p_kl") ->
     if variant == "h_kl":
         events = SharedEvents(*_tensors(batch, *pair.relaxed_ids), batch.student.stops, batch.teacher.stops)
         total, matched, unmatched = mean_comparison(*sides, rows, events, forward_kl)
-        return Loss(total, {"matched": matched.sum(), "unmatched": unmatched.sum()})
+        return Loss(total, details={"matched": matched.sum(), "unmatched": unmatched.sum()})
     weights = pair.token_weights
     ids_V, ids_W = _tensors(batch, weights.ids_V, weights.ids_W)
     weight_E = torch.from_numpy(weights.weight_E).to(batch.device)
     projection = Projected(ids_V, ids_W, weight_E, batch.student.stops, batch.teacher.stops)
     total, mass = projected_divergence(*sides, rows, projection, forward_kl)
-    return Loss(total, {"reached": mass.sum()})
+    return Loss(total, details={"reached": mass.sum()})
 
 
 _CERTAIN = 1e-6

@@ -52,7 +52,8 @@ class LossInputs:
 class Loss:
     """Sum of an objective over a microbatch in nats, with gradient.
 
-    ``parts`` are sums over the same unit, without gradient, by name; ``sequence_logp``, where the objective computes
+    ``parts`` are sums over the same unit, without gradient, by name: the metrics of a step have the mean of each.
+    ``details`` are more of them, which no metric shows. ``sequence_logp``, where the objective computes
     it, has both sides' summed log-probability of the sampled texts, including stop events, as far as both are defined,
     and the bytes of these.
     """
@@ -60,6 +61,7 @@ class Loss:
     total: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     sequence_logp: Mapping[str, Tensor] = field(default_factory=dict)
+    details: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 IMPOSSIBLE = -1e4

@@ -13,6 +13,7 @@ from torch import Tensor
 from gold.data import Prompt
 from gold.errors import DataError
 from gold.models.language_model import LanguageModel, output_width
+from gold.rollout.stopping import fits_with_stop, with_stop, without_stop
 from gold.rollout.types import Rollout, Sampling, Seed, Segment
 from gold.tokenize.chat import begins_anew
 from gold.tokenize.vocabulary import TokenizedText
@@ -86,7 +87,7 @@ def sample(
     requests = [Request(ids, seed, sampling, stop_ids) for ids, seed in zip(encoded, seeds, strict=True)]
     rollouts = []
     for prompt, ids, drawn in zip(prompts, encoded, engine.generate(requests), strict=True):
-        text = drawn.ids[:-1] if drawn.stopped else drawn.ids
+        text = without_stop(drawn.ids, drawn.stopped)
         tokenized = model.vocabulary.decode(text, at_start=begins_anew(prompt), rows=output_width(model.lm))
         segments = (Segment(0, drawn.ids.size, True),)
         rollouts.append(
@@ -105,7 +106,7 @@ def completed(model: LanguageModel, prompt: Prompt, max_new_tokens: int) -> Roll
         raise DataError(f"prompt {prompt.key}: it has no completion; add one, or set rollout.on_policy to 1")
     anew = begins_anew(prompt)
     tokenized = model.vocabulary.encode(prompt.completion, at_start=anew)
-    stopped = tokenized.ids.size < max_new_tokens
+    stopped = fits_with_stop(tokenized.ids, max_new_tokens)
     if not stopped:
         tokenized = model.vocabulary.decode(tokenized.ids[:max_new_tokens], at_start=anew)
     return given_rollout(model, prompt, tokenized, stopped)
@@ -117,8 +118,7 @@ def given_rollout(model: LanguageModel, prompt: Prompt, tokenized: TokenizedText
     Raises:
         DataError: prompt and text are too long for the model.
     """
-    stop = np.array(model.vocabulary.stop_ids[:1], np.int32)
-    ids = np.concatenate((tokenized.ids, stop)) if stopped else tokenized.ids
+    ids = with_stop(tokenized.ids, model.vocabulary.stop_ids, stopped)
     encoded = encode_prompt(model, prompt, ids.size)
     logprobs, segments = np.zeros(ids.size, np.float32), (Segment(0, ids.size, False),)
     return Rollout(prompt, encoded, ids, logprobs, tokenized, stopped, segments)

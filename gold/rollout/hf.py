@@ -13,6 +13,7 @@ from gold.errors import ModelError
 from gold.models.generate import generate
 from gold.models.language_model import LanguageModel
 from gold.rollout.engine import Generation, Request
+from gold.rollout.stopping import length_and_stop
 from gold.rollout.types import Sampling
 
 
@@ -74,11 +75,9 @@ def _generate(model: LanguageModel, requests: Sequence[Request]) -> list[tuple[n
     draw = _Draw(torch.from_numpy(uniform).to(model.device), max(map(len, prompts)), sampling)
     drawn = generate(model.lm, prompts, sampling.max_new_tokens, stops, model.pad_id, draw).cpu().numpy()
     logp = torch.stack(draw.logp, dim=1).float().cpu().numpy()
-    is_stop = np.isin(drawn, stops)
     results = []
     for b in range(len(prompts)):
-        stopped = bool(is_stop[b].any())
-        n = int(is_stop[b].argmax()) + 1 if stopped else drawn.shape[1]
+        n, stopped = length_and_stop(drawn[b], stops)
         results.append((drawn[b, :n].astype(np.int32), logp[b, :n], stopped))
     return results
 

@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from gold.errors import ConfigError
 from gold.teachers.http import BadAnswerError, Call, shown
 from gold.tokenize.vocabulary import Vocabulary
 
@@ -67,6 +68,11 @@ class Dialect:
     """The option that disables its prefix cache."""
     chosen = False
     """True if it returns the tokens of ``also`` at every position."""
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> Self:
+        """The dialect for a server whose model has this vocabulary."""
+        return cls()
 
     def call(self, model: str, request: ScoreRequest) -> Call:
         """The request for the log-probabilities of ``request.text``.
@@ -205,6 +211,11 @@ class SGLang(Dialect):
     def __init__(self, bos_id: int | None) -> None:
         self._bos_id = bos_id
 
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> Self:
+        """See ``Dialect.of``."""
+        return cls(vocabulary.bos_id)
+
     def call(self, model: str, request: ScoreRequest) -> Call:
         """See ``Dialect.call``."""
         count = len(request.text)
@@ -258,6 +269,11 @@ class OpenAI(Dialect):
             for text in self._strings(index):
                 ids_of.setdefault(text, []).append(index)
         self._id_of = {text: ids[0] for text, ids in ids_of.items() if len(ids) == 1}
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> Self:
+        """See ``Dialect.of``."""
+        return cls(vocabulary)
 
     def _strings(self, index: int) -> set[str]:
         """The strings by which a server may name a token: its id (an option of vLLM), its text, or its name without
@@ -319,6 +335,23 @@ class OpenAI(Dialect):
             return tokens[1:] if bos is not None and tokens and tokens[0] in self._strings(bos) else tokens
 
         return Call("/v1/completions", _completion(model, text) | {"echo": True, "logprobs": 1}, read)
+
+
+DIALECTS: dict[str, type[Dialect]] = {"vllm": VLLM, "sglang": SGLang, "openai": OpenAI}
+"""The dialects by the name that ``api`` of a configuration has; ``ServedConfig.api`` in ``gold/config.py`` lists the
+same names."""
+
+
+def dialect_of(api: str, vocabulary: Vocabulary) -> Dialect:
+    """The dialect of this name for a server whose model has this vocabulary.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if (kind := DIALECTS.get(api)) is None:
+        *names, last = DIALECTS
+        raise ConfigError(f"api: expected {', '.join(names)} or {last}, got {api!r}")
+    return kind.of(vocabulary)
 
 
 def checked(found: Sequence[Mapping[Any, Any]], request: ScoreRequest, uncached: str = "") -> list[TokenLogp]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from secrets import token_urlsafe
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,19 +20,16 @@ from gold.kernels.logits import LazyLogits, TopKLogits
 from gold.teachers.absent import AbsentTeacher
 from gold.teachers.dialects import (
     VLLM,
-    Dialect,
     FromPrefixCache,
-    OpenAI,
     ScoreRequest,
-    SGLang,
     TokenLogp,
+    dialect_of,
 )
 from gold.teachers.http import RefusedError, Server
 from gold.tokenize.chat import has_chat_template
 from gold.tokenize.templates import rendered
-from gold.tokenize.vocabulary import TokenizedText, Vocabulary
+from gold.tokenize.vocabulary import TokenizedText
 
-Api = Literal["vllm", "sglang", "openai"]
 _CERTAIN = 3
 """After this many texts whose first token has probability 1 even without the prefix cache, such values are trusted."""
 
@@ -64,7 +61,7 @@ class ServedTeacher(AbsentTeacher):
         *,
         url: str,
         model: str,
-        api: Api = "vllm",
+        api: str = "vllm",
         top_k: int = 20,
         concurrency: int = 8,
         timeout_s: float = 60.0,
@@ -81,7 +78,7 @@ class ServedTeacher(AbsentTeacher):
             raise TeacherError(
                 f"tokenizer {path}: no stop id found in its files; name one in teacher.roles.stop"
             )
-        self.dialect = _dialect(api, self.vocabulary)
+        self.dialect = dialect_of(api, self.vocabulary)
         self._turn_end = self._find_turn_end()
         self.bypasses_cache = False
         """True once it has sent zeros for tokens in its prefix cache; requests then bypass that."""
@@ -236,14 +233,3 @@ def _key(variable: str | None) -> str | None:
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise ConfigError("teacher.served.key_env: what the variable holds has characters that no key has")
     return key
-
-
-def _dialect(api: str, vocabulary: Vocabulary) -> Dialect:
-    match api:
-        case "vllm":
-            return VLLM()
-        case "sglang":
-            return SGLang(vocabulary.bos_id)
-        case "openai":
-            return OpenAI(vocabulary)
-    raise ConfigError(f"api: expected vllm, sglang or openai, got {api!r}")

@@ -16,18 +16,6 @@ from gold.teachers.several import Teachers
 from gold.train.alarms import repetition
 from gold.train.setup import BoundTerm
 
-MEANS = (
-    "teacher_top1_prob",
-    "teacher_top1_missed_share",
-    "unresolved_mass",
-    "shared_mass",
-    "teacher_unmatched_mass",
-    "moved_to_sampled_mass",
-    "white_space_share",
-    "span_reverse_kl",
-)
-"""Parts of objectives that the metrics show as means over the objective's unit."""
-
 
 def device_clock(device: torch.device) -> Callable[[], float]:
     """A clock, in seconds, that synchronizes the device first, so that its work counts for the right phase."""
@@ -89,38 +77,61 @@ def step_record(
     teachers: Teachers | None,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The metrics of a step. ``head`` comes first; ``counts`` are each term's units."""
+    """The metrics of a step. ``head`` comes first; ``counts`` are each term's units.
+
+    A part of a loss has its own name, with the label of its term before it if another metric has that name.
+    """
     record: dict[str, Any] = dict(head)
     if teachers is not None or sums["skipped_sequences"]:
         record["skipped_sequences"] = int(sums["skipped_sequences"])
     record |= {t.label: sums[t.label] / counts[t.label] for t in terms if counts[t.label]}
-    record |= {name: sums[name] for name in MEANS if name in sums}
+    rest: dict[str, Any] = {}
     if sums["logp_bytes"]:
         gap = sums["student_logp"] - sums["teacher_logp"]
-        record["sampled_reverse_kl_per_byte"] = gap / sums["logp_bytes"]
+        rest["sampled_reverse_kl_per_byte"] = gap / sums["logp_bytes"]
     if teachers is not None:
-        record |= _by_teacher(sums, counts, terms, teachers)
+        rest |= _by_teacher(sums, counts, terms, teachers)
     if sampled := sums["sampled"]:
-        record["sampled_entropy"] = -sums["sampling_logprobs"] / max(1.0, sums["sampled_tokens"])
-        record["repetition"] = sums["repetition"] / sampled
-        record["stop_rate"] = sums["stopped"] / sampled
-        record["canonical_share"] = sums["canonical_tokens"] / max(1.0, sums["aligned_tokens"])
+        rest["sampled_entropy"] = -sums["sampling_logprobs"] / max(1.0, sums["sampled_tokens"])
+        rest["repetition"] = sums["repetition"] / sampled
+        rest["stop_rate"] = sums["stopped"] / sampled
+        rest["canonical_share"] = sums["canonical_tokens"] / max(1.0, sums["aligned_tokens"])
         if sums["rewarded"]:
-            record["reward_mean"] = sums["reward"] / sampled
+            rest["reward_mean"] = sums["reward"] / sampled
     if teachers is not None:
-        record["repaired_share"] = sums["repaired"] / max(1.0, sums["bytes"])
-    record["length_tokens"] = sums["tokens"] / max(1.0, sums["sequences"])
-    record["length_bytes"] = sums["bytes"] / max(1.0, sums["sequences"])
+        rest["repaired_share"] = sums["repaired"] / max(1.0, sums["bytes"])
+    rest["length_tokens"] = sums["tokens"] / max(1.0, sums["sequences"])
+    rest["length_bytes"] = sums["bytes"] / max(1.0, sums["sequences"])
     total = sum(seconds.values())
-    record |= {f"{phase}_s": spent for phase, spent in seconds.items()}
-    record |= {"step_s": total, "tokens_per_s": sums["tokens"] / total}
+    rest |= {f"{phase}_s": spent for phase, spent in seconds.items()}
+    rest |= {"step_s": total, "tokens_per_s": sums["tokens"] / total}
     if "teacher_tokens" in sums:
-        record["teacher_tokens_per_s"] = sums["teacher_tokens"] / seconds["teacher"]
+        rest["teacher_tokens_per_s"] = sums["teacher_tokens"] / seconds["teacher"]
     if "teacher_retries" in sums:
-        record["teacher_retries"] = int(sums["teacher_retries"])
+        rest["teacher_retries"] = int(sums["teacher_retries"])
     if sums["teacher_impossible"]:
-        record["teacher_impossible"] = int(sums["teacher_impossible"])
-    return record
+        rest["teacher_impossible"] = int(sums["teacher_impossible"])
+    taken = record.keys() | rest.keys()
+    for name, (label, mean) in _parts(sums, terms).items():
+        record[part_name(label, name) if name in taken else name] = mean
+    return record | rest
+
+
+def part_name(label: str, name: str) -> str:
+    """The name under which a step adds up a part of a term's loss; no other sum has such a name."""
+    return f"{label}.{name}"
+
+
+def _parts(sums: Mapping[str, float], terms: Sequence[BoundTerm]) -> dict[str, tuple[str, float]]:
+    """The label of the term and the mean over its unit for each part of a loss, by name. If several terms have a part
+    of the same name, it is the first term's."""
+    found: dict[str, tuple[str, float]] = {}
+    for term in terms:
+        before = part_name(term.label, "")
+        for name, mean in sums.items():
+            if name.startswith(before):
+                found.setdefault(name.removeprefix(before), (term.label, mean))
+    return found
 
 
 def _by_teacher(

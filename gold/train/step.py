@@ -27,7 +27,7 @@ from gold.rollout.engine import RolloutEngine, completed, encode_prompt, sample
 from gold.rollout.types import Rollout, Seed, group_advantages
 from gold.teachers.several import Teachers
 from gold.train.diagnosis import why_not_finite
-from gold.train.metrics import PhaseTimer, device_clock, rollout_sums, step_record
+from gold.train.metrics import PhaseTimer, device_clock, part_name, rollout_sums, step_record
 from gold.train.microbatch import Microbatch, ask_teachers, build_microbatches, drop_impossible, loss_inputs
 from gold.train.setup import Setup
 from gold.train.state import TrainState
@@ -222,7 +222,7 @@ def step_loss(
         total = total + term.weight * value.total / counts[term.label]
         parts[term.label] = value.total.detach()
         for name, part in value.parts.items():
-            parts.setdefault(name, part.detach() / counts[term.label])
+            parts[part_name(term.label, name)] = part.detach() / counts[term.label]
         for name, part in value.sequence_logp.items():
             parts.setdefault(name, part)
     # Sums over processes need the same names in all of them.

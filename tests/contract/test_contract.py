@@ -313,7 +313,10 @@ def test_an_objective_returns_what_it_says():
     )
     assert isinstance(loss, Loss)
     assert set(loss.sequence_logp) == {"student_logp", "teacher_logp", "logp_bytes"}
-    assert all(not part.requires_grad for part in (*loss.parts.values(), *loss.sequence_logp.values()))
+    assert all(
+        not part.requires_grad
+        for part in (*loss.parts.values(), *loss.sequence_logp.values(), *loss.details.values())
+    )
 
 
 # Blocks: no matrix of all rows by all tokens is ever made.

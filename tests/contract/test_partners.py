@@ -119,7 +119,7 @@ def every_objective_is_finite(names, student, teacher, given_texts, out_S, out_T
         loss = objective(inputs)
         count = objective.count(batch)
         assert math.isfinite(count), name
-        found = {"total": loss.total, **loss.parts, **loss.sequence_logp}
+        found = {"total": loss.total, **loss.parts, **loss.sequence_logp, **loss.details}
         assert all(torch.isfinite(torch.as_tensor(x)).all() for x in found.values()), (name, found)
         if not loss.total.requires_grad or not leaf.numel():
             continue

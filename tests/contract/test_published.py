@@ -215,7 +215,7 @@ def test_alm_is_its_formula(seed, temperature):
     assert float(loss.total) == pytest.approx(expected, rel=1e-9)
     if text.stopped:
         gap = loss.sequence_logp["student_logp"] - loss.sequence_logp["teacher_logp"]
-        assert float(loss.parts["log_ratio"]) == pytest.approx(float(gap))
+        assert float(loss.details["log_ratio"]) == pytest.approx(float(gap))
 
 
 def slow_means(inputs: LossInputs, student: Tensor, teacher: Tensor) -> list[tuple[list[float], list[float]]]:
@@ -263,7 +263,7 @@ def test_h_kl_is_forward_kl_on_relaxed_pairs_and_the_sorted_distance_of_the_rest
         )
     loss = OBJECTIVES["x_token"](variant="h_kl")(inputs)
     assert float(loss.total) == pytest.approx(expected, rel=1e-10)
-    assert float(loss.parts["matched"] + loss.parts["unmatched"]) == pytest.approx(float(loss.total))
+    assert float(loss.details["matched"] + loss.details["unmatched"]) == pytest.approx(float(loss.total))
 
 
 def test_relaxed_pairs_match_more_than_bytes():
@@ -601,14 +601,14 @@ def test_a_kl_divergence_between_parts_of_distributions_can_be_negative(name):
         student[:, token(STUDENT, b"ab")] = 5.0
     else:
         teacher[:, token(TEACHER, b"ba")] = 5.0
-    assert float(ACROSS[name](inputs_of(PAIR, [one], student, teacher)).parts["matched"]) < -0.01
+    assert float(ACROSS[name](inputs_of(PAIR, [one], student, teacher)).details["matched"]) < -0.01
 
 
 def test_clause_6_interior_beta_stays_a_divergence_on_parts():
     """Why it is the default: every event adds at least 0, whatever the masses are."""
     for seed in range(20):
         inputs, *_ = one_input(seed)
-        assert float(OBJECTIVES["gold"]()(inputs).parts["matched"]) >= 0
+        assert float(OBJECTIVES["gold"]()(inputs).details["matched"]) >= 0
 
 
 def test_clause_6_alm_sees_the_sampled_chunk_alone():

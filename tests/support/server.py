@@ -22,12 +22,13 @@ import torch
 
 from gold.models.language_model import LanguageModel
 from gold.teachers import ServedTeacher
+from gold.teachers.dialects import DIALECTS
 
 Faults = Callable[[int], str | None]
 """The fault of the n-th request for scores, from 0; None for none."""
 
 
-APIS = ("vllm", "sglang", "openai")
+APIS = tuple(DIALECTS)
 PASSING = (
     "429", "500", "drop", "slow", "truncated", "not JSON", "another shape", "NaN", "positive", "mass", "short",
     "other tokens",

@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import math
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.server import APIS
 
+from gold.config import ServedConfig
+from gold.errors import ConfigError
 from gold.models.language_model import LanguageModel
-from gold.teachers.dialects import VLLM, Dialect, OpenAI, ScoreRequest, SGLang
+from gold.teachers.dialects import DIALECTS, VLLM, Dialect, OpenAI, ScoreRequest, SGLang, dialect_of
 from gold.teachers.http import BadAnswerError, Call
 
 IDS = (1, 5, 6)
@@ -29,6 +32,16 @@ KNOWN: list[dict[int, Any]] = [{5: -1.5, 4: -0.5}, {6: -0.25, 2: -2.0}]
 
 def dialect(api: str, vocabulary: Any) -> Dialect:
     return {"vllm": VLLM(), "sglang": SGLang(1), "openai": OpenAI(vocabulary)}[api]
+
+
+def test_a_configuration_can_name_every_dialect() -> None:
+    assert typing.get_args(ServedConfig.model_fields["api"].annotation) == tuple(DIALECTS)
+
+
+def test_a_dialect_is_found_by_its_name(teacher: LanguageModel) -> None:
+    assert {api: type(dialect_of(api, teacher.vocabulary)) for api in DIALECTS} == DIALECTS
+    with pytest.raises(ConfigError, match="api: expected vllm, sglang or openai, got 'triton'"):
+        dialect_of("triton", teacher.vocabulary)
 
 
 def answer(api: str, vocabulary: Any, known: list[dict[int, Any]], top: Any = None) -> dict[str, Any]:

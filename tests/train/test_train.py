@@ -14,12 +14,13 @@ import torch
 from support.kernel_inputs import BACKENDS_HERE
 from support.trackers import Recorder
 
+from gold.align.batch import AlignedBatch
 from gold.data import Prompt
 from gold.demo.models import character_tokenizer, tiny_model
 from gold.errors import ConfigError, DataError, TeacherError, TrainingError
 from gold.kernels import use_backend
 from gold.kernels.logits import GivenLogits
-from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
+from gold.losses import OBJECTIVES, DivergenceRow, Loss, LossInputs, Row, reverse_kl
 from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
 from gold.run import evaluate_source
@@ -52,6 +53,30 @@ def weights(model: LanguageModel) -> torch.Tensor:
 
 def changed(**changes: Any) -> Recipe:
     return RECIPE.replace(**changes)
+
+
+# Metrics of objectives
+
+
+def test_every_part_of_a_loss_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted(inputs: LossInputs, *, times: int = 1) -> Loss:
+        """Twice the number of tokens as parts; one of them has the name of another metric."""
+        count = torch.tensor(2.0 * times * inputs.batch.student.targets.numel())
+        return Loss(
+            0.0 * inputs.student.logits().sum(), {"pairs": count, "lr": count}, details={"own": count}
+        )
+
+    def tokens(batch: AlignedBatch) -> float:
+        return float(batch.student.targets.numel())
+
+    for name in ("counted", "thrice"):
+        row = Row(name, counted, needs="nothing", unit="token", count=tokens)
+        monkeypatch.setitem(OBJECTIVES, name, row)
+    terms = (Term("counted"), Term("thrice", times=3))
+    (record, *_) = run(changed(objectives=terms, steps=1)).steps
+    assert record["pairs"] == record["counted.lr"] == pytest.approx(2.0)
+    assert record["lr"] != 2.0
+    assert "own" not in record
 
 
 # Learning
