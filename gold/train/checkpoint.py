@@ -1,6 +1,8 @@
 """Atomic checkpoints: written to a temporary folder, listed in a manifest, renamed into place.
 
-checkpoints/step-000010/             the writer's files
+``TrainState.save`` writes the contents; this module knows none of them.
+
+checkpoints/step-000010/             the files of ``TrainState.save``
 checkpoints/step-000010/manifest.json  name, size and sha256 of every file; written last
 checkpoints/.tmp-…                   a save or a removal in progress, or the remains of a killed one
 checkpoints/.old-step-000010/        a checkpoint about to be replaced by another of the same step

@@ -1,4 +1,4 @@
-"""AdamW on float32 master copies of 16-bit weights."""
+"""AdamW on float32 master copies of 16-bit weights; ``TrainState`` builds it."""
 
 from __future__ import annotations
 

@@ -51,6 +51,8 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
     """
     recipe = setup.recipe
     timer = PhaseTimer(setup.now or device_clock(state.student.device))
+    # gold draws from the streams that requests name, never from torch's global generator. Engines, teachers, losses and
+    # model code from outside gold may use that; seeded for each step, it repeats in a resumed run.
     torch.manual_seed(int(np.random.SeedSequence([recipe.seed, state.step]).generate_state(1)[0]))
     with timer("rollout"):
         rollouts, skipped = generate_rollouts(state, setup)
@@ -60,6 +62,7 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
     with timer("teacher"):
         microbatches, sums, impossible = query_teachers(state, setup, microbatches)
     with timer("align"):
+        # This sum needs the same names in all processes: those of unit_counts follow from the setup alone.
         counts = state.sum(unit_counts(setup, microbatches))
         microbatches = with_baselines(state, setup, microbatches)
     with timer("student"):
@@ -68,12 +71,14 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
         kept = [rollout for m in microbatches for rollout in m.rollouts]
         sums |= rollout_sums(rollouts, kept, [m.batch for m in microbatches])
         sums["skipped_sequences"] = len(skipped)
+        # A process without texts lacks some of these names.
         sums = defaultdict(float, state.sum(sums, ragged=True))
         head = {"step": state.step + 1, "loss": sums["loss"], **update(state, setup, sums, counts)}
         finite = math.isfinite(head["grad_norm"]) and math.isfinite(sums["loss"])
         if not finite:
             head |= diagnosis(state, setup, microbatches, sums)
-        # A step without usable texts is not a bad step.
+        # A step is applied if it is finite, kept a text and did not lose all texts to a teacher that gives them
+        # probability 0; a step that is not applied is bad, unless it is finite and kept no text.
         bad = not head["applied"] and (not finite or sums["kept"] > 0)
         state.bad_steps = 0 if head["applied"] else state.bad_steps + bad
         state.step += 1
@@ -102,6 +107,8 @@ def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], l
             continue
         if count:
             prompts += [prompt] * count
+            # The 0 distinguishes nothing; it stays because the tuple names the random stream: without it all runs
+            # would draw other texts.
             seeds += [(recipe.seed, state.step, place, 0, n) for n in range(count)]
         else:
             given.append(completed(state.student, prompt, recipe.max_new_tokens))
@@ -214,6 +221,8 @@ def step_loss(
     """The microbatch's share of the step's loss, times the number of processes, and detached sums by name."""
     inputs = loss_inputs(setup, microbatch, student_logits, reference)
     total = torch.zeros((), device=student_logits.device)
+    # Three units: a term's own sum, divided by its count in the record; parts and the loss, shares of a mean, divided
+    # here; sequence_logp, sums in nats and bytes, divided by one another in the record.
     parts: dict[str, Tensor] = {}
     for term in setup.terms:
         if not counts[term.label]:
@@ -225,7 +234,7 @@ def step_loss(
             parts[part_name(term.label, name)] = part.detach() / counts[term.label]
         for name, part in value.sequence_logp.items():
             parts.setdefault(name, part)
-    # Sums over processes need the same names in all of them.
+    # A microbatch has the teacher of one route; the terms of the others get 0 from it.
     for name in setup.routes:
         for label in [t.label for t in setup.terms if t.label in parts]:
             parts[f"{label}[{name}]"] = parts[label] if name in microbatch.batches else 0.0 * parts[label]
@@ -233,6 +242,7 @@ def step_loss(
     # A step without counted units still needs a graph, or the other processes would wait.
     if not total.requires_grad:
         total = total + 0.0 * student_logits.select(slice(1)).logits().sum()
+    # Counts are of all processes, so the gradient is the sum over processes; DistributedDataParallel averages instead.
     return total * state.accelerator.num_processes, parts
 
 
