@@ -288,7 +288,7 @@ PEAK = """
     logits.BLOCK_BYTES = 2**22
     rows, width = {rows}, 20_000
     matrix = torch.randn(width, 16, requires_grad=True)
-    head = lambda h, *w: h @ (w[0] if w else matrix).T
+    head = lambda h, *w: logits.linear(h, w[0] if w else matrix)
     mine = HeadLogits(torch.randn(rows, 16, requires_grad=True), head, width, weights=(matrix,))
     theirs = HeadLogits(torch.randn(rows, 16), lambda h: h @ matrix.detach().T, width)
     every = torch.arange(width)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +153,7 @@ ONE_STEP = changed(steps=1, prompts_per_step=2, num_generations=1, precision="no
 
 
 def one_step(term: Term) -> Recipe:
-    return replace(ONE_STEP, objectives=(term,), on_policy=0.0 if term.name == "sft" else 1.0)
+    return ONE_STEP.replace(objectives=(term,), on_policy=0.0 if term.name == "sft" else 1.0)
 
 
 @pytest.mark.gpu
