@@ -57,23 +57,6 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, rendering: Rendering | None = Non
     return ids
 
 
-def teacher_prompt_ids(
-    tokenizer: Any, prompt: Prompt, teacher: str, rendering: Rendering | None = None
-) -> list[int]:
-    """The ids of a prompt for the teacher of this name.
-
-    Raises:
-        DataError: the prompt is empty or the template rejects it; the error names the prompt's key.
-    """
-    try:
-        ids = prompt_ids(tokenizer, prompt, rendering)
-    except DataError as error:
-        raise DataError(f"prompt {prompt.key}: for teacher {teacher}: {error}") from error
-    if not ids:
-        raise DataError(f"prompt {prompt.key}: it is empty for teacher {teacher}")
-    return ids
-
-
 def prompt_text(prompt: Prompt) -> str:
     """The prompt as text, for logs and for models without a chat template: its text, or a plain transcript."""
     if prompt.messages is None:
