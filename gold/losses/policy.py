@@ -194,7 +194,7 @@ def policy_loss(
     this objective; without these the microbatch counts as the step. ``noncanonical_penalty``: nats subtracted from A at
     tokens that the student's tokenizer would not have produced. ``clip``: A is clamped to ± that. ``importance_cap``: w
     is the product, over the rows covered by A, of π(a) over the probability with which a was sampled, at most that;
-    else 1. Applied in this order.
+    else the weight of the row's own token in ``inputs.importance``, or 1. Applied in this order.
     """
     batch, inside, advantage = inputs.batch, credit.inside, credit.advantage
     with torch.no_grad():
@@ -215,6 +215,8 @@ def policy_loss(
             ratio = chunk_sums(log_ratio, credit.stretch, stretches).exp()
             ratio = torch.cat((ratio.clamp(max=importance_cap), ratio.new_zeros(1)))  # the last is for −1
             advantage = advantage * ratio[credit.stretch].to(advantage)
+        elif inputs.importance is not None:
+            advantage = advantage * inputs.importance.of_tokens().to(advantage)
     return -(advantage[inside] * mine.event[inside]).sum()
 
 

@@ -36,13 +36,18 @@ def prefix_divergence(
     """
     at = prefix_positions(inputs.batch, interior, where)
     pieces = inputs.batch.piece_batch(at)
+    weight = None if half_life is None else fading(inputs.batch.byte_offsets[at], half_life)
+    if inputs.importance is not None:
+        # Which piece has the probability of the sampled token depends on that token.
+        state = inputs.importance.of_positions(inputs.batch, own_token=True)[at]
+        weight = state if weight is None else weight * state
     total, parts = piece_divergence(
         inputs.student,
         inputs.teacher_rows,
         pieces,
         form_of(divergence) or divergence,
         mask_white=white_space == "mask",
-        weight=None if half_life is None else fading(inputs.batch.byte_offsets[at], half_life),
+        weight=weight,
     )
     return Loss(total, {_METRICS[name]: part.sum() for name, part in parts.items()})
 

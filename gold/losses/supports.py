@@ -47,6 +47,8 @@ def bytes_divergence(
     """
     batch = inputs.batch
     at, weight = byte_positions(batch, where), fading(batch.byte_offsets, half_life)
+    if inputs.importance is not None:
+        weight = weight * inputs.importance.of_positions(batch)
     first = OtherTeacher(batch, inputs.teacher_rows)
     teachers = [_Teacher.of(teacher) for teacher in (first, *inputs.other_teachers)]
     partial = any(teacher.rows.partial for teacher in teachers)
@@ -223,6 +225,7 @@ def states_divergence(
     Source: Agarwal et al. 2306.13649, equation 2, for the plain form.
     """
     rows_S, rows_T, offsets = state_rows(inputs.batch, where)
+    weight = None if half_life is None else fading(offsets, half_life)
     total, mass = shared_divergence(
         inputs.student.select(rows_S),
         inputs.teacher_rows.select(rows_T),
@@ -231,7 +234,7 @@ def states_divergence(
         renormalise=unshared == "renormalise",
         top_k=top_k,
         top_k_of_teacher=top_k_of == "teacher",
-        weight_N=None if half_life is None else fading(offsets, half_life),
+        weight_N=_of_states(inputs, rows_S, weight),
     )
     return Loss(total, {"shared_mass": mass.sum()})
 
@@ -255,8 +258,17 @@ def reference_kl(inputs: LossInputs) -> Loss:
         SharedEvents(every, every, none, none, everything=True),
         form_of(reverse_kl) or reverse_kl,
         renormalise=False,
+        weight_N=_of_states(inputs, rows, None),
     )
     return Loss(total)
+
+
+def _of_states(inputs: LossInputs, rows: Tensor, weight: Tensor | None) -> Tensor | None:
+    """The weight of each of the given student rows: ``weight``, times that of its state; None: all are 1."""
+    if inputs.importance is None:
+        return weight
+    state = inputs.importance.of_states(inputs.batch)[rows]
+    return state if weight is None else weight * state
 
 
 def byte_positions(batch: AlignedBatch, where: Where = "everywhere") -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from gold.align.batch import AlignedBatch
 from gold.kernels.lm_head import token_logp
 from gold.kernels.logits import LazyLogits
+from gold.losses.importance import ImportanceWeights
 from gold.losses.mixture import Mix, OtherTeacher
 
 Need = Literal["nothing", "tokens", "top_k", "rows"]
@@ -26,7 +27,8 @@ class LossInputs:
     ``teacher`` is None for objectives that need no teacher; ``reference``, the student before training with one row for
     each of the student's, is None for all objectives that do not need it. With a ``mix`` the teacher is the first of
     several, and ``other_teachers`` are the others, in its order. ``baselines``: for policy gradients, by name, the
-    baseline subtracted from the advantage of each student row, in nats.
+    baseline subtracted from the advantage of each student row, in nats. ``importance``: weights of texts that another
+    policy than the current student sampled; None: every weight is 1.
     """
 
     batch: AlignedBatch
@@ -36,6 +38,7 @@ class LossInputs:
     mix: Mix | None = None
     other_teachers: tuple[OtherTeacher, ...] = ()
     baselines: Mapping[str, Tensor] = field(default_factory=dict)
+    importance: ImportanceWeights | None = None
 
     @property
     def teacher_rows(self) -> LazyLogits:
