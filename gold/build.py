@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from gold.cache.store import find_origin
-from gold.config import Config, ModelConfig, StudentConfig, TeacherConfig
+from gold.config import CacheConfig, Config, ModelConfig, StudentConfig, TeacherConfig
 from gold.data import Prompt, load_prompts, split_by_hash
 from gold.doctor.examiner import Examiner
 from gold.doctor.side import Side, read_side
@@ -167,36 +168,36 @@ def build_models(
     local = {name: t for name, t in named.items() if t.kind == "local"}
     members: dict[str, Teacher] = {}
     servers: dict[str, ServedTeacher] = {}
-    sides: dict[str, Side | None] = {}
+    sides: dict[str, Side] = {}  # those that can be read from files
     for name, teacher in named.items():
         if teacher.kind == "served":
             servers[name], sides[name] = served_teacher(teacher), teacher_side(teacher)
-            members[name] = cached_teacher(teacher, servers[name], note)
-            if examined and not _holds_scores(members[name]):
-                examiners[name].examine_server(servers[name])
+            members[name] = with_cache(teacher, servers[name], note)
+            if examined:
+                members[name].check_before_asking(partial(examiners[name].examine_server, servers[name]))
         elif teacher.kind == "cache":
             sides[name] = teacher_side(teacher)
-            members[name] = cached_teacher(teacher, absent_teacher(teacher), note)
+            members[name] = with_cache(teacher, absent_teacher(teacher), note)
     for here in (student, *local.values()):
         check_model(here)
     mine = file_side("student", student)
-    sides |= {name: file_side("teacher", teacher) for name, teacher in local.items()}
+    for name, teacher in local.items():
+        if (side := file_side("teacher", teacher)) is not None:
+            sides[name] = side
     late = []  # pairs that need the loaded tokenizers
-    for name, side in sides.items() if examined else ():
-        if mine is None or side is None:
+    for name in [n for n, t in named.items() if t.kind != "self"] if examined else ():
+        if mine is None or name not in sides:
             late.append(name)
         else:
-            examiners[name].examine_pair(mine, side)
+            examiners[name].examine_pair(mine, sides[name])
     model = load(student, note, mine)
-    loaded = {name: load(teacher, note, sides[name]) for name, teacher in local.items()}
+    loaded = {name: load(teacher, note, sides.get(name)) for name, teacher in local.items()}
     for name in late:
         theirs = _loaded_side("teacher", loaded[name]) if name in loaded else sides[name]
-        examiners[name].examine_pair(_loaded_side("student", model), cast(Side, theirs))
-    members |= {
-        name: cached_teacher(local[name], LocalTeacher(found), note) for name, found in loaded.items()
-    }
+        examiners[name].examine_pair(_loaded_side("student", model), theirs)
+    members |= {name: with_cache(local[name], LocalTeacher(found), note) for name, found in loaded.items()}
     for name, server in servers.items() if examined else ():
-        _compare(examiners[name], server, members[name], model)
+        members[name].check_before_asking(partial(examiners[name].compare, server, model))
     for name, teacher in named.items():
         if teacher.kind == "self":
             # The initial student of the run, whichever is evaluated.
@@ -204,24 +205,6 @@ def build_models(
             members[name] = SelfTeacher(origin, teacher.decay if teacher.self == "ema" else 1.0)
     weights = {name: t.weight for name, t in config.teachers.items()} if config.mix else None
     return model, Teachers({name: members[name] for name in named}, config.mix, weights)
-
-
-def _holds_scores(teacher: Teacher) -> bool:
-    """True if a cache holds scores. Its server was examined when they were requested, and may be unavailable now."""
-    return isinstance(teacher, CachedTeacher) and len(teacher.cache) > 0
-
-
-def _compare(examiner: Examiner, server: ServedTeacher, member: Teacher, student: LanguageModel) -> None:
-    """Compares a server with the student; with a cache that holds scores, only when a request is needed."""
-
-    def examine() -> None:
-        examiner.examine_server(server)
-        examiner.compare(server, student)
-
-    if isinstance(member, CachedTeacher) and _holds_scores(member):
-        member.check_before_asking(examine)
-    else:
-        examiner.compare(server, student)
 
 
 def examiner_of(config: Config, data: RunData, name: str, note: Note) -> Examiner:
@@ -271,15 +254,13 @@ def _remote(config: TeacherConfig) -> dict[str, Any]:
     }
 
 
-def cached_teacher(
-    config: TeacherConfig,
-    teacher: Teacher,
-    note: Note = lambda note: None,
-) -> Teacher:
+def with_cache(config: TeacherConfig, teacher: Teacher, note: Note = lambda note: None) -> Teacher:
     """The teacher with its cache, if the configuration names one."""
-    cache = config.cache
-    if cache is None:
-        return teacher
+    return teacher if config.cache is None else cached_teacher(config.cache, teacher, note)
+
+
+def cached_teacher(cache: CacheConfig, teacher: Teacher, note: Note) -> CachedTeacher:
+    """The teacher with a cache."""
     cached = CachedTeacher(teacher, cache.path, top_k=cache.top_k, revision=cache.revision)
     if damage := cached.cache.damage:
         note(

@@ -11,7 +11,6 @@ from typing import Any, cast
 from gold.build import (
     RunData,
     absent_teacher,
-    cached_teacher,
     check_model,
     graded_by,
     is_student,
@@ -20,6 +19,7 @@ from gold.build import (
     rendering_of,
     roles_of,
     served_teacher,
+    with_cache,
 )
 from gold.config import Config, ModelConfig
 from gold.data import Prompt
@@ -144,7 +144,7 @@ def _of_run(config: Config, data: RunData, sides: Mapping[str, tuple[Side, ...]]
         terms = terms_of(recipe, teachers, pairs)
         what = "cache"
         alone = {
-            name: cached_teacher(teacher, absent_teacher(teacher))
+            name: with_cache(teacher, absent_teacher(teacher))
             for name, teacher in named.items()
             if teacher.kind == "cache"
         }

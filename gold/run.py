@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 from gold.build import (
     build_models,
@@ -130,6 +129,8 @@ def build_cache(
         note(f"{lacking:,} of {len(data.train):,} training prompts have no completion, and are left out")
     built = []
     for name, teacher in named.items():
+        if teacher.cache is None:
+            continue
         source: LocalTeacher | ServedTeacher
         if teacher.served is None:
             check_model(teacher)
@@ -138,7 +139,7 @@ def build_cache(
             source, examiner = served_teacher(teacher), examiner_of(config, data, name, note)
             examiner.examine_server(source)
             examiner.examine_noise(source)
-        cached = cast(CachedTeacher, cached_teacher(teacher, source, note))
+        cached = cached_teacher(teacher.cache, source, note)
         count = len(given[name])
         if unread := record(cached, given[name], partial(told, count)):
             note(f"{len(unread):,} of {count:,} completions are left out, as in a run: {unread[0]}")

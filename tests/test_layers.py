@@ -252,6 +252,54 @@ def test_modules_are_named_for_what_they_hold() -> None:
     assert not {name for name in modules() if name.split(".")[-1] in NAMELESS}
 
 
+def concrete_teachers() -> set[str]:
+    """The subclasses of Teacher in gold.teachers."""
+    classes = [
+        (node.name, {base.id for base in node.bases if isinstance(base, ast.Name)})
+        for name, path in modules().items()
+        if below(name, "gold.teachers")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    ]
+    found = {"Teacher"}
+    while new := {name for name, bases in classes if bases & found} - found:
+        found |= new
+    return found - {"Teacher"}
+
+
+def tells_apart(source: str, classes: set[str]) -> list[int]:
+    """The lines on which a class is asked for: isinstance, issubclass, a case of match."""
+    asked = [
+        node.args[1] if isinstance(node, ast.Call) else node.cls
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.MatchClass)
+        or (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("isinstance", "issubclass")
+        )
+    ]
+    return [
+        each.lineno
+        for each in asked
+        for part in ast.walk(each)
+        if getattr(part, "id", None) in classes or getattr(part, "attr", None) in classes
+    ]
+
+
+def test_no_teacher_is_treated_by_its_class() -> None:
+    classes = concrete_teachers()
+    assert {"CachedTeacher", "LocalTeacher", "SelfTeacher", "ServedTeacher", "AbsentTeacher"} <= classes
+    assert tells_apart("isinstance(a, int | t.LocalTeacher)", classes) == [1]
+    found = {
+        name: lines
+        for name, path in modules().items()
+        if not below(name, "gold.teachers")
+        and (lines := tells_apart(path.read_text(encoding="utf-8"), classes))
+    }
+    assert not found
+
+
 # Sizes
 
 MOST_LINES_OF_A_MODULE = 500

@@ -8,7 +8,6 @@ from datetime import date
 from hashlib import sha256
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,9 +22,6 @@ from gold.teachers.local import batches_by_length
 from gold.teachers.protocol import Teacher
 from gold.tokenize.chat import begins_anew
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
-
-if TYPE_CHECKING:
-    pass
 
 TOP_K = 20
 """Default number of tokens kept per row, for a teacher in this process."""
@@ -73,12 +69,18 @@ class CachedTeacher(Teacher):
         if self.pinned_date:
             self.pin_date(self.pinned_date)
         self.found = self.asked = 0
-        self._check: Callable[[], None] | None = None
+        self._checks: list[Callable[[], None]] = []
         self._width = max(1, origin.top_k) + 1 + len(self.vocabulary.stop_ids)
 
     def check_before_asking(self, check: Callable[[], None]) -> None:
-        """Calls ``check`` once, before the first request; its ConfigError ends the run."""
-        self._check = check
+        """See ``Teacher.check_before_asking``; with scores in the cache, ``check`` waits for the first request.
+
+        The teacher was checked when they were requested, and may be unavailable now.
+        """
+        if len(self.cache):
+            self._checks.append(check)
+        else:
+            self.teacher.check_before_asking(check)
 
     @property
     def context(self) -> int | None:  # type: ignore[override]
@@ -159,12 +161,12 @@ class CachedTeacher(Teacher):
         self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]
     ) -> list[tuple[int, bytes]]:
         """The number of rows of each text, and its encoded scores."""
-        if self._check is not None:
-            try:
-                self._check()
-            except ConfigError as error:  # TeacherError: a run in progress saves a checkpoint
-                raise TeacherError(str(error)) from error
-            self._check = None
+        try:
+            for check in self._checks:
+                check()
+        except ConfigError as error:  # TeacherError: a run in progress saves a checkpoint
+            raise TeacherError(str(error)) from error
+        self._checks.clear()
         stops = torch.tensor(self.vocabulary.stop_ids, device=self.device)
         results = []
         answers = self.teacher.score(prompts, tokenized_texts, stopped)

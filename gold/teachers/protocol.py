@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -117,6 +117,14 @@ class Teacher(Protocol):
             TeacherError: it lacks some.
         """
         return
+
+    def check_before_asking(self, check: Callable[[], None]) -> None:
+        """Calls ``check``, now or, if it has scores without asking for them, before it asks for the first others.
+
+        Raises:
+            ConfigError: that of ``check``, if it is called now; later it ends the run as a TeacherError.
+        """
+        check()
 
     def ema_update(self, student: Any, masters: Mapping[Tensor, Tensor]) -> None:
         """Called after each optimizer step, for teachers that average the student.
