@@ -46,9 +46,7 @@ def bytes_divergence(
     resolve.
     """
     batch = inputs.batch
-    at, weight = byte_positions(batch, where), fading(batch.byte_offsets, half_life)
-    if inputs.importance is not None:
-        weight = weight * inputs.importance.of_positions(batch)
+    at, weight = byte_positions(batch, where), _of_positions(inputs, half_life)
     first = OtherTeacher(batch, inputs.teacher_rows)
     teachers = [_Teacher.of(teacher) for teacher in (first, *inputs.other_teachers)]
     partial = any(teacher.rows.partial for teacher in teachers)
@@ -261,6 +259,12 @@ def reference_kl(inputs: LossInputs) -> Loss:
         weight_N=_of_states(inputs, rows, None),
     )
     return Loss(total)
+
+
+def _of_positions(inputs: LossInputs, half_life: float | None) -> Tensor:
+    """The weight of each byte position."""
+    weight = fading(inputs.batch.byte_offsets, half_life)
+    return weight if inputs.importance is None else weight * inputs.importance.of_positions(inputs.batch)
 
 
 def _of_states(inputs: LossInputs, rows: Tensor, weight: Tensor | None) -> Tensor | None:
