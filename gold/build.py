@@ -17,7 +17,9 @@ from gold.doctor.examiner import Examiner
 from gold.doctor.side import Side, read_side
 from gold.errors import ConfigError, ModelError
 from gold.evaluate import EvaluationPlan, Verifier
+from gold.files import adapter_base
 from gold.losses import find
+from gold.models import adapters, quantization
 from gold.models.files import check_files
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model, pick_device
@@ -30,6 +32,7 @@ from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
 from gold.teachers.several import Teachers, check_routes
 from gold.tokenize.compare import differences
+from gold.tokenize.load import has_tokenizer
 from gold.tokenize.roles import Roles
 from gold.tokenize.templates import Rendering
 from gold.train.input_digests import of_files, of_prompts
@@ -190,7 +193,7 @@ def build_models(
             late.append(name)
         else:
             examiners[name].examine_pair(mine, sides[name])
-    model = load(student, note, mine)
+    model = load(student, note, mine, config.train.seed)
     loaded = {name: load(teacher, note, sides.get(name)) for name, teacher in local.items()}
     for name in late:
         theirs = _loaded_side("teacher", loaded[name]) if name in loaded else sides[name]
@@ -201,7 +204,9 @@ def build_models(
     for name, teacher in named.items():
         if teacher.kind == "self":
             # The initial student of the run, whichever is evaluated.
-            origin = model if student == config.student else load(config.student, note)
+            origin = (
+                model if student == config.student else load(config.student, note, seed=config.train.seed)
+            )
             members[name] = SelfTeacher(origin, teacher.decay if teacher.self == "ema" else 1.0)
     weights = {name: t.weight for name, t in config.teachers.items()} if config.mix else None
     return model, Teachers({name: members[name] for name in named}, config.mix, weights)
@@ -277,17 +282,29 @@ def check_model(model: ModelConfig) -> None:
     check_files(model.path or "", gguf_file=model.gguf_file)
     try:
         pick_device(model.device)
+        if model.quantization is not None:
+            quantization.check_installed(model.quantization)
+        if isinstance(model, StudentConfig) and model.lora is not None:
+            adapters.check_installed()
+            if adapter_base(model.path, ModelError) is not None:
+                raise ModelError(
+                    "it is a folder of adapters, which are trained further: leave student.lora out"
+                )
     except ModelError as error:
         raise ModelError(f"model {model.path}: {error}") from error
 
 
-def load(model: ModelConfig, note: Note = lambda note: None, side: Side | None = None) -> LanguageModel:
-    """A model with its weights; notes if its tokenizer differs from that of its files, ``side``."""
+def load(
+    model: ModelConfig, note: Note = lambda note: None, side: Side | None = None, seed: int = 0
+) -> LanguageModel:
+    """A model with its weights, and a student's new adapters, drawn with ``seed``; notes if its tokenizer differs from
+    that of its files, ``side``."""
     loaded = load_model(
         model.path or "",
         gguf_file=model.gguf_file,
         dtype=model.dtype,
         device=model.device,
+        quantization=model.quantization,
         roles=roles_of(model),
         trust_remote_code=model.trust_remote_code,
         template_kwargs=model.template_kwargs,
@@ -297,6 +314,9 @@ def load(model: ModelConfig, note: Note = lambda note: None, side: Side | None =
             side.vocabulary, loaded.vocabulary.without_markers(), texts=SAMPLE_TEXTS
         ):
             note(f"model {loaded.name}: the loaded tokenizer and its file differ: {difference}")
+    if isinstance(model, StudentConfig) and model.lora is not None:
+        base = str(model.source)
+        return adapters.add_adapters(loaded, **model.lora.model_dump(), seed=seed, base=base)
     return loaded
 
 
@@ -306,7 +326,9 @@ def _loaded_side(role: str, model: LanguageModel) -> Side:
 
 def file_side(role: str, model: ModelConfig) -> Side | None:
     """A side from the files of a model folder; None if it has no tokenizer.json."""
-    there = (Path(model.path or "") / "tokenizer.json").is_file()
+    folder = model.path or ""
+    base = None if has_tokenizer(folder) else adapter_base(folder, ModelError)
+    there = (Path(base or folder) / "tokenizer.json").is_file()
     return read_side(role, model.path, roles_of(model), rendering_of(model)) if there else None
 
 

@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from gold.errors import ConfigError
+from gold.overrides import apply_override, named_override
 from gold.schema import (
     CountInt,
     Key,
@@ -32,13 +33,12 @@ from gold.schema import (
     Section,
     Share,
     Text,
-    dotted,
     keys_of,
     problem_lines,
     shown,
 )
-from gold.train.recipe import Objectives, Optimizer, Recipe, Rollout, Term, Training, problems
-from gold.yaml_file import parse_yaml, read_yaml
+from gold.train.recipe import LoRA, Objectives, Optimizer, Recipe, Rollout, Term, Training, problems
+from gold.yaml_file import read_yaml
 
 TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")]
@@ -81,6 +81,8 @@ class ModelConfig(Section):
     """dtype of the weights; auto: as saved, but float32 on a CPU without bfloat16 arithmetic"""
     device: Device = "auto"
     """auto | cpu | cuda | cuda:1 | mps | xpu"""
+    quantization: Literal["nf4", "int8"] | None = None
+    """hold the matrices of the layers in 4 or 8 bits (bitsandbytes), all else in dtype; null: in dtype"""
     trust_remote_code: bool = False
     """run code that comes with the model: it can do whatever you can, so read it first"""
     template_kwargs: TemplateArguments = Field(default={})
@@ -101,6 +103,7 @@ class StudentConfig(ModelConfig):
     """model folder, GGUF file, or Hub id"""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """dtype of the weights, as for a teacher; bfloat16 is trained on float32 copies: no less memory for weights"""
+    lora: LoRA | None = None
 
 
 class ServedConfig(Section):
@@ -301,9 +304,9 @@ class Config(Section):
             raise ConfigError(f"{path}: expected sections such as student and teacher, got {shown(tree)}")
         origin_of = {key: f"{path}:{line}: " for key, line in line_of.items()}
         for override in overrides:
-            changed = _apply(tree, override)
+            changed = apply_override(tree, override)
             origin_of = {key: origin for key, origin in origin_of.items() if key[: len(changed)] != changed}
-            origin_of[changed] = f"{_named(override)}: "
+            origin_of[changed] = f"{named_override(override)}: "
 
         def where(key: Key) -> str:
             """The file and line, or the override, of the value or else of its section."""
@@ -376,10 +379,29 @@ def _impossible(config: Config) -> Iterator[str]:
     if data.heldout is not None and data.task is not None:
         yield "data: a task makes its own held-out prompts (data.task.heldout): leave data.heldout out"
     yield from problems(config.recipe, has_verifier=data.task is not None)
+    yield from _impossible_quantization(config)
     yield from _impossible_teachers(config)
     for name, teacher in config.named_teachers.items():
         yield from _impossible_source(
             config, teacher, "teacher" if config.teacher is not None else f"teachers.{name}"
+        )
+
+
+def _impossible_quantization(config: Config) -> Iterator[str]:
+    """Quantized weights that cannot be made, or would be trained."""
+    key = "teacher" if config.teacher is not None else "teachers"
+    named = {f"{key}.{name}" if key == "teachers" else key: t for name, t in config.named_teachers.items()}
+    for where, model in {"student": config.student, **named}.items():
+        if model.quantization is None:
+            continue
+        if isinstance(model, TeacherConfig) and model.kind in ("served", "cache"):
+            yield f"{where}.quantization: its weights are not in this process: leave it out"
+        if model.gguf_file or str(model.path).endswith(".gguf"):
+            yield f"{where}.quantization: weights of a GGUF file have their own: leave it out"
+    if config.student.quantization is not None and config.student.lora is None:
+        yield (
+            f"student.quantization: {config.student.quantization} weights are not trained themselves: train adapters "
+            "on them (student.lora={}), or leave it out"
         )
 
 
@@ -430,47 +452,3 @@ def _impossible_teachers(config: Config) -> Iterator[str]:
         if term.weight and row.needs != "nothing" and not by_bytes:
             name = f"{row.name} on {support}" if isinstance(row, DivergenceRow) else row.name
             yield f"mix: {name} cannot be taken of a mix of teachers: choose a divergence on bytes, or a route"
-
-
-# Overrides
-
-
-def _apply(tree: dict[str, Any], override: str) -> Key:
-    """Applies a `section.key=value` override to the tree; returns its key."""
-    name, equals, text = override.partition("=")
-    parts = name.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"{_named(override)}: expected section.key=value")
-    value, _ = parse_yaml(text, _named(override), ConfigError, numbered=False)
-    if parts[0] == "objectives" and len(parts) > 1:
-        tree.setdefault("objectives", [{"name": Term().name}])
-    place: Any = tree
-    key: Key = ()
-    for part in parts[:-1]:
-        step = _step(place, part, key, override)
-        if isinstance(place, dict) and place.get(step) is None:
-            place[step] = {}
-        place, key = place[step], (*key, step)
-    step = _step(place, parts[-1], key, override)
-    place[step] = value
-    return (*key, step)
-
-
-def _step(place: Any, part: str, key: Key, override: str) -> str | int:
-    """The key or index that `part` selects in `place`."""
-    if isinstance(place, dict):
-        return part
-    if isinstance(place, list):
-        if not part.isdecimal() or int(part) >= len(place):
-            last = f"the last is {len(place) - 1}" if place else "the list is empty"
-            raise ConfigError(f"{_named(override)}: there is no {dotted((*key, part))}: {last}")
-        return int(part)
-    raise ConfigError(f"{_named(override)}: {dotted(key)} is {shown(place, key)}, which has no keys")
-
-
-def _named(override: str) -> str:
-    """The name of an override in errors, without its value if that may be a misplaced secret."""
-    name, equals, _ = override.partition("=")
-    if not name.strip().startswith("teacher"):
-        return f"override {override}"
-    return f"override {name}=…" if equals else "override teacher…"

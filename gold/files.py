@@ -52,6 +52,30 @@ def read_json_object(path: Path, error: type[GoldError], most: int = MOST_BYTES)
     return value
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""The settings of a folder of adapters, as peft names them."""
+
+
+def adapter_base(path: str | Path, error: type[GoldError]) -> str | None:
+    """The location of the base model of a folder of adapters (peft); None for any other path.
+
+    A path in its settings that does not exist is also tried relative to the folder.
+
+    Raises: `error`: the settings cannot be read, or name no base model or another folder of adapters.
+    """
+    folder = Path(os.path.expanduser(path))
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file():
+        return None
+    base = read_json_object(file, error).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise error(f"{file} names no base model; set base_model_name_or_path in it")
+    if (Path(base) / ADAPTER_CONFIG).is_file():
+        raise error(f"{file}: its base model {base} is a folder of adapters too; merge that one first")
+    beside = folder / base
+    return str(beside.resolve()) if not Path(base).exists() and beside.is_dir() else base
+
+
 def json_value(data: bytes | str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """The value of a JSON text; `pairs` creates objects, like Python's `object_pairs_hook`.
 

@@ -21,9 +21,11 @@ ROOT = Path(gold.__file__).parent
 # Heavy or optional packages, and the only modules that may import them.
 HOME_OF = {
     "accelerate": ("gold.train.state", "gold.train.loop", "gold.train.preflight"),
+    "bitsandbytes": ("gold.models.quantization",),
     "gguf": ("gold.models.load",),
     "httpx2": ("gold.teachers.http",),
     "matplotlib": ("gold.inspect.plots", "gold.demo"),
+    "peft": ("gold.models.adapters",),
     "pydantic": ("gold.config", "gold.losses", "gold.schema", "gold.train.recipe"),
     "rapidfuzz": ("gold.tokenize.rewriting",),
     "reasoning_gym": ("gold.tasks",),
@@ -92,7 +94,7 @@ FORBIDDEN_IN = {
 SEE_CONFIG = ("gold", "gold.cli", "gold.build", "gold.run", "gold.demo", "gold.diagnose")
 
 # Needed only where the thing itself is needed, so never when a module is loaded.
-LAZY = ("rapidfuzz", "matplotlib", "reasoning_gym", "huggingface_hub", "tiktoken")
+LAZY = ("bitsandbytes", "peft", "rapidfuzz", "matplotlib", "reasoning_gym", "huggingface_hub", "tiktoken")
 
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 
 from gold.data import Prompt
 from gold.errors import VocabularyError
-from gold.files import read_json_object
+from gold.files import adapter_base, read_json_object
 from gold.tokenize.chat import adds_bos, prompt_ids
 from gold.tokenize.roles import Roles
 from gold.tokenize.templates import PromptTokenizer, Rendering, rendered, template_of
@@ -134,6 +134,8 @@ def read_side(role: str, source: Any, roles: Roles | None = None, rendering: Ren
 
 
 def _text_config(folder: Path | None) -> Mapping[str, Any]:
+    if folder is not None and (base := adapter_base(folder, VocabularyError)) is not None:
+        folder = Path(base)
     if folder is None or not (folder / "config.json").is_file():
         return {}
     content = read_json_object(folder / "config.json", VocabularyError)

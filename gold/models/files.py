@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gold.errors import ModelError
-from gold.files import json_value, read_json_object
+from gold.files import ADAPTER_CONFIG, adapter_base, json_value, read_json_object
 
 _HEADS = re.compile(
     r"For(Sequence|Token|Text|Image|Audio)?(Classification|Scoring|Reward\w*)$|Reward|"
@@ -21,6 +22,8 @@ _ENCODER_ONLY = re.compile(
     r"xlm-roberta(-xl)?|xmod|yoso)$"
 )
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""The weights of a folder of adapters, as peft names them."""
 _LONGEST_HEADER = 2**30
 """Bytes; the longest headers of real files have a few million."""
 
@@ -28,7 +31,7 @@ _LONGEST_HEADER = 2**30
 def check_files(path: str | Path, *, gguf_file: str | None = None) -> None:
     """Checks that a folder holds the complete files of a causal language model, or that the Hub has the name.
 
-    A path that ends in ``.gguf`` is the file itself.
+    A path that ends in ``.gguf`` is the file itself. Of a folder of adapters its base model is checked too.
 
     Raises:
         ModelError: a folder that is missing, without configuration or weights, with truncated weights, or with a model
@@ -43,21 +46,17 @@ def check_files(path: str | Path, *, gguf_file: str | None = None) -> None:
 
 
 def check_kind(path: str | Path) -> None:
-    """Checks with adapter_config.json and config.json, if present, that a folder holds a causal language model.
+    """Checks with config.json that a folder, or the base model of its adapters, is a causal language model, if present.
 
     Raises:
-        ModelError: adapters without their model, an encoder-decoder, an encoder, a classifier or reward model, a model
-            of images or sound; the message says what to give instead. A configuration that cannot be read.
+        ModelError: adapters that name no base model, an encoder-decoder, an encoder, a classifier or reward model, a
+            model of images or sound; the message says what to give instead. A configuration that cannot be read.
     """
     folder = Path(os.path.expanduser(path))
-    if (folder / "adapter_config.json").is_file():
-        adapter = read_json_object(folder / "adapter_config.json", ModelError)
-        base = adapter.get("base_model_name_or_path") or "its base model"
-        raise ModelError(
-            f"model {folder}: it holds adapters for {base}, not a model; merge them once: PeftModel.from_pretrained("
-            f"AutoModelForCausalLM.from_pretrained({str(base)!r}), {str(folder)!r}).merge_and_unload()"
-            ".save_pretrained(NEW_FOLDER), copy the tokenizer's files there, and give that folder"
-        )
+    if (base := adapter_base(folder, ModelError)) is not None:
+        with _as_base_of(folder, base):
+            check_kind(base)
+        return
     if not (folder / "config.json").is_file():
         return
     config = read_config(folder)
@@ -83,6 +82,38 @@ def check_kind(path: str | Path) -> None:
     else:
         return
     raise ModelError(f"model {folder}: it is {what} ({architecture or kind}); {remedy}")
+
+
+def hub_adapter_base(name: str) -> str | None:
+    """The location of the base model of adapters on the Hub; None for a model, or if the Hub cannot be asked.
+
+    Raises:
+        ModelError: their settings cannot be read.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if Path(name).exists():
+        return None
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return None
+        file = hf_hub_download(name, ADAPTER_CONFIG)
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError):
+        return None
+    return adapter_base(Path(file).parent, ModelError)
+
+
+@contextlib.contextmanager
+def _as_base_of(folder: Path, base: str) -> Iterator[None]:
+    """Says of an error about a base model whose base it is."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(
+            f"model {folder}: its base model: {str(error).removeprefix('model ')} (correct base_model_name_or_path in "
+            f"{ADAPTER_CONFIG} if it has moved)"
+        ) from error
 
 
 def check_own_code(path: str | Path) -> None:
@@ -154,6 +185,16 @@ def _check_folder(folder: Path, gguf_file: str | None) -> None:
     if gguf_file:
         if not (folder / gguf_file).is_file():
             raise ModelError(f"model {folder}: no file {gguf_file} in it")
+        return
+    if (base := adapter_base(folder, ModelError)) is not None:
+        if not any((folder / name).is_file() for name in (ADAPTER_WEIGHTS, "adapter_model.bin")):
+            raise ModelError(
+                f"model {folder}: no {ADAPTER_WEIGHTS} in it; the adapters for {base} are missing"
+            )
+        if (folder / ADAPTER_WEIGHTS).is_file():
+            _check_safetensors(folder, folder / ADAPTER_WEIGHTS)
+        with _as_base_of(folder, base):
+            check_files(base)
         return
     check_kind(folder)
     if not (folder / "config.json").is_file():

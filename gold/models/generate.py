@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from gold.models.hidden_states import states_only
+from gold.models.language_model import without_adapters
 from gold.models.padding import padded
 
 
@@ -25,6 +26,7 @@ def generate(
     Prompts are padded on the left. The model's own generation settings are removed: ``generate`` would use them for
     unset arguments, top-k for example.
     """
+    lm = without_adapters(lm)  # its layers hold the adapters; a wrapper would keep its own settings in it
     ids, mask = padded(prompts, pad_id, next(lm.parameters()).device, left=True)
     settings = GenerationConfig(
         do_sample=False,

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gold.errors import ModelError
 from gold.kernels.logits import HeadLogits, LazyLogits, SummedWeight, leaf_of, linear
-from gold.models.language_model import backbone, output_width, without_adapters
+from gold.models.language_model import backbone, output_matrix, output_width, without_adapters
 from gold.models.padding import PaddedStates
 
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -75,7 +75,7 @@ class _Head:
     def __init__(self, lm: Any) -> None:
         model = without_adapters(lm)
         config = model.config.get_text_config()
-        self.matrix = model.get_output_embeddings()
+        self.matrix = output_matrix(lm)
         self.trained = {name: p for name, p in self.matrix.named_parameters() if p.requires_grad}
         self.cap = next(filter(None, (getattr(config, name, None) for name in _SOFT_CAPS)), None)
         self.multiply = getattr(config, "logit_scale", None)

@@ -74,9 +74,27 @@ def without_adapters(lm: Any) -> Any:
     return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
 
 
+def saved_module(module: Any) -> Any:
+    """The copy in use of a module of an adapter's ``modules_to_save``, or the original where the adapter is disabled;
+    None for any other module."""
+    copies = getattr(module, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return None
+    active = [name for name in module.active_adapters if name in copies]
+    return copies[active[0]] if active and not module.disable_adapters else module.original_module
+
+
+def output_matrix(lm: Any) -> Any:
+    """The layer that makes logits of hidden states; the copy in use if an adapter trains one."""
+    matrix: Any = without_adapters(lm).get_output_embeddings()
+    saved = saved_module(matrix)
+    return matrix if saved is None else saved
+
+
 def output_width(lm: Any) -> int:
     """The number of rows of the output matrix, which may exceed the number of ids."""
-    return int(without_adapters(lm).get_output_embeddings().weight.shape[0])
+    matrix = output_matrix(lm)
+    return int(matrix.weight.shape[0] if matrix.weight.is_floating_point() else matrix.out_features)
 
 
 def backbone(lm: Any) -> nn.Module:

@@ -7,10 +7,12 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
@@ -19,11 +21,26 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from gold.errors import GoldError, ModelError
-from gold.models.files import check_files, check_ids, check_own_code, first_line, folder_and_file
+from gold.files import adapter_base
+from gold.models.adapters import (
+    check_adapters,
+    is_adapted,
+    load_adapters,
+    merged_model,
+)
+from gold.models.files import (
+    check_files,
+    check_ids,
+    check_own_code,
+    first_line,
+    folder_and_file,
+    hub_adapter_base,
+)
 from gold.models.language_model import LanguageModel, output_width, pad_id
 from gold.models.probe import examine
+from gold.models.quantization import check_installed, keep_gradients, loading_arguments, quantization_of
 from gold.tokenize.foreign import foreign
-from gold.tokenize.load import open_source
+from gold.tokenize.load import has_tokenizer, open_source
 from gold.tokenize.roles import Roles
 from gold.tokenize.templates import Rendering, check_arguments
 from gold.tokenize.vocabulary import Vocabulary
@@ -41,15 +58,18 @@ def load_model(
     gguf_file: str | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    quantization: str | None = None,
     roles: Roles | None = None,
     trust_remote_code: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
-    """A causal model and its tokenizer from a folder in Hugging Face format, a Hub id, or a GGUF file.
+    """A causal model and its tokenizer from a folder in Hugging Face format, a Hub id, a GGUF file, or a folder of
+    adapters, with which comes the base model that it names.
 
     ``dtype``: ``auto`` keeps the checkpoint's, but uses float32 on a CPU without 16-bit arithmetic, where 16-bit types
     would be many times slower; a model from a GGUF file is dequantized to it and saves like any other. ``device``:
-    ``auto`` is the GPU if there is one. ``roles``: special tokens that replace those of the files (``wrap_model``).
+    ``auto`` is the GPU if there is one. ``quantization``: ``nf4`` or ``int8`` holds the layers' matrices in 4 or 8 bits
+    (``gold.models.quantization``). ``roles``: special tokens that replace those of the files (``wrap_model``).
     ``trust_remote_code``: allow code that comes with the model to run. ``template_kwargs``: arguments of its chat
     template, such as ``{"enable_thinking": False}`` for Qwen3.
 
@@ -60,22 +80,34 @@ def load_model(
     """
     check_arguments(template_kwargs or {})
     check_files(path, gguf_file=gguf_file)
-    path, gguf_file = folder_and_file(path, gguf_file)
+    name, given = str(path), os.path.expanduser(path)
+    base = adapter_base(given, ModelError) or hub_adapter_base(given)
+    path, gguf_file = folder_and_file(path if base is None else base, gguf_file)
+    name = path if base is None else name
     where = f"model {path}" + (f" (file {gguf_file})" if gguf_file else "")
     target = pick_device(device)
     if dtype not in DTYPES and dtype != "auto":
         raise ModelError(f"{where}: unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
     if not trust_remote_code:
         check_own_code(path)
-    tokenizer = _load_tokenizer(path, gguf_file, trust_remote_code, f"{where}: its tokenizer")
+    files = path if base is None or not has_tokenizer(given) else given
+    tokenizer = _load_tokenizer(files, gguf_file, trust_remote_code, f"{where}: its tokenizer")
     if roles is not None:
         open_source(tokenizer, roles=roles)  # before the weights: a token of that name may not exist
-    lm = _load_lm(path, gguf_file, DTYPES.get(dtype, "auto"), trust_remote_code, where)
-    lm.to(target)
-    if dtype == "auto" and target.type == "cpu" and not cpu_has_bf16():
-        lm.float()
+    slow = dtype == "auto" and target.type == "cpu" and not cpu_has_bf16()
+    if quantization is not None:
+        lm = _load_quantized(
+            path, quantization, "float32" if slow else dtype, target, trust_remote_code, where
+        )
+    else:
+        lm = _load_lm(path, gguf_file, DTYPES.get(dtype, "auto"), trust_remote_code, where)
+        if quantization_of(lm) is None:
+            lm.to(target)
+            if slow:
+                lm.float()
+    lm = lm if base is None else load_adapters(lm, given, base, name)
     lm.eval()
-    return wrap_model(lm, tokenizer, name=str(path), roles=roles, template_kwargs=template_kwargs)
+    return wrap_model(lm, tokenizer, name=name, roles=roles, template_kwargs=template_kwargs)
 
 
 def wrap_model(
@@ -94,6 +126,9 @@ def wrap_model(
     Raises:
         ModelError: as for ``load_model``.
     """
+    check_adapters(lm, name)
+    if quantization_of(lm):
+        keep_gradients(lm)
     vocabulary = Vocabulary.load(tokenizer, stop_ids=_stop_ids(lm, name), roles=roles)
     if roles is not None:
         _set_roles(lm, tokenizer, vocabulary, roles)
@@ -118,9 +153,13 @@ def wrap_model(
 
 
 def save_model(model: LanguageModel, folder: Path) -> None:
-    """Writes weights, configuration and tokenizer in plain Hugging Face format, loadable by transformers alone."""
+    """Writes weights, configuration and tokenizer in plain Hugging Face format, loadable by transformers alone.
+
+    Adapters are merged into the weights (``adapters.MergedWeights``).
+    """
+    lm = merged_model(model.lm) if is_adapted(model.lm) else model.lm
     with _no_progress_bars():
-        model.lm.save_pretrained(folder, safe_serialization=True)
+        lm.save_pretrained(folder, safe_serialization=True)
     model.tokenizer.save_pretrained(folder)
 
 
@@ -205,8 +244,26 @@ def _load_tokenizer(path: str, gguf_file: str | None, trust_remote_code: bool, w
             return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def _load_lm(path: str, gguf_file: str | None, dtype: Any, trust_remote_code: bool, where: str) -> Any:
-    """The transformers model with all its weights, on the CPU."""
+def _load_quantized(
+    path: str, kind: str, dtype: str, device: torch.device, trust_remote_code: bool, where: str
+) -> Any:
+    """The transformers model with quantized layers, on ``device``."""
+    check_installed(kind)
+    if path.endswith(".gguf"):
+        raise ModelError(f"{where}: weights of a GGUF file have their own quantization; leave {kind} out")
+    found = DTYPES.get(dtype)
+    if found is None:  # auto: as saved
+        with _as_model_error(where):
+            saved = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).dtype
+        found = saved if isinstance(saved, torch.dtype) else DTYPES.get(str(saved), torch.float32)
+    return _load_lm(path, None, found, trust_remote_code, where, loading_arguments(kind, found, device))
+
+
+def _load_lm(
+    path: str, gguf_file: str | None, dtype: Any, trust_remote_code: bool, where: str,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:  # fmt: skip
+    """The transformers model with all its weights, on the CPU unless ``options`` name another device."""
     # A download takes minutes and shows its progress; a folder loads in a moment.
     bars = _no_progress_bars() if Path(path).is_dir() else contextlib.nullcontext()
     with _as_model_error(where), _no_loading_report(), bars:
@@ -217,6 +274,7 @@ def _load_lm(path: str, gguf_file: str | None, dtype: Any, trust_remote_code: bo
             ignore_mismatched_sizes=True,  # rejected below, by name
             trust_remote_code=trust_remote_code,
             **({"gguf_file": gguf_file} if gguf_file else {}),
+            **options,
         )
     lm, report = loaded
     if missing := sorted(report["missing_keys"]):

@@ -17,6 +17,7 @@ from gold.models.generate import generate
 from gold.models.hidden_states import lazy_logits, states_only
 from gold.models.language_model import Batches, output_width, without_adapters
 from gold.models.padding import PaddedStates
+from gold.models.quantization import quantization_of
 
 _LENGTH = 5
 _SHORT = 3
@@ -81,7 +82,9 @@ class _Text:
             )
         if not logits.isfinite().all():
             raise ModelError(f"model {name}: its logits are NaN or infinite; its weights may be damaged")
-        return cls(ids, logits, 6e-2 if lm.dtype.itemsize < 4 else 1e-3)
+        # The products of 8-bit weights are rounded by the row, and by what else is in the batch.
+        coarse = lm.dtype.itemsize < 4 or quantization_of(lm) == "int8"
+        return cls(ids, logits, 6e-2 if coarse else 1e-3)
 
     def agrees(self, logits: Tensor, positions: Sequence[int]) -> bool:
         """True if these equal, up to rounding, the logits at these positions."""

@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from gold.errors import VocabularyError
-from gold.files import open_file, read_bytes, read_json, read_json_object, read_text
+from gold.files import adapter_base, open_file, read_bytes, read_json, read_json_object, read_text
 from gold.tokenize.components import check_growth, leading_bos
 from gold.tokenize.convert.gguf import gguf_tokenizer, read_metadata, role_ids
 from gold.tokenize.convert.older_files import FILES, older_tokenizer
@@ -146,7 +146,14 @@ def _from_hub(name: str) -> Path:
         ) from None
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """True for a folder with a tokenizer's files, in any format but GGUF."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tekken.json", *FILES[:-1]))
+
+
 def _from_folder(folder: Path) -> Source:
+    if not has_tokenizer(folder) and (base := adapter_base(folder, VocabularyError)) is not None:
+        return _from_name(base)  # peft's own files include no tokenizer
     config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
     generation = _read_json(folder / "generation_config.json")
     found = _in_folder(folder, config)

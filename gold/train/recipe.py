@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from gold.rollout.types import Sampling
 
 
+Names = Annotated[tuple[Text, ...], Field(strict=False)]
+
+
 class Term(Section):
     """One term of the loss; besides these keys the objective's own options: `gold objectives` lists them."""
 
@@ -115,6 +118,19 @@ class Training(Section):
     """recompute activations in the backward pass: less memory, about a third more time"""
     bad_steps_allowed: CountInt = 3
     """steps in a row with NaN or infinite loss or gradient before training stops"""
+
+
+class LoRA(Section):
+    """Low-rank adapters (peft) that are trained instead of the student's own weights; {} for the defaults."""
+
+    rank: PositiveInt = 16
+    """rank r of an adapter; a matrix becomes W + alpha / r · B A"""
+    alpha: PositiveFloat = 32.0
+    """scale of the adapters, divided by the rank"""
+    targets: Names | None = None
+    """names of the layers that get one, such as [q_proj, v_proj]; null: every linear layer except the output matrix"""
+    modules_to_save: Names = ()
+    """names of modules whose own weights are trained too, such as [lm_head]"""
 
 
 Objectives = Annotated[tuple[Term, ...], Field(strict=False)]

@@ -79,14 +79,28 @@ def test_a_causal_model_and_what_nobody_knows_pass(tmp_path: Path, config: Any) 
     check_kind(tmp_path / "nowhere")
 
 
-def test_adapters_name_their_model_and_how_to_merge_them(tmp_path: Path) -> None:
-    folder(tmp_path, {"base_model_name_or_path": "org/base", "peft_type": "LORA"}, "adapter_config.json")
-    with pytest.raises(ModelError, match=r"org/base.*merge_and_unload"):
-        check_files(tmp_path)
+def test_adapters_are_judged_by_their_base_model(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for each in (base, adapter):
+        each.mkdir()
+    folder(adapter, {"base_model_name_or_path": str(base), "peft_type": "LORA"}, "adapter_config.json")
     # transformers would read such a folder as its base model with the adapters, whatever else is in it
-    folder(tmp_path, named("LlamaForCausalLM", "llama"))
-    with pytest.raises(ModelError, match="org/base"):
-        check_kind(tmp_path)
+    folder(adapter, named("LlamaForCausalLM", "llama"))
+    folder(base, named("BertForMaskedLM", "bert"))
+    with pytest.raises(ModelError, match=r"adapter: its base model: .*base: it is an encoder"):
+        check_kind(adapter)
+    with pytest.raises(
+        ModelError, match=r"no adapter_model\.safetensors in it; the adapters for .*base are missing"
+    ):
+        check_files(adapter)
+    folder(base, named("LlamaForCausalLM", "llama"))
+    check_kind(adapter)
+    (adapter / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"its base model: .*base: no weights in it"):
+        check_files(adapter)
+    folder(base, {"base_model_name_or_path": "other"}, "adapter_config.json")
+    with pytest.raises(ModelError, match=r"its base model .*base is a folder of adapters too"):
+        check_kind(adapter)
 
 
 @pytest.mark.parametrize(
