@@ -77,11 +77,6 @@ def use_backend(name: str | None) -> Iterator[None]:
         _FORCED.reset(token)
 
 
-def used_backend() -> str | None:
-    """The name forced by ``use_backend``, None outside of it."""
-    return _FORCED.get()
-
-
 def why_not(name: str, device: torch.device) -> str | None:
     """The reason why a back end does not run on tensors of a device; None if it does."""
     if name == "cpu" and device.type != "cpu":
@@ -95,13 +90,17 @@ def why_not(name: str, device: torch.device) -> str | None:
     return None
 
 
+def kernel_for(device: torch.device, definition: Callable[P, R]) -> Callable[P, R]:
+    """The function of the back end for a device that implements ``definition``, a function of ``reference``; for loops,
+    and for work that autograd repeats later, outside of ``use_backend``."""
+    function: Callable[P, R] = getattr(backend_for(device), definition.__name__)
+    return function
+
+
 def _dispatched(definition: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
     @wraps(definition)
     def entry(first: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        function: Callable[Concatenate[Tensor, P], R] = getattr(
-            backend_for(first.device), definition.__name__
-        )
-        return function(first, *args, **kwargs)
+        return kernel_for(first.device, definition)(first, *args, **kwargs)
 
     return entry
 

@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gold.kernels.backends import row_statistics, use_backend, used_backend
+from gold.kernels import reference
+from gold.kernels.backends import kernel_for
 from gold.kernels.logits import HeadLogits, Index, LazyLogits, SummedWeight, spans
 
 Work = Callable[..., tuple[Tensor, ...]]
 
 
 def recomputed(function: Callable[[LazyLogits], tuple[Tensor, ...]], rows: LazyLogits) -> tuple[Tensor, ...]:
-    """``function(rows)``, with activation checkpointing: intermediate tensors are recomputed in the backward pass."""
+    """``function(rows)``, with activation checkpointing: intermediate tensors are recomputed in the backward pass,
+    maybe in another thread, so ``function`` uses kernels from ``kernel_for``."""
     if not torch.is_grad_enabled():
         return function(rows)
-    backend = used_backend()
 
     def work(*tensors: Tensor) -> tuple[Tensor, ...]:
-        with use_backend(backend):
-            return function(rows.with_tensors(*tensors))
+        return function(rows.with_tensors(*tensors))
 
     result: tuple[Tensor, ...] = checkpoint(
         work, *rows.tensors, use_reentrant=False, preserve_rng_state=False
@@ -123,7 +123,7 @@ def token_logp(rows: LazyLogits, target_N: Tensor, stops: Tensor) -> tuple[Tenso
 
 def token_statistics(rows: LazyLogits, target_N: Tensor, stops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As ``token_logp``, and without gradient the entropy of each row, in nats: three [N]."""
-    parts = []
+    row_statistics, parts = kernel_for(rows.device, reference.row_statistics), []
     for span in spans(len(rows), rows.block_rows):
 
         def reduce(block: LazyLogits, span: slice = span) -> tuple[Tensor, ...]:
@@ -137,6 +137,7 @@ def token_statistics(rows: LazyLogits, target_N: Tensor, stops: Tensor) -> tuple
 
 def token_loss(rows: LazyLogits, target_N: Tensor, weight_N: Tensor, stops: Tensor) -> Tensor:
     """``−Σ_n weight[n] log π(target[n])``, in nats."""
+    row_statistics = kernel_for(rows.device, reference.row_statistics)
 
     def loss(block: LazyLogits, span: slice) -> tuple[Tensor, ...]:
         logits = block.logits()

@@ -224,36 +224,20 @@ def piece_events(
     last = _local(needed, ranges.last[span], device)
     columns = side.columns.columns(device, rows.width)
     target = side.layout.target[needed]
-    size, positions = rows.block_rows, whole.shape[0]
-    values, order, full, full_at, steps = [], [], [], [], []
-    for part in spans(len(rows), size):
-        first, end = part.start, part.stop
-        logits = rows.select(part).logits()
-        mine = torch.nonzero((entry.row >= first) & (entry.row < end))[:, 0]
-        at = torch.nonzero((whole >= first) & (whole < end))[:, 0]
-        tokens = Tokens(entry.row[mine] - first, entry.id[mine], entry.moved[mine])
-        masses, value, step = piece_masses(
-            logits,
-            target[first:end],
-            columns,
-            whole[at] - first,
-            tokens,
-            overwrite=rows.may_overwrite(logits),
-        )
-        if rows.partial:
-            # Unknown tokens of a partial row share its tail mass; such rows sum to one.
-            step = torch.where(torch.isneginf(step), logits[:, -1], step)
-        steps.append(step)
-        values.append(value)
-        order.append(mine)
-        full.append(masses)
-        full_at.append(at)
+    full, full_at, values, order, steps = zip(
+        *(
+            _masses_of_block(rows, block, target, columns, whole, entry)
+            for block in spans(len(rows), rows.block_rows)
+        ),
+        strict=True,
+    )
 
     # Cumulative sums in float64: they decrease without bound.
     step = torch.cat(steps).double().clamp(min=NEVER)
     before = torch.cumsum(step, 0) - step
     index = torch.cat(order)
     weight = before[entry.row[index]] - before[last[entry.position[index]]]
+    positions = whole.shape[0]
     value = torch.cat(values)
     value = value + weight.to(value.dtype)
     position, event = entry.position[index], entry.event[index]
@@ -266,6 +250,26 @@ def piece_events(
     given = whole_rows, torch.cat(full_at), value[~is_path], cell, positions
     joint: Tensor = _Joint.apply(*given)  # type: ignore[no-untyped-call]
     return PieceEvents(joint, path)
+
+
+def _masses_of_block(
+    rows: LazyLogits, block: slice, target: Tensor, columns: Columns, whole: Tensor, entry: _Entries
+) -> tuple[Tensor, ...]:
+    """``reference.piece_masses`` of one block of rows: the sums of whole rows and their positions, the values of single
+    tokens and their indices in ``entry``, and the step of each row."""
+    first, end = block.start, block.stop
+    logits = rows.select(block).logits()
+    mine = torch.nonzero((entry.row >= first) & (entry.row < end))[:, 0]
+    at = torch.nonzero((whole >= first) & (whole < end))[:, 0]
+    tokens = Tokens(entry.row[mine] - first, entry.id[mine], entry.moved[mine])
+    overwrite = rows.may_overwrite(logits)
+    masses, value, step = piece_masses(
+        logits, target[first:end], columns, whole[at] - first, tokens, overwrite=overwrite
+    )
+    if rows.partial:
+        # Unknown tokens of a partial row share its tail mass; such rows sum to one.
+        step = torch.where(torch.isneginf(step), logits[:, -1], step)
+    return masses, at, value, mine, step
 
 
 class _Joint(torch.autograd.Function):

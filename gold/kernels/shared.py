@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,12 +74,9 @@ def shared_divergence(
         raise ValueError(
             f"top_k is {top_k}, and the vocabularies share {kept.ids.numel()} tokens and the stop event"
         )
-    smoothing = SMOOTHING
-    if events.everything:
-        padded, padded_T = (bool(k.left.numel()) for k in (kept, kept_T))
-        alone = padded and not padded_T, padded_T and not padded
-        if not isinstance(divergence, MixedKL) or divergence.finite(*alone):
-            smoothing = 0.0
+    smoothing = _smoothing(divergence, kept, kept_T) if events.everything else SMOOTHING
+    options = divergence, renormalise, smoothing, teacher.partial, top_k, top_k_of_teacher
+    in_torch = partial(_in_torch, kept, kept_T, *options)
     whole = top_k is None and not teacher.partial and kept.ids.device == kept_T.ids.device
 
     def compare(block: LazyLogits, span: slice) -> tuple[Tensor, ...]:
@@ -102,30 +100,53 @@ def shared_divergence(
             value, mass = in_torch(block.logits(), logits_T, finite=True)
         return (value if weight_N is None else value * weight_N[span].to(value)).sum(), mass
 
-    def in_torch(logits_S: Tensor, logits_T: Tensor, finite: bool = False) -> tuple[Tensor, Tensor]:
-        logp = coarsened(logits_S, kept)
-        with torch.no_grad():
-            logq = coarsened(logits_T, kept_T).to(logp)
-            apart = torch.isfinite(logq[:, :-1]) if teacher.partial else None
-            if top_k is not None:
-                ranked = (logq if top_k_of_teacher else logp)[:, :-1].topk(top_k, dim=-1).indices
-                chosen = torch.zeros_like(logp[:, :-1], dtype=torch.bool).scatter(1, ranked, True)
-                apart = chosen if apart is None else apart & chosen
-        if apart is not None:
-            logp, logq = bucketed(logp, apart), bucketed(logq, apart)
-        mass = row_logsumexp(logp[:, :-1].detach()).exp()
-        if renormalise:
-            logp, logq = (_conditional(x[:, :-1]) for x in (logp, logq))
-        elif apart is not None or smoothing:
-            # Events chosen on one side may have probability 0 on the other.
-            logp, logq = smoothed(logp, SMOOTHING), smoothed(logq, SMOOTHING)
-        if finite:
-            logp, logq = finite_where_either_is(logp, logq)
-        return divergence(logp, logq), mass
-
     blocks = [(span, span) for span in spans(len(student), min(student.block_rows, teacher.block_rows))]
     total, mass = summed(compare, student, blocks)
     return total, mass
+
+
+def _smoothing(divergence: Divergence, kept: KeptEvents, kept_T: KeptEvents) -> float:
+    """The share of ``smoothed`` where all text tokens are shared: 0 unless one side alone has padding columns and the
+    divergence would be infinite."""
+    padded, padded_T = (bool(k.left.numel()) for k in (kept, kept_T))
+    alone = padded and not padded_T, padded_T and not padded
+    return SMOOTHING if isinstance(divergence, MixedKL) and not divergence.finite(*alone) else 0.0
+
+
+def _in_torch(
+    kept: KeptEvents,
+    kept_T: KeptEvents,
+    divergence: Divergence,
+    renormalise: bool,
+    smoothing: float,
+    partial_T: bool,
+    top_k: int | None,
+    top_k_of_teacher: bool,
+    logits_S: Tensor,
+    logits_T: Tensor,
+    finite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The divergence of each row and the student's mass on the shared events, for any divergence and all options:
+    see ``shared_divergence``. ``finite``: as in ``reference.finite_where_either_is``."""
+    logp = coarsened(logits_S, kept)
+    with torch.no_grad():
+        logq = coarsened(logits_T, kept_T).to(logp)
+        apart = torch.isfinite(logq[:, :-1]) if partial_T else None
+        if top_k is not None:
+            ranked = (logq if top_k_of_teacher else logp)[:, :-1].topk(top_k, dim=-1).indices
+            chosen = torch.zeros_like(logp[:, :-1], dtype=torch.bool).scatter(1, ranked, True)
+            apart = chosen if apart is None else apart & chosen
+    if apart is not None:
+        logp, logq = bucketed(logp, apart), bucketed(logq, apart)
+    mass = row_logsumexp(logp[:, :-1].detach()).exp()
+    if renormalise:
+        logp, logq = (_conditional(x[:, :-1]) for x in (logp, logq))
+    elif apart is not None or smoothing:
+        # Events chosen on one side may have probability 0 on the other.
+        logp, logq = smoothed(logp, SMOOTHING), smoothed(logq, SMOOTHING)
+    if finite:
+        logp, logq = finite_where_either_is(logp, logq)
+    return divergence(logp, logq), mass
 
 
 def _conditional(logp: Tensor) -> Tensor:

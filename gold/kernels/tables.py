@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gold.bytes.events import EVENTS, UNRESOLVED_EVENT
-from gold.kernels.backends import byte_masses, segment_logsumexp
+from gold.kernels import reference
+from gold.kernels.backends import kernel_for, segment_logsumexp
 from gold.kernels.layout import ByteLayout
 from gold.kernels.lm_head import recomputed, token_logp
 from gold.kernels.logits import HeadLogits, LazyLogits, spans
@@ -24,25 +25,14 @@ SCATTERED = {"cuda"}
 byte order. On a CPU it would save one percent."""
 
 
-def byte_tables(rows: LazyLogits, layout: ByteLayout, *, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def byte_tables(rows: LazyLogits, layout: ByteLayout) -> tuple[Tensor, Tensor, Tensor]:
     """Next-byte table of a batch, and the log-probabilities of its own tokens.
-
-    ``keep``: logits that fit in one block are stored for the backward pass instead of recomputed.
 
     Returns:
         table [positions, 258] (``byte_table``), log_target_N, log_stop_N (``reference.byte_masses``), nats.
     """
-    mass, target, stop, _ = _byte_masses(rows, layout, keep)
+    mass, target, stop, _ = row_masses(rows, layout)
     return byte_table(mass, target, layout), target, stop
-
-
-def filled_byte_tables(
-    rows: LazyLogits, layout: ByteLayout, table_other: Tensor, log_path: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``byte_tables``, for partial rows: see ``filled_table``."""
-    mass, target, stop, tail = _byte_masses(rows, layout, False)
-    joint = joint_table(mass, target, layout)
-    return filled_table(joint, tail, layout, table_other, log_path), target, stop
 
 
 @torch.no_grad()
@@ -55,7 +45,7 @@ def prefix_logp(rows: LazyLogits, layout: ByteLayout, begins: NDArray[np.int64],
     last = len(data) - 1
     first, until = np.searchsorted(begins, [last, last + 1]).tolist()
     part, reading = layout.window(slice(last, last + 1), slice(first, until))
-    mass, target, _, _ = _byte_masses(rows.select(reading), part, False)
+    mass, target, _, _ = row_masses(rows.select(reading), part)
     joint = joint_table(mass, target, part)[0, data[last]]
     row = reading.start + int(part.position_row[0])
     before, _ = token_logp(rows.select(slice(row)), layout.target[:row], layout.stops)
@@ -71,14 +61,19 @@ def in_byte_order(rows: LazyLogits, layout: ByteLayout) -> tuple[LazyLogits, Byt
     return replace(rows, head=rows.reordered(columns), reordered=None), layout
 
 
-def _byte_masses(rows: LazyLogits, layout: ByteLayout, keep: bool) -> tuple[Tensor, ...]:
-    """``reference.byte_masses`` of all rows, and separately the tail mass of partial rows; in nats."""
+def row_masses(rows: LazyLogits, layout: ByteLayout, *, keep: bool = False) -> tuple[Tensor, ...]:
+    """``reference.byte_masses`` of all rows, and the tail mass of partial rows as a fourth tensor, in nats.
+
+    ``keep``: logits that fit in one block are stored for the backward pass instead of recomputed.
+    """
     if len(rows) != layout.rows:
         raise ValueError(f"{len(rows)} rows of logits for a plan of {layout.rows}")
     rows, layout = in_byte_order(rows, layout)
     rows = rows.in_turn()
+    byte_masses = kernel_for(rows.device, reference.byte_masses)
     parts: list[tuple[Tensor, ...]] = []
     blocks = spans(len(rows), rows.block_rows)
+    direct = (keep and len(blocks) == 1) or not torch.is_grad_enabled()
     for span in blocks:
 
         def reduce(block: LazyLogits, span: slice = span) -> tuple[Tensor, ...]:
@@ -97,7 +92,7 @@ def _byte_masses(rows: LazyLogits, layout: ByteLayout, keep: bool) -> tuple[Tens
             return mass + of_mass, target + of_target, stop + known.to(stop), tail
 
         block = rows.select(span)
-        parts.append(reduce(block) if keep and len(blocks) == 1 else recomputed(reduce, block))
+        parts.append(reduce(block) if direct else recomputed(reduce, block))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 

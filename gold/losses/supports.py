@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Annotated, Literal
 
 import numpy as np
@@ -21,7 +21,15 @@ from gold.kernels.lm_head import summed
 from gold.kernels.logits import LazyLogits
 from gold.kernels.reference import finite_where_either_is
 from gold.kernels.shared import SharedEvents, shared_divergence
-from gold.kernels.tables import byte_tables, common_events, filled_byte_tables, in_byte_order
+from gold.kernels.tables import (
+    byte_table,
+    common_events,
+    filled_table,
+    in_byte_order,
+    joint_table,
+    normalised,
+    row_masses,
+)
 from gold.losses.divergences import Divergence, form_of, reverse_kl
 from gold.losses.mixture import OtherTeacher
 from gold.losses.types import Loss, LossInputs, TargetLogp, possible, sequence_logp
@@ -49,20 +57,20 @@ def bytes_divergence(
     at, weight = byte_positions(batch, where), _of_positions(inputs, half_life)
     first = OtherTeacher(batch, inputs.teacher_rows)
     teachers = [_Teacher.of(teacher) for teacher in (first, *inputs.other_teachers)]
-    partial = any(teacher.rows.partial for teacher in teachers)
+    any_partial = any(teacher.rows.partial for teacher in teachers)
 
     def compare(block: LazyLogits, window: _Window) -> tuple[Tensor, ...]:
         place = window.places
         here = at[(at >= place.start) & (at < place.stop)] - place.start
-        positions, _, events = batch.path
-        inside = (positions >= place.start) & (positions < place.stop)
-        path = positions[inside] - place.start, events[inside]
-        # The student's logits are kept until their gradient is computed: a teacher that does not need them is computed
+        path = _path_within(batch, place)
+        teacher_side = partial(_teacher_side, places=place, path=path, here=here)
+        # The student's logits are kept until their gradient is computed: teachers that do not need them are computed
         # first.
-        sides = [] if partial else [_teacher_side(teacher, place, path, here) for teacher in teachers]
-        table, *mine = byte_tables(block, window.layout, keep=True)
-        if partial:
-            sides = [_teacher_side(teacher, place, path, here, table.detach()) for teacher in teachers]
+        sides = [] if any_partial else list(map(teacher_side, teachers))
+        mass, *mine, _ = row_masses(block, window.layout, keep=True)
+        table = byte_table(mass, mine[0], window.layout)
+        if any_partial:
+            sides = list(map(partial(teacher_side, table_S=table.detach()), teachers))
         resolved, resolved_T = window.layout.resolved[here], sides[0].resolved
         for side in sides[1:]:
             resolved_T = resolved_T & side.resolved
@@ -84,13 +92,20 @@ def bytes_divergence(
         "unresolved_mass": unresolved.sum(),
     }
     mine, *theirs = zip(scores[::3], scores[1::3], scores[2::3], strict=True)
-    if partial and inputs.mix is None:
+    if any_partial and inputs.mix is None:
         scored = (
             TargetLogp.of(*side[:2], at)
             for side, at in ((mine, batch.stop_rows), (theirs[0], batch.teacher.targets < 0))
         )
         return Loss(total, parts, sequence_logp(batch, *scored))
     return Loss(total, parts, _path_logp(inputs, mine[2], [side[2] for side in theirs]))
+
+
+def _path_within(batch: AlignedBatch, places: slice) -> tuple[Tensor, Tensor]:
+    """The observed events of some byte positions: each one's position from the first, and the event."""
+    positions, _, events = batch.path
+    inside = (positions >= places.start) & (positions < places.stop)
+    return positions[inside] - places.start, events[inside]
 
 
 def _path_logp(inputs: LossInputs, mine: Tensor, theirs: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -187,20 +202,21 @@ def _teacher_side(
     """The teacher's side at ``here`` of ``places``; partial rows need ``table_S``, the student's table."""
     window = _window(teacher.layout, teacher.begins, places)
     layout, rows = window.layout, teacher.rows.select(window.rows)
+    mass, target, stop, tail = row_masses(rows, layout)
+    joint = joint_table(mass, target, layout)
     if rows.partial:
         if table_S is None:
             raise ValueError("partial rows of a teacher need the student's table for their tail")
         log_path = table_S.new_zeros(len(table_S)).index_put(path[:1], table_S[path])
         filling = (x.to(layout.device) for x in (table_S, log_path))
-        table, *scores = filled_byte_tables(rows, layout, *filling)
+        table = filled_table(joint, tail, layout, *filling)
     else:
-        table, *scores = byte_tables(rows, layout)
+        table = normalised(joint)
     logq, resolved = table.to(here.device)[here], layout.resolved.to(here.device)[here]
     if rows.partial:
         resolved = resolved & ~torch.isneginf(logq)  # without events that no known token reaches
-    target, stop = (x[window.own] for x in scores)
     here_path = table[tuple(x.to(table.device) for x in path)]
-    return _TeacherSide(logq, resolved, (target, stop, here_path))
+    return _TeacherSide(logq, resolved, (target[window.own], stop[window.own], here_path))
 
 
 def states_divergence(
