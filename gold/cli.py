@@ -351,6 +351,14 @@ def plot(run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")])
     terminal.show(*plot_run(run))
 
 
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]) -> None:
+    """Write report.html of a run again, from the files in its folder; a run writes it by itself."""
+    from gold.inspect.report import write_report
+
+    terminal.show(write_report(run))
+
+
 @cache.command("build")
 def cache_build(config: ConfigFile, overrides: Overrides = None) -> None:
     """Score the completions of a run's training prompts that are not yet in teacher.cache.path, and store them there.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from gold.align.texts import AlignedText, canonical_tokens
 from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
 from gold.errors import DataError
+from gold.evaluation_samples import Alternatives, chunk_records, teacher_alternatives
 from gold.kernels.lm_head import token_logp
 from gold.kernels.logits import LazyLogits
 from gold.kernels.tables import prefix_logp
@@ -85,7 +86,8 @@ class Evaluation:
 class _Scored:
     """Both models' log-probabilities of one text, per student row and per teacher row, stop event last; the student's
     of the text minus the teacher's, and the number of bytes covered; the index of its prompt, and its teacher's name.
-    ``bounded``: the teacher's log-probability of the text is a lower bound."""
+    ``bounded``: the teacher's log-probability of the text is a lower bound. ``alternatives``: of a sample that is
+    recorded, the teacher's most probable tokens at each of its rows."""
 
     rollout: Rollout
     text: AlignedText
@@ -97,6 +99,7 @@ class _Scored:
     bounded: bool = False
     number: int = 0
     teacher: str = ""
+    alternatives: Alternatives | None = None
 
     @property
     def bytes(self) -> int:
@@ -136,7 +139,8 @@ def evaluate(
             if teachers.several and n in signals:
                 shown["teacher"] = signals[n].teacher
             if n in signals:
-                shown["chunks"] = _signal(signals[n])
+                s = signals[n]
+                shown["chunks"] = chunk_records(s.text, s.chunks, s.logp_S, s.logp_T, s.alternatives)
         if comparison.writers is not None:
             scored, more = comparison.of_teachers(comparison.writers, seeds)
             skipped += more
@@ -196,6 +200,9 @@ class _Comparison:
                 [rollouts[i] for i in chosen],
                 [texts[i][name] for i in chosen],
                 [logp_S[i] for i in chosen],
+                recorded={
+                    k for k, i in enumerate(chosen) if i < self.plan.samples * self.plan.num_generations
+                },
             )
             scored += [
                 replace(s, number=i // self.plan.num_generations) for i, s in zip(chosen, found, strict=True)
@@ -239,10 +246,12 @@ class _Comparison:
         rollouts: Sequence[Rollout],
         texts: Sequence[AlignedText],
         logp_S: Sequence[_StudentLogp],
+        recorded: Collection[int] = (),
     ) -> list[_Scored]:
-        """Both models' log-probabilities of each rollout, retokenized for the teacher, given the student's."""
+        """Both models' log-probabilities of each rollout, retokenized for the teacher, given the student's; of those
+        ``recorded`` also the teacher's alternatives."""
         teacher, pair = self.teachers.members[name], self.pairs[name]
-        found = []
+        found: list[_Scored] = []
         for first in range(0, len(rollouts), self.plan.micro_batch_size):
             here = slice(first, first + self.plan.micro_batch_size)
             logits = teacher_logits(teacher, rollouts[here], texts[here])
@@ -256,7 +265,11 @@ class _Comparison:
                 if mine.rows is not None and not pair.same:
                     batch = AlignedBatch([text], pair, mine.rows.device, teacher.device)
                     gap = _gap_of_prefixes(batch, mine.rows, theirs)
-                found.append(_Scored(rollout, text, mine.events, logp_T, chunks, *gap, teacher=name))
+                scored = _Scored(rollout, text, mine.events, logp_T, chunks, *gap, teacher=name)
+                if len(found) in recorded:
+                    best = teacher_alternatives(theirs, teacher.vocabulary)
+                    scored = replace(scored, alternatives=best)
+                found.append(scored)
         return found
 
     def reverse_kl(self, scored: Sequence[_Scored]) -> dict[str, float]:
@@ -433,21 +446,3 @@ def _event_logp(
     if stopped:
         logp[-1] = log_stop[-1]
     return possible(logp).cpu().numpy()
-
-
-def _signal(scored: _Scored) -> list[dict[str, Any]]:
-    """Each chunk's text and both sides' log-probability of it; the stop event last."""
-    data = scored.rollout.tokenized.data
-    ends_S = np.concatenate(([0], scored.text.student.ends))
-    chunks = [
-        {
-            "text": data[ends_S[s0] : ends_S[s1]].decode("utf-8", "replace"),
-            "student": round(float(scored.logp_S[s0:s1].sum()), 4),
-            "teacher": round(float(scored.logp_T[t0:t1].sum()), 4),
-        }
-        for s0, s1, t0, t1 in scored.chunks.tolist()
-    ]
-    if scored.text.stopped:
-        stop = {"student": round(float(scored.logp_S[-1]), 4), "teacher": round(float(scored.logp_T[-1]), 4)}
-        chunks.append({"text": None, **stop})
-    return chunks

@@ -156,6 +156,13 @@ def test_plot_prints_the_pictures(call: Call, stand_in: Any, tmp_path: Path) -> 
     assert calls == [((tmp_path,), {})]
 
 
+def test_report_prints_the_page(call: Call, stand_in: Any, tmp_path: Path) -> None:
+    calls = stand_in("gold.inspect.report", "write_report", tmp_path / "report.html")
+    done = call("report", tmp_path)
+    assert (done.code, done.out) == (0, f"{tmp_path / 'report.html'}\n")
+    assert calls == [((tmp_path,), {})]
+
+
 def test_demo_hands_on_the_folder(call: Call, stand_in: Any, tmp_path: Path) -> None:
     calls = stand_in("gold.demo.run", "main")
     assert call("demo", "--out", tmp_path).code == 0
@@ -220,7 +227,7 @@ def test_wrong_usage_is_exit_2(call: Call, arguments: tuple[str, ...]) -> None:
 def test_help_names_every_command(call: Call) -> None:
     done = call("--help")
     assert done.code == 0
-    for command in ("align", "train", "eval", "plot", "demo"):
+    for command in ("align", "train", "eval", "report", "plot", "demo"):
         assert f" {command} " in done.out
 
 

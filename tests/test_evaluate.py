@@ -121,6 +121,23 @@ def test_samples_show_both_sides_of_every_chunk():
         assert "".join(texts) == shown["completion"]
         assert shown["stopped"] == (shown["chunks"][-1:] != [] and shown["chunks"][-1]["text"] is None)
         assert all(c["student"] <= 0 and c["teacher"] <= 0 for c in shown["chunks"])
+        for c in shown["chunks"]:
+            for side in ("student", "teacher"):
+                tokens = c.get(f"{side}_tokens", [(c["text"], c[side])])
+                assert sum(logp for _, logp in tokens) == pytest.approx(c[side], abs=1e-3)
+                if c["text"] is not None:
+                    assert "".join(text for text, _ in tokens) == c["text"]
+            likeliest = [logp for _, logp in c["alternatives"]]
+            assert len(likeliest) == 4
+            assert likeliest == sorted(likeliest, reverse=True)
+            # The first token of the chunk, if it is among them, has the probability that the chunk's record says.
+            first = c.get("teacher_tokens", [(c["text"], c["teacher"])])[0]
+            assert all(
+                logp == pytest.approx(first[1], abs=1e-3)
+                for text, logp in c["alternatives"]
+                if text == first[0]
+            )
+            assert likeliest[0] >= first[1] - 1e-3 or c["text"] is None
 
 
 def test_wilson_interval_holds_what_it_says():

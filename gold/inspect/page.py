@@ -1,18 +1,14 @@
 """An alignment as one HTML file without network access, usable by mouse, touch or keyboard."""
 
 import base64
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from gold.inspect.html import SHADES, document, shades
 from gold.inspect.view import AlignmentView, TokenizedSide, prompt_runs, summary, token_runs
-
-_LEVELS = 9
-"""The shade of a token is its −log-probability in nats, up to this level."""
 
 _TAGS = {"text": "{}", "mark": "<i>{}</i>", "event": "<em>{}</em>"}
 _HERE = Path(__file__).parent
@@ -25,27 +21,11 @@ def page(view: AlignmentView) -> str:
     arrow keys shows the ids, bytes, offsets and log-probabilities of its tokens. Without scripts the picture and the
     summary are still shown.
     """
-    style = (_HERE / "page.css").read_text(encoding="utf-8") + _shades()
+    style = (_HERE / "page.css").read_text(encoding="utf-8") + shades("p", "heat")
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     title = f"{view.student.name} and {view.teacher.name}"
-    policy = (
-        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
-        "form-action 'none'"
-    )
-    data = json.dumps(_data(view), separators=(",", ":"))
     scored = view.score is not None
-    return f"""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)}</title>
-<style>{style}</style>
-</head>
-<body>
+    body = f"""\
 <header>
 <h1>One text, two tokenizers</h1>
 {_summary(view)}
@@ -58,22 +38,8 @@ def page(view: AlignmentView) -> str:
 <p>{view.undrawn}</p>
 </main>
 <aside id="details" aria-live="polite">\
-<p class="hint">Point at a chunk, touch it, or walk with the arrow keys.</p></aside>
-<script type="application/json" id="data">{data}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-
-def _hash(content: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-
-
-def _shades() -> str:
-    return "".join(
-        f".p{level} {{ background: rgb(var(--heat) / {level / 12:.2f}); }}\n" for level in range(_LEVELS + 1)
-    )
+<p class="hint">Point at a chunk, touch it, or walk with the arrow keys.</p></aside>"""
+    return document(title, style, body, script, _data(view))
 
 
 def _data(view: AlignmentView) -> dict[str, Any]:
@@ -138,7 +104,7 @@ def _tokens(side: TokenizedSide, view: AlignmentView, last: int) -> Iterator[str
     for k, end in enumerate(side.tokenized.ends[:count].tolist()):
         level = ""
         if side.logp_N is not None and not math.isnan(side.logp_N[k]):
-            level = f" p{min(_LEVELS, int(-side.logp_N[k]))}"
+            level = f" p{min(SHADES, int(-side.logp_N[k]))}"
         yield f'<span class="k{level}">{_tagged(token_runs(side, k, start, end))}</span>'
         start = end
 
@@ -176,7 +142,7 @@ def _prompts(view: AlignmentView) -> str:
 
 
 def _legend(scored: bool) -> str:
-    shades = "".join(f'<span class="k p{level}">{level}</span>' for level in range(_LEVELS + 1))
+    shades = "".join(f'<span class="k p{level}">{level}</span>' for level in range(SHADES + 1))
     scale = f'<span class="scale">nats: {shades}</span>' if scored else ""
     return (
         '<p class="legend"><span class="s">student above</span> <span class="t">teacher below</span> '

@@ -20,6 +20,7 @@ from gold.data import Prompt
 from gold.doctor.prompts import PromptReader, examine_prompts, notes_of, raise_refused
 from gold.errors import CheckpointError, ConfigError, GoldError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier, evaluate
+from gold.inspect.report import ReportFile
 from gold.kernels import backend_for
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model, save_model
@@ -161,7 +162,8 @@ def _run(
         if saving.output and accelerator.is_main_process:
             inputs = of_run(student, teachers, setup.prompts, heldout) if inputs is None else inputs
             folder = stack.enter_context(_open_folder(saving, settings, inputs, tracker))
-            tracker.members.append(folder)
+            tracker.add(folder)
+            tracker.add(ReportFile(folder), "report.html")
             if prints_date:
                 write_date(folder.path, day)
         accelerator.wait_for_everyone()

@@ -10,7 +10,13 @@ from typing import Any
 from gold.errors import CheckpointError, DataError
 from gold.files import json_value, one_line, plain, read_bytes
 
-FILE_OF_KIND = {"train": "metrics.jsonl", "eval": "metrics.jsonl", "sample": "samples.jsonl"}
+FILE_OF_KIND = {
+    "train": "metrics.jsonl",
+    "eval": "metrics.jsonl",
+    "sample": "samples.jsonl",
+    "start": "notes.jsonl",
+    "note": "notes.jsonl",
+}
 
 
 def record_line(kind: str, record: Mapping[str, Any]) -> bytes:

@@ -6,6 +6,8 @@ inputs.json        digests of the inputs: prompts, tokenizers, chat templates, w
 template_date.txt  the date that chat templates print, if one prints it (loop.py)
 metrics.jsonl      {"kind": "train" | "eval", "step": n, …} a line
 samples.jsonl      {"kind": "sample", "step": n, …} a line
+notes.jsonl        {"kind": "start" | "note", "step": n, …} a line: the header of each start, and the notes
+report.html        see gold.inspect.report
 checkpoints/       see gold.train.checkpoint
 plots/             see gold.inspect.plots
 student/           the trained student, once the run has ended
@@ -41,7 +43,7 @@ from gold.train.resume_rules import (
     is_inputs,
     refuse_changes,
 )
-from gold.train.trackers import Tracker
+from gold.train.trackers import RunInfo, Tracker
 from gold.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ _FILES = (
     "template_date.txt",
     "metrics.jsonl",
     "samples.jsonl",
+    "notes.jsonl",
+    "report.html",
 )
 _FOLDERS = ("checkpoints", "plots", "student")
 # Files that a process killed before config.yaml was written may leave.
@@ -93,6 +97,8 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
         self._lock: int | None = None
         self._identity: tuple[int, int] | None = None
         self._streams: dict[str, int] = {}
+        self._step: int | None = None  # the last one; None before the run has started
+        self._early: list[str] = []  # notes before that
 
     @classmethod
     def check_new(cls, path: str | Path, overwrite: bool = False) -> None:
@@ -261,6 +267,22 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
                 "place as output, and resume (--resume)"
             )
 
+    def start(self, run: RunInfo) -> None:
+        """Write the header and the notes so far to notes.jsonl."""
+        self._step = run.done
+        self.log("start", {"step": run.done, "steps": run.steps, "header": dict(run.header)})
+        for text in self._early:
+            self.note(text)
+        self._early.clear()
+
+    def note(self, text: str) -> None:
+        """Write a note to notes.jsonl once the run has started; one that cannot be written is left out."""
+        if self._step is None:
+            self._early.append(text)
+            return
+        with contextlib.suppress(CheckpointError):
+            self.log("note", {"step": self._step, "text": text})
+
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
         """Write one line: `train` and `eval` to metrics.jsonl, `sample` to samples.jsonl.
 
@@ -280,6 +302,8 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
         self.check_place()
         with _writing(f"{self.path / name} at step {record['step']}", "; free some space and resume"):
             append(self._streams[name], data)
+        if kind == "train":
+            self._step = int(record["step"])
 
     def sync(self) -> None:
         """Sync every line logged so far to disk; call it before a checkpoint is saved.

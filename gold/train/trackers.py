@@ -4,9 +4,11 @@ A tracker needs four methods; a class derived from `Tracker` inherits empty ones
 the terminal (`progress.py`) are trackers; `gold.distill(..., trackers=[...])` takes more.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from gold.files import one_line
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,49 @@ class Tracker(Protocol):
         return
 
 
+class Guarded(Tracker):
+    """Another tracker that may fail: its first exception drops it, with one note through `tell`, and the run goes
+    on."""
+
+    def __init__(self, inner: Tracker, name: str, tell: Callable[[str], None]) -> None:
+        self.inner: Tracker | None = inner
+        self.name, self.tell = name, tell
+
+    def start(self, run: RunInfo) -> None:
+        self._call("start", run)
+
+    def log(self, kind: str, record: Mapping[str, Any]) -> None:
+        self._call("log", kind, record)
+
+    def note(self, text: str) -> None:
+        self._call("note", text)
+
+    def finish(self) -> None:
+        self._call("finish")
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        if self.inner is None:
+            return
+        try:
+            getattr(self.inner, method)(*arguments)
+        except Exception as error:  # whatever a client raises
+            self.inner = None
+            self.tell(f"{self.name} failed, and the run goes on without it: {one_line(error)}")
+
+
 class Trackers(Tracker):
     """Several trackers as one, called in order; without members it does nothing."""
 
     def __init__(self, *members: Tracker) -> None:
         self.members = list(members)
+        self._notes: list[str] = []
+
+    def add(self, member: Tracker, name: str | None = None) -> None:
+        """One more member, told the notes so far; with a `name` it may fail without ending the run."""
+        member = member if name is None else Guarded(member, name, self.note)
+        for text in self._notes:
+            member.note(text)
+        self.members.append(member)
 
     def start(self, run: RunInfo) -> None:
         for member in self.members:
@@ -60,6 +100,7 @@ class Trackers(Tracker):
             member.log(kind, record)
 
     def note(self, text: str) -> None:
+        self._notes.append(text)
         for member in self.members:
             member.note(text)
 

@@ -7,13 +7,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from support.chromium import Browser, browser, missing
+from support.html import Reader
 from support.texts import data
 from support.tokenizers import BOS_ID, EOS_ID, byte_level_bpe
 from support.views import view_of
@@ -24,38 +24,6 @@ from gold.inspect.view import AlignmentView, TokenizedSide, token_runs
 from gold.tokenize.vocabulary import Vocabulary
 
 EVIL = "<script>document.title = 'run'</script>\n<img src=x onerror=alert(1)> </script><!-- & \"'` {{x}} <eos>\x00"
-VOID = {"meta", "br"}
-
-
-class Reader(HTMLParser):
-    """The elements of a page: which there are, those open around each text, and every attribute."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[tuple[str, dict[str, str | None]]] = []
-        self.tags: set[str] = set()
-        self.texts: list[tuple[list[str], str]] = []
-        self.attributes: list[tuple[str, str, str | None]] = []
-        self.feed(content)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        if tag not in VOID:
-            self.open.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop()[0] == tag
-
-    def handle_data(self, data: str) -> None:
-        kinds = [attributes.get("class") or attributes.get("id") or tag for tag, attributes in self.open]
-        self.texts.append((kinds, data))
-
-    def within(self, *kinds: str) -> str:
-        """All texts within elements of these classes, names or tags, outermost first."""
-        return "".join(text for open, text in self.texts if [k for k in open if k in kinds] == list(kinds))
 
 
 def scored(view: AlignmentView) -> AlignmentView:
@@ -269,17 +237,10 @@ def test_every_way_to_a_chunk_shows_its_tokens(
     assert "<script>document.title" in window.run(f"return {row}")
     # Nothing is asked of any network, nothing is complained of, nothing is wider than the window.
     assert [m["message"] for m in window.messages()] == []
-    assert requests(window, file.resolve().as_uri()) == [file.resolve().as_uri()]
+    assert window.requests(file.resolve().as_uri()) == [file.resolve().as_uri()]
     assert window.run("return document.documentElement.scrollWidth") <= width
     background = window.run("return getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == dark
-
-
-def requests(window: Browser, page: str) -> list[str]:
-    """What a page has asked for, itself first."""
-    logged = [json.loads(entry["message"])["message"] for entry in window.messages("performance")]
-    asked = [m["params"] for m in logged if m["method"] == "Network.requestWillBeSent"]
-    return [one["request"]["url"] for one in asked if one["documentURL"] == page]
 
 
 @needs_browser

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gold.errors import CheckpointError, ConfigError
-from gold.inspect.plots import _panels, _running_mean, _words, plot_run
+from gold.inspect.plots import _panels, plot_run
+from gold.inspect.series import running_mean, words
 from gold.train.run_folder import RunFolder
 
 VALUES = st.none() | st.integers(-9, 9) | st.floats(width=32) | st.booleans() | st.just("text")
@@ -34,32 +35,32 @@ def test_panels_hold_every_measure_once_and_only_what_was_measured(evals, trains
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
                 assert (
                     name in ("step", "evaluate_s", "accuracy_low", "accuracy_high")
-                    or _words(name)[0] in held_out
+                    or words(name)[0] in held_out
                 )
 
 
 @given(st.lists(st.floats(-1, 1) | st.just(math.nan), max_size=30), st.integers(1, 40))
 def test_a_running_mean_stays_within_its_values(values, width):
-    means = _running_mean(values, width)
+    means = running_mean(values, width)
     assert len(means) == len(values)
     for mean in means:
         assert math.isnan(mean) or -1.0 - 1e-9 <= mean <= 1.0 + 1e-9
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "said"),
     [
         ("accuracy", ("accuracy", "")),
         ("reverse_kl_per_byte", ("reverse KL", "nats per byte")),
         ("gap_nats_per_byte", ("gap", "nats per byte")),
         ("bits_per_byte", ("bits per byte", "")),
         ("length_tokens", ("length", "tokens")),
-        ("tokens_per_s", ("tokens per s", "")),
+        ("tokens_per_s", ("speed", "tokens/s")),
         ("peak_mib", ("peak", "MiB")),
     ],
 )
-def test_names_become_words_and_units(name, words):
-    assert _words(name) == words
+def test_names_become_words_and_units(name, said):
+    assert words(name) == said
 
 
 def a_run(folder, steps=60):

@@ -94,6 +94,12 @@ class Browser:
         logged: list[dict[str, Any]] = self._call("POST", "/se/log", type=kind)
         return logged
 
+    def requests(self, page: str) -> list[str]:
+        """What a page has asked for since the last call, itself first."""
+        logged = [json.loads(entry["message"])["message"] for entry in self.messages("performance")]
+        asked = [m["params"] for m in logged if m["method"] == "Network.requestWillBeSent"]
+        return [one["request"]["url"] for one in asked if one["documentURL"] == page]
+
     def picture(self) -> bytes:
         """The window as PNG."""
         return base64.b64decode(self._call("GET", "/screenshot"))
