@@ -1,5 +1,7 @@
 """What `benchmarks bits` calls a difference."""
 
+import pytest
+
 from benchmarks.bits import differences, measured
 
 
@@ -11,6 +13,7 @@ def test_a_metric_may_get_another_name_but_not_another_value():
     assert len(differences(before, {"other": {}})) == 3
 
 
+@pytest.mark.slow
 def test_a_run_gives_the_same_bits_twice():
     once = dict(measured(0, "sft on sampled"))
     assert once == dict(measured(0, "sft on sampled"))

@@ -79,6 +79,7 @@ def test_a_text_has_the_rows_that_were_asked_for_and_states_are_drawn_anew() -> 
     assert own.min() < 0.1
 
 
+@pytest.mark.slow
 def test_every_loss_agrees_with_its_definition_in_float64() -> None:
     bench = Bench(CPU, LIMITS)
     for pair in (("a", "b"), ("a", "a")):
