@@ -131,7 +131,7 @@ class ServedConfig(Section):
     @field_validator("url")
     @classmethod
     def _is_url(cls, url: str) -> str:
-        from gold.teachers.http import check_url  # imports torch, which this module must not
+        from gold.http import check_url  # imported here: only servers need it
 
         try:
             check_url(url)

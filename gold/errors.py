@@ -48,6 +48,10 @@ class TeacherError(GoldError, RuntimeError):
     """A teacher that cannot provide what the objective needs."""
 
 
+class EngineError(GoldError, RuntimeError):
+    """A rollout engine that does not answer, or whose answers cannot be trained on."""
+
+
 class CheckpointError(GoldError, RuntimeError):
     """A checkpoint or run folder that cannot be written, read, or resumed."""
 

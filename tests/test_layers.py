@@ -23,7 +23,7 @@ HOME_OF = {
     "accelerate": ("gold.train.state", "gold.train.loop", "gold.train.preflight"),
     "bitsandbytes": ("gold.models.quantization",),
     "gguf": ("gold.models.load",),
-    "httpx2": ("gold.teachers.http",),
+    "httpx2": ("gold.http",),
     "matplotlib": ("gold.inspect.plots", "gold.demo"),
     "peft": ("gold.models.adapters",),
     "pydantic": ("gold.config", "gold.losses", "gold.schema", "gold.train.recipe"),
@@ -38,6 +38,7 @@ HOME_OF = {
     ),  # models, generation, tiny models
     "triton": ("gold.kernels.triton",),
     "typer": ("gold.cli",),
+    "vllm": ("gold.rollout.vllm_extension", "gold.rollout.weight_transfer"),
 }
 
 HEAVY = ("torch", "transformers", "accelerate")

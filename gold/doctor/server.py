@@ -16,12 +16,12 @@ from gold.doctor.finding import Check, Finding, failure, passed, run_checks, war
 from gold.doctor.sample import JUDGED, SAMPLE
 from gold.doctor.weights import divergence
 from gold.errors import DataError, TeacherError
+from gold.http import RefusedError, is_near
 from gold.kernels.lm_head import token_logp
 from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
 from gold.rollout.engine import completed
 from gold.teachers.dialects import TokenLogp
-from gold.teachers.http import RefusedError, is_near
 from gold.teachers.served import ServedTeacher
 from gold.tokenize.chat import has_chat_template, prompt_ids, prompt_text
 from gold.tokenize.templates import Rendering

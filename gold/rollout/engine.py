@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,21 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Frees all resources. The engine is not used afterwards."""
+        ...
+
+
+@runtime_checkable
+class ProbedEngine(Protocol):
+    """A rollout engine that is tried before the first step of a run, and at every resumption."""
+
+    def probe(
+        self, model: LanguageModel, prompts: Sequence[Prompt], weights: Mapping[str, Tensor], version: int
+    ) -> None:
+        """Checks the engine by draws, and leaves it with the student's ``weights``.
+
+        Raises:
+            EngineError: it does not do what a run relies on; one line that says what to change.
+        """
         ...
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gold.errors import ConfigError
-from gold.teachers.http import BadAnswerError, Call, shown
+from gold.http import BadAnswerError, Call, shown
 from gold.tokenize.vocabulary import Vocabulary
 
 TokenLogp = dict[int, float]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -15,7 +14,8 @@ import numpy as np
 import torch
 
 from gold.data import Prompt
-from gold.errors import ConfigError, TeacherError
+from gold.errors import TeacherError
+from gold.http import RefusedError, Server, environment_key
 from gold.kernels.logits import LazyLogits, TopKLogits
 from gold.teachers.absent import AbsentTeacher
 from gold.teachers.dialects import (
@@ -25,7 +25,6 @@ from gold.teachers.dialects import (
     TokenLogp,
     dialect_of,
 )
-from gold.teachers.http import RefusedError, Server
 from gold.tokenize.chat import has_chat_template
 from gold.tokenize.templates import rendered
 from gold.tokenize.vocabulary import TokenizedText
@@ -69,7 +68,9 @@ class ServedTeacher(AbsentTeacher):
         key_env: str | None = None,
         **files: Any,
     ) -> None:
-        self.server = Server(url, concurrency, timeout_s, retries, _key(key_env))
+        self.server = Server(
+            url, concurrency, timeout_s, retries, environment_key(key_env, "teacher.served.key_env")
+        )
         super().__init__(path, **files)
         self.path, self.served_model, self.api, self.top_k = str(path), model, api, top_k
         self.name = f"{model} at {url}"
@@ -220,16 +221,3 @@ class ServedTeacher(AbsentTeacher):
         closing = text.rpartition("A1")[2].lstrip()
         ends = [i for i in self.vocabulary.stop_ids if closing.startswith(self.vocabulary.label(i))]
         return max(ends, key=lambda i: len(self.vocabulary.label(i)), default=None)
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ConfigError(
-            "teacher.served.key_env: the environment has no variable of that name, or it is empty"
-        )
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise ConfigError("teacher.served.key_env: what the variable holds has characters that no key has")
-    return key

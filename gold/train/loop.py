@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 
 from gold.data import Prompt
 from gold.doctor.prompts import PromptReader, examine_prompts, notes_of, raise_refused
-from gold.errors import CheckpointError, ConfigError, GoldError, TeacherError, TrainingError
+from gold.errors import CheckpointError, ConfigError, EngineError, GoldError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier, evaluate
 from gold.inspect.report import ReportFile
 from gold.kernels import backend_for
@@ -46,7 +46,7 @@ from gold.train.resume_rules import Inputs
 from gold.train.run_folder import RunFolder
 from gold.train.setup import Setup
 from gold.train.state import TrainState
-from gold.train.step import push_weights, train_step, warm_up
+from gold.train.step import begin_engine, push_weights, train_step, warm_up
 from gold.train.trackers import RunInfo, Tracker, Trackers
 
 
@@ -203,7 +203,7 @@ class _Training:
     def all_steps(self) -> None:
         """Trains up to the last step."""
         state, recipe = self.state, self.setup.recipe
-        self.setup.engine.push(state.gather(), state.step)
+        begin_engine(state, self.setup)
         self.first_evaluation()
         warnings = Warnings(
             recipe.bad_steps_allowed,
@@ -256,14 +256,14 @@ class _Training:
         if not self.heldout:
             return
         state, setup, started = self.state, self.setup, time.perf_counter()
-        push_weights(state, setup.engine)
         look = partial(evaluate, state.student, setup.teachers, self.heldout)
         try:
+            push_weights(state, setup.engine)
             with state.accelerator.autocast():
                 result = state.together(
                     partial(look, plan=self.plan, verifier=setup.verifier, engine=setup.engine)
                 )
-        except TeacherError as error:
+        except (TeacherError, EngineError) as error:
             self.stop(error)
         record = {"step": state.step, **result.measures, "evaluate_s": time.perf_counter() - started}
         self.run.evaluations.append(record)
@@ -282,8 +282,8 @@ class _Training:
             self.state.accelerator.wait_for_everyone()
 
     def stop(self, error: GoldError) -> NoReturn:
-        """Saves the steps so far and ends a run whose teacher failed, or that met a text it cannot use."""
-        if not isinstance(error, TeacherError) and self.state.accelerator.num_processes > 1:
+        """Saves the steps so far and ends a run whose teacher or engine failed, or that met a text it cannot use."""
+        if not isinstance(error, TeacherError | EngineError) and self.state.accelerator.num_processes > 1:
             raise error  # the others did not fail, and would wait for this process
         self.save_checkpoint()
         kept = "; its checkpoint is kept, go on with --resume" if self.saving.output else ""

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from gold.errors import CheckpointError, TeacherError
+from gold.errors import CheckpointError, EngineError, TeacherError
 from gold.files import read_json
 from gold.kernels.logits import LazyLogits
 from gold.models.hidden_states import StatesModule, lazy_logits, recompute_activations
@@ -161,14 +161,19 @@ class TrainState:
         return self.sum({"flag": float(flag)})["flag"] > 0
 
     def together(self, ask: Callable[[], Answer]) -> Answer:
-        """The result of ``ask``; a TeacherError in one process is raised in all, since the others would wait."""
+        """The result of ``ask``; an error of a teacher or of the rollout engine in one process is raised in all, since
+        the others would wait."""
+        answer: Answer | None = None
+        failure: TeacherError | EngineError | None = None
         try:
-            answer, failure = ask(), None
-        except TeacherError as error:
-            answer, failure = None, error
+            answer = ask()
+        except (TeacherError, EngineError) as error:
+            failure = error
         if self.any_process(failure is not None):
-            reasons = gather_object([str(failure or "")])  # so that each process can report the cause
-            raise TeacherError(next(filter(None, reasons))) from failure
+            # Each process can report the cause.
+            found = gather_object([(isinstance(failure, EngineError), str(failure or ""))])
+            of_engine, reason = next((kind, reason) for kind, reason in found if reason)
+            raise (EngineError if of_engine else TeacherError)(reason) from failure
         return cast(Answer, answer)
 
 

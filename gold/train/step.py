@@ -23,7 +23,7 @@ from gold.losses import LossInputs
 from gold.losses.policy import means_of_others, sampled_credit
 from gold.models.hidden_states import lazy_logits
 from gold.models.padding import PaddedStates
-from gold.rollout.engine import RolloutEngine, completed, encode_prompt, sample
+from gold.rollout.engine import ProbedEngine, RolloutEngine, completed, encode_prompt, sample
 from gold.rollout.types import Rollout, Seed, group_advantages
 from gold.teachers.several import Teachers
 from gold.train.diagnosis import why_not_finite
@@ -112,11 +112,14 @@ def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], l
             seeds += [(recipe.seed, state.step, place, 0, n) for n in range(count)]
         else:
             given.append(completed(state.student, prompt, recipe.max_new_tokens))
+    if not any(recipe.student_writes(state.step, place) for place, _ in chosen):
+        return given, skipped
+    push_weights(state, setup.engine)  # in all processes, also in one that has nothing to draw
+    with accelerator.autocast():
+        draw = partial(sample, setup.engine, state.student, prompts, recipe.sampling, seeds=seeds)
+        sampled = state.together(draw)
     if not prompts:
         return given, skipped
-    push_weights(state, setup.engine)
-    with accelerator.autocast():
-        sampled = sample(setup.engine, state.student, prompts, recipe.sampling, seeds=seeds)
     if (verifier := setup.verifier) is not None:
         rewards = np.array([verifier.score(r.prompt, r.text) if r.stopped else 0.0 for r in sampled])
         scaled = group_advantages(rewards, recipe.num_generations)
@@ -125,10 +128,28 @@ def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], l
     return sampled + given, skipped
 
 
+def begin_engine(state: TrainState, setup: Setup) -> None:
+    """Pushes the student's weights before the first step of a run, or of its resumption, and tries an engine that can
+    be tried.
+
+    Raises:
+        EngineError: it does not work.
+    """
+    engine, weights = setup.engine, state.gather()
+    if isinstance(engine, ProbedEngine):
+        state.together(partial(engine.probe, state.student, setup.prompts, weights, state.step))
+    else:
+        engine.push(weights, state.step)
+
+
 def push_weights(state: TrainState, engine: RolloutEngine) -> None:
-    """Pushes the student's current weights to the engine."""
+    """Pushes the student's current weights to the engine.
+
+    Raises:
+        EngineError: no push succeeds, in any of the processes.
+    """
     if engine.version != state.step:
-        engine.push(state.gather(), state.step)
+        state.together(partial(engine.push, state.gather(), state.step))
 
 
 def query_teachers(

@@ -20,9 +20,9 @@ from support.server import APIS
 
 from gold.config import ServedConfig
 from gold.errors import ConfigError
+from gold.http import BadAnswerError, Call
 from gold.models.language_model import LanguageModel
 from gold.teachers.dialects import DIALECTS, VLLM, Dialect, OpenAI, ScoreRequest, SGLang, dialect_of
-from gold.teachers.http import BadAnswerError, Call
 
 IDS = (1, 5, 6)
 

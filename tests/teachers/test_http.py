@@ -14,9 +14,9 @@ import pytest
 from support.server import OK_HEAD, ModelServer, Raw, served
 
 from gold import ConfigError, Prompt, TeacherError
+from gold.http import Call, Server, _pause_s, _tls, is_near
 from gold.models.language_model import LanguageModel
 from gold.teachers.dialects import VLLM, ScoreRequest
-from gold.teachers.http import Call, Server, _pause_s, _tls, is_near
 
 IDS = (1, 5, 6)
 KNOWN: list[dict[int, Any]] = [{5: -1.5, 4: -0.5}, {6: -0.25, 2: -2.0}]

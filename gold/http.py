@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import random
 import ssl
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from gold.errors import ConfigError, TeacherError
+from gold.errors import ConfigError, GoldError, TeacherError
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,13 @@ class BadAnswerError(Exception):
     """An answer that does not match the request; the message completes a sentence about the server."""
 
 
-class RefusedError(TeacherError):
-    """A request that the server understood and rejects; a retry would not help."""
+class RefusedError(GoldError):
+    """A request that the server understood and rejects; a retry would not help. It is raised as a subclass of the
+    server's ``error`` too."""
+
+
+def _refused(error: type[GoldError]) -> type[GoldError]:
+    return type("RefusedError", (RefusedError, error), {})
 
 
 class _FaultError(Exception):
@@ -54,6 +60,8 @@ class Call:
 
     ``read`` raises ``BadAnswerError`` for an answer that cannot be used; the request is then repeated. A status in
     ``final`` is a rejection, even if it is usually retried. ``accepts_errors``: ``read`` also receives error answers.
+    ``advice``: by status, what to do about a rejection. ``as_text``: the answer is text, not JSON. ``retried``: whether
+    a failed attempt may be repeated by itself.
     """
 
     path: str
@@ -62,6 +70,10 @@ class Call:
     limit_bytes: int = 2**20
     final: frozenset[int] = frozenset()
     accepts_errors: bool = False
+    advice: Mapping[int, str] = field(default_factory=dict)
+    as_text: bool = False
+    retried: bool = True
+    method: str = "POST"
 
     def result(self, answer: Any) -> Any:
         """The result of an answer of any JSON type.
@@ -85,7 +97,8 @@ class Server:
 
     ``concurrency`` requests run at a time; each attempt has ``timeout_s`` in total. A failed attempt is repeated up to
     ``retries`` times, first after about ``first_wait_s``, then twice as long each time, or as long as the server asks
-    for. ``key`` is sent as a bearer token and never shown. ``repeated`` counts repeated requests.
+    for. ``key`` is sent as a bearer token and never shown. ``repeated`` counts repeated requests. ``error`` is raised
+    for everything that goes wrong.
 
     Raises:
         ConfigError: an invalid URL, or one that contains a key.
@@ -97,6 +110,7 @@ class Server:
     retries: int = 5
     key: str | None = field(default=None, repr=False)
     first_wait_s: float = 0.5
+    error: type[GoldError] = TeacherError
     repeated: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -114,9 +128,8 @@ class Server:
 
         Raises:
             RefusedError: a request that the server rejects.
-            TeacherError: no usable answer after all retries, an answer that is too long, an invalid certificate, a
-                redirect,
-                SSL_CERT_FILE or a proxy variable that cannot be used.
+            GoldError: ``error`` for no usable answer after all retries, an answer that is too long, an invalid
+                certificate, a redirect, SSL_CERT_FILE or a proxy variable that cannot be used.
         """
         return _run(self._ask(calls)) if calls else []
 
@@ -157,20 +170,19 @@ class Server:
 
     async def _insist(self, client: httpx2.AsyncClient, slots: asyncio.Semaphore, call: Call) -> Any:
         async with slots:
-            for attempt in range(self.retries + 1):
+            retries = self.retries if call.retried else 0
+            for attempt in range(retries + 1):
                 try:
                     return await self._attempt(client, call)
                 except _FaultError as fault:
-                    if attempt == self.retries:
+                    if attempt == retries:
                         tries = f"{attempt + 1} attempts" if attempt else "1 attempt"
                         raise self._error(f"{fault}; no usable answer after {tries}") from fault
                     if fault.wait_s > MOST_WAIT_S:
                         raise self._error(f"{fault}; it asks for a pause of {fault.wait_s:.0f} s") from fault
                     backoff = min(LONGEST_BACKOFF_S, self.first_wait_s * 2**attempt)
                     self.repeated += 1
-                    logger.info(
-                        "%s: %s; attempt %d of %d failed", self.url, fault, attempt + 1, self.retries + 1
-                    )
+                    logger.info("%s: %s; attempt %d of %d failed", self.url, fault, attempt + 1, retries + 1)
                     # Jitter: requests rejected together must not be repeated together.
                     await asyncio.sleep(max(fault.wait_s, backoff * random.SystemRandom().uniform(0.5, 1.0)))
         raise AssertionError("unreachable")
@@ -180,7 +192,7 @@ class Server:
         try:
             async with (
                 asyncio.timeout(self.timeout_s),
-                client.stream("POST", self.root + call.path, content=data) as response,
+                client.stream(call.method, self.root + call.path, content=data) as response,
             ):
                 if response.status_code != 200:
                     await self._refuse(response, call)
@@ -200,7 +212,7 @@ class Server:
         if len(content) > call.limit_bytes:
             raise self._error(f"sends more than the {call.limit_bytes:,} bytes that its answer can take")
         try:
-            return call.result(json.loads(content))
+            return call.result(content.decode() if call.as_text else json.loads(content))
         except BadAnswerError as error:
             raise _FaultError(self._line(str(error))) from error
         except (ValueError, RecursionError) as error:
@@ -219,11 +231,11 @@ class Server:
             401: "; name the variable that holds its key in key_env" if not self.key else "; look at the key",
             403: "; look at the key",
             404: f" for {call.path}; look at url, model and api",
-        }.get(status, "")
-        raise RefusedError(str(self._error(line + advice)))
+        } | {known: f"; {what}" for known, what in call.advice.items()}
+        raise _refused(self.error)(str(self._error(line + advice.get(status, ""))))
 
-    def _error(self, fact: str) -> TeacherError:
-        return TeacherError(f"server {self.url}: {fact}")
+    def _error(self, fact: str) -> GoldError:
+        return self.error(f"server {self.url}: {fact}")
 
     def _line(self, text: str) -> str:
         """A server's message on one short line, without the key, which some servers repeat."""
@@ -231,6 +243,22 @@ class Server:
             text = text.replace(self.key, "…")
         line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return line if len(line) <= 300 else f"{line[:299]}…"
+
+
+def environment_key(variable: str | None, setting: str) -> str | None:
+    """The key in an environment variable, if one is named; ``setting`` is the setting that names it.
+
+    Raises:
+        ConfigError: the variable is not set, or holds no key.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigError(f"{setting}: the environment has no variable of that name, or it is empty")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise ConfigError(f"{setting}: what the variable holds has characters that no key has")
+    return key
 
 
 def shown(value: Any) -> str:

@@ -1,0 +1,209 @@
+"""What a vLLM server must do for a run, tried by draws: each failure is one line that names the setting to change."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from gold.data import Prompt
+from gold.errors import DataError, EngineError
+from gold.models.language_model import LanguageModel
+from gold.rollout.engine import Generation, Request, RolloutEngine, encode_prompt
+from gold.rollout.types import Sampling
+
+_TOKENS = 16
+"""Tokens drawn in each trial."""
+_PROMPT_TOKENS = 200
+"""Above the block size of vLLM's prefix cache, which is 128 on a CPU."""
+_SCALE = 1.2
+_MOST_GAP_NATS = 0.25
+"""Fail above: the mean distance of log-probabilities on the server from recomputed ones. A server in bfloat16 was at
+0.034 from float32 weights, and at 0.11 after training steps that bfloat16 rounds away."""
+
+
+class Server(RolloutEngine, Protocol):
+    """What the probe uses of an engine on a server."""
+
+    where: str
+    """The server in messages."""
+
+    def learn_context(self) -> int:
+        """Its context length in tokens."""
+        ...
+
+
+def probe(
+    engine: Server,
+    model: LanguageModel,
+    prompts: Sequence[Prompt],
+    weights: Mapping[str, Tensor],
+    version: int,
+) -> None:
+    """Checks that the server takes ids as they are, stops where it is told to, gives log-probabilities of the
+    distribution that it samples from, and has exactly the weights that were pushed last; it then has ``weights``.
+
+    Visibly disturbed weights are pushed in between: a stale output matrix, or a prefix cache that was not reset, hides
+    in the rounding of bfloat16 while weights change little.
+
+    Raises:
+        EngineError: it does not; one line.
+    """
+    trials = _Trials.of(engine, model, prompts)
+    engine.push(weights, version)
+    trials.check_weights(weights)
+    trials.check_stops()
+    trials.check_sampling(weights)
+    changed = disturbed(model, weights)
+    engine.push(changed, version)
+    trials.check_new(changed, weights)
+    engine.push(weights, version)
+    trials.check_weights(weights)
+
+
+def disturbed(model: LanguageModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with every other row of the input embeddings and of the output matrix, and all of a middle layer,
+    scaled by 1.2."""
+    matrices = {
+        module.weight.data_ptr()
+        for module in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings())
+        if module is not None
+    }
+    layers = sorted({number for name in weights for number in _numbers(name)})
+    middle = layers[len(layers) // 2] if layers else -1
+    changed = dict(weights)
+    scaled: dict[int, Tensor] = {}  # tied matrices stay one
+    for name, weight in weights.items():
+        if weight.data_ptr() in scaled:
+            changed[name] = scaled[weight.data_ptr()]
+        elif weight.data_ptr() in matrices:
+            changed[name] = scaled[weight.data_ptr()] = weight.detach().clone()
+            changed[name][::2] *= _SCALE
+        elif middle in _numbers(name) and weight.is_floating_point():
+            changed[name] = scaled[weight.data_ptr()] = weight.detach() * _SCALE
+    return changed
+
+
+def _numbers(name: str) -> list[int]:
+    """The number of the layer in a weight's name, if there is one."""
+    return [int(part) for part in name.split(".") if part.isdecimal()][:1]
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """The same few draws, repeated for several weights. No earlier draw has begun as ``fresh`` does, so that nothing of
+    it is in the server's prefix cache."""
+
+    engine: Server
+    model: LanguageModel
+    prompt: tuple[int, ...]
+    fresh: tuple[int, ...]
+
+    @classmethod
+    def of(cls, engine: Server, model: LanguageModel, prompts: Sequence[Prompt]) -> _Trials:
+        """Prompts of a run, one after the other, as far as both contexts allow."""
+        size = min(_PROMPT_TOKENS, min(engine.learn_context(), model.context) - _TOKENS)
+        if size < 2:
+            raise EngineError(
+                f"{engine.where}: its sequences have {engine.learn_context()} tokens; start it with --max-model-len "
+                f"{2 * _TOKENS} or more"
+            )
+        found = model.vocabulary.encode("a b").ids.tolist()
+        for prompt in prompts:
+            with contextlib.suppress(DataError):
+                found += encode_prompt(model, prompt, 1)
+            if len(found) >= size:
+                break
+        while len(found) < size:
+            found += found
+        return cls(engine, model, tuple(found[:size]), tuple(reversed(found[:size])))
+
+    def draw(
+        self, prompt: tuple[int, ...], temperature: float = 1.0, stops: Sequence[int] = ()
+    ) -> Generation:
+        """A completion of a prompt."""
+        sampling = Sampling(temperature=temperature, max_new_tokens=_TOKENS)
+        return self.engine.generate([Request(prompt, (0, 0), sampling, tuple(stops))])[0]
+
+    @torch.no_grad()
+    def gap(
+        self,
+        drawn: Generation,
+        weights: Mapping[str, Tensor],
+        prompt: tuple[int, ...],
+        temperature: float = 1.0,
+    ) -> float:
+        """Mean distance, in nats, of the drawn tokens' log-probabilities from those of the student with ``weights``."""
+        lm: Any = self.model.lm
+        text = torch.tensor([[*prompt, *drawn.ids.tolist()]], device=self.model.device)
+        given = {"input_ids": text, "use_cache": False}
+        # Not tied: a server may have one of the names of a tied matrix only.
+        logits = functional_call(lm, dict(weights), (), given, tie_weights=False).logits
+        logp = torch.log_softmax(logits[0, len(prompt) - 1 : -1].double() / temperature, -1)
+        own = logp.gather(1, text[0, len(prompt) :, None])[:, 0].cpu().numpy()
+        return float(np.abs(own - drawn.logprobs).mean())
+
+    def check_stops(self) -> None:
+        """The likeliest first token ends a text that is told to stop there, and no other text."""
+        first = int(self.draw(self.prompt, temperature=0.0).ids[0])
+        short = self.draw(self.prompt, temperature=0.0, stops=(first,))
+        if short.ids.tolist() != [first] or not short.stopped:
+            raise EngineError(
+                f"{self.engine.where}: it does not stop at the token that it is told to stop at; start it with "
+                "--generation-config vllm"
+            )
+
+    def check_sampling(self, weights: Mapping[str, Tensor]) -> None:
+        """Log-probabilities are those of the distribution that is sampled from."""
+        drawn = self.draw(self.prompt, temperature=0.5)
+        processed, raw = (self.gap(drawn, weights, self.prompt, temperature) for temperature in (0.5, 1.0))
+        if raw < 0.5 * processed:
+            raise EngineError(
+                f"{self.engine.where}: its log-probabilities ignore the temperature; start it with --logprobs-mode "
+                "processed_logprobs"
+            )
+
+    def check_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Log-probabilities are those of these weights."""
+        gap = self.gap(self.draw(self.prompt), weights, self.prompt)
+        if not gap <= _MOST_GAP_NATS:
+            raise EngineError(
+                f"{self.engine.where}: its log-probabilities are {gap:.2g} nats a token off those of the weights that "
+                "were pushed; start it with the student's model in --model, not quantised, and a --dtype of 16 bits or "
+                "more"
+            )
+
+    def check_new(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
+        """Log-probabilities are those of the new weights: of all of them, and for prompts that were read before."""
+        drawn = self.draw(self.fresh)
+        old_head = {name: old[name] for name in _head_names(self.model, old)}
+        gap, kept, stale = (self.gap(drawn, w, self.fresh) for w in (new, old, {**new, **old_head}))
+        if stale < 0.5 * gap and stale < kept:
+            raise EngineError(
+                f"{self.engine.where}: it keeps the old output matrix when new weights are pushed; start it without "
+                "--quantization, and transfer weights with rollout.engine.vllm.transfer: file"
+            )
+        if kept < gap or not gap <= _MOST_GAP_NATS:
+            raise EngineError(
+                f"{self.engine.where}: after new weights were pushed its log-probabilities are {gap:.2g} nats a token "
+                f"off those, and {kept:.2g} off the old ones; start it anew, and for this run alone"
+            )
+        again = self.gap(self.draw(self.prompt), new, self.prompt)
+        if again > 3 * gap + 0.02:
+            raise EngineError(
+                f"{self.engine.where}: its prefix cache keeps what old weights have computed ({again:.2g} nats a token "
+                "off); start it with --no-enable-prefix-caching"
+            )
+
+
+def _head_names(model: LanguageModel, weights: Mapping[str, Tensor]) -> list[str]:
+    """The names of the output matrix's weights."""
+    head = model.lm.get_output_embeddings()
+    names = [name for name, module in model.lm.named_modules(remove_duplicate=False) if module is head]
+    return [name for name in weights if name.rpartition(".")[0] in names]
