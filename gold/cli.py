@@ -359,6 +359,21 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")
     terminal.show(write_report(run))
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="run folders")],
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="write a page with the table and the curves of all runs"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs: final measures with 95 % intervals, steps, time, and the keys of the configuration that differ."""
+    from gold.inspect.compare import run_compare
+
+    run_compare(runs, html, as_json)
+
+
 @cache.command("build")
 def cache_build(config: ConfigFile, overrides: Overrides = None) -> None:
     """Score the completions of a run's training prompts that are not yet in teacher.cache.path, and store them there.

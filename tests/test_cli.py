@@ -163,6 +163,12 @@ def test_report_prints_the_page(call: Call, stand_in: Any, tmp_path: Path) -> No
     assert calls == [((tmp_path,), {})]
 
 
+def test_compare_hands_on_the_runs(call: Call, stand_in: Any) -> None:
+    calls = stand_in("gold.inspect.compare", "run_compare")
+    assert call("compare", "a", "b", "--html", "c.html", "--json").code == 0
+    assert calls == [(([Path("a"), Path("b")], Path("c.html"), True), {})]
+
+
 def test_demo_hands_on_the_folder(call: Call, stand_in: Any, tmp_path: Path) -> None:
     calls = stand_in("gold.demo.run", "main")
     assert call("demo", "--out", tmp_path).code == 0
@@ -227,7 +233,7 @@ def test_wrong_usage_is_exit_2(call: Call, arguments: tuple[str, ...]) -> None:
 def test_help_names_every_command(call: Call) -> None:
     done = call("--help")
     assert done.code == 0
-    for command in ("align", "train", "eval", "report", "plot", "demo"):
+    for command in ("align", "train", "eval", "report", "compare", "plot", "demo"):
         assert f" {command} " in done.out
 
 

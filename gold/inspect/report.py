@@ -17,7 +17,7 @@ from gold.files import replace_text
 from gold.inspect.charts import COLOURS, PLOT, Chart, Line, line_chart, number, stacked_chart
 from gold.inspect.html import document, shades
 from gold.inspect.samples import SampleList
-from gold.inspect.series import Records, Series, held_out, is_number, training
+from gold.inspect.series import Records, Series, held_out, is_number, named, training
 from gold.train.run_folder import RunFolder, config_text
 from gold.train.trackers import RunInfo, Tracker
 
@@ -135,10 +135,14 @@ def report(run: RunRecords, written: datetime, running: bool = False) -> str:
 <aside id="details" aria-live="polite" hidden></aside>"""
     charts = [chart.data for _, members, _ in groups for chart in members]
     data = {"charts": charts, "plot": PLOT, "samples": samples.data, "running": running}
-    style = (_HERE / "report.css").read_text(encoding="utf-8")
-    style += shades("h", "heat") + shades("l", "cool")
-    script = (_HERE / "report.js").read_text(encoding="utf-8")
+    style, script = style_and_script()
     return document(f"{run.name} – gold", style, body, script, data)
+
+
+def style_and_script() -> tuple[str, str]:
+    """CSS and JavaScript of pages with charts and samples."""
+    style = (_HERE / "report.css").read_text(encoding="utf-8") + shades("h", "heat") + shades("l", "cool")
+    return style, (_HERE / "report.js").read_text(encoding="utf-8")
 
 
 # Charts
@@ -228,7 +232,7 @@ def _changes(run: RunRecords) -> str:
     first, last = run.evals[0], run.evals[-1]
     if first is last:
         rows = "".join(
-            f"<tr><th scope=row>{escape(_named(series))}</th><td>{_with_interval(first, series.name)}</td></tr>"
+            f"<tr><th scope=row>{escape(named(series.name))}</th><td>{_with_interval(first, series.name)}</td></tr>"
             for series in held_out(run.evals)
         )
         return (
@@ -259,7 +263,7 @@ def _changed(
         sign = "+" if change > 0 else ""
         yield (
             relative + (1.0 if apart else 0.0),
-            f"<tr><th scope=row>{escape(_named(series))}</th><td>{_with_interval(first, name)}</td>"
+            f"<tr><th scope=row>{escape(named(series.name))}</th><td>{_with_interval(first, name)}</td>"
             f"<td>{_with_interval(last, name)}</td><td>{sign}{number(change)}{' ●' if apart else ''}</td></tr>",
         )
 
@@ -279,10 +283,6 @@ def _with_interval(record: Mapping[str, Any], name: str) -> str:
     if is_number(low) and is_number(high):
         said += f' <span class="unit">({number(float(low))} – {number(float(high))})</span>'  # type: ignore[arg-type]
     return said
-
-
-def _named(series: Series) -> str:
-    return f"{series.title}, {series.unit}" if series.unit else series.title
 
 
 # The rest of the page

@@ -36,7 +36,7 @@ class SampleList:
     def _prompt(self, prompt: str, samples: Sequence[Mapping[str, Any]]) -> str:
         shown = _chosen(list({int(s["step"]): s for s in samples}.values()))
         tries = "".join(self._try(sample) for sample in shown)
-        return f"<article><pre>{_text(prompt)}</pre>{tries}</article>"
+        return f"<article><pre>{_lines(prompt)}</pre>{tries}</article>"
 
     def _try(self, sample: Mapping[str, Any]) -> str:
         chunks = [c for c in sample.get("chunks") or () if isinstance(c, dict)]
@@ -49,7 +49,7 @@ class SampleList:
         if chunks:
             content = "".join(self._chunk(c, n == 0) for n, c in enumerate(chunks))
         else:
-            content = _text(str(sample.get("completion", "")))
+            content = _lines(str(sample.get("completion", ""))).replace("&#10;", "<br>")
         return (
             f'<div class="try"><h3>step {sample["step"]} <span class="unit">{teacher}{said}</span></h3>'
             f'<p class="tokens">{content}</p></div>'
@@ -87,9 +87,12 @@ def _chosen(samples: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]
 def _text(text: str) -> str:
     """A text with visible white space."""
     runs = visible(text.encode("utf-8", "replace"))
-    return "".join(
-        f"<i>{escape(run).replace('⏎', '⏎&#10;')}</i>" if mark else escape(run) for run, mark in runs
-    )
+    return "".join(f"<i>{escape(run)}</i>" if mark else escape(run) for run, mark in runs)
+
+
+def _lines(text: str) -> str:
+    """A text with plain spaces, and lines that end after a visible line break."""
+    return "&#10;".join(" ".join(map(_text, line.split(" "))) for line in text.splitlines(keepends=True))
 
 
 def _legend() -> str:

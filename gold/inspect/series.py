@@ -107,6 +107,11 @@ def words(name: str) -> tuple[str, str]:
     return re.sub(r"\bkl\b", "KL", base.replace("_", " ").replace("/", " ")), unit
 
 
+def named(name: str) -> str:
+    """A measure's name with its unit, for tables."""
+    return ", ".join(filter(None, words(name)))
+
+
 def running_mean(values: Sequence[float], width: int) -> list[float]:
     """Mean of the finite values of up to `width` steps around each; NaN if there is none."""
     around = (values[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(values)))
