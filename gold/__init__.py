@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gold.config import Config
     from gold.data import Prompt, load_prompts
     from gold.models.load import load_model
+    from gold.rollout.vllm import VLLMEngine
     from gold.tasks import load_task
     from gold.teachers import CachedTeacher, LocalTeacher, SelfTeacher, ServedTeacher, Teachers
     from gold.tokenize.vocabulary import TokenizedText, Vocabulary
@@ -55,6 +56,7 @@ __all__ = [
     "Term",
     "TokenizedText",
     "TrainingError",
+    "VLLMEngine",
     "Vocabulary",
     "VocabularyError",
     "__version__",
@@ -77,6 +79,7 @@ _MODULE_OF = {
     "TokenizedText": "gold.tokenize.vocabulary",
     "Teachers": "gold.teachers",
     "Term": "gold.train.recipe",
+    "VLLMEngine": "gold.rollout.vllm",
     "Vocabulary": "gold.tokenize.vocabulary",
     "align_tokens": "gold.align.chunks",
     "distill": "gold.train.loop",

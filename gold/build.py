@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -23,6 +25,9 @@ from gold.models import adapters, quantization
 from gold.models.files import check_files
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model, pick_device
+from gold.rollout.engine import RolloutEngine
+from gold.rollout.vllm import VLLMEngine
+from gold.rollout.vllm_process import ColocatedEngine, ServerCommand
 from gold.tasks import load_task
 from gold.teachers.absent import AbsentTeacher
 from gold.teachers.cached import CachedTeacher
@@ -42,6 +47,55 @@ from gold.train.resume_rules import Inputs
 from gold.train.trackers import Tracker
 
 Note = Callable[[str], None]
+
+
+# Engines
+
+
+@contextlib.contextmanager
+def rollout_engine(
+    config: Config, student: ModelConfig, log: Path | None = None
+) -> Iterator[RolloutEngine | None]:
+    """The rollout engine of a configuration, which is closed in the end; None: the student itself.
+
+    ``log``: the file for what a server that gold starts prints.
+
+    Raises:
+        ConfigError: a server that gold would start for several processes.
+    """
+    given = config.rollout.engine.vllm
+    if given is None:
+        yield None
+        return
+    options = {
+        name: getattr(given, name)
+        for name in ("model", "transfer", "folder", "concurrency", "timeout_s", "retries", "key_env")
+    }
+    engine: VLLMEngine
+    if given.url is not None:
+        pushes = os.environ.get("RANK", "0") == "0"
+        engine = VLLMEngine(given.url, sleep=given.sleep or 0, pushes=pushes, **options)
+    else:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ConfigError(
+                "rollout.engine.vllm: colocated serves one process; start a server for several, and give its url"
+            )
+        on_gpu = pick_device(student.device).type == "cuda"
+        sleep = given.sleep if given.sleep is not None else int(on_gpu)
+        command = ServerCommand(
+            student.path or "",
+            given.python or sys.executable,
+            given.dtype or student.dtype,
+            given.context,
+            sleeps=sleep > 0,
+            trust_remote_code=student.trust_remote_code,
+            arguments=given.arguments,
+        )
+        engine = ColocatedEngine(command, log=log, sleep=sleep, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 # Data

@@ -7,7 +7,6 @@ its key. Paths are relative to the working directory.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from gold.engine_config import KeyVariable, RolloutConfig, ServerURL
 from gold.errors import ConfigError
 from gold.overrides import apply_override, named_override
 from gold.schema import (
@@ -109,7 +109,7 @@ class StudentConfig(ModelConfig):
 class ServedConfig(Section):
     """A server with the teacher; only the tokenizer is then read from `path`."""
 
-    url: Text
+    url: ServerURL
     """URL of the API, such as http://localhost:8000/v1"""
     model: Text
     """the model's name on the server"""
@@ -125,26 +125,8 @@ class ServedConfig(Section):
     """how often a failed request is repeated, with growing pauses"""
     context: PositiveInt | None = None
     """longest sequence in tokens; null: from the config.json in `path`, and from vLLM itself"""
-    key_env: Text | None = None
+    key_env: KeyVariable | None = None
     """name of the environment variable that holds the server's key"""
-
-    @field_validator("url")
-    @classmethod
-    def _is_url(cls, url: str) -> str:
-        from gold.http import check_url  # imported here: only servers need it
-
-        try:
-            check_url(url)
-        except ConfigError as error:
-            raise ValueError(str(error).removeprefix("url: ")) from None
-        return url
-
-    @field_validator("key_env")
-    @classmethod
-    def _is_name(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError("expected the name of an environment variable, never a key itself")
-        return name
 
 
 class CacheConfig(Section):
@@ -262,7 +244,7 @@ class Config(Section):
     mix: Literal["linear", "log_linear"] | None = None
     """several teachers as one distribution for every prompt: Σ w q, or Π q^w normalised"""
     data: DataConfig
-    rollout: Rollout = Rollout()
+    rollout: RolloutConfig = RolloutConfig()
     objectives: Objectives = (Term(),)
     """terms of the loss, a weighted sum"""
     optimizer: Optimizer = Optimizer()
@@ -287,7 +269,8 @@ class Config(Section):
     def recipe(self) -> Recipe:
         """The settings of the training loop."""
         train = {key: getattr(self.train, key) for key in Training.model_fields}
-        return Recipe(self.objectives, **dict(self.rollout), **dict(self.optimizer), **train)
+        rollout = {key: getattr(self.rollout, key) for key in Rollout.model_fields}
+        return Recipe(self.objectives, **rollout, **dict(self.optimizer), **train)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:

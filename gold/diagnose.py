@@ -18,6 +18,7 @@ from gold.build import (
     load_data,
     rendering_of,
     roles_of,
+    rollout_engine,
     served_teacher,
     with_cache,
 )
@@ -32,6 +33,7 @@ from gold.doctor.side import Side
 from gold.errors import GoldError, ModelError
 from gold.losses import Need
 from gold.models.language_model import LanguageModel
+from gold.rollout.engine import ProbedEngine
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.chat import prompt_text
@@ -54,6 +56,7 @@ def diagnose_run(
     reports = {name: _diagnosed(config, data, name, weights, sizes) for name in config.named_teachers}
     known = [check.found for report in reports.values() for check in report.checks]
     files = [check for check in _files(config) if not any(found.endswith(check.found) for found in known)]
+    files += _engine(config, data, weights)
     of_run = _of_run(config, data, {name: report.sides for name, report in reports.items()})
     report = combined(reports)
     return replace(report, checks=[*report.checks, *files, *of_run])
@@ -97,6 +100,22 @@ def _diagnosed(config: Config, data: RunData, name: str, weights: bool, sizes: t
             else [examine_noise(served, prompts)]
         )
     return replace(report, checks=[*report.checks, *checks])
+
+
+def _engine(config: Config, data: RunData, weights: bool) -> list[Finding]:
+    """What the probe of a run's engine finds: of a running server, and with ``weights`` of one that is started."""
+    given = config.rollout.engine.vllm
+    if given is None or (given.url is None and not weights):
+        return []
+    try:
+        check_model(config.student)
+        student = load(config.student)
+        with rollout_engine(config, config.student) as engine:
+            assert isinstance(engine, ProbedEngine)
+            engine.probe(student, data.train, student.lm.state_dict(), 0)
+    except GoldError as error:
+        return [Finding("rollout engine", "fail", str(error))]
+    return [Finding("rollout engine", "pass", "vLLM draws from the weights that are pushed to it")]
 
 
 def _files(config: Config) -> list[Finding]:

@@ -46,6 +46,6 @@ def _step(place: Any, part: str, key: Key, override: str) -> str | int:
 def named_override(override: str) -> str:
     """The name of an override in errors, without its value if that may be a misplaced secret."""
     name, equals, _ = override.partition("=")
-    if not name.strip().startswith("teacher"):
+    if not name.strip().startswith(("teacher", "rollout.engine")):
         return f"override {override}"
     return f"override {name}=…" if equals else "override teacher…"

@@ -18,6 +18,7 @@ from gold.build import (
     load,
     load_data,
     note_to,
+    rollout_engine,
     served_teacher,
 )
 from gold.config import Config
@@ -25,6 +26,7 @@ from gold.doctor.prompts import examine_prompts, notes_of, raise_refused
 from gold.errors import ConfigError
 from gold.evaluate import Evaluation, evaluate
 from gold.inspect.plots import plot_run
+from gold.rollout.engine import ProbedEngine
 from gold.teachers.cached import CachedTeacher, record
 from gold.teachers.local import LocalTeacher
 from gold.teachers.served import ServedTeacher
@@ -60,19 +62,21 @@ def train(
     inputs = inputs_of(config, data)
     check_output(saving, settings, inputs)
     student, teachers = build_models(config, config.student, data, progress)
-    run = distill(
-        student,
-        teachers,
-        data.train,
-        config.recipe,
-        heldout=data.heldout,
-        verifier=data.verifier,
-        evaluation=evaluation_of(config),
-        saving=saving,
-        settings=settings,
-        inputs=inputs_of(config, data, inputs),  # files just downloaded from the Hub
-        progress=progress,
-    )
+    with rollout_engine(config, config.student, output / "vllm.log") as engine:
+        run = distill(
+            student,
+            teachers,
+            data.train,
+            config.recipe,
+            heldout=data.heldout,
+            verifier=data.verifier,
+            evaluation=evaluation_of(config),
+            saving=saving,
+            settings=settings,
+            inputs=inputs_of(config, data, inputs),  # files just downloaded from the Hub
+            progress=progress,
+            engine=engine,
+        )
     if run.is_main_process:
         _draw(output, progress)
     return run
@@ -103,7 +107,10 @@ def evaluate_source(
         note_to(progress)(note)
     if is_run:
         _load_averages(folder, teachers)
-    return evaluate(model, teachers, data.heldout, plan=plan, verifier=data.verifier)
+    with rollout_engine(config, student) as engine:
+        if isinstance(engine, ProbedEngine):
+            engine.probe(model, data.heldout, model.lm.state_dict(), 0)
+        return evaluate(model, teachers, data.heldout, plan=plan, verifier=data.verifier, engine=engine)
 
 
 def build_cache(

@@ -142,13 +142,13 @@ def dotted(key: Key) -> str:
     return ".".join(map(str, key))
 
 
-_NEVER_SHOWN = {"served", "url", "key_env"}
+_NEVER_SHOWN = {"served", "vllm", "url", "key_env"}
 """Keys whose values may be a misplaced secret of a server."""
 
 
 def shown(value: Any, key: Key = ()) -> str:
     """A value as JSON, shortened."""
-    if "served" in key and key[-1] in _NEVER_SHOWN:
+    if {"served", "vllm"} & set(key) and key[-1] in _NEVER_SHOWN:
         return "something else"
     try:
         text = json.dumps(value, ensure_ascii=False)

@@ -26,7 +26,7 @@ HOME_OF = {
     "httpx2": ("gold.http",),
     "matplotlib": ("gold.inspect.plots", "gold.demo"),
     "peft": ("gold.models.adapters",),
-    "pydantic": ("gold.config", "gold.losses", "gold.schema", "gold.train.recipe"),
+    "pydantic": ("gold.config", "gold.engine_config", "gold.losses", "gold.schema", "gold.train.recipe"),
     "rapidfuzz": ("gold.tokenize.rewriting",),
     "reasoning_gym": ("gold.tasks",),
     "rich": ("gold.terminal", "gold.inspect.terminal", "gold.doctor.report", "gold.train.progress"),

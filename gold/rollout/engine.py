@@ -69,7 +69,7 @@ class RolloutEngine(Protocol):
 
 
 @runtime_checkable
-class ProbedEngine(Protocol):
+class ProbedEngine(RolloutEngine, Protocol):
     """A rollout engine that is tried before the first step of a run, and at every resumption."""
 
     def probe(

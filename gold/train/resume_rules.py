@@ -35,6 +35,14 @@ MAY_CHANGE: dict[str, str | None] = {
     "output": None,
     "teacher*.cache.path": None,
     **{f"teacher*.served.{key}": None for key in ("url", "concurrency", "timeout_s", "retries", "key_env")},
+    **{
+        f"rollout.engine.vllm.{key}": None
+        for key in (
+            *("url", "model", "transfer", "folder", "concurrency", "timeout_s", "retries", "key_env"),
+            *("sleep", "python", "context", "arguments"),
+        )
+    },
+    "rollout.engine.vllm*": "other completions from the same seed",
     "teacher*.cache.missing": "",
     "train.checkpoint_every": "",
     "train.keep_last": "",
@@ -85,7 +93,7 @@ def changes(
             json.dumps(flat[key], ensure_ascii=False) if key in flat else "not set"
             for flat in (flat_old, flat_new)
         )
-        if before != after:
+        if before != after and {before, after} != {"null", "not set"}:  # a key that later versions have
             found.append(_config_change(key, f"{key} was {before}, is {after}", old_inputs))
     for name in [name for name in old_inputs if name in new_inputs]:
         had, has = old_inputs[name]["digests"], new_inputs[name]["digests"]

@@ -56,6 +56,7 @@ _FILES = (
     "metrics.jsonl",
     "samples.jsonl",
     "notes.jsonl",
+    "vllm.log",
     "report.html",
 )
 _FOLDERS = ("checkpoints", "plots", "student")
