@@ -98,7 +98,9 @@ def evaluate_source(
     data, plan = load_data(config), evaluation_of(config)
     student = config.student
     if is_run and not any(o.startswith("student.") for o in overrides):
-        student = student.model_copy(update={"path": str(folder / "student"), "gguf_file": None})
+        # Its adapters are merged into its weights, which are not quantized.
+        merged = {"path": str(folder / "student"), "gguf_file": None, "lora": None, "quantization": None}
+        student = student.model_copy(update=merged)
     model, teachers = build_models(config, student, data, progress, examined=False)
     pin_date(model, teachers, read_date(folder) if is_run else None)
     checks = examine_prompts([], data.heldout, readers_of(model, teachers), plan.max_new_tokens)

@@ -153,11 +153,19 @@ def adapter_state(lm: Any) -> dict[str, Tensor]:
 
 
 def check_trained(lm: Any, name: str) -> None:
-    """Checks that the adapter holds all weights that are trained, each once.
+    """Checks a student: quantized weights have adapters, and an adapter holds all weights that are trained, each once.
 
     Raises:
-        ModelError: another weight is trained, which would not be saved; or two share memory, and each has a gradient.
+        ModelError: quantized weights without an adapter; a trained weight beside it, which would not be saved; two
+            trained weights that share memory, and have a gradient each.
     """
+    if not is_adapted(lm):
+        if (kind := quantization_of(lm)) is not None:
+            raise ModelError(
+                f"model {name}: its weights are quantized ({kind}) and cannot be trained; train adapters on them "
+                "(student.lora={}, or gold.models.adapters.add_adapters)"
+            )
+        return
     places = [p.data_ptr() for p in lm.parameters() if p.requires_grad]
     if len(set(places)) < len(places):
         raise ModelError(
@@ -218,8 +226,10 @@ def load_adapter_weights(lm: Any, folder: Path) -> None:
         tensor.copy_(saved[name])
 
 
-def sharing_copy(lm: Any) -> Any:
-    """A copy with trained weights of its own, which shares all frozen weights."""
+def copy_of(lm: Any) -> Any:
+    """A copy of a model; that of an adapted one has trained weights of its own, and shares all frozen weights."""
+    if not is_adapted(lm):
+        return copy.deepcopy(lm)
     shared: dict[int, Any] = {id(p): p for p in lm.parameters() if not p.requires_grad}
     return copy.deepcopy(lm, shared | shared_state(lm))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gold.errors import ConfigError
+from gold.models.adapters import copy_of, is_adapted
 from gold.models.language_model import LanguageModel
 from gold.teachers.local import LocalTeacher
 
@@ -21,7 +21,8 @@ class SelfTeacher(LocalTeacher):
 
     The copy is made at creation. With ``decay`` 1 it is fixed; below 1, it averages the student: after every optimizer
     step ``θ_T ← decay · θ_T + (1 − decay) · θ_S`` over the trained weights, starting from the student's. It needs as
-    much memory as the student; 16-bit weights are averaged, and kept, in float32.
+    much memory as the student; 16-bit weights are averaged, and kept, in float32. With a student that has an adapter
+    it shares all weights but the adapter's, which alone are copied and averaged.
 
     Raises:
         ConfigError: a decay outside 0 to 1.
@@ -33,10 +34,14 @@ class SelfTeacher(LocalTeacher):
     def __init__(self, student: LanguageModel, decay: float = 1.0, *, batch_tokens: int = 16384) -> None:
         if not 0.0 <= decay <= 1.0:
             raise ConfigError(f"decay of a self teacher: expected 0 to 1, got {decay}")
-        lm = copy.deepcopy(student.lm)
+        lm = copy_of(student.lm)
+        self._own: dict[str, Tensor] = {}
+        if is_adapted(lm):
+            self._own = {name: p for name, p in lm.named_parameters() if p.requires_grad}
         # In 16 bits, a hundredth of a small difference rounds to zero.
-        if decay < 1.0 and next(lm.parameters()).dtype in (torch.bfloat16, torch.float16):
+        elif decay < 1.0 and next(lm.parameters()).dtype in (torch.bfloat16, torch.float16):
             lm = lm.float()
+        self._wide = {p: p.detach().float() for p in self._own.values() if p.dtype.itemsize < 4}
         what = "frozen" if decay == 1.0 else f"averaged, decay {decay:g}"
         super().__init__(
             replace(student, name=f"{student.name} itself, {what}", lm=lm), batch_tokens=batch_tokens
@@ -50,12 +55,29 @@ class SelfTeacher(LocalTeacher):
             return
         for mine, theirs in zip(self.model.lm.parameters(), student.parameters(), strict=True):
             if theirs.requires_grad:
-                mine.lerp_(masters.get(theirs, theirs).detach().to(mine), 1.0 - self.decay)
+                average = self._wide.get(mine, mine)
+                average.lerp_(masters.get(theirs, theirs).detach().to(average), 1.0 - self.decay)
+        for mine, average in self._wide.items():
+            mine.copy_(average)
 
     def state(self) -> dict[str, Tensor] | None:
-        """The averaged weights; None if they are fixed."""
-        return None if self.decay == 1.0 else self.model.lm.state_dict()
+        """The averaged weights, of a student with an adapter those of the adapter; None if they are fixed."""
+        if self.decay == 1.0:
+            return None
+        return {n: self._wide.get(p, p).detach() for n, p in self._own.items()} or self.model.lm.state_dict()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restores the weights bit for bit."""
-        self.model.lm.load_state_dict(state)
+        """Restores the weights bit for bit.
+
+        Raises:
+            ValueError: they are of another adapter.
+        """
+        if not self._own:
+            self.model.lm.load_state_dict(state)
+            return
+        if state.keys() != self._own.keys():
+            raise ValueError("it holds the average of another adapter")
+        with torch.no_grad():
+            for name, mine in self._own.items():
+                self._wide.get(mine, mine).copy_(state[name])
+                mine.copy_(state[name])

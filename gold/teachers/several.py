@@ -118,6 +118,6 @@ def _equal(one: Any, other: Any) -> bool:
         return False
     mine, theirs = list(one.parameters()), list(other.parameters())
     return len(mine) == len(theirs) and all(
-        (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
+        a is b or ((a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b))
         for a, b in zip(mine, theirs, strict=True)
     )

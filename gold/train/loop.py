@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,10 @@ from gold.errors import CheckpointError, ConfigError, EngineError, GoldError, Te
 from gold.evaluate import EvaluationPlan, Verifier, evaluate
 from gold.inspect.report import ReportFile
 from gold.kernels import backend_for
+from gold.models.adapters import describe, is_adapted, save_adapters
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model, save_model
+from gold.models.quantization import quantization_of
 from gold.rollout.engine import RolloutEngine
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
@@ -364,13 +366,16 @@ def header(state: TrainState, setup: Setup) -> dict[str, str]:
     terms = ", ".join(f"{t.weight:g} × {t.label}" if t.weight != 1 else t.label for t in setup.terms)
     by_token = teachers and any(t.label.endswith("_tokens") for t in setup.terms)
     lines = {
-        "student": f"{student.name} ({_described(student.vocabulary)}, {student.device}{_own_code(student)})"
+        "student": f"{student.name} ({_described(student.vocabulary)}, {student.device}"
+        f"{_quantized(student)}{_own_code(student)})"
     }
     for name, t in teachers.members.items() if teachers else ():
         share = f", weight {teachers.weight(name):.3g}" if teachers and teachers.mix else ""
-        own = _own_code(t.model) if t.model else ""
+        own = _quantized(t.model) + _own_code(t.model) if t.model else ""
         key = f"teacher {name}" if teachers and teachers.several else "teacher"
         lines[key] = f"{t.name} ({_described(t.vocabulary)}, {t.device}{share}{own})"
+    if is_adapted(student.lm):
+        lines["adapter"] = describe(student.lm)
     if teachers is None:
         lines["teacher"] = "none"
     elif teachers.several:
@@ -390,6 +395,11 @@ def _described(vocabulary: Vocabulary) -> str:
     """Size and stop tokens."""
     stops = ", ".join(vocabulary.label(i) for i in vocabulary.stop_ids) or "nothing"
     return f"{vocabulary.size:,} tokens, stops at {stops}"
+
+
+def _quantized(model: LanguageModel) -> str:
+    kind = quantization_of(model.lm)
+    return f", {kind}" if kind else ""
 
 
 def _own_code(model: LanguageModel) -> str:
@@ -459,16 +469,23 @@ def _open_folder(saving: Saving, settings: Mapping[str, Any], inputs: Inputs, tr
 
 
 def _save_student(student: LanguageModel, folder: Path) -> None:
-    """Writes the student to ``folder/student`` atomically."""
-    final, partial = folder / "student", folder / ".tmp-student"
-    shutil.rmtree(partial, ignore_errors=True)
+    """Writes the student to ``folder/student``, before it its adapter to ``folder/adapter``, each atomically."""
+    if is_adapted(student.lm):
+        _put(partial(save_adapters, student.lm), folder / "adapter")
+    _put(partial(save_model, student), folder / "student")
+
+
+def _put(writer: Callable[[Path], None], final: Path) -> None:
+    """Has a folder written, and moved into place."""
+    begun = final.with_name(f".tmp-{final.name}")
+    shutil.rmtree(begun, ignore_errors=True)
     try:
-        save_model(student, partial)
-        reach_disk(partial)
+        writer(begun)
+        reach_disk(begun)
         shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        os.replace(begun, final)
     except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(begun, ignore_errors=True)
         if not is_write_failure(error):
             raise
         raise CheckpointError(

@@ -11,6 +11,7 @@ report.html        see gold.inspect.report
 checkpoints/       see gold.train.checkpoint
 plots/             see gold.inspect.plots
 student/           the trained student, once the run has ended
+adapter/           its adapter alone, if it has one
 """
 
 import contextlib
@@ -59,7 +60,7 @@ _FILES = (
     "vllm.log",
     "report.html",
 )
-_FOLDERS = ("checkpoints", "plots", "student")
+_FOLDERS = ("checkpoints", "plots", "student", "adapter")
 # Files that a process killed before config.yaml was written may leave.
 _BEFORE_CONFIG = {".lock", "environment.json", "inputs.json"}
 _BEFORE_CONFIG |= {".tmp-environment.json", ".tmp-inputs.json", ".tmp-config.yaml"}

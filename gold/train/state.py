@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,16 @@ from torch import Tensor
 from gold.errors import CheckpointError, EngineError, TeacherError
 from gold.files import read_json
 from gold.kernels.logits import LazyLogits
+from gold.models.adapters import (
+    MergedWeights,
+    adapter_config,
+    adapter_state,
+    check_trained,
+    copy_of,
+    is_adapted,
+    load_adapter_weights,
+    save_adapters,
+)
 from gold.models.hidden_states import StatesModule, lazy_logits, recompute_activations
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_weights, save_model
@@ -51,13 +60,14 @@ class TrainState:
         self.student, self.accelerator = student, accelerator
         self.teachers = teachers.members if teachers else {}
         self.step = self.bad_steps = 0
+        check_trained(student.lm, student.name)
         if accelerator.num_processes > 1:
             student.lm.to(accelerator.device)
         self.reference: Any = None
         if keep_reference:
             # A teacher that equals the current student need not be stored twice.
             held = teachers.frozen_copy(student.lm) if teachers else None
-            self.reference = held or copy.deepcopy(student.lm).eval().requires_grad_(False)
+            self.reference = held or copy_of(student.lm).eval().requires_grad_(False)
         if recipe.gradient_checkpointing:
             recompute_activations(student.lm)
         # Policy and gradient must use the same distribution: no dropout or other randomness of train mode.
@@ -109,13 +119,24 @@ class TrainState:
 
     # weights
 
-    def gather(self) -> dict[str, Tensor]:
-        """The student's full weights by name, tied ones under each of their names; without copying."""
-        return dict(self.student.lm.state_dict())
+    def gather(self) -> Mapping[str, Tensor]:
+        """The student's full weights by name, tied ones under each of their names; without copying. Adapters are merged
+        into a weight when it is read (``MergedWeights``)."""
+        lm = self.student.lm
+        return MergedWeights(lm) if is_adapted(lm) else dict(lm.state_dict())
+
+    def gather_adapter(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The adapter's weights by peft's names, without copying, and the contents of its adapter_config.json; None if
+        the student has no adapter."""
+        lm = self.student.lm
+        return (adapter_state(lm), adapter_config(lm)) if is_adapted(lm) else None
 
     def save(self, folder: Path) -> None:
-        """Writes everything that the next step depends on."""
-        save_model(self.student, folder / "student")
+        """Writes everything that the next step depends on; of an adapted student only the adapter."""
+        if is_adapted(self.student.lm):
+            save_adapters(self.student.lm, folder / "adapter")
+        else:
+            save_model(self.student, folder / "student")
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
         for name, teacher in self.teachers.items():
             if (state := teacher.state()) is not None:
@@ -130,7 +151,10 @@ class TrainState:
         """
         folder = checkpoint.path
         self.step, self.bad_steps = read_steps(checkpoint)
-        load_weights(self.student, folder / "student")
+        if is_adapted(self.student.lm):
+            load_adapter_weights(self.student.lm, folder / "adapter")
+        else:
+            load_weights(self.student, folder / "student")
         with _errors_of(folder / "optimizer.pt"):
             load_optimizer(self.optimizer, folder / "optimizer.pt", self.student.device)
         for name, teacher in self.teachers.items():

@@ -22,10 +22,10 @@ from gold.models.adapters import (
     adapter_state,
     add_adapters,
     check_trained,
+    copy_of,
     describe,
     load_adapter_weights,
     save_adapters,
-    sharing_copy,
 )
 from gold.models.language_model import LanguageModel, without_adapters
 from gold.models.load import load_model, save_model, wrap_model
@@ -159,7 +159,7 @@ def test_new_adapters_change_nothing_and_follow_from_their_seed(tmp_path: Path) 
 
 def test_a_copy_shares_what_is_frozen(tmp_path: Path) -> None:
     model = adapted(tmp_path, "head, whole", quantization="nf4")
-    twin = sharing_copy(model.lm)
+    twin = copy_of(model.lm)
     assert torch.equal(logits(twin), logits(model.lm))
     for mine, theirs in zip(twin.parameters(), model.lm.parameters(), strict=True):
         assert (mine is theirs) == (not theirs.requires_grad)
