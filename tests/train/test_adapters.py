@@ -93,7 +93,7 @@ def test_loss_and_gradient_are_those_of_all_logits_at_once(
     found = token_loss(lazy_logits(model.lm, states), target, weight, torch.tensor([2]))
     torch.testing.assert_close(found, expected)
     for mine, theirs in zip(torch.autograd.grad(found, trained), expected_grads, strict=True):
-        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
 
 
 def student_of(folder: Path, **options: Any) -> LanguageModel:
@@ -265,7 +265,7 @@ def test_a_run_is_resumed_bit_for_bit_and_leaves_two_models(tmp_path: Path, chan
     # merged for transformers alone, and the adapter for peft alone
     ids = torch.tensor([[3, 4, 5]])
     student = load_model(whole / "student")
-    plain = AutoModelForCausalLM.from_pretrained(whole / "student")
+    plain = AutoModelForCausalLM.from_pretrained(whole / "student", dtype=torch.float32)
     assert torch.equal(plain(ids).logits, student.lm(ids).logits)
     if "student__quantization" not in changes and "student__dtype" not in changes:
         alone = AutoPeftModelForCausalLM.from_pretrained(whole / "adapter")
