@@ -374,6 +374,41 @@ def compare(
     run_compare(runs, html, as_json)
 
 
+@app.command()
+def chat(
+    source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="run folder, model folder or Hub id")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="ask this, print the answers and end; repeatable"),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="student, teacher or start; repeatable")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="system message")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="continue the text: no chat template, no earlier turns")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Talk with a run's student, its teacher and the student it started from, beside each other."""
+    from gold.chat import Chat, needs_plain, run_chat
+    from gold.rollout.types import Sampling
+    from gold.run import speakers
+
+    if as_json and not prompt:
+        raise typer.BadParameter("it needs --prompt", param_hint="--json")
+    models = speakers(source, only or [], terminal.show_note)
+    if not plain and needs_plain(models):
+        plain = True
+        terminal.show_note("the student has no chat template: texts are continued, each alone")
+    sampling = Sampling(temperature, top_p, max_new_tokens)
+    run_chat(Chat(models, sampling, seed, plain, system), prompt or [], as_json)
+
+
 @cache.command("build")
 def cache_build(config: ConfigFile, overrides: Overrides = None) -> None:
     """Score the completions of a run's training prompts that are not yet in teacher.cache.path, and store them there.

@@ -21,11 +21,13 @@ from gold.build import (
     rollout_engine,
     served_teacher,
 )
-from gold.config import Config
+from gold.config import Config, StudentConfig
 from gold.doctor.prompts import examine_prompts, notes_of, raise_refused
-from gold.errors import ConfigError
+from gold.errors import ConfigError, did_you_mean
 from gold.evaluate import Evaluation, evaluate
 from gold.inspect.plots import plot_run
+from gold.models.language_model import LanguageModel
+from gold.models.load import load_model
 from gold.rollout.engine import ProbedEngine
 from gold.teachers.cached import CachedTeacher, record
 from gold.teachers.local import LocalTeacher
@@ -155,6 +157,70 @@ def build_cache(
         cached.cache.close()
         built.append(cached)
     return built
+
+
+def speakers(
+    source: str | Path, only: Sequence[str] = (), note: Callable[[str], None] = lambda note: None
+) -> dict[str, LanguageModel]:
+    """The models of a run to talk with: its student, its teachers in this process, and ``start``, the student that it
+    began with. A model's folder or Hub id is the student alone. ``only`` names those to load.
+
+    The student of a run that has not ended is that of its newest checkpoint.
+
+    Raises:
+        ConfigError: a name in ``only`` that the source does not have.
+        GoldError: a model that cannot be loaded.
+    """
+    folder = Path(source)
+    if not (folder / "config.yaml").is_file():
+        _check_only(only, ["student"])
+        return {"student": load_model(source)}
+    if "recipe" in RunFolder.open(folder).config:
+        _check_only(only, ["student"])
+        note(f"{folder}: the run was made from Python; its config.yaml has no way to load teacher and start")
+        return {"student": load_model(_student_of(folder, note))}
+    config = Config.load(folder / "config.yaml")
+    loaders: dict[str, Callable[[], LanguageModel]] = {}
+    loaders["student"] = lambda: load(_without_adapters(config.student, str(_student_of(folder, note))))
+    for name, teacher in config.named_teachers.items():
+        if teacher.kind == "local":
+            loaders[name] = partial(load, teacher)
+        elif not only:
+            note(f"{name} is not a model in this process, and is left out")
+    loaders["start"] = lambda: load(_without_adapters(config.student))
+    _check_only(only, list(loaders))
+    found = {}
+    for name, loader in loaders.items():
+        if not only or name in only:
+            note(f"loading {name}")
+            found[name] = loader()
+    if (day := read_date(folder)) is not None:
+        for model in found.values():
+            model.rendering.pin_day(day)
+    return found
+
+
+def _check_only(only: Sequence[str], known: Sequence[str]) -> None:
+    for name in only:
+        if name not in known:
+            raise ConfigError(f"--only {name}: there is {', '.join(known)}{did_you_mean(name, known, '')}")
+
+
+def _student_of(folder: Path, note: Callable[[str], None]) -> Path:
+    """The folder of a run's student, or of that in its newest checkpoint."""
+    if (folder / "student").is_dir():
+        return folder / "student"
+    checkpoint, _ = latest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        raise ConfigError(f"{folder}: the run has no checkpoint yet")
+    note(f"the run has not ended: its student is that of step {checkpoint.step}")
+    return checkpoint.path / "student"
+
+
+def _without_adapters(student: StudentConfig, path: str | None = None) -> StudentConfig:
+    """The student without new adapters, from another folder if one is given."""
+    changed = {} if path is None else {"path": path, "gguf_file": None}
+    return student.model_copy(update={"lora": None, **changed})
 
 
 def _draw(output: Path, progress: Tracker | None) -> None:

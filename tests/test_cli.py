@@ -233,7 +233,7 @@ def test_wrong_usage_is_exit_2(call: Call, arguments: tuple[str, ...]) -> None:
 def test_help_names_every_command(call: Call) -> None:
     done = call("--help")
     assert done.code == 0
-    for command in ("align", "train", "eval", "report", "compare", "plot", "demo"):
+    for command in ("align", "train", "eval", "chat", "report", "compare", "plot", "demo"):
         assert f" {command} " in done.out
 
 

@@ -29,7 +29,13 @@ HOME_OF = {
     "pydantic": ("gold.config", "gold.engine_config", "gold.losses", "gold.schema", "gold.train.recipe"),
     "rapidfuzz": ("gold.tokenize.rewriting",),
     "reasoning_gym": ("gold.tasks",),
-    "rich": ("gold.terminal", "gold.inspect.terminal", "gold.doctor.report", "gold.train.progress"),
+    "rich": (
+        "gold.terminal",
+        "gold.chat",
+        "gold.inspect.terminal",
+        "gold.doctor.report",
+        "gold.train.progress",
+    ),
     "tiktoken": ("gold.tokenize.convert.tiktoken",),
     "transformers": (
         "gold.models",
