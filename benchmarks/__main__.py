@@ -25,6 +25,7 @@ BENCHMARKS = {
     "contract": ("benchmarks.contract", "put every objective, and losses of peers, to the contract"),
     "run": ("benchmarks.run", "train as a configuration says, and record the evaluations"),
     "served": ("benchmarks.served", "learn from a live server; what the client costs beside it"),
+    "engine": ("benchmarks.engine", "rollouts from vLLM beside Hugging Face generate, and a run with it"),
     "demo": ("benchmarks.demo", "the demonstration with three seeds"),
     "bits": ("benchmarks.bits", "whether the code computes what it computed before, bit for bit"),
 }

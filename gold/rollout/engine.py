@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,18 @@ class ProbedEngine(RolloutEngine, Protocol):
         Raises:
             EngineError: it does not do what a run relies on; one line that says what to change.
         """
+        ...
+
+
+@runtime_checkable
+class AdapterEngine(RolloutEngine, Protocol):
+    """A rollout engine that has the weights below a student's adapter, and takes the adapter alone if ``adapters``."""
+
+    adapters: bool
+
+    def push_adapter(self, weights: Mapping[str, Tensor], config: Mapping[str, Any], version: int) -> None:
+        """Loads the student's adapter after a step in place of the last one: its weights by peft's names, and the
+        contents of its adapter_config.json."""
         ...
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import secrets
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,7 +23,7 @@ from gold.models.language_model import LanguageModel
 from gold.rollout.engine import Generation, Request
 from gold.rollout.types import Seed
 from gold.rollout.vllm_probe import probe
-from gold.rollout.weight_transfer import SyncClient, WeightTransfer, transfer_of
+from gold.rollout.weight_transfer import SyncClient, WeightTransfer, save, transfer_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +40,9 @@ class VLLMEngine:
     ``nccl``, ``ipc``, or an object with that interface. A request has ``timeout_s``, waiting included, and is repeated
     up to ``retries`` times; a push that fails is repeated as a whole as often. ``key_env`` names the environment
     variable with the server's key. ``sleep``: on a GPU that is shared with the training, free its memory after each
-    ``generate``: 1 moves the weights to the CPU, 2 drops them, and pushes them again. ``pushes``: whether this process
-    is the one of several that pushes.
+    ``generate``: 1 moves the weights to the CPU, 2 drops them, and pushes them again. ``adapters``: push the adapter of
+    a student that has one alone; the server then has the weights below it. ``pushes``: whether this process is the one
+    of several that pushes.
 
     Raises:
         ConfigError: an invalid URL, or a variable that is not set.
@@ -57,11 +60,13 @@ class VLLMEngine:
         retries: int = 3,
         key_env: str | None = None,
         sleep: Literal[0, 1, 2] = 0,
+        adapters: bool = False,
         pushes: bool = True,
     ) -> None:
         key = environment_key(key_env, "rollout.engine.vllm.key_env")
         self.server = Server(url, concurrency, timeout_s, retries, key, error=EngineError)
-        self.model, self.sleep, self.pushes = model, sleep, pushes
+        self.model, self.sleep, self.adapters, self.pushes = model, sleep, adapters, pushes
+        self._folder = folder
         self.transfer = transfer_of(transfer, folder) if isinstance(transfer, str) else transfer
         self.client = SyncClient(self.server, self.transfer.backend)
         self.version = -1
@@ -156,8 +161,6 @@ class VLLMEngine:
 
     def _oldest_version(self, choice: Mapping[str, Any], size: int) -> int:
         """The oldest version of the weights that wrote a token."""
-        if self._adapter:  # the adapter's weights have no label there
-            return self.version
         spans = choice.get("weight_versions")
         if not spans:
             raise EngineError(
@@ -191,15 +194,19 @@ class VLLMEngine:
         self._pushed = weights if self.sleep == 2 else {}
         self.version = version
 
-    def push_adapter(self, folder: str | Path, version: int) -> None:
-        """Loads the adapter saved in ``folder`` (PEFT's format) in place of the last one; the other weights stay.
+    def push_adapter(self, weights: Mapping[str, Tensor], config: Mapping[str, Any], version: int) -> None:
+        """See ``AdapterEngine.push_adapter``.
 
         Raises:
             EngineError: as for ``push``.
         """
         self.version = -1
         if self.pushes:
-            self._insist(partial(self._load_adapter, Path(folder).absolute()))
+            with tempfile.TemporaryDirectory(prefix="gold-adapter-", dir=self._folder) as name:
+                folder = Path(name)
+                save(weights, folder / "adapter_model.safetensors")
+                (folder / "adapter_config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
+                self._insist(partial(self._load_adapter, folder, self._label(version)))
         self._adapter = True
         self.version = version
 
@@ -235,7 +242,7 @@ class VLLMEngine:
             self._asleep = False
         self._resume()
 
-    def _load_adapter(self, folder: Path) -> None:
+    def _load_adapter(self, folder: Path, label: str) -> None:
         self._wake()
         self.client.post("/pause?mode=wait")
         body = {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True}
@@ -244,6 +251,7 @@ class VLLMEngine:
         }
         call = Call("/v1/load_lora_adapter", body, str, advice=advice, as_text=True, retried=False)
         self.server.ask([call])
+        self.client.post("/update_weight_version", new_version=label)
         self._resume()
 
     def _resume(self) -> None:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from gold.data import Prompt
 from gold.errors import DataError, EngineError
-from gold.models.language_model import LanguageModel
+from gold.models.language_model import LanguageModel, without_adapters
 from gold.rollout.engine import Generation, Request, RolloutEngine, encode_prompt
 from gold.rollout.types import Sampling
 
@@ -70,24 +70,23 @@ def probe(
 def disturbed(model: LanguageModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights with every other row of the input embeddings and of the output matrix, and all of a middle layer,
     scaled by 1.2."""
-    matrices = {
-        module.weight.data_ptr()
-        for module in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings())
-        if module is not None
-    }
+    lm = without_adapters(model.lm)
+    matrices = _names_of(lm, lm.get_input_embeddings(), weights) | _head_names(lm, weights)
     layers = sorted({number for name in weights for number in _numbers(name)})
     middle = layers[len(layers) // 2] if layers else -1
     changed = dict(weights)
-    scaled: dict[int, Tensor] = {}  # tied matrices stay one
-    for name, weight in weights.items():
-        if weight.data_ptr() in scaled:
-            changed[name] = scaled[weight.data_ptr()]
-        elif weight.data_ptr() in matrices:
-            changed[name] = scaled[weight.data_ptr()] = weight.detach().clone()
+    for name, weight in changed.items():
+        if name in matrices:
+            changed[name] = weight.detach().clone()
             changed[name][::2] *= _SCALE
         elif middle in _numbers(name) and weight.is_floating_point():
-            changed[name] = scaled[weight.data_ptr()] = weight.detach() * _SCALE
+            changed[name] = weight.detach() * _SCALE
     return changed
+
+
+def _plain(name: str) -> str:
+    """The name of a weight in a model without adapters."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _numbers(name: str) -> list[int]:
@@ -140,11 +139,14 @@ class _Trials:
         temperature: float = 1.0,
     ) -> float:
         """Mean distance, in nats, of the drawn tokens' log-probabilities from those of the student with ``weights``."""
-        lm: Any = self.model.lm
+        lm: Any = without_adapters(self.model.lm)
         text = torch.tensor([[*prompt, *drawn.ids.tolist()]], device=self.model.device)
         given = {"input_ids": text, "use_cache": False}
-        # Not tied: a server may have one of the names of a tied matrix only.
-        logits = functional_call(lm, dict(weights), (), given, tie_weights=False).logits
+        # Adapters are merged into ``weights``; the layers below them have these names.
+        used = {name: weights[plain] for name in lm.state_dict() if (plain := _plain(name)) in weights}
+        with self.model.lm.disable_adapter() if lm is not self.model.lm else contextlib.nullcontext():
+            # Not tied: a server may have one of the names of a tied matrix only.
+            logits = functional_call(lm, used, (), given, tie_weights=False).logits
         logp = torch.log_softmax(logits[0, len(prompt) - 1 : -1].double() / temperature, -1)
         own = logp.gather(1, text[0, len(prompt) :, None])[:, 0].cpu().numpy()
         return float(np.abs(own - drawn.logprobs).mean())
@@ -182,7 +184,7 @@ class _Trials:
     def check_new(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
         """Log-probabilities are those of the new weights: of all of them, and for prompts that were read before."""
         drawn = self.draw(self.fresh)
-        old_head = {name: old[name] for name in _head_names(self.model, old)}
+        old_head = {name: old[name] for name in _head_names(without_adapters(self.model.lm), old)}
         gap, kept, stale = (self.gap(drawn, w, self.fresh) for w in (new, old, {**new, **old_head}))
         if stale < 0.5 * gap and stale < kept:
             raise EngineError(
@@ -202,8 +204,12 @@ class _Trials:
             )
 
 
-def _head_names(model: LanguageModel, weights: Mapping[str, Tensor]) -> list[str]:
+def _head_names(lm: Any, weights: Mapping[str, Tensor]) -> set[str]:
     """The names of the output matrix's weights."""
-    head = model.lm.get_output_embeddings()
-    names = [name for name, module in model.lm.named_modules(remove_duplicate=False) if module is head]
-    return [name for name in weights if name.rpartition(".")[0] in names]
+    return _names_of(lm, lm.get_output_embeddings(), weights)
+
+
+def _names_of(lm: Any, wanted: Any, weights: Mapping[str, Tensor]) -> set[str]:
+    """The names of a module's own weights."""
+    modules = {name for name, module in lm.named_modules(remove_duplicate=False) if module is wanted}
+    return {name for name in weights if name.rpartition(".")[0] in modules}

@@ -153,11 +153,11 @@ class ColocatedEngine(VLLMEngine):
         with self._death_named():
             super().push(weights, version)
 
-    def push_adapter(self, folder: str | Path, version: int) -> None:
-        """See ``VLLMEngine.push_adapter``."""
+    def push_adapter(self, weights: Mapping[str, Tensor], config: Mapping[str, Any], version: int) -> None:
+        """See ``AdapterEngine.push_adapter``."""
         self.start()
         with self._death_named():
-            super().push_adapter(folder, version)
+            super().push_adapter(weights, config, version)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """See ``VLLMEngine.generate``."""

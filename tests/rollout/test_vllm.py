@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
+import pickle
 import random
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from support import tiny_models as tiny
 from support.vllm_server import VLLMServer, engine_on
 
@@ -39,6 +42,20 @@ REQUEST = Request((3, 4, 5), (0, 1, 2), Sampling(max_new_tokens=8), (1,))
 @pytest.fixture(scope="module")
 def student() -> LanguageModel:
     return tiny.tiny_student()
+
+
+@pytest.fixture(scope="module")
+def other() -> LanguageModel:
+    return tiny.tiny_student(seed=8)
+
+
+@pytest.fixture(scope="module")
+def sharp() -> LanguageModel:
+    """With a distribution whose temperature can be told."""
+    model = tiny.tiny_student()
+    with torch.no_grad():
+        model.lm.get_output_embeddings().weight.mul_(8.0)
+    return model
 
 
 def state(model: LanguageModel) -> dict[str, torch.Tensor]:
@@ -70,8 +87,9 @@ def assert_same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tenso
 # Requests and pushes
 
 
-def test_a_push_is_all_weights_under_each_name_while_nothing_is_drawn(student: LanguageModel) -> None:
-    other = tiny.tiny_student(seed=8)
+def test_a_push_is_all_weights_under_each_name_while_nothing_is_drawn(
+    student: LanguageModel, other: LanguageModel
+) -> None:
     with VLLMServer(student) as server:
         engine = engine_on(server)
         engine.push(state(other), 7)
@@ -159,24 +177,27 @@ def test_an_update_that_another_client_left_open_is_ended_first(student: Languag
         assert engine.generate([REQUEST])[0].version == 0
 
 
-def test_an_adapter_is_loaded_in_place_and_the_other_weights_stay(
-    student: LanguageModel, tmp_path: Path
-) -> None:
-    save_file({"lora_A": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+def test_an_adapter_is_loaded_in_place_and_the_other_weights_stay(student: LanguageModel) -> None:
+    weights, config = {"layer.lora_A.weight": torch.ones(2, 2)}, {"r": 2, "lora_alpha": 4}
     with VLLMServer(student) as server:
-        engine = engine_on(server)
+        engine = engine_on(server, retries=0)
         engine.push(state(student), 0)
         before = len(server.calls)
-        engine.push_adapter(tmp_path, 1)
-        assert server.adapter is not None
+        engine.push_adapter(weights, config, 1)
+        assert_same(weights, server.adapter or {})
+        assert server.adapter_config == config
         assert server.paths[before:] == [
-            "/pause?mode=wait", "/v1/load_lora_adapter", "/reset_prefix_cache", "/resume",
+            "/pause?mode=wait", "/v1/load_lora_adapter", "/update_weight_version", "/reset_prefix_cache", "/resume",
         ]  # fmt: skip
+        assert not Path(server.calls[before + 1][1]["lora_path"]).exists()
         assert engine.generate([REQUEST])[0].version == 1
         assert server.calls[-1][1]["model"] == ADAPTER
         engine.push(state(student), 2)
         engine.generate([REQUEST])
         assert server.calls[-1][1]["model"] == "student"
+        server.faults = lambda path, n: "404" if path == "/v1/load_lora_adapter" else None
+        with pytest.raises(EngineError, match=r"--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
+            engine.push_adapter(weights, config, 3)
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -211,6 +232,110 @@ def test_of_several_processes_one_pushes_and_all_draw(student: LanguageModel) ->
         second.version = 3
         with pytest.raises(EngineError, match="drew from weights"):
             second.generate([REQUEST])
+
+
+class Trainer:
+    """vLLM's trainer engine as version 0.33 has it: what it asks of a client and a source, and in which order."""
+
+    def __init__(self, info: Any, client: Any, source: Any) -> None:
+        self.info, self.client, self.source, self.open = info, client, source, True
+
+    def send_weights(self) -> None:
+        meta = self.source.metadata()
+        info = {
+            "names": [m.name for m in meta],
+            "dtype_names": [str(m.dtype).split(".")[-1] for m in meta],
+            "shapes": [list(m.shape) for m in meta],
+        }
+        if self.info.backend == "ipc":
+            info["ipc_handles"] = [{"GPU-1": (torch.Tensor, (0,))} for _ in meta]
+        self.client.start_weight_update()
+        pairs = list(self.source)
+        assert [name for name, _ in pairs] == info["names"]
+        self.wire[:] = [weight for _, weight in pairs]
+        self.client.update_weights(info)
+        self.client.finish_weight_update()
+
+    def shutdown(self) -> None:
+        self.open = False
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
+    """The trainer engines that were made by a double of vLLM's package."""
+    made: list[Trainer] = []
+
+    def init_info(backend: str) -> Any:
+        return lambda **given: SimpleNamespace(backend=backend, **given)
+
+    def trainer_init(info: Any, *, client: Any, source: Any) -> Trainer:
+        client.init_weight_transfer_engine({"packed": True})
+        made.append(Trainer(info, client, source))
+        return made[-1]
+
+    below = "vllm.distributed.weight_transfer"
+    modules = {
+        "vllm": {}, "vllm.distributed": {},
+        below: {"WeightTransferTrainerFactory": SimpleNamespace(trainer_init=trainer_init)},
+        f"{below}.nccl_engine": {"NCCLTrainerInitInfo": init_info("nccl")},
+        f"{below}.ipc_engine": {"IPCTrainerInitInfo": init_info("ipc")},
+    }  # fmt: skip
+    for name, members in modules.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    return made
+
+
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
+def test_weights_go_by_vllms_own_engines_under_all_their_names(
+    student: LanguageModel,
+    other: LanguageModel,
+    trainers: list[Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+    backend: Any,
+) -> None:
+    failing = False
+    fault = lambda path, n: "500" if failing and path == "/update_weights" else None  # noqa: E731
+    with VLLMServer(student, faults=fault) as server:
+        monkeypatch.setattr(Trainer, "wire", server.wire, raising=False)
+        engine = engine_on(server, transfer=backend, retries=1)
+        engine.push(state(other), 1)
+        engine.push(state(other), 2)
+        assert len(trainers) == 1
+        assert_same(server.weights, state(other))
+        assert engine.generate([REQUEST])[0].version == 2
+        given = vars(trainers[0].info)
+        assert given["rank"] == 0
+        if backend == "nccl":
+            assert given["world_size"] == 3
+            assert given["master_address"] == "127.0.0.1"
+        else:
+            info = next(body["update_info"] for path, body in server.calls if path == "/update_weights")
+            assert len(pickle.loads(base64.b64decode(info["ipc_handles_pickled"]))) == len(state(other))
+        # After a failure everything is connected anew.
+        failing = True
+        with pytest.raises(EngineError, match="EngineCore encountered an issue"):
+            engine.push(state(student), 3)
+        failing = False
+        engine.push(state(student), 3)
+        assert not trainers[0].open
+        assert len(trainers) == 3
+        assert_same(server.weights, state(student))
+        engine.close()
+        assert not trainers[-1].open
+        assert server.paths[-1] == "/shutdown_weight_transfer_engine"
+
+
+def test_vllms_own_engines_need_vllm_here_too(
+    student: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with (
+        VLLMServer(student) as server,
+        pytest.raises(ConfigError, match=r"pip install 'gold-distill\[vllm\]'"),
+    ):
+        engine_on(server, transfer="nccl").push(state(student), 0)
 
 
 # Faults
@@ -267,9 +392,8 @@ def test_a_run_survives_every_fault_that_passes_with_the_same_weights(
     ],
 )
 def test_a_fault_that_stays_is_one_line_and_the_next_push_repairs_what_it_left(
-    student: LanguageModel, path: str, fault: str, line: str
+    student: LanguageModel, other: LanguageModel, path: str, fault: str, line: str
 ) -> None:
-    other = tiny.tiny_student(seed=8)
     with VLLMServer(student) as server:
         engine = engine_on(server, retries=1)
         engine.push(state(student), 0)
@@ -322,11 +446,8 @@ def test_a_run_whose_server_fails_keeps_its_checkpoint_and_goes_on(
     ],
 )
 def test_a_server_that_cannot_be_trained_with_is_refused_before_the_first_step(
-    options: dict[str, Any], line: str
+    sharp: LanguageModel, options: dict[str, Any], line: str
 ) -> None:
-    sharp = tiny.tiny_student()
-    with torch.no_grad():
-        sharp.lm.get_output_embeddings().weight.mul_(8.0)
     with VLLMServer(sharp, **options) as server:
         engine = engine_on(server, retries=0)
         with pytest.raises(EngineError) as error:
@@ -335,8 +456,9 @@ def test_a_server_that_cannot_be_trained_with_is_refused_before_the_first_step(
     assert "\n" not in str(error.value)
 
 
-def test_a_server_that_works_has_the_students_weights_after_the_probe(student: LanguageModel) -> None:
-    other = tiny.tiny_student(seed=9)
+def test_a_server_that_works_has_the_students_weights_after_the_probe(
+    student: LanguageModel, other: LanguageModel
+) -> None:
     before = {name: weight.clone() for name, weight in state(other).items()}
     with VLLMServer(student) as server:
         engine = engine_on(server)

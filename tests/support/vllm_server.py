@@ -60,6 +60,8 @@ class VLLMServer:
         self.counts: Counter[str] = Counter()
         self.version, self.paused, self.updating, self.dirty, self.asleep = "default", False, False, False, 0
         self.violations: list[str] = []
+        self.wire: list[Tensor] = []
+        """What arrives by GPU during an update."""
         self.adapter: dict[str, Tensor] | None = None
         self._cache: dict[tuple[int, ...], dict[str, Tensor]] = {}
         self._lock = threading.Lock()
@@ -133,7 +135,7 @@ class VLLMServer:
             with self._lock:
                 return answer(handler, 200, self._drawn(body, fault))
         if path == "/v1/load_lora_adapter":
-            return self._load_adapter(handler, body)
+            return answer(handler, 404, {}) if fault == "404" else self._load_adapter(handler, body)
         if not self.dev_mode:
             return answer(handler, 404, {"detail": "Not Found"})
         try:
@@ -155,7 +157,7 @@ class VLLMServer:
                 raise RuntimeError("start_weight_update called while a weight update is already active")
             self.updating = self.dirty = True
         elif path == "/update_weights":
-            self._update(Path(body["update_info"]["path"]), fault)
+            self._update(body["update_info"], fault)
         elif path == "/finish_weight_update":
             if not self.updating:
                 raise RuntimeError("finish_weight_update called without a matching start_weight_update")
@@ -167,6 +169,10 @@ class VLLMServer:
             if "unreset cache" not in self.flaws:
                 self._cache.clear()
             return {"success": True}
+        elif path == "/update_weight_version":
+            self.version = body["new_version"]
+        elif path == "/get_world_size":
+            return {"world_size": 2}
         elif path == "/sleep":
             self.asleep = int(query["level"][0])
             if self.asleep == 2:
@@ -176,11 +182,19 @@ class VLLMServer:
             self.asleep = 0
         return {"message": "done"}
 
-    def _update(self, file: Path, fault: str | None) -> None:
+    def _update(self, info: dict[str, Any], fault: str | None) -> None:
         if not self.updating:
             raise RuntimeError("start_weight_update must be called before update_weights")
-        weights = load_file(file)
-        assert file.stat().st_mode & 0o777 == 0o600
+        if "path" in info:
+            weights = load_file(info["path"])
+            assert Path(info["path"]).stat().st_mode & 0o777 == 0o600
+        else:
+            weights = dict(zip(info["names"], self.wire, strict=True))
+            kinds = [str(weight.dtype).rpartition(".")[2] for weight in self.wire]
+            assert (info["dtype_names"], info["shapes"]) == (
+                kinds,
+                [list(weight.shape) for weight in self.wire],
+            )
         names = list(weights)
         if fault == "500":
             names = names[: len(names) // 2]
@@ -192,9 +206,12 @@ class VLLMServer:
             self.updating = False
             raise RuntimeError("EngineCore encountered an issue")
 
+    adapter_config: Any = None
+
     def _load_adapter(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         assert body["load_inplace"] is True
         self.adapter = load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
+        self.adapter_config = json.loads((Path(body["lora_path"]) / "adapter_config.json").read_text())
         data = b"Success: LoRA adapter 'gold-adapter' added successfully."
         handler.send_response(200)
         handler.send_header("content-length", str(len(data)))
