@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from gold.cache.store import find_origin
 from gold.config import CacheConfig, Config, ModelConfig, StudentConfig, TeacherConfig
-from gold.data import Prompt, load_prompts, split_by_hash
+from gold.data import Prompt, any_messages, hold_out, load_prompts, split_by_hash
 from gold.doctor.examiner import Examiner
 from gold.doctor.side import Side, read_side
 from gold.errors import ConfigError, ModelError
@@ -105,13 +106,13 @@ def rollout_engine(
 class RunData:
     """Training prompts, held-out prompts, of which evaluations use the first ``evaluated``, and a task's verifier."""
 
-    train: list[Prompt]
-    all_heldout: list[Prompt]
+    train: Sequence[Prompt]
+    all_heldout: Sequence[Prompt]
     evaluated: int
     verifier: Verifier | None
 
     @property
-    def heldout(self) -> list[Prompt]:
+    def heldout(self) -> Sequence[Prompt]:
         """The held-out prompts that evaluations use."""
         return self.all_heldout[: self.evaluated]
 
@@ -125,24 +126,28 @@ def load_data(config: Config) -> RunData:
     """
     data = config.data
     verifier: Verifier | None = None
+    train: Sequence[Prompt]
+    heldout: Sequence[Prompt]
     if data.task is not None:
         task = load_task(data.task.name, **data.task.options)
         verifier = task
         train = task.prompts("train", data.task.train, data.task.seed)
         heldout = task.prompts("heldout", data.task.heldout, data.task.seed)
     elif data.prompts is not None:
-        train = load_prompts(data.prompts, route=config.route)
+        train = load_prompts(data.prompts, route=config.route, weight=data.weight)
         if data.heldout is not None:
-            heldout = load_prompts(data.heldout, route=config.route)
-        else:
+            heldout = load_prompts(data.heldout, route=config.route, weight=data.weight, unweighted=True)
+        elif data.heldout_share is not None:
             train, heldout = split_by_hash(train, data.heldout_share)
+        else:
+            train, heldout = hold_out(train, config.evaluate.prompts)
     else:
         raise ConfigError("data: neither prompts nor task is given: name a JSONL file or a task")
     check_recipe(config.recipe, train, verifier, 1)
     if config.teacher is not None and config.teacher.kind == "self":
         _check_context(config.recipe, train)
     if config.route is not None:
-        check_routes([*train, *heldout], config.teachers)
+        check_routes(chain(train, heldout), config.teachers)
         if idle := sorted(config.teachers.keys() - {p.route for p in train}):
             raise ConfigError(
                 f"teachers.{idle[0]}: no prompt to train on has it as its {config.route}: leave it out"
@@ -192,9 +197,30 @@ def inputs_of(config: Config, data: RunData, known: Inputs | None = None) -> dic
     return found
 
 
-def graded_by(config: Config, data: RunData, name: str) -> list[Prompt]:
+class _ForTeacher(Sequence[Prompt]):
+    """Some of the prompts, each adapted to a teacher when it is asked for."""
+
+    def __init__(self, prompts: Sequence[Prompt], chosen: Sequence[int]) -> None:
+        self._prompts, self._chosen = prompts, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, place: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Prompt]: ...
+    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(place, slice):
+            return [self._prompts[i].for_teacher for i in self._chosen[place]]
+        return self._prompts[self._chosen[place]].for_teacher
+
+
+def graded_by(config: Config, data: RunData, name: str) -> Sequence[Prompt]:
     """The training prompts that a teacher scores, adapted to it."""
-    return [p.for_teacher for p in data.train if config.route is None or p.route == name]
+    if config.route is None:
+        return _ForTeacher(data.train, range(len(data.train)))
+    return _ForTeacher(data.train, [i for i, p in enumerate(data.train) if p.route == name])
 
 
 # Models
@@ -271,7 +297,8 @@ def examiner_of(config: Config, data: RunData, name: str, note: Note) -> Examine
     prompts = graded_by(config, data, name)
     concerns = {term.name for term in config.objectives}
     concerns |= {str(value) for term in config.objectives for value in term.options.values()}
-    concerns |= {"messages" for prompt in prompts if prompt.messages is not None}
+    if any_messages(data.train) if config.route is None else any_messages(prompts):
+        concerns.add("messages")
     return Examiner(
         prompts,
         frozenset(concerns),

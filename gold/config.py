@@ -37,7 +37,7 @@ from gold.schema import (
     problem_lines,
     shown,
 )
-from gold.train.recipe import LoRA, Objectives, Optimizer, Recipe, Rollout, Term, Training, problems
+from gold.train.recipe import LoRA, Objectives, Optimizer, Order, Recipe, Rollout, Term, Training, problems
 from gold.yaml_file import read_yaml
 
 TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -194,7 +194,7 @@ class TaskConfig(Section):
     """held-out prompts"""
 
 
-class DataConfig(Section):
+class DataConfig(Order):
     """The prompts: exactly one of `prompts` and `task`."""
 
     prompts: Text | None = None
@@ -202,9 +202,11 @@ class DataConfig(Section):
     task: TaskConfig | None = None
     """procedural task with a verifier"""
     heldout: Text | None = None
-    """JSONL file of held-out prompts; null: a share of `prompts`, split by hash"""
-    heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """share of `prompts` that is held out if no `heldout` file is given"""
+    """JSONL file of held-out prompts; null: some of `prompts`, chosen by the hash of their content"""
+    heldout_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """share of `prompts` held out without a `heldout` file; null: evaluate.prompts of them, of few at most a fifth"""
+    weight: Text | None = None
+    """field of a prompt's line with its weight: how often it is trained on, relative to the others"""
 
 
 class TrainConfig(Training):
@@ -270,7 +272,8 @@ class Config(Section):
         """The settings of the training loop."""
         train = {key: getattr(self.train, key) for key in Training.model_fields}
         rollout = {key: getattr(self.rollout, key) for key in Rollout.model_fields}
-        return Recipe(self.objectives, **rollout, **dict(self.optimizer), **train)
+        order = self.data.order
+        return Recipe(self.objectives, order=order, **rollout, **dict(self.optimizer), **train)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -361,6 +364,10 @@ def _impossible(config: Config) -> Iterator[str]:
         yield "data: both prompts and task are given: keep one"
     if data.heldout is not None and data.task is not None:
         yield "data: a task makes its own held-out prompts (data.task.heldout): leave data.heldout out"
+    if data.weight is not None and data.task is not None:
+        yield "data.weight: prompts of a task have no fields: leave it out"
+    if data.weight is not None and data.order == "kept":
+        yield "data.weight: has no meaning in the order of the file: set data.order to shuffled, or leave it out"
     yield from problems(config.recipe, has_verifier=data.task is not None)
     yield from _impossible_quantization(config)
     yield from _impossible_teachers(config)
@@ -424,8 +431,11 @@ def _impossible_teachers(config: Config) -> Iterator[str]:
     if len(names) > 1 and (config.route is None) == (config.mix is None):
         got = "neither is" if config.route is None else "both are"
         yield f"teachers: a route names the teacher of a prompt, a mix takes all: give one of the two, {got} given"
-    if config.route in LINE_KEYS:
-        yield f"route: {config.route} has another meaning in a prompt's line: choose another field"
+    for key, field in (("route", config.route), ("data.weight", config.data.weight)):
+        if field in LINE_KEYS:
+            yield f"{key}: {field} has another meaning in a prompt's line: choose another field"
+    if config.route is not None and config.route == config.data.weight:
+        yield f"data.weight: {config.route} is the field of the route: choose another field"
     for name, teacher in config.teachers.items():
         if config.mix is None and teacher.weight != 1:
             yield f"teachers.{name}.weight: belongs to a mix: set mix, or leave it out"

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
@@ -83,7 +84,13 @@ def json_value(data: bytes | str, pairs: Callable[[list[tuple[str, Any]]], Any] 
     """
     text = data.removeprefix(b"\xef\xbb\xbf").decode() if isinstance(data, bytes) else data
     try:
-        value = json.loads(text, object_pairs_hook=pairs)
+        decoder = _decoder(pairs)
+        try:
+            value, end = decoder.scan_once(text, 0)
+        except StopIteration:
+            end = -1
+        if end != len(text):
+            value = decoder.decode(text)  # takes white space, and names the place of an error
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
@@ -93,6 +100,11 @@ def json_value(data: bytes | str, pairs: Callable[[list[tuple[str, Any]]], Any] 
     if text.count("[") + text.count("{") > _DEEPEST and _is_deep(value):
         raise ValueError("it is nested too deeply")
     return value
+
+
+@functools.lru_cache(maxsize=8)  # a decoder takes longer to make than a short text to read
+def _decoder(pairs: Callable[[list[tuple[str, Any]]], Any] | None) -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=pairs)
 
 
 def read_text(path: Path, error: type[GoldError], most: int = MOST_BYTES) -> str:

@@ -1,15 +1,28 @@
-"""Prompts: every bad line named, splits that never move, an order without state."""
+"""Prompts: every bad line named, splits that never move."""
 
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gold.data import Prompt, PromptOrder, content_hash, load_prompts, split_by_hash
+from gold.data import (
+    Prompt,
+    any_messages,
+    characters_of,
+    content_hash,
+    hold_out,
+    lacking_completion,
+    load_prompts,
+    row_of,
+    split_by_hash,
+    weights_of,
+)
 from gold.errors import ConfigError, DataError
+from gold.train.input_digests import of_prompts
 
 TEXTS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(str.strip)
 
@@ -18,47 +31,6 @@ def written(tmp_path: Path, *lines: object) -> Path:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), "utf-8")
     return path
-
-
-# -- the order --
-
-
-@settings(deadline=None)
-@given(st.integers(1, 40), st.integers(0, 2**40), st.integers(1, 50), st.integers(0, 30))
-def test_an_order_covers_each_prompt_once_per_epoch_whatever_the_batch(count, seed, size, first_step):
-    order = PromptOrder(count, seed)
-    steps = range(first_step, first_step + 2 * count // size + 3)
-    stream = [i for step in steps for i in order.batch(step, size)]
-    skip = -first_step * size % count
-    epochs = [stream[k : k + count] for k in range(skip, len(stream) - count + 1, count)]
-    assert epochs
-    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 20), st.integers(0, 99), st.integers(1, 20), st.lists(st.integers(0, 50), max_size=5))
-def test_an_order_remembers_nothing(count, seed, size, detour):
-    fresh = PromptOrder(count, seed).batch(7, size)
-    order = PromptOrder(count, seed)
-    for step in detour:
-        order.batch(step, 3)
-    assert order.batch(7, size) == fresh
-
-
-def test_an_order_is_the_same_on_every_machine_and_differs_by_seed_and_epoch():
-    assert PromptOrder(8, 0).batch(0, 16) == [0, 3, 7, 5, 1, 2, 6, 4, *PromptOrder(8, 0).batch(1, 8)]
-    long = PromptOrder(100, 0)
-    assert long.batch(0, 100) != long.batch(1, 100)
-    assert long.batch(0, 100) != PromptOrder(100, 1).batch(0, 100)
-
-
-def test_an_order_refuses_what_cannot_be():
-    with pytest.raises(ConfigError, match="at least one prompt"):
-        PromptOrder(0, 0)
-    with pytest.raises(ConfigError, match="seed is -1"):
-        PromptOrder(3, -1)
-    with pytest.raises(ConfigError, match="got -1 and 4"):
-        PromptOrder(3, 0).batch(-1, 4)
 
 
 # -- the split --
@@ -106,6 +78,27 @@ def test_a_side_without_prompts_is_an_error():
         split_by_hash(one, 1.0)
 
 
+@pytest.mark.parametrize(("count", "asked", "expected"), [(1000, 64, 64), (100, 64, 20), (3, 64, 1)])
+def test_as_many_are_held_out_as_an_evaluation_uses_but_most_of_few_are_trained_on(count, asked, expected):
+    prompts = [Prompt(str(i), f"prompt number {i}") for i in range(count)]
+    train, heldout = hold_out(prompts, asked)
+    assert len(heldout) == expected
+    assert sorted((*train, *heldout), key=lambda p: int(p.key)) == prompts
+    # Of more prompts those with smaller hashes are held out; the others stay where they were.
+    assert {p.text for p in hold_out(prompts[: count // 2 + 1], asked)[0]} - {p.text for p in heldout} <= {
+        p.text for p in train
+    }
+
+
+def test_equal_contents_are_held_out_together():
+    prompts = [Prompt(str(i), f"prompt number {i // 4}") for i in range(80)]
+    train, heldout = hold_out(prompts, 6)
+    assert len(heldout) == 8
+    assert not {p.text for p in train} & {p.text for p in heldout}
+    with pytest.raises(DataError, match="none of the 3 prompts is left to train on"):
+        hold_out([Prompt(str(i), "x") for i in range(3)], 2)
+
+
 # -- the file --
 
 
@@ -136,6 +129,47 @@ def test_every_field_is_read(tmp_path):
     chat, plain = load_prompts(path)
     assert chat == Prompt("7", None, tuple(messages), "4", {"answer": [4]})
     assert plain.text == "separators \u2028 stay"
+
+
+def test_a_file_has_the_prompts_that_its_lines_make_whichever_are_chosen(tmp_path):
+    turns = [{"content": "a \u2603", "role": "system"}, {"role": "user", "content": "b"}]
+    lines = [
+        {"prompt": "x"},
+        {"prompt": "x", "to": "A", "w": 2},
+        {"messages": turns, "teacher_context": turns[1:], "id": "k", "reference": {"z": [1.5], "a": None}},
+        {"prompt": "y", "teacher_context": "c", "completion": "d", "w": 0.5},
+    ]
+    path = written(tmp_path, *({"to": "B", **line} for line in lines))
+    loaded = load_prompts(path, route="to", weight="w", unweighted=True)
+    key, other = content_hash(Prompt("", "x"))[:16], content_hash(Prompt("", "y"))[:16]
+    made = [
+        Prompt(key, "x", route="B"),
+        Prompt(f"{key}-2", "x", route="A", weight=2),
+        Prompt("k", None, tuple(turns), None, lines[2]["reference"], tuple(turns[1:]), "B"),
+        Prompt(other, "y", completion="d", teacher_context="c", route="B", weight=0.5),
+    ]
+    assert list(loaded) == made
+    assert loaded[1:3] == made[1:3]
+    assert [loaded.row(i) for i in range(4)] == [row_of(p) for p in made]
+    for told, listed in ((loaded, made), (loaded.where(np.array([False, True, True, True])), made[1:])):
+        assert np.array_equal(characters_of(told), characters_of(listed))
+        assert np.array_equal(weights_of(told), weights_of(listed))
+        assert list(lacking_completion(told)) == lacking_completion(listed)
+        assert any_messages(told) == any_messages(listed)
+        assert [list(side) for side in split_by_hash(told, 0.4)] == list(split_by_hash(listed, 0.4))
+        assert [list(side) for side in hold_out(told, 2)] == list(hold_out(listed, 2))
+        assert of_prompts(told, "") == of_prompts(listed, "")
+
+
+def test_the_row_of_a_prompt_is_the_json_of_its_fields():
+    for prompt in (
+        Prompt('k"', "a \u2603\n"),
+        Prompt("k", "a", reference={"b": 1, "a": 2}),
+        Prompt("k", "a", weight=3),
+    ):
+        fields = [prompt.key, prompt.text, None, None, prompt.reference, None, None]
+        fields += [prompt.weight] if prompt.weight != 1 else []
+        assert row_of(prompt) == json.dumps(fields, sort_keys=True).encode() + b"\n"
 
 
 BAD_LINES = [
@@ -175,6 +209,14 @@ def test_a_bad_line_is_one_clear_line(tmp_path, line, expected):
     assert message.startswith(f"{tmp_path / 'prompts.jsonl'}:2: ")
     assert expected in message
     assert "\n" not in message
+
+
+def test_a_weight_is_a_number_from_zero(tmp_path):
+    for weight, expected in (("1", "a string"), (None, "null"), (True, "a boolean"), (-1, "weight is -1")):
+        with pytest.raises(DataError, match=f"jsonl:1: .*{expected}"):
+            load_prompts(written(tmp_path, {"prompt": "a", "w": weight}), weight="w")
+    with pytest.raises(DataError, match='"w", which is the weight, is null or missing'):
+        load_prompts(written(tmp_path, {"prompt": "a"}), weight="w")
 
 
 def test_a_repeated_id_names_both_lines(tmp_path):

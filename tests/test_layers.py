@@ -91,6 +91,7 @@ FORBIDDEN_IN = {
         "gold.models.padding",
     ),
     "gold.data": ("torch", "transformers"),
+    "gold.prompt_order": ("torch", "transformers"),
     "gold.tasks": ("torch", "transformers"),
     "gold.doctor": ("gold.config", "gold.build", "gold.run", "gold.train"),
     "gold.evaluate": ("gold.train",),

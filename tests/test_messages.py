@@ -199,6 +199,15 @@ DATA_ERRORS = [
         "none of the 2 prompts is held out at a share of 0.1; add prompts, raise heldout_share, or give a held-out "
         "file of their own",
     ),
+    (
+        "data={prompts: p.jsonl, weight: w}",
+        'p.jsonl:1: "w", which is the weight, is null or missing; expected a number',
+    ),
+    (
+        "data={prompts: p.jsonl, weight: w, order: kept}",
+        "override data={prompts: p.jsonl, weight: w, order: kept}: data.weight: has no meaning in the order of the "
+        "file: set data.order to shuffled, or leave it out",
+    ),
 ]
 
 

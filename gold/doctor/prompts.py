@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 import random
 import re
@@ -12,7 +11,9 @@ from datetime import date, timedelta
 from operator import attrgetter
 from typing import Any
 
-from gold.data import Prompt
+import numpy as np
+
+from gold.data import Prompt, characters_of
 from gold.doctor.finding import Check, Finding, failure, failures, passed, run_checks, warning
 from gold.errors import DataError
 from gold.rollout.engine import encode_prompt
@@ -104,9 +105,7 @@ def examined(prompts: Sequence[Prompt]) -> list[Prompt]:
     if len(prompts) <= MOST:
         return list(prompts)
     drawn = random.Random(_SEED).sample(range(len(prompts)), MOST)
-    longest = heapq.nlargest(
-        LONGEST, range(len(prompts)), key=lambda i: len(prompt_text(prompts[i].for_teacher))
-    )
+    longest = np.argsort(-characters_of(prompts), kind="stable")[:LONGEST].tolist()
     return [prompts[i] for i in sorted({*drawn, *longest})]
 
 

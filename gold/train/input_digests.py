@@ -9,12 +9,11 @@ the size; of a model in memory every tensor has its own blocks. Times and paths 
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gold.data import Prompt
+from gold.data import Prompt, PromptFile, row_of
 from gold.errors import ModelError
 from gold.models.files import folder_and_file
 
@@ -46,11 +45,12 @@ _KINDS = {
 
 
 def of_prompts(prompts: Sequence[Prompt], where: str) -> dict[str, Any]:
-    """The digest of prompts: their order, keys, texts, completions, references, contexts and routes."""
-    digest, names = sha256(), [field.name for field in fields(Prompt)]
-    for prompt in prompts:
-        values = [getattr(prompt, name) for name in names]
-        digest.update(json.dumps(values, default=repr, sort_keys=True).encode() + b"\n")
+    """The digest of prompts: their order, keys, texts, completions, references, contexts, routes
+    and weights."""
+    digest = sha256()
+    rows = map(prompts.row, range(len(prompts))) if isinstance(prompts, PromptFile) else map(row_of, prompts)
+    for row in rows:
+        digest.update(row)
     return {"from": where, "digests": {"content": digest.hexdigest()}, "count": len(prompts)}
 
 

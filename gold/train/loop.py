@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from gold.data import Prompt
+from gold.data import Prompt, PromptFile
 from gold.doctor.prompts import PromptReader, examine_prompts, notes_of, raise_refused
 from gold.errors import CheckpointError, ConfigError, EngineError, GoldError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier, evaluate
@@ -406,8 +406,10 @@ def _own_code(model: LanguageModel) -> str:
     return ", runs code of its own: trust_remote_code" if model.runs_own_code else ""
 
 
-def _prompts(given: Sequence[Prompt | str]) -> list[Prompt]:
+def _prompts(given: Sequence[Prompt | str]) -> Sequence[Prompt]:
     """Plain strings as prompts, numbered."""
+    if isinstance(given, PromptFile):
+        return given
     return [Prompt(key=str(n), text=p) if isinstance(p, str) else p for n, p in enumerate(given)]
 
 

@@ -12,11 +12,12 @@ from accelerate.utils import gather_object
 
 from gold.align.model_inputs import aligned_text
 from gold.align.vocabularies import VocabularyPair
-from gold.data import Prompt, PromptOrder
+from gold.data import Prompt, lacking_completion
 from gold.doctor.prompts import PromptReader
 from gold.errors import CheckpointError, ConfigError, DataError
 from gold.evaluate import Verifier
 from gold.models.language_model import LanguageModel
+from gold.prompt_order import PromptOrder
 from gold.rollout.engine import completed
 from gold.teachers.several import Teachers
 from gold.tokenize.templates import Rendering
@@ -41,9 +42,9 @@ def check_recipe(
         raise ConfigError(
             f"train.prompts_per_step is {recipe.prompts_per_step} for {processes} processes; each needs at least one"
         )
-    if recipe.on_policy < 1.0 and (lacking := [p.key for p in prompts if p.completion is None]):
+    if recipe.on_policy < 1.0 and (lacking := lacking_completion(prompts)):
         raise DataError(
-            f"prompt {lacking[0]} (one of {len(lacking)}) has no completion, and rollout.on_policy is "
+            f"prompt {lacking[0].key} (one of {len(lacking)}) has no completion, and rollout.on_policy is "
             f"{recipe.on_policy:g}; give every prompt one, or set it to 1"
         )
     if found := list(problems(recipe, has_verifier=verifier is not None)):
@@ -137,7 +138,7 @@ def check_kept(
     unasked = {n: t for n, t in (teachers.members if teachers else {}).items() if not t.complete}
     if teachers is None or not unasked or recipe.on_policy > 0:
         return
-    order = PromptOrder(len(prompts), recipe.seed)
+    order = PromptOrder.of(prompts, recipe.seed, recipe.order)
     steps = (order.batch(step, recipe.prompts_per_step) for step in range(recipe.steps))
     needed = [prompts[i] for i in sorted(set().union(*steps))]
     for name, teacher in unasked.items():

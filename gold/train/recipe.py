@@ -65,6 +65,13 @@ class Term(Section):
         return Term(self.name, self.weight, **row.resolve(self.options))
 
 
+class Order(Section):
+    """The order of the prompts."""
+
+    order: Literal["shuffled", "kept"] = "shuffled"
+    """shuffled: anew for every epoch; kept: as in the file, again and again"""
+
+
 class Rollout(Section):
     """How the student generates."""
 
@@ -136,11 +143,12 @@ class LoRA(Section):
 Objectives = Annotated[tuple[Term, ...], Field(strict=False)]
 
 
-class Recipe(Training, Optimizer, Rollout):
+class Recipe(Training, Optimizer, Rollout, Order):
     """All settings that determine what a run computes, given the models and the prompts: ``Recipe(steps=200,
     lr=3e-5)``.
 
-    The arguments are the keys of a configuration's sections `rollout`, `optimizer` and `train`, and its `objectives`.
+    The arguments are the keys of a configuration's sections `rollout`, `optimizer` and `train`, its `objectives`, and
+    `order`, its `data.order`.
     A prompt has ``num_generations`` sequences of the student or one of the data (``student_writes``).
 
     Raises:

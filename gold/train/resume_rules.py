@@ -33,6 +33,7 @@ _MEASURED = "evaluations before and after are not over the same completions"
 # folder's location affects no result, nor does the access to a teacher's server or cache.
 MAY_CHANGE: dict[str, str | None] = {
     "output": None,
+    "data.heldout_share": None,  # of a run whose held-out prompts have their own file or task
     "teacher*.cache.path": None,
     **{f"teacher*.served.{key}": None for key in ("url", "concurrency", "timeout_s", "retries", "key_env")},
     **{
@@ -68,6 +69,8 @@ MAY_CHANGE: dict[str, str | None] = {
     **{f"{side}.trust_remote_code": "" for side in ("student", "teacher*")},
     **{f"{side}.device": _DIGITS for side in ("student", "teacher*")},
 }
+# Keys that earlier versions did not have, with the value, as JSON, by which they acted.
+_LATER = {f"{section}.order": '"shuffled"' for section in ("data", "recipe")}
 # Keys of input locations with the input's name, if that is not the key itself: contents are compared, so files may
 # move.
 _PLACES = {"data.prompts": "training prompts", "data.heldout": "held-out prompts"}
@@ -93,8 +96,13 @@ def changes(
             json.dumps(flat[key], ensure_ascii=False) if key in flat else "not set"
             for flat in (flat_old, flat_new)
         )
-        if before != after and {before, after} != {"null", "not set"}:  # a key that later versions have
-            found.append(_config_change(key, f"{key} was {before}, is {after}", old_inputs))
+        later = {before, after} == {"null", "not set"} or (before == "not set" and after == _LATER.get(key))
+        if before != after and not later:
+            text = f"{key} was {before}, is {after}"
+            if key in _splits(flat_new):
+                found.append(Change(f"{text}: other prompts would be held out", "refused"))
+            else:
+                found.append(_config_change(key, text, old_inputs))
     for name in [name for name in old_inputs if name in new_inputs]:
         had, has = old_inputs[name]["digests"], new_inputs[name]["digests"]
         for part in [*had, *(part for part in has if part not in had)]:
@@ -102,6 +110,14 @@ def changes(
                 how = "is new" if part not in had else "is gone" if part not in has else "has changed"
                 found.append(Change(f"{name} {new_inputs[name]['from']}: {part} {how}", "refused"))
     return found
+
+
+def _splits(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys that decide which prompts are held out; of a flat configuration."""
+    if not isinstance(config.get("data.prompts"), str) or config.get("data.heldout") is not None:
+        return ()
+    share = "data.heldout_share"
+    return (share, "evaluate.prompts") if config.get(share) is None else (share,)
 
 
 def _config_change(key: str, text: str, inputs: Inputs) -> Change:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from gold.align.vocabularies import VocabularyPair
@@ -14,6 +15,7 @@ from gold.evaluate import Verifier
 from gold.losses import DivergenceRow, Need, Objective, find
 from gold.losses.table import check_one_vocabulary
 from gold.models.language_model import LanguageModel
+from gold.prompt_order import PromptOrder
 from gold.rollout.engine import RolloutEngine
 from gold.rollout.hf import HuggingFaceEngine
 from gold.teachers.protocol import Teacher
@@ -71,6 +73,11 @@ class Setup:
         terms = terms_of(recipe, teachers, pairs)
         engine = engine or HuggingFaceEngine(student, recipe.generation_batch_size)
         return cls(student, teachers, pairs, terms, prompts, recipe, engine, **others)
+
+    @cached_property
+    def order(self) -> PromptOrder:
+        """The order in which steps draw prompts."""
+        return PromptOrder.of(self.prompts, self.recipe.seed, self.recipe.order)
 
     @property
     def needs_reference(self) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from gold.align.batch import AlignedBatch
 from gold.align.model_inputs import student_states
 from gold.align.texts import AlignedText
-from gold.data import Prompt, PromptOrder
+from gold.data import Prompt
 from gold.errors import DataError
 from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.losses import LossInputs
@@ -91,8 +91,7 @@ def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], l
     """This process's share of the step's rollouts, with rewards if there is a verifier; and for each skipped prompt,
     which leaves the student no room, the reason. Very large prompt sets are not fully checked before a run."""
     recipe, accelerator = setup.recipe, state.accelerator
-    order = PromptOrder(len(setup.prompts), recipe.seed)
-    chosen = list(enumerate(order.batch(state.step, recipe.prompts_per_step)))
+    chosen = list(enumerate(setup.order.batch(state.step, recipe.prompts_per_step)))
     prompts: list[Prompt] = []
     seeds: list[Seed] = []
     given: list[Rollout] = []

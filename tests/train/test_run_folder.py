@@ -433,7 +433,7 @@ def test_a_changed_configuration_names_every_key_with_both_values(run):
 FULL = {
     "student": {"path": "s", "device": "cpu"},
     "teacher": {"path": "t", "device": "auto", "served": {"url": "u", "top_k": 5}, "cache": {"path": "c"}},
-    "data": {"prompts": "p.jsonl"},
+    "data": {"prompts": "p.jsonl", "heldout": "h.jsonl", "heldout_share": None},
     "rollout": {"generation_batch_size": 8, "max_new_tokens": 10, "temperature": 1.0},
     "optimizer": {"lr": 1e-5},
     "train": {"steps": 10, "seed": 0, "checkpoint_every": 5, "micro_batch_size": 8, "precision": "no"},
@@ -474,6 +474,7 @@ def changed_at(tree: dict, key: str, value: object) -> dict:
         ("student.path", "moved", "noted"),  # its files are compared
         ("teacher.path", "moved", "noted"),
         ("data.prompts", "moved.jsonl", "noted"),
+        ("data.heldout_share", 0.1, "free"),  # held-out prompts have their own file
         ("teacher.served.top_k", 3, "refused"),
         ("rollout.max_new_tokens", 5, "refused"),
         ("rollout.temperature", 0.5, "refused"),
@@ -495,6 +496,16 @@ def test_what_may_change_at_a_resumption_is_noted_and_kept(tmp_path, key, value,
     assert ("changed" in resumed) == (kind != "free")
     RunFolder.check_resume(tmp_path / "run", new, INPUTS)  # which is now the run's own
     assert RunFolder.open(tmp_path / "run").config == new
+
+
+@pytest.mark.parametrize(
+    ("share", "key", "value"), [(None, "evaluate.prompts", 4), (0.2, "data.heldout_share", 0.1)]
+)
+def test_what_decides_which_prompts_are_held_out_may_not_change(tmp_path, share, key, value):
+    given = {**FULL, "data": {"prompts": "p.jsonl", "heldout": None, "heldout_share": share}}
+    RunFolder.create(tmp_path / "run", given, inputs=INPUTS).close()
+    with pytest.raises(ConfigError, match=f"{key} was .*: other prompts would be held out"):
+        RunFolder.check_resume(tmp_path / "run", changed_at(given, key, value), INPUTS)
 
 
 def test_another_place_of_an_input_that_nobody_knows_is_another_input(tmp_path):
