@@ -172,6 +172,7 @@ def evaluation_of(config: Config) -> EvaluationPlan:
         max_new_tokens=config.rollout.max_new_tokens,
         samples=config.evaluate.samples,
         micro_batch_size=config.evaluate.micro_batch_size,
+        micro_batch_tokens=config.evaluate.micro_batch_tokens,
         generation_batch_size=config.rollout.generation_batch_size,
         seed=config.train.seed,
     )
@@ -278,7 +279,10 @@ def build_models(
     for name in late:
         theirs = _loaded_side("teacher", loaded[name]) if name in loaded else sides[name]
         examiners[name].examine_pair(_loaded_side("student", model), theirs)
-    members |= {name: with_cache(local[name], LocalTeacher(found), note) for name, found in loaded.items()}
+    members |= {
+        name: with_cache(local[name], LocalTeacher(found, batch_tokens=local[name].batch_tokens), note)
+        for name, found in loaded.items()
+    }
     for name, server in servers.items() if examined else ():
         members[name].check_before_asking(partial(examiners[name].compare, server, model))
     for name, teacher in named.items():

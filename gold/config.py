@@ -149,6 +149,8 @@ class TeacherConfig(ModelConfig):
     """the student itself instead of `path`: its initial weights, or a moving average of its weights"""
     decay: Share = 0.99
     """decay of the moving average per step"""
+    batch_tokens: PositiveInt | None = None
+    """most tokens per forward pass of a teacher in this process, with little padding; null: 16384 in few passes"""
     served: ServedConfig | None = None
     cache: CacheConfig | None = None
 
@@ -164,7 +166,7 @@ class TeacherConfig(ModelConfig):
     @model_validator(mode="after")
     def _one_model(self) -> TeacherConfig:
         if self.self is not None:
-            for name in (*ModelConfig.model_fields, "served", "cache"):
+            for name in (*ModelConfig.model_fields, "batch_tokens", "served", "cache"):
                 if getattr(self, name) != TeacherConfig.model_fields[name].default:
                     raise ValueError(
                         f"{name} is of another model, and self is the student's own: leave one of them out"
@@ -233,6 +235,8 @@ class EvaluateConfig(Section):
     """prompts whose completions and signal are written to samples.jsonl"""
     micro_batch_size: PositiveInt = 16
     """sequences per forward pass"""
+    micro_batch_tokens: PositiveInt | None = None
+    """instead of micro_batch_size: most tokens per forward pass, prompts and padding included"""
 
 
 class Config(Section):
@@ -401,6 +405,8 @@ def _impossible_source(config: Config, teacher: TeacherConfig, key: str) -> Iter
 
     if teacher.path is None and teacher.self is None:
         yield f"{key}.path: is missing"
+    if teacher.batch_tokens is not None and teacher.kind != "local":
+        yield f"{key}.batch_tokens: is of a teacher in this process: leave it out"
     top_k: int | None
     if teacher.served is not None:
         where, top_k, instead = f"{key}.served", teacher.served.top_k, "a teacher in this process"

@@ -52,7 +52,9 @@ def diagnose_run(
     """
     config = Config.load(source)
     data = load_data(config)
-    sizes = sequences or config.train.micro_batch_size, tokens or config.rollout.max_new_tokens
+    tokens = tokens or config.rollout.max_new_tokens
+    at_most = config.train.micro_batch_tokens
+    sizes = sequences or (max(1, at_most // tokens) if at_most else config.train.micro_batch_size), tokens
     reports = {name: _diagnosed(config, data, name, weights, sizes) for name in config.named_teachers}
     known = [check.found for report in reports.values() for check in report.checks]
     files = [check for check in _files(config) if not any(found.endswith(check.found) for found in known)]

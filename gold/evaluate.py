@@ -49,6 +49,7 @@ class EvaluationPlan:
     max_new_tokens: int = 128
     samples: int = 4
     micro_batch_size: int = 16
+    micro_batch_tokens: int | None = None
     generation_batch_size: int = 32
     seed: int = 0
 
@@ -251,13 +252,11 @@ class _Comparison:
         """Both models' log-probabilities of each rollout, retokenized for the teacher, given the student's; of those
         ``recorded`` also the teacher's alternatives."""
         teacher, pair = self.teachers.members[name], self.pairs[name]
-        found: list[_Scored] = []
-        for first in range(0, len(rollouts), self.plan.micro_batch_size):
-            here = slice(first, first + self.plan.micro_batch_size)
-            logits = teacher_logits(teacher, rollouts[here], texts[here])
-            for rollout, text, mine, theirs in zip(
-                rollouts[here], texts[here], logp_S[here], logits, strict=True
-            ):
+        found: dict[int, _Scored] = {}
+        for chosen in self._batches(rollouts):
+            logits = teacher_logits(teacher, [rollouts[i] for i in chosen], [texts[i] for i in chosen])
+            for i, theirs in zip(chosen, logits, strict=True):
+                rollout, text, mine = rollouts[i], texts[i], logp_S[i]
                 stops = teacher.vocabulary.stop_ids
                 logp_T = _event_logp(theirs, text.teacher.ids, text.stopped, stops)
                 chunks = align_tokens(text.student, text.teacher).chunks
@@ -266,11 +265,18 @@ class _Comparison:
                     batch = AlignedBatch([text], pair, mine.rows.device, teacher.device)
                     gap = _gap_of_prefixes(batch, mine.rows, theirs)
                 scored = _Scored(rollout, text, mine.events, logp_T, chunks, *gap, teacher=name)
-                if len(found) in recorded:
+                if i in recorded:
                     best = teacher_alternatives(theirs, teacher.vocabulary)
                     scored = replace(scored, alternatives=best)
-                found.append(scored)
-        return found
+                found[i] = scored
+        return [found[i] for i in range(len(rollouts))]
+
+    def _batches(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
+        """Indices of the texts that a teacher is asked for together."""
+        size, tokens = self.plan.micro_batch_size, self.plan.micro_batch_tokens
+        if tokens is not None:
+            return length_batches(rollouts, size, tokens)
+        return [list(range(len(rollouts)))[first : first + size] for first in range(0, len(rollouts), size)]
 
     def reverse_kl(self, scored: Sequence[_Scored]) -> dict[str, float]:
         """The reverse KL over the samples that no teacher gives probability 0, and the share of the others."""
@@ -422,7 +428,7 @@ def _student_logp(
     was_training = student.lm.training
     student.lm.eval()
     results: dict[int, _StudentLogp] = {}
-    for chosen in length_batches(rollouts, plan.micro_batch_size):
+    for chosen in length_batches(rollouts, plan.micro_batch_size, plan.micro_batch_tokens):
         mine = [rollouts[i] for i in chosen]
         whole = lazy_logits(student.lm, student_states(student, mine))
         for i, rows in zip(chosen, whole.split([r.ids.size for r in mine]), strict=True):

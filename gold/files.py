@@ -84,11 +84,11 @@ def json_value(data: bytes | str, pairs: Callable[[list[tuple[str, Any]]], Any] 
     """
     text = data.removeprefix(b"\xef\xbb\xbf").decode() if isinstance(data, bytes) else data
     try:
-        decoder = _decoder(pairs)
+        decoder: Any = _decoder(pairs)
         try:
             value, end = decoder.scan_once(text, 0)
         except StopIteration:
-            end = -1
+            value, end = None, -1
         if end != len(text):
             value = decoder.decode(text)  # takes white space, and names the place of an error
     except RecursionError:

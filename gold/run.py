@@ -145,7 +145,8 @@ def build_cache(
         source: LocalTeacher | ServedTeacher
         if teacher.served is None:
             check_model(teacher)
-            source = LocalTeacher(load(teacher, note, file_side("teacher", teacher)))
+            model = load(teacher, note, file_side("teacher", teacher))
+            source = LocalTeacher(model, batch_tokens=teacher.batch_tokens)
         else:
             source, examiner = served_teacher(teacher), examiner_of(config, data, name, note)
             examiner.examine_server(source)

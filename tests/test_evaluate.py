@@ -45,6 +45,13 @@ def test_a_model_is_no_distance_from_itself():
     assert found["canonical_share"] <= 1
 
 
+def test_measures_do_not_depend_on_the_batches():
+    student, teacher = words(0), LocalTeacher(characters(1))
+    found = evaluate(student, teacher, PROMPTS, plan=replace(PLAN, micro_batch_size=64)).measures
+    by_tokens = evaluate(student, teacher, PROMPTS, plan=replace(PLAN, micro_batch_tokens=40)).measures
+    assert by_tokens == pytest.approx(found, rel=1e-4)
+
+
 def beginning_logp(model, prompt_ids, tokenized):
     """Log-probability of all texts that begin with the bytes of a text: by its tokens up to some one, and any token
     from there on that reaches the end."""

@@ -8,7 +8,7 @@ from gold.align.texts import AlignedText
 from gold.align.vocabularies import VocabularyPair
 from gold.kernels.logits import LazyLogits
 from gold.models.language_model import LanguageModel
-from gold.models.padding import PaddedStates
+from gold.models.padding import PaddedStates, ragged_batches
 from gold.rollout.types import Rollout
 from gold.teachers.protocol import Teacher
 from gold.tokenize.chat import begins_anew
@@ -29,11 +29,13 @@ def aligned_text(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
     )
 
 
-def length_batches(rollouts: Sequence[Rollout], size: int) -> list[list[int]]:
-    """Indices of the rollouts in batches of at most ``size``, grouped by length, longest first."""
-    order = sorted(
-        range(len(rollouts)), key=lambda i: (-len(rollouts[i].prompt_ids) - rollouts[i].ids.size, i)
-    )
+def length_batches(rollouts: Sequence[Rollout], size: int, tokens: int | None = None) -> list[list[int]]:
+    """Indices of the rollouts in batches grouped by length, longest first: of at most ``size``, or with ``tokens`` of
+    any number, as long as they have no more tokens, padded to the longest; a single one always fits."""
+    lengths = [len(rollout.prompt_ids) + rollout.ids.size for rollout in rollouts]
+    if tokens is not None:
+        return ragged_batches(lengths, tokens)
+    order = sorted(range(len(rollouts)), key=lambda i: (-lengths[i], i))
     return [order[first : first + size] for first in range(0, len(order), size)]
 
 

@@ -215,7 +215,7 @@ def memory_finding(needed: StepMemory) -> Finding:
         "warn",
         found,
         f"this machine has {_gib(here)} of main memory; use a GPU with that much memory, fewer --sequences "
-        "(train.micro_batch_size), or train.gradient_checkpointing",
+        "(train.micro_batch_size or micro_batch_tokens), or train.gradient_checkpointing",
     )
 
 

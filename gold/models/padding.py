@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,47 @@ def padded(
         ids[b, own] = text
         mask[b, own] = 1
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices in groups of at most ``batch_tokens`` tokens, padded to the longest text; longest first.
+
+    A single text always fits.
+    """
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups and (len(groups[-1]) + 1) * max(1, lengths[groups[-1][0]]) <= batch_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def ragged_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices in groups of like length with little padding, of at most ``batch_tokens`` tokens each, padded to the
+    longest text; longest first. A single text always fits.
+
+    Of all ways to cut the texts, ordered by length, the one with the fewest padded tokens, where a group more counts as
+    ``batch_tokens / 16``: it takes another pass through the model.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    costs, begins = [0.0], [0]  # of the best cut of the first texts, and where its last group begins
+    for end in range(1, len(order) + 1):
+        best, begin = math.inf, end - 1
+        for first in range(end - 1, -1, -1):
+            padded_tokens = (end - first) * lengths[order[first]]
+            if padded_tokens > batch_tokens and first < end - 1:
+                break
+            if (cost := costs[first] + padded_tokens + batch_tokens / 16) < best:
+                best, begin = cost, first
+        costs.append(best)
+        begins.append(begin)
+    groups: list[list[int]] = []
+    end = len(order)
+    while end:
+        groups.append(order[begins[end] : end])
+        end = begins[end]
+    return groups[::-1]
 
 
 @dataclass(frozen=True)

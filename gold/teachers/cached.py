@@ -18,7 +18,7 @@ from gold.cache.store import ScoreCache, find_origin
 from gold.data import Prompt
 from gold.errors import ConfigError, DataError, TeacherError
 from gold.kernels.logits import LazyLogits, TopKLogits, likeliest
-from gold.teachers.local import batches_by_length
+from gold.models.padding import batches_by_length
 from gold.teachers.protocol import Teacher
 from gold.tokenize.chat import begins_anew
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary

@@ -13,20 +13,23 @@ from gold.errors import DataError
 from gold.kernels.logits import LazyLogits
 from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
-from gold.models.padding import PaddedStates
+from gold.models.padding import PaddedStates, batches_by_length, ragged_batches
 from gold.teachers.protocol import Teacher
 from gold.tokenize.vocabulary import TokenizedText
+
+_TOKENS = 16384
 
 
 class LocalTeacher(Teacher):
     """A language model that scores completions.
 
-    ``batch_tokens`` bounds the padded tokens of one forward pass; texts of similar length are scored together.
+    ``batch_tokens`` bounds the padded tokens of one forward pass, and few of them are padding; without it there are at
+    most 16,384, in as few passes as possible. Texts of similar length are scored together.
     """
 
     model: LanguageModel
 
-    def __init__(self, model: LanguageModel, *, batch_tokens: int = 16384) -> None:
+    def __init__(self, model: LanguageModel, *, batch_tokens: int | None = None) -> None:
         self.model, self.batch_tokens = model, batch_tokens
         self.name, self.gives, self.vocabulary = model.name, "rows", model.vocabulary
         self.device, self.dtype, self.context = model.device, model.lm.dtype, model.context
@@ -65,7 +68,8 @@ class LocalTeacher(Teacher):
                     f"{self.misfit(prompt, size)}; shorten the prompt or lower rollout.max_new_tokens"
                 )
         results: dict[int, LazyLogits] = {}
-        for chosen in batches_by_length(lengths, self.batch_tokens):
+        tokens = self.batch_tokens
+        for chosen in ragged_batches(lengths, tokens) if tokens else batches_by_length(lengths, _TOKENS):
             rows = [sizes[i] + bool(stopped[i]) for i in chosen]
             states = PaddedStates.of(
                 [encoded[i] for i in chosen],
@@ -77,17 +81,3 @@ class LocalTeacher(Teacher):
             parts = lazy_logits(self.model.lm, states).split(rows)
             results.update(zip(chosen, parts, strict=True))
         return [results[i] for i in range(len(prompts))]
-
-
-def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices in groups of at most ``batch_tokens`` tokens, padded to the longest text; longest first.
-
-    A single text always fits.
-    """
-    groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if groups and (len(groups[-1]) + 1) * max(1, lengths[groups[-1][0]]) <= batch_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups

@@ -18,13 +18,12 @@ from gold.rollout.types import Rollout
 @torch.no_grad()
 def why_not_finite(
     student: LanguageModel,
-    rollouts: Sequence[Rollout],
+    rollouts: Sequence[Sequence[Rollout]],
     teachers: Mapping[str, Sequence[tuple[Rollout, LazyLogits]]],
     terms: Mapping[str, float],
-    batch: int,
 ) -> tuple[str, str]:
-    """The cause and what to do about it, from a step's rollouts, the rows of each teacher for its rollouts, and each
-    term's sum. Costs another forward pass, ``batch`` sequences at a time."""
+    """The cause and what to do about it, from a step's rollouts by microbatch, the rows of each teacher for its
+    rollouts, and each term's sum. Costs another forward pass."""
     for name, graded in teachers.items():
         for rollout, rows in graded:
             none = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
@@ -34,8 +33,8 @@ def why_not_finite(
                     "look at its weights, or load it with dtype float32",
                 )
     stops = torch.tensor(student.vocabulary.stop_ids, dtype=torch.int64, device=student.device)
-    for first in range(0, len(rollouts), batch):
-        chosen = [r for r in rollouts[first : first + batch] if r.ids.size]
+    for together in rollouts:
+        chosen = [r for r in together if r.ids.size]
         if not chosen:
             continue
         rows = lazy_logits(student.lm, student_states(student, chosen))

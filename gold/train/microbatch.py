@@ -51,10 +51,11 @@ def build_microbatches(setup: Setup, rollouts: Sequence[Rollout]) -> tuple[list[
             skipped.append(reason)
         else:
             by_teachers.setdefault(names, []).append((rollout, texts))
-    microbatches = []
+    microbatches, recipe = [], setup.recipe
     for names in sorted(by_teachers):
         given = by_teachers[names]
-        for chosen in length_batches([rollout for rollout, _ in given], setup.recipe.micro_batch_size):
+        own = [rollout for rollout, _ in given]
+        for chosen in length_batches(own, recipe.micro_batch_size, recipe.micro_batch_tokens):
             texts_of = {name: [given[i][1][name] for i in chosen] for name in names}
             batches = _aligned(setup, texts_of)
             microbatches.append(Microbatch(tuple(given[i][0] for i in chosen), batches))

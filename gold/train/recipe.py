@@ -117,6 +117,8 @@ class Training(Section):
     """prompts per optimizer step"""
     micro_batch_size: PositiveInt = 8
     """sequences per forward and backward pass; the rest is accumulated"""
+    micro_batch_tokens: PositiveInt | None = None
+    """instead of micro_batch_size: most tokens per forward and backward pass, prompts and padding included"""
     seed: CountInt = 0
     """seed of prompt order and sampling"""
     precision: Literal["auto", "no", "bf16"] = "auto"

@@ -53,6 +53,8 @@ MAY_CHANGE: dict[str, str | None] = {
     "evaluate.prompts": _MEASURED,
     "evaluate.num_generations": _MEASURED,
     "evaluate.micro_batch_size": _DIGITS,
+    "evaluate.micro_batch_tokens": _DIGITS,
+    "teacher*.batch_tokens": _DIGITS,
     # Other batch sizes change the order of summation.
     "rollout.generation_batch_size": _DIGITS,
     "recipe.generation_batch_size": _DIGITS,
@@ -63,6 +65,7 @@ MAY_CHANGE: dict[str, str | None] = {
             ("steps", _SCHEDULE),
             ("bad_steps_allowed", ""),
             ("micro_batch_size", _DIGITS),
+            ("micro_batch_tokens", _DIGITS),
             ("gradient_checkpointing", _DIGITS),
         )
     },

@@ -295,8 +295,7 @@ def diagnosis(
         for name in setup.pairs
     }
     terms = {t.label: sums[t.label] for t in setup.terms if t.label in sums}
-    rollouts = [rollout for m in microbatches for rollout in m.rollouts]
-    why, remedy = why_not_finite(state.student, rollouts, scored, terms, setup.recipe.micro_batch_size)
+    why, remedy = why_not_finite(state.student, [m.rollouts for m in microbatches], scored, terms)
     return {"why": why, "remedy": remedy}
 
 

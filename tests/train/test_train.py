@@ -117,11 +117,14 @@ def test_losses_are_divided_by_the_count_of_the_whole_step(objectives: tuple[Ter
     recipe = changed(objectives=objectives, on_policy=0.6, steps=1, prompts_per_step=6, lr=1e-2)
     at_once = run(recipe.replace(micro_batch_size=64))
     in_parts = run(recipe.replace(micro_batch_size=3, generation_batch_size=5))
+    by_tokens = run(recipe.replace(micro_batch_tokens=50))
     # The gradient's norm, not only the weights: AdamW's first step hardly depends on the gradient's size.
     for name, value in at_once.steps[0].items():
         if isinstance(value, float) and not name.endswith("_s"):
             assert in_parts.steps[0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    torch.testing.assert_close(weights(in_parts.student), weights(at_once.student), rtol=1e-3, atol=2e-4)
+            assert by_tokens.steps[0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    for other in (in_parts, by_tokens):
+        torch.testing.assert_close(weights(other.student), weights(at_once.student), rtol=1e-3, atol=2e-4)
 
 
 def test_a_baseline_is_of_the_whole_step() -> None:
