@@ -31,7 +31,9 @@ class SelfTeacher(LocalTeacher):
     weights, reference solutions as context).
     """
 
-    def __init__(self, student: LanguageModel, decay: float = 1.0, *, batch_tokens: int | None = None) -> None:
+    def __init__(
+        self, student: LanguageModel, decay: float = 1.0, *, batch_tokens: int | None = None
+    ) -> None:
         if not 0.0 <= decay <= 1.0:
             raise ConfigError(f"decay of a self teacher: expected 0 to 1, got {decay}")
         lm = copy_of(student.lm)

