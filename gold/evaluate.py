@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from gold.align.batch import AlignedBatch
-from gold.align.chunks import align_tokens
-from gold.align.model_inputs import aligned_text, length_batches, student_states, teacher_logits
-from gold.align.texts import AlignedText, canonical_tokens
-from gold.align.vocabularies import VocabularyPair
+from gold.align.texts import canonical_tokens
+from gold.comparison import Comparison, Scored, student_logp
 from gold.data import Prompt
-from gold.errors import DataError
-from gold.evaluation_samples import Alternatives, chunk_records, teacher_alternatives
-from gold.kernels.lm_head import token_logp
-from gold.kernels.logits import LazyLogits
-from gold.kernels.tables import prefix_logp
-from gold.losses.types import IMPOSSIBLE, possible
-from gold.models.hidden_states import lazy_logits
+from gold.evaluation_samples import chunk_records
 from gold.models.language_model import LanguageModel
-from gold.rollout.engine import RolloutEngine, completed, given_rollout, sample
+from gold.rollout.engine import RolloutEngine, completed, sample
 from gold.rollout.hf import HuggingFaceEngine
-from gold.rollout.types import Rollout, Sampling, Seed
+from gold.rollout.types import Rollout, Sampling
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.chat import begins_anew, prompt_text
+
+Answer = TypeVar("Answer")
 
 
 class Verifier(Protocol):
@@ -39,6 +32,38 @@ class Verifier(Protocol):
     def score(self, prompt: Prompt, completion: str) -> float:
         """0 to 1."""
         ...
+
+
+class Processes(Protocol):
+    """The processes that share an evaluation: each scores some prompts, and all compute the measures of all prompts."""
+
+    @property
+    def index(self) -> int:
+        """The number of this process, from 0."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """The number of processes."""
+        ...
+
+    def together(self, ask: Callable[[], Answer]) -> Answer:
+        """The result of ``ask``; an error of a teacher in one process is raised in all."""
+        ...
+
+    def gathered(self, value: Answer) -> list[Answer]:
+        """The value of each process."""
+        ...
+
+
+class _OneProcess:
+    index, count = 0, 1
+
+    def together(self, ask: Callable[[], Answer]) -> Answer:
+        return ask()
+
+    def gathered(self, value: Answer) -> list[Answer]:
+        return [value]
 
 
 @dataclass(frozen=True)
@@ -84,27 +109,36 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """Both models' log-probabilities of one text, per student row and per teacher row, stop event last; the student's
-    of the text minus the teacher's, and the number of bytes covered; the index of its prompt, and its teacher's name.
-    ``bounded``: the teacher's log-probability of the text is a lower bound. ``alternatives``: of a sample that is
-    recorded, the teacher's most probable tokens at each of its rows."""
+class _Texts:
+    """The texts of one process's prompts. Numbers are of prompts; those of ``rollouts`` of their places, the samples of
+    a prompt after one another. ``taught`` is None without teachers that can be sampled from."""
 
-    rollout: Rollout
-    text: AlignedText
-    logp_S: NDArray[np.float64]
-    logp_T: NDArray[np.float64]
-    chunks: NDArray[np.int32]
-    gap_nats: float
-    gap_bytes: int
-    bounded: bool = False
-    number: int = 0
-    teacher: str = ""
-    alternatives: Alternatives | None = None
+    rollouts: dict[int, Rollout]
+    scored: list[Scored] = field(default_factory=list)
+    taught: list[Scored] | None = None
+    skipped: int = 0
+    given: dict[int, tuple[NDArray[np.float64], Rollout]] = field(default_factory=dict)
+    rewards: dict[int, float] = field(default_factory=dict)
+    solved: dict[int, bool] = field(default_factory=dict)
 
-    @property
-    def bytes(self) -> int:
-        return len(self.rollout.tokenized.data)
+    @classmethod
+    def joined(cls, parts: Sequence[_Texts], teachers: Sequence[str]) -> _Texts:
+        """The texts of all processes, in the order of one process."""
+
+        def in_order(texts: Iterable[Scored]) -> list[Scored]:
+            return sorted(texts, key=lambda text: (teachers.index(text.teacher), text.number))
+
+        def by_number(name: str) -> Any:
+            return dict(sorted(item for part in parts for item in getattr(part, name).items()))
+
+        taught = [text for part in parts for text in part.taught or ()]
+        return cls(
+            by_number("rollouts"),
+            in_order(text for part in parts for text in part.scored),
+            None if parts[0].taught is None else in_order(taught),
+            sum(part.skipped for part in parts),
+            **{name: by_number(name) for name in ("given", "rewards", "solved")},
+        )
 
 
 def evaluate(
@@ -115,199 +149,110 @@ def evaluate(
     plan: EvaluationPlan = EvaluationPlan(),
     verifier: Verifier | None = None,
     engine: RolloutEngine | None = None,
+    processes: Processes = _OneProcess(),  # noqa: B008  (without state)
 ) -> Evaluation:
-    """The measures of the student on held-out prompts, and some of its completions."""
+    """The measures of the student on held-out prompts, and some of its completions.
+
+    Several ``processes`` share the prompts; each returns the measures of all.
+    """
     prompts = list(prompts)
     teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
     if teachers and not all(t.complete for t in teachers.members.values()):
         teachers = None  # a cache does not contain the student's new samples
     engine = engine or HuggingFaceEngine(student, plan.generation_batch_size)
-    sampling = Sampling(max_new_tokens=plan.max_new_tokens)
-    repeated = [p for p in prompts for _ in range(plan.num_generations)]
-    seeds = [(plan.seed, 2**31, n) for n in range(len(repeated))]
-    rollouts = sample(engine, student, repeated, sampling, seeds=seeds)
+    comparison = Comparison(student, teachers, prompts, plan) if teachers else None
+    numbers = range(len(prompts))[processes.index :: processes.count]
+    own = processes.together(
+        partial(_texts_of, student, comparison, prompts, numbers, plan, verifier, engine)
+    )
+    return _measured(
+        _Texts.joined(processes.gathered(own), list(teachers.members) if teachers else []),
+        comparison,
+        prompts,
+        plan,
+        (teachers.routes if teachers else ()) if verifier is not None else None,
+        student,
+    )
+
+
+def _texts_of(
+    student: LanguageModel,
+    comparison: Comparison | None,
+    prompts: Sequence[Prompt],
+    numbers: Sequence[int],
+    plan: EvaluationPlan,
+    verifier: Verifier | None,
+    engine: RolloutEngine,
+) -> _Texts:
+    """The texts of the prompts ``numbers``, scored by both sides."""
+    sampling, many = Sampling(max_new_tokens=plan.max_new_tokens), plan.num_generations
+    places = [number * many + n for number in numbers for n in range(many)]
+    seeds = [(plan.seed, 2**31, n) for n in range(len(prompts) * many)]
+    rollouts = sample(
+        engine, student, [prompts[n // many] for n in places], sampling, seeds=[seeds[n] for n in places]
+    )
+    texts = _Texts(dict(zip(places, rollouts, strict=True)))
+    if comparison is not None:
+        scored, skipped = comparison.of_student(rollouts, places)
+        texts = replace(texts, scored=scored, skipped=skipped)
+        if comparison.writers is not None:
+            taught, more = comparison.of_teachers(comparison.writers, seeds, numbers)
+            texts = replace(texts, taught=taught, skipped=skipped + more)
+    complete = [n for n in numbers if prompts[n].completion is not None]
+    given = [completed(student, prompts[n], plan.max_new_tokens) for n in complete]
+    logp = [each.events for each in student_logp(student, given, plan)]
+    texts = replace(texts, given=dict(zip(complete, zip(logp, given, strict=True), strict=True)))
+    if verifier is not None:
+        scores = [verifier.score(r.prompt, r.text) if r.stopped else 0.0 for r in rollouts]
+        greedy = replace(sampling, temperature=0.0)
+        best = sample(
+            engine, student, [prompts[n] for n in numbers], greedy, seeds=[seeds[n] for n in numbers]
+        )
+        right = [bool(r.stopped and verifier.score(r.prompt, r.text) >= 1.0) for r in best]
+        rewards = dict(zip(places, scores, strict=True))
+        texts = replace(texts, rewards=rewards, solved=dict(zip(numbers, right, strict=True)))
+    return texts
+
+
+def _measured(
+    texts: _Texts,
+    comparison: Comparison | None,
+    prompts: Sequence[Prompt],
+    plan: EvaluationPlan,
+    routes: Sequence[str] | None,
+    student: LanguageModel,
+) -> Evaluation:
+    """The measures of the texts of all prompts; ``routes``: the groups of accuracies, None without a verifier."""
+    rollouts = list(texts.rollouts.values())
     measures = _rollout_measures(student, rollouts)
     samples = [
         {"prompt": prompt_text(r.prompt), "completion": r.text, "stopped": r.stopped}
         for r in rollouts[: plan.samples * plan.num_generations : plan.num_generations]
     ]
-    if teachers is not None:
-        comparison = _Comparison(student, teachers, prompts, plan)
-        scored, skipped = comparison.of_student(rollouts)
-        measures |= comparison.reverse_kl(scored) | _agreement(scored)
-        signals = {s.number: s for s in reversed(scored)}  # each prompt's first sample and teacher
+    if comparison is not None:
+        measures |= comparison.reverse_kl(texts.scored) | _agreement(texts.scored)
+        signals = {s.number: s for s in reversed(texts.scored)}  # each prompt's first sample and teacher
         for n, shown in enumerate(samples):
-            if teachers.several and n in signals:
+            if comparison.teachers.several and n in signals:
                 shown["teacher"] = signals[n].teacher
             if n in signals:
                 s = signals[n]
                 shown["chunks"] = chunk_records(s.text, s.chunks, s.logp_S, s.logp_T, s.alternatives)
-        if comparison.writers is not None:
-            scored, more = comparison.of_teachers(comparison.writers, seeds)
-            skipped += more
-            measures |= comparison.divergences("forward_kl_per_byte", scored, sign=-1.0)
-            if scored:
-                measures |= _bits_per_byte([s.logp_S for s in scored], [s.rollout for s in scored])
-        if skipped:
-            measures["skipped_sequences"] = float(skipped)
-    given = [completed(student, p, plan.max_new_tokens) for p in prompts if p.completion is not None]
-    if given:
-        measures |= _bits_per_byte([x.events for x in _student_logp(student, given, plan)], given)
-    if verifier is not None:
-        scores = [verifier.score(r.prompt, r.text) if r.stopped else 0.0 for r in rollouts]
-        measures["score"] = float(np.mean(scores))
-        greedy = replace(sampling, temperature=0.0)
-        best = sample(engine, student, prompts, greedy, seeds=seeds[: len(prompts)])
-        measures |= _accuracies(best, verifier, teachers.routes if teachers else ())
+        if texts.taught is not None:
+            measures |= comparison.divergences("forward_kl_per_byte", texts.taught, sign=-1.0)
+            if texts.taught:
+                measures |= _bits_per_byte(
+                    [s.logp_S for s in texts.taught], [s.rollout for s in texts.taught]
+                )
+        if texts.skipped:
+            measures["skipped_sequences"] = float(texts.skipped)
+    if texts.given:
+        logp, given = zip(*texts.given.values(), strict=True)
+        measures |= _bits_per_byte(logp, given)
+    if routes is not None:
+        measures["score"] = float(np.mean(list(texts.rewards.values())))
+        measures |= _accuracies([prompts[n] for n in texts.solved], list(texts.solved.values()), routes)
     return Evaluation(measures, samples)
-
-
-class _Comparison:
-    """Texts of the student and of its teachers, scored by both."""
-
-    def __init__(
-        self, student: LanguageModel, teachers: Teachers, prompts: Sequence[Prompt], plan: EvaluationPlan
-    ) -> None:
-        self.student, self.teachers, self.prompts, self.plan = student, teachers, prompts, plan
-        self.pairs = {
-            name: VocabularyPair(student.vocabulary, t.vocabulary.with_markers())
-            for name, t in teachers.members.items()
-        }
-
-    @property
-    def writers(self) -> dict[str, LanguageModel] | None:
-        """The teachers' models, if all are in this process and return full rows, so that they can be sampled from."""
-        members = self.teachers.members
-        found = {name: t.model for name, t in members.items() if t.model is not None and t.gives == "rows"}
-        return found if len(found) == len(members) else None
-
-    def of_student(self, rollouts: Sequence[Rollout]) -> tuple[list[_Scored], int]:
-        """The student's samples, and how many of them some teacher cannot score."""
-        members = self.teachers.members
-        logp_S = _student_logp(self.student, rollouts, self.plan)
-        texts = [
-            {name: aligned_text(r, self.pairs[name]) for name in self.teachers.of(r.prompt)} for r in rollouts
-        ]
-        skipped = {
-            i
-            for i, (r, by) in enumerate(zip(rollouts, texts, strict=True))
-            if any(members[name].misfit(r.prompt, text.teacher.ids.size) for name, text in by.items())
-        }
-        scored: list[_Scored] = []
-        for name in members:
-            chosen = [i for i, by in enumerate(texts) if name in by and i not in skipped]
-            found = self._score(
-                name,
-                [rollouts[i] for i in chosen],
-                [texts[i][name] for i in chosen],
-                [logp_S[i] for i in chosen],
-                recorded={
-                    k for k, i in enumerate(chosen) if i < self.plan.samples * self.plan.num_generations
-                },
-            )
-            scored += [
-                replace(s, number=i // self.plan.num_generations) for i, s in zip(chosen, found, strict=True)
-            ]
-        return scored, len(skipped)
-
-    def of_teachers(
-        self, writers: Mapping[str, LanguageModel], seeds: Sequence[Seed]
-    ) -> tuple[list[_Scored], int]:
-        """One sample of each prompt's teachers, and how many do not fit a teacher's or the student's context."""
-        scored: list[_Scored] = []
-        skipped = 0
-        sampling = Sampling(max_new_tokens=self.plan.max_new_tokens)
-        for name, model in writers.items():
-            teacher, pair = self.teachers.members[name], self.pairs[name]
-            graded = [n for n, p in enumerate(self.prompts) if name in self.teachers.of(p)]
-            own = [n for n in graded if not teacher.misfit(self.prompts[n], sampling.max_new_tokens)]
-            prompts, streams = [teacher.adapt_prompt(self.prompts[n]) for n in own], [seeds[n] for n in own]
-            engine = HuggingFaceEngine(model, self.plan.generation_batch_size)
-            theirs = sample(engine, model, prompts, sampling, seeds=streams)
-            taught: list[tuple[int, Rollout, AlignedText]] = []
-            for n, written in zip(own, theirs, strict=True):
-                prompt = self.prompts[n]
-                back = pair.read_back(written.tokenized, at_start=begins_anew(prompt))
-                try:
-                    rollout = given_rollout(self.student, prompt, back, written.stopped)
-                except DataError:
-                    continue
-                text = replace(aligned_text(rollout, pair), teacher=written.tokenized)
-                taught.append((n, rollout, text))
-            skipped += len(graded) - len(taught)
-            rollouts, texts = [r for _, r, _ in taught], [t for _, _, t in taught]
-            found = self._score(name, rollouts, texts, _student_logp(self.student, rollouts, self.plan))
-            scored += [replace(s, number=n) for (n, _, _), s in zip(taught, found, strict=True)]
-        return scored, skipped
-
-    @torch.no_grad()
-    def _score(
-        self,
-        name: str,
-        rollouts: Sequence[Rollout],
-        texts: Sequence[AlignedText],
-        logp_S: Sequence[_StudentLogp],
-        recorded: Collection[int] = (),
-    ) -> list[_Scored]:
-        """Both models' log-probabilities of each rollout, retokenized for the teacher, given the student's; of those
-        ``recorded`` also the teacher's alternatives."""
-        teacher, pair = self.teachers.members[name], self.pairs[name]
-        found: dict[int, _Scored] = {}
-        for chosen in self._batches(rollouts):
-            logits = teacher_logits(teacher, [rollouts[i] for i in chosen], [texts[i] for i in chosen])
-            for i, theirs in zip(chosen, logits, strict=True):
-                rollout, text, mine = rollouts[i], texts[i], logp_S[i]
-                stops = teacher.vocabulary.stop_ids
-                logp_T = _event_logp(theirs, text.teacher.ids, text.stopped, stops)
-                chunks = align_tokens(text.student, text.teacher).chunks
-                gap = mine.events.sum() - logp_T.sum(), len(text.student.data), False
-                if mine.rows is not None and not pair.same:
-                    batch = AlignedBatch([text], pair, mine.rows.device, teacher.device)
-                    gap = _gap_of_prefixes(batch, mine.rows, theirs)
-                scored = _Scored(rollout, text, mine.events, logp_T, chunks, *gap, teacher=name)
-                if i in recorded:
-                    best = teacher_alternatives(theirs, teacher.vocabulary)
-                    scored = replace(scored, alternatives=best)
-                found[i] = scored
-        return [found[i] for i in range(len(rollouts))]
-
-    def _batches(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
-        """Indices of the texts that a teacher is asked for together."""
-        size, tokens = self.plan.micro_batch_size, self.plan.micro_batch_tokens
-        if tokens is not None:
-            return length_batches(rollouts, size, tokens)
-        return [list(range(len(rollouts)))[first : first + size] for first in range(0, len(rollouts), size)]
-
-    def reverse_kl(self, scored: Sequence[_Scored]) -> dict[str, float]:
-        """The reverse KL over the samples that no teacher gives probability 0, and the share of the others."""
-        measures: dict[str, float] = {}
-        written = [s for s in scored if (s.logp_T > IMPOSSIBLE).all()]
-        if len(written) < len(scored):
-            measures["impossible_share"] = 1.0 - len(written) / len(scored)
-        return measures | self.divergences("reverse_kl_per_byte", written, sign=1.0)
-
-    def divergences(self, name: str, scored: Sequence[_Scored], sign: float) -> dict[str, float]:
-        """The divergence over all prompts and, with several teachers, over those of each."""
-        if not scored:
-            return {}
-        teachers = self.teachers
-        weights = [teachers.weight(s.teacher) for s in scored]
-        measures = self._divergence(name, scored, weights, sign)
-        for teacher in teachers.members if teachers.several else ():
-            if own := [s for s in scored if s.teacher == teacher]:
-                measures |= self._divergence(f"{name}[{teacher}]", own, [1.0] * len(own), sign)
-        return measures
-
-    def _divergence(
-        self, name: str, scored: Sequence[_Scored], weights: Sequence[float], sign: float
-    ) -> dict[str, float]:
-        number = np.array([s.number for s in scored])
-        weight, prompts = np.array(weights), len(self.prompts)
-        gaps = sign * np.bincount(number, weight * [s.gap_nats for s in scored], prompts)
-        sizes = np.bincount(number, weight * [float(s.gap_bytes) for s in scored], prompts)
-        there = np.unique(number)  # without prompts of other teachers
-        low, high = bootstrap_ratio(gaps[there], sizes[there], self.plan.seed)
-        return {name: float(gaps.sum() / max(1.0, sizes.sum())), f"{name}_low": low, f"{name}_high": high}
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -319,19 +264,6 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2)) / (1 + z * z / trials)
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def bootstrap_ratio(
-    numerator: NDArray[np.float64], denominator: NDArray[np.float64], seed: int, draws: int = 1000
-) -> tuple[float, float]:
-    """95 % percentile interval of ``Σ numerator / Σ denominator``, items resampled with replacement; NaN where an item
-    is infinite or there are none."""
-    if not np.isfinite(numerator).all():
-        return math.nan, math.nan
-    chosen = np.random.default_rng(seed).integers(0, numerator.size, (draws, numerator.size))
-    ratios = numerator[chosen].sum(1) / np.maximum(denominator[chosen].sum(1), 1.0)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _rollout_measures(student: LanguageModel, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -346,14 +278,11 @@ def _rollout_measures(student: LanguageModel, rollouts: Sequence[Rollout]) -> di
     }
 
 
-def _accuracies(rollouts: Sequence[Rollout], verifier: Verifier, routes: Sequence[str]) -> dict[str, float]:
-    """The share of rollouts that score 1, over all prompts and over those of each route, with 95 % intervals."""
-    right = [bool(r.stopped and verifier.score(r.prompt, r.text) >= 1.0) for r in rollouts]
-    groups = {"accuracy": right}
+def _accuracies(prompts: Sequence[Prompt], solved: Sequence[bool], routes: Sequence[str]) -> dict[str, float]:
+    """The share of prompts that are solved, over all of them and over those of each route, with 95 % intervals."""
+    groups = {"accuracy": list(solved)}
     for name in routes:
-        groups[f"accuracy[{name}]"] = [
-            ok for r, ok in zip(rollouts, right, strict=True) if r.prompt.route == name
-        ]
+        groups[f"accuracy[{name}]"] = [ok for p, ok in zip(prompts, solved, strict=True) if p.route == name]
     measures: dict[str, float] = {}
     for name, group in groups.items():
         if group:
@@ -362,7 +291,7 @@ def _accuracies(rollouts: Sequence[Rollout], verifier: Verifier, routes: Sequenc
     return measures
 
 
-def _agreement(scored: Sequence[_Scored]) -> dict[str, float]:
+def _agreement(scored: Sequence[Scored]) -> dict[str, float]:
     single = sum(
         int(((np.diff(s.chunks[:, :2]) == 1) & (np.diff(s.chunks[:, 2:]) == 1)).sum()) for s in scored
     )
@@ -387,68 +316,3 @@ def _bits_per_byte(logp: Sequence[NDArray[np.float64]], rollouts: Sequence[Rollo
     nats = -sum(float(x.sum()) for x in logp)
     size = sum(len(r.tokenized.data) for r in rollouts)
     return {"bits_per_byte": nats / max(1, size) / math.log(2)}
-
-
-def _gap_of_prefixes(
-    batch: AlignedBatch, student: LazyLogits, teacher: LazyLogits
-) -> tuple[float, int, bool]:
-    """For a truncated text: the student's log-probability that a text begins with it, minus the teacher's; the bytes
-    covered by both; whether the teacher's is only a lower bound.
-
-    On both sides any last token that reaches or crosses the end of the text counts, not only the sampled one. Bytes
-    after the last one that both cover, such as the first bytes of a character, are left out.
-    """
-    position, _, event = batch.path
-    told = batch.observed_path & batch.student.layout.resolved[position, event]
-    known = torch.nonzero(told)[:, 0]
-    if not known.numel():
-        return 0.0, 0, False
-    data = batch.texts[0].student.data[: int(known[-1]) + 1]
-    sides = (
-        (student, batch.student.layout, batch.student.begins),
-        (teacher, batch.teacher.layout, batch.teacher.begins),
-    )
-    mine, theirs = (prefix_logp(rows, layout, begins, data) for rows, layout, begins in sides)
-    return mine - theirs, len(data), teacher.partial
-
-
-@dataclass(frozen=True)
-class _StudentLogp:
-    """The student's log-probability of each of its tokens of a text, the stop event last; for a truncated text also its
-    states."""
-
-    events: NDArray[np.float64]
-    rows: LazyLogits | None
-
-
-@torch.no_grad()
-def _student_logp(
-    student: LanguageModel, rollouts: Sequence[Rollout], plan: EvaluationPlan
-) -> list[_StudentLogp]:
-    was_training = student.lm.training
-    student.lm.eval()
-    results: dict[int, _StudentLogp] = {}
-    for chosen in length_batches(rollouts, plan.micro_batch_size, plan.micro_batch_tokens):
-        mine = [rollouts[i] for i in chosen]
-        whole = lazy_logits(student.lm, student_states(student, mine))
-        for i, rows in zip(chosen, whole.split([r.ids.size for r in mine]), strict=True):
-            stopped = rollouts[i].stopped
-            events = _event_logp(rows, rollouts[i].tokenized.ids, stopped, student.vocabulary.stop_ids)
-            results[i] = _StudentLogp(events, None if stopped else rows)
-    student.lm.train(was_training)
-    return [results[i] for i in range(len(rollouts))]
-
-
-def _event_logp(
-    rows: LazyLogits, ids: NDArray[np.int32], stopped: bool, stops: tuple[int, ...]
-) -> NDArray[np.float64]:
-    """Log-probability of each token of a text and, last, of its stop event, in nats."""
-    device = rows.device
-    target = np.concatenate((ids, [-1])) if stopped else ids
-    log_target, log_stop = token_logp(
-        rows, torch.from_numpy(target.astype(np.int64)).to(device), torch.tensor(stops, device=device)
-    )
-    logp = log_target.double()
-    if stopped:
-        logp[-1] = log_stop[-1]
-    return possible(logp).cpu().numpy()

@@ -37,7 +37,7 @@ from gold.train.checkpoint import latest_checkpoint
 from gold.train.loop import Run, Saving, check_output, distill
 from gold.train.preflight import pin_date, read_date, readers_of
 from gold.train.run_folder import RunFolder
-from gold.train.state import average_file, load_average
+from gold.train.state import load_average
 from gold.train.trackers import Tracker
 
 
@@ -253,4 +253,4 @@ def _load_averages(folder: Path, teachers: Teachers) -> None:
         checkpoint, _ = latest_checkpoint(folder / "checkpoints")
         if checkpoint is None:
             raise ConfigError(f"{folder}: no checkpoint holds the weights of teacher {name}")
-        load_average(teacher, checkpoint.path / average_file(name))
+        load_average(teacher, checkpoint.path, name)

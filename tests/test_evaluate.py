@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from gold.comparison import bootstrap_ratio
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
-from gold.evaluate import EvaluationPlan, bootstrap_ratio, evaluate, wilson
+from gold.evaluate import EvaluationPlan, evaluate, wilson
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Sampling

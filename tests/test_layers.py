@@ -94,6 +94,7 @@ FORBIDDEN_IN = {
     "gold.prompt_order": ("torch", "transformers"),
     "gold.tasks": ("torch", "transformers"),
     "gold.doctor": ("gold.config", "gold.build", "gold.run", "gold.train"),
+    "gold.comparison": ("gold.train",),
     "gold.evaluate": ("gold.train",),
     "gold.train": ("gold.config", "gold.build", "gold.run"),
 }

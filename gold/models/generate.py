@@ -45,6 +45,8 @@ def generate(
                 attention_mask=mask,
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([processor]),
+                # Processes generate different numbers of tokens; what shards a model makes its passes equal.
+                synced_gpus=False,
             )
     finally:
         lm.generation_config = own

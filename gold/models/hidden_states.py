@@ -130,6 +130,17 @@ def head_logits(lm: Any, hidden_ND: Tensor) -> LazyLogits:
     )
 
 
+def decoder_layers(lm: Any) -> list[nn.Module]:
+    """The model's repeated layers, of nested ones the outermost; empty for an architecture that does not mark them."""
+    inside: set[nn.Module] = set()
+    layers: list[nn.Module] = []
+    for layer in without_adapters(lm).modules():
+        if isinstance(layer, GradientCheckpointingLayer) and layer not in inside:
+            inside.update(layer.modules())
+            layers.append(layer)
+    return layers
+
+
 def recompute_activations(lm: Any) -> None:
     """Enables activation checkpointing in the model's layers: less memory, more time.
 
@@ -138,14 +149,12 @@ def recompute_activations(lm: Any) -> None:
     Raises:
         ModelError: it has no layers that support this.
     """
-    inside: set[nn.Module] = set()
-    for layer in without_adapters(lm).modules():
-        if isinstance(layer, GradientCheckpointingLayer) and layer not in inside:
-            inside.update(layer.modules())
-            own = layer.forward
-            if not (isinstance(own, partial) and own.func is _recomputed):
-                layer.forward = partial(_recomputed, own)
-    if not inside:
+    layers = decoder_layers(lm)
+    for layer in layers:
+        own = layer.forward
+        if not (isinstance(own, partial) and own.func is _recomputed):
+            layer.forward = partial(_recomputed, own)
+    if not layers:
         raise ModelError(
             f"train.gradient_checkpointing: {type(without_adapters(lm)).__name__} has no layers whose activations can "
             "be recomputed; set it to false"

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -152,19 +153,25 @@ def wrap_model(
     )
 
 
-def save_model(model: LanguageModel, folder: Path) -> None:
+def save_model(model: LanguageModel, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Writes weights, configuration and tokenizer in plain Hugging Face format, loadable by transformers alone.
 
-    Adapters are merged into the weights (``adapters.MergedWeights``).
+    Adapters are merged into the weights (``adapters.MergedWeights``). ``weights``: a state dict in place of the model's
+    own.
     """
     lm = merged_model(model.lm) if is_adapted(model.lm) else model.lm
     with _no_progress_bars():
-        lm.save_pretrained(folder, safe_serialization=True)
+        given = None if weights is None else dict(weights)
+        lm.save_pretrained(folder, safe_serialization=True, state_dict=given)
     model.tokenizer.save_pretrained(folder)
 
 
-def load_weights(model: LanguageModel, folder: Path) -> None:
+def load_weights(
+    model: LanguageModel, folder: Path, part: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> None:
     """Copies the weights saved in ``folder`` into the model in memory, bit for bit.
+
+    ``part(saved, own)`` is the part of a saved tensor that belongs into the model's own.
 
     Raises:
         ModelError: they cannot be read, or belong to another architecture.
@@ -174,7 +181,13 @@ def load_weights(model: LanguageModel, folder: Path) -> None:
         with _no_progress_bars():
             # Uses the model's own class, so that nothing in the folder decides which code runs.
             saved = type(model.lm).from_pretrained(folder, dtype=own.dtype, trust_remote_code=False)
-        model.lm.load_state_dict(saved.state_dict())
+        state = saved.state_dict()
+        if part is not None:
+            held = model.lm.state_dict()
+            state = {
+                name: part(value, held[name]) if name in held else value for name, value in state.items()
+            }
+        model.lm.load_state_dict(state)
     except Exception as error:
         raise ModelError(f"model {folder}: its weights could not be loaded: {first_line(error)}") from error
 

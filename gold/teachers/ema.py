@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from gold.errors import ConfigError
 from gold.models.adapters import copy_of, is_adapted
@@ -58,7 +59,8 @@ class SelfTeacher(LocalTeacher):
         for mine, theirs in zip(self.model.lm.parameters(), student.parameters(), strict=True):
             if theirs.requires_grad:
                 average = self._wide.get(mine, mine)
-                average.lerp_(masters.get(theirs, theirs).detach().to(average), 1.0 - self.decay)
+                here, there = _parts(average, masters.get(theirs, theirs).detach())
+                here.lerp_(there.to(here), 1.0 - self.decay)
         for mine, average in self._wide.items():
             mine.copy_(average)
 
@@ -83,3 +85,10 @@ class SelfTeacher(LocalTeacher):
             for name, mine in self._own.items():
                 self._wide.get(mine, mine).copy_(state[name])
                 mine.copy_(state[name])
+
+
+def _parts(mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tensors on this process: of two sharded ones this process's parts, of one the whole."""
+    if isinstance(mine, DTensor) and isinstance(theirs, DTensor):
+        return mine.to_local(), theirs.to_local()
+    return mine, theirs.full_tensor() if isinstance(theirs, DTensor) else theirs

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,27 +17,20 @@ from accelerate.state import AcceleratorState
 
 from gold.data import Prompt, PromptFile
 from gold.doctor.prompts import PromptReader, examine_prompts, notes_of, raise_refused
-from gold.errors import CheckpointError, ConfigError, EngineError, GoldError, TeacherError, TrainingError
+from gold.errors import ConfigError, EngineError, GoldError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier, evaluate
 from gold.inspect.report import ReportFile
 from gold.kernels import backend_for
-from gold.models.adapters import describe, is_adapted, save_adapters
+from gold.models.adapters import describe, is_adapted
 from gold.models.language_model import LanguageModel
-from gold.models.load import load_model, save_model
+from gold.models.load import load_model
 from gold.models.quantization import quantization_of
 from gold.rollout.engine import RolloutEngine
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.vocabulary import Vocabulary
 from gold.train.alarms import Warnings, check_end, remedy_for, why_bad
-from gold.train.checkpoint import (
-    is_write_failure,
-    latest_checkpoint,
-    prune,
-    reach_disk,
-    remove_leftovers,
-    save_checkpoint,
-)
+from gold.train.checkpoint import latest_checkpoint, prune, remove_leftovers
 from gold.train.input_digests import of_run
 from gold.train.interrupt import NAMES, Interrupt, ended_by
 from gold.train.preflight import check_kept, check_recipe, pin_date, read_date, readers_of, write_date
@@ -46,6 +38,7 @@ from gold.train.progress import Lasting, Quiet
 from gold.train.recipe import Recipe
 from gold.train.resume_rules import Inputs
 from gold.train.run_folder import RunFolder
+from gold.train.saving import CheckpointWriter, save_student
 from gold.train.setup import Setup
 from gold.train.state import TrainState
 from gold.train.step import begin_engine, push_weights, train_step, warm_up
@@ -155,6 +148,8 @@ def _run(
     prints_date = _check_prompts(setup, heldout, readers, evaluation.max_new_tokens, tracker)
     if setup.needs_teacher:
         check_kept(teachers, student, setup.pairs, setup.prompts, recipe)
+    if saving.output and accelerator.is_main_process and inputs is None:
+        inputs = of_run(student, teachers, setup.prompts, heldout)
     state = TrainState(student, teachers, recipe, accelerator, keep_reference=setup.needs_reference)
     run = Run(student, saving.output, is_main_process=accelerator.is_main_process)
     with contextlib.ExitStack() as stack:
@@ -162,7 +157,7 @@ def _run(
         settings = settings or _settings(setup, readers)
         folder: RunFolder | None = None
         if saving.output and accelerator.is_main_process:
-            inputs = of_run(student, teachers, setup.prompts, heldout) if inputs is None else inputs
+            assert inputs is not None
             folder = stack.enter_context(_open_folder(saving, settings, inputs, tracker))
             tracker.add(folder)
             tracker.add(ReportFile(folder), "report.html")
@@ -178,10 +173,13 @@ def _run(
         if (seconds := warm_up(state, setup)) > 1.0:
             tracker.note(f"kernels compiled in {seconds:.0f} s; cached for later runs")
         interrupt = stack.enter_context(Interrupt())
-        _Training(state, setup, saving, heldout, evaluation, folder, tracker, interrupt, run).all_steps()
+        writer = CheckpointWriter(state, saving.output, folder, saving.keep_last)
+        stack.callback(writer.close)
+        _Training(state, setup, saving, heldout, evaluation, writer, tracker, interrupt, run).all_steps()
         if folder:
             folder.check_place()
-            _save_student(student, folder.path)
+        if saving.output:
+            save_student(state, folder.path if folder else None)
         accelerator.wait_for_everyone()
         last_record = run.steps[-1] if run.steps else {}
         check_end(last_record | {"step": state.step, "bad_steps": state.bad_steps})
@@ -197,7 +195,7 @@ class _Training:
     saving: Saving
     heldout: Sequence[Prompt]
     plan: EvaluationPlan
-    folder: RunFolder | None
+    writer: CheckpointWriter
     tracker: Tracker
     interrupt: Interrupt
     run: Run
@@ -227,7 +225,7 @@ class _Training:
             hopeless = state.bad_steps > recipe.bad_steps_allowed
             due = state.step % self.saving.checkpoint_every == 0 or state.step == recipe.steps
             if due or signal or hopeless:
-                self.save_checkpoint()
+                self.writer.save(wait=bool(signal) or hopeless or state.step == recipe.steps)
             if signal:
                 kept = "; its checkpoint is kept, resume the run with --resume" if self.saving.output else ""
                 self.tracker.note(f"interrupted after step {state.step}{kept}")
@@ -254,17 +252,15 @@ class _Training:
         return step % self.saving.evaluate_every == 0 or step == self.setup.recipe.steps
 
     def evaluate(self) -> None:
-        """An evaluation after the current step; every process computes it, so that all know the result."""
+        """An evaluation after the current step; the processes share it, and all know the result."""
         if not self.heldout:
             return
         state, setup, started = self.state, self.setup, time.perf_counter()
-        look = partial(evaluate, state.student, setup.teachers, self.heldout)
+        look = partial(evaluate, state.student, setup.teachers, self.heldout, plan=self.plan)
         try:
             push_weights(state, setup.engine)
-            with state.accelerator.autocast():
-                result = state.together(
-                    partial(look, plan=self.plan, verifier=setup.verifier, engine=setup.engine)
-                )
+            with state.accelerator.autocast(), state.whole_student():
+                result = look(verifier=setup.verifier, engine=setup.engine, processes=state)
         except (TeacherError, EngineError) as error:
             self.stop(error)
         record = {"step": state.step, **result.measures, "evaluate_s": time.perf_counter() - started}
@@ -273,21 +269,11 @@ class _Training:
         for sample in result.samples:
             self.tracker.log("sample", {"step": state.step, **sample})
 
-    def save_checkpoint(self) -> None:
-        """A checkpoint after the current step."""
-        if self.saving.output:
-            if self.folder:
-                self.folder.sync()
-                save_checkpoint(
-                    self.folder.checkpoints, self.state.step, self.state.save, self.saving.keep_last
-                )
-            self.state.accelerator.wait_for_everyone()
-
     def stop(self, error: GoldError) -> NoReturn:
         """Saves the steps so far and ends a run whose teacher or engine failed, or that met a text it cannot use."""
         if not isinstance(error, TeacherError | EngineError) and self.state.accelerator.num_processes > 1:
             raise error  # the others did not fail, and would wait for this process
-        self.save_checkpoint()
+        self.writer.save(wait=True)
         kept = "; its checkpoint is kept, go on with --resume" if self.saving.output else ""
         raise type(error)(f"after step {self.state.step}: {error}{kept}") from error
 
@@ -436,6 +422,8 @@ def _names(teachers: Teachers | None) -> Any:
 def _accelerator(precision: str, device: torch.device) -> Accelerator:
     # Accelerate keeps the precision of a process's first run; a later run may need another.
     AcceleratorState._reset_state()
+    # gold shards itself (``train.sharding``); accelerate and transformers read this too.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
@@ -468,29 +456,3 @@ def _open_folder(saving: Saving, settings: Mapping[str, Any], inputs: Inputs, tr
     for note in folder.notes:
         tracker.note(note)
     return folder
-
-
-def _save_student(student: LanguageModel, folder: Path) -> None:
-    """Writes the student to ``folder/student``, before it its adapter to ``folder/adapter``, each atomically."""
-    if is_adapted(student.lm):
-        _put(partial(save_adapters, student.lm), folder / "adapter")
-    _put(partial(save_model, student), folder / "student")
-
-
-def _put(writer: Callable[[Path], None], final: Path) -> None:
-    """Has a folder written, and moved into place."""
-    begun = final.with_name(f".tmp-{final.name}")
-    shutil.rmtree(begun, ignore_errors=True)
-    try:
-        writer(begun)
-        reach_disk(begun)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(begun, final)
-    except Exception as error:
-        shutil.rmtree(begun, ignore_errors=True)
-        if not is_write_failure(error):
-            raise
-        raise CheckpointError(
-            f"cannot save the student in {final}: {getattr(error, 'strerror', None) or error}; the last checkpoint "
-            "holds it, free some space and resume"
-        ) from error

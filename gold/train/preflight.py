@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import partial
@@ -38,6 +39,7 @@ def check_recipe(
     """
     if not prompts:
         raise DataError("no prompts to train on; give at least one")
+    check_launcher(recipe)
     if recipe.prompts_per_step < processes:
         raise ConfigError(
             f"train.prompts_per_step is {recipe.prompts_per_step} for {processes} processes; each needs at least one"
@@ -49,6 +51,29 @@ def check_recipe(
         )
     if found := list(problems(recipe, has_verifier=verifier is not None)):
         raise ConfigError(*found)
+
+
+def check_launcher(recipe: Recipe) -> None:
+    """Checks what the configuration of ``accelerate launch`` asks for.
+
+    Raises:
+        ConfigError: an engine other than FSDP, or FSDP without ``train.sharding``.
+    """
+    for name in ("DeepSpeed", "Megatron-LM"):
+        if _launched_with(f"ACCELERATE_USE_{name.upper().replace('-', '_')}"):
+            raise ConfigError(
+                f"train.sharding: accelerate's configuration asks for {name}, whose engine steps after every "
+                "microbatch, also where a gradient is not finite; take it out, and set train.sharding=fsdp (FSDP2)"
+            )
+    if _launched_with("ACCELERATE_USE_FSDP") and recipe.sharding != "fsdp":
+        raise ConfigError(
+            "train.sharding: accelerate's configuration asks for FSDP, and this is none; set train.sharding=fsdp, or "
+            "take FSDP out of accelerate's"
+        )
+
+
+def _launched_with(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def readers_of(student: LanguageModel, teachers: Teachers | None) -> list[PromptReader]:

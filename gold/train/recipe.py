@@ -125,6 +125,10 @@ class Training(Section):
     """mixed precision; auto: bf16 on a GPU that has it, else none"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
+    sharding: Literal["none", "fsdp"] = "none"
+    """with several processes, each has whole models, or shards of the weights and the optimizer's state (FSDP2)"""
+    gradient_sync: Literal["microbatch", "step"] = "microbatch"
+    """with fsdp, reduce gradients after every microbatch, or once a step, with whole weights and gradients meanwhile"""
     bad_steps_allowed: CountInt = 3
     """steps in a row with NaN or infinite loss or gradient before training stops"""
 

@@ -67,6 +67,8 @@ MAY_CHANGE: dict[str, str | None] = {
             ("micro_batch_size", _DIGITS),
             ("micro_batch_tokens", _DIGITS),
             ("gradient_checkpointing", _DIGITS),
+            ("sharding", _DIGITS),
+            ("gradient_sync", _DIGITS),
         )
     },
     **{f"{side}.trust_remote_code": "" for side in ("student", "teacher*")},

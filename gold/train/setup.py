@@ -80,6 +80,11 @@ class Setup:
         return PromptOrder.of(self.prompts, self.recipe.seed, self.recipe.order)
 
     @property
+    def student_generates(self) -> bool:
+        """Whether the student's model itself generates completions, in this process."""
+        return isinstance(self.engine, HuggingFaceEngine) and self.engine.model is self.student
+
+    @property
     def needs_reference(self) -> bool:
         """Whether any objective uses the student before training."""
         return any(t.objective.name == "reference_kl" for t in self.terms)

@@ -13,8 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from gold.errors import CheckpointError, EngineError, TeacherError
+from gold.errors import CheckpointError, ConfigError, EngineError, TeacherError
 from gold.files import read_json
 from gold.kernels.logits import LazyLogits
 from gold.models.adapters import (
@@ -33,9 +34,12 @@ from gold.models.load import load_weights, save_model
 from gold.models.padding import PaddedStates
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
+from gold.train import shards
 from gold.train.checkpoint import Checkpoint
 from gold.train.optimizer import MasterAdamW
 from gold.train.recipe import Recipe
+from gold.train.sharding import Sharding, shard_like
+from gold.train.shards import Snapshot
 
 Answer = TypeVar("Answer")
 
@@ -61,7 +65,9 @@ class TrainState:
         self.teachers = teachers.members if teachers else {}
         self.step = self.bad_steps = 0
         check_trained(student.lm, student.name)
-        if accelerator.num_processes > 1:
+        several = accelerator.num_processes > 1
+        self.sharding = _sharding(recipe, accelerator) if several and recipe.sharding == "fsdp" else None
+        if several and not self.sharding:
             student.lm.to(accelerator.device)
         self.reference: Any = None
         if keep_reference:
@@ -72,17 +78,55 @@ class TrainState:
             recompute_activations(student.lm)
         # Policy and gradient must use the same distribution: no dropout or other randomness of train mode.
         student.lm.eval()
+        module = StatesModule(student.lm)
+        if self.sharding:
+            self._shard(self.sharding, module)
         trained = [p for p in student.lm.parameters() if p.requires_grad]
         optimizer = MasterAdamW(
             trained, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
         self.masters = optimizer.masters
+        if self.sharding:
+            self.module, self.optimizer = module, optimizer
+            return
         # The model is not moved: a single-process run keeps the requested device.
-        self.module, self.optimizer = accelerator.prepare(
-            StatesModule(student.lm), optimizer, device_placement=[False, False]
-        )
+        self.module, self.optimizer = accelerator.prepare(module, optimizer, device_placement=[False, False])
+
+    def _shard(self, sharding: Sharding, module: StatesModule) -> None:
+        """Shards the student, the reference and all teachers in this process."""
+        if is_adapted(module.lm):
+            raise ConfigError(
+                "train.sharding: a student with adapters is not sharded; set it to none, or leave student.lora out"
+            )
+        if not all(p.is_floating_point() for p in module.parameters()):
+            raise ConfigError(
+                "train.sharding: the student has quantised weights, which cannot be sharded; load it without, or set "
+                "it to none"
+            )
+        frozen = [self.reference, *(t.model.lm for t in self.teachers.values() if t.model is not None)]
+        for lm in filter(None, frozen):
+            sharding.shard_frozen(lm)
+        sharding.shard_student(module)
 
     # one step
+
+    def whole_student(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the student's model can be used alone, by any number of passes; all processes enter it."""
+        return self.sharding.whole() if self.sharding else contextlib.nullcontext()
+
+    def passes(self, own: int) -> int:
+        """How many forward and backward passes a step has in every process, given the number of this process's
+        microbatches."""
+        if not self.sharding:
+            return max(1, own)
+        return max(1, *map(int, gather_object([own])))
+
+    def loss(self, states: PaddedStates, then: Callable[[LazyLogits], Answer]) -> Answer:
+        """``then`` of the student's logits, computed within the forward pass of the student."""
+        if not self.sharding:
+            return cast(Answer, self.module(states, then))
+        with self.accelerator.autocast():
+            return cast(Answer, self.module(states, then))
 
     def reference_logits(self, states: PaddedStates) -> LazyLogits | None:
         """The reference model's logits for the same states; None without one."""
@@ -92,17 +136,25 @@ class TrainState:
             return lazy_logits(self.reference, states)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Context of a microbatch's forward and backward pass: processes exchange gradients only at the ``last``."""
+        """Context of a microbatch's forward and backward pass: processes exchange gradients only at the ``last``, or as
+        ``Sharding`` says."""
+        if self.sharding:
+            self.sharding.before_pass(last)
+            return contextlib.nullcontext()
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.module)
 
     def backward_nothing(self) -> None:
         """A backward pass with gradient zero: other processes wait for this one's share."""
         pad, none = self.student.pad_id, np.empty(0, np.int32)
         states = PaddedStates.of([[pad]], [none], [1], pad, self.student.device)
-        self.accelerator.backward(self.module(states, lambda logits: 0.0 * logits.logits().sum()))
+        if self.sharding:
+            self.reference_logits(states)  # the others wait for its passes too
+        self.accelerator.backward(self.loss(states, lambda logits: 0.0 * logits.logits().sum()))
 
     def clip_gradient(self, max_norm: float) -> float:
         """The norm of the gradient, which is scaled down to ``max_norm`` if it is larger."""
+        if self.sharding:
+            return self.sharding.clip_gradient(self.module.parameters(), max_norm)
         return float(self.accelerator.clip_grad_norm_(self.module.parameters(), max_norm))
 
     def update(self, lr: float) -> None:
@@ -121,8 +173,10 @@ class TrainState:
 
     def gather(self) -> Mapping[str, Tensor]:
         """The student's full weights by name, tied ones under each of their names; without copying. Adapters are merged
-        into a weight when it is read (``MergedWeights``)."""
+        into a weight when it is read (``MergedWeights``), and sharded weights gathered (``WholeWeights``)."""
         lm = self.student.lm
+        if self.sharding:
+            return self.sharding.weights
         return MergedWeights(lm) if is_adapted(lm) else dict(lm.state_dict())
 
     def gather_adapter(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -141,7 +195,7 @@ class TrainState:
         for name, teacher in self.teachers.items():
             if (state := teacher.state()) is not None:
                 torch.save(state, folder / average_file(name))
-        (folder / "state.json").write_text(json.dumps({"step": self.step, "bad_steps": self.bad_steps}))
+        write_steps(folder, self.step, self.bad_steps)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Restores the state written by ``save``, bit for bit.
@@ -151,17 +205,63 @@ class TrainState:
         """
         folder = checkpoint.path
         self.step, self.bad_steps = read_steps(checkpoint)
+        if (folder / shards.FOLDER).exists():
+            self._load_shards(folder)
+            return
         if is_adapted(self.student.lm):
             load_adapter_weights(self.student.lm, folder / "adapter")
         else:
-            load_weights(self.student, folder / "student")
+            load_weights(self.student, folder / "student", shard_like)
         with _errors_of(folder / "optimizer.pt"):
-            load_optimizer(self.optimizer, folder / "optimizer.pt", self.student.device)
+            device = torch.device("cpu") if self.sharding else self.student.device
+            load_optimizer(self.optimizer, folder / "optimizer.pt", device)
         for name, teacher in self.teachers.items():
             if teacher.state() is not None:
-                load_average(teacher, folder / average_file(name))
+                load_average(teacher, folder, name)
+
+    def whole_on_main(self) -> dict[str, Tensor] | None:
+        """The whole weights of a sharded student in main memory, gathered one by one, for the main process; for the
+        others an empty dictionary. None if they are not sharded."""
+        if not self.sharding:
+            return None
+        found: dict[Tensor, Tensor] = {}
+        own = self.student.lm.state_dict(keep_vars=True)
+        for weight in dict.fromkeys(own.values()):
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            if self.accelerator.is_main_process:
+                found[weight] = whole.detach().to("cpu")
+        return {name: found[weight] for name, weight in own.items() if weight in found}
+
+    def snapshot(self) -> Snapshot:
+        """A copy of this process's shards of everything that the next step depends on, but for ``write_steps``."""
+        assert self.sharding
+        return Snapshot(
+            shards.tensors_of(self.student.lm, self.optimizer, self.teachers), self.sharding.saving
+        )
+
+    def _load_shards(self, folder: Path) -> None:
+        """Restores the shards of any number of processes."""
+        lm, optimizer = self.student.lm, getattr(self.optimizer, "optimizer", self.optimizer)
+        with _errors_of(folder / shards.FOLDER), torch.no_grad():
+            shards.prepare_optimizer(lm, optimizer, folder)
+            group = self.sharding.saving if self.sharding else None
+            shards.read_shards(folder, shards.tensors_of(lm, optimizer, self.teachers), group)
 
     # processes
+
+    @property
+    def index(self) -> int:
+        """The number of this process, from 0."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def count(self) -> int:
+        """The number of processes."""
+        return int(self.accelerator.num_processes)
+
+    def gathered(self, value: Answer) -> list[Answer]:
+        """The value of each process."""
+        return [value] if self.count == 1 else cast(list[Answer], gather_object([value]))
 
     def sum(self, values: Mapping[str, float], *, ragged: bool = False) -> dict[str, float]:
         """Sums over all processes; ``ragged``: some names are missing in some processes."""
@@ -190,7 +290,8 @@ class TrainState:
         answer: Answer | None = None
         failure: TeacherError | EngineError | None = None
         try:
-            answer = ask()
+            with self.sharding.lockstep() if self.sharding else contextlib.nullcontext():
+                answer = ask()
         except (TeacherError, EngineError) as error:
             failure = error
         if self.any_process(failure is not None):
@@ -206,14 +307,26 @@ def average_file(name: str) -> str:
     return f"teacher-{name}.pt"
 
 
-def load_average(teacher: Teacher, file: Path) -> None:
-    """Restores a teacher from its file in a checkpoint.
+def load_average(teacher: Teacher, folder: Path, name: str) -> None:
+    """Restores a teacher that averages the student, called ``name``, from the folder of a checkpoint.
 
     Raises:
         CheckpointError: it is broken, or of another teacher.
     """
+    own = teacher.state() or {}
+    if (folder / shards.FOLDER).exists():
+        with _errors_of(folder / shards.FOLDER):
+            shards.read_shards(folder, shards.average_of(name, teacher))
+        return
+    file = folder / average_file(name)
     with _errors_of(file):
-        teacher.load_state(torch.load(file, map_location=teacher.device, weights_only=True))
+        saved = torch.load(file, map_location=teacher.device, weights_only=True)
+        teacher.load_state({key: shard_like(value, own.get(key, value)) for key, value in saved.items()})
+
+
+def _sharding(recipe: Recipe, accelerator: Accelerator) -> Sharding:
+    mixed = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    return Sharding(recipe, accelerator.device, mixed)
 
 
 def load_optimizer(optimizer: Any, file: Path, device: torch.device) -> None:
@@ -223,13 +336,35 @@ def load_optimizer(optimizer: Any, file: Path, device: torch.device) -> None:
         ValueError: they are for other weights; any torch error for a file that it cannot read.
     """
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(torch.load(file, map_location=device, weights_only=True))
+    optimizer.load_state_dict(_shards_of(optimizer, torch.load(file, map_location=device, weights_only=True)))
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
         for weight in group["params"]:
             for name, value in optimizer.state.get(weight, {}).items():
                 if name != "step" and isinstance(value, Tensor) and value.shape != weight.shape:
                     raise ValueError(f"it has {name} of shape {tuple(value.shape)} for {tuple(weight.shape)}")
+
+
+def _shards_of(optimizer: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer with this process's shards in place of whole tensors, if its weights are sharded."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if not any(isinstance(weight, DTensor) for weight in weights):
+        return dict(saved)
+    moments = {
+        number: {
+            key: shard_like(value, weights[number]) if isinstance(value, Tensor) else value
+            for key, value in entry.items()
+        }
+        for number, entry in saved["state"].items()
+        if number < len(weights)
+    }
+    masters = saved.get("masters", [])
+    own = [*optimizer.masters.values(), *masters][: len(masters)]
+    return {
+        **saved,
+        "state": moments,
+        "masters": [shard_like(a, b) for a, b in zip(masters, own, strict=True)],
+    }
 
 
 @contextlib.contextmanager
@@ -240,6 +375,11 @@ def _errors_of(file: Path) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(f"{file} does not belong to this run, or is broken: {reason}") from error
+
+
+def write_steps(folder: Path, step: int, bad_steps: int) -> None:
+    """Writes the number of steps taken, and how many of the last were not applied."""
+    (folder / "state.json").write_text(json.dumps({"step": step, "bad_steps": bad_steps}))
 
 
 def read_steps(checkpoint: Checkpoint) -> tuple[int, int]:

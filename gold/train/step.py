@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -114,7 +115,7 @@ def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], l
     if not any(recipe.student_writes(state.step, place) for place, _ in chosen):
         return given, skipped
     push_weights(state, setup.engine)  # in all processes, also in one that has nothing to draw
-    with accelerator.autocast():
+    with accelerator.autocast(), state.whole_student() if setup.student_generates else nullcontext():
         draw = partial(sample, setup.engine, state.student, prompts, recipe.sampling, seeds=seeds)
         sampled = state.together(draw)
     if not prompts:
@@ -138,7 +139,7 @@ def begin_engine(state: TrainState, setup: Setup) -> None:
     if isinstance(engine, ProbedEngine):
         state.together(partial(engine.probe, state.student, setup.prompts, weights, state.step))
     else:
-        engine.push(weights, state.step)
+        state.together(partial(engine.push, weights, state.step))
 
 
 def push_weights(state: TrainState, engine: RolloutEngine) -> None:
@@ -215,15 +216,17 @@ def accumulate_gradients(
     sums: dict[str, float] = defaultdict(float)
     state.module.eval()
     state.zero_grad()
-    if not microbatches:
-        state.backward_nothing()
-    for number, microbatch in enumerate(microbatches, 1):
-        states = student_states(state.student, microbatch.rollouts)
-        reference = state.reference_logits(states)
-        loss = partial(step_loss, state, setup, microbatch, counts, reference)
-        with state.accumulating(last=number == len(microbatches)):
-            # The loss is computed inside the module's forward pass: wrappers that shard weights need it there.
-            total, parts = state.module(states, loss)
+    passes = state.passes(len(microbatches))
+    for number in range(1, passes + 1):
+        with state.accumulating(last=number == passes):
+            if number > len(microbatches):
+                state.backward_nothing()
+                continue
+            microbatch = microbatches[number - 1]
+            states = student_states(state.student, microbatch.rollouts)
+            reference = state.reference_logits(states)
+            loss = partial(step_loss, state, setup, microbatch, counts, reference)
+            total, parts = state.loss(states, loss)
             state.accelerator.backward(total)
         for name, value in parts.items():
             sums[name] += float(value)
@@ -295,7 +298,8 @@ def diagnosis(
         for name in setup.pairs
     }
     terms = {t.label: sums[t.label] for t in setup.terms if t.label in sums}
-    why, remedy = why_not_finite(state.student, [m.rollouts for m in microbatches], scored, terms)
+    with state.whole_student():
+        why, remedy = why_not_finite(state.student, [m.rollouts for m in microbatches], scored, terms)
     return {"why": why, "remedy": remedy}
 
 
@@ -308,7 +312,7 @@ def warm_up(state: TrainState, setup: Setup) -> float:
     tokenized = student.vocabulary.encode("a")
     ids = np.append(tokenized.ids, student.vocabulary.stop_ids[0]).astype(np.int32)
     states = PaddedStates.of([[student.pad_id]], [tokenized.ids], [ids.size], 0, student.device)
-    with torch.no_grad(), state.accelerator.autocast():
+    with torch.no_grad(), state.accelerator.autocast(), state.whole_student():
         logits = lazy_logits(student.lm, states).logits()
     for name, pair in setup.pairs.items():
         logprobs = np.zeros(ids.size, np.float32)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
+
+TIMED = ("_s", "tokens_per_s")
+"""Ends of names of metrics that differ from run to run."""
 
 # The server imports these once; a fresh interpreter would need ten seconds each time.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -60,6 +66,44 @@ class Command:
             self.process.join()
             raise TimeoutError(f"still running after {seconds} s:\n{self.out}\n{self.err}")
         return self.process.exitcode
+
+
+def launch(
+    folder: Path,
+    *arguments: object,
+    count: int = 2,
+    before: Sequence[Any] = (),
+    each: Sequence[str] = (),
+) -> list[Command]:
+    """The processes that `accelerate launch --cpu --num_processes 2` would start; ``each`` has one argument more."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return [
+        Command(
+            folder / str(rank),
+            *arguments,
+            *each[rank : rank + 1],
+            environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            before=before[rank] if before else None,
+        )
+        for rank in range(count)
+    ]
+
+
+def lines(run: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of a file of a run, without what took how long."""
+    read = [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith(TIMED)} for line in read]
 
 
 def _main(
@@ -147,3 +191,16 @@ def find(target: str) -> tuple[object, str]:
     for part in above:
         owner = getattr(owner, part)
     return owner, name
+
+
+def spoil_step(step: int) -> None:
+    """From now on the loss of this process is NaN in the step after ``step`` steps."""
+    import gold.train.step as module
+
+    real = module.step_loss
+
+    def spoiled(state: Any, *arguments: Any) -> Any:
+        total, parts = real(state, *arguments)
+        return total * (float("nan") if state.step == step else 1.0), parts
+
+    module.step_loss = spoiled

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import support.tiny_models as tiny
 import torch
 from safetensors.torch import load_file
-from support.processes import Command, die_at, fail_at, signal_at
+from support.processes import Command, die_at, fail_at, launch, lines, signal_at
 from support.server import ModelServer
 
 import gold.run
 from gold.config import Config
 
-TIMED = ("_s", "tokens_per_s")
 OBJECTIVES = [{"name": "reverse_kl"}, {"name": "sft", "weight": 0.3}, {"name": "reward", "weight": 0.1}]
 
 
@@ -52,43 +48,6 @@ def alone(pair: Path) -> Path:
     run = pair / "alone"
     gold.run.train(Config.load(pair / "run.yaml", [f"output={run}"]))
     return run
-
-
-def launch(
-    folder: Path,
-    *arguments: object,
-    count: int = 2,
-    before: Sequence[Any] = (),
-    each: Sequence[str] = ("", ""),
-) -> list[Command]:
-    """The processes that `accelerate launch --cpu --num_processes 2` would start; ``each`` has one argument more."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    return [
-        Command(
-            folder / str(rank),
-            *arguments,
-            *filter(None, [each[rank]]),
-            environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            before=before[rank] if before else None,
-        )
-        for rank in range(count)
-    ]
-
-
-def lines(run: Path, name: str) -> list[dict[str, Any]]:
-    read = [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
-    return [{k: v for k, v in line.items() if not k.endswith(TIMED)} for line in read]
 
 
 def assert_near(run: Path, alone: Path) -> None:

@@ -1,0 +1,146 @@
+"""Writes a run's checkpoints, those of a sharded run while training continues, and the trained student."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+from gold.errors import CheckpointError
+from gold.files import one_line
+from gold.models.adapters import is_adapted, save_adapters
+from gold.models.load import save_model
+from gold.train.checkpoint import is_write_failure, reach_disk, save_checkpoint
+from gold.train.run_folder import RunFolder
+from gold.train.shards import Snapshot
+from gold.train.state import TrainState, write_steps
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run to ``output/checkpoints``; without ``output`` none.
+
+    Those of a run with whole weights are written by the main process, which has the run's ``folder``, while all wait.
+    In a sharded run every process copies its shards to main memory, and a thread of each writes them; the main
+    process's then completes the checkpoint. An error of such a write is raised by the next ``save`` or ``wait``.
+    """
+
+    def __init__(
+        self, state: TrainState, output: Path | None, folder: RunFolder | None, keep_last: int
+    ) -> None:
+        self.state, self.folder, self.keep_last = state, folder, keep_last
+        self.place = output / "checkpoints" if output else None
+        self._thread: threading.Thread | None = None
+        self._failure = ""
+
+    def save(self, wait: bool) -> None:
+        """A checkpoint of the current state; with ``wait`` it is complete on return. All processes call it.
+
+        Raises:
+            CheckpointError: it cannot be written, or an earlier one could not be.
+        """
+        if self.place is None:
+            return
+        state = self.state
+        self.wait()
+        if self.folder:
+            self.folder.sync()
+        if state.sharding:
+            work = partial(self._write, state.snapshot(), self.place, state.step, state.bad_steps)
+            self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+            self._thread.start()
+        elif self.folder:
+            save_checkpoint(self.folder.checkpoints, state.step, state.save, self.keep_last)
+        if wait:
+            self.wait()
+        if wait or not state.sharding:
+            state.accelerator.wait_for_everyone()
+
+    def wait(self) -> None:
+        """Waits for the write in progress.
+
+        Raises:
+            CheckpointError: it failed, in any process.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure:  # the same in all processes
+            raise CheckpointError(self._failure)
+
+    def close(self) -> None:
+        """Waits for the write in progress for a minute at most, whatever its result: the run has ended already."""
+        if self._thread is not None:
+            self._thread.join(60.0)
+
+    def _write(self, snapshot: Snapshot, place: Path, step: int, bad_steps: int) -> None:
+        """One write, in the thread of each process: the main one creates the folder and tells the others, all write
+        their shards, the main one completes the checkpoint and tells the others; or tells them why not."""
+
+        def tell(failure: str = "", folder: Path = place) -> tuple[str, Path]:
+            message = [(failure, folder)]
+            dist.broadcast_object_list(message, src=0, group=snapshot.group)
+            return message[0]
+
+        def writer(folder: Path) -> None:
+            write_steps(folder, step, bad_steps)
+            tell("", folder)
+            snapshot.write(folder)
+
+        failure = ""
+        try:
+            if self.state.accelerator.is_main_process:
+                try:
+                    save_checkpoint(place, step, writer, self.keep_last)
+                except Exception as error:
+                    failure = str(error)
+                tell(failure)
+                return
+            failure, folder = tell()
+            if not failure:
+                with contextlib.suppress(Exception):  # raised in the main process too, which says why
+                    snapshot.write(folder)
+                failure, _ = tell()
+        except Exception as error:  # another process is gone
+            failure = failure or f"cannot save the checkpoint of step {step} in {place}: {one_line(error)}"
+        finally:
+            self._failure = failure
+
+
+def save_student(state: TrainState, folder: Path | None) -> None:
+    """Writes the trained student to ``folder/student``, before it its adapter to ``folder/adapter``, each atomically;
+    all processes call it, the others without folder.
+
+    Raises:
+        CheckpointError: it cannot be written; partial files are removed.
+    """
+    weights, student = state.whole_on_main(), state.student
+    if folder is None:
+        return
+    if is_adapted(student.lm):
+        _put(partial(save_adapters, student.lm), folder / "adapter")
+    _put(partial(save_model, student, weights=weights), folder / "student")
+
+
+def _put(writer: Callable[[Path], None], final: Path) -> None:
+    """Has a folder written, and moved into place."""
+    begun = final.with_name(f".tmp-{final.name}")
+    shutil.rmtree(begun, ignore_errors=True)
+    try:
+        writer(begun)
+        reach_disk(begun)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(begun, final)
+    except Exception as error:
+        shutil.rmtree(begun, ignore_errors=True)
+        if not is_write_failure(error):
+            raise
+        raise CheckpointError(
+            f"cannot save the student in {final}: {getattr(error, 'strerror', None) or error}; the last checkpoint "
+            "holds it, free some space and resume"
+        ) from error
