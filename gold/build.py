@@ -26,7 +26,6 @@ from gold.models import adapters, quantization
 from gold.models.files import check_files
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model, pick_device
-from gold.rollout.engine import RolloutEngine
 from gold.rollout.vllm import VLLMEngine
 from gold.rollout.vllm_process import ColocatedEngine, ServerCommand
 from gold.tasks import load_task
@@ -53,10 +52,25 @@ Note = Callable[[str], None]
 # Engines
 
 
+def try_engine(engine: VLLMEngine, model: LanguageModel, prompts: Sequence[Prompt]) -> None:
+    """Pushes a model's weights to an engine, and checks by draws that it works; see ``ProbedEngine.probe``.
+
+    Raises:
+        EngineError: it does not.
+    """
+    lm = model.lm
+    if not adapters.is_adapted(lm):
+        engine.probe(model, prompts, lm.state_dict(), 0)
+    elif engine.adapters:
+        engine.probe(model, prompts, adapters.adapter_state(lm), 0, adapters.adapter_config(lm))
+    else:
+        engine.probe(model, prompts, adapters.MergedWeights(lm), 0)
+
+
 @contextlib.contextmanager
 def rollout_engine(
     config: Config, student: ModelConfig, log: Path | None = None
-) -> Iterator[RolloutEngine | None]:
+) -> Iterator[VLLMEngine | None]:
     """The rollout engine of a configuration, which is closed in the end; None: the student itself.
 
     ``log``: the file for what a server that gold starts prints.
@@ -70,7 +84,10 @@ def rollout_engine(
         return
     options = {
         name: getattr(given, name)
-        for name in ("model", "transfer", "folder", "concurrency", "timeout_s", "retries", "key_env")
+        for name in (
+            *("model", "transfer", "folder", "concurrency"),
+            *("timeout_s", "retries", "key_env", "adapters"),
+        )
     }
     engine: VLLMEngine
     if given.url is not None:
@@ -81,6 +98,7 @@ def rollout_engine(
             raise ConfigError(
                 "rollout.engine.vllm: colocated serves one process; start a server for several, and give its url"
             )
+        lora = student.lora if isinstance(student, StudentConfig) else None
         on_gpu = pick_device(student.device).type == "cuda"
         sleep = given.sleep if given.sleep is not None else int(on_gpu)
         command = ServerCommand(
@@ -90,6 +108,7 @@ def rollout_engine(
             given.context,
             sleeps=sleep > 0,
             trust_remote_code=student.trust_remote_code,
+            lora_rank=lora.rank if given.adapters and lora is not None else None,
             arguments=given.arguments,
         )
         engine = ColocatedEngine(command, log=log, sleep=sleep, **options)

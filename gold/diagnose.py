@@ -20,6 +20,7 @@ from gold.build import (
     roles_of,
     rollout_engine,
     served_teacher,
+    try_engine,
     with_cache,
 )
 from gold.config import Config, ModelConfig
@@ -33,7 +34,6 @@ from gold.doctor.side import Side
 from gold.errors import GoldError, ModelError
 from gold.losses import Need
 from gold.models.language_model import LanguageModel
-from gold.rollout.engine import ProbedEngine
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.chat import prompt_text
@@ -113,8 +113,8 @@ def _engine(config: Config, data: RunData, weights: bool) -> list[Finding]:
         check_model(config.student)
         student = load(config.student)
         with rollout_engine(config, config.student) as engine:
-            assert isinstance(engine, ProbedEngine)
-            engine.probe(student, data.train, student.lm.state_dict(), 0)
+            assert engine is not None
+            try_engine(engine, student, data.train)
     except GoldError as error:
         return [Finding("rollout engine", "fail", str(error))]
     return [Finding("rollout engine", "pass", "vLLM draws from the weights that are pushed to it")]

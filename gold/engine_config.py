@@ -54,6 +54,8 @@ class VLLMConfig(Section):
     """how often a failed request, and a failed push of weights, is repeated"""
     key_env: KeyVariable | None = None
     """name of the environment variable that holds the server's key"""
+    adapters: bool = False
+    """push the adapter of a student with student.lora alone; the server has the weights of student.path"""
     sleep: Literal[0, 1, 2] | None = None
     """between draws, 1: move its weights to the CPU, 2: drop them; null: 1 where gold starts it on a GPU, else 0"""
     python: Text | None = None

@@ -20,6 +20,7 @@ from gold.build import (
     note_to,
     rollout_engine,
     served_teacher,
+    try_engine,
 )
 from gold.config import Config, StudentConfig
 from gold.doctor.prompts import examine_prompts, notes_of, raise_refused
@@ -28,7 +29,6 @@ from gold.evaluate import Evaluation, evaluate
 from gold.inspect.plots import plot_run
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model
-from gold.rollout.engine import ProbedEngine
 from gold.teachers.cached import CachedTeacher, record
 from gold.teachers.local import LocalTeacher
 from gold.teachers.served import ServedTeacher
@@ -112,8 +112,8 @@ def evaluate_source(
     if is_run:
         _load_averages(folder, teachers)
     with rollout_engine(config, student) as engine:
-        if isinstance(engine, ProbedEngine):
-            engine.probe(model, data.heldout, model.lm.state_dict(), 0)
+        if engine is not None:
+            try_engine(engine, model, data.heldout)
         return evaluate(model, teachers, data.heldout, plan=plan, verifier=data.verifier, engine=engine)
 
 

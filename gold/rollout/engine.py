@@ -73,9 +73,15 @@ class ProbedEngine(RolloutEngine, Protocol):
     """A rollout engine that is tried before the first step of a run, and at every resumption."""
 
     def probe(
-        self, model: LanguageModel, prompts: Sequence[Prompt], weights: Mapping[str, Tensor], version: int
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Prompt],
+        weights: Mapping[str, Tensor],
+        version: int,
+        adapter: Mapping[str, Any] | None = None,
     ) -> None:
-        """Checks the engine by draws, and leaves it with the student's ``weights``.
+        """Checks the engine by draws, and leaves it with the student's ``weights``; with ``adapter``, its settings,
+        these are an adapter's alone.
 
         Raises:
             EngineError: it does not do what a run relies on; one line that says what to change.
@@ -89,7 +95,7 @@ class AdapterEngine(RolloutEngine, Protocol):
 
     adapters: bool
 
-    def push_adapter(self, weights: Mapping[str, Tensor], config: Mapping[str, Any], version: int) -> None:
+    def push_adapter(self, weights: Mapping[str, Tensor], version: int, config: Mapping[str, Any]) -> None:
         """Loads the student's adapter after a step in place of the last one: its weights by peft's names, and the
         contents of its adapter_config.json."""
         ...

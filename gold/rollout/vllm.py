@@ -194,7 +194,7 @@ class VLLMEngine:
         self._pushed = weights if self.sleep == 2 else {}
         self.version = version
 
-    def push_adapter(self, weights: Mapping[str, Tensor], config: Mapping[str, Any], version: int) -> None:
+    def push_adapter(self, weights: Mapping[str, Tensor], version: int, config: Mapping[str, Any]) -> None:
         """See ``AdapterEngine.push_adapter``.
 
         Raises:
@@ -279,14 +279,20 @@ class VLLMEngine:
     # before a run
 
     def probe(
-        self, model: LanguageModel, prompts: Sequence[Prompt], weights: Mapping[str, Tensor], version: int
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Prompt],
+        weights: Mapping[str, Tensor],
+        version: int,
+        adapter: Mapping[str, Any] | None = None,
     ) -> None:
         """Checks by draws that the server does what a run relies on, and leaves it with ``weights``; see
-        ``gold.rollout.vllm_probe.probe``."""
+        ``gold.rollout.vllm_probe.probe``. Of several processes the one that pushes does it."""
+        push = partial(self.push_adapter, config=adapter) if adapter is not None else self.push
         if self.pushes:
-            probe(self, model, prompts, weights, version)
+            probe(self, push, model, prompts, weights, version, alone=adapter is not None)
         else:
-            self.push(weights, version)
+            push(weights, version)
 
     def close(self) -> None:
         """Disconnects; the server goes on with the last weights."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,30 +41,42 @@ class Server(RolloutEngine, Protocol):
 
 def probe(
     engine: Server,
+    push: Callable[[Mapping[str, Tensor], int], None],
     model: LanguageModel,
     prompts: Sequence[Prompt],
     weights: Mapping[str, Tensor],
     version: int,
+    *,
+    alone: bool = False,
 ) -> None:
     """Checks that the server takes ids as they are, stops where it is told to, gives log-probabilities of the
     distribution that it samples from, and has exactly the weights that were pushed last; it then has ``weights``.
 
     Visibly disturbed weights are pushed in between: a stale output matrix, or a prefix cache that was not reset, hides
-    in the rounding of bfloat16 while weights change little.
+    in the rounding of bfloat16 while weights change little. ``alone``: ``weights`` are an adapter's, by peft's names.
 
     Raises:
         EngineError: it does not; one line.
     """
-    trials = _Trials.of(engine, model, prompts)
-    engine.push(weights, version)
+    trials = _Trials.of(engine, model, prompts, alone)
+    push(weights, version)
     trials.check_weights(weights)
     trials.check_stops()
     trials.check_sampling(weights)
-    changed = disturbed(model, weights)
-    engine.push(changed, version)
+    changed = disturbed_adapter(weights) if alone else disturbed(model, weights)
+    push(changed, version)
     trials.check_new(changed, weights)
-    engine.push(weights, version)
+    push(weights, version)
     trials.check_weights(weights)
+
+
+def disturbed_adapter(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter with every other row of each B, which is 0 at first, raised by a tenth."""
+    changed = {name: weight.detach().clone() for name, weight in weights.items()}
+    for name, weight in changed.items():
+        if ".lora_B." in name or ".lora_embedding_B" in name:
+            weight[::2] += 0.1
+    return changed
 
 
 def disturbed(model: LanguageModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -103,9 +115,11 @@ class _Trials:
     model: LanguageModel
     prompt: tuple[int, ...]
     fresh: tuple[int, ...]
+    alone: bool
+    """Whether weights are an adapter's alone."""
 
     @classmethod
-    def of(cls, engine: Server, model: LanguageModel, prompts: Sequence[Prompt]) -> _Trials:
+    def of(cls, engine: Server, model: LanguageModel, prompts: Sequence[Prompt], alone: bool) -> _Trials:
         """Prompts of a run, one after the other, as far as both contexts allow."""
         size = min(_PROMPT_TOKENS, min(engine.learn_context(), model.context) - _TOKENS)
         if size < 2:
@@ -121,7 +135,7 @@ class _Trials:
                 break
         while len(found) < size:
             found += found
-        return cls(engine, model, tuple(found[:size]), tuple(reversed(found[:size])))
+        return cls(engine, model, tuple(found[:size]), tuple(reversed(found[:size])), alone)
 
     def draw(
         self, prompt: tuple[int, ...], temperature: float = 1.0, stops: Sequence[int] = ()
@@ -139,17 +153,29 @@ class _Trials:
         temperature: float = 1.0,
     ) -> float:
         """Mean distance, in nats, of the drawn tokens' log-probabilities from those of the student with ``weights``."""
-        lm: Any = without_adapters(self.model.lm)
         text = torch.tensor([[*prompt, *drawn.ids.tolist()]], device=self.model.device)
-        given = {"input_ids": text, "use_cache": False}
-        # Adapters are merged into ``weights``; the layers below them have these names.
-        used = {name: weights[plain] for name in lm.state_dict() if (plain := _plain(name)) in weights}
-        with self.model.lm.disable_adapter() if lm is not self.model.lm else contextlib.nullcontext():
+        lm, used, context = self._own(weights)
+        with context:
             # Not tied: a server may have one of the names of a tied matrix only.
-            logits = functional_call(lm, used, (), given, tie_weights=False).logits
+            output = functional_call(lm, used, (), {"input_ids": text, "use_cache": False}, tie_weights=False)
+        logits = output.logits
         logp = torch.log_softmax(logits[0, len(prompt) - 1 : -1].double() / temperature, -1)
         own = logp.gather(1, text[0, len(prompt) :, None])[:, 0].cpu().numpy()
         return float(np.abs(own - drawn.logprobs).mean())
+
+    def _own(
+        self, weights: Mapping[str, Tensor]
+    ) -> tuple[Any, dict[str, Tensor], contextlib.AbstractContextManager[Any]]:
+        """The module that computes with ``weights``, these by its names, and the context in which it does."""
+        lm: Any = self.model.lm
+        if self.alone:
+            ending = f".{lm.active_adapter}.weight"
+            names = {name.replace(ending, ".weight"): name for name in lm.state_dict()}
+            return lm, {names[name]: weight for name, weight in weights.items()}, contextlib.nullcontext()
+        base = without_adapters(lm)
+        # Adapters are merged into ``weights``; the layers below them have these names.
+        used = {name: weights[plain] for name in base.state_dict() if (plain := _plain(name)) in weights}
+        return base, used, contextlib.nullcontext() if base is lm else lm.disable_adapter()
 
     def check_stops(self) -> None:
         """The likeliest first token ends a text that is told to stop there, and no other text."""
@@ -184,7 +210,8 @@ class _Trials:
     def check_new(self, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
         """Log-probabilities are those of the new weights: of all of them, and for prompts that were read before."""
         drawn = self.draw(self.fresh)
-        old_head = {name: old[name] for name in _head_names(without_adapters(self.model.lm), old)}
+        head = () if self.alone else _head_names(without_adapters(self.model.lm), old)
+        old_head = {name: old[name] for name in head}
         gap, kept, stale = (self.gap(drawn, w, self.fresh) for w in (new, old, {**new, **old_head}))
         if stale < 0.5 * gap and stale < kept:
             raise EngineError(

@@ -42,16 +42,23 @@ with contextlib.suppress(ProcessLookupError):
     os.killpg(child.pid, signal.SIGKILL)
 os._exit(code & 255)
 """
-_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+_ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+}
 _CPU_DEFAULTS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
 _EXTENSION = "gold_vllm_extension"
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that --max-lora-rank takes."""
 _ENDS_IN_S = 30.0
 
 
 @dataclass(frozen=True)
 class ServerCommand:
     """How a server is started: with which interpreter, for which model folder or Hub id, and further ``arguments`` of
-    vLLM's. ``context`` is the longest sequence in tokens; None: the model's own."""
+    vLLM's. ``context`` is the longest sequence in tokens; None: the model's own. ``lora_rank``: the largest
+    rank of adapters that it takes."""
 
     model: str
     python: str = sys.executable
@@ -59,6 +66,7 @@ class ServerCommand:
     context: int | None = None
     sleeps: bool = False
     trust_remote_code: bool = False
+    lora_rank: int | None = None
     arguments: Sequence[str] = ()
 
     def words(self, name: str, port: int, backend: str) -> list[str]:
@@ -73,6 +81,9 @@ class ServerCommand:
         if self.context is not None:
             words += ["--max-model-len", str(self.context)]
         words += ["--enable-sleep-mode"] * self.sleeps + ["--trust-remote-code"] * self.trust_remote_code
+        if self.lora_rank is not None:
+            rank = next((rank for rank in _LORA_RANKS if rank >= self.lora_rank), self.lora_rank)
+            words += ["--enable-lora", "--max-lora-rank", str(rank)]
         return [*words, *self.arguments]
 
 
@@ -153,11 +164,11 @@ class ColocatedEngine(VLLMEngine):
         with self._death_named():
             super().push(weights, version)
 
-    def push_adapter(self, weights: Mapping[str, Tensor], config: Mapping[str, Any], version: int) -> None:
+    def push_adapter(self, weights: Mapping[str, Tensor], version: int, config: Mapping[str, Any]) -> None:
         """See ``AdapterEngine.push_adapter``."""
         self.start()
         with self._death_named():
-            super().push_adapter(weights, config, version)
+            super().push_adapter(weights, version, config)
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """See ``VLLMEngine.generate``."""

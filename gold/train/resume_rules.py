@@ -40,7 +40,7 @@ MAY_CHANGE: dict[str, str | None] = {
         f"rollout.engine.vllm.{key}": None
         for key in (
             *("url", "model", "transfer", "folder", "concurrency", "timeout_s", "retries", "key_env"),
-            *("sleep", "python", "context", "arguments"),
+            *("adapters", "sleep", "python", "context", "arguments"),
         )
     },
     "rollout.engine.vllm*": "other completions from the same seed",

@@ -24,7 +24,7 @@ from gold.losses import LossInputs
 from gold.losses.policy import means_of_others, sampled_credit
 from gold.models.hidden_states import lazy_logits
 from gold.models.padding import PaddedStates
-from gold.rollout.engine import ProbedEngine, RolloutEngine, completed, encode_prompt, sample
+from gold.rollout.engine import AdapterEngine, ProbedEngine, RolloutEngine, completed, encode_prompt, sample
 from gold.rollout.types import Rollout, Seed, group_advantages
 from gold.teachers.several import Teachers
 from gold.train.diagnosis import why_not_finite
@@ -135,11 +135,13 @@ def begin_engine(state: TrainState, setup: Setup) -> None:
     Raises:
         EngineError: it does not work.
     """
-    engine, weights = setup.engine, state.gather()
-    if isinstance(engine, ProbedEngine):
-        state.together(partial(engine.probe, state.student, setup.prompts, weights, state.step))
-    else:
-        state.together(partial(engine.push, weights, state.step))
+    engine = setup.engine
+    if not isinstance(engine, ProbedEngine):
+        _push(state, engine)
+        return
+    adapter = _alone(state, engine)
+    weights, settings = adapter if adapter is not None else (state.gather(), None)
+    state.together(partial(engine.probe, state.student, setup.prompts, weights, state.step, settings))
 
 
 def push_weights(state: TrainState, engine: RolloutEngine) -> None:
@@ -149,7 +151,23 @@ def push_weights(state: TrainState, engine: RolloutEngine) -> None:
         EngineError: no push succeeds, in any of the processes.
     """
     if engine.version != state.step:
+        _push(state, engine)
+
+
+def _push(state: TrainState, engine: RolloutEngine) -> None:
+    adapter = _alone(state, engine)
+    if adapter is not None and isinstance(engine, AdapterEngine):
+        weights, settings = adapter
+        state.together(partial(engine.push_adapter, weights, state.step, settings))
+    else:
         state.together(partial(engine.push, state.gather(), state.step))
+
+
+def _alone(
+    state: TrainState, engine: RolloutEngine
+) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]] | None:
+    """The student's adapter and its settings, if it has one and the engine takes it alone."""
+    return state.gather_adapter() if isinstance(engine, AdapterEngine) and engine.adapters else None
 
 
 def query_teachers(

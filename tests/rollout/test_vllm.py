@@ -20,6 +20,7 @@ from support.vllm_server import VLLMServer, engine_on
 
 import gold
 from gold import ConfigError, EngineError, Recipe
+from gold.models.adapters import add_adapters
 from gold.models.language_model import LanguageModel
 from gold.rollout.engine import Request
 from gold.rollout.types import Sampling
@@ -183,7 +184,7 @@ def test_an_adapter_is_loaded_in_place_and_the_other_weights_stay(student: Langu
         engine = engine_on(server, retries=0)
         engine.push(state(student), 0)
         before = len(server.calls)
-        engine.push_adapter(weights, config, 1)
+        engine.push_adapter(weights, 1, config)
         assert_same(weights, server.adapter or {})
         assert server.adapter_config == config
         assert server.paths[before:] == [
@@ -197,7 +198,18 @@ def test_an_adapter_is_loaded_in_place_and_the_other_weights_stay(student: Langu
         assert server.calls[-1][1]["model"] == "student"
         server.faults = lambda path, n: "404" if path == "/v1/load_lora_adapter" else None
         with pytest.raises(EngineError, match=r"--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
-            engine.push_adapter(weights, config, 3)
+            engine.push_adapter(weights, 3, config)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_student_with_an_adapter_draws_from_it_alone_or_merged(student: LanguageModel, alone: bool) -> None:
+    adapted = add_adapters(tiny.tiny_student(), rank=2)
+    with VLLMServer(student, flaws=["old weights"] if alone else []) as server:
+        engine = engine_on(server, adapters=alone, retries=0)
+        gold.distill(adapted, tiny.tiny_teacher(), tiny.prompts(), RECIPE.replace(steps=2), engine=engine)
+        assert server.counts["/v1/load_lora_adapter"] == (3 + 1) * alone
+        assert server.counts["/update_weights"] == (3 + 1) * (not alone)
+        assert not server.violations
 
 
 @pytest.mark.parametrize("level", [1, 2])

@@ -13,6 +13,7 @@ from support import tiny_models as tiny
 
 import gold
 from gold import EngineError, Recipe
+from gold.models.adapters import adapter_state, add_adapters
 from gold.models.language_model import LanguageModel
 from gold.models.load import save_model
 from gold.rollout.engine import Generation, Request
@@ -121,6 +122,32 @@ def test_a_run_ends_where_one_with_the_student_itself_ends_and_can_be_resumed(
             engine=Gone(engine, student()), saving=Saving(tmp_path / "run"),
         )  # fmt: skip
     assert_near(here, run(engine, output=tmp_path / "run", resume=True))
+
+
+def test_adapters_alone_are_what_the_student_draws_from(tmp_path: Path) -> None:
+    save_model(student(), tmp_path / "student")
+
+    def run(used: Any) -> dict[str, torch.Tensor]:
+        model = add_adapters(student(), rank=4)
+        gold.distill(model, tiny.tiny_teacher(), tiny.prompts(), RECIPE.replace(lr=3e-2), engine=used)
+        return adapter_state(model.lm)
+
+    command = ServerCommand(
+        str(tmp_path / "student"),
+        str(PYTHON),
+        "float32",
+        context=128,
+        lora_rank=4,
+        arguments=["--enforce-eager"],
+    )
+    engine = ColocatedEngine(command, log=tmp_path / "vllm.log", adapters=True)
+    try:
+        there = run(engine)
+    finally:
+        engine.close()
+    here = run(None)
+    assert any(weight.abs().max() > 1e-2 for name, weight in here.items() if "lora_B" in name)
+    assert_near(here, there)
 
 
 def test_a_server_that_cannot_start_is_one_line_with_its_log(tmp_path: Path) -> None:

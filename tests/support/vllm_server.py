@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from support.server import _Http, answer
 from torch import Tensor, nn
 
+from gold.models.adapters import MergedWeights, load_adapters
 from gold.models.language_model import LanguageModel
 from gold.rollout.engine import Request
 from gold.rollout.hf import HuggingFaceEngine
@@ -207,11 +208,15 @@ class VLLMServer:
             raise RuntimeError("EngineCore encountered an issue")
 
     adapter_config: Any = None
+    _adapted: dict[str, Tensor] | None = None
 
     def _load_adapter(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         assert body["load_inplace"] is True
         self.adapter = load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
         self.adapter_config = json.loads((Path(body["lora_path"]) / "adapter_config.json").read_text())
+        if "peft_type" in self.adapter_config:
+            below = copy.deepcopy(self.model.lm)
+            self._adapted = dict(MergedWeights(load_adapters(below, body["lora_path"], "student", "student")))
         data = b"Success: LoRA adapter 'gold-adapter' added successfully."
         handler.send_response(200)
         handler.send_header("content-length", str(len(data)))
@@ -222,7 +227,8 @@ class VLLMServer:
         prompt, params = tuple(body["token_ids"]), body["sampling_params"]
         read = (prompt[0], *prompt) if "other bos" in self.flaws else prompt
         current = self.weights
-        cached = self._cache.setdefault(read, current)
+        used = self._adapted if body["model"] != self.name and self._adapted is not None else current
+        cached = self._cache.setdefault(read, used)
         self.model.lm.load_state_dict(cached)
         stops = tuple(params["stop_token_ids"])
         sampling = Sampling(params["temperature"], params["top_p"], params["max_tokens"])
