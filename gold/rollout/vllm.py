@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from gold.data import Prompt
 from gold.errors import EngineError, GoldError
@@ -287,12 +288,16 @@ class VLLMEngine:
         adapter: Mapping[str, Any] | None = None,
     ) -> None:
         """Checks by draws that the server does what a run relies on, and leaves it with ``weights``; see
-        ``gold.rollout.vllm_probe.probe``. Of several processes the one that pushes does it."""
+        ``gold.rollout.vllm_probe.probe``. Of several processes the one that pushes does it. A sharded student cannot be
+        recomputed for it: then the weights are pushed only."""
         push = partial(self.push_adapter, config=adapter) if adapter is not None else self.push
-        if self.pushes:
+        sharded = any(isinstance(weight, DTensor) for weight in model.lm.parameters())
+        if self.pushes and not sharded:
             probe(self, push, model, prompts, weights, version, alone=adapter is not None)
-        else:
-            push(weights, version)
+            return
+        push(weights, version)
+        if self.pushes:
+            logger.warning("%s is not tried, since the student is sharded: gold doctor tries it", self.where)
 
     def close(self) -> None:
         """Disconnects; the server goes on with the last weights."""
