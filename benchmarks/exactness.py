@@ -318,7 +318,7 @@ def viewed(pair: VocabularyPair, ids: Sequence[int], student: ToyModel, teacher:
     """The inputs of one text that stopped."""
     tokenized = pair.student.decode(ids)
     whole = np.array([*ids, pair.student.stop_ids[0]], np.int32)
-    text = AlignedText(whole, tokenized, pair.read(tokenized), True)
+    text = AlignedText(whole, tokenized, pair.to_teacher(tokenized), True)
     rows, rows_T = (
         GivenLogits(model.states(own.tolist(), own.size + 1))
         for model, own in ((student, text.student.ids), (teacher, text.teacher.ids))
@@ -539,7 +539,7 @@ def real_prefix(student: LanguageModel, teacher: LanguageModel, limits: dict[str
     for prompt, completion in TEXTS:
         tokenized = pair.student.encode(completion, at_start=False)
         whole = np.append(tokenized.ids, pair.student.stop_ids[0]).astype(np.int32)
-        text = AlignedText(whole, tokenized, pair.read(tokenized, at_start=False), True)
+        text = AlignedText(whole, tokenized, pair.to_teacher(tokenized, at_start=False), True)
         prompts = [m.tokenizer(prompt)["input_ids"] for m in (student, teacher)]
         rows, rows_T = (
             states_along(student, prompts[0], text.student.ids),

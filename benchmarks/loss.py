@@ -751,7 +751,9 @@ def text_of(pair: VocabularyPair, tokens: int) -> AlignedText:
         ids = pair.student.encode("".join(plain_texts(1, size_bytes))).ids
     stop = np.array(pair.student.stop_ids[:1], np.int32)
     tokenized = pair.student.decode(ids[: tokens - 1])
-    return AlignedText(np.concatenate((tokenized.ids, stop)), tokenized, pair.read(tokenized), stopped=True)
+    return AlignedText(
+        np.concatenate((tokenized.ids, stop)), tokenized, pair.to_teacher(tokenized), stopped=True
+    )
 
 
 # Tables

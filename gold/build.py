@@ -169,7 +169,7 @@ def load_data(config: Config) -> RunData:
         check_routes(chain(train, heldout), config.teachers)
         if idle := sorted(config.teachers.keys() - {p.route for p in train}):
             raise ConfigError(
-                f"teachers.{idle[0]}: no prompt to train on has it as its {config.route}: leave it out"
+                f"teachers.{idle[0]}: no training prompt has this name as its {config.route}: leave it out"
             )
     return RunData(train, heldout, config.evaluate.prompts, verifier)
 

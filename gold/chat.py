@@ -40,7 +40,7 @@ class Chat:
     """
 
     models: Mapping[str, LanguageModel]
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling
     seed: int = 0
     plain: bool = False
     system: str | None = None

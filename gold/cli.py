@@ -405,7 +405,7 @@ def chat(
     if not plain and needs_plain(models):
         plain = True
         terminal.show_note("the student has no chat template: texts are continued, each alone")
-    sampling = Sampling(temperature, top_p, max_new_tokens)
+    sampling = Sampling(max_new_tokens, temperature, top_p)
     run_chat(Chat(models, sampling, seed, plain, system), prompt or [], as_json)
 
 

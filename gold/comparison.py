@@ -29,7 +29,7 @@ from gold.rollout.engine import given_rollout, sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Rollout, Sampling, Seed
 from gold.teachers.several import Teachers
-from gold.tokenize.chat import begins_anew
+from gold.tokenize.chat import starts_text
 
 if TYPE_CHECKING:
     from gold.evaluate import EvaluationPlan
@@ -126,7 +126,7 @@ class Comparison:
             taught: list[tuple[int, Rollout, AlignedText]] = []
             for n, written in zip(own, theirs, strict=True):
                 prompt = self.prompts[n]
-                back = pair.read_back(written.tokenized, at_start=begins_anew(prompt))
+                back = pair.to_student(written.tokenized, at_start=starts_text(prompt))
                 try:
                     rollout = given_rollout(self.student, prompt, back, written.stopped)
                 except DataError:
@@ -232,8 +232,8 @@ def _gap_of_prefixes(
     after the last one that both cover, such as the first bytes of a character, are left out.
     """
     position, _, event = batch.path
-    told = batch.observed_path & batch.student.layout.resolved[position, event]
-    known = torch.nonzero(told)[:, 0]
+    observed = batch.observed_path & batch.student.layout.resolved[position, event]
+    known = torch.nonzero(observed)[:, 0]
     if not known.numel():
         return 0.0, 0, False
     data = batch.texts[0].student.data[: int(known[-1]) + 1]

@@ -37,6 +37,7 @@ from gold.schema import (
     problem_lines,
     shown,
 )
+from gold.sections import EvaluationSettings
 from gold.train.recipe import LoRA, Objectives, Optimizer, Order, Recipe, Rollout, Term, Training, problems
 from gold.yaml_file import read_yaml
 
@@ -222,21 +223,13 @@ class TrainConfig(Training):
     """if `gold doctor` finds that a pair cannot be trained: stop, or report it and continue"""
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(EvaluationSettings):
     """Evaluation on held-out prompts before, during and after training."""
 
     every: PositiveInt = 50
     """steps between evaluations"""
     prompts: PositiveInt = 64
     """number of held-out prompts used"""
-    num_generations: PositiveInt = 1
-    """completions per prompt"""
-    samples: CountInt = 4
-    """prompts whose completions and signal are written to samples.jsonl"""
-    micro_batch_size: PositiveInt = 16
-    """sequences per forward pass"""
-    micro_batch_tokens: PositiveInt | None = None
-    """instead of micro_batch_size: most tokens per forward pass, prompts and padding included"""
 
 
 class Config(Section):
@@ -450,4 +443,4 @@ def _impossible_teachers(config: Config) -> Iterator[str]:
         by_bytes = isinstance(row, DivergenceRow) and support == "bytes"
         if term.weight and row.needs != "nothing" and not by_bytes:
             name = f"{row.name} on {support}" if isinstance(row, DivergenceRow) else row.name
-            yield f"mix: {name} cannot be taken of a mix of teachers: choose a divergence on bytes, or a route"
+            yield f"mix: {name} cannot be computed for a mix of teachers: choose a divergence on bytes, or a route"

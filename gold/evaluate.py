@@ -19,9 +19,10 @@ from gold.models.language_model import LanguageModel
 from gold.rollout.engine import RolloutEngine, completed, sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Rollout, Sampling
+from gold.sections import CompletionSettings, EvaluationSettings
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
-from gold.tokenize.chat import begins_anew, prompt_text
+from gold.tokenize.chat import prompt_text, starts_text
 
 Answer = TypeVar("Answer")
 
@@ -70,12 +71,12 @@ class _OneProcess:
 class EvaluationPlan:
     """Settings of an evaluation; it samples at temperature 1, top-p 1, whatever the training settings."""
 
-    num_generations: int = 1
-    max_new_tokens: int = 128
-    samples: int = 4
-    micro_batch_size: int = 16
-    micro_batch_tokens: int | None = None
-    generation_batch_size: int = 32
+    num_generations: int = EvaluationSettings().num_generations
+    max_new_tokens: int = CompletionSettings().max_new_tokens
+    samples: int = EvaluationSettings().samples
+    micro_batch_size: int = EvaluationSettings().micro_batch_size
+    micro_batch_tokens: int | None = EvaluationSettings().micro_batch_tokens
+    generation_batch_size: int = CompletionSettings().generation_batch_size
     seed: int = 0
 
 
@@ -268,7 +269,7 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
 
 def _rollout_measures(student: LanguageModel, rollouts: Sequence[Rollout]) -> dict[str, float]:
     canonical = [
-        canonical_tokens(student.vocabulary, r.tokenized, begins_anew(r.prompt)).all() for r in rollouts
+        canonical_tokens(student.vocabulary, r.tokenized, starts_text(r.prompt)).all() for r in rollouts
     ]
     return {
         "stop_rate": float(np.mean([r.stopped for r in rollouts])),

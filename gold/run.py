@@ -118,11 +118,11 @@ def evaluate_source(
 
 
 def build_cache(
-    config: Config, progress: Tracker, told: Callable[[int, int, int], None] = lambda *_: None
+    config: Config, progress: Tracker, report: Callable[[int, int, int], None] = lambda *_: None
 ) -> list[CachedTeacher]:
     """The configuration's teachers with a cache, after storing all completions of their training prompts.
 
-    Texts already in the cache are not scored again. ``told(prompts, done, rows)`` is called repeatedly: a teacher's
+    Texts already in the cache are not scored again. ``report(prompts, done, rows)`` is called repeatedly: a teacher's
     number of prompts, how many of them are done, and the number of requested rows. The student is not needed.
 
     Raises:
@@ -153,7 +153,7 @@ def build_cache(
             examiner.examine_noise(source)
         cached = cached_teacher(teacher.cache, source, note)
         count = len(given[name])
-        if unread := record(cached, given[name], partial(told, count)):
+        if unread := record(cached, given[name], partial(report, count)):
             note(f"{len(unread):,} of {count:,} completions are left out, as in a run: {unread[0]}")
         cached.cache.close()
         built.append(cached)

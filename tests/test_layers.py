@@ -386,7 +386,7 @@ def test_importing_gold_loads_nothing_heavy() -> None:
     assert not loaded_by("import gold") & heavy
 
 
-@pytest.mark.parametrize("module", ["gold.config", "gold.schema", "gold.train.recipe"])
+@pytest.mark.parametrize("module", ["gold.config", "gold.schema", "gold.sections", "gold.train.recipe"])
 def test_importing_the_configuration_loads_nothing_heavy(module: str) -> None:
     heavy = {"torch", "transformers", "accelerate", "numba", "numpy", "tokenizers"}
     assert not loaded_by(f"import {module}; from gold import Config, Recipe, Term; Recipe(steps=3)") & heavy

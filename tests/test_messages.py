@@ -172,7 +172,8 @@ COMBINATIONS = [
     ),
     (
         ["teacher=null", "teachers={a: {path: t}, b: {path: u}}", "mix=linear", "objectives=[{name: uld}]"],
-        "override mix=linear: mix: uld cannot be taken of a mix of teachers: choose a divergence on bytes, or a route",
+        "override mix=linear: mix: uld cannot be computed for a mix of teachers: choose a divergence on bytes, or a "
+        "route",
     ),
 ]
 

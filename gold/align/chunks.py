@@ -74,7 +74,7 @@ def align_tokens(student: TokenizedText, teacher: TokenizedText) -> Alignment:
     if student.data != teacher.data:
         at = _first_difference(student.data, teacher.data)
         raise DataError(
-            f"student and teacher spell different texts: {len(student.data)} and {len(teacher.data)} bytes, "
+            f"the tokens of student and teacher have different bytes: {len(student.data)} and {len(teacher.data)}, "
             f"first difference at byte {at}; encode the bytes that the student spelled"
         )
     return chunks_of(student.ends, teacher.ends, len(student.data))

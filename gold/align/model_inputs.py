@@ -11,16 +11,16 @@ from gold.models.language_model import LanguageModel
 from gold.models.padding import PaddedStates, ragged_batches
 from gold.rollout.types import Rollout
 from gold.teachers.protocol import Teacher
-from gold.tokenize.chat import begins_anew
+from gold.tokenize.chat import starts_text
 
 
 def aligned_text(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
     """The rollout with the teacher's tokens of the same bytes."""
-    anew = begins_anew(rollout.prompt)
+    anew = starts_text(rollout.prompt)
     return AlignedText(
         rollout.ids,
         rollout.tokenized,
-        vocabularies.read(rollout.tokenized, at_start=anew),
+        vocabularies.to_teacher(rollout.tokenized, at_start=anew),
         rollout.stopped,
         rollout.sampled_mask,
         rollout.advantage,

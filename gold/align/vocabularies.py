@@ -90,12 +90,12 @@ class VocabularyPair:
         """The teacher's id of each of the student's markers that the teacher has too."""
         return shared_markers(self.student, self.teacher)
 
-    def read(self, tokenized: TokenizedText, *, at_start: bool = True) -> TokenizedText:
-        """The teacher's tokens of a text tokenized by the student; the same ids with one vocabulary."""
+    def to_teacher(self, tokenized: TokenizedText, *, at_start: bool = True) -> TokenizedText:
+        """A text tokenized by the student, retokenized by the teacher; the same ids with one vocabulary."""
         return tokenized if self.same else retokenize(self.teacher, tokenized, self.markers, at_start)
 
-    def read_back(self, tokenized: TokenizedText, *, at_start: bool = True) -> TokenizedText:
-        """The student's tokens of a text tokenized by the teacher."""
+    def to_student(self, tokenized: TokenizedText, *, at_start: bool = True) -> TokenizedText:
+        """A text tokenized by the teacher, retokenized by the student."""
         back = {theirs: mine for mine, theirs in self.markers.items()}
         return tokenized if self.same else retokenize(self.student, tokenized, back, at_start)
 

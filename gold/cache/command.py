@@ -83,13 +83,13 @@ def summary(cache: ScoreCache) -> str:
 
 def teller() -> Callable[[int, int, int], None]:
     """Prints the progress of a build, every few seconds and at its end."""
-    started = told = time.perf_counter()
+    started = reported = time.perf_counter()
 
     def tell(total: int, done: int, rows: int) -> None:
-        nonlocal told
+        nonlocal reported
         now = time.perf_counter()
-        if done == total or now - told > _TELL_S:
-            told = now
+        if done == total or now - reported > _TELL_S:
+            reported = now
             speed = rows / (now - started)
             terminal.show(f"{done:,} of {total:,} texts, {rows:,} tokens asked, {speed:,.0f} tokens/s")
 

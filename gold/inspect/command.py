@@ -143,7 +143,7 @@ class _Pair:
             if ids and ids[-1] in student.stop_ids:
                 more[0]["stop_ids"], more[1]["stop_ids"] = (ids.pop(),), teacher.stop_ids
             tokenized = student.decode(ids)
-            texts = tokenized, self.vocabularies.read(tokenized)
+            texts = tokenized, self.vocabularies.to_teacher(tokenized)
         if given.prompt is not None:
             for i, vocabulary in enumerate(sides):
                 more[i]["prompt_ids"] = self._prompt_ids(i, given.prompt)

@@ -11,7 +11,7 @@ from torch import Tensor
 from gold.kernels.backends import hybrid_distance, sorted_l1
 from gold.kernels.lm_head import recomputed, summed
 from gold.kernels.logits import LazyLogits, spans
-from gold.kernels.reference import MixedKL, finite_where_either_is, hybrid_of, widened
+from gold.kernels.reference import MixedKL, finite_divergence, hybrid_of, widened
 from gold.kernels.shared import Divergence, SharedEvents
 
 FLOOR = 1e-10
@@ -54,15 +54,11 @@ def scaled_comparison(
         else:
             found = hybrid_of(sorted_l1, logits, *given, divergence, matched_share)
         if torch.isinf(found[0].detach()).any():
-            found = hybrid_of(sorted_l1, block.logits(), *given, _of_possible(divergence), matched_share)
+            found = hybrid_of(sorted_l1, block.logits(), *given, finite_divergence(divergence), matched_share)
         return found[0].sum(), *found[1:]
 
     total, matched, unmatched = summed(compare, student, _blocks(student, teacher), before_S)
     return total, matched, unmatched
-
-
-def _of_possible(divergence: Divergence) -> Divergence:
-    return lambda logp, logq: divergence(*finite_where_either_is(logp, logq))
 
 
 @dataclass(frozen=True)

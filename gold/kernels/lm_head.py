@@ -94,7 +94,9 @@ class _Summed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[3:]
         if ctx.totals is None:
-            raise RuntimeError("the gradients of this loss were handed on by its first backward pass")
+            raise RuntimeError(
+                "only one backward pass of this loss is possible: the first one used up its gradients"
+            )
         totals, ctx.totals = ctx.totals, None
         grads = [
             total.mul_(grad.to(total)).to(dtype) if need else None

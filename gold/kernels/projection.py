@@ -19,7 +19,7 @@ from gold.kernels.backends import piece_masses, row_divergence, row_statistics, 
 from gold.kernels.layout import ByteLayout, Columns, KeptEvents, KernelTrie, Tokens
 from gold.kernels.lm_head import summed
 from gold.kernels.logits import LazyLogits, spans
-from gold.kernels.reference import SMOOTHING, MixedKL, divergence_of
+from gold.kernels.reference import SMOOTHING, MixedKL, coarsened, divergence_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -139,11 +139,11 @@ def piece_divergence(
     """Sum over positions of the divergence on the events that both sides can reach there, each times its weight (1
     without one), and parts, [positions] each, without gradient.
 
-    Parts: ``rest``, the student's mass on all other events; ``residual``, the teacher's on text that begins with no
-    piece; ``observed``, the mass moved to the sampled token; ``white``, 1 where the target is white space only. With
+    Parts: ``unresolved``, the student's mass on all other events; ``residual``, the teacher's on text that begins with
+    no piece; ``observed``, the mass moved to the sampled token; ``white``, 1 where the target is white space only. With
     ``mask_white`` the divergence is 0 there.
     """
-    parts = "rest", "residual", "observed", "white"
+    parts = "unresolved", "residual", "observed", "white"
     if not len(batch):
         empty = torch.zeros(0, device=student.device)
         return empty.sum(), dict.fromkeys(parts, empty)
@@ -164,19 +164,20 @@ def piece_divergence(
             joint_T, named, moved = (x.to(joint) for x in target)
             only_white = joint_T[:, white].exp().sum(-1) + named[:, OBSERVED] * batch.observed_white[span]
             only_white = only_white > WHITE_SHARE
-        given = joint, joint_T, kept, kept
         if isinstance(divergence, MixedKL) and one_device:
             value, mass = row_divergence(
-                *given, divergence, smoothing=SMOOTHING, only_common=True, overwrite=True
+                joint, joint_T, kept, kept, divergence, smoothing=SMOOTHING, only_common=True, overwrite=True
             )
         else:
-            value, mass = divergence_of(divergence, *given, "bucket", SMOOTHING, True)
+            logp, logq = coarsened(joint, kept), coarsened(joint_T, kept)
+            common = torch.isfinite(logp[:, :-1]) & torch.isfinite(logq[:, :-1])
+            value, mass = divergence_of(divergence, logp, logq, "bucket", SMOOTHING, common)
         if mask_white:
             value = value.masked_fill(only_white, 0.0)
         if weight is not None:
             value = value * weight[span].to(value)
-        rest = (1.0 - SMOOTHING) * (1.0 - mass) + SMOOTHING
-        return value.sum(), rest, named[:, RESIDUAL], moved, only_white.to(mass)
+        unresolved = (1.0 - SMOOTHING) * (1.0 - mass) + SMOOTHING
+        return value.sum(), unresolved, named[:, RESIDUAL], moved, only_white.to(mass)
 
     total, *found = summed(compare, student, blocks)
     return total, dict(zip(parts, found, strict=True))

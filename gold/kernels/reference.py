@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
 
-Rest = Literal["bucket", "renormalise"]
+Unshared = Literal["bucket", "renormalise"]
 """How to treat probability outside the compared events: as one more event, or by conditioning on the compared
 events."""
 SMOOTHING = 1e-5
@@ -126,41 +126,41 @@ def row_divergence(
     kept_W: KeptEvents,
     divergence: MixedKL,
     *,
-    rest: Rest = "bucket",
+    unshared: Unshared = "bucket",
     smoothing: float = SMOOTHING,
     only_common: bool = False,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Divergence between row n of both sides on their shared events, and the student's mass on these events: two [N].
 
-    The events are the kept tokens, the stop event, and with ``rest`` "bucket" all other columns together, after a share
-    ``smoothing`` of every event has moved there (see ``smoothed``); with "renormalise" both sides are conditioned on
-    the first two. ``only_common``: in each row, an event with probability 0 on one side joins the bucket on both sides.
+    The events are the kept tokens, the stop event, and with ``unshared`` "bucket" all other columns together, after a
+    share ``smoothing`` of every event has moved there (see ``smoothed``); with "renormalise" both sides are conditioned
+    on the first two. ``only_common``: in each row, an event with probability 0 on one side joins the bucket on both
+    sides.
     Gradient with respect to ``logits_NV`` only, through the divergence only.
     """
-    return divergence_of(divergence, logits_NV, logits_NW, kept_V, kept_W, rest, smoothing, only_common)
-
-
-def divergence_of(
-    divergence: Callable[[Tensor, Tensor], Tensor],
-    logits_NV: Tensor,
-    logits_NW: Tensor,
-    kept_V: KeptEvents,
-    kept_W: KeptEvents,
-    rest: Rest,
-    smoothing: float,
-    only_common: bool,
-) -> tuple[Tensor, Tensor]:
-    """``row_divergence`` with any divergence."""
     logp = coarsened(logits_NV, kept_V)
     with torch.no_grad():
         logq = coarsened(logits_NW, kept_W).to(logp)
         common = torch.isfinite(logp[:, :-1]) & torch.isfinite(logq[:, :-1])
-    if only_common:
-        logp, logq = bucketed(logp, common), bucketed(logq, common)
+    return divergence_of(divergence, logp, logq, unshared, smoothing, common if only_common else None)
+
+
+def divergence_of(
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    logp: Tensor,
+    logq: Tensor,
+    unshared: Unshared,
+    smoothing: float,
+    apart: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``row_divergence`` of both sides' ``coarsened`` rows, with any divergence; events where ``apart`` is false join
+    the bucket."""
+    if apart is not None:
+        logp, logq = bucketed(logp, apart), bucketed(logq, apart)
     mass = row_logsumexp(logp[:, :-1].detach()).exp()
-    if rest == "renormalise":
-        logp, logq = (x[:, :-1] - row_logsumexp(x[:, :-1])[:, None] for x in (logp, logq))
+    if unshared == "renormalise":
+        logp, logq = (normalised(x[:, :-1]) for x in (logp, logq))
     elif smoothing:
         logp, logq = smoothed(logp, smoothing), smoothed(logq, smoothing)
     return divergence(logp, logq), mass
@@ -306,6 +306,12 @@ def split(logits: Tensor, kept: KeptEvents) -> tuple[Tensor, Tensor]:
     return events - norm, logits[:, kept.left] - norm
 
 
+def normalised(logp_NE: Tensor) -> Tensor:
+    """The rows, each divided by its sum; rows of zeros stay as they are."""
+    norm = row_logsumexp(logp_NE)[:, None]
+    return logp_NE - torch.where(torch.isfinite(norm), norm, 0.0)
+
+
 def bucketed(logp: Tensor, apart: Tensor) -> Tensor:
     """Moves events where ``apart`` is false into the bucket, the last column."""
     events = logp[:, :-1]
@@ -315,8 +321,8 @@ def bucketed(logp: Tensor, apart: Tensor) -> Tensor:
 
 def smoothed(logp_NE: Tensor, smoothing: float) -> Tensor:
     """The distributions with a share ``smoothing`` of every event moved to the last one; rows still sum to one."""
-    rest = torch.logaddexp(logp_NE[:, -1:] + math.log1p(-smoothing), logp_NE.new_tensor(smoothing).log())
-    return torch.cat((logp_NE[:, :-1] + math.log1p(-smoothing), rest), dim=-1)
+    last = torch.logaddexp(logp_NE[:, -1:] + math.log1p(-smoothing), logp_NE.new_tensor(smoothing).log())
+    return torch.cat((logp_NE[:, :-1] + math.log1p(-smoothing), last), dim=-1)
 
 
 RULED_OUT = -104.0
@@ -328,6 +334,11 @@ def finite_where_either_is(logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
     """The distributions with ``RULED_OUT`` in place of −inf where the other side is finite."""
     out_p, out_q = torch.isneginf(logp), torch.isneginf(logq)
     return logp.masked_fill(out_p & ~out_q, RULED_OUT), logq.masked_fill(out_q & ~out_p, RULED_OUT)
+
+
+def finite_divergence(divergence: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The divergence of distributions that ``finite_where_either_is`` has passed."""
+    return lambda logp, logq: divergence(*finite_where_either_is(logp, logq))
 
 
 def mixture(logp: Tensor, logq: Tensor, share: float) -> Tensor:

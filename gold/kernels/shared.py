@@ -16,11 +16,10 @@ from gold.kernels.logits import LazyLogits, spans
 from gold.kernels.reference import (
     SMOOTHING,
     MixedKL,
-    bucketed,
+    Unshared,
     coarsened,
-    finite_where_either_is,
-    row_logsumexp,
-    smoothed,
+    divergence_of,
+    finite_divergence,
 )
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -52,7 +51,7 @@ def shared_divergence(
     teacher: LazyLogits,
     events: SharedEvents,
     divergence: Divergence,
-    renormalise: bool,
+    unshared: Unshared = "bucket",
     top_k: int | None = None,
     top_k_of_teacher: bool = True,
     weight_N: Tensor | None = None,
@@ -60,7 +59,7 @@ def shared_divergence(
     """Sum over rows n of the divergence between both sides on shared events, each times its weight (1 without one), and
     without gradient the student's mass on these events, [N].
 
-    ``renormalise``: condition both sides on the shared events; else all unshared mass is one more event, the bucket.
+    ``unshared``: all unshared mass is one more event, the bucket, or both sides are conditioned on the shared events.
     ``top_k``: only the most probable shared events of one side in each row are separate events, the others count as
     unshared; so do those unknown to a partial teacher row. A ``MixedKL`` runs in the kernel where it supports all
     options; any other divergence runs in torch. If ``everything`` is shared, smoothing applies only where one side's
@@ -75,8 +74,7 @@ def shared_divergence(
             f"top_k is {top_k}, and the vocabularies share {kept.ids.numel()} tokens and the stop event"
         )
     smoothing = _smoothing(divergence, kept, kept_T) if events.everything else SMOOTHING
-    options = divergence, renormalise, smoothing, teacher.partial, top_k, top_k_of_teacher
-    in_torch = partial(_in_torch, kept, kept_T, *options)
+    chosen = partial(_apart, teacher.partial, top_k, top_k_of_teacher)
     whole = top_k is None and not teacher.partial and kept.ids.device == kept_T.ids.device
 
     def compare(block: LazyLogits, span: slice) -> tuple[Tensor, ...]:
@@ -84,21 +82,23 @@ def shared_divergence(
             logits_T = teacher.select(span).logits()
         if whole and isinstance(divergence, MixedKL):
             logits = block.logits()
-            value, mass = row_divergence(
-                logits,
-                logits_T,
-                kept,
-                kept_T,
-                divergence,
-                rest="renormalise" if renormalise else "bucket",
-                smoothing=smoothing,
-                overwrite=block.may_overwrite(logits),
-            )
+            given = logits, logits_T, kept, kept_T, divergence
+            overwrite = block.may_overwrite(logits)
+            value, mass = row_divergence(*given, unshared=unshared, smoothing=smoothing, overwrite=overwrite)
         else:
-            value, mass = in_torch(block.logits(), logits_T)
+            value, mass = in_torch(block.logits(), logits_T, divergence)
         if torch.isinf(value.detach()).any():
-            value, mass = in_torch(block.logits(), logits_T, finite=True)
+            value, mass = in_torch(block.logits(), logits_T, finite_divergence(divergence))
         return (value if weight_N is None else value * weight_N[span].to(value)).sum(), mass
+
+    def in_torch(logits_S: Tensor, logits_T: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+        logp = coarsened(logits_S, kept)
+        with torch.no_grad():
+            logq = coarsened(logits_T, kept_T).to(logp)
+            apart = chosen(logp, logq)
+        # Events chosen on one side may have probability 0 on the other.
+        share = smoothing if apart is None else SMOOTHING
+        return divergence_of(divergence, logp, logq, unshared, share, apart)
 
     blocks = [(span, span) for span in spans(len(student), min(student.block_rows, teacher.block_rows))]
     total, mass = summed(compare, student, blocks)
@@ -113,42 +113,11 @@ def _smoothing(divergence: Divergence, kept: KeptEvents, kept_T: KeptEvents) -> 
     return SMOOTHING if isinstance(divergence, MixedKL) and not divergence.finite(*alone) else 0.0
 
 
-def _in_torch(
-    kept: KeptEvents,
-    kept_T: KeptEvents,
-    divergence: Divergence,
-    renormalise: bool,
-    smoothing: float,
-    partial_T: bool,
-    top_k: int | None,
-    top_k_of_teacher: bool,
-    logits_S: Tensor,
-    logits_T: Tensor,
-    finite: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The divergence of each row and the student's mass on the shared events, for any divergence and all options:
-    see ``shared_divergence``. ``finite``: as in ``reference.finite_where_either_is``."""
-    logp = coarsened(logits_S, kept)
-    with torch.no_grad():
-        logq = coarsened(logits_T, kept_T).to(logp)
-        apart = torch.isfinite(logq[:, :-1]) if partial_T else None
-        if top_k is not None:
-            ranked = (logq if top_k_of_teacher else logp)[:, :-1].topk(top_k, dim=-1).indices
-            chosen = torch.zeros_like(logp[:, :-1], dtype=torch.bool).scatter(1, ranked, True)
-            apart = chosen if apart is None else apart & chosen
-    if apart is not None:
-        logp, logq = bucketed(logp, apart), bucketed(logq, apart)
-    mass = row_logsumexp(logp[:, :-1].detach()).exp()
-    if renormalise:
-        logp, logq = (_conditional(x[:, :-1]) for x in (logp, logq))
-    elif apart is not None or smoothing:
-        # Events chosen on one side may have probability 0 on the other.
-        logp, logq = smoothed(logp, SMOOTHING), smoothed(logq, SMOOTHING)
-    if finite:
-        logp, logq = finite_where_either_is(logp, logq)
-    return divergence(logp, logq), mass
-
-
-def _conditional(logp: Tensor) -> Tensor:
-    norm = row_logsumexp(logp)[:, None]
-    return logp - torch.where(torch.isneginf(norm), 0.0, norm)
+def _apart(partial_T: bool, top_k: int | None, of_teacher: bool, logp: Tensor, logq: Tensor) -> Tensor | None:
+    """Which shared events of each row stay separate, given both sides' ``coarsened`` rows; None: all."""
+    apart = torch.isfinite(logq[:, :-1]) if partial_T else None
+    if top_k is not None:
+        ranked = (logq if of_teacher else logp)[:, :-1].topk(top_k, dim=-1).indices
+        chosen = torch.zeros_like(logp[:, :-1], dtype=torch.bool).scatter(1, ranked, True)
+        apart = chosen if apart is None else apart & chosen
+    return apart

@@ -15,7 +15,7 @@ from gold.kernels.backends import kernel_for, segment_logsumexp
 from gold.kernels.layout import ByteLayout
 from gold.kernels.lm_head import recomputed, token_logp
 from gold.kernels.logits import HeadLogits, LazyLogits, spans
-from gold.kernels.reference import SMOOTHING, row_logsumexp, smoothed
+from gold.kernels.reference import SMOOTHING, normalised, row_logsumexp, smoothed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -129,12 +129,6 @@ def joint_table(log_mass: Tensor, log_target_N: Tensor, layout: ByteLayout) -> T
     return (joint + torch.where(broken, torch.nan, 0.0).to(joint)).view(-1, EVENTS)
 
 
-def normalised(joint: Tensor) -> Tensor:
-    """The rows, each divided by its sum; all-zero rows stay as they are."""
-    norm = row_logsumexp(joint)[:, None]
-    return joint - torch.where(torch.isfinite(norm), norm, 0.0)
-
-
 def filled_table(
     joint: Tensor, log_tail_N: Tensor, layout: ByteLayout, table_other: Tensor, log_path: Tensor
 ) -> Tensor:
@@ -171,6 +165,6 @@ def common_events(table_E: Tensor, resolved_E: Tensor, other_E: Tensor) -> Tenso
     """
     common = resolved_E & other_E
     common[:, UNRESOLVED_EVENT] = False
-    rest = row_logsumexp(table_E.masked_fill(common, -torch.inf))
+    unresolved = row_logsumexp(table_E.masked_fill(common, -torch.inf))
     kept = table_E.masked_fill(~common, -torch.inf)
-    return smoothed(torch.cat((kept[:, :UNRESOLVED_EVENT], rest[:, None]), dim=-1), SMOOTHING)
+    return smoothed(torch.cat((kept[:, :UNRESOLVED_EVENT], unresolved[:, None]), dim=-1), SMOOTHING)

@@ -103,16 +103,16 @@ def reward(inputs: LossInputs, *, importance_cap: Positive | None = None) -> Los
 @dataclass(frozen=True)
 class Credit:
     """Credit of each student row, [N] each: its ``advantage`` in nats, the ``reward`` of the row itself, and the
-    ``stretch``, the number from 0 of the range of rows that its advantage covers; −1: the row is not counted."""
+    ``horizon``, the number from 0 of the text or span that its advantage covers; −1: the row is not counted."""
 
     advantage: Tensor
     reward: Tensor
-    stretch: Tensor
+    horizon: Tensor
 
     @property
     def inside(self) -> Tensor:
         """Which rows are counted."""
-        return self.stretch >= 0
+        return self.horizon >= 0
 
 
 @torch.no_grad()
@@ -140,10 +140,10 @@ def token_credit(inputs: LossInputs, event: Tensor, horizon: Horizon) -> tuple[C
     position, row, happened = (x.to(table.device) for x in batch.path)
     step = torch.where(batch.observed_path.to(table.device), possible(table[position, happened]), 0.0)
     gained = chunk_sums(step, row, event.shape[0]).to(event)
-    stretch = batch.row_text if horizon == "text" else batch.spans[0]
-    stretch = torch.where(batch.sampled_row_mask, stretch, -1)
-    reward = torch.where(batch.observed_rows & (stretch >= 0), gained - event, 0.0)
-    credit = Credit(_reward_to_go(reward, stretch), reward, stretch)
+    covered = batch.row_text if horizon == "text" else batch.spans[0]
+    covered = torch.where(batch.sampled_row_mask, covered, -1)
+    reward = torch.where(batch.observed_rows & (covered >= 0), gained - event, 0.0)
+    credit = Credit(_reward_to_go(reward, covered), reward, covered)
     return credit, TargetLogp.of(target, stop, batch.teacher.targets < 0)
 
 
@@ -210,11 +210,11 @@ def policy_loss(
         if clip is not None:
             advantage = advantage.clamp(-clip, clip)
         if importance_cap is not None:
-            stretches = int(credit.stretch.max()) + 1 if credit.stretch.numel() else 0
+            horizons = int(credit.horizon.max()) + 1 if credit.horizon.numel() else 0
             log_ratio = mine.target.detach().double() - batch.sampling_logprobs
-            ratio = chunk_sums(log_ratio, credit.stretch, stretches).exp()
+            ratio = chunk_sums(log_ratio, credit.horizon, horizons).exp()
             ratio = torch.cat((ratio.clamp(max=importance_cap), ratio.new_zeros(1)))  # the last is for −1
-            advantage = advantage * ratio[credit.stretch].to(advantage)
+            advantage = advantage * ratio[credit.horizon].to(advantage)
         elif inputs.importance is not None:
             advantage = advantage * inputs.importance.of_tokens().to(advantage)
     return -(advantage[inside] * mine.event[inside]).sum()

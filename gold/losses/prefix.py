@@ -53,7 +53,7 @@ def prefix_divergence(
 
 
 _METRICS = {
-    "rest": "unresolved_mass",
+    "unresolved": "unresolved_mass",
     "residual": "teacher_unmatched_mass",
     "observed": "moved_to_sampled_mass",
     "white": "white_space_share",

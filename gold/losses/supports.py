@@ -19,7 +19,7 @@ from gold.bytes.events import STOP_EVENT
 from gold.kernels.layout import ByteLayout
 from gold.kernels.lm_head import summed
 from gold.kernels.logits import LazyLogits
-from gold.kernels.reference import finite_where_either_is
+from gold.kernels.reference import Unshared, finite_where_either_is, normalised
 from gold.kernels.shared import SharedEvents, shared_divergence
 from gold.kernels.tables import (
     byte_table,
@@ -27,7 +27,6 @@ from gold.kernels.tables import (
     filled_table,
     in_byte_order,
     joint_table,
-    normalised,
     row_masses,
 )
 from gold.losses.divergences import Divergence, form_of, reverse_kl
@@ -223,7 +222,7 @@ def states_divergence(
     inputs: LossInputs,
     divergence: Divergence,
     *,
-    unshared: Literal["bucket", "renormalise"] = "bucket",
+    unshared: Unshared = "bucket",
     top_k: TopK | None = None,
     top_k_of: Literal["student", "teacher"] = "teacher",
     where: Where = "everywhere",
@@ -245,7 +244,7 @@ def states_divergence(
         inputs.teacher_rows.select(rows_T),
         inputs.batch.shared_events,
         form_of(divergence) or divergence,
-        renormalise=unshared == "renormalise",
+        unshared=unshared,
         top_k=top_k,
         top_k_of_teacher=top_k_of == "teacher",
         weight_N=_of_states(inputs, rows_S, weight),
@@ -271,7 +270,6 @@ def reference_kl(inputs: LossInputs) -> Loss:
         inputs.reference.select(rows),
         SharedEvents(every, every, none, none, everything=True),
         form_of(reverse_kl) or reverse_kl,
-        renormalise=False,
         weight_N=_of_states(inputs, rows, None),
     )
     return Loss(total)

@@ -15,7 +15,7 @@ from gold.errors import DataError
 from gold.models.language_model import LanguageModel, output_width
 from gold.rollout.stopping import fits_with_stop, with_stop, without_stop
 from gold.rollout.types import Rollout, Sampling, Seed, Segment
-from gold.tokenize.chat import begins_anew
+from gold.tokenize.chat import starts_text
 from gold.tokenize.vocabulary import TokenizedText
 
 
@@ -121,7 +121,7 @@ def sample(
     rollouts = []
     for prompt, ids, drawn in zip(prompts, encoded, engine.generate(requests), strict=True):
         text = without_stop(drawn.ids, drawn.stopped)
-        tokenized = model.vocabulary.decode(text, at_start=begins_anew(prompt), rows=output_width(model.lm))
+        tokenized = model.vocabulary.decode(text, at_start=starts_text(prompt), rows=output_width(model.lm))
         segments = (Segment(0, drawn.ids.size, True),)
         rollouts.append(
             Rollout(prompt, ids, drawn.ids, drawn.logprobs, tokenized, drawn.stopped, segments, drawn.version)
@@ -137,7 +137,7 @@ def completed(model: LanguageModel, prompt: Prompt, max_new_tokens: int) -> Roll
     """
     if prompt.completion is None:
         raise DataError(f"prompt {prompt.key}: it has no completion; add one, or set rollout.on_policy to 1")
-    anew = begins_anew(prompt)
+    anew = starts_text(prompt)
     tokenized = model.vocabulary.encode(prompt.completion, at_start=anew)
     stopped = fits_with_stop(tokenized.ids, max_new_tokens)
     if not stopped:

@@ -15,13 +15,14 @@ from gold.models.language_model import LanguageModel
 from gold.rollout.engine import Generation, Request
 from gold.rollout.stopping import length_and_stop
 from gold.rollout.types import Sampling
+from gold.sections import CompletionSettings
 
 
 class HuggingFaceEngine:
     """A rollout engine that generates with ``model`` itself, ``batch`` sequences at a time, grouped by prompt length. A
     model that handles padding wrongly gets prompts of equal length, or one at a time (``LanguageModel.generates``)."""
 
-    def __init__(self, model: LanguageModel, batch: int = 32) -> None:
+    def __init__(self, model: LanguageModel, batch: int = CompletionSettings().generation_batch_size) -> None:
         self.model, self.batch, self.version = model, batch, 0
 
     def push(self, weights: Mapping[str, Tensor], version: int) -> None:
@@ -41,7 +42,7 @@ class HuggingFaceEngine:
         model = self.model
         if model.generation_error:
             raise ModelError(
-                f"model {model.name}: it can be read, and teach, but generate does not work: {model.generation_error}"
+                f"model {model.name}: it can score texts as a teacher, but not generate: {model.generation_error}"
             )
         generations: dict[int, Generation] = {}
         was_training = model.lm.training

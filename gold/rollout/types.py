@@ -19,9 +19,9 @@ class Sampling:
     """Sampling parameters. The defaults sample from the model's own distribution; ``temperature`` 0 is greedy
     decoding."""
 
+    max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-    max_new_tokens: int = 128
 
 
 class Segment(NamedTuple):

@@ -20,7 +20,7 @@ from gold.errors import ConfigError, DataError, TeacherError
 from gold.kernels.logits import LazyLogits, TopKLogits, likeliest
 from gold.models.padding import batches_by_length
 from gold.teachers.protocol import Teacher
-from gold.tokenize.chat import begins_anew
+from gold.tokenize.chat import starts_text
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 TOP_K = 20
@@ -145,7 +145,7 @@ class CachedTeacher(Teacher):
         if not self.complete and (lacking := self.missing(prompts, tokenized_texts, stopped)):
             raise TeacherError(
                 f"cache {self.cache.folder}: lacks {len(lacking):,} of {len(prompts):,} texts, that of prompt "
-                f"{prompts[lacking[0]].key} for one, and there is nobody to ask; {_ADVICE}"
+                f"{prompts[lacking[0]].key} for one, and no teacher can be asked; {_ADVICE}"
             )
 
     def _keys(
@@ -185,15 +185,15 @@ class CachedTeacher(Teacher):
         try:
             scores = decode(data)
             if len(scores) != count or scores.ids_NK.shape[1] > self._width:
-                raise ValueError(f"{scores.ids_NK.shape} scores where there can be {(count, self._width)}")
+                raise ValueError(f"{scores.ids_NK.shape} scores, expected {(count, self._width)}")
             if scores.ids_NK.max(initial=-1) >= self.vocabulary.size:
-                raise ValueError("a token that is in no vocabulary")
+                raise ValueError("a token id beyond the vocabulary")
             ordered = np.sort(scores.ids_NK, axis=1)
             if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-                raise ValueError("a token twice in a row")
+                raise ValueError("a token twice at one position")
         except ValueError as error:
             raise TeacherError(
-                f"cache {self.cache.folder}: a text is not kept as it must be ({error}); build the cache anew"
+                f"cache {self.cache.folder}: the scores of a text are broken ({error}); build the cache again"
             ) from error
         # Rows of several texts are concatenated, so all have the same width.
         gap = ((0, 0), (0, self._width - scores.ids_NK.shape[1]))
@@ -206,11 +206,11 @@ class CachedTeacher(Teacher):
 
 
 def record(
-    teacher: CachedTeacher, prompts: Sequence[Prompt], told: Callable[[int, int], None] = lambda *_: None
+    teacher: CachedTeacher, prompts: Sequence[Prompt], report: Callable[[int, int], None] = lambda *_: None
 ) -> list[str]:
     """Requests and stores the completions of prompts, ends included, that are not cached; a kill loses one batch.
 
-    Returns one line for each prompt that the teacher cannot read; those are skipped, as in a run. ``told`` is called
+    Returns one line for each prompt that the teacher cannot read; those are skipped, as in a run. ``report`` is called
     repeatedly with the number of finished prompts and the number of requested rows.
 
     Raises:
@@ -229,21 +229,21 @@ def record(
         chunk, spelled = list(compress(chunk, fits)), list(compress(spelled, fits))
         lacking = teacher.missing(chunk, spelled, [True] * len(chunk))
         done += len(chunk) - len(lacking)
-        told(done, rows)
+        report(done, rows)
         lengths = [len(teacher.prompt_ids(chunk[i])) + spelled[i].ids.size for i in lacking]
         for batch in batches_by_length(lengths, _BATCH_TOKENS):
             chosen = [lacking[i] for i in batch]
             teacher.score([chunk[i] for i in chosen], [spelled[i] for i in chosen], [True] * len(chosen))
             done += len(chosen)
             rows += sum(spelled[i].ids.size + 1 for i in chosen)
-            told(done, rows)
+            report(done, rows)
     return unread
 
 
 def _completion(teacher: CachedTeacher, prompt: Prompt) -> TokenizedText:
     if prompt.completion is None:
         raise DataError(f"prompt {prompt.key}: it has no completion; give every prompt one")
-    return teacher.vocabulary.encode(prompt.completion, at_start=begins_anew(prompt))
+    return teacher.vocabulary.encode(prompt.completion, at_start=starts_text(prompt))
 
 
 def _firsts(keys: Sequence[bytes]) -> list[int]:
@@ -258,7 +258,7 @@ def _opened(teacher: Teacher, folder: Path, top_k: int | None, revision: str | N
     if teacher.top_k is not None:
         if top_k not in (None, teacher.top_k):
             raise ConfigError(
-                f"cache {folder}: its top_k is to be {top_k}, and the server is asked for {teacher.top_k}; leave it out"
+                f"cache {folder}: top_k is {top_k}, and the server is asked for {teacher.top_k}; leave the cache's out"
             )
         top_k = teacher.top_k
     if top_k is None:

@@ -106,7 +106,7 @@ class Teacher(Protocol):
             DataError: a prompt that it cannot read.
             TeacherError: it cannot answer now; a run saves a checkpoint and ends.
         """
-        raise TeacherError(f"teacher {self.name}: is not there to be asked")
+        raise TeacherError(f"teacher {self.name}: cannot be asked for scores")
 
     def check_kept(
         self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]

@@ -45,7 +45,7 @@ class Teachers:
         )
         if mix is None and weights is not None:
             raise ConfigError(
-                "teachers: weights belong to a mix; say linear or log_linear, or leave them out"
+                "teachers: weights need a mix; set mix to linear or log_linear, or leave them out"
             )
 
     @property
@@ -90,10 +90,10 @@ def check_routes(prompts: Iterable[Prompt], names: Iterable[str]) -> None:
     known = set(names)
     for prompt in prompts:
         if prompt.route is None:
-            raise DataError(f"prompt {prompt.key}: nothing says which teacher it goes to; give it a route")
+            raise DataError(f"prompt {prompt.key}: it names no teacher; give it a route")
         if prompt.route not in known:
             raise DataError(
-                f'prompt {prompt.key}: it goes to teacher "{prompt.route}", and there is none of that name'
+                f'prompt {prompt.key}: its route is "{prompt.route}", and no teacher has that name'
                 f"{did_you_mean(prompt.route, known)}"
             )
 

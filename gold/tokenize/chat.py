@@ -65,7 +65,7 @@ def prompt_text(prompt: Prompt) -> str:
     return "\n\n".join([*(turn for turn in turns if turn), "Assistant:"])
 
 
-def begins_anew(prompt: Prompt) -> bool:
+def starts_text(prompt: Prompt) -> bool:
     """True if the completion of a prompt is tokenized as a new text; some tokenizers add a space before it (Llama-2).
 
     It is after messages: the templates of such models leave that space to the tokenizer ("[/INST]", then "▁Yes"). After

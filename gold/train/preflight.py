@@ -133,7 +133,7 @@ def read_date(folder: Path) -> date | None:
     try:
         return date.fromisoformat(file.read_text("utf-8").strip()) if file.exists() else None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} holds no day such as 2026-11-29: {error}") from error
+        raise CheckpointError(f"{file} holds no date such as 2026-11-29: {error}") from error
 
 
 def write_date(folder: Path, day: date) -> None:

@@ -19,6 +19,7 @@ from gold.schema import (
     Share,
     Text,
 )
+from gold.sections import CompletionSettings
 
 if TYPE_CHECKING:
     from gold.rollout.types import Sampling
@@ -72,21 +73,17 @@ class Order(Section):
     """shuffled: anew for every epoch; kept: as in the file, again and again"""
 
 
-class Rollout(Section):
+class Rollout(CompletionSettings):
     """How the student generates."""
 
     temperature: PositiveFloat = 1.0
     """sampling temperature"""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """nucleus sampling: the smallest set of tokens with this mass"""
-    max_new_tokens: PositiveInt = 128
-    """length limit of a completion, in student tokens"""
     num_generations: PositiveInt = 4
     """completions per prompt"""
     on_policy: Share = 1.0
     """λ: expected share of sequences that the student writes; the rest are the data's completions, one per prompt"""
-    generation_batch_size: PositiveInt = 32
-    """sequences generated together"""
 
 
 class Optimizer(Section):
@@ -179,7 +176,7 @@ class Recipe(Training, Optimizer, Rollout, Order):
         """The sampling parameters of completions."""
         from gold.rollout.types import Sampling
 
-        return Sampling(self.temperature, self.top_p, self.max_new_tokens)
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
     def student_writes(self, step: int, place: int) -> bool:
         """Whether the student completes prompt ``place`` of a step; else the data's completion is used.

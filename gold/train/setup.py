@@ -151,7 +151,7 @@ def _bound(
     mixed = teachers is not None and teachers.mix is not None
     if mixed and row.needs != "nothing" and options.get("support") not in ("bytes", "tokens"):
         raise ConfigError(
-            f"objective {label} cannot be taken of a mix of teachers; choose a divergence on bytes, or a route"
+            f"objective {label} cannot be computed for a mix of teachers; choose a divergence on bytes, or a route"
         )
     check_one_vocabulary(term.name, same)
     if (top_k := options.get("top_k")) is not None:

@@ -334,7 +334,7 @@ def warm_up(state: TrainState, setup: Setup) -> float:
         logits = lazy_logits(student.lm, states).logits()
     for name, pair in setup.pairs.items():
         logprobs = np.zeros(ids.size, np.float32)
-        text = AlignedText(ids, tokenized, pair.read(tokenized), True, sampling_logprobs=logprobs)
+        text = AlignedText(ids, tokenized, pair.to_teacher(tokenized), True, sampling_logprobs=logprobs)
         teacher = setup.teachers.members[name] if setup.teachers else None
         device, dtype = (teacher.device, teacher.dtype) if teacher else (student.device, torch.float32)
         batch = AlignedBatch([text], pair, student.device, device)

@@ -55,7 +55,9 @@ def cut_text(pair: VocabularyPair, text: bytes, cut: int, stopped: bool, sampled
     tokenized = pair.student.decode(ids[: max(0, len(ids) - cut)])
     whole = np.append(tokenized.ids, pair.student.stop_ids[0]) if stopped else tokenized.ids
     drawn = np.full(len(whole), -1.5, np.float32)
-    return AlignedText(whole.astype(np.int32), tokenized, pair.read(tokenized), stopped, sampled, 0.5, drawn)
+    return AlignedText(
+        whole.astype(np.int32), tokenized, pair.to_teacher(tokenized), stopped, sampled, 0.5, drawn
+    )
 
 
 def logits_of(rows: int, width: int, seed: int, ruled_out: float) -> torch.Tensor:

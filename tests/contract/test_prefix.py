@@ -218,7 +218,7 @@ def test_events_begin_with_the_bytes_of_the_byte_table(mine, theirs, data, stopp
     ids = data.draw(st.lists(token, max_size=8))
     tokenized = pair.student.decode(ids)
     whole = np.array([*ids, 1] if stopped else ids, np.int32)
-    batch = AlignedBatch([AlignedText(whole, tokenized, pair.read(tokenized), stopped)], pair, CPU)
+    batch = AlignedBatch([AlignedText(whole, tokenized, pair.to_teacher(tokenized), stopped)], pair, CPU)
     rows, rows_T = int(batch.student.row_starts[-1]), int(batch.teacher.row_starts[-1])
     logits = states(rows, pair.student.size, 1).requires_grad_(True)
     inputs = LossInputs(

@@ -108,7 +108,7 @@ def aligned(pair: VocabularyPair, ids: Sequence[int], **known: object) -> Aligne
     stopped = bool(ids) and ids[-1] in stops
     tokenized = pair.student.decode(ids[:-1] if stopped else ids)
     known.setdefault("sampling_logprobs", np.full(len(ids), -1.5, np.float32))
-    return AlignedText(np.array(ids, np.int32), tokenized, pair.read(tokenized), stopped, **known)  # type: ignore[arg-type]
+    return AlignedText(np.array(ids, np.int32), tokenized, pair.to_teacher(tokenized), stopped, **known)  # type: ignore[arg-type]
 
 
 def batch_of(pair: VocabularyPair, texts: Sequence[AlignedText]) -> AlignedBatch:

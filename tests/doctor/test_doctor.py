@@ -716,7 +716,7 @@ def test_a_text_of_padding_ids_alone_has_states_that_exist(stopped: bool) -> Non
     pair = VocabularyPair(tiny.tiny_student().vocabulary, tiny.tiny_teacher().vocabulary)
     spelled = pair.student.decode([100, 101], rows=144)
     ids = np.append(spelled.ids, pair.student.stop_ids[:1] if stopped else []).astype(np.int32)
-    text = AlignedText(ids, spelled, pair.read(spelled), stopped)
+    text = AlignedText(ids, spelled, pair.to_teacher(spelled), stopped)
     batch = AlignedBatch([text], pair, torch.device("cpu"))
     rows_S, rows_T = batch.synced_states
     assert len(rows_S) == len(rows_T)

@@ -45,7 +45,7 @@ for dtype in (torch.float32, torch.bfloat16):
         out = function(cuda, logits)
         both_ways(*(out if isinstance(out, tuple) else (out,)))
     for form in FORMS:
-        both_ways(*cuda.row_divergence(logits, logits, *kept_events(64, 64), form, rest="renormalise"))
+        both_ways(*cuda.row_divergence(logits, logits, *kept_events(64, 64), form, unshared="renormalise"))
 """
 
 

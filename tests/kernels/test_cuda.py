@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gold.kernels import BACKENDS, reference, why_not
 from gold.kernels.layout import Columns, KeptEvents, Tokens
-from gold.kernels.reference import MixedKL, Rest
+from gold.kernels.reference import MixedKL, Unshared
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if reason := why_not("cuda", DEVICE):
@@ -173,19 +173,19 @@ def teacher_rows() -> Tensor:
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
-    ("form", "rest", "smoothing"),
+    ("form", "unshared", "smoothing"),
     [
         *zip(FORMS, ["bucket", "renormalise"] * 3, [1e-5] * 5, strict=False),
         (FORMS[2], "bucket", 0.0),
         (FORMS[3], "bucket", 1e-5),
     ],
 )
-def test_row_divergence(form: MixedKL, rest: Rest, smoothing: float) -> None:
+def test_row_divergence(form: MixedKL, unshared: Unshared, smoothing: float) -> None:
     kept_V, kept_W = kept_events(131, 70, DEVICE)
     teacher = teacher_rows()
     assert_same(
         lambda backend, z: backend.row_divergence(
-            z, teacher, kept_V, kept_W, form, rest=rest, smoothing=smoothing
+            z, teacher, kept_V, kept_W, form, unshared=unshared, smoothing=smoothing
         ),
         rows_like(3, 131, 4),
     )
@@ -217,8 +217,8 @@ def test_events_that_one_side_rules_out() -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("rest", ["bucket", "renormalise"])
-def test_events_that_only_one_side_has_join_the_rest(rest: Rest) -> None:
+@pytest.mark.parametrize("unshared", ["bucket", "renormalise"])
+def test_events_that_only_one_side_has_join_the_rest(unshared: Unshared) -> None:
     kept_V, kept_W = kept_events(131, 70, DEVICE)
     teacher = rows_like(3, 70, 5)
     teacher[0, kept_W.stops.cpu()] = -torch.inf
@@ -226,7 +226,7 @@ def test_events_that_only_one_side_has_join_the_rest(rest: Rest) -> None:
     teacher = teacher.to(DEVICE)
     assert_same(
         lambda backend, z: backend.row_divergence(
-            z, teacher, kept_V, kept_W, FORMS[2], rest=rest, only_common=True
+            z, teacher, kept_V, kept_W, FORMS[2], unshared=unshared, only_common=True
         ),
         rows_like(3, 131, 4),
     )
@@ -344,10 +344,15 @@ def test_rows_of_a_whole_vocabulary(dtype: torch.dtype) -> None:
 def test_divergences_of_two_whole_vocabularies(form: MixedKL) -> None:
     kept_V, kept_W = kept_events(WIDTH, 151_936, DEVICE)
     teacher = rows_like(64, 151_936, 13).clamp(min=-30.0).to(DEVICE, torch.bfloat16)
-    for rest in ("bucket", "renormalise"):
+    for unshared in ("bucket", "renormalise"):
         assert_same(
-            lambda backend, z, rest=rest: backend.row_divergence(
-                z, teacher.to(torch.promote_types(z.dtype, teacher.dtype)), kept_V, kept_W, form, rest=rest
+            lambda backend, z, unshared=unshared: backend.row_divergence(
+                z,
+                teacher.to(torch.promote_types(z.dtype, teacher.dtype)),
+                kept_V,
+                kept_W,
+                form,
+                unshared=unshared,
             ),
             rows_like(64, WIDTH, 14),
             torch.bfloat16,

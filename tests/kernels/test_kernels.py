@@ -226,23 +226,25 @@ def finite_at_both(x: Tensor) -> Tensor:
 
 
 @over
-@pytest.mark.parametrize("rest", ["bucket", "renormalise"])
+@pytest.mark.parametrize("unshared", ["bucket", "renormalise"])
 @pytest.mark.parametrize("name", sorted(FORMS))
-def test_row_divergence(backend: ModuleType, name: str, rest: reference.Rest) -> None:
+def test_row_divergence(backend: ModuleType, name: str, unshared: reference.Unshared) -> None:
     mine, theirs = kept_of(1037, 600, [3, 9], 1), kept_of(2011, 600, [5], 2)
     logits, logits_T = (finite_at_both(odd(logits_of(5, w, s))) for w, s in ((1037, 6), (2011, 7)))
 
     def of(b: ModuleType) -> Function:
-        return lambda x: b.row_divergence(x, logits_T.to(x.dtype), mine, theirs, FORMS[name], rest=rest)
+        return lambda x: b.row_divergence(
+            x, logits_T.to(x.dtype), mine, theirs, FORMS[name], unshared=unshared
+        )
 
     agree(of(backend), of(reference), logits, single=8 * 60, also=1e-9)
 
 
 @over
-@pytest.mark.parametrize("rest", ["bucket", "renormalise"])
+@pytest.mark.parametrize("unshared", ["bucket", "renormalise"])
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "reverse_kl"])
 def test_events_that_only_one_side_has_join_the_rest(
-    backend: ModuleType, name: str, rest: reference.Rest
+    backend: ModuleType, name: str, unshared: reference.Unshared
 ) -> None:
     mine, theirs = kept_of(1037, 600, [3, 9], 1), kept_of(2011, 600, [5], 2)
     logits, logits_T = (odd(logits_of(5, w, s)) for w, s in ((1037, 6), (2011, 7)))
@@ -253,7 +255,7 @@ def test_events_that_only_one_side_has_join_the_rest(
 
     def of(b: ModuleType) -> Function:
         return lambda x: b.row_divergence(
-            x, logits_T.to(x.dtype), mine, theirs, FORMS[name], rest=rest, only_common=True
+            x, logits_T.to(x.dtype), mine, theirs, FORMS[name], unshared=unshared, only_common=True
         )
 
     agree(of(backend), of(reference), logits, single=8 * 60, also=1e-9)
@@ -307,7 +309,7 @@ def test_what_is_nothing_in_single_precision_costs_nothing(backend: ModuleType, 
     every = KeptEvents(torch.arange(2), torch.arange(0), 2)
     rows = torch.tensor([[0.0, -200.0]]), torch.tensor([[0.0, -torch.inf]])
     value, _ = backend.row_divergence(
-        rows[side], rows[1 - side], every, every, FORMS[name], rest="renormalise"
+        rows[side], rows[1 - side], every, every, FORMS[name], unshared="renormalise"
     )
     assert value.tolist() == pytest.approx([0.0], abs=1e-6)
 
@@ -458,14 +460,14 @@ def test_more_than_two_to_the_31_numbers(backend: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FORMS))
-@pytest.mark.parametrize("rest", ["bucket", "renormalise"])
-def test_the_definition_agrees_with_finite_differences(name: str, rest: reference.Rest) -> None:
+@pytest.mark.parametrize("unshared", ["bucket", "renormalise"])
+def test_the_definition_agrees_with_finite_differences(name: str, unshared: reference.Unshared) -> None:
     mine, theirs = kept_of(9, 4, [3], 1), kept_of(8, 4, [5], 2)
     logits, logits_T = logits_of(2, 9, 1, 1.0).requires_grad_(True), logits_of(2, 8, 2, 1.0)
     form = FORMS[name]
 
     def value(x: Tensor) -> Tensor:
-        return reference.row_divergence(x, logits_T, mine, theirs, form, rest=rest)[0]
+        return reference.row_divergence(x, logits_T, mine, theirs, form, unshared=unshared)[0]
 
     assert torch.autograd.gradcheck(value, (logits,))
 

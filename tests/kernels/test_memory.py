@@ -201,7 +201,11 @@ ROWS = {
     **every_function(300),
     **{
         str(form): lambda b, z, form=form: b.row_divergence(
-            z, rows_like(3, 300, 9).clamp(min=-30.0).to(z), *kept_events(300, 300), form, rest="renormalise"
+            z,
+            rows_like(3, 300, 9).clamp(min=-30.0).to(z),
+            *kept_events(300, 300),
+            form,
+            unshared="renormalise",
         )
         for form in FORMS
     },

@@ -42,7 +42,7 @@ NAMES = sorted(VOCABULARIES)
 def aligned_text(pair: VocabularyPair, ids: list[int], stopped: bool) -> AlignedText:
     tokenized = pair.student.decode(ids)
     whole = np.array([*ids, 1] if stopped else ids, np.int32)
-    return AlignedText(whole, tokenized, pair.read(tokenized), stopped)
+    return AlignedText(whole, tokenized, pair.to_teacher(tokenized), stopped)
 
 
 def states(count: int, width: int, seed: int) -> torch.Tensor:
@@ -220,7 +220,7 @@ def test_a_text_that_neither_side_has_a_token_for_is_no_row_and_no_chunk():
     pair = VocabularyPair(digits, digits)
     tokenized = digits.encode("a")
     batch = AlignedBatch(
-        [AlignedText(np.array([2], np.int32), tokenized, pair.read(tokenized), True)], pair, CPU
+        [AlignedText(np.array([2], np.int32), tokenized, pair.to_teacher(tokenized), True)], pair, CPU
     )
     assert batch.one_to_one_bytes.tolist() == [False, True]
     _, row, event = batch.path

@@ -231,7 +231,7 @@ class VLLMServer:
         cached = self._cache.setdefault(read, used)
         self.model.lm.load_state_dict(cached)
         stops = tuple(params["stop_token_ids"])
-        sampling = Sampling(params["temperature"], params["top_p"], params["max_tokens"])
+        sampling = Sampling(params["max_tokens"], params["temperature"], params["top_p"])
         request = Request(read, (params["seed"],), sampling, stops)
         (drawn,) = HuggingFaceEngine(self.model).generate([request])
         logprobs = self._logprobs(read, drawn.ids, 1.0 if "raw" in self.flaws else sampling.temperature)

@@ -224,7 +224,7 @@ KEPT = {
     "a row too few": _scores([[5, 6]], [[HALF, HALF]]),
     "a row too many": _scores([[5, 6]] * 3, [[HALF, HALF]] * 3),
     "more tokens than there can be": _scores([list(range(9))] * 2, [[math.log(1 / 9)] * 9] * 2),
-    "a token that is in no vocabulary": _scores([[5, 999]] * 2, [[HALF, HALF]] * 2),
+    "a token id beyond the vocabulary": _scores([[5, 999]] * 2, [[HALF, HALF]] * 2),
     "a token twice": _scores([[5, 5]] * 2, [[HALF, HALF]] * 2),
     "no distribution": _HEAD.pack(2, 2, 3)
     + np.array([1, 1, 65535, 65535, 30000, 30000], "<u2").tobytes()
@@ -244,7 +244,7 @@ def test_a_text_that_is_not_kept_as_it_must_be_is_one_line(
     asked = [prompt], [text], [True]
     with CachedTeacher(teacher, tmp_path, top_k=3).cache as cache:
         cache.add([(cache.origin.key(teacher.prompt_ids(prompt), text.ids.tolist(), True), 2, KEPT[kind])])
-    with pytest.raises(TeacherError, match=r"^cache .*: a text is not kept as it must be \(.*build") as error:
+    with pytest.raises(TeacherError, match=r"^cache .*: the scores of a text are broken \(.*build") as error:
         CachedTeacher(teacher, tmp_path, top_k=3).score(*asked)
     assert "\n" not in str(error.value)
 
@@ -319,7 +319,7 @@ def test_what_is_missing_is_counted_before_anything_is_trained(
     record(CachedTeacher(teacher, tmp_path / "c"), prompts[:5])
     alone = CachedTeacher(AbsentTeacher(files), tmp_path / "c")
     recipe = OFF_POLICY.replace(steps=4)
-    line = r"cache .*: lacks 7 of 12 texts, that of prompt .* = for one, and there is nobody to ask; gold cache build"
+    line = r"cache .*: lacks 7 of 12 texts, that of prompt .* = for one, and no teacher can be asked; gold cache build"
     with pytest.raises(TeacherError, match=line):
         distill(tiny.tiny_student(), alone, prompts, recipe, saving=Saving(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
@@ -400,7 +400,7 @@ def test_a_served_teacher_is_told_from_another_of_its_name(
     ):
         CachedTeacher(there, tmp_path, revision="2026-12")
     with pytest.raises(
-        ConfigError, match=r"its top_k is to be 3, and the server is asked for 5; leave it out"
+        ConfigError, match=r"top_k is 3, and the server is asked for 5; leave the cache's out"
     ):
         CachedTeacher(there, tmp_path, top_k=3, revision="2026-11")
 

@@ -159,7 +159,7 @@ def test_in_a_mix_only_ratios_of_weights_count_and_no_order(gradient: Any, rule:
 def test_objectives_that_a_mix_cannot_serve_are_refused() -> None:
     teachers = Teachers({"a": tiny.tiny_teacher(), "b": tiny.tiny_teacher(3)}, "linear")
     for term in (Term("span_pg"), Term("reverse_kl", support="shared")):
-        with pytest.raises(ConfigError, match="cannot be taken of a mix of teachers"):
+        with pytest.raises(ConfigError, match="cannot be computed for a mix of teachers"):
             run(teachers, tiny.prompts(), objectives=(term,))
 
 
@@ -167,7 +167,7 @@ def test_objectives_that_a_mix_cannot_serve_are_refused() -> None:
     ("options", "line"),
     [
         ({"members": {}}, "there is none"),
-        ({"weights": {"a": 1, "b": 1}}, "weights belong to a mix"),
+        ({"weights": {"a": 1, "b": 1}}, "weights need a mix"),
         ({"mix": "linear", "weights": {"a": 1}}, "b: it has no weight"),
         ({"mix": "linear", "weights": {"a": 1, "b": 1, "c": 1}}, "c: no teacher has that name"),
         ({"mix": "linear", "weights": {"a": 0, "b": 0}}, "a: its weight is 0; give a number above 0"),
@@ -229,9 +229,9 @@ def test_each_teacher_reads_its_own_prompts_alone() -> None:
 
 def test_a_route_to_nobody_is_refused_before_the_first_step() -> None:
     teachers = Teachers({"math": tiny.tiny_teacher(), "code": tiny.tiny_teacher()})
-    with pytest.raises(DataError, match=r'it goes to teacher "maths".*did you mean math'):
+    with pytest.raises(DataError, match=r'its route is "maths".*did you mean math'):
         run(teachers, routed(tiny.prompts(4), names=["maths"]))  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="nothing says which teacher it goes to"):
+    with pytest.raises(DataError, match="it names no teacher"):
         run(teachers, tiny.prompts(4))
 
 
@@ -479,7 +479,7 @@ TWO = {"math": {"path": "m"}, "code": {"path": "c"}}
         ({"teachers": TWO, "mix": "linear", "objectives": [{"name": "span_pg"}]}, "mix: span_pg cannot be taken"),
         (
             {"teachers": TWO, "mix": "linear", "objectives": [{"name": "jsd", "support": "prefix"}]},
-            "mix: jsd on prefix cannot be taken of a mix",
+            "mix: jsd on prefix cannot be computed for a mix",
         ),
     ],
 )  # fmt: skip
@@ -501,8 +501,8 @@ def test_data_that_does_not_fit_the_teachers(tmp_path: Path) -> None:
     for line, error in (
         ({}, 'p.jsonl:2: "topic", which names the teacher, is null or missing'),
         ({"topic": 3}, 'p.jsonl:2: "topic", which names the teacher, is a number'),
-        ({"topic": "Math"}, 'goes to teacher "Math", and there is none of that name; did you mean math'),
-        ({"topic": "math"}, "teachers.code: no prompt to train on has it as its topic"),
+        ({"topic": "Math"}, 'its route is "Math", and no teacher has that name; did you mean math'),
+        ({"topic": "math"}, "teachers.code: no training prompt has this name as its topic"),
         ({"topic": "math", "teacher_context": 3}, '"teacher_context" is a number'),
         ({"topic": "math", "teacher_context": ""}, '"teacher_context" is empty'),
         (

@@ -15,7 +15,7 @@ from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
 from gold.errors import DataError
 from gold.rollout.engine import completed
-from gold.tokenize.chat import adds_bos, begins_anew, has_chat_template, prompt_ids, prompt_text
+from gold.tokenize.chat import adds_bos, has_chat_template, prompt_ids, prompt_text, starts_text
 from gold.tokenize.vocabulary import Vocabulary
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -298,7 +298,7 @@ def test_the_completion_of_a_plain_text_goes_on_with_it(family, completion):
     model = reader(PLAIN[family])
     prompt = Prompt("a", "24 +7 =", completion=completion)
     rollout = completed(model, prompt, 100)
-    assert not begins_anew(prompt)
+    assert not starts_text(prompt)
     whole = model.vocabulary.decode([*rollout.prompt_ids, *rollout.ids[:-1]])
     assert whole.data == f"24 +7 ={completion}".encode()
     assert rollout.tokenized.data == completion.encode()
@@ -315,7 +315,7 @@ def test_the_completion_of_messages_has_the_space_that_the_tokenizer_puts_there(
     model = reader(PLAIN[family])
     prompt = replace(chat("24 +7"), completion="hello")
     rollout = completed(model, prompt, 100)
-    assert begins_anew(prompt)
+    assert starts_text(prompt)
     assert model.tokenizer.convert_ids_to_tokens(int(rollout.ids[0])).startswith("▁")
     assert rollout.tokenized.data == b"hello"
 

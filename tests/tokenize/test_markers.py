@@ -63,7 +63,7 @@ def controls(vocabulary: Vocabulary, tokenized: TokenizedText) -> list[int]:
 def test_what_the_student_marks_the_teacher_reads(kinds: tuple[str, str], families: tuple[str, str]) -> None:
     pair = VocabularyPair(*(side(family, kind) for family, kind in zip(families, kinds, strict=True)))
     mine = written(pair.student, PIECES)
-    theirs = pair.read(mine)
+    theirs = pair.to_teacher(mine)
     # Nothing is lost: the text is the same on both sides, markers in it.
     assert mine.data == theirs.data == "".join(PIECES).encode()
     assert (mine.repaired_bytes, theirs.repaired_bytes) == (0, 0)
@@ -80,7 +80,7 @@ def test_what_the_student_marks_the_teacher_reads(kinds: tuple[str, str], famili
         assert at_marker == [*tokens, tokens[0]]
     else:
         assert at_marker == controls(pair.teacher, theirs) == []
-    assert pair.read_back(theirs).data == mine.data
+    assert pair.to_student(theirs).data == mine.data
 
 
 @pytest.mark.parametrize("kinds", list(product(KINDS, KINDS)), ids=" / ".join)
@@ -89,9 +89,9 @@ def test_characters_that_look_like_a_marker_never_become_a_special_token(kinds: 
         pair = VocabularyPair(side(family, kinds[0]), side(family, kinds[1]))
         mine = pair.student.encode("<think>a</think>")
         assert not controls(pair.student, mine)
-        assert not controls(pair.teacher, pair.read(mine))
+        assert not controls(pair.teacher, pair.to_teacher(mine))
         letters = [i for c in "<think>a</think>" for i in pair.student.encode(c, at_start=False).ids.tolist()]
-        assert not controls(pair.teacher, pair.read(pair.student.decode(letters)))
+        assert not controls(pair.teacher, pair.to_teacher(pair.student.decode(letters)))
 
 
 @given(st.data(), st.sampled_from(list(FAMILIES)), st.sampled_from(list(FAMILIES)))
@@ -102,7 +102,7 @@ def test_special_tokens_are_handed_over_and_never_made(data: st.DataObject, mine
     specials = list(pair.student.markers.values()) or [BOS_ID]
     ids = [specials[-i % len(specials)] if i % 3 == 0 else i for i in ids]
     tokenized = pair.student.decode(ids)
-    read = pair.read(tokenized)
+    read = pair.to_teacher(tokenized)
     assert read.data == tokenized.data
     handed = [pair.markers[i] for i in ids if i in pair.markers]
     assert controls(pair.teacher, read) == handed or pair.same
@@ -124,7 +124,7 @@ def test_a_special_marker_and_an_added_one_are_compared_as_the_same_bytes(family
     """The same tokenizer twice, `<think>` special on one side: equal rows then give equal next-byte tables."""
     pair = VocabularyPair(side(family, "special"), side(family, "added"))
     mine = written(pair.student, PIECES[:4])
-    theirs = pair.read(mine)
+    theirs = pair.to_teacher(mine)
     assert theirs.ids.tolist() == mine.ids.tolist()
     tries = ByteTrie.of(pair.student), ByteTrie.of(pair.teacher)
     plans = [

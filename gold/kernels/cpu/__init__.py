@@ -19,7 +19,7 @@ from torch import Tensor
 from gold.kernels.cpu import divergences, masses, pieces, sorted, statistics
 from gold.kernels.gradient import Backward, Results, with_backward, with_gradient
 from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
-from gold.kernels.reference import SMOOTHING, MixedKL, Rest
+from gold.kernels.reference import SMOOTHING, MixedKL, Unshared
 from gold.kernels.reference import chunk_sums as chunk_sums
 
 Array = NDArray[Any]
@@ -84,14 +84,14 @@ def row_divergence(
     kept_W: KeptEvents,
     divergence: MixedKL,
     *,
-    rest: Rest = "bucket",
+    unshared: Unshared = "bucket",
     smoothing: float = SMOOTHING,
     only_common: bool = False,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.row_divergence``. With ``overwrite`` the forward pass already overwrites ``logits_NV``."""
     mine, theirs = _both_plain(logits_NV, logits_NW)
-    bucket = rest == "bucket"
+    bucket = unshared == "bucket"
     shape = _form(divergence), bucket, smoothing if bucket else 0.0, only_common
 
     def compute(wanted: bool) -> tuple[Results, tuple[Tensor, ...]]:

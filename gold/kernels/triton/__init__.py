@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gold.kernels.gradient import Backward, Results, with_backward
 from gold.kernels.layout import ByteLayout, Columns, KeptEvents, Tokens
-from gold.kernels.reference import SMOOTHING, MixedKL, Rest, hybrid_of, widened
+from gold.kernels.reference import SMOOTHING, MixedKL, Unshared, hybrid_of, widened
 from gold.kernels.triton import divergences, launch, masses, statistics
 from gold.kernels.triton.sorted import sorted_l1 as sorted_l1
 
@@ -118,7 +118,7 @@ def row_divergence(
     kept_W: KeptEvents,
     divergence: MixedKL,
     *,
-    rest: Rest = "bucket",
+    unshared: Unshared = "bucket",
     smoothing: float = SMOOTHING,
     only_common: bool = False,
     overwrite: bool = False,
@@ -127,14 +127,14 @@ def row_divergence(
     contiguous where its events are in the same order."""
     (rows, width), others = logits_NV.shape, logits_NW.detach()
     partner = _partners(kept_V, kept_W.ids)
-    smoothing = smoothing if rest == "bucket" else 0.0
+    smoothing = smoothing if unshared == "bucket" else 0.0
     form: dict[str, Any] = {
         "STUDENT": divergence.student != 0,
         "TEACHER": divergence.teacher != 0,
         "STUDENT_MIX": divergence.student_mix,
         "TEACHER_MIX": divergence.teacher_mix,
     }
-    common, bucket = {"COMMON": only_common}, {"BUCKET": rest == "bucket"}
+    common, bucket = {"COMMON": only_common}, {"BUCKET": unshared == "bucket"}
     kept = {**common, **bucket, "SMOOTHING": smoothing, "LOG_KEPT": math.log1p(-smoothing)}
 
     def compute(logits: Tensor) -> tuple[Results, Backward]:

@@ -1,0 +1,27 @@
+"""Settings that training and evaluation share, with their defaults."""
+
+from __future__ import annotations
+
+from gold.schema import CountInt, PositiveInt, Section
+
+
+class CompletionSettings(Section):
+    """How completions are generated, in training and in evaluations."""
+
+    max_new_tokens: PositiveInt = 128
+    """length limit of a completion, in student tokens"""
+    generation_batch_size: PositiveInt = 32
+    """sequences generated together"""
+
+
+class EvaluationSettings(Section):
+    """What an evaluation generates and scores for its prompts."""
+
+    num_generations: PositiveInt = 1
+    """completions per prompt"""
+    samples: CountInt = 4
+    """prompts whose completions and signal are written to samples.jsonl"""
+    micro_batch_size: PositiveInt = 16
+    """sequences per forward pass"""
+    micro_batch_tokens: PositiveInt | None = None
+    """instead of micro_batch_size: most tokens per forward pass, prompts and padding included"""
