@@ -476,7 +476,7 @@ TWO = {"math": {"path": "m"}, "code": {"path": "c"}}
         ({"teacher": {"self": "fixed"}}, "teacher.self: expected frozen | ema"),
         ({"teacher": {"self": "ema", "decay": 2}}, "teacher.decay: must be <= 1"),
         ({"teacher": {"self": "ema", "path": "t"}}, "teacher: path is of another model"),
-        ({"teachers": TWO, "mix": "linear", "objectives": [{"name": "span_pg"}]}, "mix: span_pg cannot be taken"),
+        ({"teachers": TWO, "mix": "linear", "objectives": [{"name": "span_pg"}]}, "mix: span_pg cannot be computed"),
         (
             {"teachers": TWO, "mix": "linear", "objectives": [{"name": "jsd", "support": "prefix"}]},
             "mix: jsd on prefix cannot be computed for a mix",
