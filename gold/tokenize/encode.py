@@ -62,11 +62,11 @@ class TextEncoder:
     def _missing(self) -> Callable[[str], Bool]:
         return missing_bytes(self._tokenizer, self._family)
 
-    def rewrite(self, text: str) -> str:
-        """The normalized text with spaces in place of the family's space character: the text that tokens cover."""
-        normalized = self._normalize(text)
-        space = self._family.space
-        return normalized if space is None else normalized.replace(space, " ")
+    @cached_property
+    def rewrite(self) -> Callable[[str], str]:
+        """Normalizes a text and puts spaces in place of the family's space character: the text that tokens cover."""
+        normalize, space = self._normalize, self._family.space
+        return normalize if space is None else lambda text: normalize(text).replace(space, " ")
 
     def ids(self, text: str, *, at_start: bool = True) -> Int32:
         """The ids of `encode`, without offsets."""
