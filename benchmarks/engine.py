@@ -51,43 +51,55 @@ def main(arguments: Sequence[str]) -> int:
     overrides += [f"train.steps={max(1, given.steps)}", f"evaluate.every={max(1, given.steps // 2)}"]
     try:
         config = Config.load(given.config, [*overrides, *given.overrides])
-        started = time.perf_counter()
-        data: dict[str, Any] = {"config": config.to_dict()}
         if given.prompts:
-            data["throughput"] = throughput(config, given.prompts, given.rounds)
+            kept(
+                arguments,
+                given.record,
+                "engine-throughput",
+                lambda: throughput(config, given.prompts, given.rounds),
+            )
         if given.steps:
-            data |= trained(config)
-        seconds = time.perf_counter() - started
+            kept(arguments, given.record, "engine", lambda: trained(config))
     except GoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps({name: data[name] for name in data if name not in ("config", "steps")}, indent=1))
-    if given.record:
+    return 0
+
+
+def kept(arguments: Sequence[str], record: bool, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+    """Measures, prints what came out, and keeps it on request."""
+    started = time.perf_counter()
+    data = measure()
+    print(json.dumps({key: data[key] for key in data if key not in ("config", "steps")}, indent=1))
+    if record:
         command = f"python -m benchmarks engine {' '.join(arguments)}"
         device = device_name("cpu", torch.get_num_threads()) + ", the server on the same machine"
-        print(write_record("engine", data, command=command, seconds=seconds, device=device))
-    return 0
+        print(write_record(name, data, command=command, seconds=time.perf_counter() - started, device=device))
 
 
 def trained(config: Config) -> dict[str, Any]:
     """The run: evaluations, steps, and mean seconds of its phases."""
     run = train(config, progress=Lines(every=1), overwrite=True)
     return {
+        "config": config.to_dict(),
         "evaluations": run.evaluations,
         "steps": [{name: step[name] for name in KEPT if name in step} for step in run.steps],
         "mean_seconds": {name: sum(step[name] for step in run.steps) / len(run.steps) for name in SECONDS},
     }
 
 
-def throughput(config: Config, counts: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+def throughput(config: Config, counts: Sequence[int], rounds: int) -> dict[str, Any]:
     """Tokens per processor second of both engines in turn, for texts of equal and of ragged lengths; processor time is
     this process's and the server's together."""
     model, prompts = load(config.student), load_data(config).train
     here = HuggingFaceEngine(model, max(counts))
-    rows = []
+    rows: list[dict[str, Any]] = []
     with rollout_engine(config, config.student) as there:
         assert isinstance(there, ColocatedEngine)
-        there.push(model.lm.state_dict(), 0)
+        pushes = []
+        for _ in range(1 + rounds):
+            there.push(model.lm.state_dict(), 0)
+            pushes.append(there.push_s)
         for count in counts:
             for lengths in ("equal", "ragged"):
                 requests = requests_of(model, prompts, count, lengths)
@@ -95,7 +107,7 @@ def throughput(config: Config, counts: Sequence[int], rounds: int) -> list[dict[
                 found = timed(engines, requests, rounds, lambda: processor_seconds(there))
                 rows.append({"prompts": count, "lengths": lengths, **found})
                 print(json.dumps(rows[-1]), flush=True)
-    return rows
+    return {"tokens": TOKENS, "rows": rows, "push_s": pushes[1:]}
 
 
 def requests_of(model: LanguageModel, prompts: Sequence[Prompt], count: int, lengths: str) -> list[Request]:

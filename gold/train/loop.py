@@ -26,6 +26,7 @@ from gold.models.language_model import LanguageModel
 from gold.models.load import load_model
 from gold.models.quantization import quantization_of
 from gold.rollout.engine import RolloutEngine
+from gold.rollout.vllm import VLLMEngine
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.vocabulary import Vocabulary
@@ -369,6 +370,7 @@ def header(state: TrainState, setup: Setup) -> dict[str, str]:
         lines["teachers"] = f"{rule} mix of all" if rule else "each prompt has its own"
     return {
         **lines,
+        **({"rollouts": f"vLLM, {setup.engine.where}"} if isinstance(setup.engine, VLLMEngine) else {}),
         "objective": terms + (" (one vocabulary: token by token)" if by_token else ""),
         "step": f"{recipe.prompts_per_step} prompts × {recipe.num_generations}, λ = {recipe.on_policy:g}, "
         f"up to {recipe.max_new_tokens} tokens, {state.accelerator.num_processes} process(es), "

@@ -453,6 +453,10 @@ def test_a_run_whose_server_fails_keeps_its_checkpoint_and_goes_on(
         ({"name": "llama"}, "--served-model-name student"),
         ({"scale_out": False}, "--enable-scale-out"),
         ({"dev_mode": False}, "VLLM_SERVER_DEV_MODE=1"),
+        (
+            {"flaws": ["no transfer"]},
+            """--weight-transfer-config '{"backend": "gold_file"}' and --worker-extension-cls""",
+        ),
         ({"versions": False}, "vLLM 0.32 or later"),
         ({"context": 12}, "--max-model-len"),
     ],

@@ -28,7 +28,7 @@ from gold.rollout.vllm import VLLMEngine
 
 Faults = Callable[[str, int], str | None]
 """The fault of the n-th request for a path, from 0; None for none."""
-LASTING = ("raw", "stale head", "unreset cache", "old weights", "other bos", "own eos")
+LASTING = ("raw", "stale head", "unreset cache", "old weights", "other bos", "no transfer")
 """Faults of a whole server, in ``flaws``."""
 
 
@@ -151,6 +151,8 @@ class VLLMServer:
         """vLLM's calls for weights and memory."""
         if fault == "500" and path != "/update_weights":
             raise RuntimeError("CUDA error")
+        if path == "/init_weight_transfer_engine" and "no transfer" in self.flaws:
+            raise RuntimeError("Weight transfer not configured. Please set weight_transfer_config")
         if path in ("/pause", "/resume"):
             self.paused = path == "/pause"
         elif path == "/start_weight_update":
