@@ -89,12 +89,17 @@ def rollout_engine(
             *("timeout_s", "retries", "key_env", "adapters"),
         )
     }
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
     engine: VLLMEngine
     if given.url is not None:
+        if given.sleep and not alone:
+            raise ConfigError(
+                "rollout.engine.vllm.sleep: other processes draw while one lets it sleep; set it to 0"
+            )
         pushes = os.environ.get("RANK", "0") == "0"
         engine = VLLMEngine(given.url, sleep=given.sleep or 0, pushes=pushes, **options)
     else:
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if not alone:
             raise ConfigError(
                 "rollout.engine.vllm: colocated serves one process; start a server for several, and give its url"
             )

@@ -91,7 +91,7 @@ class VLLMEngine:
                 a shorter context than a request needs.
         """
         if self.version < 0:
-            raise EngineError(f"{self.where}: it has no weights of this run, since the last push failed")
+            raise EngineError(f"{self.where}: it has no weights of this run: no push has succeeded")
         if not requests:
             return []
         self._wake()

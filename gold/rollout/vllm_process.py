@@ -90,7 +90,8 @@ class ServerCommand:
 class ColocatedEngine(VLLMEngine):
     """A ``VLLMEngine`` on a server of its own on this machine, which it starts at its first use and ends in ``close``.
 
-    ``log``: the file for what the server prints; default: a temporary one. ``options`` are those of ``VLLMEngine``.
+    ``log``: the file for what the server prints; default: a temporary one, which is kept if the server fails.
+    ``options`` are those of ``VLLMEngine``.
     """
 
     def __init__(
@@ -101,7 +102,9 @@ class ColocatedEngine(VLLMEngine):
         super().__init__(f"http://127.0.0.1:{self.port}", **options)
         self.command, self.start_s = command, start_s
         self.folder = Path(tempfile.mkdtemp(prefix="gold-vllm-"))
-        self.log = Path(log) if log is not None else self.folder / "vllm.log"
+        own = Path(tempfile.gettempdir()) / f"gold-vllm-{os.getpid()}-{self.port}.log"
+        self.log = Path(log) if log is not None else own
+        self._own_log: Path | None = None if log is not None else own
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -142,6 +145,7 @@ class ColocatedEngine(VLLMEngine):
                 self.server.ask([call])
                 return
             time.sleep(0.2)
+        self._own_log = None
         self.close()
         raise EngineError(
             f"vLLM does not answer {self.start_s:.0f} s after it was started; its log is {self.log}"
@@ -149,6 +153,7 @@ class ColocatedEngine(VLLMEngine):
 
     def _check_alive(self) -> None:
         if self.process is not None and (code := self.process.poll()) is not None:
+            self._own_log = None
             raise EngineError(
                 f"vLLM ended with exit code {code}: {_last_error(self.log)}; its log is {self.log}"
             )
@@ -197,6 +202,8 @@ class ColocatedEngine(VLLMEngine):
                 process.wait()
         self._connected = False
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._own_log is not None:
+            self._own_log.unlink(missing_ok=True)
 
 
 def _last_error(log: Path) -> str:

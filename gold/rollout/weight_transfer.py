@@ -144,10 +144,15 @@ class FileTransfer:
 
     def __init__(self, folder: str | Path | None = None) -> None:
         shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-        self.folder = Path(folder) if folder is not None else shared
+        self.folder, self.is_given = Path(folder) if folder is not None else shared, folder is not None
 
     def connect(self, client: SyncClient) -> None:
         """See ``WeightTransfer.connect``."""
+        if not self.is_given and not is_near(client.server.url):
+            raise EngineError(
+                f"server {client.server.url}: it is on another machine, and cannot read {self.folder} here; name a "
+                "folder that both can open in rollout.engine.vllm.folder, or use transfer: nccl"
+            )
         client.init_weight_transfer_engine({})
 
     def send(self, client: SyncClient, weights: Mapping[str, Tensor]) -> None:

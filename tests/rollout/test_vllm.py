@@ -485,6 +485,11 @@ def test_a_server_that_works_has_the_students_weights_after_the_probe(
         assert server.counts["/update_weights"] == 3
 
 
+def test_a_file_here_is_nothing_to_a_server_elsewhere(student: LanguageModel) -> None:
+    with pytest.raises(EngineError, match=r"cannot read .* here; name a folder that both can open"):
+        VLLMEngine("http://vllm.example", retries=0).push(state(student), 0)
+
+
 def test_a_key_that_is_not_there_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.engine\.vllm\.key_env: the environment has no variable"):
         VLLMEngine("http://localhost:8000", key_env="NO_SUCH_KEY")

@@ -124,8 +124,9 @@ def test_a_server_that_cannot_start_is_one_line_with_its_log(fake: Path) -> None
 
 
 def test_a_server_that_dies_is_told_apart_from_one_that_cannot_be_reached(fake: Path) -> None:
-    engine = ColocatedEngine(ServerCommand("m"), log=fake, retries=0)
+    engine = ColocatedEngine(ServerCommand("m"), retries=0)
     engine.start()
+    fake = engine.log
     assert engine.process is not None
     os.kill(pid_of("server", fake), signal.SIGKILL)
     engine.process.wait()
@@ -133,6 +134,8 @@ def test_a_server_that_dies_is_told_apart_from_one_that_cannot_be_reached(fake: 
         engine.push({}, 0)
     assert ends(pid_of("child", fake))
     engine.close()
+    assert fake.exists()  # its log is named by the error
+    fake.unlink()
 
 
 # Configurations
