@@ -366,6 +366,8 @@ def _impossible(config: Config) -> Iterator[str]:
     if data.weight is not None and data.order == "kept":
         yield "data.weight: has no meaning in the order of the file: set data.order to shuffled, or leave it out"
     yield from problems(config.recipe, has_verifier=data.task is not None)
+    if config.train.sharding == "fsdp" and config.student.lora is not None:
+        yield "train.sharding: a student with adapters is not sharded: set it to none, or leave student.lora out"
     yield from _impossible_quantization(config)
     yield from _impossible_teachers(config)
     for name, teacher in config.named_teachers.items():

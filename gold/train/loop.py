@@ -325,7 +325,8 @@ def _resume(
         ConfigError: it is of a later step than the run's last.
     """
     assert saving.output is not None
-    found, notes = latest_checkpoint(saving.output / "checkpoints")
+    # Reading a checkpoint whole, to compare its digests, takes long; one process does it.
+    found, notes = state.from_main(partial(latest_checkpoint, saving.output / "checkpoints"))
     for note in notes:
         tracker.note(note)
     if found is None:

@@ -93,6 +93,7 @@ def read_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) 
     """
     alone = group is None or not dist.is_initialized()
     reader = _Reader(folder / FOLDER)
+    reader.read_metadata()  # raises what torch would hide
     with _first_failure():
         load(dict(tensors), storage_reader=reader, process_group=group, no_dist=alone)
 

@@ -11,11 +11,11 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from gold.errors import CheckpointError, ConfigError, EngineError, TeacherError
+from gold.errors import CheckpointError, ConfigError, EngineError, GoldError, TeacherError
 from gold.files import read_json
 from gold.kernels.logits import LazyLogits
 from gold.models.adapters import (
@@ -97,11 +97,6 @@ class TrainState:
         if is_adapted(module.lm):
             raise ConfigError(
                 "train.sharding: a student with adapters is not sharded; set it to none, or leave student.lora out"
-            )
-        if not all(p.is_floating_point() for p in module.parameters()):
-            raise ConfigError(
-                "train.sharding: the student has quantised weights, which cannot be sharded; load it without, or set "
-                "it to none"
             )
         frozen = [self.reference, *(t.model.lm for t in self.teachers.values() if t.model is not None)]
         for lm in filter(None, frozen):
@@ -262,6 +257,21 @@ class TrainState:
     def gathered(self, value: Answer) -> list[Answer]:
         """The value of each process."""
         return [value] if self.count == 1 else cast(list[Answer], gather_object([value]))
+
+    def from_main(self, ask: Callable[[], Answer]) -> Answer:
+        """The result of ``ask`` in the main process, which alone calls it; its GoldError is raised in all."""
+        if self.count == 1:
+            return ask()
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [ask()]
+            except GoldError as error:
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], GoldError):
+            raise found[0]
+        return cast(Answer, found[0])
 
     def sum(self, values: Mapping[str, float], *, ragged: bool = False) -> dict[str, float]:
         """Sums over all processes; ``ragged``: some names are missing in some processes."""

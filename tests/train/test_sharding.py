@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import support.tiny_models as tiny
+import torch
 from safetensors.torch import load_file
-from support.processes import launch, lines, signal_at, spoil_step
+from support.processes import Command, fail_at, launch, lines, signal_at, spoil_step
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 import gold.run
 import gold.train.step
 from gold.config import Config
+from gold.errors import ConfigError
+from gold.train.preflight import check_recipe
+from gold.train.recipe import Recipe
+from gold.train.shards import FOLDER, read_shards
 
 TOPICS = ("sums", "own", "own")
 SPOILED = 3
@@ -46,7 +59,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
         train__gradient_checkpointing=True,
         train__keep_last=9,
         evaluate__every=2,
-        evaluate__prompts=4,
+        evaluate__prompts=2,  # the third process has none
         teachers={"sums": {"path": str(folder / "teacher")}, "own": {"self": "ema", "decay": 0.9}},
         route="topic",
         data={"prompts": str(file), "heldout": str(file)},
@@ -128,3 +141,150 @@ def test_two_processes_then_three_take_the_steps_of_one(pair: Path, alone: Path,
     record = next(r for r in lines(run, "metrics.jsonl") if r["kind"] == "train" and r["step"] == SPOILED + 1)
     assert (record["applied"], record["grad_norm"], record["bad_steps"]) == (False, None, 1)
     assert_equal(run, alone)
+
+
+@pytest.mark.parametrize(
+    ("variable", "sharding", "line"),
+    [
+        ("DEEPSPEED", "fsdp", "accelerate's configuration asks for DeepSpeed, .* set train.sharding=fsdp"),
+        (
+            "MEGATRON_LM",
+            "none",
+            "accelerate's configuration asks for Megatron-LM, .* set train.sharding=fsdp",
+        ),
+        ("FSDP", "none", "accelerate's configuration asks for FSDP, .* set train.sharding=fsdp"),
+        ("FSDP", "fsdp", None),
+    ],
+)
+def test_launchers_for_other_engines_are_refused(
+    variable: str, sharding: str, line: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    with pytest.raises(ConfigError, match=f"^train.sharding: {line}") if line else nullcontext():
+        check_recipe(Recipe(sharding=sharding), tiny.prompts(2), None, 1)
+
+
+def test_adapters_are_refused_before_anything_is_loaded() -> None:
+    settings = tiny.run_settings(Path("models"), Path("run"), student__lora={}, train__sharding="fsdp")
+    with pytest.raises(
+        ConfigError, match=r"^train.sharding: a student with adapters .* leave student.lora out$"
+    ):
+        Config.model_validate(settings)
+
+
+def shards_in(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    state_dict_saver.save(dict(tensors), storage_writer=FileSystemWriter(folder / FOLDER), no_dist=True)
+    return folder / FOLDER
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_shards_is_read_without_running_code(tmp_path: Path) -> None:
+    folder = shards_in(tmp_path, {"student.w": torch.arange(6.0), "student.b": torch.ones(2).bfloat16()})
+    found = {"student.w": torch.zeros(6), "student.b": torch.zeros(2).bfloat16()}
+    read_shards(tmp_path, found)
+    assert found["student.w"].tolist() == list(range(6))
+    assert found["student.b"].tolist() == [1, 1]
+    with pytest.raises(RuntimeError, match=r"student\.v"):
+        read_shards(tmp_path, {"student.v": torch.zeros(6)})
+    with pytest.raises(ValueError, match=r"student\.w"):
+        read_shards(tmp_path, {"student.w": torch.zeros(7)})
+    for broken in (pickle.dumps(Path), pickle.dumps([eval]), b"", pickle.dumps(torch.Tensor)):
+        (folder / ".metadata").write_bytes(broken)
+        with pytest.raises((pickle.UnpicklingError, EOFError)):
+            read_shards(tmp_path, found)
+
+
+@pytest.mark.slow
+def test_checkpoints_of_any_processes_are_resumed_by_any_others(
+    pair: Path, alone: Path, tmp_path: Path
+) -> None:
+    """Whole weights of one process, then shards of two, then one process again."""
+    run = tmp_path / "run"
+    command = Command(
+        tmp_path / "1",
+        *("train", pair / "run.yaml", f"output={run}"),
+        before=partial(signal_at, "gold.train.step:update", 2, signal.SIGTERM),
+    )
+    assert command.wait() == 143, command.err
+    train(
+        pair, run, 2, "--resume", before=partial(stop_and_spoil, 2), code=143
+    )  # steps 3 and 4, of which the last is spoiled
+    assert (run / "checkpoints" / "step-000002" / "optimizer.pt").exists()
+    assert (run / "checkpoints" / "step-000004" / "shards").exists()
+    command = Command(tmp_path / "2", "train", pair / "run.yaml", f"output={run}", "--resume")
+    assert command.wait() == 0, command.err
+    assert_equal(run, alone)
+
+
+def stop_and_spoil(call: int) -> None:
+    """A signal in the update of the ``call``-th step, and a loss that is NaN in step ``SPOILED``."""
+    spoil_step(SPOILED)
+    signal_at("gold.train.step:update", call, signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_gradients_reduced_once_a_step(pair: Path, alone: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(pair, run, 2, "train.gradient_sync=step", before=partial(spoil_step, SPOILED))
+    assert_equal(run, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [["student.dtype=bfloat16"], ["train.precision=bf16"]])
+def test_bfloat16(pair: Path, tmp_path: Path, changes: list[str]) -> None:
+    """Weights of 16 bits with float32 copies, and float32 weights that are gathered in 16 bits: the run is resumed bit
+    for bit, and near the one of one process."""
+    whole, parts, one = tmp_path / "whole", tmp_path / "parts", tmp_path / "one"
+    command = Command(tmp_path / "1", "train", pair / "run.yaml", f"output={one}", *changes)
+    assert command.wait() == 0, command.err
+    train(pair, whole, 2, *changes)
+    stopping = partial(signal_at, "gold.train.step:update", 3, signal.SIGTERM)
+    train(pair, parts, 2, *changes, before=stopping, code=143)
+    train(pair, parts, 2, *changes, "--resume")
+    assert lines(whole, "metrics.jsonl") == lines(parts, "metrics.jsonl")
+    mine, same, near = (load_file(r / "student" / "model.safetensors") for r in (whole, parts, one))
+    for name, weight in mine.items():
+        assert torch.equal(weight, same[name])
+        torch.testing.assert_close(weight.float(), near[name].float(), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_all_processes_with_one_line(pair: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    failing = partial(fail_at, "gold.train.checkpoint:_seal", 1)
+    processes = launch(
+        *(tmp_path / "printed", "train", pair / "run.yaml", f"output={run}", "train.sharding=fsdp"),
+        before=[failing, None],
+    )
+    assert [process.wait(300) for process in processes] == [1, 1]
+    for process in processes:
+        told = [line for line in process.err.splitlines() if line.startswith("error: ")]
+        assert len(told) == 1
+        assert "cannot save the checkpoint of step 2" in told[0]
+        assert "No space left on device" in told[0]
+        assert "Traceback" not in process.err
+    assert list((run / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launchers(pair: Path, alone: Path, tmp_path: Path, launcher: str) -> None:
+    run = tmp_path / "run"
+    start = {
+        "torchrun": ("torch.distributed.run", "--nproc-per-node", "2", "-m"),
+        "accelerate": (
+            *("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+            *("--mixed_precision", "no", "--dynamo_backend", "no", "--module"),
+        ),
+    }[launcher]
+    done = subprocess.run(
+        [sys.executable, "-m", *start, "gold", "train", str(pair / "run.yaml"), f"output={run}",
+         "train.sharding=fsdp", "train.steps=3", "optimizer.schedule=constant"],
+        capture_output=True, text=True, check=False, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one = tmp_path / "one"
+    gold.run.train(
+        Config.load(pair / "run.yaml", [f"output={one}", "train.steps=3", "optimizer.schedule=constant"])
+    )
+    assert_equal(run, one)
