@@ -18,7 +18,7 @@ import pytest
 import support.tiny_models as tiny
 import torch
 from safetensors.torch import load_file
-from support.processes import Command, fail_at, launch, lines, signal_at, spoil_step
+from support.processes import Command, both, fail_at, launch, lines, read_weights, signal_at, spoil_step
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
@@ -129,14 +129,17 @@ def train(pair: Path, run: Path, count: int, *arguments: str, before: Any = None
 
 
 def test_two_processes_then_three_take_the_steps_of_one(pair: Path, alone: Path, tmp_path: Path) -> None:
-    """A signal reaches one of two processes; three go on, and the loss of one of them is once NaN."""
+    """One of two processes has an engine that reads the weights, and gets a signal; three go on, and the loss of one of
+    them is once NaN."""
     run = tmp_path / "run"
-    stopping = partial(signal_at, "gold.train.step:update", 3, signal.SIGINT)
+    stopping = partial(both, read_weights, partial(signal_at, "gold.train.step:update", 3, signal.SIGINT))
     assert "interrupted after step 3; its checkpoint is kept" in train(
         pair, run, 2, before=stopping, code=130
     )
     shards = sorted(path.name for path in (run / "checkpoints" / "step-000003" / "shards").iterdir())
     assert shards == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    sizes = [(run / "checkpoints" / "step-000003" / "shards" / name).stat().st_size for name in shards[1:]]
+    assert max(sizes) < 0.6 * sum(sizes)
     assert "resumed after step 3" in train(pair, run, 3, "--resume", before=partial(spoil_step, SPOILED))
     record = next(r for r in lines(run, "metrics.jsonl") if r["kind"] == "train" and r["step"] == SPOILED + 1)
     assert (record["applied"], record["grad_norm"], record["bad_steps"]) == (False, None, 1)
@@ -207,19 +210,22 @@ def test_checkpoints_of_any_processes_are_resumed_by_any_others(
     )
     assert command.wait() == 143, command.err
     train(
-        pair, run, 2, "--resume", before=partial(stop_and_spoil, 2), code=143
+        pair,
+        run,
+        2,
+        "--resume",
+        before=partial(
+            both,
+            partial(spoil_step, SPOILED),
+            partial(signal_at, "gold.train.step:update", 2, signal.SIGTERM),
+        ),
+        code=143,
     )  # steps 3 and 4, of which the last is spoiled
     assert (run / "checkpoints" / "step-000002" / "optimizer.pt").exists()
     assert (run / "checkpoints" / "step-000004" / "shards").exists()
     command = Command(tmp_path / "2", "train", pair / "run.yaml", f"output={run}", "--resume")
     assert command.wait() == 0, command.err
     assert_equal(run, alone)
-
-
-def stop_and_spoil(call: int) -> None:
-    """A signal in the update of the ``call``-th step, and a loss that is NaN in step ``SPOILED``."""
-    spoil_step(SPOILED)
-    signal_at("gold.train.step:update", call, signal.SIGTERM)
 
 
 @pytest.mark.slow
