@@ -139,7 +139,7 @@ def test_two_processes_then_three_take_the_steps_of_one(pair: Path, alone: Path,
     shards = sorted(path.name for path in (run / "checkpoints" / "step-000003" / "shards").iterdir())
     assert shards == [".metadata", "__0_0.distcp", "__1_0.distcp"]
     sizes = [(run / "checkpoints" / "step-000003" / "shards" / name).stat().st_size for name in shards[1:]]
-    assert max(sizes) < 0.6 * sum(sizes)
+    assert max(sizes) < 0.7 * sum(sizes)
     assert "resumed after step 3" in train(pair, run, 3, "--resume", before=partial(spoil_step, SPOILED))
     record = next(r for r in lines(run, "metrics.jsonl") if r["kind"] == "train" and r["step"] == SPOILED + 1)
     assert (record["applied"], record["grad_norm"], record["bad_steps"]) == (False, None, 1)
