@@ -42,6 +42,7 @@ from gold.train.recipe import LoRA, Objectives, Optimizer, Order, Recipe, Rollou
 from gold.yaml_file import read_yaml
 
 TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")]
 
 
@@ -221,6 +222,10 @@ class TrainConfig(Training):
     """checkpoints kept"""
     doctor: Literal["stop", "report"] = "stop"
     """if `gold doctor` finds that a pair cannot be trained: stop, or report it and continue"""
+    trackers: Annotated[
+        tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], Field(strict=False)
+    ] = ()
+    """where metrics and samples go besides the run folder: tensorboard, wandb, trackio, mlflow"""
 
 
 class EvaluateConfig(EvaluationSettings):

@@ -39,6 +39,7 @@ from gold.train.preflight import pin_date, read_date, readers_of
 from gold.train.run_folder import RunFolder
 from gold.train.state import load_average
 from gold.train.trackers import Tracker
+from gold.train.tracking_clients import check_clients
 
 
 def train(
@@ -56,6 +57,7 @@ def train(
     Raises:
         GoldError: anything in the configuration, the data or the models that cannot work; see ``distill``.
     """
+    check_clients(config.train.trackers or ())
     output, settings = Path(config.output), config.to_dict()
     every, keep = config.train.checkpoint_every, config.train.keep_last
     saving = Saving(output, resume, config.evaluate.every, every, keep, overwrite, allow_changed)
@@ -77,6 +79,7 @@ def train(
             settings=settings,
             inputs=inputs_of(config, data, inputs),  # files just downloaded from the Hub
             progress=progress,
+            trackers=config.train.trackers or (),
             engine=engine,
         )
     if run.is_main_process:
@@ -219,8 +222,8 @@ def _student_of(folder: Path, note: Callable[[str], None]) -> Path:
 
 
 def _without_adapters(student: StudentConfig, path: str | None = None) -> StudentConfig:
-    """The student without new adapters, from another folder if one is given."""
-    changed = {} if path is None else {"path": path, "gguf_file": None}
+    """The student without new adapters, or as it was saved in a folder, where no weights are quantized."""
+    changed = {} if path is None else {"path": path, "gguf_file": None, "quantization": None}
     return student.model_copy(update={"lora": None, **changed})
 
 

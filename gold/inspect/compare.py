@@ -18,6 +18,7 @@ from gold.inspect.charts import COLOURS, PLOT, Chart, Line, line_chart, number
 from gold.inspect.html import document
 from gold.inspect.report import RunRecords, duration, style_and_script
 from gold.inspect.series import held_out, is_number, named, training
+from gold.train.resume_rules import flattened
 from gold.train.run_folder import RunFolder
 
 _ABSENT = "–"
@@ -54,7 +55,7 @@ class Comparison:
 
     def differences(self) -> dict[str, list[Any]]:
         """The values of the keys of config.yaml that differ, by dotted key; ``_ABSENT`` where a run lacks it."""
-        flat = [_flat(run.config) for run in self.runs]
+        flat = [flattened(dict(run.config)) for run in self.runs]
         keys = dict.fromkeys(key for config in flat for key in config if key != "output")
         values = {key: [config.get(key, _ABSENT) for config in flat] for key in keys}
         return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
@@ -224,18 +225,6 @@ def _mean_speed(run: RunRecords) -> float:
     return (
         sum(float(r["tokens_per_s"]) * float(r["step_s"]) for r in steps) / seconds if seconds else math.nan
     )
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    items: Any = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    found: dict[str, Any] = {}
-    for name, each in items:
-        found |= _flat(each, f"{key}.{name}" if key else str(name))
-    return found if items else {key: value}
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:

@@ -43,7 +43,8 @@ from gold.train.saving import CheckpointWriter, save_student
 from gold.train.setup import Setup
 from gold.train.state import TrainState
 from gold.train.step import begin_engine, push_weights, train_step, warm_up
-from gold.train.trackers import RunInfo, Tracker, Trackers
+from gold.train.trackers import Guarded, RunInfo, Tracker, Trackers
+from gold.train.tracking_clients import check_clients, with_clients
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def distill(
     settings: Mapping[str, Any] | None = None,
     inputs: Inputs | None = None,
     progress: Tracker | None = None,
-    trackers: Sequence[Tracker] = (),
+    trackers: Sequence[Tracker | str] = (),
     engine: RolloutEngine | None = None,
 ) -> Run:
     """Trains ``student``, in place, on its own completions of ``prompts``, scored by ``teacher``; returns the run.
@@ -107,7 +108,7 @@ def distill(
         inputs: contents of ``inputs.json`` in the run folder, see ``gold.train.input_digests``; default: digests of the
             arguments.
         progress: shows the run to a person; default: notes on stderr.
-        trackers: additional receivers of all metrics and notes, see ``gold.train.trackers``.
+        trackers: more receivers of all metrics and notes, see ``gold.train.trackers``, or their names, ``CLIENTS``.
         engine: generates completions with the weights pushed after every step, and is closed by the caller; default:
             transformers' ``generate`` on the student itself.
 
@@ -117,13 +118,15 @@ def distill(
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is written; SystemExit with 143 or 129 after SIGTERM or
             SIGHUP.
     """
+    check_clients(trackers)
     student = load_model(student) if isinstance(student, (str, Path)) else student
     teacher = load_model(teacher) if isinstance(teacher, (str, Path)) else teacher
     teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
     setup = Setup.of(student, teachers, _prompts(prompts), recipe, engine=engine, verifier=verifier)
     accelerator = _accelerator(recipe.precision, student.device)
     # All processes run the checks with the same result; one of them logs.
-    tracker = Trackers(*([Lasting(progress or Quiet()), *trackers] if accelerator.is_main_process else []))
+    members = [Lasting(progress or Quiet()), *with_clients(trackers, saving.output)]
+    tracker = Trackers(*(members if accelerator.is_main_process else []))
     evaluation = evaluation or EvaluationPlan(
         max_new_tokens=recipe.max_new_tokens, generation_batch_size=recipe.generation_batch_size
     )
@@ -161,7 +164,7 @@ def _run(
             assert inputs is not None
             folder = stack.enter_context(_open_folder(saving, settings, inputs, tracker))
             tracker.add(folder)
-            tracker.add(ReportFile(folder), "report.html")
+            tracker.add(Guarded(ReportFile(folder), "report.html"))
             if prints_date:
                 write_date(folder.path, day)
         accelerator.wait_for_everyone()

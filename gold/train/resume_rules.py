@@ -48,6 +48,7 @@ MAY_CHANGE: dict[str, str | None] = {
     "train.checkpoint_every": "",
     "train.keep_last": "",
     "train.doctor": "",
+    "train.trackers*": "",
     "evaluate.every": "",
     "evaluate.samples": "",
     "evaluate.prompts": _MEASURED,
@@ -94,7 +95,7 @@ def changes(
 ) -> list[Change]:
     """One `optimizer.lr was 1e-05, is 2e-05` per dotted key of a configuration that differs, and one line per part of
     an input whose contents differ; inputs that only one side has are not compared."""
-    flat_old, flat_new = _flat(plain(old)), _flat(plain(new))
+    flat_old, flat_new = flattened(plain(old)), flattened(plain(new))
     found = []
     for key in [*flat_old, *(key for key in flat_new if key not in flat_old)]:
         before, after = (
@@ -213,7 +214,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     """Leaves by dotted key: {"a": {"b": 1}, "c": [{"d": 2}]} → {"a.b": 1, "c[0].d": 2}."""
     if isinstance(value, dict) and value:
         below = {f"{prefix}.{key}" if prefix else key: entry for key, entry in value.items()}
@@ -221,4 +222,4 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         below = {f"{prefix}[{place}]": entry for place, entry in enumerate(value)}
     else:
         return {prefix: value}
-    return {key: leaf for start, entry in below.items() for key, leaf in _flat(entry, start).items()}
+    return {key: leaf for start, entry in below.items() for key, leaf in flattened(entry, start).items()}

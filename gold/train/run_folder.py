@@ -9,6 +9,7 @@ samples.jsonl      {"kind": "sample", "step": n, …} a line
 notes.jsonl        {"kind": "start" | "note", "step": n, …} a line: the header of each start, and the notes
 report.html        see gold.inspect.report
 checkpoints/       see gold.train.checkpoint
+trackers.json      ids of the run in other trackers (tracking_clients.py); tensorboard/ and wandb/ are theirs
 plots/             see gold.inspect.plots
 student/           the trained student, once the run has ended
 adapter/           its adapter alone, if it has one

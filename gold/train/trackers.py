@@ -48,12 +48,12 @@ class Tracker(Protocol):
 
 
 class Guarded(Tracker):
-    """Another tracker that may fail: its first exception drops it, with one note through `tell`, and the run goes
-    on."""
+    """Another tracker that may fail: its first exception drops it, with one note, and the run goes on."""
 
-    def __init__(self, inner: Tracker, name: str, tell: Callable[[str], None]) -> None:
+    def __init__(self, inner: Tracker, name: str) -> None:
         self.inner: Tracker | None = inner
-        self.name, self.tell = name, tell
+        self.name = name
+        self.tell: Callable[[str], None] = lambda text: None  # set by `Trackers`
 
     def start(self, run: RunInfo) -> None:
         self._call("start", run)
@@ -81,12 +81,15 @@ class Trackers(Tracker):
     """Several trackers as one, called in order; without members it does nothing."""
 
     def __init__(self, *members: Tracker) -> None:
-        self.members = list(members)
+        self.members: list[Tracker] = []
         self._notes: list[str] = []
+        for member in members:
+            self.add(member)
 
-    def add(self, member: Tracker, name: str | None = None) -> None:
-        """One more member, told the notes so far; with a `name` it may fail without ending the run."""
-        member = member if name is None else Guarded(member, name, self.note)
+    def add(self, member: Tracker) -> None:
+        """One more member; it is told the notes so far."""
+        if isinstance(member, Guarded):
+            member.tell = self.note
         for text in self._notes:
             member.note(text)
         self.members.append(member)

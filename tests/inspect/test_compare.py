@@ -57,7 +57,7 @@ def test_the_table_has_measures_costs_and_differences(
         [""],
         ["configuration"],
         ["optimizer.lr", "0.001", "0.0001"],
-        ["objectives.0.name", "–", "reverse_kl"],
+        ["objectives[0].name", "–", "reverse_kl"],
     ]
     monkeypatch.setenv("COLUMNS", "40")
     run_compare(runs)
