@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from gold.data import Prompt
 from gold.errors import EngineError, GoldError
-from gold.http import BadAnswerError, Call, Server, environment_key, shown
+from gold.http import BadAnswerError, Call, RefusedError, Server, environment_key, shown
 from gold.models.language_model import LanguageModel
 from gold.rollout.engine import Generation, Request
 from gold.rollout.types import Seed
@@ -76,7 +76,8 @@ class VLLMEngine:
         """The longest sequence of the server in tokens, once it is known."""
         self.push_s = 0.0
         """Seconds that the last push took."""
-        self._connected = self._asleep = False
+        self._connected = False
+        self._asleep = 0
         self._run = secrets.token_hex(4)
         self._adapter = False
         self._pushed: Mapping[str, Tensor] = {}
@@ -101,8 +102,9 @@ class VLLMEngine:
         answers = self.server.ask([self._call(requests[i]) for i in order])
         generations = dict(zip(order, answers, strict=True))
         if self.sleep:
-            self.client.post(f"/sleep?level={self.sleep}&mode=wait")
-            self._asleep = True
+            level = 1 if self._adapter else self.sleep  # the weights below an adapter are not pushed
+            self.client.post(f"/sleep?level={level}&mode=wait")
+            self._asleep = level
         return [generations[i] for i in range(len(requests))]
 
     def _check_lengths(self, requests: Sequence[Request]) -> None:
@@ -220,7 +222,7 @@ class VLLMEngine:
                 break
             except EngineError as error:
                 self._connected = False
-                if number == server.retries:
+                if number == server.retries or isinstance(error, RefusedError):
                     raise
                 server.repeated += 1
                 logger.info("push %d of %d failed: %s", number + 1, server.retries + 1, error)
@@ -240,7 +242,7 @@ class VLLMEngine:
         self.transfer.send(client, weights)
         if self._asleep:
             client.post("/wake_up?tags=kv_cache")
-            self._asleep = False
+            self._asleep = 0
         self._resume()
 
     def _load_adapter(self, folder: Path, label: str) -> None:
@@ -265,11 +267,11 @@ class VLLMEngine:
         self.client.post("/resume")
 
     def _wake(self) -> None:
-        if self._asleep and self.sleep == 2:
+        if self._asleep == 2:
             self.push(self._pushed, self.version)
         elif self._asleep:
             self.client.post("/wake_up")
-            self._asleep = False
+            self._asleep = 0
 
     def _disconnect(self) -> None:
         try:

@@ -234,6 +234,16 @@ def test_a_server_that_sleeps_between_draws_has_its_weights_when_it_draws(
         assert not server.violations
 
 
+def test_the_weights_below_an_adapter_are_never_dropped(student: LanguageModel) -> None:
+    with VLLMServer(student) as server:
+        engine = engine_on(server, sleep=2)
+        for version in (0, 1):
+            engine.push_adapter({"layer.lora_A.weight": torch.ones(2, 2)}, version, {"r": 2})
+            assert engine.generate([REQUEST])[0].version == version
+            assert server.asleep == 1
+        assert not server.violations
+
+
 def test_of_several_processes_one_pushes_and_all_draw(student: LanguageModel) -> None:
     with VLLMServer(student) as server:
         first, second = engine_on(server), engine_on(server, pushes=False)
