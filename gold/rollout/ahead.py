@@ -1,0 +1,129 @@
+"""Rollouts one step ahead: a batch is generated while the batch before it is learned from."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gold.errors import CheckpointError
+from gold.rollout.engine import Generation, Request, RolloutEngine
+
+Place = tuple[int, int]
+"""A completion of a step: the number of its prompt in the step, and its own number among that prompt's."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    step: int
+    places: tuple[Place, ...]
+    answer: Future[list[Generation]]
+
+
+class RolloutsAhead:
+    """Generates the completions of a step before that step begins.
+
+    At most one batch is under way. An engine that holds a copy of the weights (``engine.concurrent``) generates in a
+    thread; any other generates in ``start``, so that the same completions are drawn by the same weights.
+    ``idle_s``: seconds that the engine was without work since the last ``take``.
+    """
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self.engine = engine
+        self.idle_s = 0.0
+        self._pending: _Pending | None = None
+        self._finished = time.perf_counter()
+
+    def start(self, step: int, requests: Mapping[Place, Request]) -> None:
+        """Begins to generate the completions of a step with the engine's current weights."""
+        assert self._pending is None, "the batch before was not taken"
+        answer: Future[list[Generation]] = Future()
+        self._pending = _Pending(step, tuple(requests), answer)
+        self.idle_s += time.perf_counter() - self._finished
+        work = (answer, list(requests.values()))
+        if self.engine.concurrent:
+            # A daemon: a run that is interrupted does not wait for an engine that hangs.
+            threading.Thread(target=self._generate, args=work, name="rollouts", daemon=True).start()
+        else:
+            self._generate(*work)
+
+    def _generate(self, answer: Future[list[Generation]], requests: Sequence[Request]) -> None:
+        try:
+            answer.set_result(self.engine.generate(requests))
+        except BaseException as error:
+            answer.set_exception(error)
+        self._finished = time.perf_counter()
+
+    def wait(self) -> None:
+        """Returns once the engine is idle, whether it succeeded or not."""
+        if self._pending is not None:
+            self._pending.answer.exception()
+
+    def take(self, step: int) -> dict[Place, Generation] | None:
+        """The completions of a step; None if they were not started.
+
+        Raises:
+            GoldError: any error of the engine. The batch is dropped: the next ``take`` returns None.
+        """
+        pending, self._pending = self._pending, None
+        self.idle_s = 0.0
+        if pending is None or pending.step != step:
+            return None
+        return dict(zip(pending.places, pending.answer.result(), strict=True))
+
+    def contents(self) -> dict[Place, Generation]:
+        """The completions under way, once they are complete; empty without any, or if the engine failed."""
+        pending = self._pending
+        if pending is None or pending.answer.exception() is not None:
+            return {}
+        return dict(zip(pending.places, pending.answer.result(), strict=True))
+
+    def restore(self, step: int, generations: Mapping[Place, Generation]) -> None:
+        """Makes completions of an earlier process those of the step."""
+        answer: Future[list[Generation]] = Future()
+        answer.set_result(list(generations.values()))
+        self._pending = _Pending(step, tuple(generations), answer)
+
+
+def save_generations(generations: Mapping[Place, Generation], file: Path) -> None:
+    """Writes completions to an ``.npz`` file."""
+    drawn = list(generations.values())
+    np.savez(
+        file,
+        places=np.array(list(generations), np.int64).reshape(-1, 2),
+        lengths=np.array([g.ids.size for g in drawn], np.int64),
+        ids=np.concatenate([g.ids for g in drawn]) if drawn else np.zeros(0, np.int32),
+        logprobs=np.concatenate([g.logprobs for g in drawn]) if drawn else np.zeros(0, np.float32),
+        stopped=np.array([g.stopped for g in drawn], np.bool_),
+        versions=np.array([g.version for g in drawn], np.int64),
+    )
+
+
+def load_generations(file: Path) -> dict[Place, Generation]:
+    """The completions of a file of ``save_generations``.
+
+    Raises:
+        CheckpointError: it is broken.
+    """
+    try:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as saved:
+            ends = np.cumsum(saved["lengths"])[:-1]
+            columns = (
+                np.split(saved["ids"].astype(np.int32), ends),
+                np.split(saved["logprobs"].astype(np.float32), ends),
+                saved["stopped"].tolist(),
+                saved["versions"].tolist(),
+            )
+            places = [(int(prompt), int(number)) for prompt, number in saved["places"].tolist()]
+            # Of no completions ``split`` makes one part.
+            return {
+                place: Generation(*each)
+                for place, each in zip(places, zip(*columns, strict=bool(places)), strict=True)
+            }
+    except Exception as error:
+        raise CheckpointError(f"{file} is broken: {error}") from error
