@@ -79,8 +79,9 @@ class Row:
 
     ``loss(inputs, **options)`` and ``count(batch)``, in the objective's ``unit``. ``on_policy``: it learns from texts
     that the student wrote, as samples of the policy itself. ``own_vocabulary``: it needs models that share one
-    vocabulary. ``needs_verifier``: it learns from scores of completions. ``exceptions``: clauses of the contract that
-    it cannot satisfy by its nature, each with the reason.
+    vocabulary. ``needs_verifier``: it learns from scores of completions. ``weighted``: it takes importance weights
+    (``LossInputs.importance``). ``exceptions``: clauses of the contract that it cannot satisfy by its nature, each with
+    the reason.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Row:
     own_vocabulary: bool = False
     needs_verifier: bool = False
     exceptions: Mapping[str, str] = field(default_factory=dict)
+    weighted: bool = True
 
     @property
     def arguments(self) -> Arguments:
@@ -154,6 +156,7 @@ class DivergenceRow:
     on_policy: bool = False
     own_vocabulary: bool = False
     needs_verifier: bool = False
+    weighted: bool = True
 
     @property
     def arguments(self) -> Arguments:
@@ -344,10 +347,10 @@ _ROWS: tuple[Row | DivergenceRow, ...] = (
     Row("reference_kl", reference_kl, "nothing", "token", sampled_tokens),
     Row("gkd", gkd, "top_k", "state", synced_states, own_vocabulary=True),
     Row("opd", opd, "tokens", "token", sampled_tokens, on_policy=True, own_vocabulary=True),
-    Row("uld", uld, "rows", "position", paired_positions, exceptions=EXCEPTIONS["uld"]),
-    Row("gold", gold_hybrid, "rows", "chunk", whole_chunks, exceptions=EXCEPTIONS["gold"]),
-    Row("alm", alm, "tokens", "chunk", whole_chunks, exceptions=EXCEPTIONS["alm"]),
-    Row("x_token", x_token, "rows", "chunk", whole_chunks, exceptions=EXCEPTIONS["x_token"]),
+    Row("uld", uld, "rows", "position", paired_positions, exceptions=EXCEPTIONS["uld"], weighted=False),
+    Row("gold", gold_hybrid, "rows", "chunk", whole_chunks, exceptions=EXCEPTIONS["gold"], weighted=False),
+    Row("alm", alm, "tokens", "chunk", whole_chunks, exceptions=EXCEPTIONS["alm"], weighted=False),
+    Row("x_token", x_token, "rows", "chunk", whole_chunks, exceptions=EXCEPTIONS["x_token"], weighted=False),
 )
 
 OBJECTIVES: dict[str, Row | DivergenceRow] = {row.name: row for row in _ROWS}

@@ -19,75 +19,80 @@ Place = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class _Pending:
-    step: int
+class _Batch:
     places: tuple[Place, ...]
     answer: Future[list[Generation]]
 
+    def generations(self) -> dict[Place, Generation]:
+        return dict(zip(self.places, self.answer.result(), strict=True))
+
 
 class RolloutsAhead:
-    """Generates the completions of a step before that step begins.
+    """Generates the completions of a step before that step begins, and keeps them until a later step asks for its own.
 
-    At most one batch is under way. An engine that holds a copy of the weights (``engine.concurrent``) generates in a
+    At most one batch is under way. An engine that holds a copy of the weights (``engine.own_weights``) generates in a
     thread; any other generates in ``start``, so that the same completions are drawn by the same weights.
     ``idle_s``: seconds that the engine was without work since the last ``take``.
     """
 
-    def __init__(self, engine: RolloutEngine) -> None:
-        self.engine = engine
+    def __init__(self) -> None:
         self.idle_s = 0.0
-        self._pending: _Pending | None = None
+        self._batches: dict[int, _Batch] = {}
         self._finished = time.perf_counter()
 
-    def start(self, step: int, requests: Mapping[Place, Request]) -> None:
-        """Begins to generate the completions of a step with the engine's current weights."""
-        assert self._pending is None, "the batch before was not taken"
+    def start(self, engine: RolloutEngine, step: int, requests: Mapping[Place, Request]) -> None:
+        """Begins to generate the completions of a step with the engine's current weights, once it is idle."""
+        self.wait()
         answer: Future[list[Generation]] = Future()
-        self._pending = _Pending(step, tuple(requests), answer)
+        self._batches[step] = _Batch(tuple(requests), answer)
         self.idle_s += time.perf_counter() - self._finished
-        work = (answer, list(requests.values()))
-        if self.engine.concurrent:
+        work = (engine, answer, list(requests.values()))
+        if engine.own_weights:
             # A daemon: a run that is interrupted does not wait for an engine that hangs.
             threading.Thread(target=self._generate, args=work, name="rollouts", daemon=True).start()
         else:
             self._generate(*work)
 
-    def _generate(self, answer: Future[list[Generation]], requests: Sequence[Request]) -> None:
+    def _generate(
+        self, engine: RolloutEngine, answer: Future[list[Generation]], requests: Sequence[Request]
+    ) -> None:
         try:
-            answer.set_result(self.engine.generate(requests))
+            answer.set_result(engine.generate(requests))
         except BaseException as error:
             answer.set_exception(error)
         self._finished = time.perf_counter()
 
     def wait(self) -> None:
         """Returns once the engine is idle, whether it succeeded or not."""
-        if self._pending is not None:
-            self._pending.answer.exception()
+        for batch in self._batches.values():
+            batch.answer.exception()
 
     def take(self, step: int) -> dict[Place, Generation] | None:
-        """The completions of a step; None if they were not started.
+        """The completions of a step; None if they were not started. Those of earlier steps are dropped.
 
         Raises:
             GoldError: any error of the engine. The batch is dropped: the next ``take`` returns None.
         """
-        pending, self._pending = self._pending, None
+        self._batches = {n: batch for n, batch in self._batches.items() if n >= step}
         self.idle_s = 0.0
-        if pending is None or pending.step != step:
+        if step not in self._batches:
             return None
-        return dict(zip(pending.places, pending.answer.result(), strict=True))
+        try:
+            return self._batches[step].generations()
+        except BaseException:
+            del self._batches[step]
+            raise
 
-    def contents(self) -> dict[Place, Generation]:
-        """The completions under way, once they are complete; empty without any, or if the engine failed."""
-        pending = self._pending
-        if pending is None or pending.answer.exception() is not None:
-            return {}
-        return dict(zip(pending.places, pending.answer.result(), strict=True))
+    def contents(self, step: int) -> dict[Place, Generation]:
+        """The completions of a step, once they are complete; empty if there are none, or the engine failed."""
+        batch = self._batches.get(step)
+        return {} if batch is None or batch.answer.exception() is not None else batch.generations()
 
     def restore(self, step: int, generations: Mapping[Place, Generation]) -> None:
         """Makes completions of an earlier process those of the step."""
         answer: Future[list[Generation]] = Future()
         answer.set_result(list(generations.values()))
-        self._pending = _Pending(step, tuple(generations), answer)
+        self._batches = {step: _Batch(tuple(generations), answer)}
 
 
 def save_generations(generations: Mapping[Place, Generation], file: Path) -> None:

@@ -50,6 +50,9 @@ class RolloutEngine(Protocol):
 
     version: int
     """The training step of its weights."""
+    own_weights: bool
+    """Whether it holds a copy of the student's weights: then it may generate while the student is trained, and its
+    probabilities may differ from the student's by rounding."""
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """One result per request, in order.
@@ -115,18 +118,35 @@ def sample(
         DataError: a prompt leaves no room in the model's context; the message names its key.
         GoldError: any error of the engine.
     """
-    encoded = [encode_prompt(model, prompt, sampling.max_new_tokens) for prompt in prompts]
-    stop_ids = model.vocabulary.stop_ids
-    requests = [Request(ids, seed, sampling, stop_ids) for ids, seed in zip(encoded, seeds, strict=True)]
-    rollouts = []
-    for prompt, ids, drawn in zip(prompts, encoded, engine.generate(requests), strict=True):
-        text = without_stop(drawn.ids, drawn.stopped)
-        tokenized = model.vocabulary.decode(text, at_start=starts_text(prompt), rows=output_width(model.lm))
-        segments = (Segment(0, drawn.ids.size, True),)
-        rollouts.append(
-            Rollout(prompt, ids, drawn.ids, drawn.logprobs, tokenized, drawn.stopped, segments, drawn.version)
-        )
-    return rollouts
+    requests = [request_for(model, p, sampling, seed) for p, seed in zip(prompts, seeds, strict=True)]
+    drawn = engine.generate(requests)
+    return [rollout_of(model, *each) for each in zip(prompts, requests, drawn, strict=True)]
+
+
+def request_for(model: LanguageModel, prompt: Prompt, sampling: Sampling, seed: Seed) -> Request:
+    """The request for a completion of a prompt under the template of ``model``.
+
+    Raises:
+        DataError: the prompt leaves no room in the model's context; the message names its key.
+    """
+    ids = encode_prompt(model, prompt, sampling.max_new_tokens)
+    return Request(ids, seed, sampling, model.vocabulary.stop_ids)
+
+
+def rollout_of(model: LanguageModel, prompt: Prompt, request: Request, drawn: Generation) -> Rollout:
+    """The rollout of a prompt from an engine's answer."""
+    text = without_stop(drawn.ids, drawn.stopped)
+    tokenized = model.vocabulary.decode(text, at_start=starts_text(prompt), rows=output_width(model.lm))
+    return Rollout(
+        prompt,
+        request.prompt_ids,
+        drawn.ids,
+        drawn.logprobs,
+        tokenized,
+        drawn.stopped,
+        (Segment(0, drawn.ids.size, True),),
+        drawn.version,
+    )
 
 
 def completed(model: LanguageModel, prompt: Prompt, max_new_tokens: int) -> Rollout:

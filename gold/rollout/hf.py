@@ -24,6 +24,7 @@ class HuggingFaceEngine:
 
     def __init__(self, model: LanguageModel, batch: int = CompletionSettings().generation_batch_size) -> None:
         self.model, self.batch, self.version = model, batch, 0
+        self.own_weights = False
 
     def push(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Stores the version only: the model is the trained one, so it has the weights already."""

@@ -71,6 +71,7 @@ class VLLMEngine:
         self.transfer = transfer_of(transfer, folder) if isinstance(transfer, str) else transfer
         self.client = SyncClient(self.server, self.transfer.backend)
         self.version = -1
+        self.own_weights = True
         self.where = f"server {url}"
         self.context: int | None = None
         """The longest sequence of the server in tokens, once it is known."""

@@ -102,6 +102,14 @@ def step_record(
         rest["repaired_share"] = sums["repaired"] / max(1.0, sums["bytes"])
     rest["length_tokens"] = sums["tokens"] / max(1.0, sums["sequences"])
     rest["length_bytes"] = sums["bytes"] / max(1.0, sums["sequences"])
+    if sums["masked_sequences"]:
+        rest["masked_sequences"] = int(sums["masked_sequences"])
+    if ratios := sums["ratio_tokens"]:
+        rest["staleness"] = sums["staleness"] / sampled
+        rest["policy_log_ratio_abs"] = sums["log_ratio"] / ratios
+        rest["policy_kl"] = sums["ratio_k3"] / ratios
+        rest["policy_ratio_max"] = sums["ratio_max"]
+        rest["policy_ratio_capped_share"] = sums["ratio_capped"] / ratios
     total = sum(seconds.values())
     rest |= {f"{phase}_s": spent for phase, spent in seconds.items()}
     rest |= {"step_s": total, "tokens_per_s": sums["tokens"] / total}

@@ -84,6 +84,12 @@ class Rollout(CompletionSettings):
     """completions per prompt"""
     on_policy: Share = 1.0
     """λ: expected share of sequences that the student writes; the rest are the data's completions, one per prompt"""
+    staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: a step's completions are generated while the step before is learned from, with the weights before it"""
+    importance_cap: PositiveFloat | None = 2.0
+    """largest importance weight of completions that an engine or older weights drew; null: no weights"""
+    cut: Literal["keep", "mask"] = "keep"
+    """completions that reach the length limit: learned from, or left out of the loss"""
 
 
 class Optimizer(Section):
@@ -208,6 +214,13 @@ def problems(recipe: Recipe, has_verifier: bool) -> Iterator[str]:
     active = {term.name: term.options for term in recipe.objectives if term.weight}
     if not active:
         yield "objectives: none has a weight above 0: nothing would be learned"
+    if recipe.staleness and recipe.importance_cap is not None:
+        for key, value in (("temperature", recipe.temperature), ("top_p", recipe.top_p)):
+            if value != 1:
+                yield (
+                    f"rollout.{key}: importance weights of older completions compare probabilities at 1: set it to 1, "
+                    f"rollout.staleness to 0, or rollout.importance_cap to null, got {value:g}"
+                )
     for name in sorted(active):
         row = find(name)
         if row.needs_verifier and not has_verifier:
@@ -218,6 +231,11 @@ def problems(recipe: Recipe, has_verifier: bool) -> Iterator[str]:
             )
         if name == "sft" and recipe.on_policy == 1:
             yield f"rollout.on_policy: {name} learns the data's completions, and at 1 none is used: set it below 1"
+        if recipe.staleness and recipe.importance_cap is not None and not row.weighted:
+            yield (
+                f"rollout.staleness: {name} has no importance weights for completions of older weights: set it to 0, "
+                "or rollout.importance_cap to null"
+            )
         if not row.on_policy:
             continue
         if recipe.on_policy == 0:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from gold.errors import CheckpointError
 from gold.files import one_line
 from gold.models.adapters import is_adapted, save_adapters
 from gold.models.load import save_model
+from gold.rollout.ahead import Place
+from gold.rollout.engine import Generation
 from gold.train.checkpoint import is_write_failure, reach_disk, save_checkpoint
 from gold.train.run_folder import RunFolder
 from gold.train.shards import Snapshot
@@ -48,14 +50,16 @@ class CheckpointWriter:
             return
         state = self.state
         self.wait()
+        ahead = state.completions_ahead()
         if self.folder:
             self.folder.sync()
         if state.sharding:
-            work = partial(self._write, state.snapshot(), self.place, state.step, state.bad_steps)
+            work = partial(self._write, state.snapshot(), self.place, state.step, state.bad_steps, ahead)
             self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
             self._thread.start()
         elif self.folder:
-            save_checkpoint(self.folder.checkpoints, state.step, state.save, self.keep_last)
+            write = partial(state.save, ahead=ahead)
+            save_checkpoint(self.folder.checkpoints, state.step, write, self.keep_last)
         if wait:
             self.wait()
         if wait or not state.sharding:
@@ -78,7 +82,9 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join(60.0)
 
-    def _write(self, snapshot: Snapshot, place: Path, step: int, bad_steps: int) -> None:
+    def _write(
+        self, snapshot: Snapshot, place: Path, step: int, bad_steps: int, ahead: Mapping[Place, Generation]
+    ) -> None:
         """One write, in the thread of each process: the main one creates the folder and tells the others, all write
         their shards, the main one completes the checkpoint and tells the others; or tells them why not."""
 
@@ -88,7 +94,7 @@ class CheckpointWriter:
             return message[0]
 
         def writer(folder: Path) -> None:
-            write_steps(folder, step, bad_steps)
+            write_steps(folder, step, bad_steps, ahead)
             tell("", folder)
             snapshot.write(folder)
 

@@ -85,6 +85,15 @@ class Setup:
         return isinstance(self.engine, HuggingFaceEngine) and self.engine.model is self.student
 
     @property
+    def importance_cap(self) -> float | None:
+        """The cap of importance weights; None if there are none: the student draws from its current weights itself, or
+        not at temperature 1."""
+        recipe = self.recipe
+        if not (recipe.staleness or self.engine.own_weights) or (recipe.temperature, recipe.top_p) != (1, 1):
+            return None
+        return recipe.importance_cap
+
+    @property
     def needs_reference(self) -> bool:
         """Whether any objective uses the student before training."""
         return any(t.objective.name == "reference_kl" for t in self.terms)

@@ -32,6 +32,8 @@ from gold.models.hidden_states import StatesModule, lazy_logits, recompute_activ
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_weights, save_model
 from gold.models.padding import PaddedStates
+from gold.rollout.ahead import Place, RolloutsAhead, load_generations, save_generations
+from gold.rollout.engine import Generation
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.train import shards
@@ -42,6 +44,8 @@ from gold.train.sharding import Sharding, shard_like
 from gold.train.shards import Snapshot
 
 Answer = TypeVar("Answer")
+AHEAD = "rollouts.npz"
+"""The file of a checkpoint with the completions of the next step, if they were under way."""
 
 
 class TrainState:
@@ -64,6 +68,7 @@ class TrainState:
         self.student, self.accelerator = student, accelerator
         self.teachers = teachers.members if teachers else {}
         self.step = self.bad_steps = 0
+        self.ahead = RolloutsAhead()
         check_trained(student.lm, student.name)
         several = accelerator.num_processes > 1
         self.sharding = _sharding(recipe, accelerator) if several and recipe.sharding == "fsdp" else None
@@ -180,8 +185,9 @@ class TrainState:
         lm = self.student.lm
         return (adapter_state(lm), adapter_config(lm)) if is_adapted(lm) else None
 
-    def save(self, folder: Path) -> None:
-        """Writes everything that the next step depends on; of an adapted student only the adapter."""
+    def save(self, folder: Path, ahead: Mapping[Place, Generation] | None = None) -> None:
+        """Writes everything that the next step depends on; of an adapted student only the adapter. ``ahead``: the
+        completions of ``completions_ahead``."""
         if is_adapted(self.student.lm):
             save_adapters(self.student.lm, folder / "adapter")
         else:
@@ -190,7 +196,14 @@ class TrainState:
         for name, teacher in self.teachers.items():
             if (state := teacher.state()) is not None:
                 torch.save(state, folder / average_file(name))
-        write_steps(folder, self.step, self.bad_steps)
+        write_steps(folder, self.step, self.bad_steps, ahead)
+
+    def completions_ahead(self) -> dict[Place, Generation]:
+        """The completions of the next step that are under way in all processes, once they are complete."""
+        own = self.ahead.contents(self.step)
+        if self.accelerator.num_processes == 1:
+            return own
+        return {place: drawn for each in gather_object([own]) for place, drawn in each.items()}
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Restores the state written by ``save``, bit for bit.
@@ -200,6 +213,10 @@ class TrainState:
         """
         folder = checkpoint.path
         self.step, self.bad_steps = read_steps(checkpoint)
+        if (file := folder / AHEAD).exists():
+            processes, own = self.accelerator.num_processes, self.accelerator.process_index
+            ahead = load_generations(file)
+            self.ahead.restore(self.step, {p: ahead[p] for p in ahead if p[0] % processes == own})
         if (folder / shards.FOLDER).exists():
             self._load_shards(folder)
             return
@@ -289,6 +306,13 @@ class TrainState:
             return values
         total: Tensor = self.accelerator.reduce(values.to(self.accelerator.device), "sum")
         return total.cpu()
+
+    def largest(self, value: float) -> float:
+        """The largest value of all processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
+        return float(self.accelerator.gather(tensor).max())
 
     def any_process(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
@@ -387,9 +411,13 @@ def _errors_of(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file} does not belong to this run, or is broken: {reason}") from error
 
 
-def write_steps(folder: Path, step: int, bad_steps: int) -> None:
-    """Writes the number of steps taken, and how many of the last were not applied."""
+def write_steps(
+    folder: Path, step: int, bad_steps: int, ahead: Mapping[Place, Generation] | None = None
+) -> None:
+    """Writes the number of steps taken, how many of the last were not applied, and the completions of the next."""
     (folder / "state.json").write_text(json.dumps({"step": step, "bad_steps": bad_steps}))
+    if ahead:
+        save_generations(ahead, folder / AHEAD)
 
 
 def read_steps(checkpoint: Checkpoint) -> tuple[int, int]:

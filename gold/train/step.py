@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,11 +21,22 @@ from gold.data import Prompt
 from gold.errors import DataError
 from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.losses import LossInputs
+from gold.losses.importance import ImportanceWeights
 from gold.losses.policy import means_of_others, sampled_credit
 from gold.models.hidden_states import lazy_logits
 from gold.models.padding import PaddedStates
-from gold.rollout.engine import AdapterEngine, ProbedEngine, RolloutEngine, completed, encode_prompt, sample
-from gold.rollout.types import Rollout, Seed, group_advantages
+from gold.rollout.ahead import Place
+from gold.rollout.engine import (
+    AdapterEngine,
+    Generation,
+    ProbedEngine,
+    Request,
+    RolloutEngine,
+    completed,
+    encode_prompt,
+    rollout_of,
+)
+from gold.rollout.types import Rollout, group_advantages
 from gold.teachers.several import Teachers
 from gold.train.diagnosis import why_not_finite
 from gold.train.metrics import PhaseTimer, device_clock, part_name, rollout_sums, step_record
@@ -58,7 +69,8 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
     with timer("rollout"):
         rollouts, skipped = generate_rollouts(state, setup)
     with timer("align"):
-        microbatches, misfits = build_microbatches(setup, rollouts)
+        used = [r for r in rollouts if r.stopped or not r.sampled or setup.recipe.cut == "keep"]
+        microbatches, misfits = build_microbatches(setup, used)
         skipped += misfits
     with timer("teacher"):
         microbatches, sums, impossible = query_teachers(state, setup, microbatches)
@@ -72,8 +84,11 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
         kept = [rollout for m in microbatches for rollout in m.rollouts]
         sums |= rollout_sums(rollouts, kept, [m.batch for m in microbatches])
         sums["skipped_sequences"] = len(skipped)
+        sums["masked_sequences"] = len(rollouts) - len(used)
+        sums["staleness"] = sum(state.step - r.policy_version for r in rollouts if r.sampled)
         # A process without texts lacks some of these names.
-        sums = defaultdict(float, state.sum(sums, ragged=True))
+        largest = state.largest(sums.pop("ratio_max", 0.0))
+        sums = defaultdict(float, state.sum(sums, ragged=True), ratio_max=largest)
         head = {"step": state.step + 1, "loss": sums["loss"], **update(state, setup, sums, counts)}
         finite = math.isfinite(head["grad_norm"]) and math.isfinite(sums["loss"])
         if not finite:
@@ -83,49 +98,99 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
         bad = not head["applied"] and (not finite or sums["kept"] > 0)
         state.bad_steps = 0 if head["applied"] else state.bad_steps + bad
         state.step += 1
+    if recipe.staleness and setup.engine.own_weights:
+        head["engine_idle_s"] = state.ahead.idle_s
     metrics = step_record(head, sums, counts, setup.terms, setup.teachers, timer.seconds)
     examples = {"skipped_sequences": next(iter(skipped), ""), "teacher_impossible": impossible}
     return StepReport(metrics | {"bad_steps": state.bad_steps}, examples)
 
 
-def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], list[str]]:
-    """This process's share of the step's rollouts, with rewards if there is a verifier; and for each skipped prompt,
-    which leaves the student no room, the reason. Very large prompt sets are not fully checked before a run."""
+class StepPrompts(NamedTuple):
+    """This process's share of a step's prompts: ``requests`` for the completions that the student writes, by place,
+    with their ``prompts``; the data's completions, ``given``; for each skipped prompt, which leaves the student no
+    room, the reason; and whether any process has requests. Very large prompt sets are not fully checked before a run.
+    """
+
+    requests: dict[Place, Request]
+    prompts: list[Prompt]
+    given: list[Rollout]
+    skipped: list[str]
+    student_writes: bool
+
+
+def choose_prompts(state: TrainState, setup: Setup, step: int) -> StepPrompts:
+    """The prompts of a step, a function of the seed and the step."""
     recipe, accelerator = setup.recipe, state.accelerator
-    chosen = list(enumerate(setup.order.batch(state.step, recipe.prompts_per_step)))
-    prompts: list[Prompt] = []
-    seeds: list[Seed] = []
-    given: list[Rollout] = []
-    skipped: list[str] = []
+    chosen = list(enumerate(setup.order.batch(step, recipe.prompts_per_step)))
+    student_writes = any(recipe.student_writes(step, place) for place, _ in chosen)
+    found = StepPrompts({}, [], [], [], student_writes)
     for place, index in chosen[accelerator.process_index :: accelerator.num_processes]:
         prompt = setup.prompts[index]
-        count = recipe.num_generations if recipe.student_writes(state.step, place) else 0
+        count = recipe.num_generations if recipe.student_writes(step, place) else 0
         try:
-            encode_prompt(state.student, prompt, recipe.max_new_tokens)
+            ids = encode_prompt(state.student, prompt, recipe.max_new_tokens)
         except DataError as error:
-            skipped += [str(error)] * max(1, count)
+            found.skipped.extend([str(error)] * max(1, count))
             continue
-        if count:
-            prompts += [prompt] * count
+        if not count:
+            found.given.append(completed(state.student, prompt, recipe.max_new_tokens))
+        for n in range(count):
             # The 0 distinguishes nothing; it stays because the tuple names the random stream: without it all runs
             # would draw other texts.
-            seeds += [(recipe.seed, state.step, place, 0, n) for n in range(count)]
-        else:
-            given.append(completed(state.student, prompt, recipe.max_new_tokens))
-    if not any(recipe.student_writes(state.step, place) for place, _ in chosen):
-        return given, skipped
-    push_weights(state, setup.engine)  # in all processes, also in one that has nothing to draw
-    with accelerator.autocast(), state.whole_student() if setup.student_generates else nullcontext():
-        draw = partial(sample, setup.engine, state.student, prompts, recipe.sampling, seeds=seeds)
-        sampled = state.together(draw)
-    if not prompts:
-        return given, skipped
-    if (verifier := setup.verifier) is not None:
+            seed = recipe.seed, step, place, 0, n
+            found.requests[place, n] = Request(ids, seed, recipe.sampling, state.student.vocabulary.stop_ids)
+            found.prompts.append(prompt)
+    return found
+
+
+def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], list[str]]:
+    """This process's share of the step's rollouts, with rewards if there is a verifier; and for each skipped prompt the
+    reason."""
+    recipe, chosen = setup.recipe, choose_prompts(state, setup, state.step)
+    drawn = draw_ahead(state, setup, chosen) if recipe.staleness else draw(state, setup, chosen)
+    pairs = zip(chosen.prompts, chosen.requests.values(), drawn, strict=True)
+    sampled = [rollout_of(state.student, prompt, request, answer) for prompt, request, answer in pairs]
+    if (verifier := setup.verifier) is not None and sampled:
         rewards = np.array([verifier.score(r.prompt, r.text) if r.stopped else 0.0 for r in sampled])
         scaled = group_advantages(rewards, recipe.num_generations)
         each = zip(sampled, rewards, scaled, strict=True)
         sampled = [replace(r, reward=float(x), advantage=float(a)) for r, x, a in each]
-    return sampled + given, skipped
+    return sampled + chosen.given, chosen.skipped
+
+
+def draw(state: TrainState, setup: Setup, chosen: StepPrompts) -> list[Generation]:
+    """Completions by the student's current weights."""
+    if not chosen.student_writes:
+        return []
+    push_weights(state, setup.engine)  # in all processes, also in one that has nothing to draw
+    with generating(state, setup):
+        return state.together(partial(setup.engine.generate, list(chosen.requests.values())))
+
+
+def draw_ahead(state: TrainState, setup: Setup, chosen: StepPrompts) -> list[Generation]:
+    """Completions that were started a step ago, with the weights before the last update; starts those of the next step.
+    The first step of a run has none, and draws its own."""
+    found = state.together(partial(state.ahead.take, state.step))
+    if not state.any_process(found is None or found.keys() != chosen.requests.keys()):
+        drawn = [(found or {})[place] for place in chosen.requests]
+    else:
+        drawn = draw(state, setup, chosen)
+    if state.step + 1 < setup.recipe.steps:
+        following = choose_prompts(state, setup, state.step + 1)
+        if following.student_writes:
+            push_weights(state, setup.engine)
+        with generating(state, setup):
+            state.ahead.start(setup.engine, state.step + 1, following.requests)
+    return drawn
+
+
+def generating(state: TrainState, setup: Setup) -> AbstractContextManager[object]:
+    """Context in which the engine generates: the student's own needs its whole weights."""
+    stack = ExitStack()
+    stack.enter_context(state.accelerator.autocast())
+    if setup.student_generates:
+        stack.enter_context(state.whole_student())
+    return stack
 
 
 def begin_engine(state: TrainState, setup: Setup) -> None:
@@ -145,11 +210,12 @@ def begin_engine(state: TrainState, setup: Setup) -> None:
 
 
 def push_weights(state: TrainState, engine: RolloutEngine) -> None:
-    """Pushes the student's current weights to the engine.
+    """Pushes the student's current weights to the engine, once it is idle.
 
     Raises:
         EngineError: no push succeeds, in any of the processes.
     """
+    state.ahead.wait()
     if engine.version != state.step:
         _push(state, engine)
 
@@ -246,8 +312,10 @@ def accumulate_gradients(
             loss = partial(step_loss, state, setup, microbatch, counts, reference)
             total, parts = state.loss(states, loss)
             state.accelerator.backward(total)
+        largest = max(sums["ratio_max"], float(parts.pop("ratio_max", 0.0)))
         for name, value in parts.items():
             sums[name] += float(value)
+        sums["ratio_max"] = largest
     return sums
 
 
@@ -261,6 +329,9 @@ def step_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The microbatch's share of the step's loss, times the number of processes, and detached sums by name."""
     inputs = loss_inputs(setup, microbatch, student_logits, reference)
+    if setup.importance_cap is not None:
+        weights = ImportanceWeights.of(microbatch.batch, student_logits, setup.importance_cap)
+        inputs = replace(inputs, importance=weights)
     total = torch.zeros((), device=student_logits.device)
     # Three units: a term's own sum, divided by its count in the record; parts and the loss, shares of a mean, divided
     # here; sequence_logp, sums in nats and bytes, divided by one another in the record.
@@ -280,6 +351,8 @@ def step_loss(
         for label in [t.label for t in setup.terms if t.label in parts]:
             parts[f"{label}[{name}]"] = parts[label] if name in microbatch.batches else 0.0 * parts[label]
     parts["loss"] = total.detach()
+    if inputs.importance is not None:
+        parts |= inputs.importance.statistics(microbatch.batch)
     # A step without counted units still needs a graph, or the other processes would wait.
     if not total.requires_grad:
         total = total + 0.0 * student_logits.select(slice(1)).logits().sum()

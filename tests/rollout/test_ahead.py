@@ -16,14 +16,14 @@ from gold.rollout.types import Sampling
 class Slow:
     """An engine that answers when it is told to, or raises."""
 
-    def __init__(self, concurrent: bool, failure: Exception | None = None) -> None:
-        self.concurrent, self.failure, self.version = concurrent, failure, 3
+    def __init__(self, own_weights: bool, failure: Exception | None = None) -> None:
+        self.own_weights, self.failure, self.version = own_weights, failure, 3
         self.go, self.calls = threading.Event(), 0
         self.thread: threading.Thread | None = None
 
     def generate(self, requests):
         self.calls, self.thread = self.calls + 1, threading.current_thread()
-        assert not self.concurrent or self.go.wait(20)
+        assert not self.own_weights or self.go.wait(20)
         if self.failure:
             raise self.failure
         return [generation(r.seed[-1], self.version) for r in requests]
@@ -53,11 +53,10 @@ def same(first: dict, second: dict) -> bool:
 
 
 def test_an_engine_with_its_own_weights_generates_beside_the_step():
-    engine = Slow(concurrent=True)
-    ahead = RolloutsAhead(engine)
-    ahead.start(4, requests((0, 1), (2, 3)))
-    assert ahead._pending is not None
-    assert not ahead._pending.answer.done()
+    engine = Slow(own_weights=True)
+    ahead = RolloutsAhead()
+    ahead.start(engine, 4, requests((0, 1), (2, 3)))
+    assert engine.thread is None or engine.thread.is_alive()
     engine.go.set()
     taken = ahead.take(4)
     assert list(taken) == [(0, 1), (2, 3)]
@@ -67,39 +66,50 @@ def test_an_engine_with_its_own_weights_generates_beside_the_step():
 
 
 def test_an_engine_without_its_own_weights_generates_at_once():
-    engine = Slow(concurrent=False)
-    ahead = RolloutsAhead(engine)
-    ahead.start(1, requests((0, 0)))
+    engine = Slow(own_weights=False)
+    ahead = RolloutsAhead()
+    ahead.start(engine, 1, requests((0, 0)))
     assert (engine.calls, engine.thread) == (1, threading.current_thread())
     engine.version = 9
     assert [g.version for g in ahead.take(1).values()] == [3]
 
 
 def test_a_batch_of_another_step_is_not_used():
-    ahead = RolloutsAhead(Slow(concurrent=False))
-    ahead.start(1, requests((0, 0)))
+    engine, ahead = Slow(own_weights=False), RolloutsAhead()
+    ahead.start(engine, 1, requests((0, 0)))
     assert ahead.take(2) is None
+    assert ahead.contents(1) == {}
 
 
-@pytest.mark.parametrize("concurrent", [True, False])
-def test_a_failure_comes_out_where_the_batch_is_taken(concurrent):
-    engine = Slow(concurrent, TeacherError("the engine is gone"))
+def test_a_batch_is_kept_until_a_later_step_begins():
+    engine, ahead = Slow(own_weights=False), RolloutsAhead()
+    ahead.start(engine, 1, requests((0, 1)))
+    first = ahead.take(1)
+    ahead.start(engine, 2, requests((0, 2)))
+    assert same(ahead.contents(1), first)
+    assert list(ahead.take(2)) == [(0, 2)]
+    assert ahead.contents(1) == {}
+
+
+@pytest.mark.parametrize("own_weights", [True, False])
+def test_a_failure_comes_out_where_the_batch_is_taken(own_weights):
+    engine = Slow(own_weights, TeacherError("the engine is gone"))
     engine.go.set()
-    ahead = RolloutsAhead(engine)
-    ahead.start(1, requests((0, 0)))
+    ahead = RolloutsAhead()
+    ahead.start(engine, 1, requests((0, 0)))
     ahead.wait()
-    assert ahead.contents() == {}
+    assert ahead.contents(1) == {}
     with pytest.raises(TeacherError, match="gone"):
         ahead.take(1)
     assert ahead.take(1) is None
 
 
 def test_completions_survive_a_checkpoint(tmp_path):
-    engine = Slow(concurrent=False)
-    ahead = RolloutsAhead(engine)
-    ahead.start(5, requests((0, 0), (1, 4), (1, 2)))
-    save_generations(ahead.contents(), tmp_path / "rollouts.npz")
-    again = RolloutsAhead(engine)
+    engine = Slow(own_weights=False)
+    ahead = RolloutsAhead()
+    ahead.start(engine, 5, requests((0, 0), (1, 4), (1, 2)))
+    save_generations(ahead.contents(5), tmp_path / "rollouts.npz")
+    again = RolloutsAhead()
     again.restore(5, load_generations(tmp_path / "rollouts.npz"))
     assert same(again.take(5), ahead.take(5))
     save_generations({}, tmp_path / "none.npz")

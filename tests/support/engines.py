@@ -16,6 +16,7 @@ class ScriptedEngine:
 
     def __init__(self, script: Callable[[Request], Sequence[int]]) -> None:
         self.script, self.version, self.closed = script, -1, False
+        self.own_weights = False
         self.requests: list[Request] = []
         self.pushed: list[tuple[int, dict[str, Tensor]]] = []
 
