@@ -423,6 +423,8 @@ def load(
             side.vocabulary, loaded.vocabulary.without_markers(), texts=SAMPLE_TEXTS
         ):
             note(f"model {loaded.name}: the loaded tokenizer and its file differ: {difference}")
+    if adapters.is_adapted(loaded.lm):
+        note(f"model {loaded.name}: {adapters.describe(loaded.lm)}")
     if isinstance(model, StudentConfig) and model.lora is not None:
         base = str(model.source)
         return adapters.add_adapters(loaded, **model.lora.model_dump(), seed=seed, base=base)

@@ -246,8 +246,9 @@ def doctor(
     """Check whether a pair can be trained, and if not, why; exit code 1 if it cannot.
 
     Memory of a step, as estimated, in bytes:
-    student: parameters × 16 in float32 and bfloat16 (weights, gradients, AdamW)
-    teacher: parameters × bytes of its dtype
+    student: parameters × 16 in float32 and bfloat16 (weights, gradients, AdamW);
+    with adapters: weights as for the teacher, adapters × 16
+    teacher: parameters × bytes of its dtype; 0.52 in nf4, 1 in int8
     activations: sequences × tokens × layers ×
     (9 hidden + 4 inner + 3 (queries + keys)) × 4
     logits: 6 blocks of at most 128 MiB

@@ -84,6 +84,8 @@ def _diagnosed(config: Config, data: RunData, name: str, weights: bool, sizes: t
         roles=(roles_of(config.student), roles_of(model)),
         renderings=(rendering_of(config.student), rendering_of(model)),
         dtypes=(config.student.dtype, model.dtype),
+        quantizations=(config.student.quantization, model.quantization),
+        lora=config.student.lora.model_dump() if config.student.lora else None,
         texts=run_texts(prompts),
         prompt=max((prompt_text(p) for p in prompts), key=len),
         sequences=sizes[0],

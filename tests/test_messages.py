@@ -100,6 +100,13 @@ OVERRIDE_ERRORS = [
         "objectives=[{name: reward}]",
         "objectives: reward needs a verifier: train on a task (data.task), or leave reward out",
     ),
+    ("student.quantization=nf8", 'student.quantization: expected nf4 | int8, got "nf8"; did you mean nf4?'),
+    ("student.lora.rnk=4", "student.lora.rnk: unknown key; did you mean rank?"),
+    (
+        "student.quantization=nf4",
+        "student.quantization: nf4 weights are not trained themselves: train adapters on them (student.lora={}), or "
+        "leave it out",
+    ),
     ("route=topic", "route: there is one teacher: name several in teachers, or leave it out"),
 ]
 
@@ -136,6 +143,11 @@ COMBINATIONS = [
     (
         ["teacher.self=ema"],
         "run.yaml:2: teacher: path is of another model, and self is the student's own: leave one of them out",
+    ),
+    (
+        ["student={path: s.gguf, lora: {}, quantization: int8}"],
+        "override student={path: s.gguf, lora: {}, quantization: int8}: student.quantization: weights of a GGUF file "
+        "have their own: leave it out",
     ),
     (["data.task.name=countdown"], "run.yaml:3: data: both prompts and task are given: keep one"),
     (

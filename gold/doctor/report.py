@@ -13,7 +13,7 @@ from gold import terminal
 from gold.doctor.checks import examine_pair
 from gold.doctor.finding import Finding, Report
 from gold.doctor.sample import JUDGED, RUN_TEXTS, SAMPLE
-from gold.doctor.side import read_side
+from gold.doctor.side import Side, read_side
 from gold.doctor.sizes import StepMemory, machine_memory, step_memory
 from gold.errors import ModelError, VocabularyError
 from gold.models.files import check_kind
@@ -45,13 +45,15 @@ def diagnose(
     dtypes: tuple[str, str] = ("float32", "auto"),
     load: Callable[[], tuple[LanguageModel, LanguageModel | None]] | None = None,
     served: bool = False,
+    quantizations: tuple[str | None, str | None] = (None, None),
+    lora: Mapping[str, Any] | None = None,
 ) -> Report:
     """The report on two folders, tokenizer files or Hub ids.
 
     With `load`, which returns both models (the student alone if the teacher is `served`), their weights are checked
     too. `texts` are a run's own, `roles` the special tokens that it names, `renderings` its arguments of the chat
-    templates, `dtypes` those of the weights. A forward pass reads `sequences`, each of `prompt` and `tokens` student
-    tokens.
+    templates, `dtypes` and `quantizations` those of the weights, `lora` the adapters that are trained. A forward pass
+    reads `sequences`, each of `prompt` and `tokens` student tokens.
 
     Raises:
         VocabularyError: a source is no tokenizer at all; one whose tokens are not bytes is a failed check.
@@ -76,7 +78,9 @@ def diagnose(
     report = examine_pair(mine, theirs, texts)
     checks, unchecked = list(report.checks), list(report.unchecked)
     tokens += len(mine.vocabulary.encode(prompt))
-    needed = step_memory(mine, theirs, sequences, tokens, dtypes, served)
+    checks += [_adapter_finding(side) for side in sides if side.adapter is not None]
+    lora = lora or _lora_of(mine)
+    needed = step_memory(mine, theirs, sequences, tokens, dtypes, served, quantizations, lora)
     if needed is not None:
         checks.append(memory_finding(needed))
     elif silent := " and ".join(side.role for side in sides[: 2 - served] if not side.config):
@@ -91,6 +95,25 @@ def diagnose(
 
         checks += examine_weights(*load(), texts or SAMPLE[JUDGED], sequences, tokens)
     return Report(checks, report.coverage, unchecked, needed, tuple(sides))
+
+
+def _lora_of(side: Side) -> Mapping[str, Any] | None:
+    """Rank, targets and modules_to_save of the adapters of a folder; None without any, or for other kinds."""
+    saved = side.adapter or {}
+    rank, targets = saved.get("r"), saved.get("target_modules")
+    if type(rank) is not int or not isinstance(targets, list):
+        return None
+    return {"rank": rank, "targets": targets, "modules_to_save": saved.get("modules_to_save")}
+
+
+def _adapter_finding(side: Side) -> Finding:
+    """The base model of a folder of adapters."""
+    saved = side.adapter or {}
+    rank = f" of rank {saved['r']}" if "r" in saved else ""
+    base = saved.get("base_model_name_or_path")
+    return Finding(
+        "adapter", "pass", f"the {side.role} is an adapter ({saved.get('peft_type')}{rank}) of {base}"
+    )
 
 
 def _remedy(error: VocabularyError) -> str:
@@ -200,10 +223,14 @@ def memory_finding(needed: StepMemory) -> Finding:
     """A check that one step fits into this machine's memory."""
     teachers = "teacher" if needed.teachers == 1 else f"{needed.teachers} teachers"
     millions = f"{_gib(needed.teacher)} ({needed.teacher_parameters / 1e6:,.0f} M)"
+    trained = (
+        f"× {needed.student // needed.student_parameters} bytes: weights, gradients, AdamW"
+        if needed.trained_parameters is None
+        else f"frozen, {needed.trained_parameters / 1e6:,.1f} M of adapters trained"
+    )
     found = (
         f"{_gib(needed.total)} for {needed.sequences} × {needed.tokens} tokens: student {_gib(needed.student)} "
-        f"({needed.student_parameters / 1e6:,.0f} M × "
-        f"{needed.student // needed.student_parameters} bytes: weights, gradients, AdamW), activations "
+        f"({needed.student_parameters / 1e6:,.0f} M {trained}), activations "
         f"{_gib(needed.activations)}, logits {_gib(needed.logits)}, {teachers} "
         f"{millions if needed.teacher else 'served elsewhere'}"
     )

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 
 from gold.data import Prompt
 from gold.errors import VocabularyError
-from gold.files import adapter_base, read_json_object
+from gold.files import ADAPTER_CONFIG, adapter_base, read_json_object
 from gold.tokenize.chat import adds_bos, prompt_ids
 from gold.tokenize.roles import Roles
 from gold.tokenize.templates import PromptTokenizer, Rendering, rendered, template_of
@@ -42,7 +42,8 @@ class Side:
 
     `tokenizer` has the interface that `gold.tokenize.chat` needs. `bare`: the source is a tokenizer file alone, which
     names no stop ids. `config` is the text model's part of config.json, empty if there is none; `folder` contains the
-    files.
+    files. `adapter`: the contents of adapter_config.json, if the source is a folder of adapters; all else is then of
+    their base model.
     """
 
     role: str
@@ -52,6 +53,7 @@ class Side:
     config: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     rendering: Rendering = field(default_factory=Rendering)
+    adapter: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -124,18 +126,21 @@ def read_side(role: str, source: Any, roles: Roles | None = None, rendering: Ren
     vocabulary = Vocabulary.load(source, roles=roles)
     live = hasattr(source, "apply_chat_template")
     folder = Path(vocabulary.name) if not live and Path(vocabulary.name).is_dir() else None
+    adapter = None
+    named = source if isinstance(source, str | Path) else ""
+    if (base := adapter_base(named, VocabularyError)) is not None:
+        adapter = read_json_object(Path(named).expanduser() / ADAPTER_CONFIG, VocabularyError)
+        folder = Path(base) if Path(base).is_dir() else None
     config = _text_config(folder)
     if not vocabulary.stop_ids and (stops := config.get("eos_token_id")) is not None:
         # The fallback of transformers if the generation settings name none.
         vocabulary = Vocabulary.load(source, stops if isinstance(stops, list) else [stops], roles)
     tokenizer = source if live else PromptTokenizer.of(vocabulary)
     bare = folder is None and not live
-    return Side(role, vocabulary, tokenizer, bare, config, folder, rendering or Rendering())
+    return Side(role, vocabulary, tokenizer, bare, config, folder, rendering or Rendering(), adapter)
 
 
 def _text_config(folder: Path | None) -> Mapping[str, Any]:
-    if folder is not None and (base := adapter_base(folder, VocabularyError)) is not None:
-        folder = Path(base)
     if folder is None or not (folder / "config.json").is_file():
         return {}
     content = read_json_object(folder / "config.json", VocabularyError)

@@ -1,8 +1,10 @@
 """Memory that one optimizer step needs, from the sizes in two config.json.
 
     student      parameters × 16 bytes in float32 and bfloat16: weights, gradients, and AdamW's two moments in float32;
-                 a bfloat16 weight also has a float32 copy (see gold.train.optimizer)
+                 a bfloat16 weight also has a float32 copy (see gold.train.optimizer). With adapters: parameters × bytes
+                 of their dtype, and the adapters' parameters × 16 bytes
     teacher      parameters × bytes of its dtype
+                 quantized: 0.52 bytes (nf4) or 1 byte (int8) for the matrices of the layers, all else in its dtype
     activations  sequences × tokens × layers × (9·hidden + 4·inner + 3·(queries + keys)) × 4 bytes
     logits       6 blocks of at most 128 MiB: both sides' rows of one block, and what their gradients need
 
@@ -24,6 +26,7 @@ from gold.errors import ModelError
 from gold.files import safetensors_header
 
 _BYTES_OF = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+_QUANTIZED = {"nf4": 4.127 / 8, "int8": 1.0}
 _BLOCK_BYTES = 128 * 2**20
 _BLOCKS = 6
 
@@ -41,6 +44,8 @@ class StepMemory:
     student_parameters: int
     teacher_parameters: int
     teachers: int = 1
+    trained_parameters: int | None = None
+    """of adapters; None if all are trained"""
 
     def plus_teachers(self, other: StepMemory) -> StepMemory:
         """The sum with the teachers of another pair of the same student, all in memory at the same time."""
@@ -67,10 +72,13 @@ def step_memory(
     tokens: int,
     dtypes: tuple[str, str] = ("float32", "auto"),
     served: bool = False,
+    quantizations: tuple[str | None, str | None] = (None, None),
+    lora: Mapping[str, Any] | None = None,
 ) -> StepMemory | None:
     """The memory of a step; None if a config.json lacks sizes that the formula needs.
 
-    The dtype "auto" is the one in config.json; the weights of a ``served`` teacher are not counted.
+    The dtype "auto" is the one in config.json; the weights of a ``served`` teacher are not counted. ``lora``: rank,
+    targets and modules_to_save of the student's adapters, if they alone are trained.
     """
     mine, theirs = student.config, teacher.config
     counts = parameters(student), 0 if served else parameters(teacher)
@@ -83,16 +91,56 @@ def step_memory(
     block = min(_BLOCK_BYTES, rows * max(widths) * 4)
     width = _bytes_of(dtypes[0], mine)
     trained = 4 * width if width >= 4 else 2 * width + 3 * 4  # weight, gradient, moments, float32 copy
+    student_bytes, adapted = counts[0] * trained, None
+    if lora is not None:
+        adapters, whole = _adapter_parameters(shape, lora)
+        adapted = adapters + whole
+        student_bytes = (
+            _weight_bytes(counts[0], shape, width, quantizations[0]) + adapters * 16 + whole * trained
+        )
+    teacher_bytes = _weight_bytes(counts[1], _shape(theirs), _bytes_of(dtypes[1], theirs), quantizations[1])
     return StepMemory(
         sequences=sequences,
         tokens=tokens,
-        student=counts[0] * trained,
-        teacher=counts[1] * _bytes_of(dtypes[1], theirs),
+        student=student_bytes,
+        teacher=teacher_bytes,
         activations=rows * layers * (9 * hidden + 4 * inner + 3 * (queries + keys)) * 4,
         logits=_BLOCKS * block,
         student_parameters=counts[0],
         teacher_parameters=counts[1],
+        trained_parameters=adapted,
     )
+
+
+def _weight_bytes(
+    count: int, shape: tuple[int, int, int, int, int, int] | None, width: int, quantization: str | None
+) -> int:
+    """Bytes of frozen weights; quantized ones are the matrices of the layers."""
+    if quantization is None or shape is None or not count:
+        return count * width
+    hidden, inner, queries, keys, layers, _ = shape
+    matrices = min(count, layers * (2 * hidden * (queries + keys) + 3 * hidden * inner))
+    return (count - matrices) * width + int(matrices * _QUANTIZED[quantization])
+
+
+def _adapter_parameters(
+    shape: tuple[int, int, int, int, int, int], lora: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Parameters of low-rank adapters, and of modules that are trained whole."""
+    hidden, inner, queries, keys, layers, rows = shape
+    sides = {
+        **dict.fromkeys(("q_proj", "o_proj"), hidden + queries),
+        **dict.fromkeys(("k_proj", "v_proj"), hidden + keys),
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + inner),
+    }
+    targets = lora.get("targets")
+    chosen = set(sides) if targets is None else {str(name).rpartition(".")[2] for name in targets}
+    ends = len({"lm_head", "embed_tokens"} & chosen) if targets is not None else 0
+    adapters = layers * sum(sides[name] for name in chosen if name in sides) + ends * (hidden + rows)
+    whole = len(
+        {"lm_head", "embed_tokens"} & {str(n).rpartition(".")[2] for n in lora.get("modules_to_save") or ()}
+    )
+    return int(lora["rank"]) * adapters, whole * hidden * rows
 
 
 def _bytes_of(dtype: str, config: Mapping[str, Any]) -> int:

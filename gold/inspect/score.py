@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from gold import terminal
 from gold.errors import DataError
 from gold.inspect.view import AlignmentView, TokenizedSide
 from gold.kernels.lm_head import token_statistics
+from gold.models.adapters import describe, is_adapted
 from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel, output_width
 from gold.models.load import load_model
@@ -33,7 +36,11 @@ class PairScorer:
         Raises: ModelError, VocabularyError as for ``load_model``.
         """
         mine = _load(student)
-        return cls(mine, mine if teacher == student else _load(teacher))
+        theirs = mine if teacher == student else _load(teacher)
+        for model in {id(m): m for m in (mine, theirs)}.values():
+            if is_adapted(model.lm):
+                terminal.show(f"model {model.name}: {describe(model.lm)}", stream=sys.stderr)
+        return cls(mine, theirs)
 
     @property
     def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:

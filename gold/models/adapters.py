@@ -235,7 +235,7 @@ def copy_of(lm: Any) -> Any:
 
 
 def describe(lm: Any) -> str:
-    """The adapter in a few words: kind, rank, layers, number of trained weights."""
+    """The adapter in a few words: kind, rank, layers, number of trained weights, base model."""
     config = lm.peft_config[lm.active_adapter]
     rank = f", rank {config.r}, alpha {config.lora_alpha:g}" if hasattr(config, "lora_alpha") else ""
     named = config.target_modules
@@ -244,7 +244,9 @@ def describe(lm: Any) -> str:
     )
     kept = f"; whole: {', '.join(config.modules_to_save)}" if getattr(config, "modules_to_save", None) else ""
     trained, total = (sum(p.numel() for p in lm.parameters() if p.requires_grad), _count(lm))
-    return f"{config.peft_type.value}{rank} on {layers}{kept}: {trained:,} of {total:,} weights are trained"
+    base = adapter_config(lm)["base_model_name_or_path"]
+    what = f"{config.peft_type.value}{rank} on {layers}{kept}"
+    return f"{what}: {trained:,} of {total:,} weights are trained; base {base}"
 
 
 # Merging

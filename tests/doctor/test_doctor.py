@@ -59,8 +59,10 @@ from gold.doctor.weights import (
     self_divergence,
 )
 from gold.errors import ConfigError
+from gold.inspect.score import PairScorer
+from gold.models.adapters import add_adapters, save_adapters
 from gold.models.language_model import LanguageModel
-from gold.models.load import save_model, wrap_model
+from gold.models.load import load_model, save_model, wrap_model
 from gold.tokenize.roles import Roles
 from gold.tokenize.vocabulary import Vocabulary
 
@@ -471,6 +473,14 @@ def test_memory_by_hand(make: Make) -> None:
     halved = step_memory(student, teacher, 2, 7, ("bfloat16", "float32"))
     assert halved is not None
     assert (halved.student, halved.teacher) == (16 * count, 4 * count)  # with float32 copies
+    lora = {"rank": 2, "targets": None, "modules_to_save": ["lm_head"]}
+    adapted = step_memory(student, teacher, 2, 7, quantizations=("nf4", "int8"), lora=lora)
+    assert adapted is not None
+    # 2·(10 + 16) + 2·(10 + 8) + 3·(10 + 20) rows and columns of adapters a layer; 1,080 of its weights are matrices.
+    adapters, whole, matrices = 2 * 3 * 178, 1000, 3 * 1080
+    assert adapted.trained_parameters == adapters + whole
+    assert adapted.student == 4 * (count - matrices) + int(matrices * 4.127 / 8) + 16 * (adapters + whole)
+    assert adapted.teacher == 2 * (count - matrices) + matrices
     both = needed.plus_teachers(halved)
     assert (both.teachers, both.teacher, both.teacher_parameters) == (2, 6 * count, 2 * count)
     assert both.total == needed.total + halved.teacher
@@ -478,6 +488,22 @@ def test_memory_by_hand(make: Make) -> None:
         kept = {name: size for name, size in SIZES.items() if name != gone}
         assert step_memory(make(byte_level_bpe(), **kept), teacher, 2, 7) is None
     assert step_memory(make(byte_level_bpe(), **SIZES, num_local_experts=8), teacher, 2, 7) is None
+
+
+def test_a_folder_of_adapters_says_its_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.save_pair(tmp_path)
+    model = add_adapters(load_model(tmp_path / "student"), rank=3)
+    save_adapters(model.lm, tmp_path / "adapter")
+    print_report(diagnose(tmp_path / "adapter", tmp_path / "teacher"))
+    told = capsys.readouterr().out
+    assert f"pass  adapter: the student is an adapter (LORA of rank 3) of {tmp_path / 'student'}\n" in told
+    assert "of adapters trained" in told
+    side = read_side("student", tmp_path / "adapter")
+    assert side.folder == tmp_path / "student"
+    assert parameters(side) == parameters(read_side("student", tmp_path / "student"))
+    view = PairScorer.load(str(tmp_path / "adapter"), str(tmp_path / "teacher"))
+    assert view.student.name == str(tmp_path / "adapter")
+    assert f"base {tmp_path / 'student'}" in capsys.readouterr().err
 
 
 def test_memory_is_compared_with_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,6 +257,29 @@ def test_adapters_of_another_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.assets("smollm2-135m-instruct", "gemma3-270m")
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma3-270m"])
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+def test_real_weights(name: str, quantization: str | None, tmp_path: Path) -> None:
+    from benchmarks.assets import assets_folder
+
+    model = add_adapters(load_model(assets_folder() / name, quantization=quantization), rank=8)
+    with torch.no_grad():
+        for weight in model.lm.parameters():
+            if weight.requires_grad:
+                weight.add_(2e-3 * torch.randn_like(weight))
+    save_model(model, tmp_path / "merged")
+    save_adapters(model.lm, tmp_path / "adapter")
+    expected = torch.log_softmax(logits(model.lm), -1)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    found = torch.log_softmax(logits(merged), -1)
+    kl = float((expected.exp() * (expected - found)).sum(-1).max())
+    assert kl < (1e-2 if quantization == "int8" else 1e-5)
+    again = load_model(tmp_path / "adapter", quantization=quantization)
+    assert torch.equal(logits(again.lm), logits(model.lm))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_architecture(kind: str, tmp_path: Path) -> None:
     try:
