@@ -21,6 +21,10 @@ BENCHMARKS = {
     ),
     "objectives": ("benchmarks.objectives", "every objective on the demonstration task, with seeds"),
     "inside": ("benchmarks.inside", "a real pair: every byte, or one-to-one chunks alone, with seeds"),
+    "adapters": (
+        "benchmarks.adapters",
+        "full training, LoRA and QLoRA of a real pair in equal time, with seeds",
+    ),
     "informed": ("benchmarks.informed", "teachers that see more, and teachers of two families, with seeds"),
     "tails": ("benchmarks.tails", "a teacher that tells its likeliest tokens alone, beside all of its rows"),
     "contract": ("benchmarks.contract", "put every objective, and losses of peers, to the contract"),

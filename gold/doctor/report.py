@@ -60,8 +60,9 @@ def diagnose(
         ModelError: weights that cannot be loaded.
     """
     sides, refused = [], []
-    both = zip(("student", "teacher"), (student, teacher), roles, renderings, strict=True)
-    for role, source, named, rendering in both:
+    for role, source, named, rendering in zip(
+        ("student", "teacher"), (student, teacher), roles, renderings, strict=True
+    ):
         try:
             if role == "student" or not served:
                 check_kind(source)
@@ -76,17 +77,13 @@ def diagnose(
         return Report(refused)
     mine, theirs = sides
     report = examine_pair(mine, theirs, texts)
-    checks, unchecked = list(report.checks), list(report.unchecked)
+    checks, unchecked = [*report.checks], [*report.unchecked]
     tokens += len(mine.vocabulary.encode(prompt))
     checks += [_adapter_finding(side) for side in sides if side.adapter is not None]
     lora = lora or _lora_of(mine)
     needed = step_memory(mine, theirs, sequences, tokens, dtypes, served, quantizations, lora)
-    if needed is not None:
-        checks.append(memory_finding(needed))
-    elif silent := " and ".join(side.role for side in sides[: 2 - served] if not side.config):
-        unchecked.append(f"memory: no config.json of {silent}")
-    else:
-        unchecked.append("memory: an unusual config.json")
+    checks += [memory_finding(needed)] if needed is not None else []
+    unchecked += [_why_no_memory(sides[: 2 - served])] if needed is None else []
     if load is None:
         loaded = "the student" if served else "both models"
         unchecked.append(f"self KL, bits per byte, time: --weights loads {loaded}")
@@ -95,6 +92,11 @@ def diagnose(
 
         checks += examine_weights(*load(), texts or SAMPLE[JUDGED], sequences, tokens)
     return Report(checks, report.coverage, unchecked, needed, tuple(sides))
+
+
+def _why_no_memory(sides: Sequence[Side]) -> str:
+    silent = " and ".join(side.role for side in sides if not side.config)
+    return f"memory: no config.json of {silent}" if silent else "memory: an unusual config.json"
 
 
 def _lora_of(side: Side) -> Mapping[str, Any] | None:
