@@ -60,8 +60,9 @@ _FILES = (
     "notes.jsonl",
     "vllm.log",
     "report.html",
+    "trackers.json",
 )
-_FOLDERS = ("checkpoints", "plots", "student", "adapter")
+_FOLDERS = ("checkpoints", "plots", "student", "adapter", "tensorboard", "wandb")
 # Files that a process killed before config.yaml was written may leave.
 _BEFORE_CONFIG = {".lock", "environment.json", "inputs.json"}
 _BEFORE_CONFIG |= {".tmp-environment.json", ".tmp-inputs.json", ".tmp-config.yaml"}

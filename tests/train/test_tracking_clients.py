@@ -19,6 +19,7 @@ from gold import Config, Recipe, distill
 from gold.errors import ConfigError
 from gold.train import tracking_clients
 from gold.train.loop import Saving
+from gold.train.run_folder import RunFolder
 from gold.train.trackers import RunInfo, Tracker
 from gold.train.tracking_clients import CLIENTS, Client, check_clients
 
@@ -95,6 +96,16 @@ def test_the_id_of_a_run_is_kept_with_it(tmp_path: Path) -> None:
     assert Double(tmp_path).kept_id("another") == "another"
     assert Double(tmp_path).kept_id() == "another"
     assert Double().kept_id() != first
+
+
+def test_what_clients_keep_of_a_run_is_removed_with_it(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "run", {}).close()
+    client = CLIENTS["tensorboard"](tmp_path / "run")
+    feed(client)
+    client.kept_id()
+    assert {"tensorboard", "trackers.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    RunFolder.create(tmp_path / "run", {}, overwrite=True).close()
+    assert not {"tensorboard", "trackers.json"} & {path.name for path in (tmp_path / "run").iterdir()}
 
 
 # Event files of TensorBoard, read by its own reader
