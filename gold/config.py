@@ -222,9 +222,7 @@ class TrainConfig(Training):
     """checkpoints kept"""
     doctor: Literal["stop", "report"] = "stop"
     """if `gold doctor` finds that a pair cannot be trained: stop, or report it and continue"""
-    trackers: Annotated[
-        tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], Field(strict=False)
-    ] = ()
+    trackers: Annotated[tuple[TrackerName, ...], Field(strict=False)] | None = None
     """where metrics and samples go besides the run folder: tensorboard, wandb, trackio, mlflow"""
 
 

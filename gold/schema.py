@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gold.errors import ConfigError, did_you_mean
+from gold.other_names import KEY_OF
 
 Key = tuple[str | int, ...]
 
@@ -164,6 +165,10 @@ def _meant_key(key: Key, root: type[BaseModel], prefix: str) -> str:
     if renamed:
         return f"; did you mean {', '.join(new.removeprefix(prefix) for new in renamed)}?"
     here, name = list(annotation_at(root, key[:-1]).model_fields), str(key[-1])
+    if theirs := KEY_OF.get(name):
+        own = theirs.split(".")[-1] if prefix else theirs  # the arguments of a Recipe have no sections
+        if not prefix or own in here:
+            return f"; did you mean {own}?"
     if near := did_you_mean(name, here, ""):
         return near
     elsewhere = [

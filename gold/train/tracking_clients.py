@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import secrets
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -208,13 +209,11 @@ class MLflow(Client):
         run = mlflow.start_run(run_id=self.kept_id() if done else None, run_name=self.name)
         self.kept_id(run.info.run_id)
         if not done:
-            mlflow.log_params({key: str(value)[:6000] for key, value in config.items()})
+            mlflow.log_params({_plain_name(key): str(value)[:6000] for key, value in config.items()})
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """See ``Client``. Brackets of measures become dots, which MLflow takes in names."""
-        self.client.log_metrics(
-            {name.replace("[", ".").replace("]", ""): value for name, value in values.items()}, step=step
-        )
+        """See ``Client``."""
+        self.client.log_metrics({_plain_name(name): value for name, value in values.items()}, step=step)
 
     def table(self, rows: Sequence[Sequence[Any]], step: int) -> None:
         """See ``Client``: an artifact per evaluation."""
@@ -267,6 +266,11 @@ def _row(sample: Mapping[str, Any]) -> list[Any]:
     size = len(str(sample["completion"]).encode("utf-8", "replace"))
     per_byte = round(gap / size, 4) if chunks and size else None
     return [sample["step"], sample["prompt"], sample["completion"], sample["stopped"], per_byte]
+
+
+def _plain_name(name: str) -> str:
+    """A name that MLflow takes: ``objectives[0].name`` is ``objectives.0.name``."""
+    return re.sub(r"[^\w\-. :/]", "_", name.replace("[", ".").replace("]", ""))
 
 
 def _cell(value: Any) -> str:
