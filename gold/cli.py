@@ -322,14 +322,17 @@ def evaluate(
 
 
 def _measure_lines(measures: Mapping[str, float]) -> Iterator[str]:
-    """Each measure on a line, with its 95 % interval if it has one."""
+    """Each measure on a line, with its 95 % interval if it has one, and its unit."""
+    from gold.inspect.series import words
+
     for name, value in measures.items():
         if name.endswith(("_low", "_high")) and name.rpartition("_")[0] in measures:
             continue
         line = f"{name:<22} {value:>9.4f}"
         if f"{name}_low" in measures:
             line += f"   95 % {measures[f'{name}_low']:.4f} to {measures[f'{name}_high']:.4f}"
-        yield line
+        unit = words(name)[1]
+        yield f"{line}   {unit}" if unit else line
 
 
 @app.command()

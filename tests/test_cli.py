@@ -82,7 +82,13 @@ def test_train_hands_on_the_configuration(call: Call, stand_in: Any, saved: Path
     assert type(first[1]["progress"]).__name__ == "Lines"  # stdout is no terminal here
 
 
-MEASURES = {"accuracy": 0.5, "accuracy_low": 0.25, "accuracy_high": 0.75, "stop_rate": 1.0}
+MEASURES = {
+    "accuracy": 0.5,
+    "accuracy_low": 0.25,
+    "accuracy_high": 0.75,
+    "stop_rate": 1.0,
+    "reverse_kl_per_byte": 0.5,
+}
 
 
 def test_eval_hands_on_the_source_and_prints_the_measures(call: Call, stand_in: Any, saved: Path) -> None:
@@ -92,6 +98,7 @@ def test_eval_hands_on_the_source_and_prints_the_measures(call: Call, stand_in: 
     assert [line.split() for line in done.out.splitlines()] == [
         ["accuracy", "0.5000", "95", "%", "0.2500", "to", "0.7500"],
         ["stop_rate", "1.0000"],
+        ["reverse_kl_per_byte", "0.5000", "nats", "per", "byte"],
     ]
     assert calls[0][0][:2] == (saved, ["evaluate.prompts=2"])
     assert json.loads(call("eval", saved, "--json").out) == {

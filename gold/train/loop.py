@@ -35,7 +35,7 @@ from gold.train.checkpoint import latest_checkpoint, prune, remove_leftovers
 from gold.train.input_digests import of_run
 from gold.train.interrupt import NAMES, Interrupt, ended_by
 from gold.train.preflight import check_kept, check_recipe, pin_date, read_date, readers_of, write_date
-from gold.train.progress import Lasting, Quiet
+from gold.train.progress import Lasting, Quiet, evaluation_line
 from gold.train.recipe import Recipe
 from gold.train.resume_rules import Inputs
 from gold.train.run_folder import RunFolder
@@ -64,7 +64,7 @@ class Saving:
     allow_changed: bool = False
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """The result of a training run: the trained student, every step's metrics, every evaluation, and the run folder,
     which only the main process has written."""
@@ -74,6 +74,10 @@ class Run:
     steps: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     is_main_process: bool = True
+
+    def __repr__(self) -> str:
+        last = evaluation_line(self.evaluations[-1]) if self.evaluations else "no evaluation"
+        return f"Run of {self.student.name}, {len(self.steps)} steps; {last}; folder {self.folder}"
 
 
 def distill(

@@ -8,7 +8,7 @@ import support.tiny_models as tiny
 from support.trackers import Recorder
 
 from gold import Recipe, distill
-from gold.train.loop import Saving
+from gold.train.loop import Run, Saving
 from gold.train.trackers import RunInfo, Trackers
 
 RECIPE = Recipe(steps=2, prompts_per_step=2, num_generations=1, warmup_steps=0, max_new_tokens=4)
@@ -59,6 +59,12 @@ def test_a_tracker_that_fails_ends_the_run_and_is_finished(tmp_path: Path) -> No
     with pytest.raises(ZeroDivisionError):
         train(seen, tmp_path / "run", 2)
     assert seen.calls[-2:] == ["train", "finish"]
+
+
+def test_a_run_prints_as_a_line() -> None:
+    record = {"step": 3, "reverse_kl_per_byte": 0.5}
+    run = Run(tiny.tiny_student(), Path("runs/one"), [{}] * 3, [record])
+    assert str(run) == ("Run of student, 3 steps; held out, step 3:  reverse KL/byte 0.5000; folder runs/one")
 
 
 def test_several_trackers_are_one() -> None:
