@@ -76,7 +76,19 @@ MAY_CHANGE: dict[str, str | None] = {
     **{f"{side}.device": _DIGITS for side in ("student", "teacher*")},
 }
 # Keys that earlier versions did not have, with the value, as JSON, by which they acted.
-_LATER = {f"{section}.order": '"shuffled"' for section in ("data", "recipe")}
+_LATER = {
+    f"{section}.{key}": value
+    for sections, key, value in (
+        ("data recipe", "order", '"shuffled"'),
+        ("rollout recipe", "staleness", "0"),
+        ("rollout recipe", "importance_cap", "2.0"),
+        ("rollout recipe", "cut", '"keep"'),
+        ("train recipe", "sharding", '"none"'),
+        ("train recipe", "gradient_sync", '"microbatch"'),
+        ("train recipe", "optimizer", '"adamw"'),
+    )
+    for section in sections.split()
+}
 # Keys of input locations with the input's name, if that is not the key itself: contents are compared, so files may
 # move.
 _PLACES = {"data.prompts": "training prompts", "data.heldout": "held-out prompts"}
