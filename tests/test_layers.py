@@ -21,7 +21,7 @@ ROOT = Path(gold.__file__).parent
 # Heavy or optional packages, and the only modules that may import them.
 HOME_OF = {
     "accelerate": ("gold.train.state", "gold.train.loop", "gold.train.preflight"),
-    "bitsandbytes": ("gold.models.quantization",),
+    "bitsandbytes": ("gold.models.quantization", "gold.train.optimizer"),
     "gguf": ("gold.models.load",),
     "httpx2": ("gold.http",),
     "matplotlib": ("gold.inspect.plots", "gold.demo"),

@@ -85,7 +85,6 @@ def step_memory(
     shape = _shape(mine)
     if counts[0] is None or counts[1] is None or shape is None:
         return None
-    hidden, inner, queries, keys, layers, _ = shape
     rows = sequences * tokens
     widths = [int(mine.get("vocab_size") or 0), int(theirs.get("vocab_size") or teacher.vocabulary.size)]
     block = min(_BLOCK_BYTES, rows * max(widths) * 4)
@@ -104,7 +103,7 @@ def step_memory(
         tokens=tokens,
         student=student_bytes,
         teacher=teacher_bytes,
-        activations=rows * layers * (9 * hidden + 4 * inner + 3 * (queries + keys)) * 4,
+        activations=_activations(shape, rows),
         logits=_BLOCKS * block,
         student_parameters=counts[0],
         teacher_parameters=counts[1],
@@ -141,6 +140,17 @@ def _adapter_parameters(
         {"lm_head", "embed_tokens"} & {str(n).rpartition(".")[2] for n in lora.get("modules_to_save") or ()}
     )
     return int(lora["rank"]) * adapters, whole * hidden * rows
+
+
+def activation_bytes(config: Mapping[str, Any], rows: int) -> int | None:
+    """Bytes that a forward pass over so many tokens keeps for its backward pass; None if sizes are missing."""
+    shape = _shape(config)
+    return None if shape is None else _activations(shape, rows)
+
+
+def _activations(shape: tuple[int, int, int, int, int, int], rows: int) -> int:
+    hidden, inner, queries, keys, layers, _ = shape
+    return rows * layers * (9 * hidden + 4 * inner + 3 * (queries + keys)) * 4
 
 
 def _bytes_of(dtype: str, config: Mapping[str, Any]) -> int:

@@ -30,6 +30,7 @@ from gold.rollout.vllm import VLLMEngine
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.vocabulary import Vocabulary
+from gold.train.activations import settled
 from gold.train.alarms import Warnings, check_end, remedy_for, why_bad
 from gold.train.checkpoint import latest_checkpoint, prune, remove_leftovers
 from gold.train.input_digests import of_run
@@ -158,7 +159,8 @@ def _run(
         check_kept(teachers, student, setup.pairs, setup.prompts, recipe)
     if saving.output and accelerator.is_main_process and inputs is None:
         inputs = of_run(student, teachers, setup.prompts, heldout)
-    state = TrainState(student, teachers, recipe, accelerator, keep_reference=setup.needs_reference)
+    own = settled(setup, tracker, accelerator.num_processes)
+    state = TrainState(student, teachers, own, accelerator, keep_reference=setup.needs_reference)
     run = Run(student, saving.output, is_main_process=accelerator.is_main_process)
     with contextlib.ExitStack() as stack:
         stack.callback(student.lm.eval)

@@ -22,6 +22,7 @@ from gold.prompt_order import PromptOrder
 from gold.rollout.engine import completed
 from gold.teachers.several import Teachers
 from gold.tokenize.templates import Rendering
+from gold.train.optimizer import check_installed
 from gold.train.recipe import Recipe, problems
 
 DATE_FILE = "template_date.txt"
@@ -49,6 +50,7 @@ def check_recipe(
             f"prompt {lacking[0].key} (one of {len(lacking)}) has no completion, and rollout.on_policy is "
             f"{recipe.on_policy:g}; give every prompt one, or set it to 1"
         )
+    check_installed(recipe.optimizer)
     if found := list(problems(recipe, has_verifier=verifier is not None)):
         raise ConfigError(*found)
 

@@ -126,8 +126,10 @@ class Training(Section):
     """seed of prompt order and sampling"""
     precision: Literal["auto", "no", "bf16"] = "auto"
     """mixed precision; auto: bf16 on a GPU that has it, else none"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, about a third more time"""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: moments of 8 bits (bitsandbytes), 6 bytes per weight less"""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """recompute activations in the backward pass: less memory, a third more time; auto: if they would not fit else"""
     sharding: Literal["none", "fsdp"] = "none"
     """with several processes, each has whole models, or shards of the weights and the optimizer's state (FSDP2)"""
     gradient_sync: Literal["microbatch", "step"] = "microbatch"
@@ -212,6 +214,8 @@ def problems(recipe: Recipe, has_verifier: bool) -> Iterator[str]:
     from gold.losses import find
 
     active = {term.name: term.options for term in recipe.objectives if term.weight}
+    if recipe.optimizer == "adamw8bit" and recipe.sharding == "fsdp":
+        yield "train.optimizer: moments of 8 bits are not sharded: set it to adamw, or train.sharding to none"
     if not active:
         yield "objectives: none has a weight above 0: nothing would be learned"
     if recipe.staleness and recipe.importance_cap is not None:

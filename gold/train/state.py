@@ -38,12 +38,13 @@ from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.train import shards
 from gold.train.checkpoint import Checkpoint
-from gold.train.optimizer import MasterAdamW
+from gold.train.optimizer import optimizer_of
 from gold.train.recipe import Recipe
 from gold.train.sharding import Sharding, shard_like
 from gold.train.shards import Snapshot
 
 Answer = TypeVar("Answer")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # of weights' shape, in torch and in bitsandbytes
 AHEAD = "rollouts.npz"
 """The file of a checkpoint with the completions of the next step, if they were under way."""
 
@@ -79,7 +80,7 @@ class TrainState:
             # A teacher that equals the current student need not be stored twice.
             held = teachers.frozen_copy(student.lm) if teachers else None
             self.reference = held or copy_of(student.lm).eval().requires_grad_(False)
-        if recipe.gradient_checkpointing:
+        if recipe.gradient_checkpointing is True:
             recompute_activations(student.lm)
         # Policy and gradient must use the same distribution: no dropout or other randomness of train mode.
         student.lm.eval()
@@ -87,8 +88,8 @@ class TrainState:
         if self.sharding:
             self._shard(self.sharding, module)
         trained = [p for p in student.lm.parameters() if p.requires_grad]
-        optimizer = MasterAdamW(
-            trained, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+        optimizer = optimizer_of(
+            recipe.optimizer, trained, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
         )
         self.masters = optimizer.masters
         if self.sharding:
@@ -375,7 +376,7 @@ def load_optimizer(optimizer: Any, file: Path, device: torch.device) -> None:
         group.update(own)
         for weight in group["params"]:
             for name, value in optimizer.state.get(weight, {}).items():
-                if name != "step" and isinstance(value, Tensor) and value.shape != weight.shape:
+                if name in _MOMENTS and value.shape != weight.shape:
                     raise ValueError(f"it has {name} of shape {tuple(value.shape)} for {tuple(weight.shape)}")
 
 

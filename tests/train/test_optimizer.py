@@ -15,6 +15,7 @@ from gold.teachers.ema import SelfTeacher
 from gold.teachers.several import Teachers
 from gold.train.checkpoint import latest_checkpoint, save_checkpoint
 from gold.train.optimizer import MasterAdamW
+from gold.train.preflight import check_recipe
 from gold.train.recipe import Recipe, Term
 from gold.train.setup import Setup
 from gold.train.state import TrainState
@@ -38,9 +39,11 @@ class Steps:
         return list(model.lm.parameters())
 
 
-def steps_of(dtype: torch.dtype, lr: float = 1e-5, decay: float | None = None) -> Steps:
+def steps_of(
+    dtype: torch.dtype, lr: float = 1e-5, decay: float | None = None, width: int = 32, **settings: Any
+) -> Steps:
     """Steps over completions of the data, so that all dtypes read the same texts."""
-    student, teacher = tiny.tiny_student(), tiny.tiny_teacher()
+    student, teacher = tiny.tiny_student(width=width), tiny.tiny_teacher()
     student.lm.to(dtype)
     members: dict[str, Any] = {"teacher": teacher}
     if decay is not None:
@@ -55,6 +58,7 @@ def steps_of(dtype: torch.dtype, lr: float = 1e-5, decay: float | None = None) -
         warmup_steps=0,
         schedule="constant",
         lr=lr,
+        **settings,
     )
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     setup = Setup.of(student, teachers, tiny.prompts(), recipe)
@@ -153,3 +157,38 @@ def test_the_state_of_another_dtype_is_refused() -> None:
             one.load_state_dict(other.state_dict())
     assert sum(t.dtype == torch.float32 for t in sixteen.masters.values()) == 1
     assert not thirty_two.masters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_of_8_bits_learn_alike_and_go_on_from_a_checkpoint_bit_for_bit(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    run, other, whole = (
+        steps_of(dtype, 3e-3, width=64, optimizer=kind) for kind in ("adamw8bit", "adamw8bit", "adamw")
+    )
+    for _ in range(3):
+        loss, plain = run.take()["loss"], whole.take()["loss"]
+    assert loss == pytest.approx(plain, rel=0.02)
+    moments = [s["state1"] for s in run.state.optimizer.state.values()]
+    assert {m.dtype for m in moments if m.numel() >= 4096} == {torch.uint8}
+    save_checkpoint(tmp_path, run.state.step, run.state.save, 2)
+    found, _ = latest_checkpoint(tmp_path)
+    assert found is not None
+    other.state.load(found)
+    for _ in range(2):
+        assert other.take()["loss"] == run.take()["loss"]
+    for mine, theirs in zip(
+        other.state.student.lm.parameters(), run.state.student.lm.parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(CheckpointError, match="does not belong to this run"):
+        whole.state.load(found)
+
+
+def test_without_bitsandbytes_moments_of_8_bits_are_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gold.train.optimizer.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"train\.optimizer: adamw8bit needs bitsandbytes: pip install"):
+        check_recipe(Recipe(optimizer="adamw8bit"), tiny.prompts(), None, 1)

@@ -1,0 +1,56 @@
+"""Activations are recomputed where a step would not fit the device, and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import support.tiny_models as tiny
+from support.trackers import Recorder
+
+from gold.teachers import LocalTeacher
+from gold.teachers.several import Teachers
+from gold.train.activations import settled
+from gold.train.recipe import Recipe
+from gold.train.setup import Setup
+
+
+def of(**settings: Any) -> Setup:
+    recipe = Recipe(max_new_tokens=10, **settings)
+    teachers = Teachers({"teacher": LocalTeacher(tiny.tiny_teacher())})
+    return Setup.of(tiny.tiny_student(), teachers, tiny.prompts(), recipe)
+
+
+def test_where_memory_is_enough_nothing_is_recomputed() -> None:
+    notes = Recorder()
+    assert settled(of(), notes).gradient_checkpointing is False
+    assert settled(of(gradient_checkpointing=True), notes).gradient_checkpointing is True
+    assert not notes.notes
+
+
+@pytest.mark.parametrize(("setting", "decided"), [("auto", True), (False, False)])
+def test_what_would_not_fit_is_recomputed_and_told(
+    monkeypatch: pytest.MonkeyPatch, setting: Any, decided: bool
+) -> None:
+    monkeypatch.setattr("gold.train.activations.machine_memory", lambda: 2**20)
+    notes = Recorder()
+    assert settled(of(gradient_checkpointing=setting), notes).gradient_checkpointing is decided
+    assert ["activations are recomputed" in note for note in notes.notes] == [True] * decided
+
+
+def test_the_estimate_follows_the_tokens_and_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Just enough memory for what was asked, found by bisection, is not enough for more tokens."""
+
+    def needs(**settings: Any) -> int:
+        low, high = 0, 2**40
+        setup = of(**settings)
+        while high - low > 1:
+            middle = (low + high) // 2
+            monkeypatch.setattr("gold.train.activations.machine_memory", lambda middle=middle: middle)
+            low, high = (middle, high) if settled(setup, Recorder()).gradient_checkpointing else (low, middle)
+        return high
+
+    plain = needs(micro_batch_tokens=1000)
+    trained = sum(p.numel() for p in tiny.tiny_student().lm.parameters())
+    assert plain - needs(micro_batch_tokens=1000, optimizer="adamw8bit") == 6 * trained
+    assert needs(micro_batch_tokens=2000) > plain > needs(micro_batch_size=1)
