@@ -12,6 +12,7 @@ from gold.doctor.sizes import activation_bytes, machine_memory
 from gold.errors import DataError
 from gold.kernels.logits import ACCELERATED, BLOCK_BYTES
 from gold.models.hidden_states import decoder_layers
+from gold.models.language_model import output_width
 from gold.train.recipe import Recipe
 from gold.train.setup import Setup
 from gold.train.trackers import Tracker
@@ -21,44 +22,41 @@ _BLOCKS = 6
 
 
 def settled(setup: Setup, tracker: Tracker, processes: int = 1) -> Recipe:
-    """The recipe with ``gradient_checkpointing`` true or false; where ``auto`` sets it to true, notes the reason.
-    Sharded weights are divided among the ``processes``."""
-    again, reason = _recompute(setup, processes if setup.recipe.sharding == "fsdp" else 1)
-    if reason:
-        tracker.note(reason)
-    return setup.recipe.replace(gradient_checkpointing=again)
+    """The recipe with ``gradient_checkpointing`` true or false; ``auto`` becomes true if the step would need more memory
+    than the device has, which is noted.
 
-
-def _recompute(setup: Setup, shards: int) -> tuple[bool, str]:
-    """Whether activations are recomputed; ``auto``: if the step would need more memory than the device has.
-
-    The formula is that of `gold doctor`, with the weights as loaded. It depends on the recipe, the models, the longest
-    prompt and the device's whole memory, not on what is free, so that a resumed run decides the same.
+    The formula is that of `gold doctor`, with the weights as loaded; sharded ones are divided among the ``processes``.
+    It depends on the recipe, the models, the longest prompt and the device's whole memory, not on what is free, so that
+    a resumed run decides the same.
     """
-    recipe, lm = setup.recipe, setup.student.lm
+    recipe = setup.recipe
     if recipe.gradient_checkpointing != "auto":
-        return recipe.gradient_checkpointing, ""
-    has = _device_memory(setup.student.device)
-    activations = activation_bytes(lm.config.get_text_config().to_dict(), _rows(setup))
-    if has is None or activations is None or not decoder_layers(lm):
-        return False, ""
-    weights = _trained_bytes(lm.parameters(), 2 if recipe.optimizer == "adamw8bit" else 8)
+        return recipe
+    has, activations = _device_memory(setup.student.device), _activations(setup)
+    needed = step_bytes(setup, processes if recipe.sharding == "fsdp" else 1)
+    fits = has is None or needed <= has or not activations or not decoder_layers(setup.student.lm)
+    if not fits:
+        gib = [f"{size / 2**30:.1f} GiB" for size in (needed, activations, has or 0)]
+        tracker.note(
+            f"activations are recomputed in the backward pass: a step would need about {gib[0]} ({gib[1]} of "
+            f"activations), and the device has {gib[2]}; train.gradient_checkpointing sets it"
+        )
+    return recipe.replace(gradient_checkpointing=not fits)
+
+
+def step_bytes(setup: Setup, shards: int = 1) -> int:
+    """The bytes of a step without recomputation, as far as the sizes of the student's layers are known."""
+    lm = setup.student.lm
+    weights = _trained_bytes(lm.parameters(), 2 if setup.recipe.optimizer == "adamw8bit" else 8)
     frozen = [t.model.lm for t in setup.members.values() if t.model is not None]
     weights += sum(_bytes(each.parameters()) for each in frozen if each.device == lm.device)
     weights += _bytes(lm.parameters()) if setup.needs_reference else 0
-    blocks = _BLOCKS * BLOCK_BYTES * (1 if lm.device.type == "cpu" else ACCELERATED)
-    needed = (
-        weights
-        + activations
-        + min(blocks, 4 * _BLOCKS * _rows(setup) * lm.config.get_text_config().vocab_size)
-    )
-    if needed <= has:
-        return False, ""
-    gib = [f"{size / 2**30:.1f} GiB" for size in (needed, activations, has)]
-    return True, (
-        f"activations are recomputed in the backward pass: a step would need about {gib[0]} ({gib[1]} of activations), "
-        f"and the device has {gib[2]}; train.gradient_checkpointing sets it"
-    )
+    block = BLOCK_BYTES * (1 if lm.device.type == "cpu" else ACCELERATED)
+    return weights // shards + _activations(setup) + _BLOCKS * min(block, 4 * _rows(setup) * output_width(lm))
+
+
+def _activations(setup: Setup) -> int:
+    return activation_bytes(setup.student.lm.config.get_text_config().to_dict(), _rows(setup)) or 0
 
 
 def _rows(setup: Setup) -> int:

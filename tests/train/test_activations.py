@@ -10,7 +10,7 @@ from support.trackers import Recorder
 
 from gold.teachers import LocalTeacher
 from gold.teachers.several import Teachers
-from gold.train.activations import settled
+from gold.train.activations import settled, step_bytes
 from gold.train.recipe import Recipe
 from gold.train.setup import Setup
 
@@ -38,19 +38,9 @@ def test_what_would_not_fit_is_recomputed_and_told(
     assert ["activations are recomputed" in note for note in notes.notes] == [True] * decided
 
 
-def test_the_estimate_follows_the_tokens_and_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Just enough memory for what was asked, found by bisection, is not enough for more tokens."""
-
-    def needs(**settings: Any) -> int:
-        low, high = 0, 2**40
-        setup = of(**settings)
-        while high - low > 1:
-            middle = (low + high) // 2
-            monkeypatch.setattr("gold.train.activations.machine_memory", lambda middle=middle: middle)
-            low, high = (middle, high) if settled(setup, Recorder()).gradient_checkpointing else (low, middle)
-        return high
-
-    plain = needs(micro_batch_tokens=1000)
+def test_the_estimate_follows_the_tokens_the_optimizer_and_the_shards() -> None:
+    plain = step_bytes(of(micro_batch_tokens=1000))
     trained = sum(p.numel() for p in tiny.tiny_student().lm.parameters())
-    assert plain - needs(micro_batch_tokens=1000, optimizer="adamw8bit") == 6 * trained
-    assert needs(micro_batch_tokens=2000) > plain > needs(micro_batch_size=1)
+    assert plain - step_bytes(of(micro_batch_tokens=1000, optimizer="adamw8bit")) == 6 * trained
+    assert step_bytes(of(micro_batch_tokens=2000)) > plain > step_bytes(of(micro_batch_size=1))
+    assert plain - step_bytes(of(micro_batch_tokens=1000), shards=2) > 8 * trained
