@@ -22,8 +22,8 @@ _BLOCKS = 6
 
 
 def settled(setup: Setup, tracker: Tracker, processes: int = 1) -> Recipe:
-    """The recipe with ``gradient_checkpointing`` true or false; ``auto`` becomes true if the step would need more memory
-    than the device has, which is noted.
+    """The recipe with ``gradient_checkpointing`` true or false; ``auto`` becomes true if the step would need more
+    memory than the device has, which is noted.
 
     The formula is that of `gold doctor`, with the weights as loaded; sharded ones are divided among the ``processes``.
     It depends on the recipe, the models, the longest prompt and the device's whole memory, not on what is free, so that
