@@ -26,7 +26,7 @@ from gold.cli import main
 from gold.config import Config
 from gold.models.load import load_model, save_model
 from gold.train.recipe import Recipe
-from gold.train.resume_rules import MAY_CHANGE, _flat
+from gold.train.resume_rules import MAY_CHANGE, flattened
 
 TIMED = ("_s", "tokens_per_s")
 STEPS = 4
@@ -395,5 +395,8 @@ def test_the_keys_that_may_change_are_keys() -> None:
     served = {"path": "t", "served": {"url": "http://x", "model": "m"}, "cache": {"path": "c"}}
     engine = {"vllm": {"url": "http://x"}}
     settings = tiny.run_settings(Path("a"), Path("b"), teacher=served, rollout__engine=engine)
-    keys = {**_flat(Config.model_validate(settings).to_dict()), **_flat(Recipe().model_dump(), "recipe")}
+    keys = {
+        **flattened(Config.model_validate(settings).to_dict()),
+        **flattened(Recipe().model_dump(), "recipe"),
+    }
     assert [pattern for pattern in MAY_CHANGE if not any(fnmatchcase(key, pattern) for key in keys)] == []
