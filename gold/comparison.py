@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gold.align.batch import AlignedBatch
 from gold.align.chunks import align_tokens
-from gold.align.model_inputs import aligned_text, length_batches, student_states, teacher_logits
+from gold.align.model_inputs import aligned_text, rollout_batches, student_states, teacher_logits
 from gold.align.texts import AlignedText
 from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
@@ -174,7 +174,7 @@ class Comparison:
         """Indices of the texts that a teacher is asked for together."""
         size, tokens = self.plan.micro_batch_size, self.plan.micro_batch_tokens
         if tokens is not None:
-            return length_batches(rollouts, size, tokens)
+            return rollout_batches(rollouts, size, tokens)
         return [list(range(len(rollouts)))[first : first + size] for first in range(0, len(rollouts), size)]
 
     def reverse_kl(self, scored: Sequence[Scored]) -> dict[str, float]:
@@ -262,7 +262,7 @@ def student_logp(
     was_training = student.lm.training
     student.lm.eval()
     results: dict[int, StudentLogp] = {}
-    for chosen in length_batches(rollouts, plan.micro_batch_size, plan.micro_batch_tokens):
+    for chosen in rollout_batches(rollouts, plan.micro_batch_size, plan.micro_batch_tokens):
         mine = [rollouts[i] for i in chosen]
         whole = lazy_logits(student.lm, student_states(student, mine))
         for i, rows in zip(chosen, whole.split([r.ids.size for r in mine]), strict=True):

@@ -33,7 +33,7 @@ from gold.teachers.cached import CachedTeacher, record
 from gold.teachers.local import LocalTeacher
 from gold.teachers.served import ServedTeacher
 from gold.teachers.several import Teachers
-from gold.train.checkpoint import latest_checkpoint
+from gold.train.checkpoint_folder import latest_checkpoint
 from gold.train.loop import Run, Saving, check_output, distill
 from gold.train.preflight import pin_date, read_date, readers_of
 from gold.train.run_folder import RunFolder

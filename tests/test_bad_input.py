@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import gold.build
-import gold.train.checkpoint
+import gold.train.checkpoint_folder
 import gold.train.loop
 import gold.train.microbatch
 import gold.train.progress
@@ -34,7 +34,7 @@ import gold.train.step
 from gold.cli import main
 from gold.errors import CheckpointError, DataError
 from gold.losses import OBJECTIVES, DivergenceRow, reverse_kl
-from gold.train.checkpoint import Checkpoint
+from gold.train.checkpoint_folder import Checkpoint
 
 Files = dict[str, bytes]
 
@@ -356,7 +356,7 @@ def test_a_truncated_checkpoint(bench: Bench) -> None:
 def reseal(checkpoint: Path) -> None:
     """The manifest as the files are, whatever they hold."""
     (checkpoint / "manifest.json").unlink()
-    gold.train.checkpoint._seal(checkpoint, int(checkpoint.name.removeprefix("step-")))
+    gold.train.checkpoint_folder._seal(checkpoint, int(checkpoint.name.removeprefix("step-")))
 
 
 def test_a_checkpoint_that_holds_something_else(bench: Bench) -> None:

@@ -29,9 +29,9 @@ def aligned_text(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
     )
 
 
-def length_batches(rollouts: Sequence[Rollout], size: int, tokens: int | None = None) -> list[list[int]]:
-    """Indices of the rollouts in batches grouped by length, longest first: of at most ``size``, or with ``tokens`` of
-    any number, as long as they have no more tokens, padded to the longest; a single one always fits."""
+def rollout_batches(rollouts: Sequence[Rollout], size: int, tokens: int | None = None) -> list[list[int]]:
+    """Indices of the rollouts in microbatches grouped by length, longest first: of at most ``size``, or with ``tokens``
+    of any number, as long as they have no more tokens, padded to the longest; a single one always fits."""
     lengths = [len(rollout.prompt_ids) + rollout.ids.size for rollout in rollouts]
     if tokens is not None:
         return ragged_batches(lengths, tokens)

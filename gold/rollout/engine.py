@@ -72,6 +72,16 @@ class RolloutEngine(Protocol):
 
 
 @runtime_checkable
+class DescribedEngine(RolloutEngine, Protocol):
+    """A rollout engine that is named where a run begins."""
+
+    @property
+    def description(self) -> str:
+        """What generates, and where, in a few words."""
+        ...
+
+
+@runtime_checkable
 class ProbedEngine(RolloutEngine, Protocol):
     """A rollout engine that is tried before the first step of a run, and at every resumption."""
 

@@ -74,7 +74,7 @@ def _generate(model: LanguageModel, requests: Sequence[Request]) -> list[tuple[n
     sampling, stops = requests[0].sampling, list(requests[0].stop_ids)
     uniform = np.stack([np.random.default_rng(r.seed).random(sampling.max_new_tokens) for r in requests])
     prompts = [r.prompt_ids for r in requests]
-    draw = _Draw(torch.from_numpy(uniform).to(model.device), max(map(len, prompts)), sampling)
+    draw = _Draw(torch.from_numpy(uniform).to(model.device), sampling)
     drawn = generate(model.lm, prompts, sampling.max_new_tokens, stops, model.pad_id, draw).cpu().numpy()
     logp = torch.stack(draw.logp, dim=1).float().cpu().numpy()
     results = []
@@ -87,15 +87,16 @@ def _generate(model: LanguageModel, requests: Sequence[Request]) -> list[tuple[n
 class _Draw(LogitsProcessor):
     """Samples each sequence's next token from its own uniform number, and stores its log-probability.
 
-    All other tokens are masked, so that a greedy ``generate`` selects it; no [steps, V] tensor is stored.
+    It is called once for each step of ``generate``, however prompts are padded. All other tokens are masked, so that a
+    greedy ``generate`` selects it; no [steps, V] tensor is stored.
     """
 
-    def __init__(self, uniform: Tensor, prompt_length: int, sampling: Sampling) -> None:
-        self.uniform, self.prompt_length, self.sampling = uniform, prompt_length, sampling
+    def __init__(self, uniform: Tensor, sampling: Sampling) -> None:
+        self.uniform, self.sampling = uniform, sampling
         self.logp: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = input_ids.shape[1] - self.prompt_length
+        step = len(self.logp)
         logits = scores.float()
         if self.sampling.temperature == 0.0:
             token = logits.argmax(-1, keepdim=True)

@@ -22,6 +22,7 @@ from gold.errors import EngineError, GoldError
 from gold.http import BadAnswerError, Call, RefusedError, Server, environment_key, shown
 from gold.models.language_model import LanguageModel
 from gold.rollout.engine import Generation, Request
+from gold.rollout.stopping import length_and_stop
 from gold.rollout.types import Seed
 from gold.rollout.vllm_probe import probe
 from gold.rollout.weight_transfer import SyncClient, WeightTransfer, save, transfer_of
@@ -84,6 +85,11 @@ class VLLMEngine:
         self._pushed: Mapping[str, Tensor] = {}
 
     # drawing
+
+    @property
+    def description(self) -> str:
+        """See ``DescribedEngine``."""
+        return f"vLLM, {self.where}"
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """See ``RolloutEngine.generate``.
@@ -345,16 +351,16 @@ def _drawn(choice: Mapping[str, Any], request: Request) -> tuple[np.ndarray, np.
         raise BadAnswerError("gives log-probabilities of other tokens than those drawn")
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise BadAnswerError("draws what is no token id")
-    most, stops = request.sampling.max_new_tokens, set(request.stop_ids)
-    stopped = bool(ids) and ids[-1] in stops
-    if len(ids) > most or (len(ids) < most and not stopped):
-        raise BadAnswerError(f"ends a text after {len(ids)} of {most} tokens without a stop token")
-    if not stops.isdisjoint(ids[:-1]):
+    drawn, most = np.array(ids, np.int32), request.sampling.max_new_tokens
+    length, stopped = length_and_stop(drawn, request.stop_ids)
+    if length < len(ids):
         raise BadAnswerError("goes on after a stop token")
+    if length > most or (length < most and not stopped):
+        raise BadAnswerError(f"ends a text after {length} of {most} tokens without a stop token")
     logprobs = [entry["logprob"] for entry in entries]
     if not all(isinstance(logp, int | float) and math.isfinite(logp) and logp <= 1e-3 for logp in logprobs):
         raise BadAnswerError("gives a log-probability that is none")
-    return np.array(ids, np.int32), np.minimum(np.array(logprobs, np.float32), 0.0), stopped
+    return drawn, np.minimum(np.array(logprobs, np.float32), 0.0), stopped
 
 
 def _contexts(answer: Any) -> dict[str, int]:

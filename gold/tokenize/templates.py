@@ -1,7 +1,8 @@
 """Chat templates, rendered as in transformers but without importing it, and a tokenizer with its template.
 
-All tokenizers are rendered here, including those of transformers: `gold doctor` and `gold align` show exactly the
-prompts of a run, and a run fixes the date that a template writes.
+The prompts of all tokenizers are rendered here, those of transformers included: `gold doctor` and `gold align` show
+exactly the prompts of a run, and a run fixes the date that a template writes. `roles` renders a conversation of its own
+once more, to see which token ends a turn; both run templates in `sandbox`.
 """
 
 import json

@@ -25,14 +25,13 @@ from gold.models.adapters import describe, is_adapted
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model
 from gold.models.quantization import quantization_of
-from gold.rollout.engine import RolloutEngine
-from gold.rollout.vllm import VLLMEngine
+from gold.rollout.engine import DescribedEngine, RolloutEngine
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.vocabulary import Vocabulary
 from gold.train.activations import settled
 from gold.train.alarms import Warnings, check_end, remedy_for, why_bad
-from gold.train.checkpoint import latest_checkpoint, prune, remove_leftovers
+from gold.train.checkpoint_folder import latest_checkpoint, prune, remove_leftovers
 from gold.train.input_digests import of_run
 from gold.train.interrupt import NAMES, Interrupt, ended_by
 from gold.train.preflight import check_kept, check_recipe, pin_date, read_date, readers_of, write_date
@@ -380,7 +379,7 @@ def header(state: TrainState, setup: Setup) -> dict[str, str]:
         lines["teachers"] = f"{rule} mix of all" if rule else "each prompt has its own"
     return {
         **lines,
-        **({"rollouts": f"vLLM, {setup.engine.where}"} if isinstance(setup.engine, VLLMEngine) else {}),
+        **({"rollouts": setup.engine.description} if isinstance(setup.engine, DescribedEngine) else {}),
         "objective": terms + (" (one vocabulary: token by token)" if by_token else ""),
         "step": f"{recipe.prompts_per_step} prompts × {recipe.num_generations}, λ = {recipe.on_policy:g}, "
         f"up to {recipe.max_new_tokens} tokens, {state.accelerator.num_processes} process(es), "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gold.align.batch import AlignedBatch
-from gold.align.model_inputs import aligned_text, length_batches, teacher_logits
+from gold.align.model_inputs import aligned_text, rollout_batches, teacher_logits
 from gold.align.texts import AlignedText
 from gold.kernels.logits import LazyLogits
 from gold.losses import LossInputs
@@ -55,7 +55,7 @@ def build_microbatches(setup: Setup, rollouts: Sequence[Rollout]) -> tuple[list[
     for names in sorted(by_teachers):
         given = by_teachers[names]
         own = [rollout for rollout, _ in given]
-        for chosen in length_batches(own, recipe.micro_batch_size, recipe.micro_batch_tokens):
+        for chosen in rollout_batches(own, recipe.micro_batch_size, recipe.micro_batch_tokens):
             texts_of = {name: [given[i][1][name] for i in chosen] for name in names}
             batches = _aligned(setup, texts_of)
             microbatches.append(Microbatch(tuple(given[i][0] for i in chosen), batches))

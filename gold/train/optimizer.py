@@ -1,4 +1,4 @@
-"""AdamW on float32 master copies of 16-bit weights, with moments of 32 or 8 bits; ``TrainState`` builds it."""
+"""AdamW on float32 master copies of 16-bit weights, with moments of 32 or 8 bits; see ``optimizer_of``."""
 
 from __future__ import annotations
 

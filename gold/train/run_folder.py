@@ -8,7 +8,7 @@ metrics.jsonl      {"kind": "train" | "eval", "step": n, …} a line
 samples.jsonl      {"kind": "sample", "step": n, …} a line
 notes.jsonl        {"kind": "start" | "note", "step": n, …} a line: the header of each start, and the notes
 report.html        see gold.inspect.report
-checkpoints/       see gold.train.checkpoint
+checkpoints/       see gold.train.checkpoint_folder
 trackers.json      ids of the run in other trackers (tracking_clients.py); tensorboard/ and wandb/ are theirs
 plots/             see gold.inspect.plots
 student/           the trained student, once the run has ended
@@ -33,7 +33,7 @@ import yaml
 from gold.errors import CheckpointError, ConfigError
 from gold.files import append, plain, read_json, replace_text
 from gold.train.alarms import check_end
-from gold.train.checkpoint import newest_step
+from gold.train.checkpoint_folder import newest_step
 from gold.train.records import FILE_OF_KIND, open_to_append, read_lines, record_line
 from gold.train.resume_rules import (
     Change,

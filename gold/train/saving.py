@@ -18,7 +18,7 @@ from gold.models.adapters import is_adapted, save_adapters
 from gold.models.load import save_model
 from gold.rollout.ahead import Place
 from gold.rollout.engine import Generation
-from gold.train.checkpoint import is_write_failure, reach_disk, save_checkpoint
+from gold.train.checkpoint_folder import is_write_failure, reach_disk, save_checkpoint
 from gold.train.run_folder import RunFolder
 from gold.train.shards import Snapshot
 from gold.train.state import TrainState, write_steps

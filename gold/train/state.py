@@ -37,7 +37,7 @@ from gold.rollout.engine import Generation
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.train import shards
-from gold.train.checkpoint import Checkpoint
+from gold.train.checkpoint_folder import Checkpoint
 from gold.train.optimizer import optimizer_of
 from gold.train.recipe import Recipe
 from gold.train.sharding import Sharding, shard_like

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from gold.errors import CheckpointError, ConfigError
 from gold.teachers.ema import SelfTeacher
 from gold.teachers.several import Teachers
-from gold.train.checkpoint import latest_checkpoint, save_checkpoint
+from gold.train.checkpoint_folder import latest_checkpoint, save_checkpoint
 from gold.train.optimizer import MasterAdamW
 from gold.train.preflight import check_recipe
 from gold.train.recipe import Recipe, Term

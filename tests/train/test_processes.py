@@ -103,7 +103,7 @@ def test_a_signal_that_reaches_one_process_stops_both_and_they_resume_to_the_ste
 @pytest.mark.slow
 def test_a_killed_process_leaves_what_both_resume(pair: Path, alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    dying = partial(die_at, "gold.train.checkpoint:prune", 1)
+    dying = partial(die_at, "gold.train.checkpoint_folder:prune", 1)
     main, other = launch(tmp_path / "1", "train", pair / "run.yaml", f"output={run}", before=[dying, None])
     assert main.wait() == -signal.SIGKILL
     other.kill()  # as the launcher does
@@ -114,7 +114,7 @@ def test_a_killed_process_leaves_what_both_resume(pair: Path, alone: Path, tmp_p
 
 
 def test_an_error_of_one_process_ends_both(pair: Path, tmp_path: Path) -> None:
-    failing = partial(fail_at, "gold.train.checkpoint:_seal", 1)
+    failing = partial(fail_at, "gold.train.checkpoint_folder:_seal", 1)
     main, other = launch(
         tmp_path / "printed", "train", pair / "run.yaml", f"output={tmp_path / 'run'}", before=[failing, None]
     )

@@ -102,10 +102,14 @@ MOMENTS: dict[str, tuple[str, int, bool]] = {
     "in the first checkpoint, half-written": ("gold.train.state:save_model", 1, True),
     "in the update of step 3": ("torch.optim:AdamW.step", 3, False),
     "in the evaluation of step 3": ("gold.train.loop:evaluate", 2, False),
-    "in the second checkpoint, before its manifest": ("gold.train.checkpoint:_seal", 2, False),
-    "in the second checkpoint, before it is in place": ("gold.train.checkpoint:_put_in_place", 2, False),
+    "in the second checkpoint, before its manifest": ("gold.train.checkpoint_folder:_seal", 2, False),
+    "in the second checkpoint, before it is in place": (
+        "gold.train.checkpoint_folder:_put_in_place",
+        2,
+        False,
+    ),
     "in the second checkpoint, in place, before the older one goes": (
-        "gold.train.checkpoint:prune",
+        "gold.train.checkpoint_folder:prune",
         2,
         False,
     ),
@@ -184,7 +188,7 @@ def test_killed_again_and_again_it_ends_the_same(pair: Path, whole: Path, tmp_pa
     chain = [
         *list(MOMENTS.values())[:3],
         ("torch.optim:AdamW.step", 1, False),
-        ("gold.train.checkpoint:prune", 1, False),
+        ("gold.train.checkpoint_folder:prune", 1, False),
     ]
     for number, point in enumerate(chain):
         command = Command(
@@ -268,7 +272,7 @@ def _send(numbers: tuple[int, ...]) -> None:
     [
         (signal.SIGTERM, 143, "gold.train.step:sample", 3, 3),
         (signal.SIGHUP, 129, "gold.train.loop:evaluate", 2, 3),
-        (signal.SIGINT, 130, "gold.train.checkpoint:_seal", 1, 3),  # of step 2: noted once it is saved
+        (signal.SIGINT, 130, "gold.train.checkpoint_folder:_seal", 1, 3),  # of step 2: noted once it is saved
     ],
 )
 def test_a_signal_keeps_a_checkpoint_and_the_run_goes_on_the_same(

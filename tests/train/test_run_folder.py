@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gold.errors import CheckpointError, ConfigError, DataError, GoldError
-from gold.train.checkpoint import save_checkpoint
+from gold.train.checkpoint_folder import save_checkpoint
 from gold.train.resume_rules import changes
 from gold.train.run_folder import RunFolder, refuse_model_folder
 

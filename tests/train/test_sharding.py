@@ -257,7 +257,7 @@ def test_bfloat16(pair: Path, tmp_path: Path, changes: list[str]) -> None:
 @pytest.mark.slow
 def test_a_full_disk_ends_all_processes_with_one_line(pair: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    failing = partial(fail_at, "gold.train.checkpoint:_seal", 1)
+    failing = partial(fail_at, "gold.train.checkpoint_folder:_seal", 1)
     processes = launch(
         *(tmp_path / "printed", "train", pair / "run.yaml", f"output={run}", "train.sharding=fsdp"),
         before=[failing, None],

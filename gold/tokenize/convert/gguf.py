@@ -19,7 +19,7 @@ from gold.tokenize.convert.construct import (
     space_decoder,
     word_piece_tokenizer,
 )
-from gold.tokenize.convert.pretokenizers import BOS_FIRST, known_words, named_byte_level
+from gold.tokenize.convert.gguf_pretokenizers import BOS_FIRST, known_words, named_byte_level
 from gold.tokenize.convert.sentencepiece import (
     CONTROL,
     NORMAL,

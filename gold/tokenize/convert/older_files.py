@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer
 from gold.errors import VocabularyError
 from gold.files import read_bytes, read_json_object, read_text
 from gold.tokenize.convert.construct import add_tokens, word_piece_tokenizer
-from gold.tokenize.convert.pretokenizers import named_byte_level
+from gold.tokenize.convert.gguf_pretokenizers import named_byte_level
 from gold.tokenize.convert.sentencepiece import read_model, tokenizer_of
 from gold.tokenize.families import MOST_IDS
 from gold.tokenize.roles import token_content

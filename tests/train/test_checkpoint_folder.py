@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gold.errors import CheckpointError, ConfigError, ModelError
-from gold.train.checkpoint import (
+from gold.train.checkpoint_folder import (
     MANIFEST,
     find_fault,
     latest_checkpoint,
@@ -219,7 +219,7 @@ def test_a_disk_that_fills_up_at_the_very_end_is_no_different(tmp_path, monkeypa
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"gold.train.checkpoint.{function}", full)
+    monkeypatch.setattr(f"gold.train.checkpoint_folder.{function}", full)
     with pytest.raises(CheckpointError, match=r"disk is full.*intact"):
         save_checkpoint(tmp_path, 2, write_step(2), 1)
     assert_step_1_is_intact(tmp_path)
@@ -231,7 +231,7 @@ def test_a_failed_write_inside_torch_or_safetensors_is_known_for_what_it_is(tmp_
 import resource, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from gold.train.checkpoint import save_checkpoint
+from gold.train.checkpoint_folder import save_checkpoint
 from gold.errors import CheckpointError
 folder = Path({str(tmp_path)!r})
 save_checkpoint(folder, 1, lambda path: (path / "small").write_text("x"), 1)
@@ -274,7 +274,7 @@ def test_impossible_numbers_are_refused(tmp_path):
 SAVE_FOREVER = """
 import sys, json, itertools
 from pathlib import Path
-from gold.train.checkpoint import latest_checkpoint, save_checkpoint
+from gold.train.checkpoint_folder import latest_checkpoint, save_checkpoint
 
 folder = Path(sys.argv[1])
 
