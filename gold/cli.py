@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -229,9 +228,13 @@ def doctor(
             metavar="STUDENT|CONFIG", help="folder, tokenizer.json or Hub id; or the YAML file of a run"
         ),
     ],
-    teacher: Annotated[
-        str | None,
-        typer.Argument(metavar="TEACHER", help="folder, tokenizer.json or Hub id", show_default=False),
+    others: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="TEACHER|KEY=VALUE...",
+            help="folder, tokenizer.json or Hub id; or changes of a configuration, such as train.sharding=fsdp",
+            show_default=False,
+        ),
     ] = None,
     as_json: AsJson = False,
     weights: Annotated[bool, typer.Option("--weights", help="load both models and try them too")] = False,
@@ -242,28 +245,37 @@ def doctor(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="of a sequence; default: the run's, or 256", show_default=False)
     ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="of a run", show_default=False)] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="GIB", help="of each GPU: what a run needs of it", show_default=False),
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=1e-3, help="TFLOP/s that a GPU reaches", show_default=False)
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(min=1e-3, help="GB/s of a GPU's memory", show_default=False)
+    ] = None,
 ) -> None:
     """Check whether a pair can be trained, and if not, why; exit code 1 if it cannot.
 
-    Memory of a step, as estimated, in bytes:
-    student: parameters × 16 in float32 and bfloat16 (weights, gradients, AdamW);
-    with adapters: weights as for the teacher, adapters × 16
-    teacher: parameters × bytes of its dtype; 0.52 in nf4, 1 in int8
-    activations: sequences × tokens × layers ×
-    (9 hidden + 4 inner + 3 (queries + keys)) × 4
-    logits: 6 blocks of at most 128 MiB
+    With --memory also the memory of a run by part and phase, the changes that make it fit, and the work of a step.
     """
-    if teacher is None:
-        from gold.diagnose import diagnose_run
-
-        report = diagnose_run(Path(student), weights=weights, sequences=sequences, tokens=tokens)
-    else:
-        from gold.doctor.report import diagnose, load_pair
-
-        load = partial(load_pair, student, teacher) if weights else None
-        report = diagnose(student, teacher, load=load, sequences=sequences or 8, tokens=tokens or 256)
+    from gold.diagnose import diagnose_source
     from gold.doctor.report import print_report
 
+    given = others or []
+    if len(given) > 1 and not all("=" in each for each in given):
+        raise typer.BadParameter(f"expected one TEACHER, got {' '.join(given)}")
+    report = diagnose_source(
+        student,
+        given,
+        weights=weights,
+        sequences=sequences,
+        tokens=tokens,
+        memory=memory,
+        hardware={"gpus": gpus, "tflops": tflops, "bandwidth": bandwidth},
+    )
     print_report(report, as_json=as_json)
     if report.verdict == "fail":
         raise typer.Exit(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,13 +26,16 @@ from gold.build import (
 from gold.config import Config, ModelConfig
 from gold.data import Prompt
 from gold.doctor.finding import Finding, Report
+from gold.doctor.memory import Model, Plan, memory_of
+from gold.doctor.memory_table import Hardware, examine_memory, measured
 from gold.doctor.prompts import PromptReader, examine_prompts
-from gold.doctor.report import combined, diagnose
+from gold.doctor.report import combined, diagnose, load_pair
 from gold.doctor.sample import run_texts
 from gold.doctor.server import compare_with_student, examine_noise, examine_server
 from gold.doctor.side import Side
-from gold.errors import GoldError, ModelError
+from gold.errors import ConfigError, GoldError, ModelError
 from gold.losses import Need
+from gold.models.footprint import Adapters
 from gold.models.language_model import LanguageModel
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
@@ -42,40 +45,160 @@ from gold.train.preflight import check_kept, check_recipe
 from gold.train.setup import pairs_of, terms_of
 
 
-def diagnose_run(
-    source: Path, *, weights: bool = False, sequences: int | None = None, tokens: int | None = None
+def diagnose_source(
+    student: str,
+    others: Sequence[str],
+    *,
+    weights: bool,
+    sequences: int | None,
+    tokens: int | None,
+    memory: float | None,
+    hardware: Mapping[str, Any],
 ) -> Report:
-    """The report on a configuration's pairs; with several teachers each check names its teacher.
+    """The report on a student and the teacher in ``others``, or on a configuration and the overrides in it;
+    ``memory``: GiB of each GPU of a run, and ``hardware``: further arguments of ``Hardware``.
+
+    Raises:
+        GoldError: as for ``gold.build.train``; or ConfigError for arguments that do not go together.
+    """
+    is_run = all("=" in each for each in others) and not Path(student).is_dir()
+    if not is_run and not others:
+        raise ConfigError(f"{student} is a folder: name the teacher too, or the YAML file of a run")
+    given = {name: value for name, value in hardware.items() if value is not None}
+    if memory is None and given:
+        raise ConfigError(f"--{next(iter(given))} goes with --memory, the GiB of each GPU: give that too")
+    if is_run:
+        there = None if memory is None else Hardware(memory=round(memory * 2**30), **given)
+        sizes: Any = {"sequences": sequences, "tokens": tokens}
+        return diagnose_run(Path(student), others, weights=weights, hardware=there, **sizes)
+    if memory is not None:
+        raise ConfigError("--memory is of a run: name its YAML file instead of two models")
+    load = partial(load_pair, student, others[0]) if weights else None
+    return diagnose(student, others[0], load=load, sequences=sequences or 8, tokens=tokens or 256)
+
+
+def diagnose_run(
+    source: Path,
+    overrides: Sequence[str] = (),
+    *,
+    weights: bool = False,
+    sequences: int | None = None,
+    tokens: int | None = None,
+    hardware: Hardware | None = None,
+) -> Report:
+    """The report on a configuration's pairs; with several teachers each check names its teacher. With ``hardware``,
+    also the memory that the run needs on it, instead of the check of this machine's.
 
     Raises:
         GoldError: as for ``gold.build.train``.
     """
-    config = Config.load(source)
+    config = Config.load(source, overrides)
     data = load_data(config)
     tokens = tokens or config.rollout.max_new_tokens
     at_most = config.train.micro_batch_tokens
     sizes = sequences or (max(1, at_most // tokens) if at_most else config.train.micro_batch_size), tokens
-    reports = {name: _diagnosed(config, data, name, weights, sizes) for name in config.named_teachers}
+    loaded: list[LanguageModel] = []
+    reports = {name: _diagnosed(config, data, name, weights, sizes, loaded) for name in config.named_teachers}
     known = [check.found for report in reports.values() for check in report.checks]
     files = [check for check in _files(config) if not any(found.endswith(check.found) for found in known)]
     files += _engine(config, data, weights)
     of_run = _of_run(config, data, {name: report.sides for name, report in reports.items()})
     report = combined(reports)
-    return replace(report, checks=[*report.checks, *files, *of_run])
+    report = replace(report, checks=[*report.checks, *files, *of_run])
+    sides = {name: each.sides for name, each in reports.items()}
+    if hardware is None or not all(sides.values()):
+        return report
+    if loaded:
+        hardware = measured(hardware, loaded[0], *sizes)
+    found = examine_memory(plan_of(config, data, sides, sizes, hardware), hardware)
+    kept = [check for check in report.checks if check.check != "memory"]
+    return replace(report, checks=[*kept, found.finding()], of_run=found)
 
 
-def _diagnosed(config: Config, data: RunData, name: str, weights: bool, sizes: tuple[int, int]) -> Report:
+def plan_of(
+    config: Config,
+    data: RunData,
+    sides: Mapping[str, tuple[Side, ...]],
+    sizes: tuple[int, int],
+    hardware: Hardware,
+) -> Plan:
+    """What the memory of a run depends on; microbatches are of ``sizes`` sequences and new tokens."""
+    mine = next(iter(sides.values()))[0]
+    prompt = max((prompt_text(p) for p in data.train), key=len, default="")
+    train, given, recipe = config.train, config.student, config.recipe
+    lora = (
+        None
+        if given.lora is None
+        else Adapters(given.lora.rank, given.lora.targets, given.lora.modules_to_save)
+    )
+    named = config.named_teachers
+    here = {name: t for name, t in named.items() if t.kind == "local"}
+    copies = sum(t.kind == "self" for t in named.values())
+    copies += any(term.name == "reference_kl" and term.weight for term in config.objectives)
+    engine = config.rollout.engine.vllm
+    tokens = len(mine.vocabulary.encode(prompt)) + sizes[1]
+    plan = Plan(
+        Model(mine.name, mine.config, given.dtype, given.quantization),
+        tuple(Model(sides[n][1].name, sides[n][1].config, t.dtype, t.quantization) for n, t in here.items()),
+        lora,
+        sequences=max(1, train.micro_batch_tokens // tokens) if train.micro_batch_tokens else sizes[0],
+        by_tokens=train.micro_batch_tokens is not None,
+        tokens=tokens,
+        new_tokens=sizes[1],
+        step_sequences=train.prompts_per_step * recipe.num_generations,
+        teacher_tokens=min((t.batch_tokens or 16384 for t in here.values()), default=16384),
+        generation_batch=config.rollout.generation_batch_size,
+        gradient_checkpointing=train.gradient_checkpointing is True,
+        autocast=train.precision != "no",
+        copies=0 if lora else copies,
+        blocks=_blocks(config),
+        wide=max(side[1].config.get("vocab_size") or side[1].vocabulary.size for side in sides.values()),
+        generates=engine is None and recipe.on_policy > 0,
+        engine=round(_share(engine.arguments) * hardware.memory) if engine and engine.url is None else 0,
+        engine_sleeps=engine is None or engine.sleep != 0,
+        gpus=hardware.gpus,
+        sharding=train.sharding,
+        gradient_sync=train.gradient_sync,
+    )
+    if train.gradient_checkpointing == "auto" and memory_of(plan).peak > hardware.memory:
+        return replace(plan, gradient_checkpointing=True)
+    return plan
+
+
+def _blocks(config: Config) -> int:
+    """Blocks of logits that the loss holds at a time."""
+    on = {str(term.options.get("support")) for term in config.objectives if term.weight}
+    return 1 if on == {"bytes"} else 4 if "prefixes" in on else 2
+
+
+def _share(arguments: Sequence[str]) -> float:
+    """The share of a GPU's memory that vLLM takes."""
+    name = "--gpu-memory-utilization"
+    for place, argument in enumerate(arguments):
+        value = argument.partition("=")[2] or "".join(arguments[place + 1 : place + 2])
+        if argument.partition("=")[0] == name and value.replace(".", "", 1).isdigit():
+            return float(value)
+    return 0.9
+
+
+def _diagnosed(
+    config: Config,
+    data: RunData,
+    name: str,
+    weights: bool,
+    sizes: tuple[int, int],
+    loaded: list[LanguageModel],
+) -> Report:
     """The report on the student and one teacher."""
     teacher = config.named_teachers[name]
     model: ModelConfig = config.student if teacher.kind == "self" else teacher
     prompts = graded_by(config, data, name)
     here = teacher.kind in ("self", "local")
-    loaded: list[LanguageModel] = []
 
     def load_both() -> tuple[LanguageModel, LanguageModel | None]:
         for each in (config.student, *([model] if here else [])):
             check_model(each)
-        loaded.append(load(config.student))
+        loaded[:] = [load(config.student)]
         return loaded[0], load(model) if here else None
 
     report = diagnose(

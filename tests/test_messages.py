@@ -247,6 +247,11 @@ PAIR = ["--student", "a.json", "--teacher", "b.json"]
 OTHERS = [
     (["eval", "no"], "no cannot be read: No such file or directory"),
     (["doctor", "no.json", "b.json"], "no tokenizer at no.json: no such file or folder"),
+    (["doctor", "run.yaml", "--gpus", "8"], "--gpus goes with --memory, the GiB of each GPU: give that too"),
+    (
+        ["doctor", "a.json", "b.json", "--memory", "24"],
+        "--memory is of a run: name its YAML file instead of two models",
+    ),
     (
         ["align", "--student", "no.json", "--teacher", "b.json", "x"],
         "no tokenizer at no.json: no such file or folder",

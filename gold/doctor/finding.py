@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from gold.doctor.side import Side
 from gold.doctor.sizes import StepMemory
 from gold.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gold.doctor.memory_table import MemoryReport
 
 Status = Literal["pass", "warn", "fail"]
 Subject = TypeVar("Subject")
@@ -120,7 +123,7 @@ class Report:
     """All findings about a pair.
 
     `unchecked`: what could not be examined, and what would be needed. `memory`: the sizes behind the check of that
-    name. `sides`: student and teacher from their files, if those can be read.
+    name. `sides`: student and teacher from their files, if those can be read. `of_run`: memory of a run on given GPUs.
     """
 
     checks: list[Finding]
@@ -128,6 +131,7 @@ class Report:
     unchecked: list[str] = field(default_factory=list)
     memory: StepMemory | None = None
     sides: tuple[Side, ...] = ()
+    of_run: MemoryReport | None = None
 
     @property
     def failures(self) -> list[Finding]:

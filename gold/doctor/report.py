@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from gold import terminal
 from gold.doctor.checks import examine_pair
 from gold.doctor.finding import Finding, Report
+from gold.doctor.memory_table import memory_json, memory_lines
 from gold.doctor.sample import JUDGED, RUN_TEXTS, SAMPLE
 from gold.doctor.side import Side, read_side
 from gold.doctor.sizes import StepMemory, machine_memory, step_memory
@@ -157,6 +158,8 @@ def print_report(report: Report, *, as_json: bool = False, stream: TextIO | None
             "coverage": {name: asdict(found) for name, found in report.coverage.items()},
             "unchecked": report.unchecked,
         }
+        if report.of_run is not None:
+            content["memory"] = memory_json(report.of_run)
         terminal.show_json(content, out)
     elif out.isatty():
         _print_table(report, out)
@@ -168,6 +171,8 @@ def print_report(report: Report, *, as_json: bool = False, stream: TextIO | None
         for line in report.unchecked:
             terminal.show(f"not checked: {line}", stream=out)
         terminal.show(verdict_line(report), stream=out)
+    if report.of_run is not None and not as_json:
+        terminal.show("", *memory_lines(report.of_run), stream=out)
 
 
 def verdict_line(report: Report) -> str:

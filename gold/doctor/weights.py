@@ -131,7 +131,7 @@ def _bits(trial: _Trial) -> Finding:
 
 
 def _speed(trial: _Trial) -> Finding:
-    seconds = {role: _forward_seconds(m, trial.sequences, trial.tokens) for role, m in trial.models.items()}
+    seconds = {role: forward_seconds(m, trial.sequences, trial.tokens) for role, m in trial.models.items()}
     step = 3 * seconds["student"] + seconds.get("teacher", 0.0)
     found = (
         f"a forward pass over {trial.sequences} × {trial.tokens} tokens: "
@@ -147,7 +147,7 @@ def _speed(trial: _Trial) -> Finding:
 
 
 @torch.no_grad()
-def _forward_seconds(model: LanguageModel, sequences: int, tokens: int) -> float:
+def forward_seconds(model: LanguageModel, sequences: int, tokens: int) -> float:
     """Seconds of a forward pass over such a batch, logits included.
 
     A CPU, which one sequence keeps busy, is measured with one.

@@ -164,6 +164,8 @@ def test_every_call_that_loads_says_whether_code_may_run() -> None:
         (p.name, n) for p in files for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.Call)
     ]
     loading = [(name, n) for name, n in calls if getattr(n.func, "attr", "") == "from_pretrained"]
+    # peft reads settings and tensors, and never code.
+    loading = [(name, n) for name, n in loading if "PeftModel" not in ast.unparse(n.func)]
     assert len(loading) > 4
     for name, call in loading:
         assert "trust_remote_code" in {k.arg for k in call.keywords}, f"{name}:{call.lineno}"
