@@ -31,6 +31,16 @@ from gold.train.progress import Lines
 
 CONFIG = "configs/smollm2-from-gemma3.yaml"
 TOKENS = 48
+PHASES = (*SECONDS, "push_s", "engine_idle_s")
+WATCHED = (
+    *KEPT,
+    "staleness",
+    "policy_log_ratio_abs",
+    "policy_kl",
+    "policy_ratio_max",
+    "policy_ratio_capped_share",
+    *PHASES,
+)
 ENDS = (".", ",", "\n")
 """Tokens that end a text where lengths are ragged."""
 
@@ -43,12 +53,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--prompts", type=int, nargs="*", default=[16, 64], help="per draw that is timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="of the run; 0: no run")
+    parser.add_argument("--staleness", type=int, choices=[0, 1], default=0, help="of the run's rollouts")
     parser.add_argument("--record", action="store_true", help="keep the numbers in benchmarks/results")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes, such as train.lr=1e-5")
     given = parser.parse_args(list(arguments))
     vllm = {"python": given.python, "context": 512, "arguments": ["--enforce-eager"]}
     overrides = [f"rollout.engine={json.dumps({'vllm': vllm})}", "output=runs/engine"]
     overrides += [f"train.steps={max(1, given.steps)}", f"evaluate.every={max(1, given.steps // 2)}"]
+    overrides += [f"rollout.staleness={given.staleness}"]
     try:
         config = Config.load(given.config, [*overrides, *given.overrides])
         if given.prompts:
@@ -59,7 +71,8 @@ def main(arguments: Sequence[str]) -> int:
                 lambda: throughput(config, given.prompts, given.rounds),
             )
         if given.steps:
-            kept(arguments, given.record, "engine", lambda: trained(config))
+            name = "engine-one-step-off" if given.staleness else "engine"
+            kept(arguments, given.record, name, lambda: trained(config))
     except GoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -83,8 +96,12 @@ def trained(config: Config) -> dict[str, Any]:
     return {
         "config": config.to_dict(),
         "evaluations": run.evaluations,
-        "steps": [{name: step[name] for name in KEPT if name in step} for step in run.steps],
-        "mean_seconds": {name: sum(step[name] for step in run.steps) / len(run.steps) for name in SECONDS},
+        "steps": [{name: step[name] for name in WATCHED if name in step} for step in run.steps],
+        "mean_seconds": {
+            name: sum(step[name] for step in run.steps) / len(run.steps)
+            for name in PHASES
+            if name in run.steps[0]
+        },
     }
 
 

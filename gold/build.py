@@ -41,7 +41,7 @@ from gold.tokenize.load import has_tokenizer
 from gold.tokenize.roles import Roles
 from gold.tokenize.templates import Rendering
 from gold.train.input_digests import of_files, of_prompts
-from gold.train.preflight import check_recipe
+from gold.train.preflight import check_lengths, check_recipe
 from gold.train.recipe import Recipe
 from gold.train.resume_rules import Inputs
 from gold.train.trackers import Tracker
@@ -52,12 +52,16 @@ Note = Callable[[str], None]
 # Engines
 
 
-def try_engine(engine: VLLMEngine, model: LanguageModel, prompts: Sequence[Prompt]) -> None:
-    """Pushes a model's weights to an engine, and checks by draws that it works; see ``ProbedEngine.probe``.
+def try_engine(
+    engine: VLLMEngine, model: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int
+) -> None:
+    """Checks that the prompts fit, pushes a model's weights to an engine, and checks by draws that it works; see
+    ``ProbedEngine.probe``.
 
     Raises:
         EngineError: it does not.
     """
+    check_lengths(engine, model, prompts, max_new_tokens)
     lm = model.lm
     if not adapters.is_adapted(lm):
         engine.probe(model, prompts, lm.state_dict(), 0)

@@ -12,6 +12,7 @@ from gold.build import (
     RunData,
     absent_teacher,
     check_model,
+    evaluation_of,
     graded_by,
     is_student,
     load,
@@ -41,7 +42,7 @@ from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.chat import prompt_text
 from gold.tokenize.vocabulary import Vocabulary
-from gold.train.preflight import check_kept, check_recipe
+from gold.train.preflight import check_kept, check_lengths, check_recipe
 from gold.train.setup import pairs_of, terms_of
 
 
@@ -239,7 +240,8 @@ def _engine(config: Config, data: RunData, weights: bool) -> list[Finding]:
         student = load(config.student)
         with rollout_engine(config, config.student) as engine:
             assert engine is not None
-            try_engine(engine, student, data.train)
+            check_lengths(engine, student, data.heldout, evaluation_of(config).max_new_tokens)
+            try_engine(engine, student, data.train, config.recipe.max_new_tokens)
     except GoldError as error:
         return [Finding("rollout engine", "fail", str(error))]
     return [Finding("rollout engine", "pass", "vLLM draws from the weights that are pushed to it")]

@@ -116,7 +116,7 @@ def evaluate_source(
         _load_averages(folder, teachers)
     with rollout_engine(config, student) as engine:
         if engine is not None:
-            try_engine(engine, model, data.heldout)
+            try_engine(engine, model, data.heldout, plan.max_new_tokens)
         return evaluate(model, teachers, data.heldout, plan=plan, verifier=data.verifier, engine=engine)
 
 

@@ -85,6 +85,14 @@ class DescribedEngine(RolloutEngine, Protocol):
 class ProbedEngine(RolloutEngine, Protocol):
     """A rollout engine that is tried before the first step of a run, and at every resumption."""
 
+    def check_length(self, prompt: int, new: int) -> None:
+        """Checks that a prompt of so many tokens and so many ``new`` ones fit.
+
+        Raises:
+            EngineError: they do not; one line that says what to change.
+        """
+        ...
+
     def probe(
         self,
         model: LanguageModel,

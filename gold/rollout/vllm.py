@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -103,7 +104,8 @@ class VLLMEngine:
         if not requests:
             return []
         self._wake()
-        self._check_lengths(requests)
+        for request in requests:
+            self.check_length(len(request.prompt_ids), request.sampling.max_new_tokens)
         # Longest first, so that the last running requests are short.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
         answers = self.server.ask([self._call(requests[i]) for i in order])
@@ -114,15 +116,14 @@ class VLLMEngine:
             self._asleep = level
         return [generations[i] for i in range(len(requests))]
 
-    def _check_lengths(self, requests: Sequence[Request]) -> None:
+    def check_length(self, prompt: int, new: int) -> None:
+        """See ``ProbedEngine.check_length``."""
         context = self.learn_context()
-        for request in requests:
-            prompt, new = len(request.prompt_ids), request.sampling.max_new_tokens
-            if prompt + new > context:  # vLLM would draw fewer without a word
-                raise EngineError(
-                    f"{self.where}: {prompt} tokens and {new} new ones do not fit its {context} tokens; "
-                    f"start it with --max-model-len {prompt + new} or more"
-                )
+        if prompt + new > context:  # vLLM would draw fewer without a word
+            raise EngineError(
+                f"{self.where}: {prompt} tokens and {new} new ones do not fit its {context} tokens; "
+                f"start it with --max-model-len {prompt + new} or more"
+            )
 
     def learn_context(self) -> int:
         """The server's context length in tokens.
@@ -255,7 +256,10 @@ class VLLMEngine:
     def _load_adapter(self, folder: Path, label: str) -> None:
         self._wake()
         self.client.post("/pause?mode=wait")
-        body = {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True}
+        # Not in place of the last one (load_inplace): vLLM would then read the folder again for every token.
+        with contextlib.suppress(RefusedError):  # there is none
+            self.server.ask([Call("/v1/unload_lora_adapter", {"lora_name": ADAPTER}, str, as_text=True)])
+        body = {"lora_name": ADAPTER, "lora_path": str(folder)}
         advice = {
             404: "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
         }

@@ -34,7 +34,15 @@ from gold.train.alarms import Warnings, check_end, remedy_for, why_bad
 from gold.train.checkpoint_folder import latest_checkpoint, prune, remove_leftovers
 from gold.train.input_digests import of_run
 from gold.train.interrupt import NAMES, Interrupt, ended_by
-from gold.train.preflight import check_kept, check_recipe, pin_date, read_date, readers_of, write_date
+from gold.train.preflight import (
+    check_kept,
+    check_lengths,
+    check_recipe,
+    pin_date,
+    read_date,
+    readers_of,
+    write_date,
+)
 from gold.train.progress import Lasting, Quiet, evaluation_line
 from gold.train.recipe import Recipe
 from gold.train.resume_rules import Inputs
@@ -212,6 +220,11 @@ class _Training:
     def all_steps(self) -> None:
         """Trains up to the last step."""
         state, recipe = self.state, self.setup.recipe
+        for prompts, new in (
+            (self.setup.prompts, recipe.max_new_tokens),
+            (self.heldout, self.plan.max_new_tokens),
+        ):
+            state.together(partial(check_lengths, self.setup.engine, state.student, prompts, new))
         begin_engine(state, self.setup)
         self.first_evaluation()
         warnings = Warnings(

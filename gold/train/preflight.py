@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -14,12 +15,12 @@ from accelerate.utils import gather_object
 from gold.align.model_inputs import aligned_text
 from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt, lacking_completion
-from gold.doctor.prompts import PromptReader
+from gold.doctor.prompts import PromptReader, examined
 from gold.errors import CheckpointError, ConfigError, DataError
 from gold.evaluate import Verifier
 from gold.models.language_model import LanguageModel
 from gold.prompt_order import PromptOrder
-from gold.rollout.engine import completed
+from gold.rollout.engine import ProbedEngine, RolloutEngine, completed, encode_prompt
 from gold.teachers.several import Teachers
 from gold.tokenize.templates import Rendering
 from gold.train.optimizer import check_installed
@@ -148,6 +149,25 @@ def write_date(folder: Path, day: date) -> None:
         (folder / DATE_FILE).write_text(f"{day.isoformat()}\n", "utf-8")
     except OSError as error:
         raise CheckpointError(f"cannot write {folder / DATE_FILE}: {error.strerror or error}") from error
+
+
+def check_lengths(
+    engine: RolloutEngine | None, student: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int
+) -> None:
+    """Checks that an engine with a context of its own has room for the prompts that the student has room for; of very
+    many prompts, for some drawn ones and the longest.
+
+    Raises:
+        EngineError: it has not.
+    """
+    if not isinstance(engine, ProbedEngine):
+        return
+    longest = 0
+    for prompt in examined(prompts):
+        with contextlib.suppress(DataError):  # skipped in the run
+            longest = max(longest, len(encode_prompt(student, prompt, max_new_tokens)))
+    if longest:
+        engine.check_length(longest, max_new_tokens)
 
 
 def check_kept(

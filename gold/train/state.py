@@ -70,6 +70,8 @@ class TrainState:
         self.teachers = teachers.members if teachers else {}
         self.step = self.bad_steps = 0
         self.ahead = RolloutsAhead()
+        self.push_s = 0.0
+        """Seconds of this step that its pushes of weights to the engine took."""
         check_trained(student.lm, student.name)
         several = accelerator.num_processes > 1
         self.sharding = _sharding(recipe, accelerator) if several and recipe.sharding == "fsdp" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -63,6 +64,7 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
     """
     recipe = setup.recipe
     timer = PhaseTimer(setup.now or device_clock(state.student.device))
+    state.push_s = 0.0
     # gold draws from the streams that requests name, never from torch's global generator. Engines, teachers, losses and
     # model code from outside gold may use that; seeded for each step, it repeats in a resumed run.
     torch.manual_seed(int(np.random.SeedSequence([recipe.seed, state.step]).generate_state(1)[0]))
@@ -98,8 +100,10 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
         bad = not head["applied"] and (not finite or sums["kept"] > 0)
         state.bad_steps = 0 if head["applied"] else state.bad_steps + bad
         state.step += 1
-    if recipe.staleness and setup.engine.own_weights:
-        head["engine_idle_s"] = state.ahead.idle_s
+    if setup.engine.own_weights:
+        head["push_s"] = state.push_s
+        if recipe.staleness:
+            head["engine_idle_s"] = state.ahead.idle_s
     metrics = step_record(head, sums, counts, setup.terms, setup.teachers, timer.seconds)
     examples = {"skipped_sequences": next(iter(skipped), ""), "teacher_impossible": impossible}
     return StepReport(metrics | {"bad_steps": state.bad_steps}, examples)
@@ -221,12 +225,14 @@ def push_weights(state: TrainState, engine: RolloutEngine) -> None:
 
 
 def _push(state: TrainState, engine: RolloutEngine) -> None:
+    started = time.perf_counter()
     adapter = _alone(state, engine)
     if adapter is not None and isinstance(engine, AdapterEngine):
         weights, settings = adapter
         state.together(partial(engine.push_adapter, weights, state.step, settings))
     else:
         state.together(partial(engine.push, state.gather(), state.step))
+    state.push_s += time.perf_counter() - started
 
 
 def _alone(

@@ -20,6 +20,7 @@ from support.vllm_server import VLLMServer, engine_on
 
 import gold
 from gold import ConfigError, EngineError, Recipe
+from gold.evaluate import EvaluationPlan
 from gold.models.adapters import add_adapters
 from gold.models.language_model import LanguageModel
 from gold.rollout.engine import Request
@@ -178,7 +179,7 @@ def test_an_update_that_another_client_left_open_is_ended_first(student: Languag
         assert engine.generate([REQUEST])[0].version == 0
 
 
-def test_an_adapter_is_loaded_in_place_and_the_other_weights_stay(student: LanguageModel) -> None:
+def test_an_adapter_is_loaded_for_the_last_one_and_the_other_weights_stay(student: LanguageModel) -> None:
     weights, config = {"layer.lora_A.weight": torch.ones(2, 2)}, {"r": 2, "lora_alpha": 4}
     with VLLMServer(student) as server:
         engine = engine_on(server, retries=0)
@@ -188,17 +189,22 @@ def test_an_adapter_is_loaded_in_place_and_the_other_weights_stay(student: Langu
         assert_same(weights, server.adapter or {})
         assert server.adapter_config == config
         assert server.paths[before:] == [
-            "/pause?mode=wait", "/v1/load_lora_adapter", "/update_weight_version", "/reset_prefix_cache", "/resume",
+            "/pause?mode=wait", "/v1/unload_lora_adapter", "/v1/load_lora_adapter", "/update_weight_version",
+            "/reset_prefix_cache", "/resume",
         ]  # fmt: skip
-        assert not Path(server.calls[before + 1][1]["lora_path"]).exists()
+        assert not Path(server.calls[before + 2][1]["lora_path"]).exists()
         assert engine.generate([REQUEST])[0].version == 1
+        raised = {name: 2.0 * weight for name, weight in weights.items()}
+        engine.push_adapter(raised, 2, config)
+        assert_same(raised, server.adapter or {})
+        engine.generate([REQUEST])
         assert server.calls[-1][1]["model"] == ADAPTER
-        engine.push(state(student), 2)
+        engine.push(state(student), 3)
         engine.generate([REQUEST])
         assert server.calls[-1][1]["model"] == "student"
         server.faults = lambda path, n: "404" if path == "/v1/load_lora_adapter" else None
         with pytest.raises(EngineError, match=r"--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
-            engine.push_adapter(weights, 3, config)
+            engine.push_adapter(weights, 4, config)
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -447,6 +453,26 @@ def test_a_run_whose_server_fails_keeps_its_checkpoint_and_goes_on(
         server.faults = lambda path, n: None
         assert_same(faultless, state(trained(server, output=tmp_path / "run", resume=True)))
         assert not server.violations
+
+
+def test_a_prompt_that_the_server_has_no_room_for_is_refused_before_the_first_step(
+    student: LanguageModel,
+) -> None:
+    with VLLMServer(student, context=40) as server:
+        longest = max(len(student.prompt_ids(p)) for p in tiny.prompts())
+        for recipe, plan in (
+            (RECIPE.replace(max_new_tokens=36), None),
+            (RECIPE, EvaluationPlan(max_new_tokens=36)),
+        ):
+            with pytest.raises(
+                EngineError,
+                match=rf"^server http\S+: \d+ tokens and 36 new .* --max-model-len {36 + longest}",
+            ):
+                gold.distill(
+                    tiny.tiny_student(), tiny.tiny_teacher(), tiny.prompts(), recipe,
+                    heldout=tiny.prompts(), evaluation=plan, engine=engine_on(server),
+                )  # fmt: skip
+        assert set(server.paths) == {"/v1/models"}
 
 
 # The probe

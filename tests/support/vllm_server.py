@@ -133,8 +133,15 @@ class VLLMServer:
         if path == "/inference/v1/generate":
             if not self.scale_out:
                 return answer(handler, 403, {"error": {"message": "scale-out endpoints are disabled"}})
+            if self._read_at_each_draw and not self._read_at_each_draw.exists():
+                return answer(handler, 500, {"error": {"message": "EngineDeadError"}})
             with self._lock:
                 return answer(handler, 200, self._drawn(body, fault))
+        if path == "/v1/unload_lora_adapter":
+            found, self.adapter = self.adapter is not None, None
+            return answer(
+                handler, 200 if found else 404, {} if found else {"error": {"message": "cannot be found"}}
+            )
         if path == "/v1/load_lora_adapter":
             return answer(handler, 404, {}) if fault == "404" else self._load_adapter(handler, body)
         if not self.dev_mode:
@@ -210,10 +217,13 @@ class VLLMServer:
             raise RuntimeError("EngineCore encountered an issue")
 
     adapter_config: Any = None
+    _read_at_each_draw: Path | None = None
     _adapted: dict[str, Tensor] | None = None
 
     def _load_adapter(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-        assert body["load_inplace"] is True
+        if self.adapter is not None and not body.get("load_inplace"):
+            return answer(handler, 400, {"error": {"message": "The lora adapter has already been loaded."}})
+        self._read_at_each_draw = Path(body["lora_path"]) if body.get("load_inplace") else None
         self.adapter = load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
         self.adapter_config = json.loads((Path(body["lora_path"]) / "adapter_config.json").read_text())
         if "peft_type" in self.adapter_config:
@@ -224,6 +234,7 @@ class VLLMServer:
         handler.send_header("content-length", str(len(data)))
         handler.end_headers()
         handler.wfile.write(data)
+        return None
 
     def _drawn(self, body: dict[str, Any], fault: str | None) -> dict[str, Any]:
         prompt, params = tuple(body["token_ids"]), body["sampling_params"]
