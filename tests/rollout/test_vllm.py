@@ -212,7 +212,8 @@ def test_a_student_with_an_adapter_draws_from_it_alone_or_merged(student: Langua
     adapted = add_adapters(tiny.tiny_student(), rank=2)
     with VLLMServer(student, flaws=["old weights"] if alone else []) as server:
         engine = engine_on(server, adapters=alone, retries=0)
-        gold.distill(adapted, tiny.tiny_teacher(), tiny.prompts(), RECIPE.replace(steps=2), engine=engine)
+        recipe = RECIPE.replace(steps=2, prompts_per_step=1, num_generations=1, max_new_tokens=4)
+        gold.distill(adapted, tiny.tiny_teacher(), tiny.prompts(8), recipe, engine=engine)
         assert server.counts["/v1/load_lora_adapter"] == (3 + 1) * alone
         assert server.counts["/update_weights"] == (3 + 1) * (not alone)
         assert not server.violations
@@ -458,6 +459,7 @@ def test_a_run_whose_server_fails_keeps_its_checkpoint_and_goes_on(
 def test_a_prompt_that_the_server_has_no_room_for_is_refused_before_the_first_step(
     student: LanguageModel,
 ) -> None:
+    teacher = tiny.tiny_teacher()
     with VLLMServer(student, context=40) as server:
         longest = max(len(student.prompt_ids(p)) for p in tiny.prompts())
         for recipe, plan in (
@@ -469,7 +471,7 @@ def test_a_prompt_that_the_server_has_no_room_for_is_refused_before_the_first_st
                 match=rf"^server http\S+: \d+ tokens and 36 new .* --max-model-len {36 + longest}",
             ):
                 gold.distill(
-                    tiny.tiny_student(), tiny.tiny_teacher(), tiny.prompts(), recipe,
+                    student, teacher, tiny.prompts(), recipe,
                     heldout=tiny.prompts(), evaluation=plan, engine=engine_on(server),
                 )  # fmt: skip
         assert set(server.paths) == {"/v1/models"}
