@@ -216,9 +216,9 @@ def test_a_configured_run_draws_from_its_server_and_so_do_its_evaluation_and_the
         assert found.measures["stop_rate"] == run.evaluations[-1]["stop_rate"]
         file = tiny.write_settings(tmp_path / "run.yaml", settings)
         assert [c.status for c in diagnose_run(file).checks if c.check == "rollout engine"] == ["pass"]
-        server.context = 16
+        server.context = 8
         checks = [c for c in diagnose_run(file).checks if c.check == "rollout engine"]
-        assert "do not fit its 16 tokens; start it with --max-model-len" in checks[0].found
+        assert "do not fit its 8 tokens; start it with --max-model-len" in checks[0].found
         server.context = 128
         server.flaws.add("stale head")
         checks = [c for c in diagnose_run(file).checks if c.check == "rollout engine"]
