@@ -192,4 +192,4 @@ def model_of(settings: Mapping[str, Any]) -> LanguageModel:
     known = {k: v for k, v in settings.items() if k not in ("model_type", "dtype")}
     config = AutoConfig.for_model(kind, **known)
     lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings["dtype"]))
-    return wrap_model(lm, AutoTokenizer.from_pretrained(TOKENIZERS[kind]), name=kind)
+    return wrap_model(lm, AutoTokenizer.from_pretrained(TOKENIZERS[kind], trust_remote_code=False), name=kind)

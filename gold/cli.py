@@ -261,8 +261,8 @@ def doctor(
 
     With --memory also the memory of a run by part and phase, the changes that make it fit, and the work of a step.
     """
-    from gold.diagnose import diagnose_source
     from gold.doctor.report import print_report
+    from gold.doctor_command import diagnose_source
 
     given = others or []
     if len(given) > 1 and not all("=" in each for each in given):

@@ -30,11 +30,11 @@ from gold.doctor.finding import Finding, Report
 from gold.doctor.memory import Model, Plan, memory_of
 from gold.doctor.memory_table import Hardware, examine_memory, measured
 from gold.doctor.prompts import PromptReader, examine_prompts
-from gold.doctor.report import combined, diagnose, load_pair
+from gold.doctor.report import combined, diagnose
 from gold.doctor.sample import run_texts
 from gold.doctor.server import compare_with_student, examine_noise, examine_server
 from gold.doctor.side import Side
-from gold.errors import ConfigError, GoldError, ModelError
+from gold.errors import GoldError, ModelError
 from gold.losses import Need
 from gold.models.footprint import Adapters
 from gold.models.language_model import LanguageModel
@@ -44,38 +44,6 @@ from gold.tokenize.chat import prompt_text
 from gold.tokenize.vocabulary import Vocabulary
 from gold.train.preflight import check_kept, check_lengths, check_recipe
 from gold.train.setup import pairs_of, terms_of
-
-
-def diagnose_source(
-    student: str,
-    others: Sequence[str],
-    *,
-    weights: bool,
-    sequences: int | None,
-    tokens: int | None,
-    memory: float | None,
-    hardware: Mapping[str, Any],
-) -> Report:
-    """The report on a student and the teacher in ``others``, or on a configuration and the overrides in it;
-    ``memory``: GiB of each GPU of a run, and ``hardware``: further arguments of ``Hardware``.
-
-    Raises:
-        GoldError: as for ``gold.build.train``; or ConfigError for arguments that do not go together.
-    """
-    is_run = all("=" in each for each in others) and not Path(student).is_dir()
-    if not is_run and not others:
-        raise ConfigError(f"{student} is a folder: name the teacher too, or the YAML file of a run")
-    given = {name: value for name, value in hardware.items() if value is not None}
-    if memory is None and given:
-        raise ConfigError(f"--{next(iter(given))} goes with --memory, the GiB of each GPU: give that too")
-    if is_run:
-        there = None if memory is None else Hardware(memory=round(memory * 2**30), **given)
-        sizes: Any = {"sequences": sequences, "tokens": tokens}
-        return diagnose_run(Path(student), others, weights=weights, hardware=there, **sizes)
-    if memory is not None:
-        raise ConfigError("--memory is of a run: name its YAML file instead of two models")
-    load = partial(load_pair, student, others[0]) if weights else None
-    return diagnose(student, others[0], load=load, sequences=sequences or 8, tokens=tokens or 256)
 
 
 def diagnose_run(

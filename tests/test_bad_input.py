@@ -29,6 +29,7 @@ import gold.train.checkpoint_folder
 import gold.train.loop
 import gold.train.microbatch
 import gold.train.progress
+import gold.train.saving
 import gold.train.state
 import gold.train.step
 from gold.cli import main
@@ -399,7 +400,7 @@ def test_a_state_that_is_none(tmp_path: Path, text: str | None) -> None:
 
 
 def test_a_run_folder_that_is_moved_under_way(bench: Bench) -> None:
-    real, calls = gold.train.step.sample, iter(range(100))
+    real, calls = gold.train.step.draw, iter(range(100))
 
     def sample(*arguments: Any, **options: Any) -> Any:
         if next(calls) == 1:
@@ -407,7 +408,7 @@ def test_a_run_folder_that_is_moved_under_way(bench: Bench) -> None:
         return real(*arguments, **options)
 
     with bench.monkeypatch.context() as patch:
-        patch.setattr(gold.train.step, "sample", sample)
+        patch.setattr(gold.train.step, "draw", sample)
         assert "was moved or removed while the run went on" in bench.refused()
     assert not bench.run.exists()
     done = bench.gold("train", "--resume", f"output={bench.folder / 'moved'}")
@@ -458,11 +459,11 @@ def test_a_disk_that_is_full_while_metrics_are_written(bench: Bench) -> None:
     "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")]
 )
 def test_a_disk_that_is_full_while_the_student_is_saved(bench: Bench, error: Exception) -> None:
-    def save_model(*_: Any) -> None:
+    def save_model(*_: Any, **__: Any) -> None:
         raise error
 
     with bench.monkeypatch.context() as patch:
-        patch.setattr(gold.train.loop, "save_model", save_model)
+        patch.setattr(gold.train.saving, "save_model", save_model)
         assert "cannot save the student in" in bench.refused()
     assert not (bench.run / "student").exists()
     assert bench.gold("train", "--resume").code == 0
@@ -520,14 +521,14 @@ def test_a_terminal_that_is_closed_under_way(bench: Bench) -> None:
 
 
 def test_ctrl_c_while_a_step_is_taken(bench: Bench) -> None:
-    real = gold.train.step.sample
+    real = gold.train.step.draw
 
     def sample(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **options)
 
     bench.settings["train"].update(steps=50)
-    bench.monkeypatch.setattr(gold.train.step, "sample", sample)
+    bench.monkeypatch.setattr(gold.train.step, "draw", sample)
     done = bench.gold("train")
     assert done.code == 130
     assert done.err.splitlines()[-1] == "interrupted"
@@ -557,7 +558,7 @@ def test_a_second_ctrl_c_ends_at_once(bench: Bench) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("it goes on")
 
-    bench.monkeypatch.setattr(gold.train.step, "sample", sample)
+    bench.monkeypatch.setattr(gold.train.step, "draw", sample)
     assert bench.gold("train").code == 130
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 from gold import terminal
 from gold.doctor.checks import examine_pair
 from gold.doctor.finding import Finding, Report
-from gold.doctor.memory_table import memory_json, memory_lines
 from gold.doctor.sample import JUDGED, RUN_TEXTS, SAMPLE
 from gold.doctor.side import Side, read_side
 from gold.doctor.sizes import StepMemory, machine_memory, step_memory
@@ -159,6 +158,8 @@ def print_report(report: Report, *, as_json: bool = False, stream: TextIO | None
             "unchecked": report.unchecked,
         }
         if report.of_run is not None:
+            from gold.doctor.memory_table import memory_json  # needs torch
+
             content["memory"] = memory_json(report.of_run)
         terminal.show_json(content, out)
     elif out.isatty():
@@ -172,6 +173,8 @@ def print_report(report: Report, *, as_json: bool = False, stream: TextIO | None
             terminal.show(f"not checked: {line}", stream=out)
         terminal.show(verdict_line(report), stream=out)
     if report.of_run is not None and not as_json:
+        from gold.doctor.memory_table import memory_lines
+
         terminal.show("", *memory_lines(report.of_run), stream=out)
 
 

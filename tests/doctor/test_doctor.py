@@ -663,7 +663,7 @@ def test_exit_codes_and_json(call: Any, saved: Path, tmp_path: Path) -> None:
     [
         (["nowhere.json", "{student}"], "error: no tokenizer at nowhere.json"),
         (["{student}", "nowhere/at/all"], "error: no tokenizer at nowhere/at/all"),
-        (["{student}"], "error: {student} cannot be read"),
+        (["{student}"], "error: {student} is a folder: name the teacher too"),
         (["nowhere.yaml"], "error: nowhere.yaml cannot be read"),
     ],
 )
@@ -844,6 +844,8 @@ def test_real_pairs() -> None:
 def test_the_documentation_lists_every_check() -> None:
     tables = (PAIR_CHECKS, PROMPT_CHECKS, WEIGHT_CHECKS, SERVER_CHECKS, STUDENT_CHECKS)
     rows = {f"| {check.name} | {check.question} |" for table in tables for check in table}
+    link = "([engines.md](engines.md#the-probe))"
+    rows.add(f"| rollout engine | Does vLLM draw from the weights that are pushed to it? {link} |")
     page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
     assert rows == {
         line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| check ")

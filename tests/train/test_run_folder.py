@@ -542,12 +542,8 @@ def test_a_run_of_before_inputs_were_kept_says_that_they_are_not_compared(run):
     assert json.loads((run.path / "inputs.json").read_text()) == INPUTS
 
 
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=3),
+JSON = st.recursive(  # without null, which equals a key that an earlier version did not have
+    st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
     max_leaves=8,
 )
