@@ -98,7 +98,7 @@ def train(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Gol
 
 MOMENTS: dict[str, tuple[str, int, bool]] = {
     "in the middle of the first evaluation's lines": ("gold.train.run_folder:RunFolder.log", 2, False),
-    "in the second step's rollouts, before any checkpoint": ("gold.train.step:sample", 2, False),
+    "in the second step's rollouts, before any checkpoint": ("gold.train.step:draw", 2, False),
     "in the first checkpoint, half-written": ("gold.train.state:save_model", 1, True),
     "in the update of step 3": ("torch.optim:AdamW.step", 3, False),
     "in the evaluation of step 3": ("gold.train.loop:evaluate", 2, False),
@@ -114,7 +114,7 @@ MOMENTS: dict[str, tuple[str, int, bool]] = {
         False,
     ),
     "in the lines of the last evaluation": ("gold.train.run_folder:RunFolder.log", 11, True),
-    "while the student is saved": ("gold.train.loop:save_model", 1, True),
+    "while the student is saved": ("gold.train.saving:save_model", 1, True),
 }
 QUICK = {
     "in the first checkpoint, half-written",
@@ -270,7 +270,7 @@ def _send(numbers: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("number", "code", "target", "call", "step"),
     [
-        (signal.SIGTERM, 143, "gold.train.step:sample", 3, 3),
+        (signal.SIGTERM, 143, "gold.train.step:draw", 3, 3),
         (signal.SIGHUP, 129, "gold.train.loop:evaluate", 2, 3),
         (signal.SIGINT, 130, "gold.train.checkpoint_folder:_seal", 1, 3),  # of step 2: noted once it is saved
     ],
@@ -293,7 +293,7 @@ def test_a_signal_keeps_a_checkpoint_and_the_run_goes_on_the_same(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(tmp_path: Path, train: Gold, number: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        signalled(patch, "gold.train.step:sample", 1, number, number)
+        signalled(patch, "gold.train.step:draw", 1, number, number)
         assert train().code == 128 + number
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert [line["step"] for line in records(tmp_path / "run", "metrics.jsonl")] == [0]
