@@ -18,6 +18,8 @@ from benchmarks.meter import Meter
 from gold.align.vocabularies import VocabularyPair
 from gold.tokenize.vocabulary import Vocabulary
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LIMITS = Limits(call_s=60.0, case_s=60.0, rounds=1, exact_tokens=64, deadline=math.inf)
 

@@ -29,6 +29,8 @@ from gold.models.footprint import (
     training_pass,
 )
 
+pytestmark = pytest.mark.slow
+
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 300,
