@@ -124,6 +124,7 @@ def test_every_back_end_computes_the_same(name, name_of_backend):
 
 
 @pytest.mark.skipif("cuda" not in BACKENDS_HERE, reason="triton does not run here")
+@pytest.mark.slow
 def test_the_default_objective_is_the_same_under_triton():
     test_every_back_end_computes_the_same("reverse_kl", "cuda")
 
