@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from gold.errors import ConfigError, did_you_mean
 from gold.schema import (
@@ -18,6 +18,7 @@ from gold.schema import (
     Section,
     Share,
     Text,
+    shown,
 )
 from gold.sections import CompletionSettings
 
@@ -111,6 +112,15 @@ class Optimizer(Section):
     """largest norm of the gradient"""
 
 
+def _boolean_or_auto(value: Any) -> Any:
+    if isinstance(value, bool) or value == "auto":
+        return value
+    raise ValueError(f"expected true or false, or auto, got {shown(value)}")
+
+
+BooleanOrAuto = Annotated[bool | Literal["auto"], BeforeValidator(_boolean_or_auto)]
+
+
 class Training(Section):
     """The training loop."""
 
@@ -128,7 +138,7 @@ class Training(Section):
     """mixed precision; auto: bf16 on a GPU that has it, else none"""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit: moments of 8 bits (bitsandbytes), 6 bytes per weight less"""
-    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    gradient_checkpointing: BooleanOrAuto = "auto"
     """recompute activations in the backward pass: less memory, a third more time; auto: if they would not fit else"""
     sharding: Literal["none", "fsdp"] = "none"
     """with several processes, each has whole models, or shards of the weights and the optimizer's state (FSDP2)"""
