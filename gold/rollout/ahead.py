@@ -60,6 +60,10 @@ class RolloutsAhead:
             answer.set_result(engine.generate(requests))
         except BaseException as error:
             answer.set_exception(error)
+            if not isinstance(
+                error, Exception
+            ):  # a second Ctrl-C ends the run now, not where the batch is needed
+                raise
         self._finished = time.perf_counter()
 
     def wait(self) -> None:

@@ -122,3 +122,10 @@ def test_a_broken_file_is_one_line(tmp_path):
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(CheckpointError, match=r"rollouts\.npz"):
         load_generations(file)
+
+
+def test_ctrl_c_while_a_batch_is_drawn_at_once_is_not_kept_for_later():
+    engine, ahead = Slow(False, KeyboardInterrupt()), RolloutsAhead()
+    with pytest.raises(KeyboardInterrupt):
+        ahead.start(engine, 1, requests((0, 0)))
+    assert ahead.contents(1) == {}
