@@ -60,9 +60,8 @@ class RolloutsAhead:
             answer.set_result(engine.generate(requests))
         except BaseException as error:
             answer.set_exception(error)
-            if not isinstance(
-                error, Exception
-            ):  # a second Ctrl-C ends the run now, not where the batch is needed
+            # A second Ctrl-C ends the run now, not where the batch is needed.
+            if not isinstance(error, Exception):
                 raise
         self._finished = time.perf_counter()
 
