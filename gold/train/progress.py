@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from gold import terminal
-from gold.train.trackers import RunInfo, Tracker
+from gold.train.trackers import Forwarding, RunInfo, Tracker
 
 SHOWN = (
     ("reverse_kl_per_byte", "reverse KL/byte", "{:.4f}"),
@@ -28,23 +28,11 @@ class Quiet(Tracker):
         terminal.show_note(text)
 
 
-class Lasting(Tracker):
+class Lasting(Forwarding):
     """Forwards to another tracker until its terminal closes or its pipe's reader ends; the run continues."""
 
     def __init__(self, inner: Tracker) -> None:
         self.inner, self.ended = inner, False
-
-    def start(self, run: RunInfo) -> None:
-        self._call("start", run)
-
-    def log(self, kind: str, record: Mapping[str, Any]) -> None:
-        self._call("log", kind, record)
-
-    def note(self, text: str) -> None:
-        self._call("note", text)
-
-    def finish(self) -> None:
-        self._call("finish")
 
     def _call(self, method: str, *arguments: Any) -> None:
         try:

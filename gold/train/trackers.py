@@ -47,13 +47,8 @@ class Tracker(Protocol):
         return
 
 
-class Guarded(Tracker):
-    """Another tracker that may fail: its first exception drops it, with one note, and the run goes on."""
-
-    def __init__(self, inner: Tracker, name: str) -> None:
-        self.inner: Tracker | None = inner
-        self.name = name
-        self.tell: Callable[[str], None] = lambda text: None  # set by `Trackers`
+class Forwarding(Tracker):
+    """A tracker whose calls all go through one method, `_call`, to another tracker."""
 
     def start(self, run: RunInfo) -> None:
         self._call("start", run)
@@ -66,6 +61,18 @@ class Guarded(Tracker):
 
     def finish(self) -> None:
         self._call("finish")
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        raise NotImplementedError
+
+
+class Guarded(Forwarding):
+    """Another tracker that may fail: its first exception drops it, with one note, and the run goes on."""
+
+    def __init__(self, inner: Tracker, name: str) -> None:
+        self.inner: Tracker | None = inner
+        self.name = name
+        self.tell: Callable[[str], None] = lambda text: None  # set by `Trackers`
 
     def _call(self, method: str, *arguments: Any) -> None:
         if self.inner is None:
