@@ -187,6 +187,8 @@ def _run(
             run.steps, run.evaluations = folder.records("train"), folder.records("eval")
         stack.callback(tracker.finish)
         tracker.start(RunInfo(settings, header(state, setup), recipe.steps, state.step))
+        if setup.uncorrected:
+            tracker.note(setup.uncorrected)
         if (seconds := warm_up(state, setup)) > 1.0:
             tracker.note(f"kernels compiled in {seconds:.0f} s; cached for later runs")
         interrupt = stack.enter_context(Interrupt())

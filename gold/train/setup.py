@@ -94,6 +94,20 @@ class Setup:
         return recipe.importance_cap
 
     @property
+    def uncorrected(self) -> str | None:
+        """Why completions of an engine with weights of its own are learned from without importance weights, in one
+        line; None if they have them, need none, or were asked to have none."""
+        recipe = self.recipe
+        if not self.engine.own_weights or recipe.importance_cap is None:
+            return None
+        for key, value in (("temperature", recipe.temperature), ("top_p", recipe.top_p)):
+            if value != 1:
+                return f"no importance weights for the engine's completions: rollout.{key} is {value:g}, they need 1"
+        if lost := [t.label for t in self.terms if not find(t.objective.name).weighted]:
+            return f"no importance weights for the engine's completions: {', '.join(lost)} has none"
+        return None
+
+    @property
     def needs_reference(self) -> bool:
         """Whether any objective uses the student before training."""
         return any(t.objective.name == "reference_kl" for t in self.terms)

@@ -15,7 +15,9 @@ import gold
 from gold.errors import ConfigError, EngineError
 from gold.evaluate import EvaluationPlan
 from gold.rollout.hf import HuggingFaceEngine
+from gold.teachers.several import Teachers
 from gold.train.loop import Saving
+from gold.train.setup import Setup
 
 RECIPE = gold.Recipe(
     steps=4, prompts_per_step=2, num_generations=2, lr=3e-3, warmup_steps=1, max_new_tokens=6, staleness=1
@@ -116,6 +118,24 @@ def test_an_engine_in_another_precision_is_corrected_and_watched() -> None:
     unweighted, _ = train(recipe.replace(importance_cap=None), lambda student: CopyEngine(student, 1e-3))
     assert "policy_kl" not in unweighted.steps[0]
     assert "policy_kl" not in plain.steps[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({}, None),
+        ({"importance_cap": None}, None),
+        ({"temperature": 0.7}, "rollout.temperature"),
+        ({"top_p": 0.9}, "rollout.top_p"),
+        ({"objectives": [gold.Term("uld")]}, "uld"),
+    ],
+)
+def test_completions_without_weights_are_named(settings: dict, named: str | None) -> None:
+    student, recipe = tiny.tiny_student(), RECIPE.replace(staleness=0, **settings)
+    teachers = Teachers({"teacher": tiny.tiny_teacher()})
+    line = Setup.of(student, teachers, tiny.prompts(), recipe, CopyEngine(student)).uncorrected
+    assert (line is None) if named is None else named in line
+    assert Setup.of(student, teachers, tiny.prompts(), recipe).uncorrected is None
 
 
 def test_completions_cut_short_can_be_left_out() -> None:
