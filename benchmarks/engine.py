@@ -22,8 +22,9 @@ from gold.config import Config
 from gold.data import Prompt
 from gold.errors import GoldError
 from gold.models.language_model import LanguageModel
-from gold.rollout.engine import Generation, Request, RolloutEngine, encode_prompt
+from gold.rollout.engine import Generation, Request, RolloutEngine
 from gold.rollout.hf import HuggingFaceEngine
+from gold.rollout.prompts import encode_prompt
 from gold.rollout.types import Sampling
 from gold.rollout.vllm_process import ColocatedEngine
 from gold.run import train

@@ -138,6 +138,16 @@ def test_files_and_make_targets_exist():
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE)) <= targets
 
 
+def test_the_maps_of_the_code_name_what_exists():
+    maps = [(ROOT / name).read_text(encoding="utf-8") for name in ("docs/architecture.md", "CONTRIBUTING.md")]
+    source = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "gold").rglob("*.py"))
+    changes = maps[1].split("## Where would I change")[1].split("\n## ")[0]
+    for path in re.findall(r"`(gold/[\w/]+(?:\.py|/))`", "".join(maps)):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"`(?:\w+\.)*(\w+)`", changes):
+        assert re.search(rf"^\s*(def|class) {name}\b|^\s*{name}\b.*[=:]", source, re.MULTILINE), name
+
+
 def test_method_names_tests_that_exist():
     method = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     files = (ROOT / "tests" / "contract").glob("test_*.py")

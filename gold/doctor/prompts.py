@@ -16,7 +16,7 @@ import numpy as np
 from gold.data import Prompt, characters_of
 from gold.doctor.finding import Check, Finding, failure, failures, passed, run_checks, warning
 from gold.errors import DataError
-from gold.rollout.engine import encode_prompt
+from gold.rollout.prompts import encode_prompt
 from gold.tokenize.chat import (
     dropped_roles,
     has_chat_template,

@@ -221,6 +221,11 @@ def arguments_of(function: Callable[..., Any], positional: int = 0) -> dict[str,
     chosen = [
         p for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY or (positional and i >= positional)
     ]
+    for p in chosen:
+        if p.name not in kinds:
+            raise ConfigError(
+                f"{p.name}: this argument of {function.__name__} has no type; annotate it, e.g. float"
+            )
     return {p.name: (kinds[p.name], p.default) for p in chosen}
 
 

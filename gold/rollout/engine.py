@@ -13,6 +13,7 @@ from torch import Tensor
 from gold.data import Prompt
 from gold.errors import DataError
 from gold.models.language_model import LanguageModel, output_width
+from gold.rollout.prompts import encode_prompt
 from gold.rollout.stopping import fits_with_stop, with_stop, without_stop
 from gold.rollout.types import Rollout, Sampling, Seed, Segment
 from gold.tokenize.chat import starts_text
@@ -193,43 +194,3 @@ def given_rollout(model: LanguageModel, prompt: Prompt, tokenized: TokenizedText
     encoded = encode_prompt(model, prompt, ids.size)
     logprobs, segments = np.zeros(ids.size, np.float32), (Segment(0, ids.size, False),)
     return Rollout(prompt, encoded, ids, logprobs, tokenized, stopped, segments)
-
-
-class PromptModel(Protocol):
-    """Anything that encodes prompts: a model, a teacher, or only its tokenizer."""
-
-    @property
-    def name(self) -> str:
-        """Its name in messages."""
-        ...
-
-    @property
-    def context(self) -> int | None:
-        """Maximum sequence length in tokens, if known."""
-        ...
-
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The ids before a completion."""
-        ...
-
-
-def encode_prompt(model: PromptModel, prompt: Prompt, room: int) -> tuple[int, ...]:
-    """The ids before a completion of up to ``room`` tokens.
-
-    Raises:
-        DataError: the prompt has no ids or leaves too little room in the model's context; the message names its key.
-    """
-    try:
-        ids = model.prompt_ids(prompt)
-    except DataError as error:
-        raise DataError(f"prompt {prompt.key}: {error}") from error
-    if not ids:
-        raise DataError(
-            f"prompt {prompt.key}: it is empty for model {model.name}, which has no token to begin a text with"
-        )
-    if model.context is not None and len(ids) + room > model.context:
-        raise DataError(
-            f"prompt {prompt.key}: {len(ids)} tokens and {room} new ones do not fit the {model.context} tokens of "
-            f"model {model.name}; shorten the prompt or lower rollout.max_new_tokens"
-        )
-    return tuple(ids)

@@ -15,7 +15,8 @@ from torch.func import functional_call
 from gold.data import Prompt
 from gold.errors import DataError, EngineError
 from gold.models.language_model import LanguageModel, without_adapters
-from gold.rollout.engine import Generation, Request, RolloutEngine, encode_prompt
+from gold.rollout.engine import Generation, Request, RolloutEngine
+from gold.rollout.prompts import encode_prompt
 from gold.rollout.types import Sampling
 
 _TOKENS = 16

@@ -20,7 +20,8 @@ from gold.errors import CheckpointError, ConfigError, DataError
 from gold.evaluate import Verifier
 from gold.models.language_model import LanguageModel
 from gold.prompt_order import PromptOrder
-from gold.rollout.engine import ProbedEngine, RolloutEngine, completed, encode_prompt
+from gold.rollout.engine import ProbedEngine, RolloutEngine, completed
+from gold.rollout.prompts import encode_prompt
 from gold.teachers.several import Teachers
 from gold.tokenize.templates import Rendering
 from gold.train.optimizer import check_installed

@@ -34,9 +34,9 @@ from gold.rollout.engine import (
     Request,
     RolloutEngine,
     completed,
-    encode_prompt,
     rollout_of,
 )
+from gold.rollout.prompts import encode_prompt
 from gold.rollout.types import Rollout, group_advantages
 from gold.teachers.several import Teachers
 from gold.train.diagnosis import why_not_finite

@@ -83,3 +83,13 @@ def test_the_command_lists_every_objective_and_option():
     one = CliRunner().invoke(app, ["objectives", "jsd"])
     assert "beta: number (0.5)" in one.stdout
     assert "span_pg" not in one.stdout
+
+
+def test_an_option_of_a_divergence_needs_a_type():
+    def renyi(logp, logq, alpha=0.5):
+        return ((alpha * logp + (1 - alpha) * logq).logsumexp(-1)) / (alpha - 1)
+
+    with pytest.raises(ConfigError, match=r"alpha: .*renyi"):
+        DivergenceRow("renyi", renyi)()
+    renyi.__annotations__["alpha"] = float
+    assert DivergenceRow("renyi", renyi)(alpha=0.25).options["alpha"] == 0.25
