@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gold.bytes.events import STOP_EVENT, UNRESOLVED_EVENT
-from gold.bytes.trie import Bool, ByteTrie, Int32, Int64, VocabularyBytes, child_of
+from gold.bytes.trie import Bool, ByteTrie, Int32, Int64, UInt8, VocabularyBytes, child_of
 
 
 class TextTokens(Protocol):
@@ -142,8 +142,44 @@ class BytePlan:
             for text, stop, first in zip(texts, stopped, starts, strict=False)
         ]
         columns = zip(*parts, strict=True) if parts else [[np.empty(0, np.int64)]] * 6
-        target, begin, end, root, limit, last = (np.concatenate(x) for x in columns)
         data = np.frombuffer(b"".join(text.data + b"\0" for text in texts), np.uint8)
+        first_rows = _starts([p[0].size for p in parts])[:-1]
+        return cls._of(trie, data, starts, first_rows, *(np.concatenate(x) for x in columns))
+
+    @classmethod
+    def off_path(
+        cls,
+        vocabulary: VocabularyBytes,
+        trie: ByteTrie,
+        text: TextTokens,
+        stopped: bool,
+        begins: Int64,
+    ) -> BytePlan:
+        """The plan of other states that have read the beginning of one text, ``begins`` bytes each, by other tokens
+        than its own; they have no target, and skip none."""
+        limit = _limit(text, behind_space(vocabulary, text)[0], begins)
+        last = np.full(begins.size, len(text.data) if stopped else len(text.data) - 1)
+        starts = _starts([len(text.data) + 1])
+        data = np.frombuffer(text.data + b"\0", np.uint8)
+        nowhere, root = np.full(begins.size, -1), np.zeros(begins.size, np.int64)
+        return cls._of(trie, data, starts, starts[:1], nowhere, begins, nowhere - 1, root, limit, last)
+
+    @classmethod
+    def _of(
+        cls,
+        trie: ByteTrie,
+        data: UInt8,
+        starts: Int64,
+        first_rows: Int64,
+        target: Int64,
+        begin: Int64,
+        end: Int64,
+        root: Int64,
+        limit: Int64,
+        last: Int64,
+    ) -> BytePlan:
+        """The plan of rows, each with what ``_rows`` returns; ``starts`` are the first positions of the texts in
+        ``data``, and the number of positions."""
         walk = trie.first_child, trie.children, trie.byte, data, begin, root, limit, last
         ptr = _starts(_walk_rows(*walk, begin, np.empty(0, np.int32)))
         node = np.empty(ptr[-1], np.int32)
@@ -154,7 +190,7 @@ class BytePlan:
         masses = 1 + trie.children[node] + first_visit
         visits = Visits(ptr, node, position, first_visit, end[row] == position, _starts(masses))
         position_row = np.zeros(int(starts[-1]), np.int32)
-        position_row[starts[:-1]] = _starts([p[0].size for p in parts])[:-1]
+        position_row[starts[:-1]] = first_rows
         position_row[position[first_visit]] = row[first_visit]  # the last of several rows that begin there
         supervised = np.zeros(position_row.size, np.bool_)
         supervised[position] = True
@@ -167,7 +203,7 @@ class BytePlan:
             event,
             target.astype(np.int32),
             np.maximum.accumulate(position_row),
-            np.repeat(np.arange(len(parts), dtype=np.int32), np.diff(starts)),
+            np.repeat(np.arange(starts.size - 1, dtype=np.int32), np.diff(starts)),
             supervised,
         )
 
@@ -200,10 +236,8 @@ def _rows(
     ends, length = text.ends.astype(np.int64), len(text.data)
     begin = np.concatenate(([0], ends))
     wide = ends > begin[:-1]
-    # A walk must not enter a span whose bytes the tokens do not reproduce exactly: the model did not read the text's
-    # bytes there. Nor does one begin after an inexact token of zero width: that state is inside such a span.
-    inexact = np.append(begin[:-1][~exact & wide], length)
-    limit = inexact[np.searchsorted(inexact, begin)]
+    limit = _limit(text, exact, begin)
+    # No walk begins after an inexact token of zero width: that state is inside an inexact span.
     begins = np.concatenate(([True], exact | wide))
     last = np.where(begins, length if stopped else length - 1, -1)
     root = np.zeros(begin.size, np.int64)
@@ -218,6 +252,15 @@ def _rows(
         limit[rows] + first,
         last[rows] + first,
     )
+
+
+def _limit(text: TextTokens, exact: Bool, begin: Int64) -> Int64:
+    """The position at which a walk that begins at ``begin`` must end: it must not enter a span whose bytes the tokens
+    do not reproduce exactly, since the model did not read the text's bytes there."""
+    starts = np.concatenate(([0], text.ends.astype(np.int64)[:-1]))
+    inexact = np.append(starts[: exact.size][~exact & (text.ends > starts[: exact.size])], len(text.data))
+    limit: Int64 = inexact[np.searchsorted(inexact, begin)]
+    return limit
 
 
 def _starts(counts: Sequence[int] | NDArray[np.integer]) -> Int64:

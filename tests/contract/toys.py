@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
@@ -173,3 +174,22 @@ def leaf(rows: LazyLogits) -> tuple[Tensor, LazyLogits]:
     given = isinstance(rows, GivenLogits)
     logits = (rows.logits_NV if given else rows.logits()).detach().requires_grad_(True)
     return logits, replace(rows, logits_NV=logits) if given else GivenLogits(logits)
+
+
+class BranchStates:
+    """The states of a toy model along some ids and behind branches of them; ``row(context)`` are its logits."""
+
+    def __init__(self, row: Callable[[tuple[int, ...]], Tensor], ids: Sequence[int], rows: int) -> None:
+        self.row, self.ids, self.rows = row, tuple(int(i) for i in ids), rows
+        self.contexts: list[tuple[int, ...]] = []
+
+    def path(self) -> GivenLogits:
+        """The rows along the ids."""
+        return GivenLogits(torch.stack([self.row(self.ids[:k]) for k in range(self.rows)]))
+
+    def behind(self, parents: NDArray[np.int64], tokens: NDArray[np.int64]) -> GivenLogits:
+        """The rows behind one more token each."""
+        for parent, token in zip(parents.tolist(), tokens.tolist(), strict=True):
+            before = self.ids[: -1 - parent] if parent < 0 else self.contexts[parent]
+            self.contexts.append((*before, token))
+        return GivenLogits(torch.stack([self.row(c) for c in self.contexts[-len(parents) :]]))
