@@ -19,15 +19,19 @@ from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
 from gold.errors import DataError
 from gold.evaluation_samples import Alternatives, teacher_alternatives
+from gold.exact.divergence import ExactText, unresolved
+from gold.exact.marginals import marginals
 from gold.kernels.lm_head import token_logp
 from gold.kernels.logits import LazyLogits
 from gold.kernels.tables import prefix_logp
 from gold.losses.types import IMPOSSIBLE, possible
+from gold.models.branches import TextStates
 from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
 from gold.rollout.engine import given_rollout, sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Rollout, Sampling, Seed
+from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.chat import starts_text
 
@@ -40,7 +44,8 @@ class Scored:
     """Both models' log-probabilities of one text, per student row and per teacher row, stop event last; the student's
     of the text minus the teacher's, and the number of bytes covered; the index of its prompt, and its teacher's name.
     ``bounded``: the teacher's log-probability of the text is a lower bound. ``alternatives``: of a sample that is
-    recorded, the teacher's most probable tokens at each of its rows."""
+    recorded, the teacher's most probable tokens at each of its rows. ``exact``: the divergence of both models' next
+    bytes, if it was asked for."""
 
     rollout: Rollout
     text: AlignedText
@@ -53,6 +58,7 @@ class Scored:
     number: int = 0
     teacher: str = ""
     alternatives: Alternatives | None = None
+    exact: ExactText | None = None
 
     @property
     def bytes(self) -> int:
@@ -135,7 +141,8 @@ class Comparison:
                 taught.append((n, rollout, text))
             skipped += len(graded) - len(taught)
             rollouts, texts = [r for _, r, _ in taught], [t for _, _, t in taught]
-            found = self._score(name, rollouts, texts, student_logp(self.student, rollouts, self.plan))
+            mine = student_logp(self.student, rollouts, self.plan)
+            found = self._score(name, rollouts, texts, mine, written_by_teacher=True)
             scored += [replace(s, number=n) for (n, _, _), s in zip(taught, found, strict=True)]
         return scored, skipped
 
@@ -147,6 +154,7 @@ class Comparison:
         texts: Sequence[AlignedText],
         logp_S: Sequence[StudentLogp],
         recorded: Collection[int] = (),
+        written_by_teacher: bool = False,
     ) -> list[Scored]:
         """Both models' log-probabilities of each rollout, retokenized for the teacher, given the student's; of those
         ``recorded`` also the teacher's alternatives."""
@@ -167,8 +175,30 @@ class Comparison:
                 if i in recorded:
                     best = teacher_alternatives(theirs, teacher.vocabulary)
                     scored = replace(scored, alternatives=best)
+                if self.plan.branches:
+                    exact = self._exact(teacher, pair, rollout, text, written_by_teacher)
+                    scored = replace(scored, exact=exact)
                 found[i] = scored
         return [found[i] for i in range(len(rollouts))]
+
+    def _exact(
+        self, teacher: Teacher, pair: VocabularyPair, rollout: Rollout, text: AlignedText, forward: bool
+    ) -> ExactText:
+        """The divergence of the next bytes along a text; ``forward``: KL(teacher ‖ student)."""
+        least, stopped = self.plan.branches, text.stopped
+        prompt = rollout.prompt.for_teacher
+        rows = text.student.ids.size + stopped
+        states = (
+            TextStates(self.student, rollout.prompt_ids, text.student.ids, rows),
+            teacher.states(prompt, text.teacher, stopped),
+        )
+        sides = zip(
+            (pair.student, pair.teacher), pair.kernel_tries, (text.student, text.teacher), states, strict=True
+        )
+        student, theirs = (
+            marginals(vocabulary, trie, own, stopped, each, least) for vocabulary, trie, own, each in sides
+        )
+        return ExactText.of(student, theirs, forward=forward, teacher_stops=bool(pair.teacher.stop_ids))
 
     def _batches(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
         """Indices of the texts that a teacher is asked for together."""
@@ -195,6 +225,27 @@ class Comparison:
         for teacher in teachers.members if teachers.several else ():
             if own := [s for s in scored if s.teacher == teacher]:
                 measures |= self._divergence(f"{name}[{teacher}]", own, [1.0] * len(own), sign)
+        return measures
+
+    def exact_divergences(self, direction: str, scored: Sequence[Scored]) -> dict[str, float]:
+        """Value and lower bound of the exact divergence; of the student's samples what is unresolved too."""
+        if not self.plan.branches or not scored:
+            return {}
+        measures: dict[str, float] = {}
+        for name, of_value in (
+            (f"exact_{direction}_kl_per_byte", True),
+            (f"least_{direction}_kl_per_byte", False),
+        ):
+            values = [
+                replace(
+                    s, gap_nats=float((s.exact.value if of_value else s.exact.bound).sum()), gap_bytes=s.bytes
+                )
+                for s in scored
+                if s.exact is not None
+            ]
+            measures |= self.divergences(name, values, sign=1.0)
+        if direction == "reverse":
+            measures |= unresolved([s.exact for s in scored if s.exact is not None])
         return measures
 
     def _divergence(

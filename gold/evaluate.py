@@ -78,6 +78,8 @@ class EvaluationPlan:
     micro_batch_tokens: int | None = EvaluationSettings().micro_batch_tokens
     generation_batch_size: int = CompletionSettings().generation_batch_size
     seed: int = 0
+    branches: float = 0.0
+    """The least share of a branch in exact measures, see ``gold.exact.marginals``; 0: these are not measured."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,13 @@ class Evaluation:
       over their bytes; ``_low`` and ``_high`` are a 95 % bootstrap interval over prompts. For a truncated sample both
       are probabilities that a text begins with it; ``bounded_share`` is present where a teacher returns only some
       tokens: the share of samples at whose end too little is known, so that they count slightly too much.
+    - ``exact_reverse_kl_per_byte`` (nats; with ``EvaluationPlan.branches``): at every byte of the student's samples the
+      KL divergence between both models' next bytes, over all token sequences that were followed, with an interval as
+      above; ``least_reverse_kl_per_byte`` is the same with all that is unresolved as close as it can be, a lower bound.
+      ``unresolved_mass`` and ``teacher_unresolved_mass``: the mean share of a byte's probability whose next byte is
+      unresolved there; ``branches_per_token`` and ``teacher_branches_per_token``: states computed for it.
+      ``exact_forward_kl_per_byte`` and ``least_forward_kl_per_byte``: KL(teacher ‖ student) at the bytes of teacher
+      samples.
     - ``impossible_share``: samples to which a teacher gives probability 0, if any; the reverse KL, which is infinite
       with them, is over the others.
     - ``forward_kl_per_byte`` (nats; needs local teachers): the same over teacher samples, signs swapped.
@@ -231,7 +240,10 @@ def _measured(
         for r in rollouts[: plan.samples * plan.num_generations : plan.num_generations]
     ]
     if comparison is not None:
-        measures |= comparison.reverse_kl(texts.scored) | _agreement(texts.scored)
+        measures |= comparison.reverse_kl(texts.scored) | comparison.exact_divergences(
+            "reverse", texts.scored
+        )
+        measures |= _agreement(texts.scored)
         signals = {s.number: s for s in reversed(texts.scored)}  # each prompt's first sample and teacher
         for n, shown in enumerate(samples):
             if comparison.teachers.several and n in signals:
@@ -241,6 +253,7 @@ def _measured(
                 shown["chunks"] = chunk_records(s.text, s.chunks, s.logp_S, s.logp_T, s.alternatives)
         if texts.taught is not None:
             measures |= comparison.divergences("forward_kl_per_byte", texts.taught, sign=-1.0)
+            measures |= comparison.exact_divergences("forward", texts.taught)
             if texts.taught:
                 measures |= _bits_per_byte(
                     [s.logp_S for s in texts.taught], [s.rollout for s in texts.taught]

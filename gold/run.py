@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from gold.build import (
+    BRANCHES,
     build_models,
     cached_teacher,
     check_model,
@@ -100,7 +101,7 @@ def evaluate_source(
     if is_run:
         _check_trained(folder)
     config = Config.load(folder / "config.yaml" if is_run else folder, overrides)
-    data, plan = load_data(config), evaluation_of(config)
+    data, plan = load_data(config), evaluation_of(config, BRANCHES)
     student = config.student
     if is_run and not any(o.startswith("student.") for o in overrides):
         # Its adapters are merged into its weights, which are not quantized.

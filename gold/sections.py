@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gold.schema import CountInt, PositiveInt, Section
+from gold.schema import CountInt, PositiveInt, Section, Share
 
 
 class CompletionSettings(Section):
@@ -25,3 +25,6 @@ class EvaluationSettings(Section):
     """sequences per forward pass"""
     micro_batch_tokens: PositiveInt | None = None
     """instead of micro_batch_size: most tokens per forward pass, prompts and padding included"""
+    branches: Share | None = None
+    """exact divergence per byte: the least share of the text so far of a token off its path that is followed; 0: not
+    measured; null: 0.01 in `gold eval`, 0 in a run"""

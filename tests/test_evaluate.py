@@ -107,6 +107,34 @@ def test_reverse_kl_per_byte_is_its_definition(longest, mine, theirs):
     assert found["length_bytes"] == np.mean([len(r.tokenized.data) for r in rollouts])
 
 
+EXACT = replace(PLAN, branches=1e-3)
+
+
+def test_exact_measures_are_added_and_change_no_other():
+    student, teacher = words(0), LocalTeacher(characters(1))
+    before = evaluate(student, teacher, PROMPTS, plan=PLAN).measures
+    found = evaluate(student, teacher, PROMPTS, plan=EXACT).measures
+    assert {name: found[name] for name in before} == before
+    for direction in ("reverse", "forward"):
+        exact, least = f"exact_{direction}_kl_per_byte", f"least_{direction}_kl_per_byte"
+        assert 0 <= found[least] <= found[exact]
+        assert found[f"{exact}_low"] <= found[exact] <= found[f"{exact}_high"]
+        assert found[exact] == pytest.approx(found[f"{direction}_kl_per_byte"], rel=0.5)
+        # Averaged over what the next byte may be, the divergence scatters less than a log-ratio of samples.
+        widths = [
+            found[f"{name}_high"] - found[f"{name}_low"] for name in (exact, f"{direction}_kl_per_byte")
+        ]
+        assert widths[0] < widths[1]
+    assert 0 <= found["teacher_unresolved_mass"] <= found["unresolved_mass"] < 0.01
+    assert found["branches_per_token"] > 0
+
+
+def test_a_model_is_at_zero_of_itself_in_exact_measures():
+    found = evaluate(words(0), LocalTeacher(words(0)), PROMPTS, plan=EXACT).measures
+    for name in ("exact_reverse_kl_per_byte", "least_reverse_kl_per_byte", "exact_forward_kl_per_byte"):
+        assert found[name] == pytest.approx(0, abs=1e-6)
+
+
 def test_bits_per_byte_are_those_of_the_given_completions():
     student = words(0)
     found = evaluate(student, None, PROMPTS, plan=PLAN).measures

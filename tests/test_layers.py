@@ -65,6 +65,10 @@ FORBIDDEN_IN = {
         "gold.teachers",
     ),
     "gold.kernels": ("transformers", "tokenizers", "accelerate", "gold.align", "gold.models"),
+    "gold.exact": (
+        *("transformers", "tokenizers", "accelerate"),
+        *("gold.align", "gold.models", "gold.losses", "gold.rollout", "gold.teachers"),
+    ),
     # A model knows the bytes of its ids and gives logits on demand; it knows nothing of alignment or losses.
     "gold.models": (
         "gold.align",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,39 +15,54 @@ from gold.exact.marginals import Floats, Marginals
 
 
 @dataclass(frozen=True)
-class TextDivergence:
-    """Of one text, for each of its compared byte positions, in nats: ``value`` and ``bound`` of the divergence, and
-    each side's share of mass of which the next byte is unresolved: at that byte alone (``open``), and there or at any
-    byte before it (``strict``)."""
+class ExactText:
+    """Of one text, for each of its compared byte positions, in nats: ``value`` and ``bound`` of the divergence; each
+    side's share of mass of which the next byte is unresolved at that byte, and its branches per token, rows of stop
+    events counted as tokens."""
 
     value: Floats
     bound: Floats
     open_S: Floats
     open_T: Floats
-    strict_S: Floats
-    strict_T: Floats
+    branches_S: float
+    branches_T: float
+
+    @classmethod
+    def of(
+        cls, student: Marginals, teacher: Marginals, *, forward: bool = False, teacher_stops: bool = True
+    ) -> Self:
+        """KL(student ‖ teacher) of the next event at every byte of a text at which both predict one; ``forward``:
+        KL(teacher ‖ student).
+
+        Both are divergences of the closest completions (``closest_completions``) of what is known: for the value, mass
+        that was unresolved at an earlier byte has left the text; for the bound, it may have stayed. The bound is never
+        above the divergence between the models' next bytes, summed over all tokenizations, and rises with every branch;
+        where nothing is unresolved, both are that divergence. ``teacher_stops``: whether the teacher has a stop event.
+        """
+        at = student.known & teacher.known
+        found = []
+        for name in ("local_rest", "strict_rest"):
+            mine, theirs = (
+                _shares(side, getattr(side, name), at, teacher_stops) for side in (student, teacher)
+            )
+            p, q = closest_completions(mine[0], theirs[0])
+            found.append((kl(q, p) if forward else kl(p, q), mine[1], theirs[1]))
+        (value, open_S, open_T), (bound, _, _) = found
+        per_token = (side.branches / max(1, side.rows) for side in (student, teacher))
+        return cls(value, bound, open_S, open_T, *per_token)
 
 
-def text_divergence(
-    student: Marginals, teacher: Marginals, *, forward: bool = False, teacher_stops: bool = True
-) -> TextDivergence:
-    """KL(student ‖ teacher) of the next event at every byte of a text at which both predict one; ``forward``:
-    KL(teacher ‖ student).
-
-    Both are divergences of the closest completions (``closest_completions``) of what is known: for the value, mass that
-    was unresolved at an earlier byte has left the text; for the bound, it may have stayed. The bound is never above the
-    divergence between the models' next bytes, summed over all tokenizations, and rises with every branch; where nothing
-    is unresolved, both are that divergence. ``teacher_stops``: whether the teacher has a stop event.
-    """
-    at = student.known & teacher.known
-    found = {}
-    for name in ("local_rest", "strict_rest"):
-        sides = [_shares(side, getattr(side, name), at, teacher_stops) for side in (student, teacher)]
-        (a, rest_S), (b, rest_T) = sides
-        p, q = closest_completions(a, b)
-        found[name] = kl(q, p) if forward else kl(p, q), rest_S, rest_T
-    (value, open_S, open_T), (bound, strict_S, strict_T) = found["local_rest"], found["strict_rest"]
-    return TextDivergence(value, bound, open_S, open_T, strict_S, strict_T)
+def unresolved(texts: Sequence[ExactText]) -> dict[str, float]:
+    """Measures of some texts: the mean share of unresolved mass of each side over all bytes, and its branches per
+    token."""
+    if not texts:
+        return {}
+    return {
+        "unresolved_mass": float(np.concatenate([t.open_S for t in texts]).mean()),
+        "teacher_unresolved_mass": float(np.concatenate([t.open_T for t in texts]).mean()),
+        "branches_per_token": float(np.mean([t.branches_S for t in texts])),
+        "teacher_branches_per_token": float(np.mean([t.branches_T for t in texts])),
+    }
 
 
 def _shares(side: Marginals, log_rest: Floats, at: NDArray[np.bool_], stops: bool) -> tuple[Floats, Floats]:

@@ -59,8 +59,8 @@ class Marginals:
     column 256 is the stop event, 257 outcomes that are no text. ``open[e]``: tokens that end at e, off every state that
     was computed. ``unknown[e]``: of partial rows, the unknown tokens of states that have read e bytes; ``veiled[e]``
     those of the last of the text's own states, which may reach beyond e. ``known``: positions whose next event is
-    predicted. ``branches``: states computed off the text's own tokens, ``passes`` how often the model was asked for
-    some.
+    predicted. ``rows``: the number of the text's own states; ``branches``: that of the others, and ``passes`` how often
+    the model was asked for some.
     """
 
     named: Floats
@@ -68,6 +68,7 @@ class Marginals:
     unknown: Floats
     veiled: Floats
     known: NDArray[np.bool_]
+    rows: int
     branches: int
     passes: int
 
@@ -112,7 +113,9 @@ def marginals(
                 break
             tree.add_branches(parents, tokens, begins, states.behind(parents, tokens))
             passes += 1
-    return Marginals(tree.named, tree.open, tree.unknown, tree.veiled, tree.known, tree.branches, passes)
+    return Marginals(
+        tree.named, tree.open, tree.unknown, tree.veiled, tree.known, tree.rows, tree.branches, passes
+    )
 
 
 class _Tree:
@@ -126,7 +129,7 @@ class _Tree:
         self.named = np.full((self.length + 1, EVENTS), -np.inf)
         self.unknown, self.veiled = np.full((2, self.length + 1), -np.inf)
         self.known = np.zeros(self.length + 1, np.bool_)
-        self.branches = 0
+        self.rows = self.branches = 0
         self.weights = np.empty(0)  # of the branches
         self.begins = np.empty(0, np.int64)
         # Tokens off the path that end on the text, not followed: state, id, end, log-probability.
@@ -147,7 +150,7 @@ class _Tree:
         visits = plan.visits
         begins = np.full(plan.rows, self.length + 1)
         begins[visits.row[visits.starts]] = visits.position[visits.starts]
-        self._path_begins = begins
+        self.rows = plan.rows
         self._path_row = np.full(self.length + 2, -1)
         at_root = visits.starts & (visits.node == 0)
         self._path_row[visits.position[at_root]] = visits.row[at_root]
@@ -163,7 +166,7 @@ class _Tree:
         """The tokens to follow next: parent, id, and the byte at which each ends. They are no longer unfollowed."""
         total = self._own_total
         follow = self.mass >= np.log(least) + total[self.end]
-        room = most_states * (self._path_begins.size + 1) - self.branches
+        room = most_states * (self.rows + 1) - self.branches
         if follow.sum() > room:
             # The likeliest first.
             order = np.argsort(-(self.mass - total[self.end])[follow], kind="stable")

@@ -17,6 +17,7 @@ from gold.cache.shard import Origin
 from gold.cache.store import ScoreCache, find_origin
 from gold.data import Prompt
 from gold.errors import ConfigError, DataError, TeacherError
+from gold.exact.marginals import States
 from gold.kernels.logits import LazyLogits, TopKLogits, likeliest
 from gold.models.padding import batches_by_length
 from gold.teachers.protocol import Teacher
@@ -130,6 +131,10 @@ class CachedTeacher(Teacher):
         self.found += len(keys) - len(chosen)
         rows = [len(s.ids) + bool(stop) for s, stop in zip(tokenized_texts, stopped, strict=True)]
         return [self._rows(kept[key] or b"", count) for key, count in zip(keys, rows, strict=True)]
+
+    def states(self, prompt: Prompt, tokenized: TokenizedText, stopped: bool) -> States:
+        """See ``Teacher.states``: those of the teacher itself; branches are not stored."""
+        return self.teacher.states(prompt, tokenized, stopped)
 
     def missing(
         self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]

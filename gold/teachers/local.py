@@ -11,6 +11,7 @@ import torch
 from gold.data import Prompt
 from gold.errors import DataError
 from gold.kernels.logits import LazyLogits
+from gold.models.branches import TextStates
 from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
 from gold.models.padding import PaddedStates, batches_by_length, ragged_batches
@@ -81,3 +82,7 @@ class LocalTeacher(Teacher):
             parts = lazy_logits(self.model.lm, states).split(rows)
             results.update(zip(chosen, parts, strict=True))
         return [results[i] for i in range(len(prompts))]
+
+    def states(self, prompt: Prompt, tokenized: TokenizedText, stopped: bool) -> TextStates:
+        """See ``Teacher.states``: branches are read behind a cache of the text."""
+        return TextStates(self.model, self.prompt_ids(prompt), tokenized.ids, tokenized.ids.size + stopped)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from gold.data import Prompt
 from gold.errors import DataError, TeacherError
+from gold.exact.marginals import States
 from gold.kernels.logits import LazyLogits
 from gold.losses import Need
+from gold.teachers.branches import scored_states
 from gold.tokenize.chat import prompt_ids
 from gold.tokenize.templates import Rendering
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
@@ -107,6 +109,16 @@ class Teacher(Protocol):
             TeacherError: it cannot answer now; a run saves a checkpoint and ends.
         """
         raise TeacherError(f"teacher {self.name}: cannot be asked for scores")
+
+    def states(self, prompt: Prompt, tokenized: TokenizedText, stopped: bool) -> States:
+        """Its states along one completion, and behind other tokens than that completion's: for exact measures.
+
+        By default every branch is scored as a text; a teacher that can continue from a prefix does less.
+
+        Raises:
+            DataError, TeacherError: as ``score``.
+        """
+        return scored_states(self, prompt, tokenized, stopped)
 
     def check_kept(
         self, prompts: Sequence[Prompt], tokenized_texts: Sequence[TokenizedText], stopped: Sequence[bool]

@@ -18,6 +18,7 @@ from gold.errors import TeacherError
 from gold.http import RefusedError, Server, environment_key
 from gold.kernels.logits import LazyLogits, TopKLogits
 from gold.teachers.absent import AbsentTeacher
+from gold.teachers.branches import AskedStates
 from gold.teachers.dialects import (
     VLLM,
     FromPrefixCache,
@@ -188,6 +189,18 @@ class ServedTeacher(AbsentTeacher):
             for prompt, tokenized, stop in zip(prompts, tokenized_texts, stopped, strict=True)
         ]
         return [self._rows(positions) for positions in self.token_logp(requests)]
+
+    def states(self, prompt: Prompt, tokenized: TokenizedText, stopped: bool) -> AskedStates:
+        """See ``Teacher.states``: of a branch only the last row is asked for, behind a prefix that a server with a
+        prefix cache has read already."""
+
+        def after(branches: Sequence[list[int]]) -> LazyLogits:
+            # What is asked for is the row of the stop event.
+            whole = [self.request(prompt, ids, True) for ids in branches]
+            last = [replace(request, start=len(request.ids) - 1) for request in whole]
+            return self._rows([positions[0] for positions in self.token_logp(last)])
+
+        return AskedStates(tokenized.ids, lambda: self.score([prompt], [tokenized], [stopped])[0], after)
 
     def _rows(self, positions: Sequence[TokenLogp]) -> LazyLogits:
         # Rows of several texts are concatenated, so all have the same width.

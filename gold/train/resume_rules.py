@@ -53,6 +53,7 @@ MAY_CHANGE: dict[str, str | None] = {
     "evaluate.samples": "",
     "evaluate.prompts": _MEASURED,
     "evaluate.num_generations": _MEASURED,
+    "evaluate.branches": "",
     "evaluate.micro_batch_size": _DIGITS,
     "evaluate.micro_batch_tokens": _DIGITS,
     "teacher*.batch_tokens": _DIGITS,

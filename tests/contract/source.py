@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gold.align.texts import AlignedText
 from gold.align.vocabularies import VocabularyPair
-from gold.exact.divergence import text_divergence
+from gold.exact.divergence import ExactText
 from gold.exact.marginals import marginals
 from gold.losses import Objective
 from gold.tokenize.vocabulary import Vocabulary
@@ -205,8 +205,43 @@ def exact_divergence(
             text = model.vocabulary.encode(x)
             states = BranchStates(model.row, text.ids.tolist(), text.ids.size + 1)
             sides.append(marginals(model.vocabulary, trie, text, True, states, least))
-        found = text_divergence(*sides)
+        found = ExactText.of(*sides)
         value += probability * float(found.value.sum())
         bound += probability * float(found.bound.sum())
         size += probability * found.value.size
     return value / size, bound / size
+
+
+def drift(objective: Objective, name: str, steps: int, rate: float, longest: int = 3) -> float:
+    """The true KL per byte of a student from its teacher's source after some expected steps on policy, if it begins as
+    that source: plain gradient descent on its logits, of the loss per unit. What it never writes stays as it is."""
+    pair, texts = pair_of(name), texts_of(name, 0, longest)
+    student, teacher = Canonical(pair.student, texts), Canonical(pair.teacher, texts)
+    states = sorted({ids[:k] for ids in student.ids.values() for k in range(len(ids))})
+    number = {context: n for n, context in enumerate(states)}
+    logits = torch.stack([student.row(context) for context in states])
+    written = logits > NEVER / 2
+    known = []
+    for x, ids in student.ids.items():
+        text = text_of(pair, ids)
+        theirs = teacher.rows((*text.teacher.ids.tolist(), pair.teacher.stop_ids[0]))
+        known.append((x, ids, [number[ids[:k]] for k in range(len(ids))], text, theirs))
+
+    def probability(logp: Tensor, ids: tuple[int, ...], rows: list[int]) -> float:
+        return math.exp(float(logp[rows, list(ids)].sum()))
+
+    for _ in range(steps):
+        logp = torch.log_softmax(logits, -1)
+        leaf = logits.clone().requires_grad_(True)
+        total, count = leaf.new_zeros(()), 0.0
+        for _, ids, rows, text, theirs in known:
+            share = probability(logp, ids, rows)
+            inputs = inputs_of(pair, [text], leaf[rows], theirs)
+            total = total + share * objective(inputs).total
+            count += share * objective.count(inputs.batch)
+        (gradient,) = torch.autograd.grad(total / count, leaf)
+        logits = torch.where(written, logits - rate * gradient, logits)
+    logp = torch.log_softmax(logits, -1)
+    shares = {x: probability(logp, ids, rows) for x, ids, rows, _, _ in known}
+    whole = sum(shares.values())
+    return true_kl({x: p / whole for x, p in shares.items()}, texts)

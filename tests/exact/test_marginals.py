@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support import oracle
 
 from gold.bytes.trie import ByteTrie
-from gold.exact.divergence import text_divergence
+from gold.exact.divergence import ExactText
 from gold.exact.marginals import marginals
 from gold.kernels.layout import KernelTrie
 from gold.kernels.logits import TopKLogits
@@ -122,7 +122,7 @@ def test_the_bound_is_below_the_divergence_at_every_byte_and_rises(seed):
     before = np.zeros_like(truth)
     for least in (None, 0.2, 0.03, 1e-12):
         sides = [found_of(model, own, True, least) for model, own in zip(models, (text, others), strict=True)]
-        found = text_divergence(*sides)
+        found = ExactText.of(*sides)
         assert (found.bound <= truth + 1e-9).all()
         assert (found.bound >= before - 1e-9).all()
         assert (found.bound <= found.value + 1e-9).all()
