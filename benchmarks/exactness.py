@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks import divergence
 from benchmarks.assets import AssetError, model_path
 from benchmarks.record import RESULTS, device_name, write_record
 from gold.align.batch import AlignedBatch
@@ -587,6 +588,21 @@ def report(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def record_divergence(command: str, started: float, folder: Path, say: Callable[[str], None]) -> int:
+    """Exit status; the record is results/divergence.json."""
+    try:
+        found = divergence.divergences(MODELS, say)
+    except AssetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(divergence.report(found))
+    seconds = time.perf_counter() - started
+    device = device_name(threads=1)
+    data = {"directions": found, "levels": list(divergence.LEVELS)}
+    print(write_record("divergence", data, command=command, seconds=seconds, device=device, folder=folder))
+    return 0
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit status; the record is results/exactness.json."""
     parser = argparse.ArgumentParser(
@@ -598,6 +614,11 @@ def main(arguments: Sequence[str]) -> int:
         "--least", type=float, default=1e-6, help="share of the text's probability that is followed"
     )
     parser.add_argument("--toys", action="store_true", help="toy models alone, and no record")
+    parser.add_argument(
+        "--divergence",
+        action="store_true",
+        help="the divergence of real models per byte alone, and its record",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -606,6 +627,9 @@ def main(arguments: Sequence[str]) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    command = " ".join(["python -m benchmarks exactness", *arguments])
+    if options.divergence:
+        return record_divergence(command, started, options.out, say)
     toys = {
         "bytes": [toy_bytes(name, kind, options.seeds) for name in TOYS for kind in KINDS],
         "prefix": [toy_prefix(*pair, kind, options.seeds) for pair in TOY_PAIRS for kind in KINDS],
@@ -626,7 +650,6 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(report(data))
-    command = " ".join(["python -m benchmarks exactness", *arguments])
     print(
         write_record(
             "exactness",

@@ -176,12 +176,12 @@ class Comparison:
                     best = teacher_alternatives(theirs, teacher.vocabulary)
                     scored = replace(scored, alternatives=best)
                 if self.plan.branches:
-                    exact = self._exact(teacher, pair, rollout, text, written_by_teacher)
+                    exact = self.exact_text(teacher, pair, rollout, text, written_by_teacher)
                     scored = replace(scored, exact=exact)
                 found[i] = scored
         return [found[i] for i in range(len(rollouts))]
 
-    def _exact(
+    def exact_text(
         self, teacher: Teacher, pair: VocabularyPair, rollout: Rollout, text: AlignedText, forward: bool
     ) -> ExactText:
         """The divergence of the next bytes along a text; ``forward``: KL(teacher ‖ student)."""

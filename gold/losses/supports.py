@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gold.align.batch import AlignedBatch
-from gold.bytes.events import STOP_EVENT
+from gold.bytes.events import STOP_EVENT, UNRESOLVED_EVENT
 from gold.kernels.layout import ByteLayout
 from gold.kernels.lm_head import summed
 from gold.kernels.logits import LazyLogits
@@ -54,8 +54,7 @@ def bytes_divergence(
     """
     batch = inputs.batch
     at, weight = byte_positions(batch, where), _of_positions(inputs, half_life)
-    first = OtherTeacher(batch, inputs.teacher_rows)
-    teachers = [_Teacher.of(teacher) for teacher in (first, *inputs.other_teachers)]
+    teachers = [_Teacher.of(t) for t in (OtherTeacher(batch, inputs.teacher_rows), *inputs.other_teachers)]
     any_partial = any(teacher.rows.partial for teacher in teachers)
 
     def compare(block: LazyLogits, window: _Window) -> tuple[Tensor, ...]:
@@ -70,9 +69,8 @@ def bytes_divergence(
         table = byte_table(mass, mine[0], window.layout)
         if any_partial:
             sides = list(map(partial(teacher_side, table_S=table.detach()), teachers))
-        resolved, resolved_T = window.layout.resolved[here], sides[0].resolved
-        for side in sides[1:]:
-            resolved_T = resolved_T & side.resolved
+        resolved = window.layout.resolved[here]
+        resolved_T = reduce(torch.logical_and, [side.resolved for side in sides])
         logp = common_events(table[here], resolved, resolved_T)
         # Smoothed before they are mixed, so that at least one event is possible under all of them.
         tables = [common_events(side.logq.to(logp), resolved_T, resolved) for side in sides]
@@ -81,14 +79,16 @@ def bytes_divergence(
         value = divergence(logp, logq) * weight[place][here].to(logp)
         top1 = logp.gather(1, logq.argmax(-1, keepdim=True))[:, 0].exp()
         own = (mine[0][window.own], mine[1][window.own], table[path])
-        return value.sum(), top1, logp[:, -1].exp(), *own, *(x for side in sides for x in side.scores)
+        rest = logp[:, -1].exp(), torch.stack([side.rest for side in sides]).mean(0)
+        return value.sum(), top1, *rest, *own, *(x for side in sides for x in side.scores)
 
     blocks = [(window.rows, window) for window in _windows(batch, inputs.student, teachers)]
-    total, top1, unresolved, *scores = summed(compare, inputs.student, blocks)
+    total, top1, unresolved, open_T, *scores = summed(compare, inputs.student, blocks)
     parts = {
         "teacher_top1_prob": top1.sum(),
         "teacher_top1_missed_share": (top1 < 0.01).sum(),
         "unresolved_mass": unresolved.sum(),
+        "teacher_unresolved_mass": open_T.sum(),
     }
     mine, *theirs = zip(scores[::3], scores[1::3], scores[2::3], strict=True)
     if any_partial and inputs.mix is None:
@@ -188,6 +188,11 @@ class _TeacherSide:
     logq: Tensor
     resolved: Tensor
     scores: tuple[Tensor, Tensor, Tensor]
+
+    @property
+    def rest(self) -> Tensor:
+        """The unresolved mass of each position."""
+        return self.logq[:, UNRESOLVED_EVENT].exp()
 
 
 @torch.no_grad()

@@ -17,6 +17,9 @@ ENTROPY_FACTOR = 10.0
 """Factor by which nats per sampled token may fall from the start. A student that learns well loses half of them."""
 CANONICAL_LOSS = 0.1
 """Largest drop of the share of canonical tokens from the start."""
+UNRESOLVED_SHARE, UNRESOLVED_FACTOR = 0.1, 2.0
+"""Share of the teacher's probability after a byte of which the next byte is unresolved, above which a run warns if it
+has grown by this factor since the start: all of it counts as one event."""
 NGRAM_BYTES = 8
 """Bytes of an n-gram; it is repeated if the same text contained it before."""
 MISSED_SHARE = 0.1
@@ -82,7 +85,10 @@ class Drift:
     def check(self, record: Mapping[str, Any]) -> dict[str, str]:
         """Messages on drifted metrics, by kind; empty during the first ``WINDOW`` steps."""
         found: dict[str, str] = {}
-        for name in ("length_bytes", "repetition", "sampled_entropy", "canonical_share"):
+        for name in (
+            *("length_bytes", "repetition", "sampled_entropy", "canonical_share"),
+            "teacher_unresolved_mass",
+        ):
             if name not in record:
                 continue
             first, last = self._first.setdefault(name, []), self._last.setdefault(name, [])
@@ -119,6 +125,12 @@ def _drifted(name: str, before: float, now: float) -> dict[str, str]:
         return {
             "canonical": f"{now:.0%} of the sampled tokens are those that the tokenizer gives their text, at the "
             f"start {before:.0%}; give the policy gradient a noncanonical_penalty, or add reverse_kl"
+        }
+    if name == "teacher_unresolved_mass" and now > max(UNRESOLVED_SHARE, UNRESOLVED_FACTOR * before):
+        return {
+            "unresolved": f"{now:.0%} of what the teacher expects after a byte is unresolved, at the start "
+            f"{before:.0%}: the student goes where its loss sees little of the teacher. Look at samples.jsonl, and at "
+            "the exact divergence of gold eval; add forward_kl on teacher completions, or a span_pg term"
         }
     return {}
 

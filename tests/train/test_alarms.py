@@ -15,7 +15,9 @@ def told(**series: list[float]) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["length_bytes", "repetition", "sampled_entropy", "canonical_share"])
+@pytest.mark.parametrize(
+    "name", ["length_bytes", "repetition", "sampled_entropy", "canonical_share", "teacher_unresolved_mass"]
+)
 def test_a_steady_run_is_not_disturbed(name):
     assert told(**{name: [0.9, 1.1] * 20}) == []
 
@@ -39,6 +41,12 @@ def test_entropy_that_is_lost():
 
 def test_segmentations_that_drift():
     assert told(canonical_share=[0.99] * WINDOW + [0.7] * WINDOW)[0][1] == "canonical"
+
+
+def test_texts_that_the_teacher_does_not_resolve():
+    assert told(teacher_unresolved_mass=[0.04] * WINDOW + [0.3] * WINDOW)[0][1] == "unresolved"
+    assert told(teacher_unresolved_mass=[0.01] * WINDOW + [0.08] * WINDOW) == []
+    assert told(teacher_unresolved_mass=[0.4] * WINDOW + [0.6] * WINDOW) == []
 
 
 def test_repetition_is_a_share_of_stretches():
