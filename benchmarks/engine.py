@@ -93,7 +93,7 @@ def kept(arguments: Sequence[str], record: bool, name: str, measure: Callable[[]
 
 def trained(config: Config) -> dict[str, Any]:
     """The run: evaluations, steps, and mean seconds of its phases."""
-    run = train(config, progress=Lines(every=1), overwrite=True)
+    run = train(config, progress=Lines(every_s=0.0), overwrite=True)
     return {
         "config": config.to_dict(),
         "evaluations": run.evaluations,

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = Config.load(arguments[0], arguments[1:])
         started = time.perf_counter()
-        run = train(config, progress=Lines(every=1))
+        run = train(config, progress=Lines(every_s=0.0))
         seconds = time.perf_counter() - started
         picture = plot_run(config.output)[0]
     except GoldError as error:

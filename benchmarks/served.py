@@ -80,7 +80,7 @@ def measure(config: Config, rounds: int, local: bool) -> dict[str, Any]:
     prompts = load_data(config)
     checks = [*examine_server(teacher, prompts.train), examine_noise(teacher, prompts.train)]
     scoring = time_scoring(teacher, prompts.heldout, rounds)
-    run = train(config, progress=Lines(every=1))
+    run = train(config, progress=Lines(every_s=0.0))
     before_and_after = (config.student.path, f"{config.output}/student") if local else ()
     where = config.teacher.path, config.teacher.device, config, prompts.heldout
     judged = [

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
+from gold.activity import doing
 from gold.cache.store import find_origin
 from gold.config import CacheConfig, Config, ModelConfig, StudentConfig, TeacherConfig
 from gold.data import Prompt, any_messages, hold_out, load_prompts, split_by_hash
@@ -417,16 +418,18 @@ def load(
 ) -> LanguageModel:
     """A model with its weights, and a student's new adapters, drawn with ``seed``; notes if its tokenizer differs from
     that of its files, ``side``."""
-    loaded = load_model(
-        model.path or "",
-        gguf_file=model.gguf_file,
-        dtype=model.dtype,
-        device=model.device,
-        quantization=model.quantization,
-        roles=roles_of(model),
-        trust_remote_code=model.trust_remote_code,
-        template_kwargs=model.template_kwargs,
-    )
+    role = "student" if isinstance(model, StudentConfig) else "teacher"
+    with doing(f"loading {role} {model.path}{_size(model)}"):
+        loaded = load_model(
+            model.path or "",
+            gguf_file=model.gguf_file,
+            dtype=model.dtype,
+            device=model.device,
+            quantization=model.quantization,
+            roles=roles_of(model),
+            trust_remote_code=model.trust_remote_code,
+            template_kwargs=model.template_kwargs,
+        )
     if side is not None:
         for difference in differences(
             side.vocabulary, loaded.vocabulary.without_markers(), texts=SAMPLE_TEXTS
@@ -438,6 +441,14 @@ def load(
         base = str(model.source)
         return adapters.add_adapters(loaded, **model.lora.model_dump(), seed=seed, base=base)
     return loaded
+
+
+def _size(model: ModelConfig) -> str:
+    """The size of a folder's weights, in brackets; "" where they are not in a folder of this machine."""
+    folder = Path(model.path or "")
+    files = [folder / model.gguf_file] if model.gguf_file else [*folder.glob("*.safetensors")]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return f" ({size / 1e9:.1f} GB)" if size >= 5e7 else f" ({size / 1e6:.1f} MB)" if size else ""
 
 
 def _loaded_side(role: str, model: LanguageModel) -> Side:

@@ -310,10 +310,12 @@ def train(
             if os.environ.get("RANK", "0") == "0":  # one of several processes
                 terminal.show(said)
             return
-    from gold.run import train as run
     from gold.train.progress import for_terminal
 
-    run(settings, resume=resume, overwrite=overwrite, allow_changed=allow_changed, progress=for_terminal())
+    progress = for_terminal(f"gold {gold.__version__}: loading torch and transformers")
+    from gold.run import train as run
+
+    run(settings, resume=resume, overwrite=overwrite, allow_changed=allow_changed, progress=progress)
 
 
 @app.command("eval")
@@ -324,9 +326,9 @@ def evaluate(
 ) -> None:
     """Measure a student on held-out prompts: accuracy, bits per byte, KL per byte, lengths."""
     from gold.run import evaluate_source
-    from gold.train.progress import Quiet
+    from gold.train.progress import Lines
 
-    found = evaluate_source(source, overrides or [], Quiet())
+    found = evaluate_source(source, overrides or [], Lines(sys.stderr))
     if as_json:
         terminal.show_json({"measures": found.measures, "samples": found.samples})
     else:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gold.activity import doing, report
 from gold.align.batch import AlignedBatch
 from gold.align.chunks import align_tokens
 from gold.align.model_inputs import aligned_text, rollout_batches, student_states, teacher_logits
@@ -128,7 +129,8 @@ class Comparison:
             own = [n for n in graded if not teacher.misfit(self.prompts[n], sampling.max_new_tokens)]
             prompts, streams = [teacher.adapt_prompt(self.prompts[n]) for n in own], [seeds[n] for n in own]
             engine = HuggingFaceEngine(model, self.plan.generation_batch_size)
-            theirs = sample(engine, model, prompts, sampling, seeds=streams)
+            with doing(f"{self._called(name)} draws"):
+                theirs = sample(engine, model, prompts, sampling, seeds=streams)
             taught: list[tuple[int, Rollout, AlignedText]] = []
             for n, written in zip(own, theirs, strict=True):
                 prompt = self.prompts[n]
@@ -161,7 +163,9 @@ class Comparison:
         teacher, pair = self.teachers.members[name], self.pairs[name]
         found: dict[int, Scored] = {}
         for chosen in self._batches(rollouts):
-            logits = teacher_logits(teacher, [rollouts[i] for i in chosen], [texts[i] for i in chosen])
+            with doing(f"{self._called(name)} reads"):
+                report(len(found), len(rollouts), "texts")
+                logits = teacher_logits(teacher, [rollouts[i] for i in chosen], [texts[i] for i in chosen])
             for i, theirs in zip(chosen, logits, strict=True):
                 rollout, text, mine = rollouts[i], texts[i], logp_S[i]
                 stops = teacher.vocabulary.stop_ids
@@ -199,6 +203,9 @@ class Comparison:
             marginals(vocabulary, trie, own, stopped, each, least) for vocabulary, trie, own, each in sides
         )
         return ExactText.of(student, theirs, forward=forward, teacher_stops=bool(pair.teacher.stop_ids))
+
+    def _called(self, name: str) -> str:
+        return f"teacher {name}" if self.teachers.several else "teacher"
 
     def _batches(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
         """Indices of the texts that a teacher is asked for together."""
@@ -315,7 +322,9 @@ def student_logp(
     results: dict[int, StudentLogp] = {}
     for chosen in rollout_batches(rollouts, plan.micro_batch_size, plan.micro_batch_tokens):
         mine = [rollouts[i] for i in chosen]
-        whole = lazy_logits(student.lm, student_states(student, mine))
+        with doing("student reads"):
+            report(len(results), len(rollouts), "texts")
+            whole = lazy_logits(student.lm, student_states(student, mine))
         for i, rows in zip(chosen, whole.split([r.ids.size for r in mine]), strict=True):
             stopped = rollouts[i].stopped
             events = _event_logp(rows, rollouts[i].tokenized.ids, stopped, student.vocabulary.stop_ids)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from gold.activity import doing
 from gold.align.texts import canonical_tokens
 from gold.comparison import Comparison, Scored, student_logp
 from gold.data import Prompt
@@ -198,9 +199,10 @@ def _texts_of(
     sampling, many = Sampling(max_new_tokens=plan.max_new_tokens), plan.num_generations
     places = [number * many + n for number in numbers for n in range(many)]
     seeds = [(plan.seed, 2**31, n) for n in range(len(prompts) * many)]
-    rollouts = sample(
-        engine, student, [prompts[n // many] for n in places], sampling, seeds=[seeds[n] for n in places]
-    )
+    with doing("student draws"):
+        rollouts = sample(
+            engine, student, [prompts[n // many] for n in places], sampling, seeds=[seeds[n] for n in places]
+        )
     texts = _Texts(dict(zip(places, rollouts, strict=True)))
     if comparison is not None:
         scored, skipped = comparison.of_student(rollouts, places)
@@ -215,9 +217,10 @@ def _texts_of(
     if verifier is not None:
         scores = [verifier.score(r.prompt, r.text) if r.stopped else 0.0 for r in rollouts]
         greedy = replace(sampling, temperature=0.0)
-        best = sample(
-            engine, student, [prompts[n] for n in numbers], greedy, seeds=[seeds[n] for n in numbers]
-        )
+        with doing("student answers"):
+            best = sample(
+                engine, student, [prompts[n] for n in numbers], greedy, seeds=[seeds[n] for n in numbers]
+            )
         right = [bool(r.stopped and verifier.score(r.prompt, r.text) >= 1.0) for r in best]
         rewards = dict(zip(places, scores, strict=True))
         texts = replace(texts, rewards=rewards, solved=dict(zip(numbers, right, strict=True)))

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from gold.activity import report
 from gold.errors import ConfigError, GoldError, TeacherError
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 MOST_WAIT_S = 300.0
 """A server that asks for a longer pause counts as unavailable."""
 LONGEST_BACKOFF_S = 30.0
+_REPORT_S = 0.2
+"""Seconds after which a wait for answers is reported, and may be left."""
 _QUOTED_BYTES = 65536
 """The number of bytes read of an error's body; one line of it is shown."""
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
@@ -138,7 +141,7 @@ class Server:
         async with self._client() as client:
             tasks = [asyncio.create_task(self._insist(client, slots, call)) for call in calls]
             try:
-                return list(await asyncio.gather(*tasks))
+                return await _all(tasks)
             finally:
                 for task in tasks:
                     task.cancel()
@@ -318,6 +321,18 @@ def _run(coroutine: Any) -> Any:
     # A notebook already has a running event loop, in which this must not block.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
+
+
+async def _all(tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:
+    """The results of all tasks, or the first error; reports meanwhile how many are done."""
+    waiting = set(tasks)
+    while waiting:
+        done, waiting = await asyncio.wait(waiting, timeout=_REPORT_S, return_when=asyncio.FIRST_EXCEPTION)
+        for task in tasks:
+            if task in done:
+                task.result()
+        report(len(tasks) - len(waiting), len(tasks), "requests")
+    return [task.result() for task in tasks]
 
 
 async def _content(response: httpx2.Response, limit: int) -> bytes:

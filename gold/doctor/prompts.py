@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gold.activity import report
 from gold.data import Prompt, characters_of
 from gold.doctor.finding import Check, Finding, failure, failures, passed, run_checks, warning
 from gold.errors import DataError
@@ -127,6 +128,7 @@ def examine_prompts(
     chosen = [*examined(prompts), *examined(heldout)]
     sides = [Tally(reader) for reader in readers]
     for number, prompt in enumerate(chosen):
+        report(number, len(chosen), "prompts")
         text = (prompt.completion or prompt_text(prompt))[:4096] if number < _MEASURED else ""
         for side in sides:
             if side.reader.grades(prompt):

@@ -5,17 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from gold.activity import Stopped, report
 from gold.errors import CheckpointError
 from gold.rollout.engine import Generation, Request, RolloutEngine
 
 Place = tuple[int, int]
 """A completion of a step: the number of its prompt in the step, and its own number among that prompt's."""
+_REPORT_S = 0.2
+"""Seconds after which a wait for completions is reported, and may be left."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,13 @@ class _Batch:
     places: tuple[Place, ...]
     answer: Future[list[Generation]]
 
+    def wait(self) -> None:
+        """Returns once it is complete or has failed."""
+        while not wait([self.answer], timeout=_REPORT_S).done:
+            report(0, len(self.places), "completions")
+
     def generations(self) -> dict[Place, Generation]:
+        self.wait()
         return dict(zip(self.places, self.answer.result(), strict=True))
 
 
@@ -60,15 +69,15 @@ class RolloutsAhead:
             answer.set_result(engine.generate(requests))
         except BaseException as error:
             answer.set_exception(error)
-            # A second Ctrl-C ends the run now, not where the batch is needed.
-            if not isinstance(error, Exception):
+            # Ctrl-C ends the run now, not where the batch is needed.
+            if isinstance(error, Stopped) or not isinstance(error, Exception):
                 raise
         self._finished = time.perf_counter()
 
     def wait(self) -> None:
         """Returns once the engine is idle, whether it succeeded or not."""
         for batch in self._batches.values():
-            batch.answer.exception()
+            batch.wait()
 
     def take(self, step: int) -> dict[Place, Generation] | None:
         """The completions of a step; None if they were not started. Those of earlier steps are dropped.
@@ -82,6 +91,8 @@ class RolloutsAhead:
             return None
         try:
             return self._batches[step].generations()
+        except Stopped:
+            raise
         except BaseException:
             del self._batches[step]
             raise

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from gold.activity import report
 from gold.errors import ModelError
 from gold.models.generate import generate
 from gold.models.language_model import LanguageModel
@@ -50,7 +52,10 @@ class HuggingFaceEngine:
         model.lm.eval()
         try:
             for chosen in self._batches(requests):
-                drawn = _generate(model, [requests[i] for i in chosen])
+                progress = _Progress(
+                    len(generations), len(requests), sum(g.ids.size for g in generations.values())
+                )
+                drawn = _generate(model, [requests[i] for i in chosen], progress)
                 generations.update(
                     zip(chosen, (Generation(*each, self.version) for each in drawn), strict=True)
                 )
@@ -70,11 +75,22 @@ class HuggingFaceEngine:
         return [g[first : first + size] for g in groups.values() for first in range(0, len(g), size)]
 
 
-def _generate(model: LanguageModel, requests: Sequence[Request]) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+@dataclass(frozen=True)
+class _Progress:
+    """Completions and tokens before a batch, of so many completions."""
+
+    done: int
+    total: int
+    tokens: int
+
+
+def _generate(
+    model: LanguageModel, requests: Sequence[Request], progress: _Progress
+) -> list[tuple[np.ndarray, np.ndarray, bool]]:
     sampling, stops = requests[0].sampling, list(requests[0].stop_ids)
     uniform = np.stack([np.random.default_rng(r.seed).random(sampling.max_new_tokens) for r in requests])
     prompts = [r.prompt_ids for r in requests]
-    draw = _Draw(torch.from_numpy(uniform).to(model.device), sampling)
+    draw = _Draw(torch.from_numpy(uniform).to(model.device), sampling, progress)
     drawn = generate(model.lm, prompts, sampling.max_new_tokens, stops, model.pad_id, draw).cpu().numpy()
     logp = torch.stack(draw.logp, dim=1).float().cpu().numpy()
     results = []
@@ -91,12 +107,15 @@ class _Draw(LogitsProcessor):
     greedy ``generate`` selects it; no [steps, V] tensor is stored.
     """
 
-    def __init__(self, uniform: Tensor, sampling: Sampling) -> None:
-        self.uniform, self.sampling = uniform, sampling
+    def __init__(self, uniform: Tensor, sampling: Sampling, progress: _Progress) -> None:
+        self.uniform, self.sampling, self.progress = uniform, sampling, progress
         self.logp: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = len(self.logp)
+        # What has stopped already counts too, until the batch is complete: to look would wait for the device.
+        before = self.progress
+        report(before.done, before.total, "completions", before.tokens + step * len(scores))
         logits = scores.float()
         if self.sampling.temperature == 0.0:
             token = logits.argmax(-1, keepdim=True)

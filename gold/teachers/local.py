@@ -8,6 +8,7 @@ from hashlib import sha256
 
 import torch
 
+from gold.activity import report
 from gold.data import Prompt
 from gold.errors import DataError
 from gold.kernels.logits import LazyLogits
@@ -70,7 +71,10 @@ class LocalTeacher(Teacher):
                 )
         results: dict[int, LazyLogits] = {}
         tokens = self.batch_tokens
-        for chosen in ragged_batches(lengths, tokens) if tokens else batches_by_length(lengths, _TOKENS):
+        batches = ragged_batches(lengths, tokens) if tokens else batches_by_length(lengths, _TOKENS)
+        for chosen in batches:
+            if len(batches) > 1:
+                report(len(results), len(prompts), "texts")
             rows = [sizes[i] + bool(stopped[i]) for i in chosen]
             states = PaddedStates.of(
                 [encoded[i] for i in chosen],

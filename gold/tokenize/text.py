@@ -27,8 +27,8 @@ class TokenizedText:
 
     >>> import numpy as np
     >>> text = TokenizedText(np.array([7, 3], np.int32), np.array([2, 5]), b"it is", np.array([True, True]), 0)
-    >>> [text.data[start:end] for start, end in zip(text.starts, text.ends)]
-    [b'it', b' is']
+    >>> text.data[text.starts[1] : text.ends[1]]
+    b' is'
     """
 
     ids: Int32

@@ -1,4 +1,4 @@
-"""Signals that end a run: the current step is finished and saved first."""
+"""Signals that end a run: the step under way is left, and the one before it is saved first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIG
 
 
 class Interrupt:
-    """Stores the number of the first Ctrl-C, SIGTERM or SIGHUP in `caught`, so that the step can be finished; the
-    second ends the program. A signal ignored at process start, as under `nohup`, stays ignored."""
+    """Stores the number of the first Ctrl-C, SIGTERM or SIGHUP in `caught`, so that the run can be saved; the second
+    ends the program. A signal ignored at process start, as under `nohup`, stays ignored."""
 
     def __init__(self) -> None:
         self.caught = 0
@@ -40,7 +40,7 @@ class Interrupt:
             raise ended_by(number)
         self.caught = number
         # The signal may arrive while a stream is in use; the raw descriptor still accepts a line, if it has a reader.
-        line = f"gold: {NAMES[signal.Signals(number)]}: finishing this step; a second signal ends at once\n"
+        line = f"gold: {NAMES[signal.Signals(number)]}: the run is saved and ends; a second signal ends it at once\n"
         with contextlib.suppress(OSError):
             os.write(2, line.encode())
 

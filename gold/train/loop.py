@@ -15,25 +15,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from gold.activity import Stopped, doing, listening
 from gold.data import Prompt, PromptFile
 from gold.doctor.prompts import PromptReader, examine_prompts, notes_of, raise_refused
 from gold.errors import ConfigError, EngineError, GoldError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier, evaluate
 from gold.inspect.report import ReportFile
-from gold.kernels import backend_for
-from gold.models.adapters import describe, is_adapted
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model
-from gold.models.quantization import quantization_of
-from gold.rollout.engine import DescribedEngine, RolloutEngine
+from gold.rollout.engine import RolloutEngine
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
-from gold.tokenize.vocabulary import Vocabulary
 from gold.train.activations import settled
 from gold.train.alarms import Warnings, check_end, remedy_for, why_bad
 from gold.train.checkpoint_folder import latest_checkpoint, prune, remove_leftovers
+from gold.train.header import header
 from gold.train.input_digests import of_run
 from gold.train.interrupt import NAMES, Interrupt, ended_by
+from gold.train.listener import RunListener
 from gold.train.preflight import (
     check_kept,
     check_lengths,
@@ -142,7 +141,9 @@ def distill(
     evaluation = evaluation or EvaluationPlan(
         max_new_tokens=recipe.max_new_tokens, generation_batch_size=recipe.generation_batch_size
     )
-    return _run(setup, accelerator, _prompts(heldout), evaluation, saving, settings, inputs, tracker)
+    with listening(listener := RunListener(tracker)):
+        given = _prompts(heldout), evaluation, saving, settings, inputs
+        return _run(setup, accelerator, *given, tracker, listener)
 
 
 def _run(
@@ -154,6 +155,7 @@ def _run(
     settings: Mapping[str, Any] | None,
     inputs: Inputs | None,
     tracker: Trackers,
+    listener: RunListener,
 ) -> Run:
     """Checks, opens the folder or resumes the checkpoint, trains, and saves the trained student."""
     student, teachers, recipe = setup.student, setup.teachers, setup.recipe
@@ -186,12 +188,8 @@ def _run(
         if folder:
             run.steps, run.evaluations = folder.records("train"), folder.records("eval")
         stack.callback(tracker.finish)
-        tracker.start(RunInfo(settings, header(state, setup), recipe.steps, state.step))
-        if setup.uncorrected:
-            tracker.note(setup.uncorrected)
-        if (seconds := warm_up(state, setup)) > 1.0:
-            tracker.note(f"kernels compiled in {seconds:.0f} s; cached for later runs")
-        interrupt = stack.enter_context(Interrupt())
+        _begin(state, setup, settings, saving.evaluate_every if heldout else 0, tracker)
+        interrupt = listener.interrupt = stack.enter_context(Interrupt())
         writer = CheckpointWriter(state, saving.output, folder, saving.keep_last)
         stack.callback(writer.close)
         _Training(state, setup, saving, heldout, evaluation, writer, tracker, interrupt, run).all_steps()
@@ -203,6 +201,19 @@ def _run(
         last_record = run.steps[-1] if run.steps else {}
         check_end(last_record | {"step": state.step, "bad_steps": state.bad_steps})
     return run
+
+
+def _begin(
+    state: TrainState, setup: Setup, settings: Mapping[str, Any], evaluate_every: int, tracker: Tracker
+) -> None:
+    """Shows what the run is, and prepares its kernels."""
+    tracker.start(RunInfo(settings, header(state, setup), setup.recipe.steps, state.step, evaluate_every))
+    if setup.uncorrected:
+        tracker.note(setup.uncorrected)
+    with doing("preparing the kernels"):
+        seconds = warm_up(state, setup)
+    if seconds > 1.0:
+        tracker.note(f"kernels compiled in {seconds:.0f} s; cached for later runs")
 
 
 @dataclass
@@ -218,9 +229,18 @@ class _Training:
     tracker: Tracker
     interrupt: Interrupt
     run: Run
+    saved: int = 0
+    """The step of the last checkpoint; 0 without one: nothing is saved before the first step."""
 
     def all_steps(self) -> None:
         """Trains up to the last step."""
+        self.saved = self.state.step
+        try:
+            self._all_steps()
+        except Stopped:
+            self.leave(self.signal_in_any_process())
+
+    def _all_steps(self) -> None:
         state, recipe = self.state, self.setup.recipe
         for prompts, new in (
             (self.setup.prompts, recipe.max_new_tokens),
@@ -236,7 +256,8 @@ class _Training:
         )
         while state.step < recipe.steps:
             try:
-                record, examples = train_step(state, self.setup)
+                with doing("step"):
+                    record, examples = train_step(state, self.setup)
             except GoldError as error:
                 self.stop(error)
             self.run.steps.append(record)
@@ -248,12 +269,11 @@ class _Training:
             signal = self.signal_in_any_process()
             hopeless = state.bad_steps > recipe.bad_steps_allowed
             due = state.step % self.saving.checkpoint_every == 0 or state.step == recipe.steps
-            if due or signal or hopeless:
+            if due or hopeless:
                 self.writer.save(wait=bool(signal) or hopeless or state.step == recipe.steps)
+                self.saved = state.step
             if signal:
-                kept = "; its checkpoint is kept, resume the run with --resume" if self.saving.output else ""
-                self.tracker.note(f"interrupted after step {state.step}{kept}")
-                raise ended_by(signal)
+                self.leave(signal)
             if hopeless:
                 self.give_up(record)
 
@@ -265,9 +285,7 @@ class _Training:
             return
         self.evaluate()
         if signal := self.signal_in_any_process():
-            when = f"after step {state.step}" if state.step else "before the first step"
-            self.tracker.note(f"interrupted {when}")
-            raise ended_by(signal)
+            self.leave(signal)
 
     @property
     def is_evaluation_due(self) -> bool:
@@ -283,7 +301,7 @@ class _Training:
         look = partial(evaluate, state.student, setup.teachers, self.heldout, plan=self.plan)
         try:
             push_weights(state, setup.engine)
-            with state.accelerator.autocast(), state.whole_student():
+            with doing("evaluation"), state.accelerator.autocast(), state.whole_student():
                 result = look(verifier=setup.verifier, engine=setup.engine, processes=state)
         except (TeacherError, EngineError) as error:
             self.stop(error)
@@ -292,6 +310,17 @@ class _Training:
         self.tracker.log("eval", record)
         for sample in result.samples:
             self.tracker.log("sample", {"step": state.step, **sample})
+
+    def leave(self, signal: int) -> NoReturn:
+        """Ends the run after a signal, saved as it was after its last whole step."""
+        step = self.state.step
+        self.state.abandon()
+        if step != self.saved:
+            self.writer.save(wait=True)
+        self.writer.wait()
+        kept = "; its checkpoint is kept, resume the run with --resume" if self.saving.output and step else ""
+        self.tracker.note(f"interrupted {f'after step {step}' if step else 'before the first step'}{kept}")
+        raise ended_by(signal)
 
     def stop(self, error: GoldError) -> NoReturn:
         """Saves the steps so far and ends a run whose teacher or engine failed, or that met a text it cannot use."""
@@ -331,7 +360,8 @@ def _check_prompts(
     """Refuses prompts that a side cannot encode, and notes anomalies; returns whether a chat template prints the
     date."""
     room = max(setup.recipe.max_new_tokens, evaluated_tokens)
-    checks = examine_prompts(setup.prompts, heldout, readers, room)
+    with doing("checking the prompts"):
+        checks = examine_prompts(setup.prompts, heldout, readers, room)
     raise_refused(checks)
     for note in notes_of(checks):
         tracker.note(note)
@@ -369,53 +399,6 @@ def _resume(
         # Remains of a process killed between its last save and the pruning.
         remove_leftovers(folder.checkpoints)
         prune(folder.checkpoints, state.step, saving.keep_last)
-
-
-def header(state: TrainState, setup: Setup) -> dict[str, str]:
-    """Summary of the run in a few named lines."""
-    recipe, student, teachers = setup.recipe, state.student, setup.teachers
-    terms = ", ".join(f"{t.weight:g} × {t.label}" if t.weight != 1 else t.label for t in setup.terms)
-    by_token = teachers and any(t.label.endswith("_tokens") for t in setup.terms)
-    lines = {
-        "student": f"{student.name} ({_described(student.vocabulary)}, {student.device}"
-        f"{_quantized(student)}{_own_code(student)})"
-    }
-    for name, t in teachers.members.items() if teachers else ():
-        share = f", weight {teachers.weight(name):.3g}" if teachers and teachers.mix else ""
-        own = _quantized(t.model) + _own_code(t.model) if t.model else ""
-        key = f"teacher {name}" if teachers and teachers.several else "teacher"
-        lines[key] = f"{t.name} ({_described(t.vocabulary)}, {t.device}{share}{own})"
-    if is_adapted(student.lm):
-        lines["adapter"] = describe(student.lm)
-    if teachers is None:
-        lines["teacher"] = "none"
-    elif teachers.several:
-        rule = teachers.mix.rule.replace("_", "-") if teachers.mix else ""
-        lines["teachers"] = f"{rule} mix of all" if rule else "each prompt has its own"
-    return {
-        **lines,
-        **({"rollouts": setup.engine.description} if isinstance(setup.engine, DescribedEngine) else {}),
-        "objective": terms + (" (one vocabulary: token by token)" if by_token else ""),
-        "step": f"{recipe.prompts_per_step} prompts × {recipe.num_generations}, λ = {recipe.on_policy:g}, "
-        f"up to {recipe.max_new_tokens} tokens, {state.accelerator.num_processes} process(es), "
-        f"precision {state.accelerator.mixed_precision}",
-        "kernels": backend_for(student.device).__name__.rpartition(".")[2],
-    }
-
-
-def _described(vocabulary: Vocabulary) -> str:
-    """Size and stop tokens."""
-    stops = ", ".join(vocabulary.label(i) for i in vocabulary.stop_ids) or "nothing"
-    return f"{vocabulary.size:,} tokens, stops at {stops}"
-
-
-def _quantized(model: LanguageModel) -> str:
-    kind = quantization_of(model.lm)
-    return f", {kind}" if kind else ""
-
-
-def _own_code(model: LanguageModel) -> str:
-    return ", runs code of its own: trust_remote_code" if model.runs_own_code else ""
 
 
 def _prompts(given: Sequence[Prompt | str]) -> Sequence[Prompt]:

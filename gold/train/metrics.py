@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gold.activity import doing
 from gold.align.batch import AlignedBatch
 from gold.rollout.types import Rollout
 from gold.teachers.several import Teachers
@@ -37,10 +38,11 @@ class PhaseTimer:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Adds the seconds of a block to the phase."""
+        """Adds the seconds of a block to the phase, and names what is being done in it."""
         started = self.now()
         try:
-            yield
+            with doing(phase):
+                yield
         finally:
             self.seconds[phase] += self.now() - started
 

@@ -62,7 +62,7 @@ class Sharding:
         self.module.set_reshard_after_forward(False, recurse=False)
         with torch.no_grad():  # the root must be the first that runs
             module(self.no_states(0), lambda logits: None)
-        self._reshard()
+        self.reshard()
         self.weights = WholeWeights(self, module.lm.state_dict())
 
     def shard_frozen(self, lm: Any) -> None:
@@ -105,7 +105,7 @@ class Sharding:
             yield
         finally:
             self._is_whole = False
-            self._reshard()
+            self.reshard()
             self.module.set_reshard_after_forward(not self.once_a_step)
             self.module.set_reshard_after_forward(False, recurse=False)
 
@@ -124,7 +124,8 @@ class Sharding:
     def _groups(self) -> Iterator[FSDPModule]:
         yield from (each for each in self.module.modules() if isinstance(each, FSDPModule))
 
-    def _reshard(self) -> None:
+    def reshard(self) -> None:
+        """Frees the whole weights that a pass has gathered."""
         for each in self._groups():
             each.reshard()
 

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from gold.activity import Stopped, stop_asked, stoppable
 from gold.errors import CheckpointError, ConfigError, EngineError, GoldError, TeacherError
 from gold.files import read_json
 from gold.kernels.logits import LazyLogits
@@ -45,6 +46,8 @@ from gold.train.shards import Snapshot
 
 Answer = TypeVar("Answer")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")  # of weights' shape, in torch and in bitsandbytes
+_SHARED = (EngineError, TeacherError, Stopped)
+"""What is raised in all processes if one of them raises it."""
 AHEAD = "rollouts.npz"
 """The file of a checkpoint with the completions of the next step, if they were under way."""
 
@@ -322,21 +325,41 @@ class TrainState:
         return self.sum({"flag": float(flag)})["flag"] > 0
 
     def together(self, ask: Callable[[], Answer]) -> Answer:
-        """The result of ``ask``; an error of a teacher or of the rollout engine in one process is raised in all, since
-        the others would wait."""
+        """The result of ``ask``, which may be left at its reports (``gold.activity``).
+
+        What one process raises is raised in all, since the others would wait: an error of a teacher or of the rollout
+        engine, or ``Stopped``.
+        """
         answer: Answer | None = None
-        failure: TeacherError | EngineError | None = None
+        failure: Exception | None = None
         try:
-            with self.sharding.lockstep() if self.sharding else contextlib.nullcontext():
+            with self.sharding.lockstep() if self.sharding else contextlib.nullcontext(), stoppable():
                 answer = ask()
-        except (TeacherError, EngineError) as error:
+        except _SHARED as error:
             failure = error
         if self.any_process(failure is not None):
             # Each process can report the cause.
-            found = gather_object([(isinstance(failure, EngineError), str(failure or ""))])
-            of_engine, reason = next((kind, reason) for kind, reason in found if reason)
-            raise (EngineError if of_engine else TeacherError)(reason) from failure
+            own = next((n for n, kind in enumerate(_SHARED) if isinstance(failure, kind)), len(_SHARED))
+            number, reason = min(self.gathered((own, str(failure or ""))), key=lambda found: found[0])
+            raise _SHARED[number](reason) from failure
         return cast(Answer, answer)
+
+    def may_stop(self, last: bool) -> None:
+        """A point between the passes of a step, before each of them, at which the step can still be left.
+
+        Raises:
+            Stopped: a listener asks for it, in any process: the same in all. Where their passes differ in number, one
+                that is asked waits here until the others are before their ``last``.
+        """
+        asked = stop_asked()
+        if (self.sharding or last or asked) and self.any_process(asked):
+            raise Stopped
+
+    def abandon(self) -> None:
+        """Drops what a step that was left has computed: the state is that before the step."""
+        self.zero_grad()
+        if self.sharding:
+            self.sharding.reshard()
 
 
 def average_file(name: str) -> str:

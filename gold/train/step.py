@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gold.activity import report
 from gold.align.batch import AlignedBatch
 from gold.align.model_inputs import student_states
 from gold.align.texts import AlignedText
@@ -61,6 +62,7 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
 
     Raises:
         TeacherError: a teacher could not score all of this step's texts; no state has changed.
+        Stopped: a listener asked to leave the step (``gold.activity``); no state has changed but the gradient.
     """
     recipe = setup.recipe
     timer = PhaseTimer(setup.now or device_clock(state.student.device))
@@ -184,7 +186,7 @@ def draw_ahead(state: TrainState, setup: Setup, chosen: StepPrompts) -> list[Gen
         if following.student_writes:
             push_weights(state, setup.engine)
         with generating(state, setup):
-            state.ahead.start(setup.engine, state.step + 1, following.requests)
+            state.together(partial(state.ahead.start, setup.engine, state.step + 1, following.requests))
     return drawn
 
 
@@ -219,7 +221,7 @@ def push_weights(state: TrainState, engine: RolloutEngine) -> None:
     Raises:
         EngineError: no push succeeds, in any of the processes.
     """
-    state.ahead.wait()
+    state.together(state.ahead.wait)
     if engine.version != state.step:
         _push(state, engine)
 
@@ -308,6 +310,8 @@ def accumulate_gradients(
     state.zero_grad()
     passes = state.passes(len(microbatches))
     for number in range(1, passes + 1):
+        state.may_stop(last=number == passes)
+        report(number - 1, passes, "microbatches")
         with state.accumulating(last=number == passes):
             if number > len(microbatches):
                 state.backward_nothing()

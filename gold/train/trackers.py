@@ -1,13 +1,14 @@
 """Trackers receive a run's metrics: each step and each evaluation is one dict, passed to all trackers.
 
-A tracker needs four methods; a class derived from `Tracker` inherits empty ones. The run folder (`run_folder.py`) and
+A tracker needs five methods; a class derived from `Tracker` inherits empty ones. The run folder (`run_folder.py`) and
 the terminal (`progress.py`) are trackers; `gold.distill(..., trackers=[...])` takes more.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from gold.activity import Activity
 from gold.files import one_line
 
 
@@ -16,13 +17,16 @@ class RunInfo:
     """Information for trackers before the first step.
 
     `config` is the contents of config.yaml, `header` describes the run in a few named lines, `done` is the number of
-    steps taken before a resumption.
+    steps taken before a resumption. An evaluation follows every `evaluate_every` steps, and the last; 0: none.
+    `expected`: seconds of each phase of a step, and of an "evaluation", if they were measured before the run.
     """
 
     config: Mapping[str, Any]
     header: Mapping[str, str]
     steps: int
     done: int = 0
+    evaluate_every: int = 0
+    expected: Mapping[str, float] = field(default_factory=dict)
 
 
 class Tracker(Protocol):
@@ -42,6 +46,11 @@ class Tracker(Protocol):
         """Receives a line for people: a warning, a resumption, an interruption."""
         return
 
+    def doing(self, activity: Activity) -> None:
+        """Called several times a second with what is being done, also before `start`: it must be quick. The outermost
+        name of its path is "step", "evaluation", or a few words for people."""
+        return
+
     def finish(self) -> None:
         """Called after the last step, or when the run ends early; only if it was started."""
         return
@@ -58,6 +67,9 @@ class Forwarding(Tracker):
 
     def note(self, text: str) -> None:
         self._call("note", text)
+
+    def doing(self, activity: Activity) -> None:
+        self._call("doing", activity)
 
     def finish(self) -> None:
         self._call("finish")
@@ -113,6 +125,10 @@ class Trackers(Tracker):
         self._notes.append(text)
         for member in self.members:
             member.note(text)
+
+    def doing(self, activity: Activity) -> None:
+        for member in self.members:
+            member.doing(activity)
 
     def finish(self) -> None:
         for member in self.members:

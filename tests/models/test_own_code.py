@@ -25,7 +25,7 @@ from gold.models.load import load_model, save_model
 from gold.run import evaluate_source, train
 from gold.teachers.several import Teachers
 from gold.tokenize.vocabulary import Vocabulary
-from gold.train.loop import header
+from gold.train.header import header
 from gold.train.recipe import Recipe
 from gold.train.setup import Setup
 from gold.train.state import TrainState

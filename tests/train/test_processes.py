@@ -85,7 +85,7 @@ def test_a_signal_that_reaches_one_process_stops_both_and_they_resume_to_the_ste
     pair: Path, alone: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    stopping = partial(signal_at, "gold.train.step:draw", 1, signal.SIGTERM)
+    stopping = partial(signal_at, "gold.train.step:step_loss", 2, signal.SIGTERM)  # of two in each step
     main, other = launch(tmp_path / "1", "train", pair / "run.yaml", f"output={run}", before=[None, stopping])
     assert (main.wait(), other.wait()) == (143, 143), main.err + other.err
     assert "interrupted after step 1; its checkpoint is kept" in main.out

@@ -254,11 +254,18 @@ def _own_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def signalled(monkeypatch: pytest.MonkeyPatch, target: str, call: int, *numbers: int) -> None:
-    """Has signals reach this process when a function is called for the ``call``-th time."""
+def signalled(monkeypatch: pytest.MonkeyPatch, target: str, call: int, *numbers: int) -> list[None]:
+    """Has signals reach this process when a function is called for the ``call``-th time; one item for each call."""
     owner, name = find(target)
+    real, calls = getattr(owner, name), list[None]()
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(None)
+        return real(*arguments, **options)
+
     send = partial(_send, numbers)
-    monkeypatch.setattr(owner, name, _copying(getattr(owner, name), send, call, False))
+    monkeypatch.setattr(owner, name, _copying(counted, send, call, False))
+    return calls
 
 
 def _send(numbers: tuple[int, ...]) -> None:
@@ -268,25 +275,34 @@ def _send(numbers: tuple[int, ...]) -> None:
 
 @pytest.mark.usefixtures("_own_signals")
 @pytest.mark.parametrize(
-    ("number", "code", "target", "call", "step"),
+    ("number", "code", "target", "call"),
     [
-        (signal.SIGTERM, 143, "gold.train.step:draw", 3, 3),
-        (signal.SIGHUP, 129, "gold.train.loop:evaluate", 2, 3),
-        (signal.SIGINT, 130, "gold.train.checkpoint_folder:_seal", 1, 3),  # of step 2: noted once it is saved
+        (signal.SIGTERM, 143, "gold.rollout.hf:_Draw.__call__", 45),  # the evaluation and a step draw less
+        (signal.SIGINT, 130, "gold.train.microbatch:teacher_logits", 4),
+        (signal.SIGTERM, 143, "gold.train.step:step_loss", 4),
+        (signal.SIGHUP, 129, "gold.evaluate:Comparison.of_student", 2),
+        pytest.param(signal.SIGTERM, 143, "gold.train.step:update", 3, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, "gold.comparison:teacher_logits", 2, marks=pytest.mark.slow),
+        # Of step 2: noted once it is saved.
+        pytest.param(signal.SIGINT, 130, "gold.train.checkpoint_folder:_seal", 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_keeps_a_checkpoint_and_the_run_goes_on_the_same(
-    whole: Path, tmp_path: Path, train: Gold, number: int, code: int, target: str, call: int, step: int
+    whole: Path, tmp_path: Path, train: Gold, number: int, code: int, target: str, call: int
 ) -> None:
+    """It is called no more: what it belongs to is left, and the state is that after the last whole step."""
+    run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        signalled(patch, target, call, number)
+        calls = signalled(patch, target, call, number)
         done = train()
+    assert len(calls) == call
     assert done.code == code, done.err
     assert "Traceback" not in done.err
+    step = max(line["step"] for line in records(run, "metrics.jsonl") if line["kind"] == "train")
     assert f"interrupted after step {step}; its checkpoint is kept" in done.out
-    assert checkpoints(tmp_path / "run") == [f"step-{step:06d}"]
+    assert checkpoints(run) == [f"step-{step:06d}"]
     assert train("--resume").code == 0
-    assert_same(tmp_path / "run", whole)
+    assert_same(run, whole)
 
 
 @pytest.mark.usefixtures("_own_signals")
