@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +42,7 @@ from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.chat import prompt_text
 from gold.tokenize.vocabulary import Vocabulary
+from gold.train.loop import pace_of
 from gold.train.preflight import check_kept, check_lengths, check_recipe
 from gold.train.setup import pairs_of, terms_of
 
@@ -66,22 +67,37 @@ def diagnose_run(
     tokens = tokens or config.rollout.max_new_tokens
     at_most = config.train.micro_batch_tokens
     sizes = sequences or (max(1, at_most // tokens) if at_most else config.train.micro_batch_size), tokens
-    loaded: list[LanguageModel] = []
+    loaded = _Loaded()
     reports = {name: _diagnosed(config, data, name, weights, sizes, loaded) for name in config.named_teachers}
     known = [check.found for report in reports.values() for check in report.checks]
     files = [check for check in _files(config) if not any(found.endswith(check.found) for found in known)]
     files += _engine(config, data, weights)
     of_run = _of_run(config, data, {name: report.sides for name, report in reports.items()})
     report = combined(reports)
-    report = replace(report, checks=[*report.checks, *files, *of_run])
+    duration = _duration(config, data, loaded) if not any(each.failures for each in reports.values()) else []
+    report = replace(report, checks=[*report.checks, *files, *of_run, *duration])
     sides = {name: each.sides for name, each in reports.items()}
     if hardware is None or not all(sides.values()):
         return report
-    if loaded:
-        hardware = measured(hardware, loaded[0], *sizes)
+    if loaded.models:
+        hardware = measured(hardware, loaded.models["student"], *sizes)
     found = examine_memory(plan_of(config, data, sides, sizes, hardware), hardware)
     kept = [check for check in report.checks if check.check != "memory"]
     return replace(report, checks=[*kept, found.finding()], of_run=found)
+
+
+@dataclass
+class _Loaded:
+    """The models that were loaded, the student and each teacher by its name, and the student's trained weights."""
+
+    models: dict[str, LanguageModel] = field(default_factory=dict)
+    trained: list[Any] = field(default_factory=list)
+
+    def add(self, name: str, model: LanguageModel) -> None:
+        """One more model, in place of an earlier one of that name."""
+        self.models[name] = model
+        if name == "student":
+            self.trained = [weight for weight in model.lm.parameters() if weight.requires_grad]
 
 
 def plan_of(
@@ -156,7 +172,7 @@ def _diagnosed(
     name: str,
     weights: bool,
     sizes: tuple[int, int],
-    loaded: list[LanguageModel],
+    loaded: _Loaded,
 ) -> Report:
     """The report on the student and one teacher."""
     teacher = config.named_teachers[name]
@@ -167,8 +183,10 @@ def _diagnosed(
     def load_both() -> tuple[LanguageModel, LanguageModel | None]:
         for each in (config.student, *([model] if here else [])):
             check_model(each)
-        loaded[:] = [load(config.student)]
-        return loaded[0], load(model) if here else None
+        loaded.add("student", load(config.student))
+        if here:
+            loaded.add(name, load(model))
+        return loaded.models["student"], loaded.models.get(name)
 
     report = diagnose(
         config.student.source,
@@ -191,11 +209,40 @@ def _diagnosed(
     checks = examine_server(served, prompts)
     if all(check.status != "fail" for check in checks):
         checks += (
-            compare_with_student(served, prompts, loaded[0], is_student=is_student(config, name))
-            if loaded
+            compare_with_student(served, prompts, mine, is_student=is_student(config, name))
+            if (mine := loaded.models.get("student")) is not None
             else [examine_noise(served, prompts)]
         )
     return replace(report, checks=[*report.checks, *checks])
+
+
+def _duration(config: Config, data: RunData, loaded: _Loaded) -> list[Finding]:
+    """How long the run takes, and what would make it shorter, if all its models were loaded."""
+    named = config.named_teachers
+    if (
+        not loaded.models
+        or config.rollout.engine.vllm is not None
+        or not all(t.kind == "local" for t in named.values())
+    ):
+        return []
+    weights = {name: t.weight for name, t in config.teachers.items()} if config.mix else None
+    try:
+        teachers = Teachers({name: loaded.models[name] for name in named}, config.mix, weights)
+        for (
+            weight
+        ) in loaded.trained:  # the checks have used the student as a teacher too, which is not trained
+            weight.requires_grad_(True)
+        pace = pace_of(
+            loaded.models["student"], teachers, data.train, config.recipe, data.heldout, evaluation_of(config),
+            config.evaluate.every, data.verifier,
+        )  # fmt: skip
+    except GoldError:  # another check says so
+        return []
+    said = pace.lines() if pace else {}
+    if not said:
+        return []
+    advice = f"shorter: {said['faster']}" if "faster" in said else ""
+    return [Finding("duration", "pass", said["time"], advice)]
 
 
 def _engine(config: Config, data: RunData, weights: bool) -> list[Finding]:

@@ -86,6 +86,7 @@ def train(
             progress=progress,
             trackers=config.train.trackers or (),
             engine=engine,
+            estimate=progress is not None,
         )
     if run.is_main_process:
         _draw(output, progress)

@@ -76,11 +76,11 @@ class Forecast:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people, to two digits: `8.5 s`, `40 s`, `12 min`, `7 h 20 min`, `3 d 4 h`."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
+    """Seconds for people, to two digits: `0.05 s`, `8.5 s`, `40 s`, `2.5 min`, `12 min`, `7 h 20 min`, `3 d 4 h`."""
+    if seconds < 99.5:
+        return f"{seconds:.2g} s" if seconds >= 0.1 else f"{seconds:.2f} s"
+    if seconds < 570:
+        return f"{seconds / 60:.1f} min"
     minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes} min"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from gold.doctor.prompts import PromptReader
 from gold.kernels import backend_for
 from gold.models.adapters import describe, is_adapted
 from gold.models.language_model import LanguageModel
 from gold.models.quantization import quantization_of
 from gold.rollout.engine import DescribedEngine
+from gold.teachers.several import Teachers
 from gold.tokenize.vocabulary import Vocabulary
 from gold.train.setup import Setup
 from gold.train.state import TrainState
@@ -57,3 +63,23 @@ def _quantized(model: LanguageModel) -> str:
 
 def _own_code(model: LanguageModel) -> str:
     return ", runs code of its own: trust_remote_code" if model.runs_own_code else ""
+
+
+def settings_of(setup: Setup, readers: Sequence[PromptReader]) -> dict[str, Any]:
+    """The config.yaml of a run from Python."""
+    arguments = {r.role: dict(r.rendering.arguments) for r in readers if r.rendering.arguments}
+    return {
+        "recipe": setup.recipe.model_dump(mode="json"),
+        "student": setup.student.name,
+        "teacher": _names(setup.teachers),
+        **({"template_kwargs": arguments} if arguments else {}),
+    }
+
+
+def _names(teachers: Teachers | None) -> Any:
+    if teachers is None:
+        return None
+    if not teachers.several:
+        return next(t.name for t in teachers.members.values())
+    names = {name: t.name for name, t in teachers.members.items()}
+    return {**names, **({"mix": asdict(teachers.mix)} if teachers.mix else {})}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,10 +29,11 @@ from gold.teachers.several import Teachers
 from gold.train.activations import settled
 from gold.train.alarms import Warnings, check_end, remedy_for, why_bad
 from gold.train.checkpoint_folder import latest_checkpoint, prune, remove_leftovers
-from gold.train.header import header
+from gold.train.header import header, settings_of
 from gold.train.input_digests import of_run
 from gold.train.interrupt import NAMES, Interrupt, ended_by
 from gold.train.listener import RunListener
+from gold.train.pace import Pace, measure
 from gold.train.preflight import (
     check_kept,
     check_lengths,
@@ -102,6 +103,7 @@ def distill(
     progress: Tracker | None = None,
     trackers: Sequence[Tracker | str] = (),
     engine: RolloutEngine | None = None,
+    estimate: bool = False,
 ) -> Run:
     """Trains ``student``, in place, on its own completions of ``prompts``, scored by ``teacher``; returns the run.
 
@@ -122,6 +124,7 @@ def distill(
         trackers: more receivers of all metrics and notes, see ``gold.train.trackers``, or their names, ``CLIENTS``.
         engine: generates completions with the weights pushed after every step, and is closed by the caller; default:
             transformers' ``generate`` on the student itself.
+        estimate: measures for about ten seconds how long the run will take, and shows that in its header.
 
     Raises:
         GoldError: models, data or settings that do not go together; a teacher that stopped answering, or too many
@@ -143,7 +146,7 @@ def distill(
     )
     with listening(listener := RunListener(tracker)):
         given = _prompts(heldout), evaluation, saving, settings, inputs
-        return _run(setup, accelerator, *given, tracker, listener)
+        return _run(setup, accelerator, *given, tracker, listener, estimate)
 
 
 def _run(
@@ -156,6 +159,7 @@ def _run(
     inputs: Inputs | None,
     tracker: Trackers,
     listener: RunListener,
+    estimate: bool,
 ) -> Run:
     """Checks, opens the folder or resumes the checkpoint, trains, and saves the trained student."""
     student, teachers, recipe = setup.student, setup.teachers, setup.recipe
@@ -173,7 +177,7 @@ def _run(
     run = Run(student, saving.output, is_main_process=accelerator.is_main_process)
     with contextlib.ExitStack() as stack:
         stack.callback(student.lm.eval)
-        settings = settings or _settings(setup, readers)
+        settings = settings or settings_of(setup, readers)
         folder: RunFolder | None = None
         if saving.output and accelerator.is_main_process:
             assert inputs is not None
@@ -188,7 +192,9 @@ def _run(
         if folder:
             run.steps, run.evaluations = folder.records("train"), folder.records("eval")
         stack.callback(tracker.finish)
-        _begin(state, setup, settings, saving.evaluate_every if heldout else 0, tracker)
+        every = saving.evaluate_every
+        pace = partial(measure, heldout=heldout, plan=evaluation, evaluate_every=every) if estimate else None
+        _begin(state, setup, settings, every if heldout else 0, tracker, pace)
         interrupt = listener.interrupt = stack.enter_context(Interrupt())
         writer = CheckpointWriter(state, saving.output, folder, saving.keep_last)
         stack.callback(writer.close)
@@ -204,16 +210,44 @@ def _run(
 
 
 def _begin(
-    state: TrainState, setup: Setup, settings: Mapping[str, Any], evaluate_every: int, tracker: Tracker
+    state: TrainState,
+    setup: Setup,
+    settings: Mapping[str, Any],
+    evaluate_every: int,
+    tracker: Tracker,
+    pace_of: Callable[[TrainState, Setup], Pace | None] | None,
 ) -> None:
-    """Shows what the run is, and prepares its kernels."""
-    tracker.start(RunInfo(settings, header(state, setup), setup.recipe.steps, state.step, evaluate_every))
-    if setup.uncorrected:
-        tracker.note(setup.uncorrected)
+    """Prepares the kernels, measures the pace, and shows what the run is."""
     with doing("preparing the kernels"):
         seconds = warm_up(state, setup)
     if seconds > 1.0:
         tracker.note(f"kernels compiled in {seconds:.0f} s; cached for later runs")
+    steps = setup.recipe.steps
+    pace = pace_of(state, setup) if pace_of and state.step < steps else None
+    lines = header(state, setup) | (pace.lines() if pace else {})
+    expected = pace.expected if pace else {}
+    tracker.start(RunInfo(settings, lines, steps, state.step, evaluate_every, expected))
+    if setup.uncorrected:
+        tracker.note(setup.uncorrected)
+
+
+def pace_of(
+    student: LanguageModel,
+    teachers: Teachers | None,
+    prompts: Sequence[Prompt],
+    recipe: Recipe,
+    heldout: Sequence[Prompt],
+    plan: EvaluationPlan,
+    evaluate_every: int,
+    verifier: Verifier | None = None,
+) -> Pace | None:
+    """The pace of a run that is not begun; see ``gold.train.pace.measure``."""
+    setup = Setup.of(student, teachers, prompts, recipe, verifier=verifier)
+    accelerator = _accelerator(recipe.precision, student.device)
+    own = settled(setup, Quiet())
+    state = TrainState(student, teachers, own, accelerator, keep_reference=setup.needs_reference)
+    warm_up(state, setup)
+    return measure(state, setup, heldout, plan, evaluate_every)
 
 
 @dataclass
@@ -406,26 +440,6 @@ def _prompts(given: Sequence[Prompt | str]) -> Sequence[Prompt]:
     if isinstance(given, PromptFile):
         return given
     return [Prompt(key=str(n), text=p) if isinstance(p, str) else p for n, p in enumerate(given)]
-
-
-def _settings(setup: Setup, readers: Sequence[PromptReader]) -> dict[str, Any]:
-    """The config.yaml of a run from Python."""
-    arguments = {r.role: dict(r.rendering.arguments) for r in readers if r.rendering.arguments}
-    return {
-        "recipe": setup.recipe.model_dump(mode="json"),
-        "student": setup.student.name,
-        "teacher": _names(setup.teachers),
-        **({"template_kwargs": arguments} if arguments else {}),
-    }
-
-
-def _names(teachers: Teachers | None) -> Any:
-    if teachers is None:
-        return None
-    if not teachers.several:
-        return next(t.name for t in teachers.members.values())
-    names = {name: t.name for name, t in teachers.members.items()}
-    return {**names, **({"mix": asdict(teachers.mix)} if teachers.mix else {})}
 
 
 def _accelerator(precision: str, device: torch.device) -> Accelerator:

@@ -149,13 +149,13 @@ class TrainState:
             return contextlib.nullcontext()
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.module)
 
-    def backward_nothing(self) -> None:
-        """A backward pass with gradient zero: other processes wait for this one's share."""
+    def no_loss(self) -> Tensor:
+        """A loss whose gradient is zero: other processes wait for this one's passes."""
         pad, none = self.student.pad_id, np.empty(0, np.int32)
         states = PaddedStates.of([[pad]], [none], [1], pad, self.student.device)
         if self.sharding:
             self.reference_logits(states)  # the others wait for its passes too
-        self.accelerator.backward(self.loss(states, lambda logits: 0.0 * logits.logits().sum()))
+        return self.loss(states, lambda logits: 0.0 * logits.logits().sum())
 
     def clip_gradient(self, max_norm: float) -> float:
         """The norm of the gradient, which is scaled down to ``max_norm`` if it is larger."""
@@ -345,11 +345,13 @@ class TrainState:
         return cast(Answer, answer)
 
     def may_stop(self, last: bool) -> None:
-        """A point between the passes of a step, before each of them, at which the step can still be left.
+        """A point between the forward and the backward pass of a microbatch, at which the step can still be left.
+
+        It is no earlier, since processes exchange buffers in their first forward pass. Where their passes differ in
+        number, one that is asked to stop waits here until the others are at their ``last``.
 
         Raises:
-            Stopped: a listener asks for it, in any process: the same in all. Where their passes differ in number, one
-                that is asked waits here until the others are before their ``last``.
+            Stopped: a listener asks for it, in any process: the same in all.
         """
         asked = stop_asked()
         if (self.sharding or last or asked) and self.any_process(asked):

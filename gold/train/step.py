@@ -310,17 +310,18 @@ def accumulate_gradients(
     state.zero_grad()
     passes = state.passes(len(microbatches))
     for number in range(1, passes + 1):
-        state.may_stop(last=number == passes)
         report(number - 1, passes, "microbatches")
+        parts: dict[str, Tensor] = {}
         with state.accumulating(last=number == passes):
             if number > len(microbatches):
-                state.backward_nothing()
-                continue
-            microbatch = microbatches[number - 1]
-            states = student_states(state.student, microbatch.rollouts)
-            reference = state.reference_logits(states)
-            loss = partial(step_loss, state, setup, microbatch, counts, reference)
-            total, parts = state.loss(states, loss)
+                total = state.no_loss()
+            else:
+                microbatch = microbatches[number - 1]
+                states = student_states(state.student, microbatch.rollouts)
+                reference = state.reference_logits(states)
+                loss = partial(step_loss, state, setup, microbatch, counts, reference)
+                total, parts = state.loss(states, loss)
+            state.may_stop(last=number == passes)
             state.accelerator.backward(total)
         largest = max(sums["ratio_max"], float(parts.pop("ratio_max", 0.0)))
         for name, value in parts.items():

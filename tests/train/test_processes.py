@@ -81,15 +81,25 @@ def test_two_processes_take_the_steps_of_one(pair: Path, alone: Path, tmp_path: 
     assert_near(run, alone)
 
 
+@pytest.mark.parametrize(
+    ("target", "call"),
+    [
+        ("gold.train.step:step_loss", 3),  # of one or two in each step
+        pytest.param("gold.rollout.hf:_Draw.__call__", 35, marks=pytest.mark.slow),
+        pytest.param("gold.train.microbatch:teacher_logits", 2, marks=pytest.mark.slow),
+        pytest.param("gold.train.step:update", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_that_reaches_one_process_stops_both_and_they_resume_to_the_steps_of_one(
-    pair: Path, alone: Path, tmp_path: Path
+    pair: Path, alone: Path, tmp_path: Path, target: str, call: int
 ) -> None:
     run = tmp_path / "run"
-    stopping = partial(signal_at, "gold.train.step:step_loss", 2, signal.SIGTERM)  # of two in each step
+    stopping = partial(signal_at, target, call, signal.SIGTERM)
     main, other = launch(tmp_path / "1", "train", pair / "run.yaml", f"output={run}", before=[None, stopping])
     assert (main.wait(), other.wait()) == (143, 143), main.err + other.err
     assert "interrupted after step 1; its checkpoint is kept" in main.out
     assert main.err == ""
+    assert "second signal" in other.err
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000001"]
     main, other = launch(tmp_path / "2", "train", pair / "run.yaml", f"output={run}", "--resume")
     assert (main.wait(), other.wait()) == (0, 0), main.err + other.err

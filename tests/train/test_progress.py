@@ -77,8 +77,8 @@ def test_a_long_step_says_how_far_it_is_every_half_minute() -> None:
     assert len(said) == 3
     assert said[0].startswith("step     2/3  drawing, 2 of 10 completions, 29 tokens, 30 s so far")
     # Half of the 200 s of a step are drawn, the rest follows; 29 s of the drawing are over.
-    assert "about 3 min left" in said[0]
-    assert "run about 6 min" in said[0]
+    assert "about 2.9 min left" in said[0]
+    assert "run about 6.2 min" in said[0]
 
 
 def test_evaluations_and_loading_announce_themselves() -> None:
