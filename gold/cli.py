@@ -21,10 +21,7 @@ from gold.errors import GoldError
 # System errors that are not bugs: no space, no permission, no such name, too many open files.
 _SYSTEM_ERRORS = {
     getattr(errno, name)
-    for name in (
-        *("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EMFILE", "ENFILE", "ENOMEM"),
-        *("EACCES", "EPERM", "ENAMETOOLONG", "ELOOP"),
-    )
+    for name in "ENOSPC EDQUOT EFBIG EIO EROFS EMFILE ENFILE ENOMEM EACCES EPERM ENAMETOOLONG ELOOP".split()  # noqa: SIM905
 }
 
 
@@ -312,10 +309,10 @@ def train(
             return
     from gold.train.progress import for_terminal
 
-    progress = for_terminal(f"gold {gold.__version__}: loading torch and transformers")
+    shown = for_terminal(f"gold {gold.__version__}: loading torch and transformers")
     from gold.run import train as run
 
-    run(settings, resume=resume, overwrite=overwrite, allow_changed=allow_changed, progress=progress)
+    run(settings, resume=resume, overwrite=overwrite, allow_changed=allow_changed, progress=shown)
 
 
 @app.command("eval")

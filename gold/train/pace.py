@@ -16,7 +16,7 @@ import torch
 
 from gold.activity import doing
 from gold.data import Prompt
-from gold.errors import DataError
+from gold.errors import DataError, GoldError
 from gold.evaluate import EvaluationPlan
 from gold.models.language_model import LanguageModel
 from gold.rollout.engine import Generation, Request, request_for, rollout_of
@@ -33,6 +33,10 @@ from gold.train.step import accumulate_gradients, generating, unit_counts, with_
 
 _DRAW_S, _PASS_S, _TEACHER_DRAW_S = 4.0, 2.0, 2.0
 """Seconds for which the student draws, a forward and backward pass may take, and a teacher draws, at most: about."""
+_FEW = 16
+"""Tokens that are drawn first."""
+_SHORT_RUN_FLOPS = 1e11
+"""A run of fewer operations takes seconds anywhere, and is not measured."""
 _LONG_RUN_S = 600.0
 _UPDATE_COPIES = 8
 """AdamW, the norm of the gradient and its clipping read and write about as much as this many copies of the weights."""
@@ -224,14 +228,24 @@ Clock = Callable[[], float]
 def measure(
     state: TrainState, setup: Setup, heldout: Sequence[Prompt], plan: EvaluationPlan, evaluate_every: int
 ) -> Pace | None:
-    """The pace of the steps that are left, from about ten seconds of work; None where this process does not draw, read
-    and learn itself and alone: with several processes, or an engine or a teacher elsewhere."""
+    """The pace of the steps that are left, from about ten seconds of work.
+
+    None with several processes or with an engine or a teacher elsewhere, which are not measured, and for a run of
+    seconds.
+    """
     models = [t.model for t in setup.members.values() if t.model is not None]
     if state.count > 1 or not setup.student_generates or len(models) < len(setup.members):
         return None
+    recipe = setup.recipe
+    tokens = recipe.steps * recipe.prompts_per_step * recipe.num_generations * recipe.max_new_tokens
+    if 6.0 * tokens * sum(weight.numel() for weight in setup.student.lm.parameters()) < _SHORT_RUN_FLOPS:
+        return None
     devices = {model.device for model in (setup.student, *models) if model.device.type == "cuda"}
     with doing("measuring the speed"), torch.random.fork_rng([*devices]):
-        return _measured(state, setup, heldout, plan, evaluate_every)
+        try:
+            return _measured(state, setup, heldout, plan, evaluate_every)
+        except GoldError:  # the run says so where it matters
+            return None
 
 
 def _measured(
@@ -256,8 +270,9 @@ def _measured(
     asked = _requests(setup.student, prompts[: recipe.generation_batch_size], recipe.sampling)
     if not asked:
         return None
+    sizes = [min(count, work.generation_batch_size) for count in (work.written, work.evaluated) if count]
     with generating(state, setup):
-        student, drawn = _speed(setup.student, [request for _, request in asked], _DRAW_S, clock)
+        student, drawn = _speed(setup.student, [request for _, request in asked], sizes, _DRAW_S, clock)
     rollouts = _rollouts(setup, asked, drawn, round(student.mean(recipe.max_new_tokens)))
     teacher_s, learn_s = _passes(state, setup, rollouts, clock)
     teachers = _writers(state, setup, heldout[: recipe.generation_batch_size], plan, clock)
@@ -280,9 +295,10 @@ def _requests(
 
 
 def _speed(
-    model: LanguageModel, requests: Sequence[Request], seconds: float, clock: Clock
+    model: LanguageModel, requests: Sequence[Request], sizes: Sequence[int], seconds: float, clock: Clock
 ) -> tuple[Speed, list[Generation]]:
-    """How fast a model draws these requests as one batch, and what it drew in about so many seconds."""
+    """How fast a model draws these requests as one batch, and what it drew in about so many seconds; one request alone
+    is measured too if the run has batches of much other ``sizes``."""
     engine, most = HuggingFaceEngine(model, len(requests)), requests[0].sampling.max_new_tokens
 
     def draw(chosen: Sequence[Request], new: int) -> tuple[float, int, list[Generation]]:
@@ -293,7 +309,7 @@ def _speed(
 
     def token_s(chosen: Sequence[Request], first_s: float, most_s: float) -> tuple[float, list[Generation]]:
         """Seconds of each token but the first."""
-        new = min(most, 4)
+        new = max(2, min(most, _FEW, int(most_s / max(first_s, 1e-9))))
         spent, longest, drawn = draw(chosen, new)
         each = (spent - first_s) / max(1, longest - 1)
         more = min(most, int(most_s / max(each, 1e-5)))
@@ -302,12 +318,14 @@ def _speed(
             each = (spent - first_s) / max(1, longest - 1)
         return max(0.0, each), drawn
 
-    draw(requests[:1], 2)  # what happens once
-    alone, _ = token_s(requests[:1], draw(requests[:1], 1)[0], seconds / 4)
+    draw(requests, 1)  # what happens once
     prompt_s = draw(requests, 1)[0]
     together, drawn = token_s(requests, prompt_s, seconds)
+    count, alone = len(requests), together
+    if count > 1 and any(not 2 / 3 <= size / count <= 3 / 2 for size in sizes):
+        alone, _ = token_s(requests[:1], draw(requests[:1], 1)[0], seconds / 4)
     stops = sum(g.stopped for g in drawn) / sum(g.ids.size for g in drawn)
-    return Speed(prompt_s, together, len(requests), alone, stops), drawn
+    return Speed(prompt_s, together, count, alone, stops), drawn
 
 
 def _rollouts(
@@ -348,12 +366,10 @@ def _passes(
         accumulate_gradients(state, setup, microbatches, unit_counts(setup, microbatches))
         return read - begun, clock() - read
 
-    passes(1)  # what happens once
-    count, most = 1, min(len(rollouts), setup.recipe.micro_batch_size)
-    taken = passes(1)
-    while count < most and 2 * sum(taken) <= _PASS_S:
-        count = min(2 * count, most)
-        taken = passes(count)
+    once = sum(passes(1))  # with what happens once
+    most = min(len(rollouts), setup.recipe.micro_batch_size)
+    count = max(1, min(most, int(_PASS_S / once)))
+    taken = passes(count)
     state.zero_grad()
     tokens = sum(len(r.prompt_ids) + r.ids.size for r in rollouts[:count])
     return taken[0] / tokens, taken[1] / tokens
@@ -372,7 +388,9 @@ def _writers(
         asked = _requests(teacher.model, prompts, Sampling(max_new_tokens=plan.max_new_tokens))
         if asked:
             with generating(state, setup):
-                speed, _ = _speed(teacher.model, [request for _, request in asked], _TEACHER_DRAW_S, clock)
+                speed, _ = _speed(
+                    teacher.model, [request for _, request in asked], [], _TEACHER_DRAW_S, clock
+                )
             found.append(speed)
     return found
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.trackers import Recorder
 
+import gold.train.pace
 from gold import LocalTeacher, Recipe, Term, distill
 from gold.evaluate import EvaluationPlan
 from gold.teachers import Teachers
@@ -32,6 +33,13 @@ WORK = Work(
     evaluated=24,
 )
 PACE = Pace(Speed(0.5, 0.1, 16, 0.02, 0.0), [], 20.0, 0.01, 0.002, 0.1, WORK)
+
+
+@pytest.fixture
+def _any_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also runs of seconds are measured."""
+    monkeypatch.setattr(gold.train.pace, "_SHORT_RUN_FLOPS", 0.0)
+
 
 works = st.builds(
     Work,
@@ -87,6 +95,7 @@ def test_a_long_run_says_what_would_make_it_shorter() -> None:
     assert "faster" not in replace(PACE, work=replace(WORK, steps=3)).lines()
 
 
+@pytest.mark.usefixtures("_any_run")
 @pytest.mark.parametrize(
     "terms", [(Term("reverse_kl"),), (Term("token_pg"), Term("reference_kl", weight=0.1))]
 )
@@ -110,6 +119,7 @@ def test_a_run_whose_time_is_estimated_is_the_same_run(tmp_path: Path, terms: tu
     assert told[True] == told[False]
 
 
+@pytest.mark.usefixtures("_any_run")
 def test_measuring_draws_no_random_number_and_leaves_no_gradient() -> None:
     student, teacher = tiny.tiny_student(), tiny.tiny_teacher()
     before = torch.random.get_rng_state()
