@@ -180,7 +180,9 @@ class Comparison:
                     best = teacher_alternatives(theirs, teacher.vocabulary)
                     scored = replace(scored, alternatives=best)
                 if self.plan.branches:
-                    exact = self.exact_text(teacher, pair, rollout, text, written_by_teacher)
+                    with doing("exact divergence"):
+                        report(len(found), len(rollouts), "texts")
+                        exact = self.exact_text(teacher, pair, rollout, text, written_by_teacher)
                     scored = replace(scored, exact=exact)
                 found[i] = scored
         return [found[i] for i in range(len(rollouts))]
