@@ -33,6 +33,8 @@ class LanguageModel:
     generation_error: str | None = None
     """Why ``generate`` is wrong even for one prompt; None if it works."""
     rendering: Rendering = field(default_factory=Rendering, kw_only=True)
+    saved_dtype: torch.dtype | None = field(default=None, kw_only=True)
+    """The dtype of the weights that it was loaded from; None if they have none, as of a GGUF file."""
 
     @property
     def runs_own_code(self) -> bool:

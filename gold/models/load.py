@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,10 +22,16 @@ from transformers import (
     PreTrainedTokenizerFast,
     modeling_gguf_pytorch_utils,
 )
+from transformers.utils import (
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+)
 from transformers.utils import logging as hf_logging
+from transformers.utils.hub import cached_file
 
 from gold.errors import GoldError, ModelError
-from gold.files import adapter_base
+from gold.files import adapter_base, read_json_object
 from gold.models.adapters import (
     check_adapters,
     is_adapted,
@@ -48,6 +57,12 @@ from gold.tokenize.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
+# Settings beside a tokenizer, of models that read images or sound too.
+_PROCESSORS = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
+_QUIETLY = {
+    f"_raise_exceptions_for_{fault}": False
+    for fault in ("missing_entries", "connection_errors", "gated_repo")
+}
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")
 }
@@ -108,7 +123,9 @@ def load_model(
                 lm.float()
     lm = lm if base is None else load_adapters(lm, given, base, name)
     lm.eval()
-    return wrap_model(lm, tokenizer, name=name, roles=roles, template_kwargs=template_kwargs)
+    wrapped = wrap_model(lm, tokenizer, name=name, roles=roles, template_kwargs=template_kwargs)
+    saved = None if gguf_file else _saved_dtype(path, trust_remote_code, where)
+    return replace(wrapped, saved_dtype=saved)
 
 
 def wrap_model(
@@ -153,17 +170,70 @@ def wrap_model(
     )
 
 
-def save_model(model: LanguageModel, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+def save_model(
+    model: LanguageModel,
+    folder: Path,
+    weights: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Writes weights, configuration and tokenizer in plain Hugging Face format, loadable by transformers alone.
 
     Adapters are merged into the weights (``adapters.MergedWeights``). ``weights``: a state dict in place of the model's
-    own.
+    own. ``dtype``: that of the file's weights, ``rounded`` to it; default: that in memory.
     """
     lm = merged_model(model.lm) if is_adapted(model.lm) else model.lm
+    given = None if weights is None else dict(weights)
+    if dtype is not None:
+        given = rounded(lm, lm.state_dict() if given is None else given, dtype)
     with _no_progress_bars():
-        given = None if weights is None else dict(weights)
         lm.save_pretrained(folder, safe_serialization=True, state_dict=given)
+    if dtype is not None:
+        _name_dtype(folder / "config.json", dtype)
     model.tokenizer.save_pretrained(folder)
+
+
+def rounded(lm: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A state dict of a model in main memory, its parameters rounded to a dtype; tied ones stay tied.
+
+    Buffers keep their dtype, as do parameters that the architecture keeps in float32.
+    """
+    kept = {*(lm._keep_in_fp32_modules or ()), *(lm._keep_in_fp32_modules_strict or ())}
+    parameters = {name for name, _ in lm.named_parameters(remove_duplicate=False)}
+    done: dict[tuple[int, torch.Size], Tensor] = {}
+    found = {}
+    for name, tensor in weights.items():
+        rounds = name in parameters and tensor.is_floating_point() and not kept & set(name.split("."))
+        place = tensor.data_ptr(), tensor.shape
+        if place not in done:
+            done[place] = tensor.detach().to("cpu", dtype if rounds else tensor.dtype)
+        found[name] = done[place]
+    return found
+
+
+def file_dtype(model: LanguageModel) -> torch.dtype | None:
+    """The dtype of the files that a model was loaded from, if it is narrower than the one in memory."""
+    saved = model.saved_dtype
+    return saved if saved is not None and saved.itemsize < model.lm.dtype.itemsize else None
+
+
+def copy_processors(model: LanguageModel, folder: Path) -> None:
+    """Copies the settings of processors of images and sound, which a model of several kinds of input has beside its
+    tokenizer, from the folder that it was loaded from, or from the Hub."""
+    config = model.lm.config
+    if not any(hasattr(config, part) for part in ("vision_config", "audio_config")):
+        return
+    for name in _PROCESSORS:
+        if (file := cached_file(model.lm.name_or_path, name, **_QUIETLY)) is not None:
+            shutil.copy(file, folder / name)
+
+
+def _name_dtype(file: Path, dtype: torch.dtype) -> None:
+    """Names the dtype of the weights in a config.json, in which transformers has put that of the model in memory."""
+    config = dict(read_json_object(file, ModelError))
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and "dtype" in part:
+            part["dtype"] = str(dtype).removeprefix("torch.")
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_weights(
@@ -264,12 +334,16 @@ def _load_quantized(
     check_installed(kind)
     if path.endswith(".gguf"):
         raise ModelError(f"{where}: weights of a GGUF file have their own quantization; leave {kind} out")
-    found = DTYPES.get(dtype)
-    if found is None:  # auto: as saved
-        with _as_model_error(where):
-            saved = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).dtype
-        found = saved if isinstance(saved, torch.dtype) else DTYPES.get(str(saved), torch.float32)
+    found = DTYPES.get(dtype) or _saved_dtype(path, trust_remote_code, where) or torch.float32
     return _load_lm(path, None, found, trust_remote_code, where, loading_arguments(kind, found, device))
+
+
+def _saved_dtype(path: str, trust_remote_code: bool, where: str) -> torch.dtype | None:
+    """The dtype of the weights in a model's files, as its config.json names it; None if it names none."""
+    with _as_model_error(where):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    saved = config.dtype or config.get_text_config().dtype
+    return saved if isinstance(saved, torch.dtype) else DTYPES.get(str(saved))
 
 
 def _load_lm(

@@ -202,7 +202,7 @@ def _run(
         if folder:
             folder.check_place()
         if saving.output:
-            save_student(state, folder.path if folder else None)
+            save_student(state, folder)
         accelerator.wait_for_everyone()
         last_record = run.steps[-1] if run.steps else {}
         check_end(last_record | {"step": state.step, "bad_steps": state.bad_steps})

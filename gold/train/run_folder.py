@@ -145,7 +145,7 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
             CheckpointError: there is no run, or its files cannot be read.
         """
         run = cls.open(path)
-        found = changes(run.config, config, run._inputs(allow_changed), inputs or {})
+        found = changes(run.config, config, run.inputs(allow_changed), inputs or {})
         if not allow_changed:
             refuse_changes(found, run.path)
         return found
@@ -232,13 +232,17 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
             if not (run.path / "inputs.json").exists():
                 run.notes.append(f"{run.path} has no inputs.json: prompts and models are not compared")
             before.setdefault("resumed", []).append({**now, **({"changed": lines} if lines else {})})
-            kept = run._inputs(allow_changed)
+            kept = run.inputs(allow_changed)
             run.config = plain(config)
             run._write_state(before, {**kept, **(inputs or {})})
         return run
 
-    def _inputs(self, allow_broken: bool = False) -> dict[str, Any]:
-        """The run's inputs; none if it stored none."""
+    def inputs(self, allow_broken: bool = False) -> dict[str, Any]:
+        """The run's inputs; none if it stored none, or with `allow_broken` if they cannot be read.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
         file = self.path / "inputs.json"
         try:
             inputs = read_json(file, CheckpointError) if file.exists() else {}
@@ -416,7 +420,7 @@ def ended(path: str | Path, config: Mapping[str, Any], steps: int) -> str | None
     if not (path / "student" / "config.json").is_file() or not _holds_run(path):
         return None
     run = RunFolder.open(path)
-    found = changes(run.config, config, run._inputs(), {})
+    found = changes(run.config, config, run.inputs(), {})
     last = run.records("train")[-1:]
     steps_found = newest_step(run.checkpoints), last[0]["step"] if last else None
     if any(change.kind == "refused" for change in found) or steps_found != (steps, steps):

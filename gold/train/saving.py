@@ -15,10 +15,11 @@ import torch.distributed as dist
 from gold.errors import CheckpointError
 from gold.files import one_line
 from gold.models.adapters import is_adapted, save_adapters
-from gold.models.load import save_model
+from gold.models.load import copy_processors, file_dtype, save_model
 from gold.rollout.ahead import Place
 from gold.rollout.engine import Generation
 from gold.train.checkpoint_folder import is_write_failure, reach_disk, save_checkpoint
+from gold.train.model_card import model_card
 from gold.train.run_folder import RunFolder
 from gold.train.shards import Snapshot
 from gold.train.state import TrainState, write_steps
@@ -118,9 +119,12 @@ class CheckpointWriter:
             self._failure = failure
 
 
-def save_student(state: TrainState, folder: Path | None) -> None:
-    """Writes the trained student to ``folder/student``, before it its adapter to ``folder/adapter``, each atomically;
-    all processes call it, the others without folder.
+def save_student(state: TrainState, folder: RunFolder | None) -> None:
+    """Writes the trained student to ``student/`` of its run, before it its adapter to ``adapter/``, each with a model
+    card and atomically; all processes call it, the main one with the run's folder.
+
+    The student's weights have the dtype of the files that it was loaded from, if that is narrower than the one in
+    memory.
 
     Raises:
         CheckpointError: it cannot be written; partial files are removed.
@@ -128,9 +132,24 @@ def save_student(state: TrainState, folder: Path | None) -> None:
     weights, student = state.whole_on_main(), state.student
     if folder is None:
         return
-    if is_adapted(student.lm):
-        _put(partial(save_adapters, student.lm), folder / "adapter")
-    _put(partial(save_model, student, weights=weights), folder / "student")
+    adapted, dtype = is_adapted(student.lm), file_dtype(student)
+
+    def write_adapter(place: Path) -> None:
+        save_adapters(student.lm, place)
+        _write_card(folder, place, adapter=True)
+
+    def write_student(place: Path) -> None:
+        save_model(student, place, weights, dtype)
+        copy_processors(student, place)
+        _write_card(folder, place)
+
+    if adapted:
+        _put(write_adapter, folder.path / "adapter")
+    _put(write_student, folder.path / "student")
+
+
+def _write_card(run: RunFolder, place: Path, adapter: bool = False) -> None:
+    (place / "README.md").write_text(model_card(run, adapter=adapter), encoding="utf-8")
 
 
 def _put(writer: Callable[[Path], None], final: Path) -> None:
