@@ -35,6 +35,7 @@ BENCHMARKS = {
     "engine": ("benchmarks.engine", "rollouts from vLLM beside Hugging Face generate, and a run with it"),
     "demo": ("benchmarks.demo", "the demonstration with three seeds"),
     "bits": ("benchmarks.bits", "whether the code computes what it computed before, bit for bit"),
+    "release": ("benchmarks.release", "build the archives, install the wheel, and use it as the README says"),
 }
 
 

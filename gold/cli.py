@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,33 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import gold
 from gold import terminal
-from gold.errors import GoldError
-
-# System errors that are not bugs: no space, no permission, no such name, too many open files.
-_SYSTEM_ERRORS = {
-    getattr(errno, name)
-    for name in "ENOSPC EDQUOT EFBIG EIO EROFS EMFILE ENFILE ENOMEM EACCES EPERM ENAMETOOLONG ELOOP".split()  # noqa: SIM905
-}
-
-
-def _line_of(error: BaseException) -> object | None:
-    """The message of an error that is not a bug of gold; None for one that may be."""
-    if isinstance(error, GoldError):
-        return error
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, str) else None
-    if isinstance(error, OSError):
-        if error.errno not in _SYSTEM_ERRORS:
-            return None
-        return f"cannot write or read {error.filename or 'standard output'}: {error.strerror}"
-    kind = type(error).__name__
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        reason = " ".join(str(error).split())[:200]
-        keys = "train.micro_batch_size, evaluate.micro_batch_size and rollout.generation_batch_size"
-        return f"out of memory{f': {reason}' if reason else ''}; {keys} say how much is held at a time"
-    if kind == "PanicException":  # from a Rust library; not an Exception
-        return f"a tokenizer failed in the library that runs it: {' '.join(str(error).split())[:300]}"
-    return None
+from gold.error_lines import line_of
 
 
 @contextmanager
@@ -57,7 +30,7 @@ def _reported() -> Iterator[None]:
         terminal.silence()
         raise SystemExit(128 + signal.SIGPIPE) from None
     except BaseException as error:
-        line = _line_of(error)
+        line = line_of(error)
         if line is None:
             raise
         terminal.show_error(line)
@@ -66,20 +39,10 @@ def _reported() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
-_FORMATS = """\
-The picture
-  ┃ between chunks: tokens of both sides end here     ¦ between the tokens of a chunk
-  · ⏎ ⇥ white space   \\x1b a byte or character that has no glyph   ◌ before a combining mark
-  ⟨…⟩ a special token   ∅ a token without bytes of the text   ~ a token whose bytes are not the text's   ⋯ continues
+def _formats() -> str:
+    from gold.inspect.formats import FORMATS
 
-The JSON, one object per text
-  {"bytes": n, "student": {"ids": […], "ends": […], "repaired_bytes": n}, "teacher": {…},
-   "chunks": [[s0, s1, t0, t1], …], "repaired_bytes": n, "coverage": {…}}
-  Student tokens s0 up to s1 (exclusive) and teacher tokens t0 up to t1 decode to the same bytes. "ends" are the byte
-  offsets of the text at which the tokens end: a chunk ends at ends[s1 - 1] of the student, ends[t1 - 1] of the teacher.
-  A side has "bos_id" and "stop_ids" for special tokens around the text, "prompt_ids" with --chat, and with --score
-  "logp" and "entropy" (nats; null for a token that has none) and "stop_logp"; the text has "score" then.
-"""
+    return FORMATS
 
 
 def _keys() -> str:
@@ -88,7 +51,7 @@ def _keys() -> str:
     return f"Keys of a configuration\n\n{describe()}"
 
 
-_APPENDIX: dict[str | None, Callable[[], str]] = {"align": lambda: _FORMATS, "train": _keys}
+_APPENDIX: dict[str | None, Callable[[], str]] = {"align": _formats, "train": _keys}
 
 
 class _WithAppendix(TyperCommand):
@@ -317,11 +280,45 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    source: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="YAML file, or a run folder")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG|RUN", help="YAML file, or a run folder; with --tasks also a model"),
+    ],
     overrides: Overrides = None,
     as_json: AsJson = False,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,…", help="tasks of lm-eval instead, such as gsm8k,ifeval")
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="further tasks of lm-eval, as YAML files")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first documents of each task")] = None,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="as a chat")] = False,
 ) -> None:
-    """Measure a student on held-out prompts: accuracy, bits per byte, KL per byte, lengths."""
+    """Measure a student on held-out prompts: accuracy, bits per byte, KL per byte, lengths.
+
+    With --tasks the tasks of lm-eval: a run's student before and after beside each other, with standard errors.
+    """
+    from gold.inspect.measures import measure_lines, task_lines
+
+    if tasks is not None:
+        from gold.run import evaluate_tasks
+
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        scores = evaluate_tasks(
+            str(source),
+            names,
+            overrides or [],
+            task_path=task_path,
+            limit=limit,
+            chat=apply_chat_template,
+            note=terminal.show_note,
+        )
+        if as_json:
+            terminal.show_json(scores)
+        else:
+            terminal.show(*task_lines(scores))
+        return
     from gold.run import evaluate_source
     from gold.train.progress import Lines
 
@@ -329,21 +326,7 @@ def evaluate(
     if as_json:
         terminal.show_json({"measures": found.measures, "samples": found.samples})
     else:
-        terminal.show(*_measure_lines(found.measures))
-
-
-def _measure_lines(measures: Mapping[str, float]) -> Iterator[str]:
-    """Each measure on a line, with its 95 % interval if it has one, and its unit."""
-    from gold.inspect.series import words
-
-    for name, value in measures.items():
-        if name.endswith(("_low", "_high")) and name.rpartition("_")[0] in measures:
-            continue
-        line = f"{name:<22} {value:>9.4f}"
-        if f"{name}_low" in measures:
-            line += f"   95 % {measures[f'{name}_low']:.4f} to {measures[f'{name}_high']:.4f}"
-        unit = words(name)[1]
-        yield f"{line}   {unit}" if unit else line
+        terminal.show(*measure_lines(found.measures))
 
 
 @app.command()
@@ -467,6 +450,26 @@ def cache_merge(
     from gold.cache.command import run_merge
 
     run_merge(into, sources)
+
+
+@app.command()
+def init(
+    kind: Annotated[
+        str, typer.Argument(metavar="demo|chat|reasoning|lora", help="what the run is to be")
+    ] = "demo",
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="default: the kind's name", show_default=False)
+    ] = None,
+    student: Annotated[str | None, typer.Option(metavar="MODEL", help="folder, GGUF file or Hub id")] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="folder, GGUF file or Hub id")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the files that it makes")] = False,
+) -> None:
+    """Make a folder with a commented configuration, prompts to begin with, and the next commands."""
+    from gold.starter import make_starter
+
+    place = folder or Path(kind)
+    commands = make_starter(kind, place, student, teacher, overwrite)
+    terminal.show(f"made {place}; next:", *(f"  {command}" for command in commands))
 
 
 @app.command()

@@ -235,6 +235,21 @@ class EvaluateConfig(EvaluationSettings):
     """number of held-out prompts used"""
 
 
+class PushConfig(Section):
+    """A model repository on the Hugging Face Hub, to which student/ is pushed when the run has ended; the id alone is
+    enough. The token is that of `hf auth login` or HF_TOKEN."""
+
+    id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    """NAME/MODEL; it is created if there is none"""
+    private: bool = True
+    """whether a repository that is created is private"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        return {"id": given} if isinstance(given, str) else given
+
+
 class Config(Section):
     """One run."""
 
@@ -254,6 +269,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     output: Text
     """run folder; it must not contain a run, unless that is resumed or overwritten"""
+    push_to_hub: PushConfig | None = None
 
     @field_validator("teacher")
     @classmethod

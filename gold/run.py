@@ -25,10 +25,12 @@ from gold.build import (
     served_teacher,
     try_engine,
 )
-from gold.config import Config, StudentConfig
+from gold.config import Config, EvaluateConfig, StudentConfig
 from gold.doctor.prompts import examine_prompts, notes_of, raise_refused
 from gold.errors import ConfigError, did_you_mean
 from gold.evaluate import Evaluation, evaluate
+from gold.harness import Scores, check_tasks, run_tasks
+from gold.hub import prepare_push, push
 from gold.inspect.plots import plot_run
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model
@@ -66,6 +68,8 @@ def train(
     every, keep = config.train.checkpoint_every, config.train.keep_last
     saving = Saving(output, resume, config.evaluate.every, every, keep, overwrite, allow_changed)
     check_output(saving, settings, {})  # before reading anything
+    if config.push_to_hub is not None and os.environ.get("RANK", "0") == "0":
+        prepare_push(config.push_to_hub.id, config.push_to_hub.private)
     data = load_data(config)
     inputs = inputs_of(config, data)
     check_output(saving, settings, inputs)
@@ -90,6 +94,8 @@ def train(
         )
     if run.is_main_process:
         _draw(output, progress)
+        if config.push_to_hub is not None:
+            note_to(progress)(f"pushed the student: {push(output / 'student', config.push_to_hub.id)}")
     return run
 
 
@@ -140,6 +146,43 @@ def _listener(progress: Tracker | None) -> RunListener:
     """Shows what is being done before a run begins; of several processes in the first one."""
     shown = progress is not None and os.environ.get("RANK", "0") == "0"
     return RunListener(progress if shown and progress is not None else Trackers())
+
+
+def evaluate_tasks(
+    source: str,
+    tasks: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    task_path: Path | None = None,
+    limit: int | None = None,
+    chat: bool = False,
+    note: Callable[[str], None] = lambda note: None,
+) -> dict[str, Scores]:
+    """The scores on tasks of lm-eval: of a run's student ``before`` and ``after``, of the ``student`` of a
+    configuration, or of a model's folder or Hub id; one model is in memory at a time.
+
+    Raises:
+        GoldError: a model that cannot be loaded; see also ``check_tasks`` and ``run_tasks``.
+    """
+    known = check_tasks(tasks, task_path)
+    folder, found = Path(source), {}
+    is_run = (folder / "config.yaml").is_file()
+    batch_size = EvaluateConfig().micro_batch_size
+    loaders: dict[str, Callable[[], LanguageModel]] = {"student": partial(load_model, source, dtype="auto")}
+    if is_run and "recipe" in RunFolder.open(folder).config:
+        loaders = {"after": lambda: load_model(_student_of(folder, note), dtype="auto")}
+    elif is_run or folder.is_file():
+        config = Config.load(folder / "config.yaml" if is_run else folder, overrides)
+        batch_size = config.evaluate.micro_batch_size
+        start = partial(load, _without_adapters(config.student))
+        loaders = {"student": start}
+        if is_run:
+            after = _without_adapters(config.student, str(_student_of(folder, note)))
+            loaders = {"before": start, "after": partial(load, after)}
+    for name, loader in loaders.items():
+        note(f"{name}: {', '.join(tasks)}")
+        found[name] = run_tasks(loader(), tasks, known, batch_size=batch_size, limit=limit, chat=chat)
+    return found
 
 
 def build_cache(

@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from gold.config import Config
 from gold.errors import ConfigError, did_you_mean
@@ -124,7 +123,9 @@ def make_starter(
     """
     if kind not in STARTERS:
         known = ", ".join(STARTERS)
-        raise ConfigError(f"there is no starter {kind!r}: choose one of {known}{did_you_mean(kind, STARTERS)}")
+        raise ConfigError(
+            f"there is no starter {kind!r}: choose one of {known}{did_you_mean(kind, STARTERS)}"
+        )
     starter = STARTERS[kind]
     names = [_path(given) for given in (student, teacher)]
     files = {
@@ -161,7 +162,9 @@ def config_text(kind: str, student: str | None = None, teacher: str | None = Non
         ("student", student, starter.student_keys),
         ("teacher", teacher, starter.teacher_keys),
     ):
-        values |= {f"{section}.{key}": value for key, value in keys.items() if not given or key != "template_kwargs"}
+        values |= {
+            f"{section}.{key}": value for key, value in keys.items() if not given or key != "template_kwargs"
+        }
     lines = [
         f"# {starter.summary}",
         "# Paths are relative to the folder in which gold is started. Keys in comments have their defaults;",
@@ -185,7 +188,10 @@ def _lines(values: Mapping[str, str], hints: Sequence[str]) -> Iterator[str]:
             yield f"{margin[2:]}{'' if used else '# '}{sections[-1]}:"
         above = where
         if key == "objectives":
-            yield "objectives:".ljust(_WIDTH) + " # terms of the loss, a weighted sum; gold objectives lists all"
+            yield (
+                "objectives:".ljust(_WIDTH)
+                + " # terms of the loss, a weighted sum; gold objectives lists all"
+            )
             yield "  - {name: reverse_kl, weight: 1.0}"
             continue
         default, meaning = known[key]
@@ -216,8 +222,8 @@ gold eval runs/first                  # the measures again
 ```
 
 - `{CONFIG}` has the keys that most runs change, with a word on each.
-- `{PROMPTS}` and `{HELDOUT}` are examples: put your own there, one `{shape}` on each line, a few hundred or more for
-  training, and 64 or more held-out ones. Models never see a `"reference"`; it is for you.
+- `{PROMPTS}` and `{HELDOUT}` are examples: put your own there, one `{shape}` on each line, a few hundred
+  or more for training, and 64 or more held-out ones. Models never see a `"reference"`; it is for you.
 """
 
 
@@ -231,5 +237,5 @@ def _path(given: str | None) -> str | None:
 
 def _quoted(name: str) -> str:
     """A path as YAML, in quotes where it needs them."""
-    plain = all(c.isalnum() or c in "/._-" for c in name) and name[0] not in "-."
+    plain = all(c.isalnum() or c in "/._-" for c in name) and name[:1] not in ("", "-", ".")
     return name if plain else json.dumps(name, ensure_ascii=False)

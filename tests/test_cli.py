@@ -96,9 +96,9 @@ def test_eval_hands_on_the_source_and_prints_the_measures(call: Call, stand_in: 
     calls = stand_in("gold.run", "evaluate_source", found)
     done = call("eval", saved, "evaluate.prompts=2")
     assert [line.split() for line in done.out.splitlines()] == [
-        ["accuracy", "0.5000", "95", "%", "0.2500", "to", "0.7500"],
-        ["stop_rate", "1.0000"],
-        ["reverse_kl_per_byte", "0.5000", "nats", "per", "byte"],
+        ["accuracy", "50.0", "%", "95", "%:", "25.0", "to", "75.0"],
+        ["stop_rate", "100.0", "%"],
+        ["reverse_kl_per_byte", "0.5000", "nats/byte"],
     ]
     assert calls[0][0][:2] == (saved, ["evaluate.prompts=2"])
     assert json.loads(call("eval", saved, "--json").out) == {

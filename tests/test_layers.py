@@ -24,6 +24,7 @@ HOME_OF = {
     "bitsandbytes": ("gold.models.quantization", "gold.train.optimizer"),
     "gguf": ("gold.models.load",),
     "httpx2": ("gold.http",),
+    "lm_eval": ("gold.harness",),
     "matplotlib": ("gold.inspect.plots", "gold.demo"),
     "peft": ("gold.models.adapters",),
     "pydantic": ("gold.config", "gold.engine_config", "gold.losses", "gold.schema", "gold.train.recipe"),
@@ -104,10 +105,13 @@ FORBIDDEN_IN = {
 }
 
 # The only modules that see a configuration; they hand plain values on.
-SEE_CONFIG = ("gold", "gold.cli", "gold.build", "gold.run", "gold.demo", "gold.diagnose")
+SEE_CONFIG = ("gold", "gold.cli", "gold.build", "gold.run", "gold.starter", "gold.demo", "gold.diagnose")
 
 # Needed only where the thing itself is needed, so never when a module is loaded.
-LAZY = ("bitsandbytes", "peft", "rapidfuzz", "matplotlib", "reasoning_gym", "huggingface_hub", "tiktoken")
+LAZY = (
+    *("bitsandbytes", "huggingface_hub", "lm_eval", "matplotlib"),
+    *("peft", "rapidfuzz", "reasoning_gym", "tiktoken"),
+)
 
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
 

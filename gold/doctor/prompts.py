@@ -207,6 +207,10 @@ def _messages(found: _Prompts) -> list[Finding]:
     return findings
 
 
+def _prompts_with(count: int) -> str:
+    return "1 prompt contains" if count == 1 else f"{count:,} prompts contain"
+
+
 def _special(found: _Prompts) -> list[Finding]:
     tally = found.sides[0]
     if not tally.with_specials:
@@ -215,8 +219,9 @@ def _special(found: _Prompts) -> list[Finding]:
     shown = ", ".join(tokens[:4]) + (" …" if len(tokens) > 4 else "")
     return [
         warning(
-            f"{tally.with_specials:,} prompts contain {shown} as text: special tokens of the student, which it reads "
-            "as plain characters",
+            f"{_prompts_with(tally.with_specials)} {shown}, in the student's vocabulary "
+            f"{'a special token' if len(tokens) == 1 else 'special tokens'}; a prompt's text is read as plain "
+            f"characters, so the student does not see {'that token' if len(tokens) == 1 else 'those tokens'}",
             "if a template was already applied to them, give the messages themselves ({role, content}): each side then "
             "applies its own template",
         )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gold import terminal
-from gold.errors import DataError
+from gold.errors import DataError, ModelError
 from gold.inspect.view import AlignmentView, TokenizedSide
 from gold.kernels.lm_head import token_statistics
 from gold.models.adapters import describe, is_adapted
@@ -68,6 +68,11 @@ def _load(source: str) -> LanguageModel:
     path = Path(source)
     if path.suffix == ".gguf":
         return load_model(path.parent, gguf_file=path.name)
+    if path.is_file():
+        raise ModelError(
+            f"{source} is a tokenizer without weights, and --score needs both models: give their folders or Hub ids, "
+            "or leave --score out"
+        )
     return load_model(source)
 
 

@@ -84,8 +84,14 @@ class Run:
     is_main_process: bool = True
 
     def __repr__(self) -> str:
-        last = evaluation_line(self.evaluations[-1]) if self.evaluations else "no evaluation"
-        return f"Run of {self.student.name}, {len(self.steps)} steps; {last}; folder {self.folder}"
+        lines = [f"Run of {self.student.name}, {len(self.steps):,} steps"]
+        lines += [evaluation_line(each) for each in (*self.evaluations[:1], *self.evaluations[1:][-1:])]
+        lines += [] if self.evaluations else ["no held-out prompts were evaluated"]
+        if self.folder is None:
+            lines += ["not saved: the student is in memory alone"]
+        else:
+            lines += [f"folder   {self.folder}", f"student  {self.folder / 'student'}"]
+        return "\n".join(lines)
 
 
 def distill(

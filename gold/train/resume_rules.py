@@ -33,6 +33,7 @@ _MEASURED = "evaluations before and after are not over the same completions"
 # folder's location affects no result, nor does the access to a teacher's server or cache.
 MAY_CHANGE: dict[str, str | None] = {
     "output": None,
+    "push_to_hub*": None,
     "data.heldout_share": None,  # of a run whose held-out prompts have their own file or task
     "teacher*.cache.path": None,
     **{f"teacher*.served.{key}": None for key in ("url", "concurrency", "timeout_s", "retries", "key_env")},

@@ -61,10 +61,17 @@ def test_a_tracker_that_fails_ends_the_run_and_is_finished(tmp_path: Path) -> No
     assert seen.calls[-2:] == ["train", "finish"]
 
 
-def test_a_run_prints_as_a_line() -> None:
-    record = {"step": 3, "reverse_kl_per_byte": 0.5}
-    run = Run(tiny.tiny_student(), Path("runs/one"), [{}] * 3, [record])
-    assert str(run) == ("Run of student, 3 steps; held out, step 3:  reverse KL/byte 0.5000; folder runs/one")
+def test_a_run_prints_what_it_measured_and_where_it_is() -> None:
+    records = [{"step": step, "reverse_kl_per_byte": value} for step, value in ((0, 0.9), (2, 0.7), (3, 0.5))]
+    run = Run(tiny.tiny_student(), Path("runs/one"), [{}] * 3, records)
+    first, before, after, folder, student = str(run).splitlines()
+    assert "student" in first
+    assert "3 steps" in first
+    assert "0.9" in before
+    assert "0.5" in after
+    assert folder.endswith("runs/one")
+    assert student.endswith("runs/one/student")
+    assert str(Run(run.student, None)).count("\n") == 2
 
 
 def test_several_trackers_are_one() -> None:
