@@ -31,7 +31,10 @@ def check_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    known = TaskManager(include_path=None if folder is None else str(folder))
+    path = None if folder is None else str(folder)
+    known = TaskManager(include_path=path, include_defaults=path is None)
+    if path is not None and not all(known.match_tasks([name]) for name in names):
+        known = TaskManager(include_path=path)  # reads its thousands of files
     if unknown := [name for name in names if not known.match_tasks([name])]:
         where = "" if folder is None else f" or in {folder}"
         raise ConfigError(f"--tasks: {unknown[0]} is no task of lm-eval{where}; lm-eval ls tasks lists them")
