@@ -1,4 +1,4 @@
-"""A new user's way from `gold init` to a trained student of a real pair, in a narrow terminal and a folder with spaces."""
+"""A new user's way from `gold init` to a trained student of a real pair: a narrow terminal, a folder with spaces."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ _UNITS = {
     "_bytes": "bytes",
     "_sequences": "sequences",
 }
-_SHARES = ("_share", "_rate", "_prob", "accuracy")
+_SHARES = ("_share", "_mass", "_rate", "_prob", "accuracy")
 
 
 def measure_lines(measures: Mapping[str, float]) -> Iterator[str]:
