@@ -124,7 +124,7 @@ def make_starter(
     if kind not in STARTERS:
         known = ", ".join(STARTERS)
         raise ConfigError(
-            f"there is no starter {kind!r}: choose one of {known}{did_you_mean(kind, STARTERS)}"
+            f"there is no starter {kind!r}: choose one of {known}{did_you_mean(kind, STARTERS, '')}"
         )
     starter = STARTERS[kind]
     names = [_path(given) for given in (student, teacher)]

@@ -270,6 +270,15 @@ OTHERS = [
         'chat.json: needs a list of {"role": …, "content": …} that ends with a message of the assistant: its text is '
         "aligned, what is before it is the prompt",
     ),
+    (
+        ["align", *PAIR, "--score", "x"],
+        "a.json is a tokenizer without weights, and --score needs both models: give their folders or Hub ids, or leave "
+        "--score out",
+    ),
+    (
+        ["init", "caht"],
+        "there is no starter 'caht': choose one of demo, chat, reasoning, lora; did you mean chat?",
+    ),
     (["objectives", "reverse_lk"], "unknown objective 'reverse_lk'; did you mean reverse_kl?"),
     (["plot", "no"], "no holds no run, there is no config.yaml; give a run folder"),
     (
