@@ -304,20 +304,9 @@ def evaluate(
     if tasks is not None:
         from gold.run import evaluate_tasks
 
-        names = [name.strip() for name in tasks.split(",") if name.strip()]
-        scores = evaluate_tasks(
-            str(source),
-            names,
-            overrides or [],
-            task_path=task_path,
-            limit=limit,
-            chat=apply_chat_template,
-            note=terminal.show_note,
-        )
-        if as_json:
-            terminal.show_json(scores)
-        else:
-            terminal.show(*task_lines(scores))
+        asked = tasks, overrides or [], task_path, limit, apply_chat_template
+        scores = evaluate_tasks(str(source), *asked, note=terminal.show_note)
+        terminal.show_json(scores) if as_json else terminal.show(*task_lines(scores))
         return
     from gold.run import evaluate_source
     from gold.train.progress import Lines

@@ -150,21 +150,21 @@ def _listener(progress: Tracker | None) -> RunListener:
 
 def evaluate_tasks(
     source: str,
-    tasks: Sequence[str],
+    tasks: str,
     overrides: Sequence[str] = (),
-    *,
     task_path: Path | None = None,
     limit: int | None = None,
     chat: bool = False,
     note: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Scores]:
-    """The scores on tasks of lm-eval: of a run's student ``before`` and ``after``, of the ``student`` of a
+    """The scores on tasks of lm-eval, whose names have commas between them: of a run's student ``before`` and ``after``, of the ``student`` of a
     configuration, or of a model's folder or Hub id; one model is in memory at a time.
 
     Raises:
         GoldError: a model that cannot be loaded; see also ``check_tasks`` and ``run_tasks``.
     """
-    known = check_tasks(tasks, task_path)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    known = check_tasks(names, task_path)
     folder, found = Path(source), {}
     is_run = (folder / "config.yaml").is_file()
     batch_size = EvaluateConfig().micro_batch_size
@@ -180,8 +180,8 @@ def evaluate_tasks(
             after = _without_adapters(config.student, str(_student_of(folder, note)))
             loaders = {"before": start, "after": partial(load, after)}
     for name, loader in loaders.items():
-        note(f"{name}: {', '.join(tasks)}")
-        found[name] = run_tasks(loader(), tasks, known, batch_size=batch_size, limit=limit, chat=chat)
+        note(f"{name}: {', '.join(names)}")
+        found[name] = run_tasks(loader(), names, known, batch_size=batch_size, limit=limit, chat=chat)
     return found
 
 
