@@ -157,8 +157,9 @@ def evaluate_tasks(
     chat: bool = False,
     note: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Scores]:
-    """The scores on tasks of lm-eval, whose names have commas between them: of a run's student ``before`` and ``after``, of the ``student`` of a
-    configuration, or of a model's folder or Hub id; one model is in memory at a time.
+    """The scores on tasks of lm-eval, whose names have commas between them: of a run's student ``before`` and
+    ``after``, of the ``student`` of a configuration, or of a model's folder or Hub id; one model is in memory at a
+    time.
 
     Raises:
         GoldError: a model that cannot be loaded; see also ``check_tasks`` and ``run_tasks``.
