@@ -8,7 +8,7 @@ WORKERS ?= 2
 # What the checkers read: the package and whichever of its companions are there.
 TYPED  := gold $(wildcard benchmarks)
 
-.PHONY: setup demo test lint types unit slow format bench-assets bench-peers vllm
+.PHONY: setup demo docs test lint types unit slow format bench-assets bench-peers vllm
 
 setup: $(STAMP)
 
@@ -20,6 +20,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/gold demo
+
+# The documentation as a site: build/docs/site/index.html
+docs: setup
+	$(BIN)/python dev/site.py
 
 test: lint types unit
 
