@@ -38,7 +38,10 @@ no tokenizer's habits."""
 
 
 class States(Protocol):
-    """A model's states along one text, and behind other tokens."""
+    """A model's states along one text, and behind other tokens; ``room``: the most tokens of a text that it can read
+    behind the prompt."""
+
+    room: int
 
     def path(self) -> LazyLogits:
         """The rows along the text's own tokens: one per token, and one more for the stop event if it stopped."""
@@ -103,7 +106,7 @@ def marginals(
 
     Source: sums over all token sequences that cover a byte string, Phan et al. 2410.09303, Hayase et al. 2506.14123.
     """
-    tree = _Tree(vocabulary, trie, text, stopped)
+    tree = _Tree(vocabulary, trie, text, stopped, states.room)
     with torch.no_grad():
         tree.add_path(states.path())
         passes = 0
@@ -122,9 +125,10 @@ class _Tree:
     """The states of a text that have been computed, and the tokens behind them that end on the text."""
 
     def __init__(
-        self, vocabulary: VocabularyBytes, trie: KernelTrie, text: TextTokens, stopped: bool
+        self, vocabulary: VocabularyBytes, trie: KernelTrie, text: TextTokens, stopped: bool, room: int
     ) -> None:
         self.vocabulary, self.trie, self.text, self.stopped = vocabulary, trie, text, stopped
+        self.room = room
         self.length = len(text.data)
         self.named = np.full((self.length + 1, EVENTS), -np.inf)
         self.unknown, self.veiled = np.full((2, self.length + 1), -np.inf)
@@ -132,6 +136,7 @@ class _Tree:
         self.rows = self.branches = 0
         self.weights = np.empty(0)  # of the branches
         self.begins = np.empty(0, np.int64)
+        self.depths = np.empty(0, np.int64)  # the number of tokens that each has read
         # Tokens off the path that end on the text, not followed: state, id, end, log-probability.
         self.state, self.token, self.end = (np.empty(0, np.int64) for _ in range(3))
         self.mass = np.empty(0)
@@ -165,7 +170,7 @@ class _Tree:
     def chosen(self, least: float, most_states: int) -> tuple[Ints, Ints, Ints]:
         """The tokens to follow next: parent, id, and the byte at which each ends. They are no longer unfollowed."""
         total = self._own_total
-        follow = self.mass >= np.log(least) + total[self.end]
+        follow = (self.mass >= np.log(least) + total[self.end]) & (self._depth(self.state) < self.room)
         room = most_states * (self.rows + 1) - self.branches
         if follow.sum() > room:
             # The likeliest first.
@@ -178,6 +183,11 @@ class _Tree:
         self.mass = self.mass[kept]
         return self._with_chains(*picked)
 
+    def _depth(self, states: Ints) -> Ints:
+        """The number of tokens that states have read, given as in ``States.behind``."""
+        depths = np.append(self.depths, 0)
+        return np.where(states < 0, -1 - states, depths[np.maximum(states, -1)])
+
     def _with_chains(self, state: Ints, token: Ints, end: Ints) -> tuple[Ints, Ints, Ints]:
         """The given tokens, and behind each that is the text's own, after a branch that begins where a token of the
         text does, the next tokens of the text."""
@@ -189,8 +199,8 @@ class _Tree:
             row = int(self._path_row[self.begins[branch]]) if branch >= 0 else -1
             if row < 0 or row >= ids.size or ids[row] != tokens[n] or own_ends[row] != ends[n]:
                 continue
-            last = self.branches + n
-            for k in range(row + 1, min(row + 1 + CHAIN, ids.size)):
+            last, room = self.branches + n, self.room - int(self.depths[branch]) - 1
+            for k in range(row + 1, min(row + 1 + CHAIN, ids.size, row + 1 + room)):
                 if not exact[k] or own_ends[k] <= own_ends[k - 1] or own_ends[k] > self._last_visited:
                     break
                 parents.append(last)
@@ -227,6 +237,8 @@ class _Tree:
         self.branches += begins.size
         self.weights = np.append(self.weights, weights)
         self.begins = np.append(self.begins, begins)
+        for parent in parents.tolist():  # which may be among these
+            self.depths = np.append(self.depths, self._depth(np.array([parent])) + 1)
         if found.tail is not None:
             np.logaddexp.at(self.unknown, begins, found.tail + weights)
         self._add(plan, found, weights, first + np.arange(begins.size), taken)

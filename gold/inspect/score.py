@@ -12,6 +12,7 @@ import torch
 
 from gold import terminal
 from gold.errors import DataError, ModelError
+from gold.inspect.exact import exact_score
 from gold.inspect.view import AlignmentView, TokenizedSide
 from gold.kernels.lm_head import token_statistics
 from gold.models.adapters import describe, is_adapted
@@ -53,7 +54,8 @@ class PairScorer:
         return self.student.tokenizer, self.teacher.tokenizer
 
     def score(self, view: AlignmentView) -> AlignmentView:
-        """The text with each token's log-probability and the entropy before it, and the stop event's log-probability.
+        """The text with each token's log-probability and the entropy before it, the stop event's log-probability, and
+        the exact divergence along it.
 
         The text follows the prompt, else BOS if the student's own ids began with one or the tokenizer adds one; if
         there is neither, the first token has no log-probability. A token or stop event of probability 0 has none
@@ -61,7 +63,8 @@ class PairScorer:
 
         Raises: DataError for a text that exceeds a model's context, or has ids beyond a model's rows.
         """
-        return AlignmentView(_scored(self.student, view.student), _scored(self.teacher, view.teacher))
+        scored = AlignmentView(_scored(self.student, view.student), _scored(self.teacher, view.teacher))
+        return replace(scored, exact=exact_score(scored, self.student, self.teacher))
 
 
 def _load(source: str) -> LanguageModel:

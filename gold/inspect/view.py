@@ -62,12 +62,24 @@ class Score:
     reverse_kl_sample_nats_per_byte: float
 
 
+@dataclass(frozen=True)
+class ExactScore:
+    """KL(student ‖ teacher) of the next byte along one text, over all tokenizations that were followed, and its lower
+    bound, both as nats per byte; and each side's mean share of mass of which the next byte is unresolved."""
+
+    exact_reverse_kl_nats_per_byte: float
+    least_reverse_kl_nats_per_byte: float
+    unresolved_mass: float
+    teacher_unresolved_mass: float
+
+
 @dataclass(frozen=True, eq=False)
 class AlignmentView:
-    """One text as tokenized by both sides."""
+    """One text as tokenized by both sides; ``exact`` if it was scored."""
 
     student: TokenizedSide
     teacher: TokenizedSide
+    exact: ExactScore | None = None
 
     @cached_property
     def alignment(self) -> Alignment:
@@ -155,7 +167,7 @@ def describe(view: AlignmentView) -> dict[str, Any]:
 
     A side has the keys `bos_id` and `stop_ids` if the text has these tokens, `prompt_ids` if there is a prompt,
     `logp` and `entropy` (nats, null for a token without) and `stop_logp` if the text was scored; the text then has
-    `score` too.
+    `score` and `exact` too.
     """
     found = {
         "bytes": len(view.data),
@@ -166,7 +178,11 @@ def describe(view: AlignmentView) -> dict[str, Any]:
         "coverage": asdict(view.coverage)
         | {"shared_student_tokens": view.student.shared, "shared_teacher_tokens": view.teacher.shared},
     }
-    return found if view.score is None else found | {"score": asdict(view.score)}
+    if view.score is not None:
+        found["score"] = asdict(view.score)
+    if view.exact is not None:
+        found["exact"] = asdict(view.exact)
+    return found
 
 
 def summary(view: AlignmentView) -> list[str]:
@@ -192,6 +208,13 @@ def summary(view: AlignmentView) -> list[str]:
         lines.append(
             f"reverse KL, this sample alone: {score.reverse_kl_sample_nats_per_byte:+.4f} nats per byte"
         )
+        if view.exact is not None:
+            exact = view.exact
+            lines.append(
+                f"reverse KL, at every byte: {exact.exact_reverse_kl_nats_per_byte:.4f} nats per byte, at least "
+                f"{exact.least_reverse_kl_nats_per_byte:.4f}; unresolved: {exact.unresolved_mass:.2%} (student), "
+                f"{exact.teacher_unresolved_mass:.2%} (teacher)"
+            )
         if student.stop_logp is not None and teacher.stop_logp is not None:
             lines.append(
                 f"stop: {math.exp(student.stop_logp):.1%} (student), {math.exp(teacher.stop_logp):.1%} (teacher)"

@@ -47,6 +47,7 @@ class TextStates:
         default where that is right."""
         self.model, self.ids, self.rows = model, np.asarray(ids, np.int64), rows
         self.prompt = np.asarray(prompt, np.int64)
+        self.room = model.context - self.prompt.size
         # Of each branch: its token, and the state behind which it stands.
         self._tokens, self._parents = list[int](), list[int]()
         if tree is None:
@@ -63,9 +64,7 @@ class TextStates:
                 [self.prompt.tolist()], [self.ids], [self.rows], self.model.pad_id, self.model.device
             )
             return lazy_logits(self.model.lm, states)
-        length = whole.size
-        seen = np.tri(length, dtype=np.bool_)
-        hidden = self._tree.read(whole, np.arange(length), seen)
+        hidden = self._tree.read(whole, np.arange(whole.size))
         return head_logits(self.model.lm, hidden[first : first + self.rows])
 
     @torch.no_grad()
@@ -122,12 +121,13 @@ class _Tree:
         self.model, self.cache = model, DynamicCache()
         self.positions = np.empty(0, np.int64)
 
-    def read(self, tokens: Ints, positions: Ints, seen: NDArray[np.bool_]) -> Tensor:
-        """The last hidden states of more tokens, [N, D]; ``seen`` [N, tokens so far and these]."""
+    def read(self, tokens: Ints, positions: Ints, seen: NDArray[np.bool_] | None = None) -> Tensor:
+        """The last hidden states of more tokens, [N, D]; ``seen`` [N, tokens so far and these]; None: each sees all
+        before it."""
         lm, device = self.model.lm, self.model.device
         self.positions = np.append(self.positions, positions)
-        mask: Any = self._mask(seen)
-        if (window := _layered_window(self.model)) is not None:
+        mask: Any = None if seen is None else self._mask(seen)
+        if seen is not None and (window := _layered_window(self.model)) is not None:
             near = positions[:, None] - self.positions[None] < window
             mask = {"full_attention": mask, "sliding_attention": self._mask(seen & near)}
         with states_only(lm), warnings.catch_warnings():

@@ -22,7 +22,7 @@ class AskedStates:
     """The states of a teacher along a text and behind branches, each of which is asked for by itself.
 
     ``path``: the rows along the text. ``after``: for some token sequences, each a beginning of the completion, the row
-    behind each; one row in all of them.
+    behind each. ``room``: the most tokens that such a sequence may have.
     """
 
     def __init__(
@@ -30,7 +30,9 @@ class AskedStates:
         ids: NDArray[np.int32],
         path: Callable[[], LazyLogits],
         after: Callable[[Sequence[list[int]]], LazyLogits],
+        room: int = 2**31,
     ) -> None:
+        self.room = room
         self._ids, self._path, self._after = ids.tolist(), path, after
         self._branches: list[list[int]] = []
 
@@ -56,4 +58,20 @@ def scored_states(teacher: Teacher, prompt: Prompt, text: TokenizedText, stopped
         rows = teacher.score([prompt] * len(texts), texts, [True] * len(texts))
         return LazyLogits.joined([own.select(slice(len(own) - 1, None)) for own in rows])
 
-    return AskedStates(text.ids, lambda: teacher.score([prompt], [text], [stopped])[0], after)
+    return AskedStates(
+        text.ids,
+        lambda: teacher.score([prompt], [text], [stopped])[0],
+        after,
+        room_of(teacher, prompt, text.ids.size),
+    )
+
+
+def room_of(teacher: Teacher, prompt: Prompt, tokens: int) -> int:
+    """The most tokens of a completion that a teacher can score behind a prompt, if that is known, given that it can
+    score so many."""
+    if teacher.context is None or teacher.tokenizer is None:
+        return 2**31
+    used = len(teacher.prompt_ids(prompt))
+    # The end of a text takes more than its tokens, of a served teacher.
+    spare = next((n for n in range(3) if not teacher.misfit(prompt, teacher.context - used - n)), 0)
+    return max(tokens, teacher.context - used - spare)

@@ -18,7 +18,7 @@ from gold.errors import TeacherError
 from gold.http import RefusedError, Server, environment_key
 from gold.kernels.logits import LazyLogits, TopKLogits
 from gold.teachers.absent import AbsentTeacher
-from gold.teachers.branches import AskedStates
+from gold.teachers.branches import AskedStates, room_of
 from gold.teachers.dialects import (
     VLLM,
     FromPrefixCache,
@@ -200,7 +200,10 @@ class ServedTeacher(AbsentTeacher):
             last = [replace(request, start=len(request.ids) - 1) for request in whole]
             return self._rows([positions[0] for positions in self.token_logp(last)])
 
-        return AskedStates(tokenized.ids, lambda: self.score([prompt], [tokenized], [stopped])[0], after)
+        room = room_of(self, prompt, tokenized.ids.size)
+        return AskedStates(
+            tokenized.ids, lambda: self.score([prompt], [tokenized], [stopped])[0], after, room
+        )
 
     def _rows(self, positions: Sequence[TokenLogp]) -> LazyLogits:
         # Rows of several texts are concatenated, so all have the same width.

@@ -181,6 +181,7 @@ class BranchStates:
 
     def __init__(self, row: Callable[[tuple[int, ...]], Tensor], ids: Sequence[int], rows: int) -> None:
         self.row, self.ids, self.rows = row, tuple(int(i) for i in ids), rows
+        self.room = 10**6
         self.contexts: list[tuple[int, ...]] = []
 
     def path(self) -> GivenLogits:

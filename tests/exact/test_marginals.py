@@ -154,3 +154,21 @@ def test_unknown_tokens_of_partial_rows_are_in_the_rest():
     known = np.logaddexp(np.logaddexp.reduce(found.named, 1), found.strict_rest)
     assert (known >= total - 1e-9).all()
     assert (found.unknown > -np.inf).any()
+
+
+def test_no_branch_is_longer_than_the_model_can_read():
+    pair = source.pair_of("overlapping")
+    model, text = ToyModel(pair.student, 3), pair.student.encode("abab")
+    asked = []
+
+    class Short(BranchStates):
+        def behind(self, parents, tokens):
+            rows = super().behind(parents, tokens)
+            asked.extend(len(c) for c in self.contexts)
+            return rows
+
+    states = Short(model.row, text.ids, text.ids.size + 1)
+    states.room = text.ids.size + 1
+    found = marginals(pair.student, pair.kernel_tries[0], text, True, states, 1e-12)
+    assert max(asked) == states.room < len(text.data)
+    assert (found.open > -np.inf).any()

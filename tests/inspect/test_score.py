@@ -107,6 +107,9 @@ def test_a_model_beside_itself_differs_by_nothing() -> None:
     view = scorer.score(view_of(scorer))
     assert view.score is not None
     assert view.score.reverse_kl_sample_nats_per_byte == 0
+    assert view.exact is not None
+    assert view.exact.exact_reverse_kl_nats_per_byte == pytest.approx(0, abs=1e-6)
+    assert 0 <= view.exact.unresolved_mass == view.exact.teacher_unresolved_mass < 0.01
     assert view.score.student_bits_per_byte == view.score.teacher_bits_per_byte > 0
 
 
@@ -148,6 +151,8 @@ def test_the_command_scores(folders: tuple[str, str], tmp_path: Path) -> None:
         assert len(found[side]["logp"]) == len(found[side]["ids"])
         assert all(x < 0 for x in found[side]["logp"])
     assert found["score"]["scored_bytes"] == found["bytes"]
+    exact = found["exact"]
+    assert 0 <= exact["least_reverse_kl_nats_per_byte"] <= exact["exact_reverse_kl_nats_per_byte"]
     gap = sum(found["student"]["logp"]) - sum(found["teacher"]["logp"])
     assert found["score"]["reverse_kl_sample_nats_per_byte"] == pytest.approx(gap / found["bytes"], abs=1e-5)
     page = tmp_path / "page.html"
