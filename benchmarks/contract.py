@@ -38,17 +38,21 @@ def main(arguments: Sequence[str]) -> int:
     """Prints the tables, keeps the record, writes docs/contract.md; 1 if an objective of ours breaks a clause."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks contract", description=__doc__)
     parser.add_argument("--peers", action="store_true", help="the losses of installed peers too")
+    parser.add_argument(
+        "--floors", action="store_true", help="the floors alone; what the clauses found is kept"
+    )
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     given = parser.parse_args(arguments)
     started = time.perf_counter()
-    ours = measure(variants())
     kept = _kept()
+    ours = kept["ours"] if given.floors else measure(variants())
     theirs, versions = kept.get("peers", {}), kept.get("peer_versions", {})
     floors_of, drifts = floors(variants()), drift(variants(), DRIFT_OF)
     peer_floors, peer_drifts = kept.get("peer_floors", {}), kept.get("peer_drifts", {})
     if given.peers:
         if peers.installed():
-            theirs, versions = measure(peers.losses()), peers.installed()
+            if not given.floors:
+                theirs, versions = measure(peers.losses()), peers.installed()
             peer_floors, peer_drifts = floors(peers.losses()), drift(peers.losses(), None)
         else:
             print("no peer is installed here, what was measured before is kept; see benchmarks/peers.py")
@@ -69,7 +73,8 @@ def main(arguments: Sequence[str]) -> int:
     print(text)
     if not given.dry:
         seconds = time.perf_counter() - started
-        command = "python -m benchmarks contract" + (" --peers" if given.peers else "")
+        flags = [name for name in ("peers", "floors") if getattr(given, name)]
+        command = " ".join(["python -m benchmarks contract", *(f"--{name}" for name in flags)])
         write_record("contract", data, command=command, seconds=seconds, device=device_name("cpu", 1))
         PAGE.write_text(text, encoding="utf-8")
     return int(any(cell.startswith(("**", "raises")) for row in ours.values() for cell in row.values()))
