@@ -32,31 +32,11 @@ from gold.rollout.types import Sampling
 from gold.teachers import LocalTeacher, Teachers
 
 PROMPTS: Mapping[str, tuple[str, ...]] = {
-    "English": (
-        "The history of the town begins",
-        "When the rain stopped, she opened",
-        "The most important result of the study is",
-        "Dear Sir or Madam,",
-    ),
-    "code": (
-        "def mean(values):\n",
-        "import os\n\nfor name in",
-        "class Stack:\n    def push(self, item):\n",
-        "SELECT name, count(*) FROM",
-    ),
-    "German": (
-        "Der Bahnhof liegt",
-        "Am nächsten Morgen ging",
-        "Die Straße führt über",
-        "Nach dem Krieg wurde die Stadt",
-    ),
-    "Chinese": ("今天天气很好，我们", "中国的首都是", "他打开门，看见", "这本书的作者"),
-    "numbers": (
-        "1, 2, 4, 8, 16,",
-        "Population: 1990: 12,430; 2000:",
-        "3.14159265",
-        "17 + 25 = 42\n38 + 46 =",
-    ),
+    "English": ("The history of the town begins", "When the rain stopped, she opened"),
+    "code": ("def mean(values):\n", "import os\n\nfor name in"),
+    "German": ("Der Bahnhof liegt", "Am nächsten Morgen ging"),
+    "Chinese": ("今天天气很好，我们", "他打开门，看见"),
+    "numbers": ("1, 2, 4, 8, 16,", "17 + 25 = 42\n38 + 46 ="),
 }
 LEVELS = (0.0, 0.01, 0.001)
 """Least shares of a branch; 0: none."""
