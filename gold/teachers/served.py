@@ -26,6 +26,7 @@ from gold.teachers.dialects import (
     TokenLogp,
     dialect_of,
 )
+from gold.teachers.following import following
 from gold.tokenize.chat import has_chat_template
 from gold.tokenize.templates import rendered
 from gold.tokenize.vocabulary import TokenizedText
@@ -86,6 +87,7 @@ class ServedTeacher(AbsentTeacher):
         """True once it has sent zeros for tokens in its prefix cache; requests then bypass that."""
         self._certain = 0
         self._probed = False
+        self._follows = isinstance(self.dialect, VLLM)
 
     @property
     def retries(self) -> int:
@@ -195,6 +197,14 @@ class ServedTeacher(AbsentTeacher):
         prefix cache has read already."""
 
         def after(branches: Sequence[list[int]]) -> LazyLogits:
+            if self._follows:
+                before = self.prompt_ids(prompt)
+                top_k = min(max(1, self.top_k), self.vocabulary.size)
+                calls = [following(self.served_model, [*before, *ids], top_k) for ids in branches]
+                try:
+                    return self._rows(self.server.ask(calls))
+                except RefusedError:  # a server that does not know such a request
+                    self._follows = False
             # What is asked for is the row of the stop event.
             whole = [self.request(prompt, ids, True) for ids in branches]
             last = [replace(request, start=len(request.ids) - 1) for request in whole]

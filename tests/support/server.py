@@ -164,6 +164,8 @@ class ModelServer:
         if body["model"] != "tiny":
             message = f"The model `{body['model']}` does not exist."
             return answer(handler, 404, {"error": {"message": message, "code": 404}})
+        if "prompt_logprobs" not in body and not body.get("echo"):
+            return answer(handler, 200, self._next(body))
         asked = body["logprobs"] if body.get("echo") else body["prompt_logprobs"]
         if asked > self.max_logprobs:
             message = f"Requested prompt logprobs of {asked}, which is greater than max allowed: {self.max_logprobs}"
@@ -172,6 +174,15 @@ class ModelServer:
         if chosen is not None:
             told = told["choices"][0] | {"prompt_token_id_logprobs": self._scores(body, chosen, fault)}
         return answer(handler, 200, told, fault=fault)
+
+    def _next(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The likeliest tokens behind a prompt, as vLLM names them."""
+        with self._lock, torch.no_grad():
+            logp = torch.log_softmax(self.model.lm(torch.tensor([body["prompt"]])).logits[0, -1].float(), -1)
+        value, index = logp.topk(min(body["logprobs"], self.model.vocabulary.size))
+        top = {f"token_id:{i}": v for i, v in zip(index.tolist(), value.tolist(), strict=True)}
+        told = {"text": "x", "prompt_token_ids": body["prompt"], "logprobs": {"top_logprobs": [top]}}
+        return {"choices": [told]}
 
     def _scores(self, body: dict[str, Any], chosen: list[Any], fault: str | None) -> str:
         """The log-probabilities of chosen ids, as vLLM sends them."""
