@@ -4,7 +4,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -79,7 +79,7 @@ class AlignmentView:
 
     student: TokenizedSide
     teacher: TokenizedSide
-    exact: ExactScore | None = None
+    exact: ExactScore | None = field(default=None, kw_only=True)
 
     @cached_property
     def alignment(self) -> Alignment:
