@@ -27,6 +27,7 @@ from tokenizers import AddedToken
 
 import gold
 from gold import terminal
+from gold.activity import Activity
 from gold.cache.command import run_info, run_merge, run_verify
 from gold.cache.shard import Origin
 from gold.cache.store import ScoreCache
@@ -111,7 +112,9 @@ def test_the_progress_of_a_run_steers_nothing(
     monkeypatch.setenv("TERM", "dumb")
     shown = kind()
     header = {"student": f"{EVIL} [link=http://x]s[/link]", "teacher": "[red]t[/red]\nerror: fake"}
+    shown.doing(Activity((f"loading {EVIL} [red]m[/red]",)))
     shown.start(RunInfo({}, header, steps=1))
+    shown.doing(Activity(("evaluation", EVIL), 1, 2, EVIL))
     shown.log("train", STEP)
     shown.note(f"note {EVIL}\nerror: fake [bold]x[/bold]")
     shown.log("eval", {"step": 1, "accuracy": 0.5})

@@ -39,6 +39,8 @@ class Interrupt:
                 signal.signal(each, signal.SIG_DFL)
             raise ended_by(number)
         self.caught = number
+        if os.environ.get("RANK", "0") != "0":  # one of several processes, all of which Ctrl-C reaches
+            return
         # The signal may arrive while a stream is in use; the raw descriptor still accepts a line, if it has a reader.
         line = f"gold: {NAMES[signal.Signals(number)]}: the run is saved and ends; a second signal ends it at once\n"
         with contextlib.suppress(OSError):

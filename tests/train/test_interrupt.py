@@ -40,6 +40,16 @@ def test_the_first_is_noted_and_the_second_ends_the_program(
     assert all(signal.getsignal(number) is signal.SIG_DFL for number in NAMES)
 
 
+def test_of_several_processes_the_first_tells(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.caught == signal.SIGINT
+    assert capfd.readouterr().err == ""
+
+
 def test_what_the_process_was_started_to_ignore_stays_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with Interrupt() as interrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def test_two_processes_take_the_steps_of_one(pair: Path, alone: Path, tmp_path: 
     ("target", "call"),
     [
         ("gold.train.step:step_loss", 3),  # of one or two in each step
-        pytest.param("gold.rollout.hf:_Draw.__call__", 35, marks=pytest.mark.slow),
+        pytest.param("gold.rollout.hf:_Draw.__call__", 50, marks=pytest.mark.slow),
         pytest.param("gold.train.microbatch:teacher_logits", 2, marks=pytest.mark.slow),
         pytest.param("gold.train.step:update", 1, marks=pytest.mark.slow),
     ],
@@ -97,14 +98,15 @@ def test_a_signal_that_reaches_one_process_stops_both_and_they_resume_to_the_ste
     stopping = partial(signal_at, target, call, signal.SIGTERM)
     main, other = launch(tmp_path / "1", "train", pair / "run.yaml", f"output={run}", before=[None, stopping])
     assert (main.wait(), other.wait()) == (143, 143), main.err + other.err
-    assert "interrupted after step 1; its checkpoint is kept" in main.out
+    stopped = re.search(r"interrupted (after step \d); its checkpoint is kept", main.out)
+    assert stopped, main.out
     assert main.err == ""
-    assert "second signal" in other.err
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000001"]
+    assert other.err == ""  # one of them tells
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-00000{stopped[1][-1]}"]
     main, other = launch(tmp_path / "2", "train", pair / "run.yaml", f"output={run}", "--resume")
     assert (main.wait(), other.wait()) == (0, 0), main.err + other.err
     assert "2 process(es)" in main.out
-    assert "resumed after step 1" in main.out
+    assert f"resumed {stopped[1]}" in main.out
     assert main.err == ""
     assert (other.out, other.err) == ("", "")  # one of them tells
     assert_near(run, alone)
