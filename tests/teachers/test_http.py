@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import socket
 import ssl
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from support.server import OK_HEAD, ModelServer, Raw, served
 
 from gold import ConfigError, Prompt, TeacherError
+from gold.activity import Activity, Stopped, listening, stoppable
 from gold.http import Call, Server, _pause_s, _tls, is_near
 from gold.models.language_model import LanguageModel
 from gold.teachers.dialects import VLLM, ScoreRequest
@@ -263,3 +266,25 @@ def test_an_error_of_any_length_is_one_short_line(teacher: LanguageModel) -> Non
             Server(server.url).ask([call])
     assert "The model `many [31mlines many" in str(error.value)
     assert len(str(error.value)) < 500
+
+
+def test_a_wait_for_an_answer_is_reported_and_can_be_left() -> None:
+    """The server never answers; the listener asks to stop at its second report."""
+
+    class Ear:
+        heard = 0
+
+        @property
+        def stops(self) -> bool:
+            return self.heard >= 2
+
+        def hear(self, activity: Activity) -> None:
+            assert (activity.done, activity.total, activity.unit) == (0, 1, "requests")
+            self.heard += 1
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server = Server(f"http://127.0.0.1:{silent.getsockname()[1]}", 1, 60.0, 0, None)
+        begun = time.monotonic()
+        with pytest.raises(Stopped), listening(Ear()), stoppable():
+            server.ask([Call("/", {}, lambda answer: answer)])
+        assert time.monotonic() - begun < 20.0
