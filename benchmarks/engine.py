@@ -17,7 +17,8 @@ import torch
 from benchmarks.clock import spread
 from benchmarks.record import device_name, write_record
 from benchmarks.run import KEPT, SECONDS
-from gold.build import load, load_data, rollout_engine
+from gold.build import load, rollout_engine
+from gold.build_data import load_data
 from gold.config import Config
 from gold.data import Prompt
 from gold.errors import GoldError

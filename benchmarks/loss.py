@@ -51,7 +51,7 @@ from gold.kernels import use_backend
 from gold.kernels.logits import GivenLogits
 from gold.losses import OBJECTIVES, LossInputs, Objective
 from gold.models.hidden_states import head_logits
-from gold.models.load import pick_device
+from gold.models.pretrained import pick_device
 from gold.tokenize.vocabulary import Vocabulary
 
 WIDTHS = {"smollm2-135m-instruct": 49_152, "llama3_1": 128_256, "qwen3": 151_936, "gemma3": 262_144}

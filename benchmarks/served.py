@@ -18,7 +18,8 @@ import torch
 from benchmarks.clock import spread
 from benchmarks.record import device_name, write_record
 from benchmarks.run import KEPT, SECONDS
-from gold.build import evaluation_of, load_data
+from gold.build import evaluation_of
+from gold.build_data import load_data
 from gold.config import Config
 from gold.data import Prompt
 from gold.doctor.server import examine_noise, examine_server

@@ -49,7 +49,8 @@ from benchmarks.trace import traced_step
 from gold.data import Prompt, load_prompts
 from gold.errors import GoldError
 from gold.models.language_model import LanguageModel
-from gold.models.load import load_model, pick_device, wrap_model
+from gold.models.load import load_model, wrap_model
+from gold.models.pretrained import pick_device
 from gold.teachers.several import Teachers
 from gold.train.recipe import Recipe, Term
 from gold.train.setup import Setup

@@ -6,44 +6,42 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from gold.activity import doing
+from gold.build_data import RunData, graded_by
 from gold.cache.store import find_origin
 from gold.config import CacheConfig, Config, ModelConfig, StudentConfig, TeacherConfig
-from gold.data import Prompt, any_messages, hold_out, load_prompts, split_by_hash
+from gold.data import Prompt, any_messages
 from gold.doctor.examiner import Examiner
 from gold.doctor.side import Side, read_side
 from gold.errors import ConfigError, ModelError
-from gold.evaluate import EvaluationPlan, Verifier
+from gold.evaluate import EvaluationPlan
 from gold.files import adapter_base
-from gold.losses import find
+from gold.hub_names import split_revision
 from gold.models import adapters, quantization
 from gold.models.files import check_files
 from gold.models.language_model import LanguageModel
-from gold.models.load import load_model, pick_device
+from gold.models.load import load_model
+from gold.models.pretrained import check_attention, pick_device
 from gold.rollout.vllm import VLLMEngine
 from gold.rollout.vllm_process import ColocatedEngine, ServerCommand
-from gold.tasks import load_task
 from gold.teachers.absent import AbsentTeacher
 from gold.teachers.cached import CachedTeacher
 from gold.teachers.ema import SelfTeacher
 from gold.teachers.local import LocalTeacher
 from gold.teachers.protocol import Teacher
 from gold.teachers.served import ServedTeacher
-from gold.teachers.several import Teachers, check_routes
+from gold.teachers.several import Teachers
 from gold.tokenize.compare import differences
 from gold.tokenize.load import has_tokenizer
 from gold.tokenize.roles import Roles
 from gold.tokenize.templates import Rendering
 from gold.train.input_digests import of_files, of_prompts
-from gold.train.preflight import check_lengths, check_recipe
-from gold.train.recipe import Recipe
+from gold.train.preflight import check_lengths
 from gold.train.resume_rules import Inputs
 from gold.train.trackers import Tracker
 
@@ -112,13 +110,14 @@ def rollout_engine(
         on_gpu = pick_device(student.device).type == "cuda"
         sleep = given.sleep if given.sleep is not None else int(on_gpu)
         command = ServerCommand(
-            student.path or "",
+            split_revision(student.location)[0],
             given.python or sys.executable,
             given.dtype or student.dtype,
             given.context,
             sleeps=sleep > 0,
             trust_remote_code=student.trust_remote_code,
             lora_rank=lora.rank if given.adapters and lora is not None else None,
+            revision=split_revision(student.location)[1],
             arguments=given.arguments,
         )
         engine = ColocatedEngine(command, log=log, sleep=sleep, **options)
@@ -128,70 +127,7 @@ def rollout_engine(
         engine.close()
 
 
-# Data
-
-
-@dataclass(frozen=True)
-class RunData:
-    """Training prompts, held-out prompts, of which evaluations use the first ``evaluated``, and a task's verifier."""
-
-    train: Sequence[Prompt]
-    all_heldout: Sequence[Prompt]
-    evaluated: int
-    verifier: Verifier | None
-
-    @property
-    def heldout(self) -> Sequence[Prompt]:
-        """The held-out prompts that evaluations use."""
-        return self.all_heldout[: self.evaluated]
-
-
-def load_data(config: Config) -> RunData:
-    """The prompts of a configuration.
-
-    Raises:
-        DataError: a file that is missing or has a bad line.
-        ConfigError: an unknown task, or data that the objectives cannot be trained on.
-    """
-    data = config.data
-    verifier: Verifier | None = None
-    train: Sequence[Prompt]
-    heldout: Sequence[Prompt]
-    if data.task is not None:
-        task = load_task(data.task.name, **data.task.options)
-        verifier = task
-        train = task.prompts("train", data.task.train, data.task.seed)
-        heldout = task.prompts("heldout", data.task.heldout, data.task.seed)
-    elif data.prompts is not None:
-        train = load_prompts(data.prompts, route=config.route, weight=data.weight)
-        if data.heldout is not None:
-            heldout = load_prompts(data.heldout, route=config.route, weight=data.weight, unweighted=True)
-        elif data.heldout_share is not None:
-            train, heldout = split_by_hash(train, data.heldout_share)
-        else:
-            train, heldout = hold_out(train, config.evaluate.prompts)
-    else:
-        raise ConfigError("data: neither prompts nor task is given: name a JSONL file or a task")
-    check_recipe(config.recipe, train, verifier, 1)
-    if config.teacher is not None and config.teacher.kind == "self":
-        _check_context(config.recipe, train)
-    if config.route is not None:
-        check_routes(chain(train, heldout), config.teachers)
-        if idle := sorted(config.teachers.keys() - {p.route for p in train}):
-            raise ConfigError(
-                f"teachers.{idle[0]}: no training prompt has this name as its {config.route}: leave it out"
-            )
-    return RunData(train, heldout, config.evaluate.prompts, verifier)
-
-
-def _check_context(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
-    """Rejects a student that is its own teacher on the same prompts."""
-    grades = all(find(term.name).needs != "nothing" for term in recipe.objectives if term.weight)
-    if grades and not any(p.teacher_context is not None for p in prompts):
-        raise ConfigError(
-            "teacher.self: the student would learn from itself what it knows already: give prompts a "
-            "teacher_context, or name another teacher"
-        )
+# Inputs
 
 
 BRANCHES = 0.01
@@ -227,35 +163,12 @@ def inputs_of(config: Config, data: RunData, known: Inputs | None = None) -> dic
         if name in found or model.path is None:
             continue
         weights = not isinstance(model, TeacherConfig) or model.kind == "local"
-        if digests := of_files(model.path, model.gguf_file, weights=weights):
+        if digests := of_files(model.location, model.gguf_file, weights=weights):
             found[name] = digests
+        base = adapter_base(model.location, ModelError)
+        if base is not None and (digests := of_files(base, weights=weights)):
+            found[f"{name} base model"] = digests
     return found
-
-
-class _ForTeacher(Sequence[Prompt]):
-    """Some of the prompts, each adapted to a teacher when it is asked for."""
-
-    def __init__(self, prompts: Sequence[Prompt], chosen: Sequence[int]) -> None:
-        self._prompts, self._chosen = prompts, chosen
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    @overload
-    def __getitem__(self, place: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Prompt]: ...
-    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(place, slice):
-            return [self._prompts[i].for_teacher for i in self._chosen[place]]
-        return self._prompts[self._chosen[place]].for_teacher
-
-
-def graded_by(config: Config, data: RunData, name: str) -> Sequence[Prompt]:
-    """The training prompts that a teacher scores, adapted to it."""
-    if config.route is None:
-        return _ForTeacher(data.train, range(len(data.train)))
-    return _ForTeacher(data.train, [i for i, p in enumerate(data.train) if p.route == name])
 
 
 # Models
@@ -398,19 +311,24 @@ def cached_teacher(cache: CacheConfig, teacher: Teacher, note: Note) -> CachedTe
 
 def check_model(model: ModelConfig) -> None:
     """Checks that the files and the device of a model exist."""
-    check_files(model.path or "", gguf_file=model.gguf_file)
+    check_files(model.location, gguf_file=model.gguf_file)
     try:
         pick_device(model.device)
+        check_attention(model.attn_implementation, model.trust_remote_code)
+        if isinstance(model, TeacherConfig) and model.device_map and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ModelError(
+                "device_map spreads a teacher over the GPUs of one process: leave it out with several"
+            )
         if model.quantization is not None:
             quantization.check_installed(model.quantization)
         if isinstance(model, StudentConfig) and model.lora is not None:
             adapters.check_installed()
-            if adapter_base(model.path, ModelError) is not None:
+            if adapter_base(model.location, ModelError) is not None:
                 raise ModelError(
                     "it is a folder of adapters, which are trained further: leave student.lora out"
                 )
     except ModelError as error:
-        raise ModelError(f"model {model.path}: {error}") from error
+        raise ModelError(f"model {model.location}: {error}") from error
 
 
 def load(
@@ -419,12 +337,14 @@ def load(
     """A model with its weights, and a student's new adapters, drawn with ``seed``; notes if its tokenizer differs from
     that of its files, ``side``."""
     role = "student" if isinstance(model, StudentConfig) else "teacher"
-    with doing(f"loading {role} {model.path}{_size(model)}"):
+    with doing(f"loading {role} {model.location}{_size(model)}"):
         loaded = load_model(
-            model.path or "",
+            model.location,
             gguf_file=model.gguf_file,
             dtype=model.dtype,
             device=model.device,
+            device_map=model.device_map if isinstance(model, TeacherConfig) else None,
+            attn_implementation=model.attn_implementation,
             quantization=model.quantization,
             roles=roles_of(model),
             trust_remote_code=model.trust_remote_code,
@@ -457,15 +377,34 @@ def _loaded_side(role: str, model: LanguageModel) -> Side:
 
 def file_side(role: str, model: ModelConfig) -> Side | None:
     """A side from the files of a model folder; None if it has no tokenizer.json."""
-    folder = model.path or ""
+    folder = model.location
     base = None if has_tokenizer(folder) else adapter_base(folder, ModelError)
     there = (Path(base or folder) / "tokenizer.json").is_file()
-    return read_side(role, model.path, roles_of(model), rendering_of(model)) if there else None
+    return read_side(role, model.location, roles_of(model), rendering_of(model)) if there else None
 
 
 def teacher_side(teacher: TeacherConfig) -> Side:
     """The side of a teacher whose weights are not loaded."""
     return read_side("teacher", teacher.source, roles_of(teacher), rendering_of(teacher))
+
+
+def reader_sides(config: Config) -> dict[str, tuple[Side, str | None]]:
+    """The sides of a run's student and teachers, from their files, each with the route of the prompts that it reads;
+    None: all.
+
+    Raises:
+        VocabularyError: a tokenizer that cannot be read.
+    """
+    found: dict[str, tuple[Side, str | None]] = {}
+    found["student"] = (
+        read_side("student", config.student.source, roles_of(config.student), rendering_of(config.student)),
+        None,
+    )
+    for name, teacher in config.named_teachers.items():
+        model: ModelConfig = config.student if teacher.kind == "self" else teacher
+        side = read_side("teacher", model.source, roles_of(model), rendering_of(model))
+        found[f"teacher {name}" if config.teachers else "teacher"] = side, name if config.route else None
+    return found
 
 
 def roles_of(model: ModelConfig) -> Roles:

@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import gold
 from gold import terminal
+from gold.cli_cache import AsJson, Overrides, cache
 from gold.error_lines import line_of
 
 
@@ -82,21 +83,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cache = typer.Typer(
-    help="Keep a teacher's scores of texts in a folder, for students with any tokenizer to learn from.",
-    no_args_is_help=True,
-)
 app.add_typer(cache, name="cache")
 
 _SOURCE = "folder, tokenizer.json, GGUF file, SentencePiece model, tekken.json, tiktoken:NAME or Hub id"
 Source = Annotated[str, typer.Option(metavar="SOURCE", help=_SOURCE, show_default=False)]
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a run", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="changes, such as train.steps=30", show_default=False),
-]
-CacheFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a cache", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -239,6 +229,45 @@ def doctor(
     print_report(report, as_json=as_json)
     if report.verdict == "fail":
         raise typer.Exit(1)
+
+
+@app.command()
+def data(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE|CONFIG", help="file, folder or Hub id of a data set; or the YAML file of a run"
+        ),
+    ],
+    overrides: Overrides = None,
+    student: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="a model that reads the prompts")
+    ] = None,
+    teacher: Annotated[list[str] | None, typer.Option(metavar="SOURCE", help="another; repeatable")] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="NAME=COLUMN", help="as prompt=text; id= reads none; repeatable"),
+    ] = None,
+    split: Annotated[str | None, typer.Option(metavar="SPLIT", help="such as test or train[:1000]")] = None,
+    subset: Annotated[str | None, typer.Option(help="subset of a data set on the Hub")] = None,
+    revision: Annotated[str | None, typer.Option(help="commit, tag or branch there")] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="keep nothing of it on disk")] = False,
+    rows: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is read of a data set: its columns, lengths in tokens, and rows as each model reads them."""
+    from gold.data_command import run_data
+
+    run_data(
+        source,
+        overrides or [],
+        student=student,
+        teachers=teacher or [],
+        columns=columns or [],
+        of_source={"split": split, "subset": subset, "revision": revision, "streaming": streaming},
+        rows=rows,
+        as_json=as_json,
+    )
 
 
 @app.command(cls=_WithAppendix)
@@ -394,51 +423,6 @@ def chat(
         terminal.show_note("the student has no chat template: texts are continued, each alone")
     sampling = Sampling(max_new_tokens, temperature, top_p)
     run_chat(Chat(models, sampling, seed, plain, system), prompt or [], as_json)
-
-
-@cache.command("build")
-def cache_build(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Score the completions of a run's training prompts that are not yet in teacher.cache.path, and store them there.
-
-    The student of the configuration is not needed.
-    """
-    from gold.config import Config
-
-    settings = Config.load(config, overrides or [])
-    from gold.cache.command import summary, teller
-    from gold.run import build_cache
-    from gold.train.progress import Lines
-
-    for teacher in build_cache(settings, Lines(), teller()):
-        terminal.show(summary(teacher.cache))
-
-
-@cache.command("info")
-def cache_info(folder: CacheFolder, as_json: AsJson = False) -> None:
-    """Show the teacher of a cache, how many texts it holds, and its size."""
-    from gold.cache.command import run_info
-
-    run_info(folder, as_json)
-
-
-@cache.command("verify")
-def cache_verify(folder: CacheFolder) -> None:
-    """Read every byte of a cache and list damaged or truncated parts; exit code 1 if there are any."""
-    from gold.cache.command import run_verify
-
-    if not run_verify(folder):
-        raise typer.Exit(1)
-
-
-@cache.command("merge")
-def cache_merge(
-    into: Annotated[Path, typer.Argument(metavar="INTO", help="folder of a cache, new or not")],
-    sources: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="caches of the same teacher")],
-) -> None:
-    """Add the contents of other caches to a cache, without damaged records and duplicates."""
-    from gold.cache.command import run_merge
-
-    run_merge(into, sources)
 
 
 @app.command()

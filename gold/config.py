@@ -22,8 +22,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from gold.data_config import DataConfig, impossible_data
 from gold.engine_config import KeyVariable, RolloutConfig, ServerURL
 from gold.errors import ConfigError
+from gold.hub_names import named_revision, with_revision
 from gold.overrides import apply_override, named_override
 from gold.schema import (
     CountInt,
@@ -38,7 +40,7 @@ from gold.schema import (
     shown,
 )
 from gold.sections import EvaluationSettings
-from gold.train.recipe import LoRA, Objectives, Optimizer, Order, Recipe, Rollout, Term, Training, problems
+from gold.train.recipe import LoRA, Objectives, Optimizer, Recipe, Rollout, Term, Training, problems
 from gold.yaml_file import read_yaml
 
 TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -77,12 +79,16 @@ class ModelConfig(Section):
 
     path: Text | None = None
     """model folder, GGUF file, or Hub id"""
+    revision: Text | None = None
+    """commit, tag or branch of a Hub id; null: main, or as in ID@revision"""
     gguf_file: Text | None = None
     """name of the GGUF file inside `path`, if the weights come from one"""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """dtype of the weights; auto: as saved, but float32 on a CPU without bfloat16 arithmetic"""
     device: Device = "auto"
     """auto | cpu | cuda | cuda:1 | mps | xpu"""
+    attn_implementation: Text | None = None
+    """eager | sdpa | flash_attention_2 | …, as in transformers; null: its choice"""
     quantization: Literal["nf4", "int8"] | None = None
     """hold the matrices of the layers in 4 or 8 bits (bitsandbytes), all else in dtype; null: in dtype"""
     trust_remote_code: bool = False
@@ -94,8 +100,12 @@ class ModelConfig(Section):
     @property
     def source(self) -> str | Path:
         """The location of its tokenizer files."""
-        assert self.path is not None
-        return Path(self.path) / self.gguf_file if self.gguf_file else self.path
+        return Path(self.path or "") / self.gguf_file if self.gguf_file else self.location
+
+    @property
+    def location(self) -> str:
+        """Its folder, file or Hub id, with the revision: ID@revision."""
+        return with_revision(self.path or "", self.revision)
 
 
 class StudentConfig(ModelConfig):
@@ -149,6 +159,8 @@ class TeacherConfig(ModelConfig):
 
     self: Literal["frozen", "ema"] | None = None
     """the student itself instead of `path`: its initial weights, or a moving average of its weights"""
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    """spread its layers over the GPUs of this process, as transformers does; null: all on `device`"""
     decay: Share = 0.99
     """decay of the moving average per step"""
     batch_tokens: PositiveInt | None = None
@@ -168,7 +180,7 @@ class TeacherConfig(ModelConfig):
     @model_validator(mode="after")
     def _one_model(self) -> TeacherConfig:
         if self.self is not None:
-            for name in (*ModelConfig.model_fields, "batch_tokens", "served", "cache"):
+            for name in (*ModelConfig.model_fields, "device_map", "batch_tokens", "served", "cache"):
                 if getattr(self, name) != TeacherConfig.model_fields[name].default:
                     raise ValueError(
                         f"{name} is of another model, and self is the student's own: leave one of them out"
@@ -181,36 +193,6 @@ class WeighedTeacherConfig(TeacherConfig):
 
     weight: PositiveFloat = 1.0
     """its weight in a mix, relative to the others"""
-
-
-class TaskConfig(Section):
-    """A procedural task: generated prompts, and a verifier that scores completions."""
-
-    name: Text
-    """running_sums, or a task of reasoning-gym such as countdown"""
-    options: dict[str, JsonValue] = Field(default={})
-    """options of the task"""
-    seed: CountInt = 0
-    """seed of the prompts"""
-    train: PositiveInt = 400
-    """training prompts"""
-    heldout: PositiveInt = 128
-    """held-out prompts"""
-
-
-class DataConfig(Order):
-    """The prompts: exactly one of `prompts` and `task`."""
-
-    prompts: Text | None = None
-    """JSONL file with `prompt` or `messages`, and optionally `completion`"""
-    task: TaskConfig | None = None
-    """procedural task with a verifier"""
-    heldout: Text | None = None
-    """JSONL file of held-out prompts; null: some of `prompts`, chosen by the hash of their content"""
-    heldout_share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """share of `prompts` held out without a `heldout` file; null: evaluate.prompts of them, of few at most a fifth"""
-    weight: Text | None = None
-    """field of a prompt's line with its weight: how often it is trained on, relative to the others"""
 
 
 class TrainConfig(Training):
@@ -257,7 +239,7 @@ class Config(Section):
     teachers: dict[TeacherName, WeighedTeacherConfig] = Field(default={})
     teacher: TeacherConfig | None = None
     route: Text | None = None
-    """field of a prompt's line that names its teacher, if there are several"""
+    """column that names the teacher of a prompt, if there are several"""
     mix: Literal["linear", "log_linear"] | None = None
     """several teachers as one distribution for every prompt: Σ w q, or Π q^w normalised"""
     data: DataConfig
@@ -374,25 +356,28 @@ def describe() -> str:
 def _impossible(config: Config) -> Iterator[str]:
     """One line for each invalid combination of settings, beginning with the key."""
     data = config.data
-    if data.prompts is None and data.task is None:
-        yield "data: neither prompts nor task is given: name a JSONL file or a task"
-    if data.prompts is not None and data.task is not None:
-        yield "data: both prompts and task are given: keep one"
-    if data.heldout is not None and data.task is not None:
-        yield "data: a task makes its own held-out prompts (data.task.heldout): leave data.heldout out"
-    if data.weight is not None and data.task is not None:
-        yield "data.weight: prompts of a task have no fields: leave it out"
-    if data.weight is not None and data.order == "kept":
-        yield "data.weight: has no meaning in the order of the file: set data.order to shuffled, or leave it out"
+    yield from impossible_data(data)
     yield from problems(config.recipe, has_verifier=data.task is not None)
     if config.train.sharding == "fsdp" and config.student.lora is not None:
         yield "train.sharding: a student with adapters is not sharded: set it to none, or leave student.lora out"
+    yield from _impossible_revisions(config)
     yield from _impossible_quantization(config)
     yield from _impossible_teachers(config)
     for name, teacher in config.named_teachers.items():
         yield from _impossible_source(
             config, teacher, "teacher" if config.teacher is not None else f"teachers.{name}"
         )
+
+
+def _impossible_revisions(config: Config) -> Iterator[str]:
+    """Two revisions of one model."""
+    single = config.teacher is not None
+    named = {"teacher" if single else f"teachers.{name}": t for name, t in config.named_teachers.items()}
+    for where, model in {"student": config.student, **named}.items():
+        try:
+            named_revision(model.path or "", model.revision)
+        except ConfigError as error:
+            yield f"{where}.revision: {error}"
 
 
 def _impossible_quantization(config: Config) -> Iterator[str]:
@@ -419,8 +404,11 @@ def _impossible_source(config: Config, teacher: TeacherConfig, key: str) -> Iter
 
     if teacher.path is None and teacher.self is None:
         yield f"{key}.path: is missing"
-    if teacher.batch_tokens is not None and teacher.kind != "local":
-        yield f"{key}.batch_tokens: is of a teacher in this process: leave it out"
+    for name in ("batch_tokens", "device_map", "attn_implementation"):
+        if getattr(teacher, name) is not None and teacher.kind != "local" and teacher.self is None:
+            yield f"{key}.{name}: is of a teacher in this process: leave it out"
+    if teacher.device_map is not None and teacher.device != "auto":
+        yield f"{key}.device_map: {key}.device names one place for all layers: keep one of the two"
     top_k: int | None
     if teacher.served is not None:
         where, top_k, instead = f"{key}.served", teacher.served.top_k, "a teacher in this process"
@@ -439,7 +427,7 @@ def _impossible_source(config: Config, teacher: TeacherConfig, key: str) -> Iter
 
 def _impossible_teachers(config: Config) -> Iterator[str]:
     """Invalid combinations of teachers."""
-    from gold.data import LINE_KEYS
+    from gold.data import UNDERSTOOD
     from gold.losses import DivergenceRow, find
 
     names = list(config.teachers)
@@ -452,10 +440,10 @@ def _impossible_teachers(config: Config) -> Iterator[str]:
         got = "neither is" if config.route is None else "both are"
         yield f"teachers: a route names the teacher of a prompt, a mix takes all: give one of the two, {got} given"
     for key, field in (("route", config.route), ("data.weight", config.data.weight)):
-        if field in LINE_KEYS:
-            yield f"{key}: {field} has another meaning in a prompt's line: choose another field"
+        if field in UNDERSTOOD:
+            yield f"{key}: {field} has another meaning in a row: choose another column"
     if config.route is not None and config.route == config.data.weight:
-        yield f"data.weight: {config.route} is the field of the route: choose another field"
+        yield f"data.weight: {config.route} is the column of the route: choose another column"
     for name, teacher in config.teachers.items():
         if config.mix is None and teacher.weight != 1:
             yield f"teachers.{name}.weight: belongs to a mix: set mix, or leave it out"

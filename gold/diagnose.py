@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from gold.build import (
-    RunData,
     absent_teacher,
     check_model,
     evaluation_of,
-    graded_by,
     is_student,
     load,
-    load_data,
     rendering_of,
     roles_of,
     rollout_engine,
@@ -24,6 +21,7 @@ from gold.build import (
     try_engine,
     with_cache,
 )
+from gold.build_data import RunData, graded_by, load_data
 from gold.config import Config, ModelConfig
 from gold.data import Prompt
 from gold.doctor.finding import Finding, Report

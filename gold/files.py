@@ -8,7 +8,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +19,7 @@ MOST_BYTES = 2**28
 
 _DEEPEST = 100
 _LONGEST_HEADER = 100_000_000  # of a safetensors file; the limit of its own reader
+_SPACE = re.compile("[ \t\n\r]*")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -68,13 +69,19 @@ def adapter_base(path: str | Path, error: type[GoldError]) -> str | None:
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         return None
-    base = read_json_object(file, error).get("base_model_name_or_path")
+    settings = read_json_object(file, error)
+    base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base or "\0" in base:
         raise error(f"{file} names no base model; set base_model_name_or_path in it")
     if (Path(base) / ADAPTER_CONFIG).is_file():
         raise error(f"{file}: its base model {base} is a folder of adapters too; merge that one first")
     beside = folder / base
-    return str(beside.resolve()) if not Path(base).exists() and beside.is_dir() else base
+    if not Path(base).exists() and beside.is_dir():
+        return str(beside.resolve())
+    revision = settings.get("revision")  # of the base model, as peft reads it
+    return (
+        f"{base}@{revision}" if isinstance(revision, str) and revision and not Path(base).exists() else base
+    )
 
 
 def json_value(data: bytes | str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
@@ -100,6 +107,42 @@ def json_value(data: bytes | str, pairs: Callable[[list[tuple[str, Any]]], Any] 
     if text.count("[") + text.count("{") > _DEEPEST and _is_deep(value):
         raise ValueError("it is nested too deeply")
     return value
+
+
+def json_items(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Iterator[Any]:
+    """The values of a JSON array, one after the other: only one is in memory.
+
+    Raises: ValueError as `json_value`; what the whole text is comes out at its end.
+    """
+    scan = _decoder(pairs).scan_once  # type: ignore[attr-defined]
+    at = _SPACE.match(text, 0).end()  # type: ignore[union-attr]
+    if text[at : at + 1] != "[":
+        raise json.JSONDecodeError("Expecting '['", text, at)
+    at = _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+    ended = text[at : at + 1] == "]"
+    while not ended:
+        try:
+            value, end = scan(text, at)
+        except StopIteration as stop:
+            raise json.JSONDecodeError("Expecting value", text, stop.value) from None
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        except ValueError as error:
+            if type(error) is not ValueError:
+                raise
+            raise ValueError("it has a whole number of thousands of digits") from None
+        if text.count("[", at, end) + text.count("{", at, end) > _DEEPEST and _is_deep(value):
+            raise ValueError("it is nested too deeply")
+        yield value
+        at = _SPACE.match(text, end).end()  # type: ignore[union-attr]
+        ended = text[at : at + 1] == "]"
+        if not ended and text[at : at + 1] != ",":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+        if not ended:
+            at = _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+    at = _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+    if at != len(text):
+        raise json.JSONDecodeError("Extra data", text, at)
 
 
 @functools.lru_cache(maxsize=8)  # a decoder takes longer to make than a short text to read

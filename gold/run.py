@@ -16,15 +16,14 @@ from gold.build import (
     evaluation_of,
     examiner_of,
     file_side,
-    graded_by,
     inputs_of,
     load,
-    load_data,
     note_to,
     rollout_engine,
     served_teacher,
     try_engine,
 )
+from gold.build_data import RunData, graded_by, load_data
 from gold.config import Config, EvaluateConfig, StudentConfig
 from gold.doctor.prompts import examine_prompts, notes_of, raise_refused
 from gold.errors import ConfigError, did_you_mean
@@ -70,7 +69,7 @@ def train(
     check_output(saving, settings, {})  # before reading anything
     if config.push_to_hub is not None and os.environ.get("RANK", "0") == "0":
         prepare_push(config.push_to_hub.id, config.push_to_hub.private)
-    data = load_data(config)
+    data = _data_of(config, progress)
     inputs = inputs_of(config, data)
     check_output(saving, settings, inputs)
     with listening(_listener(progress)):
@@ -99,6 +98,14 @@ def train(
     return run
 
 
+def _data_of(config: Config, progress: Tracker | None) -> RunData:
+    """The prompts of a configuration, their notes shown."""
+    data = load_data(config)
+    for note in data.notes:
+        note_to(progress)(note)
+    return data
+
+
 def evaluate_source(
     source: str | Path, overrides: Sequence[str] = (), progress: Tracker | None = None
 ) -> Evaluation:
@@ -120,11 +127,17 @@ def _evaluated(
     config: Config, run: Path | None, overrides: Sequence[str], progress: Tracker | None
 ) -> Evaluation:
     """The evaluation of a configuration's student, or of that of a ``run``."""
-    data, plan = load_data(config), evaluation_of(config, BRANCHES)
+    data, plan = _data_of(config, progress), evaluation_of(config, BRANCHES)
     student = config.student
     if run is not None and not any(o.startswith("student.") for o in overrides):
         # Its adapters are merged into its weights, which are not quantized.
-        merged = {"path": str(run / "student"), "gguf_file": None, "lora": None, "quantization": None}
+        merged = {
+            "path": str(run / "student"),
+            "revision": None,
+            "gguf_file": None,
+            "lora": None,
+            "quantization": None,
+        }
         student = student.model_copy(update=merged)
     model, teachers = build_models(config, student, data, progress, examined=False)
     pin_date(model, teachers, read_date(run) if run is not None else None)
@@ -200,7 +213,7 @@ def build_cache(
     named = {name: t for name, t in config.named_teachers.items() if t.cache is not None}
     if not named:
         raise ConfigError("teacher.cache: it names no folder to build; set teacher.cache.path")
-    data = load_data(config)
+    data = _data_of(config, progress)
     given = {name: [p for p in graded_by(config, data, name) if p.completion is not None] for name in named}
     if not any(given.values()):
         raise ConfigError(f"data: none of the {len(data.train):,} training prompts has a completion to score")
@@ -289,7 +302,9 @@ def _student_of(folder: Path, note: Callable[[str], None]) -> Path:
 
 def _without_adapters(student: StudentConfig, path: str | None = None) -> StudentConfig:
     """The student without new adapters, or as it was saved in a folder, where no weights are quantized."""
-    changed = {} if path is None else {"path": path, "gguf_file": None, "quantization": None}
+    changed = (
+        {} if path is None else {"path": path, "revision": None, "gguf_file": None, "quantization": None}
+    )
     return student.model_copy(update={"lora": None, **changed})
 
 

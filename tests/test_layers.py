@@ -22,17 +22,23 @@ ROOT = Path(gold.__file__).parent
 HOME_OF = {
     "accelerate": ("gold.train.state", "gold.train.loop", "gold.train.preflight"),
     "bitsandbytes": ("gold.models.quantization", "gold.train.optimizer"),
+    "datasets": ("gold.data.tables",),
     "gguf": ("gold.models.load",),
     "httpx2": ("gold.http",),
     "lm_eval": ("gold.harness",),
     "matplotlib": ("gold.inspect.plots", "gold.demo"),
     "peft": ("gold.models.adapters",),
-    "pydantic": ("gold.config", "gold.engine_config", "gold.losses", "gold.schema", "gold.train.recipe"),
+    "pyarrow": ("gold.data.tables",),
+    "pydantic": (
+        *("gold.config", "gold.data_config", "gold.engine_config"),
+        *("gold.losses", "gold.schema", "gold.train.recipe"),
+    ),
     "rapidfuzz": ("gold.tokenize.rewriting",),
     "reasoning_gym": ("gold.tasks",),
     "rich": (
         "gold.terminal",
         "gold.chat",
+        "gold.inspect.prompts",
         "gold.inspect.terminal",
         "gold.doctor.report",
         "gold.train.progress",
@@ -44,7 +50,7 @@ HOME_OF = {
         "gold.demo",
     ),  # models, generation, tiny models
     "triton": ("gold.kernels.triton",),
-    "typer": ("gold.cli",),
+    "typer": ("gold.cli", "gold.cli_cache"),
     "vllm": ("gold.rollout.vllm_extension", "gold.rollout.weight_transfer"),
 }
 
@@ -92,6 +98,7 @@ FORBIDDEN_IN = {
         "gold.align",
         "gold.kernels",
         "gold.models.load",
+        "gold.models.pretrained",
         "gold.models.hidden_states",
         "gold.models.padding",
     ),
@@ -105,12 +112,15 @@ FORBIDDEN_IN = {
 }
 
 # The only modules that see a configuration; they hand plain values on.
-SEE_CONFIG = ("gold", "gold.cli", "gold.build", "gold.run", "gold.starter", "gold.demo", "gold.diagnose")
+SEE_CONFIG = (
+    *("gold", "gold.cli", "gold.cli_cache", "gold.build", "gold.build_data", "gold.run", "gold.starter"),
+    *("gold.data_command", "gold.demo", "gold.diagnose"),
+)
 
 # Needed only where the thing itself is needed, so never when a module is loaded.
 LAZY = (
-    *("bitsandbytes", "huggingface_hub", "lm_eval", "matplotlib"),
-    *("peft", "rapidfuzz", "reasoning_gym", "tiktoken"),
+    *("bitsandbytes", "datasets", "huggingface_hub", "lm_eval", "matplotlib"),
+    *("peft", "pyarrow", "rapidfuzz", "reasoning_gym", "tiktoken"),
 )
 
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
@@ -394,7 +404,9 @@ def test_importing_gold_loads_nothing_heavy() -> None:
     assert not loaded_by("import gold") & heavy
 
 
-@pytest.mark.parametrize("module", ["gold.config", "gold.schema", "gold.sections", "gold.train.recipe"])
+@pytest.mark.parametrize(
+    "module", ["gold.config", "gold.data_config", "gold.schema", "gold.sections", "gold.train.recipe"]
+)
 def test_importing_the_configuration_loads_nothing_heavy(module: str) -> None:
     heavy = {"torch", "transformers", "accelerate", "numba", "numpy", "tokenizers"}
     assert not loaded_by(f"import {module}; from gold import Config, Recipe, Term; Recipe(steps=3)") & heavy

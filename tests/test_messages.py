@@ -152,7 +152,7 @@ COMBINATIONS = [
     (["data.task.name=countdown"], "run.yaml:3: data: both prompts and task are given: keep one"),
     (
         ["data.prompts=null"],
-        "run.yaml:3: data: neither prompts nor task is given: name a JSONL file or a task",
+        "run.yaml:3: data: neither prompts nor task is given: name a file or data set, or a task",
     ),
     (
         ["objectives=[{name: sft}]"],

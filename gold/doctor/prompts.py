@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +10,8 @@ from datetime import date, timedelta
 from operator import attrgetter
 from typing import Any
 
-import numpy as np
-
 from gold.activity import report
-from gold.data import Prompt, characters_of
+from gold.data import MOST_EXAMINED, Prompt, examined
 from gold.doctor.finding import Check, Finding, failure, failures, passed, run_checks, warning
 from gold.errors import DataError
 from gold.rollout.prompts import encode_prompt
@@ -28,10 +25,6 @@ from gold.tokenize.chat import (
 from gold.tokenize.templates import Rendering, rendered, template_of
 from gold.tokenize.vocabulary import Vocabulary
 
-MOST = 2000
-"""Maximum number of examined prompts; of more, this many drawn with a fixed seed, plus the longest."""
-LONGEST = 200
-_SEED = 0
 _MEASURED = 64
 """Number of prompts used to measure how many tokens each side needs for the same bytes."""
 _ANOTHER_TEMPLATE = "another chat_template.jinja in its folder"
@@ -99,15 +92,6 @@ class Tally:
 def _count(kinds: dict[str, tuple[int, str]], kind: str, example: str) -> None:
     before, first = kinds.get(kind, (0, example))
     kinds[kind] = before + 1, first
-
-
-def examined(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts to examine: all, or of very many some drawn with a fixed seed and the longest ones."""
-    if len(prompts) <= MOST:
-        return list(prompts)
-    drawn = random.Random(_SEED).sample(range(len(prompts)), MOST)
-    longest = np.argsort(-characters_of(prompts), kind="stable")[:LONGEST].tolist()
-    return [prompts[i] for i in sorted({*drawn, *longest})]
 
 
 @dataclass(frozen=True)
@@ -187,7 +171,7 @@ def _readable(found: _Prompts) -> list[Finding]:
                 f"the user's text), or {_ANOTHER_TEMPLATE}"
             )
             findings.append(failure(reason + more, advice if "chat template refuses" in reason else ""))
-    sampled = f" (of {found.count:,}: {MOST:,} drawn with a fixed seed, and the longest)"
+    sampled = f" (of {found.count:,}: {MOST_EXAMINED:,} drawn with a fixed seed, and the longest)"
     some = sampled if found.examined < found.count else ""
     return findings or [passed(f"{found.examined:,} prompts{some}, which every side can read")]
 

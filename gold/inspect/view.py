@@ -267,12 +267,15 @@ def token_runs(side: TokenizedSide, index: int, first: int, last: int) -> Iterat
 
 
 def prompt_runs(side: TokenizedSide) -> Iterator[tuple[str, str]]:
-    """The prompt of one side in runs of kind "text", "mark" (see `visible`) and "event" (a special token).
+    """The prompt of one side, see `id_runs`."""
+    return id_runs(side.vocabulary, side.prompt_ids or ())
+
+
+def id_runs(vocabulary: Vocabulary, ids: Iterable[int]) -> Iterator[tuple[str, str]]:
+    """What a model reads, in runs of kind "text", "mark" (see `visible`) and "event" (a special token).
 
     Spaces are plain spaces here, and a line ends after each placeholder of a line break.
     """
-    vocabulary = side.vocabulary
-    ids = list(side.prompt_ids or ())
     for event, run in groupby(
         ids, key=lambda index: index >= vocabulary.size or vocabulary.is_special[index]
     ):

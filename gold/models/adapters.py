@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gold.errors import ModelError, did_you_mean
 from gold.files import ADAPTER_CONFIG
+from gold.hub_names import split_revision
 from gold.models.files import ADAPTER_WEIGHTS, first_line
 from gold.models.language_model import LanguageModel, saved_module, without_adapters
 from gold.models.quantization import dense_weight, is_quantized_layer, quantization_of, shared_state
@@ -132,7 +133,9 @@ def load_adapters(lm: Any, folder: str, base: str, name: str) -> Any:
     with _as_model_error(f"model {name}: its adapters for {base}"):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            adapted = PeftModel.from_pretrained(lm, folder, is_trainable=True)
+            place, revision = split_revision(folder)
+            named: dict[str, Any] = {} if revision is None else {"revision": revision}
+            adapted = PeftModel.from_pretrained(lm, place, is_trainable=True, **named)
         if missing := [w for w in caught if "missing adapter keys" in str(w.message)]:
             raise ValueError(first_line(missing[0].message))  # type: ignore[arg-type]
     adapted.peft_config[adapted.active_adapter].base_model_name_or_path = _lasting(base)

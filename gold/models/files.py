@@ -11,6 +11,7 @@ from typing import Any
 
 from gold.errors import ModelError
 from gold.files import ADAPTER_CONFIG, adapter_base, json_value, read_json_object
+from gold.hub_names import fault_line, split_revision
 
 _HEADS = re.compile(
     r"For(Sequence|Token|Text|Image|Audio)?(Classification|Scoring|Reward\w*)$|Reward|"
@@ -29,20 +30,24 @@ _LONGEST_HEADER = 2**30
 
 
 def check_files(path: str | Path, *, gguf_file: str | None = None) -> None:
-    """Checks that a folder holds the complete files of a causal language model, or that the Hub has the name.
+    """Checks that a folder holds the complete files of a causal language model, or that the Hub has the name, and its
+    revision in ``ID@revision``.
 
     A path that ends in ``.gguf`` is the file itself. Of a folder of adapters its base model is checked too.
 
     Raises:
         ModelError: a folder that is missing, without configuration or weights, with truncated weights, or with a model
-            of another kind; a name that is neither a folder nor on the Hub.
+            of another kind; a name that is neither a folder nor on the Hub, or gated there, or without that revision.
     """
     path, gguf_file = folder_and_file(path, gguf_file)
     folder = Path(path)
-    if folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+    name, revision = split_revision(path)
+    if revision is not None and Path(name).exists():
+        raise ModelError(f"model {name}: it is a folder, which has no revision {revision}; leave it out")
+    if folder.exists() or path.startswith((".", "/", "~")) or name.count("/") > 1:
         _check_folder(folder, gguf_file)
     else:
-        _check_hub(str(path))
+        _check_hub(name, revision)
 
 
 def check_kind(path: str | Path) -> None:
@@ -96,9 +101,10 @@ def hub_adapter_base(name: str) -> str | None:
     if Path(name).exists():
         return None
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        repository, revision = split_revision(name)
+        if isinstance(try_to_load_from_cache(repository, "config.json", revision=revision), str):
             return None
-        file = hf_hub_download(name, ADAPTER_CONFIG)
+        file = hf_hub_download(repository, ADAPTER_CONFIG, revision=revision)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError):
         return None
     return adapter_base(Path(file).parent, ModelError)
@@ -236,22 +242,18 @@ def _check_safetensors(folder: Path, file: Path) -> None:
         ) from error
 
 
-def _check_hub(name: str) -> None:
+def _check_hub(name: str, revision: str | None) -> None:
     """Queries the name once: without a network, a query for each file would take a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            HfApi().model_info(name, timeout=10)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelError(
-            f"model {name}: no such folder, and no such model on the Hub (or none that your token may read)"
-        ) from error
-    except Exception as error:
-        raise ModelError(
-            f"model {name}: no such folder, and the Hub cannot be asked for it: {first_line(error)}"
-        ) from error
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            api = HfApi()
+            info = api.model_info(name, revision=revision, timeout=10)
+            if getattr(info, "gated", False):
+                api.auth_check(name)  # its description is public, its files are not
+    except Exception as error:  # the Hub client raises many types
+        raise ModelError(f"model {name}: {fault_line(name, revision, error)}") from error
 
 
 def first_line(error: BaseException) -> str:

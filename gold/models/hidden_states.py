@@ -28,7 +28,10 @@ def lazy_logits(lm: Any, states: PaddedStates) -> LazyLogits:
         output = backbone(lm)(
             input_ids=states.input_ids, attention_mask=states.attention_mask, use_cache=False
         )
-    return head_logits(lm, output.last_hidden_state[states.sequence, states.position])
+    hidden = output.last_hidden_state.to(
+        states.input_ids.device
+    )  # of layers on several devices, the last one's
+    return head_logits(lm, hidden[states.sequence, states.position])
 
 
 class StatesModule(nn.Module):
@@ -87,7 +90,8 @@ class _Head:
         if "weight" in given and type(self.matrix) is nn.Linear:
             return self.finish(linear(hidden, given["weight"], given.get("bias", self.matrix.bias)))
         tensors = {name: leaf_of(weight) for name, weight in given.items()}
-        return self.finish(functional_call(self.matrix, tensors, (hidden,)) if given else self.matrix(hidden))
+        logits = functional_call(self.matrix, tensors, (hidden,)) if given else self.matrix(hidden)
+        return self.finish(logits.to(hidden.device))
 
     def finish(self, logits: Tensor) -> Tensor:
         out = None if torch.is_grad_enabled() else logits  # without gradient: no memory for a second copy

@@ -67,11 +67,13 @@ class ServerCommand:
     sleeps: bool = False
     trust_remote_code: bool = False
     lora_rank: int | None = None
+    revision: str | None = None
     arguments: Sequence[str] = ()
 
     def words(self, name: str, port: int, backend: str) -> list[str]:
         """The command; the server is reached from this machine alone."""
         words = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model]
+        words += [] if self.revision is None else ["--revision", self.revision]
         words += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
         words += ["--dtype", self.dtype, "--generation-config", "vllm", "--enable-scale-out"]
         words += ["--logprobs-mode", "processed_logprobs"]

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from gold.errors import VocabularyError
 from gold.files import adapter_base, open_file, read_bytes, read_json, read_json_object, read_text
+from gold.hub_names import IS_ID, fault_line, split_revision
 from gold.tokenize.components import check_growth, leading_bos
 from gold.tokenize.convert.gguf import gguf_tokenizer, read_metadata, role_ids
 from gold.tokenize.convert.older_files import FILES, older_tokenizer
@@ -26,7 +27,7 @@ from gold.tokenize.convert.tiktoken import (
     tekken_tokenizer,
 )
 from gold.tokenize.families import MOST_IDS
-from gold.tokenize.foreign import first_line, foreign
+from gold.tokenize.foreign import foreign
 from gold.tokenize.roles import Roles, default_template, id_of_role, token_content, turn_ends
 
 _SETTINGS = (
@@ -36,7 +37,6 @@ _SETTINGS = (
     "chat_template.jinja",
 )
 _HUB_FILES = ("tokenizer.json", "tekken.json", *_SETTINGS, *FILES)
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # A tokenizer that fails on every text fails here, where the source is known.
 _PROBE = "Hello, wörld!  1234 + aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\n"
 _PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf")
@@ -126,12 +126,13 @@ def _from_name(name: str) -> Source:
     scheme, colon, encoding = name.partition(":")
     if colon and scheme == "tiktoken":
         return replace(_open(named_encoding(encoding)), name=name)
-    if not _HUB_ID.fullmatch(name) or path.suffix in (".json", ".gguf", ".model"):
+    if not IS_ID.fullmatch(name) or path.suffix in (".json", ".gguf", ".model"):
         raise VocabularyError(f"no tokenizer at {name}: no such file or folder")
     return _from_folder(_from_hub(name))
 
 
 def _from_hub(name: str) -> Path:
+    repository, revision = split_revision(name)
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -139,11 +140,9 @@ def _from_hub(name: str) -> Path:
             f"no such file or folder: {name}; to read it as a Hub id, pip install huggingface_hub"
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except Exception as error:  # the Hub client raises many types; the name is what matters
-        raise VocabularyError(
-            f"no tokenizer {name!r}: it is no file or folder, and the Hub answers: {first_line(error)}"
-        ) from None
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the Hub client raises many types
+        raise VocabularyError(f"no tokenizer {name!r}: {fault_line(repository, revision, error)}") from None
 
 
 def has_tokenizer(folder: str | Path) -> bool:

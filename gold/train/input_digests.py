@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from gold.data import Prompt, PromptFile, row_of
 from gold.errors import ModelError
+from gold.files import ADAPTER_CONFIG
+from gold.hub_names import split_revision
 from gold.models.files import folder_and_file
 
 if TYPE_CHECKING:
@@ -46,12 +48,14 @@ _KINDS = {
 
 def of_prompts(prompts: Sequence[Prompt], where: str) -> dict[str, Any]:
     """The digest of prompts: their order, keys, texts, completions, references, contexts, routes
-    and weights."""
+    and weights; and the revision of a data set, for people: contents are compared."""
     digest = sha256()
     rows = map(prompts.row, range(len(prompts))) if isinstance(prompts, PromptFile) else map(row_of, prompts)
     for row in rows:
         digest.update(row)
-    return {"from": where, "digests": {"content": digest.hexdigest()}, "count": len(prompts)}
+    found = {"from": where, "digests": {"content": digest.hexdigest()}, "count": len(prompts)}
+    revision = prompts.facts.revision if isinstance(prompts, PromptFile) else None
+    return found | ({"revision": revision} if revision else {})
 
 
 def of_files(
@@ -63,7 +67,7 @@ def of_files(
     Raises:
         ModelError: one of them cannot be read.
     """
-    folder, file = _found(path, gguf_file)
+    folder, file, commit = _found(path, gguf_file)
     if folder is None:
         return None
     if file:
@@ -83,7 +87,7 @@ def of_files(
         raise ModelError(
             f"model {path}: cannot be read: {error.strerror or error} ({error.filename})"
         ) from error
-    return {"from": str(path), "digests": digests}
+    return {"from": str(path), "digests": digests, **({"revision": commit} if commit else {})}
 
 
 def of_model(model: "LanguageModel") -> dict[str, Any]:
@@ -133,24 +137,27 @@ def of_run(
     return found
 
 
-def _found(path: str | Path, gguf_file: str | None) -> tuple[Path | None, str | None]:
-    """The folder of a model, and the single file in it that is used, if there is one."""
+def _found(path: str | Path, gguf_file: str | None) -> tuple[Path | None, str | None, str | None]:
+    """The folder of a model, the single file in it that is used, and the commit of one from the Hub; None where
+    there is none."""
     name, file = folder_and_file(path, gguf_file)
     folder = Path(name)
     if folder.is_dir():
-        return folder, file
+        return folder, file, None
     if folder.is_file():
-        return folder.parent, folder.name
+        return folder.parent, folder.name, None
+    name, revision = split_revision(name)
     if name.count("/") > 1 or name.startswith((".", "/", "~")):  # not a name on the Hub
-        return None, None
+        return None, None, None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     with contextlib.suppress(HFValidationError):
-        kept = try_to_load_from_cache(name, file or "config.json")
-        if isinstance(kept, str):
-            return Path(kept).parent, file
-    return None, None
+        for needed in (file,) if file else ("config.json", ADAPTER_CONFIG):
+            kept = try_to_load_from_cache(name, needed, revision=revision)
+            if isinstance(kept, str):
+                return Path(kept).parent, file, Path(kept).parent.name
+    return None, None, None
 
 
 def _of_file(file: Path) -> str:

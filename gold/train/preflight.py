@@ -14,8 +14,8 @@ from accelerate.utils import gather_object
 
 from gold.align.model_inputs import aligned_text
 from gold.align.vocabularies import VocabularyPair
-from gold.data import Prompt, lacking_completion
-from gold.doctor.prompts import PromptReader, examined
+from gold.data import Prompt, examined, lacking_completion
+from gold.doctor.prompts import PromptReader
 from gold.errors import CheckpointError, ConfigError, DataError
 from gold.evaluate import Verifier
 from gold.models.language_model import LanguageModel

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,13 +76,20 @@ MAY_CHANGE: dict[str, str | None] = {
         )
     },
     **{f"{side}.trust_remote_code": "" for side in ("student", "teacher*")},
-    **{f"{side}.device": _DIGITS for side in ("student", "teacher*")},
+    **{
+        f"{side}.{key}": _DIGITS
+        for side in ("student", "teacher*")
+        for key in ("device", "attn_implementation")
+    },
+    "teacher*.device_map": _DIGITS,
 }
 # Keys that earlier versions did not have, with the value, as JSON, by which they acted.
 _LATER = {
     f"{section}.{key}": value
     for sections, key, value in (
         ("data recipe", "order", '"shuffled"'),
+        ("data", "map", "{}"),
+        ("data", "streaming", "false"),
         ("rollout recipe", "staleness", "0"),
         ("rollout recipe", "importance_cap", "2.0"),
         ("rollout recipe", "cut", '"keep"'),
@@ -93,7 +101,17 @@ _LATER = {
 }
 # Keys of input locations with the input's name, if that is not the key itself: contents are compared, so files may
 # move.
-_PLACES = {"data.prompts": "training prompts", "data.heldout": "held-out prompts"}
+_PLACES = {
+    **{
+        f"data.{key}": "training prompts"
+        for key in ("prompts", "map", "split", "subset", "revision", "streaming")
+    },
+    **{
+        f"data.{key}": "held-out prompts"
+        for key in ("heldout", "heldout_split", "heldout_subset", "heldout_map")
+    },
+}
+_OF_PLACE = re.compile(r"^(data\.\w*map)\..*|(.*)\.(path|revision)$")
 
 
 @dataclass(frozen=True)
@@ -134,7 +152,8 @@ def changes(
 
 def _splits(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The keys that decide which prompts are held out; of a flat configuration."""
-    if not isinstance(config.get("data.prompts"), str) or config.get("data.heldout") is not None:
+    own = any(config.get(f"data.{key}") is not None for key in ("heldout", "heldout_split"))
+    if own or not isinstance(config.get("data.prompts"), str):
         return ()
     share = "data.heldout_share"
     return (share, "evaluate.prompts") if config.get(share) is None else (share,)
@@ -144,7 +163,8 @@ def _config_change(key: str, text: str, inputs: Inputs) -> Change:
     for pattern, note in MAY_CHANGE.items():
         if fnmatchcase(key, pattern):
             return Change(f"{text}: {note}" if note else text, "free" if note is None else "noted")
-    if _PLACES.get(key, key.removesuffix(".path")) in inputs:
+    place = _OF_PLACE.sub(r"\1\2", key) if key not in _PLACES else key
+    if _PLACES.get(place, place) in inputs:
         return Change(f"{text}: its content is compared", "noted")
     return Change(text, "refused")
 

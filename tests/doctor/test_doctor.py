@@ -811,11 +811,12 @@ def test_judging_keeps_what_concerns_a_run_and_stops_at_a_failure() -> None:
 
 def test_processes_tell_once(saved: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import gold.build
+    import gold.build_data
     from gold.config import Config
 
     told: list[str] = []
     config = Config.load(one_step(saved, tmp_path), ["objectives.0.name=span_pg"])
-    data = gold.build.load_data(config)
+    data = gold.build_data.load_data(config)
     sides = [read_side(role, saved / role) for role in ("student", "teacher")]
     for rank, count in (("0", 1), ("1", 1)):
         monkeypatch.setenv("RANK", rank)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from support.trackers import Recorder
 
 import gold.train.state
-from gold.build import load_data
+from gold.build_data import load_data
 from gold.config import Config
 from gold.data import Prompt, load_prompts
 from gold.demo.models import tiny_model, word_tokenizer

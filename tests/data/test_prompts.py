@@ -179,12 +179,11 @@ BAD_LINES = [
     ({}, "neither"),
     ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "both"),
     ({"promt": "a"}, "did you mean prompt?"),
-    ({"prompt": "a", "zzz": 1}, "completion, id"),
+    ({"zzz": 1}, "its columns are zzz"),
     ({"prompt": 3}, '"prompt" is a number'),
     ({"prompt": ""}, '"prompt" is empty'),
     ({"prompt": " \n"}, '"prompt" is empty'),
-    ({"prompt": "a", "completion": ""}, '"completion" is empty'),
-    ({"prompt": "a", "completion": ["b"]}, '"completion" is a list'),
+    ({"prompt": "a", "completion": ["b"]}, "completion[0] is a string"),
     ({"prompt": "a", "id": 1.5}, '"id" is a number'),
     ({"prompt": "a", "id": ""}, '"id"'),
     ({"prompt": "a", "teacher_context": 3}, '"teacher_context" is a number'),
@@ -195,9 +194,9 @@ BAD_LINES = [
     ({"messages": ["hi"]}, "messages[0] is a string"),
     ({"messages": [{"role": "user"}]}, '"content" of messages[0]'),
     ({"messages": [{"role": "usr", "content": "a"}]}, "did you mean user?"),
-    ({"messages": [{"role": "user", "content": "a", "contents": "b"}]}, '"contents" in messages[0]'),
     ({"messages": [{"role": "user", "content": " "}]}, "last message"),
-    ({"messages": [{"role": "assistant", "content": "a"}]}, "assistant"),
+    ({"messages": [{"role": "assistant", "content": "a"}]}, "an answer alone"),
+    ({"prompt": "a", "system": "b"}, '"system" goes before messages'),
 ]
 
 
