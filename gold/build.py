@@ -130,12 +130,8 @@ def rollout_engine(
 # Inputs
 
 
-BRANCHES = 0.01
-"""``evaluate.branches`` of `gold eval`."""
-
-
-def evaluation_of(config: Config, branches: float = 0.0) -> EvaluationPlan:
-    """The evaluation plan of a configuration; ``branches`` where it gives none."""
+def evaluation_of(config: Config) -> EvaluationPlan:
+    """The evaluation plan of a configuration."""
     return EvaluationPlan(
         num_generations=config.evaluate.num_generations,
         max_new_tokens=config.rollout.max_new_tokens,
@@ -144,7 +140,7 @@ def evaluation_of(config: Config, branches: float = 0.0) -> EvaluationPlan:
         micro_batch_tokens=config.evaluate.micro_batch_tokens,
         generation_batch_size=config.rollout.generation_batch_size,
         seed=config.train.seed,
-        branches=branches if config.evaluate.branches is None else config.evaluate.branches,
+        branches=config.evaluate.branches or 0.0,
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from gold.activity import doing, listening
 from gold.build import (
-    BRANCHES,
     build_models,
     cached_teacher,
     check_model,
@@ -45,6 +45,9 @@ from gold.train.run_folder import RunFolder
 from gold.train.state import load_average
 from gold.train.trackers import Tracker, Trackers
 from gold.train.tracking_clients import check_clients
+
+BRANCHES = 0.01
+"""``evaluate.branches`` of `gold eval` where it is not given, and every branch costs no request to a server."""
 
 
 def train(
@@ -127,7 +130,7 @@ def _evaluated(
     config: Config, run: Path | None, overrides: Sequence[str], progress: Tracker | None
 ) -> Evaluation:
     """The evaluation of a configuration's student, or of that of a ``run``."""
-    data, plan = _data_of(config, progress), evaluation_of(config, BRANCHES)
+    data, plan = _data_of(config, progress), evaluation_of(config)
     student = config.student
     if run is not None and not any(o.startswith("student.") for o in overrides):
         # Its adapters are merged into its weights, which are not quantized.
@@ -140,6 +143,8 @@ def _evaluated(
         }
         student = student.model_copy(update=merged)
     model, teachers = build_models(config, student, data, progress, examined=False)
+    if config.evaluate.branches is None and teachers and all(t.model for t in teachers.members.values()):
+        plan = replace(plan, branches=BRANCHES)
     pin_date(model, teachers, read_date(run) if run is not None else None)
     with doing("checking the prompts"):
         checks = examine_prompts([], data.heldout, readers_of(model, teachers), plan.max_new_tokens)

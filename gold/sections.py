@@ -27,4 +27,4 @@ class EvaluationSettings(Section):
     """instead of micro_batch_size: most tokens per forward pass, prompts and padding included"""
     branches: Share | None = None
     """exact divergence per byte: the least share of the text so far of a token off its path that is followed; 0: not
-    measured; null: 0.01 in `gold eval`, 0 in a run"""
+    measured; null: 0.01 in `gold eval` with local teachers, else 0"""
