@@ -274,6 +274,7 @@ def test_a_repeated_run_asks_nothing_and_ends_with_the_same_weights(
     assert any(not torch.equal(plain[name], weights(tiny.tiny_student())[name]) for name in plain)
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_server_asks_only_for_what_is_missing(
     teacher: LocalTeacher, files: Path, tmp_path: Path
 ) -> None:
@@ -291,6 +292,7 @@ def test_a_run_that_lost_its_server_asks_only_for_what_is_missing(
         assert server.scored == requests - 6
 
 
+@pytest.mark.slow
 def test_one_cache_teaches_students_of_two_families_without_the_teacher(
     teacher: LocalTeacher, files: Path, tmp_path: Path
 ) -> None:

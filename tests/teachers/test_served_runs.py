@@ -94,6 +94,7 @@ def test_a_run_survives_every_fault_that_passes_with_the_same_weights(
     assert any(not torch.equal(start[name], whole[name]) for name in start)
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_a_server_that_refuses_connections(teacher: LanguageModel, folder: Path) -> None:
     with ModelServer(teacher) as server:
         whole = trained(served(folder, server.url))
@@ -170,6 +171,7 @@ LOSSES = {
 """The server's requests until it is gone: 6 of a step, 2 of the evaluations after steps 0, 2 and 4."""
 
 
+@pytest.mark.slow
 def test_a_run_whose_server_goes_away_again_and_again_is_the_run_of_one_that_stays(
     teacher: LanguageModel, folder: Path, tmp_path: Path
 ) -> None:
@@ -378,6 +380,7 @@ def test_train_evaluate_and_doctor(bench: Bench, server: ModelServer) -> None:
     assert yaml.safe_load((bench.folder / "run" / "config.yaml").read_text())["teacher"]["served"]["key_env"]
 
 
+@pytest.mark.slow
 def test_a_run_stops_in_one_line_and_goes_on_at_another_address(
     bench: Bench, server: ModelServer, teacher: LanguageModel
 ) -> None:
