@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,13 @@ def hold(out: Path, plan: demo.DemoPlan, said: list[str]) -> None:
 
 def test_the_whole_demonstration_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "ProcessPoolExecutor", AtOnce)
-    hold(tmp_path / "demo", TINY, [])
+    monkeypatch.setattr(demo, "BATCH", demo.BATCH // 8)
+    ways = {
+        name: replace(way, recipe=way.recipe.replace(prompts_per_step=way.recipe.prompts_per_step // 8))
+        for name, way in demo.WAYS.items()
+    }
+    monkeypatch.setattr(demo, "WAYS", ways)
+    hold(tmp_path / "demo", replace(TINY, teacher_steps=8), [])
 
 
 @pytest.mark.slow

@@ -70,7 +70,10 @@ def test_every_example_is_run_here():
 
 @pytest.mark.parametrize(
     "direction",
-    [pytest.param(1, id="words learn"), pytest.param(-1, id="characters learn")],
+    [
+        pytest.param(1, id="words learn"),
+        pytest.param(-1, id="characters learn", marks=pytest.mark.slow),
+    ],
 )
 def test_the_bare_loop_learns(models, prompts, direction):
     student, teacher = models[::direction]

@@ -236,7 +236,11 @@ SELF = {
 @pytest.mark.parametrize(
     "changes",
     [
-        {"student__quantization": "nf4", "student__lora__modules_to_save": ["lm_head"], **SELF},
+        {"student__lora__modules_to_save": ["lm_head"], **SELF},
+        pytest.param(
+            {"student__quantization": "nf4", "student__lora__modules_to_save": ["lm_head"], **SELF},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"student__quantization": "int8", "teacher__quantization": "int8"}, marks=pytest.mark.slow
         ),
