@@ -54,6 +54,7 @@ from gold.models.pretrained import (
 )
 from gold.models.probe import examine
 from gold.models.quantization import keep_gradients, quantization_of
+from gold.models.rounding import rounded
 from gold.tokenize.foreign import foreign
 from gold.tokenize.load import has_tokenizer, open_source
 from gold.tokenize.roles import Roles
@@ -190,30 +191,6 @@ def save_model(
     if dtype is not None:
         _name_dtype(folder / "config.json", dtype)
     model.tokenizer.save_pretrained(folder)
-
-
-def rounded(lm: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A state dict of a model in main memory, its parameters rounded to a dtype; tied ones stay tied.
-
-    Buffers keep their dtype, as do parameters that the architecture keeps in float32.
-    """
-    kept = {*(lm._keep_in_fp32_modules or ()), *(lm._keep_in_fp32_modules_strict or ())}
-    parameters = {name for name, _ in lm.named_parameters(remove_duplicate=False)}
-    done: dict[tuple[int, torch.Size], Tensor] = {}
-    found = {}
-    for name, tensor in weights.items():
-        rounds = name in parameters and tensor.is_floating_point() and not kept & set(name.split("."))
-        place = tensor.data_ptr(), tensor.shape
-        if place not in done:
-            done[place] = tensor.detach().to("cpu", dtype if rounds else tensor.dtype)
-        found[name] = done[place]
-    return found
-
-
-def file_dtype(model: LanguageModel) -> torch.dtype | None:
-    """The dtype of the files that a model was loaded from, if it is narrower than the one in memory."""
-    saved = model.saved_dtype
-    return saved if saved is not None and saved.itemsize < model.lm.dtype.itemsize else None
 
 
 def copy_processors(model: LanguageModel, folder: Path) -> None:

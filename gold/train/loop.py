@@ -47,7 +47,7 @@ from gold.train.progress import Lasting, Quiet, evaluation_line
 from gold.train.recipe import Recipe
 from gold.train.resume_rules import Inputs
 from gold.train.run_folder import RunFolder
-from gold.train.saving import CheckpointWriter, save_student
+from gold.train.saving import CheckpointWriter, as_written, save_student
 from gold.train.setup import Setup
 from gold.train.state import TrainState
 from gold.train.step import begin_engine, push_weights, train_step, warm_up
@@ -334,15 +334,18 @@ class _Training:
         return step % self.saving.evaluate_every == 0 or step == self.setup.recipe.steps
 
     def evaluate(self) -> None:
-        """An evaluation after the current step; the processes share it, and all know the result."""
+        """An evaluation after the current step, after the last one of the student as it will be written; the processes
+        share it, and all know the result."""
         if not self.heldout:
             return
         state, setup, started = self.state, self.setup, time.perf_counter()
         look = partial(evaluate, state.student, setup.teachers, self.heldout, plan=self.plan)
+        is_last = self.saving.output is not None and state.step == setup.recipe.steps
         try:
-            push_weights(state, setup.engine)
-            with doing("evaluation"), state.accelerator.autocast(), state.whole_student():
-                result = look(verifier=setup.verifier, engine=setup.engine, processes=state)
+            with as_written(state) if is_last else contextlib.nullcontext():
+                push_weights(state, setup.engine)
+                with doing("evaluation"), state.accelerator.autocast(), state.whole_student():
+                    result = look(verifier=setup.verifier, engine=setup.engine, processes=state)
         except (TeacherError, EngineError) as error:
             self.stop(error)
         record = {"step": state.step, **result.measures, "evaluate_s": time.perf_counter() - started}

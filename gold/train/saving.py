@@ -15,7 +15,8 @@ import torch.distributed as dist
 from gold.errors import CheckpointError
 from gold.files import one_line
 from gold.models.adapters import is_adapted, save_adapters
-from gold.models.load import copy_processors, file_dtype, save_model
+from gold.models.load import copy_processors, save_model
+from gold.models.rounding import AsInFile, file_dtype
 from gold.rollout.ahead import Place
 from gold.rollout.engine import Generation
 from gold.train.checkpoint_folder import is_write_failure, reach_disk, save_checkpoint
@@ -23,6 +24,9 @@ from gold.train.model_card import model_card
 from gold.train.run_folder import RunFolder
 from gold.train.shards import Snapshot
 from gold.train.state import TrainState, write_steps
+
+
+_OF_ADAPTER = "They are of the adapter on its base model; these weights are the sum of both, rounded to their dtype once."
 
 
 class CheckpointWriter:
@@ -119,6 +123,15 @@ class CheckpointWriter:
             self._failure = failure
 
 
+def as_written(state: TrainState) -> contextlib.AbstractContextManager[None]:
+    """A context in which the student's weights are those that ``save_student`` writes; all processes enter it.
+
+    Those of a student with adapters are not changed: what is rounded is their sum with the base model's.
+    """
+    student = state.student
+    return AsInFile(student.lm, None if is_adapted(student.lm) else file_dtype(student))
+
+
 def save_student(state: TrainState, folder: RunFolder | None) -> None:
     """Writes the trained student to ``student/`` of its run, before it its adapter to ``adapter/``, each with a model
     card and atomically; all processes call it, the main one with the run's folder.
@@ -141,15 +154,15 @@ def save_student(state: TrainState, folder: RunFolder | None) -> None:
     def write_student(place: Path) -> None:
         save_model(student, place, weights, dtype)
         copy_processors(student, place)
-        _write_card(folder, place)
+        _write_card(folder, place, note=_OF_ADAPTER if adapted else "")
 
     if adapted:
         _put(write_adapter, folder.path / "adapter")
     _put(write_student, folder.path / "student")
 
 
-def _write_card(run: RunFolder, place: Path, adapter: bool = False) -> None:
-    (place / "README.md").write_text(model_card(run, adapter=adapter), encoding="utf-8")
+def _write_card(run: RunFolder, place: Path, adapter: bool = False, note: str = "") -> None:
+    (place / "README.md").write_text(model_card(run, adapter=adapter, note=note), encoding="utf-8")
 
 
 def _put(writer: Callable[[Path], None], final: Path) -> None:
