@@ -25,8 +25,7 @@ from gold.train.run_folder import RunFolder
 from gold.train.shards import Snapshot
 from gold.train.state import TrainState, write_steps
 
-
-_OF_ADAPTER = "They are of the adapter on its base model; these weights are the sum of both, rounded to their dtype once."
+_OF_ADAPTER = "They are of the adapter on its base model; these weights are the sum of both, rounded once."
 
 
 class CheckpointWriter:
