@@ -12,6 +12,7 @@ from typing import Any
 
 from gold.errors import GoldError
 from gold.files import adapter_base, read_json
+from gold.hub_names import split_revision
 from gold.inspect.charts import number
 from gold.inspect.series import held_out, is_number, named
 from gold.train.run_folder import RunFolder, config_text
@@ -32,7 +33,7 @@ def model_card(run: RunFolder, *, adapter: bool = False, note: str = "") -> str:
     base, teachers = _student(run.config), _teachers(run.config)
     licences = {name: _licence(name) for name in (base, *teachers)}
     metadata = ModelCardData(
-        base_model=base if _is_hub_id(base) else None,
+        base_model=split_revision(base)[0] if _is_hub_id(base) else None,
         base_model_relation=("adapter" if adapter else "finetune") if _is_hub_id(base) else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
@@ -158,8 +159,7 @@ def _public(value: Any) -> Any:
 
 
 def _student(config: Mapping[str, Any]) -> str:
-    student = config.get("student")
-    return str(student.get("path")) if isinstance(student, Mapping) else str(student)
+    return _named(config.get("student"))
 
 
 def _teachers(config: Mapping[str, Any]) -> list[str]:
@@ -167,12 +167,21 @@ def _teachers(config: Mapping[str, Any]) -> list[str]:
     given = [config.get("teacher"), *(config.get("teachers") or {}).values()]
     if isinstance(given[0], Mapping) and "recipe" in config:  # of a run from Python, by name
         given = [name for key, name in given[0].items() if key != "mix"]
-    names = [(t.get("path") or f"itself ({t.get('self')})") if isinstance(t, Mapping) else t for t in given]
-    return list(dict.fromkeys(str(name) for name in names if name is not None))
+    return list(dict.fromkeys(_named(each) for each in given if each is not None))
+
+
+def _named(model: Any) -> str:
+    """A model's location with its revision, or its name."""
+    if not isinstance(model, Mapping):
+        return str(model)
+    if model.get("self"):
+        return f"itself ({model['self']})"
+    revision = model.get("revision")
+    return f"{model.get('path')}@{revision}" if revision else str(model.get("path"))
 
 
 def _is_hub_id(name: str) -> bool:
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    return _HUB_ID.fullmatch(split_revision(name)[0]) is not None and not Path(name).exists()
 
 
 def _shown(name: str) -> str:
@@ -205,7 +214,8 @@ def _card_of(source: str) -> Path | None:
         return None
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(source, "README.md", etag_timeout=5))
+    name, revision = split_revision(source)
+    return Path(hf_hub_download(name, "README.md", revision=revision, etag_timeout=5))
 
 
 def _licences(base: str, licences: Mapping[str, Mapping[str, str]]) -> str:

@@ -90,6 +90,13 @@ def test_the_hub_reads_its_metadata(tmp_path: Path) -> None:
     assert data.license is None
 
 
+def test_the_revision_of_the_base_model_is_told_and_no_part_of_its_id(tmp_path: Path) -> None:
+    for number, student in enumerate(({"path": "org/small", "revision": "v2"}, {"path": "org/small@v2"})):
+        text = card_of(tmp_path / str(number), {**CONFIG, "student": student})
+        assert ModelCard(text).data.base_model == "org/small"
+        assert "org/small@v2" in text
+
+
 def test_that_of_an_adapter_is_for_peft(tmp_path: Path) -> None:
     config = {**CONFIG, "student": {**CONFIG["student"], "lora": {"rank": 8, "alpha": 16.0}}}
     text = card_of(tmp_path, config, adapter=True)
