@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 from gold.data_config import DataConfig, impossible_data
 from gold.engine_config import KeyVariable, RolloutConfig, ServerURL
 from gold.errors import ConfigError
-from gold.hub_names import named_revision, with_revision
+from gold.hub_names import with_revision
 from gold.overrides import apply_override, named_override
 from gold.schema import (
     CountInt,
@@ -370,12 +370,12 @@ def _impossible(config: Config) -> Iterator[str]:
 
 
 def _impossible_revisions(config: Config) -> Iterator[str]:
-    """Two revisions of one model."""
+    """Two revisions of one model, or one of a folder."""
     single = config.teacher is not None
     named = {"teacher" if single else f"teachers.{name}": t for name, t in config.named_teachers.items()}
     for where, model in {"student": config.student, **named}.items():
         try:
-            named_revision(model.path or "", model.revision)
+            with_revision(model.path or "", model.revision)
         except ConfigError as error:
             yield f"{where}.revision: {error}"
 

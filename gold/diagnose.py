@@ -73,7 +73,8 @@ def diagnose_run(
     of_run = _of_run(config, data, {name: report.sides for name, report in reports.items()})
     report = combined(reports)
     duration = _duration(config, data, loaded) if not any(each.failures for each in reports.values()) else []
-    report = replace(report, checks=[*report.checks, *files, *of_run, *duration])
+    read = [Finding("data", "pass", note) for note in data.notes]
+    report = replace(report, checks=[*report.checks, *files, *read, *of_run, *duration])
     sides = {name: each.sides for name, each in reports.items()}
     if hardware is None or not all(sides.values()):
         return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from gold.errors import ConfigError
 from gold.files import one_line
@@ -35,8 +36,10 @@ def with_revision(name: str, revision: str | None) -> str:
     """`ID@revision`, or the name alone without a revision.
 
     Raises:
-        ConfigError: as ``named_revision``.
+        ConfigError: as ``named_revision``, or a revision of a folder or file.
     """
+    if revision is not None and Path(name).expanduser().exists():
+        raise ConfigError(f"{name} is a folder or file here, which has no revision; leave {revision} out")
     name, revision = named_revision(name, revision)
     return name if revision is None else f"{name}@{revision}"
 

@@ -95,7 +95,7 @@ def any_messages(prompts: Sequence[Prompt]) -> bool:
 
 MOST_EXAMINED = 2000
 """Maximum number of examined prompts; of more, this many drawn with a fixed seed, plus the longest."""
-_LONGEST_EXAMINED = 200
+LONGEST_EXAMINED = 200
 
 
 def examined(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -103,7 +103,7 @@ def examined(prompts: Sequence[Prompt]) -> list[Prompt]:
     if len(prompts) <= MOST_EXAMINED:
         return list(prompts)
     drawn = random.Random(0).sample(range(len(prompts)), MOST_EXAMINED)
-    longest = np.argsort(-characters_of(prompts), kind="stable")[:_LONGEST_EXAMINED].tolist()
+    longest = np.argsort(-characters_of(prompts), kind="stable")[:LONGEST_EXAMINED].tolist()
     return [prompts[i] for i in sorted({*drawn, *longest})]
 
 

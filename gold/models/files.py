@@ -42,8 +42,6 @@ def check_files(path: str | Path, *, gguf_file: str | None = None) -> None:
     path, gguf_file = folder_and_file(path, gguf_file)
     folder = Path(path)
     name, revision = split_revision(path)
-    if revision is not None and Path(name).exists():
-        raise ModelError(f"model {name}: it is a folder, which has no revision {revision}; leave it out")
     if folder.exists() or path.startswith((".", "/", "~")) or name.count("/") > 1:
         _check_folder(folder, gguf_file)
     else:

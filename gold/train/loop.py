@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from gold.activity import Stopped, doing, listening
-from gold.data import Prompt, PromptFile
+from gold.data import Prompt, PromptFile, load_prompts
 from gold.doctor.prompts import PromptReader, examine_prompts, notes_of, raise_refused
 from gold.errors import ConfigError, EngineError, GoldError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier, evaluate
@@ -97,10 +97,10 @@ class Run:
 def distill(
     student: LanguageModel | str | Path,
     teacher: Teacher | Teachers | LanguageModel | str | Path | None,
-    prompts: Sequence[Prompt | str],
+    prompts: Sequence[Prompt | str | Mapping[str, Any]],
     recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
     *,
-    heldout: Sequence[Prompt | str] = (),
+    heldout: Sequence[Prompt | str | Mapping[str, Any]] = (),
     verifier: Verifier | None = None,
     evaluation: EvaluationPlan | None = None,
     saving: Saving = Saving(),
@@ -120,6 +120,7 @@ def distill(
 
     Args:
         student: a model, or where to load one from.
+        prompts: those of ``gold.load_prompts``, texts, or rows that it would read, such as a ``datasets.Dataset``.
         teacher: likewise, or anything with a teacher's interface; None if no objective needs one.
         heldout: prompts of the evaluations before, during and after training; if empty, no evaluation.
         verifier: scores completions, for the ``reward`` objective and for accuracy.
@@ -444,11 +445,13 @@ def _resume(
         prune(folder.checkpoints, state.step, saving.keep_last)
 
 
-def _prompts(given: Sequence[Prompt | str]) -> Sequence[Prompt]:
-    """Plain strings as prompts, numbered."""
+def _prompts(given: Sequence[Prompt | str | Mapping[str, Any]]) -> Sequence[Prompt]:
+    """Plain strings as prompts, numbered; rows as ``load_prompts`` reads them."""
     if isinstance(given, PromptFile):
         return given
-    return [Prompt(key=str(n), text=p) if isinstance(p, str) else p for n, p in enumerate(given)]
+    if hasattr(given, "with_format") or (len(given) and isinstance(given[0], Mapping)):
+        return load_prompts(given)  # type: ignore[arg-type]
+    return [Prompt(key=str(n), text=p) if isinstance(p, str) else p for n, p in enumerate(given)]  # type: ignore[misc]
 
 
 def _accelerator(precision: str, device: torch.device) -> Accelerator:

@@ -21,11 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import gold.teachers.cached
 import gold.train.preflight
 from gold.config import Config
-from gold.data import Prompt
+from gold.data import MOST_EXAMINED, Prompt
+from gold.data.prompts import LONGEST_EXAMINED
 from gold.doctor.finding import Finding
 from gold.doctor.prompts import (
-    LONGEST,
-    MOST,
     PromptReader,
     examine_prompts,
     notes_of,
@@ -154,15 +153,15 @@ def test_special_tokens_in_prompts_are_counted_for_they_may_have_been_rendered()
 
 
 def test_of_many_prompts_some_are_drawn_and_the_longest_are_among_them() -> None:
-    many = [Prompt(str(n), f"say {n}") for n in range(MOST + 3000)]
+    many = [Prompt(str(n), f"say {n}") for n in range(MOST_EXAMINED + 3000)]
     many[4321] = Prompt("long", "say it " * 200)
     found = examine_prompts(many, [], [reader("student", TURNS, 256)], 8)
     (refused,) = (check for check in found if check.check == "prompts")
     assert (refused.status, "long" in refused.found) == ("fail", True)
     fits = examine_prompts(many, [], [reader("student", TURNS, 2048)], 8)
-    assert any(f"{MOST:,}" in note for note in notes_of(fits))
+    assert any(f"{MOST_EXAMINED:,}" in note for note in notes_of(fits))
     assert found == examine_prompts(many, [], [reader("student", TURNS, 256)], 8)
-    assert LONGEST < MOST
+    assert LONGEST_EXAMINED < MOST_EXAMINED
 
 
 # Lengths

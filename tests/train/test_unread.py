@@ -123,7 +123,7 @@ def test_of_very_many_prompts_one_that_the_student_cannot_read_ends_no_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("gold.data.prompts.MOST_EXAMINED", 0)
-    monkeypatch.setattr("gold.data.prompts._LONGEST_EXAMINED", 1)
+    monkeypatch.setattr("gold.data.prompts.LONGEST_EXAMINED", 1)
     both = {p.key: replace(p, completion=None) for p in SHORT}
     # The longest by its letters is looked at, and is not the longest in tokens.
     hard, easy = Prompt("hard", text=" 5" * 70), Prompt("easy", text=" 11 +1" * 25)
