@@ -1,10 +1,10 @@
 """`python -m benchmarks padding`: what padding costs where completions differ in length.
 
 Forward and backward passes of a random Llama over one step of texts whose lengths are log-normal, in microbatches of so
-many texts in the order given, of so many texts of like length (`train.micro_batch_size`), and of at most so many padded
-tokens, each filled or with little padding (`train.micro_batch_tokens`): time, peak memory, share of padding, and the
-distance of the gradient from that of one text at a time. The ways take turns. The share of padding bounds what packing
-without padding could save.
+many texts in the order given, of so many texts of like length (`train.micro_batch_size`), of at most so many padded
+tokens, each filled or with little padding (`train.micro_batch_tokens`), and of so many tokens packed into one row
+(`train.packing`): time, peak memory, share of padding, and the distance of the gradient from that of one text at a
+time. The ways take turns.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,11 @@ from benchmarks.meter import MIB, Meter, Sample
 from benchmarks.record import device_name, write_record
 from gold.kernels.lm_head import token_logp
 from gold.models.hidden_states import lazy_logits
-from gold.models.padding import PaddedStates, batches_by_length, ragged_batches
+from gold.models.padding import PaddedStates, batches_by_length, packed_batches, ragged_batches
+from gold.models.probe import check_packing
 
 Batches = list[list[int]]
+_PACKED = "packed"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,12 +52,15 @@ def main(arguments: Sequence[str]) -> int:
     step = Step(texts_of(given), device)
     ways = step.ways(given.size, given.tokens)
     exact = step.gradient([[i] for i in range(given.texts)])
-    errors = {name: float((step.gradient(way) - exact).norm() / exact.norm()) for name, way in ways.items()}
+    errors = {
+        name: float((step.gradient(way, _PACKED in name) - exact).norm() / exact.norm())
+        for name, way in ways.items()
+    }
     samples: dict[str, list[Sample]] = {name: [] for name in ways}
     meter = Meter(device)
     for _ in range(given.rounds):
         for name, way in ways.items():
-            samples[name].append(meter(lambda way=way: step.gradient(way)))  # type: ignore[misc]
+            samples[name].append(meter(partial(step.gradient, way, _PACKED in name)))
     found = [step.row(name, way, samples[name], errors[name]) for name, way in ways.items()]
     for row in found:
         print(
@@ -91,6 +97,7 @@ class Step:
             num_attention_heads=4,
         )
         self.lm = LlamaForCausalLM(config).eval().to(device)
+        check_packing(self.lm, "random")
         self.texts, self.device = texts, device
         self.lengths = [1 + text.size for text in texts]
 
@@ -104,16 +111,22 @@ class Step:
         for most in tokens:
             ways[f"{most} tokens, filled"] = batches_by_length(self.lengths, most)
             ways[f"{most} tokens"] = ragged_batches(self.lengths, most)
+            ways[f"{most} tokens, {_PACKED}"] = packed_batches(self.lengths, most)
         return ways
 
-    def gradient(self, batches: Batches) -> Tensor:
+    def gradient(self, batches: Batches, packed: bool = False) -> Tensor:
         """The gradient of the texts' negative log-probability per token."""
         self.lm.zero_grad(set_to_none=True)
         count = sum(text.size for text in self.texts)
         none = torch.zeros(0, dtype=torch.int64, device=self.device)
         for batch in batches:
             texts = [self.texts[i] for i in batch]
-            states = PaddedStates.of([[1]] * len(batch), texts, [t.size for t in texts], 0, self.device)
+            given = [[1]] * len(batch), texts, [t.size for t in texts]
+            states = (
+                PaddedStates.packed(*given, self.device)
+                if packed
+                else PaddedStates.of(*given, 0, self.device)
+            )
             target = torch.from_numpy(np.concatenate(texts).astype(np.int64)).to(self.device)
             logp, _ = token_logp(lazy_logits(self.lm, states), target, none)
             (-logp.sum() / count).backward()
@@ -122,6 +135,7 @@ class Step:
     def row(self, name: str, batches: Batches, samples: Sequence[Sample], error: float) -> dict[str, Any]:
         """What is recorded of a way: medians, and the seconds of each round."""
         padded = sum(len(batch) * max(self.lengths[i] for i in batch) for batch in batches)
+        padded = sum(self.lengths) if _PACKED in name else padded
         peaks = [sample.peak_bytes for sample in samples if sample.peak_bytes is not None]
         return {
             "way": name,

@@ -17,6 +17,7 @@ from gold.cache.store import find_origin
 from gold.config import CacheConfig, Config, ModelConfig, StudentConfig, TeacherConfig
 from gold.data import Prompt, any_messages
 from gold.doctor.examiner import Examiner
+from gold.doctor.prompts import check_longest, readers_of_sides
 from gold.doctor.side import Side, read_side
 from gold.errors import ConfigError, ModelError
 from gold.evaluate import EvaluationPlan
@@ -190,7 +191,7 @@ def build_models(
         ConfigError: a pair that cannot be trained, if the run is to stop then.
         ModelError: missing files or devices.
     """
-    named, note = config.named_teachers, note_to(progress)
+    named, note, seed = config.named_teachers, note_to(progress), config.train.seed
     examiners = {name: examiner_of(config, data, name, note) for name in named if examined}
     local = {name: t for name, t in named.items() if t.kind == "local"}
     members: dict[str, Teacher] = {}
@@ -208,20 +209,23 @@ def build_models(
     for here in (student, *local.values()):
         check_model(here)
     mine = file_side("student", student)
-    for name, teacher in local.items():
-        if (side := file_side("teacher", teacher)) is not None:
-            sides[name] = side
-    late = []  # pairs that need the loaded tokenizers
-    for name in [n for n, t in named.items() if t.kind != "self"] if examined else ():
-        if mine is None or name not in sides:
-            late.append(name)
-        else:
+    sides |= {n: side for n, t in local.items() if (side := file_side("teacher", t)) is not None}
+    readers = partial(readers_of_sides, route=config.route, several=bool(config.teachers))
+    graded = [n for n, t in named.items() if t.kind != "self"] if examined else []
+    late = [n for n in graded if mine is None or n not in sides]  # they need the loaded tokenizers
+    if mine is not None:
+        for name in [n for n in graded if n not in late]:
             examiners[name].examine_pair(mine, sides[name])
-    model = load(student, note, mine, config.train.seed)
+        if examined:
+            check_longest(data.train, readers(mine, sides), config.rollout.max_new_tokens, note)
+    model = load(student, note, mine, seed)
     loaded = {name: load(teacher, note, sides.get(name)) for name, teacher in local.items()}
-    for name in late:
-        theirs = _loaded_side("teacher", loaded[name]) if name in loaded else sides[name]
-        examiners[name].examine_pair(_loaded_side("student", model), theirs)
+    if late:
+        sides |= {name: _loaded_side("teacher", loaded[name]) for name in late if name in loaded}
+        of_loaded = _loaded_side("student", model)
+        for name in late:
+            examiners[name].examine_pair(of_loaded, sides[name])
+        check_longest(data.train, readers(of_loaded, sides), config.rollout.max_new_tokens, note)
     members |= {
         name: with_cache(local[name], LocalTeacher(found, batch_tokens=local[name].batch_tokens), note)
         for name, found in loaded.items()
@@ -229,11 +233,8 @@ def build_models(
     for name, server in servers.items() if examined else ():
         members[name].check_before_asking(partial(examiners[name].compare, server, model))
     for name, teacher in named.items():
-        if teacher.kind == "self":
-            # The initial student of the run, whichever is evaluated.
-            origin = (
-                model if student == config.student else load(config.student, note, seed=config.train.seed)
-            )
+        if teacher.kind == "self":  # the initial student of the run, whichever is evaluated
+            origin = model if student == config.student else load(config.student, note, seed=seed)
             members[name] = SelfTeacher(origin, teacher.decay if teacher.self == "ema" else 1.0)
     weights = {name: t.weight for name, t in config.teachers.items()} if config.mix else None
     return model, Teachers({name: members[name] for name in named}, config.mix, weights)
@@ -368,7 +369,10 @@ def _size(model: ModelConfig) -> str:
 
 
 def _loaded_side(role: str, model: LanguageModel) -> Side:
-    return Side(role, model.vocabulary.without_markers(), model.tokenizer, rendering=model.rendering)
+    config = model.lm.config.get_text_config().to_dict()
+    return Side(
+        role, model.vocabulary.without_markers(), model.tokenizer, config=config, rendering=model.rendering
+    )
 
 
 def file_side(role: str, model: ModelConfig) -> Side | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,26 +22,30 @@ from gold.build import (
 )
 from gold.build_data import RunData, graded_by, load_data
 from gold.config import Config, ModelConfig
-from gold.data import Prompt
 from gold.doctor.finding import Finding, Report
-from gold.doctor.memory import Model, Plan, memory_of
+from gold.doctor.memory import Model, Plan, device_memory, fits
 from gold.doctor.memory_table import Hardware, examine_memory, measured
-from gold.doctor.prompts import PromptReader, examine_prompts
+from gold.doctor.prompts import examine_prompts, readers_of_sides
 from gold.doctor.report import combined, diagnose
 from gold.doctor.sample import run_texts
 from gold.doctor.server import compare_with_student, examine_noise, examine_server
 from gold.doctor.side import Side
-from gold.errors import GoldError, ModelError
+from gold.errors import DataError, GoldError, ModelError
 from gold.losses import Need
 from gold.models.footprint import Adapters
 from gold.models.language_model import LanguageModel
+from gold.models.pretrained import pick_device
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.chat import prompt_text
 from gold.tokenize.vocabulary import Vocabulary
+from gold.train.activations import TEACHER_TOKENS, longest_prompt, plan_for
 from gold.train.loop import pace_of
 from gold.train.preflight import check_kept, check_lengths, check_recipe
+from gold.train.recipe import Recipe
 from gold.train.setup import pairs_of, terms_of
+
+_NO_MODEL = Model("", {})
 
 
 def diagnose_run(
@@ -55,34 +58,65 @@ def diagnose_run(
     hardware: Hardware | None = None,
 ) -> Report:
     """The report on a configuration's pairs; with several teachers each check names its teacher. With ``hardware``,
-    also the memory that the run needs on it, instead of the check of this machine's.
+    also the memory that the run needs on it by part, instead of the check of this machine's.
 
     Raises:
         GoldError: as for ``gold.build.train``.
     """
     config = Config.load(source, overrides)
-    data = load_data(config)
-    tokens = tokens or config.rollout.max_new_tokens
-    at_most = config.train.micro_batch_tokens
-    sizes = sequences or (max(1, at_most // tokens) if at_most else config.train.micro_batch_size), tokens
+    data, recipe = load_data(config), config.recipe
+    if tokens is not None:
+        recipe = recipe.replace(max_new_tokens=tokens)
+    if sequences is not None:
+        recipe = recipe.replace(micro_batch_size=sequences, micro_batch_tokens=None)
     loaded = _Loaded()
-    reports = {name: _diagnosed(config, data, name, weights, sizes, loaded) for name in config.named_teachers}
+    sizes = plan_for(recipe, _NO_MODEL, 0)
+    reports = {
+        name: _diagnosed(config, data, name, weights, (sizes.sequences, sizes.tokens), loaded)
+        for name in config.named_teachers
+    }
     known = [check.found for report in reports.values() for check in report.checks]
     files = [check for check in _files(config) if not any(found.endswith(check.found) for found in known)]
     files += _engine(config, data, weights)
-    of_run = _of_run(config, data, {name: report.sides for name, report in reports.items()})
+    sides = {name: each.sides for name, each in reports.items()}
     report = combined(reports)
     duration = _duration(config, data, loaded) if not any(each.failures for each in reports.values()) else []
     read = [Finding("data", "pass", note) for note in data.notes]
+    of_run = _of_run(config, data, sides)
     report = replace(report, checks=[*report.checks, *files, *read, *of_run, *duration])
-    sides = {name: each.sides for name, each in reports.items()}
-    if hardware is None or not all(sides.values()):
+    if hardware is None:
+        return _with_memory_here(report, config, data, recipe, sides)
+    if not all(sides.values()):
         return report
     if loaded.models:
-        hardware = measured(hardware, loaded.models["student"], *sizes)
-    found = examine_memory(plan_of(config, data, sides, sizes, hardware), hardware)
-    kept = [check for check in report.checks if check.check != "memory"]
-    return replace(report, checks=[*kept, found.finding()], of_run=found)
+        hardware = measured(hardware, loaded.models["student"], sizes.sequences, sizes.tokens)
+    found = examine_memory(plan_of(config, data, recipe, sides, hardware), hardware)
+    return replace(report, checks=[*report.checks, found.finding()], of_run=found)
+
+
+def _with_memory_here(
+    report: Report, config: Config, data: RunData, recipe: Recipe, sides: Mapping[str, tuple[Side, ...]]
+) -> Report:
+    """The report with a check of the memory of this machine's device."""
+    try:
+        if not all(sides.values()):
+            raise ModelError("its tokenizers cannot be read")
+        if silent := [side.name for side in _of_models(config, sides) if not side.config]:
+            raise ModelError(f"no config.json of {' and '.join(silent)}")
+        device = pick_device(config.student.device)
+        if (there := device_memory(device)) is None:
+            raise ModelError(f"device {device.type} does not tell how much it has")
+        hardware = Hardware(there, on_gpu=device.type != "cpu")
+        check = examine_memory(plan_of(config, data, recipe, sides, hardware), hardware).finding()
+    except ModelError as error:
+        return replace(report, unchecked=[*report.unchecked, f"memory: {error}"])
+    return replace(report, checks=[*report.checks, check])
+
+
+def _of_models(config: Config, sides: Mapping[str, tuple[Side, ...]]) -> list[Side]:
+    """The sides whose weights a run loads."""
+    mine = next(iter(sides.values()))[0]
+    return [mine, *(sides[name][1] for name, t in config.named_teachers.items() if t.kind == "local")]
 
 
 @dataclass
@@ -102,57 +136,50 @@ class _Loaded:
 def plan_of(
     config: Config,
     data: RunData,
+    recipe: Recipe,
     sides: Mapping[str, tuple[Side, ...]],
-    sizes: tuple[int, int],
     hardware: Hardware,
 ) -> Plan:
-    """What the memory of a run depends on; microbatches are of ``sizes`` sequences and new tokens."""
+    """What the memory of a run depends on."""
     mine = next(iter(sides.values()))[0]
-    prompt = max((prompt_text(p) for p in data.train), key=len, default="")
-    train, given, recipe = config.train, config.student, config.recipe
+    given, named = config.student, config.named_teachers
     lora = (
         None
         if given.lora is None
         else Adapters(given.lora.rank, given.lora.targets, given.lora.modules_to_save)
     )
-    named = config.named_teachers
-    here = {name: t for name, t in named.items() if t.kind == "local"}
-    copies = sum(t.kind == "self" for t in named.values())
-    copies += any(term.name == "reference_kl" and term.weight for term in config.objectives)
+    student = Model(mine.name, mine.config, given.dtype, given.quantization)
+    teachers = [
+        Model(sides[n][1].name, sides[n][1].config, t.dtype, t.quantization) if t.kind == "local" else student
+        for n, t in named.items()
+        if t.kind == "local" or (t.kind == "self" and lora is None)
+    ]
+    reference = any(term.name == "reference_kl" and term.weight for term in config.objectives)
+    batches = [t.batch_tokens or TEACHER_TOKENS for t in named.values() if t.kind in ("local", "self")]
     engine = config.rollout.engine.vllm
-    tokens = len(mine.vocabulary.encode(prompt)) + sizes[1]
-    plan = Plan(
-        Model(mine.name, mine.config, given.dtype, given.quantization),
-        tuple(Model(sides[n][1].name, sides[n][1].config, t.dtype, t.quantization) for n, t in here.items()),
-        lora,
-        sequences=max(1, train.micro_batch_tokens // tokens) if train.micro_batch_tokens else sizes[0],
-        by_tokens=train.micro_batch_tokens is not None,
-        tokens=tokens,
-        new_tokens=sizes[1],
-        step_sequences=train.prompts_per_step * recipe.num_generations,
-        teacher_tokens=min((t.batch_tokens or 16384 for t in here.values()), default=16384),
-        generation_batch=config.rollout.generation_batch_size,
-        gradient_checkpointing=train.gradient_checkpointing is True,
-        autocast=train.precision != "no",
-        copies=0 if lora else copies,
-        blocks=_blocks(config),
+    try:
+        prompt = len(mine.prompt_ids(longest_prompt(data.train)))
+    except DataError:  # another check tells
+        prompt = 0
+    plan = plan_for(
+        recipe,
+        student,
+        prompt,
+        teachers=tuple(teachers),
+        lora=lora,
+        teacher_tokens=min(batches, default=TEACHER_TOKENS),
+        autocast=recipe.precision == "bf16" or (recipe.precision == "auto" and hardware.on_gpu),
+        copies=int(reference and lora is None),
         wide=max(side[1].config.get("vocab_size") or side[1].vocabulary.size for side in sides.values()),
         generates=engine is None and recipe.on_policy > 0,
         engine=round(_share(engine.arguments) * hardware.memory) if engine and engine.url is None else 0,
         engine_sleeps=engine is None or engine.sleep != 0,
         gpus=hardware.gpus,
-        sharding=train.sharding,
-        gradient_sync=train.gradient_sync,
+        on_gpu=hardware.on_gpu,
     )
-    if train.gradient_checkpointing == "auto" and memory_of(plan).peak > hardware.memory:
+    if recipe.gradient_checkpointing == "auto" and not fits(plan, hardware.memory):
         return replace(plan, gradient_checkpointing=True)
     return plan
-
-
-def _blocks(config: Config) -> int:
-    """Blocks of logits that the loss holds at a time."""
-    on = {str(term.options.get("support")) for term in config.objectives if term.weight}
-    return 1 if on == {"bytes"} else 4 if "prefixes" in on else 2
 
 
 def _share(arguments: Sequence[str]) -> float:
@@ -192,15 +219,13 @@ def _diagnosed(
         model.source,
         roles=(roles_of(config.student), roles_of(model)),
         renderings=(rendering_of(config.student), rendering_of(model)),
-        dtypes=(config.student.dtype, model.dtype),
-        quantizations=(config.student.quantization, model.quantization),
-        lora=config.student.lora.model_dump() if config.student.lora else None,
         texts=run_texts(prompts),
         prompt=max((prompt_text(p) for p in prompts), key=len),
         sequences=sizes[0],
         tokens=sizes[1],
         load=load_both if weights else None,
         served=not here,
+        memory=False,
     )
     if teacher.kind != "served":
         return report
@@ -288,16 +313,13 @@ def _of_run(config: Config, data: RunData, sides: Mapping[str, tuple[Side, ...]]
         return []  # reported by another check
     mine = next(iter(sides.values()))[0]
     named, several = config.named_teachers, len(config.named_teachers) > 1
-    readers = [PromptReader("student", mine.name, mine.tokenizer, mine.marked, mine.rendering, mine.context)]
+    read = {name: side for name, (_, side) in sides.items()}
+    readers = readers_of_sides(mine, read, route=config.route, several=several)
     absent: dict[str, Any] = {}
     for name, (_, side) in sides.items():
         limits = named[name].served or named[name].cache
         gives: Need = "rows" if limits is None else "tokens" if limits.top_k == 0 else "top_k"
         absent[name] = _Absent(side.name, gives, side.marked)
-        role, graded = f"teacher {name}" if several else "teacher", partial(_is_graded_by, config.route, name)
-        readers.append(
-            PromptReader(role, side.name, side.tokenizer, side.marked, side.rendering, side.context, graded)
-        )
     checks, recipe, what = [], config.recipe, "objectives"
     student = cast(LanguageModel, readers[0])  # only its vocabulary and prompts are used
     try:
@@ -315,7 +337,3 @@ def _of_run(config: Config, data: RunData, sides: Mapping[str, tuple[Side, ...]]
     except GoldError as error:
         checks.append(Finding(what, "fail", str(error)))
     return [*checks, *examine_prompts(data.train, data.heldout, readers, recipe.max_new_tokens)]
-
-
-def _is_graded_by(route: str | None, name: str, prompt: Prompt) -> bool:
-    return route is None or prompt.route == name

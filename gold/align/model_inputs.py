@@ -8,7 +8,7 @@ from gold.align.texts import AlignedText
 from gold.align.vocabularies import VocabularyPair
 from gold.kernels.logits import LazyLogits
 from gold.models.language_model import LanguageModel
-from gold.models.padding import PaddedStates, ragged_batches
+from gold.models.padding import PaddedStates, packed_batches, ragged_batches
 from gold.rollout.types import Rollout
 from gold.teachers.protocol import Teacher
 from gold.tokenize.chat import starts_text
@@ -29,25 +29,28 @@ def aligned_text(rollout: Rollout, vocabularies: VocabularyPair) -> AlignedText:
     )
 
 
-def rollout_batches(rollouts: Sequence[Rollout], size: int, tokens: int | None = None) -> list[list[int]]:
+def rollout_batches(
+    rollouts: Sequence[Rollout], size: int, tokens: int | None = None, packed: bool = False
+) -> list[list[int]]:
     """Indices of the rollouts in microbatches grouped by length, longest first: of at most ``size``, or with ``tokens``
-    of any number, as long as they have no more tokens, padded to the longest; a single one always fits."""
+    of any number, as long as they have no more tokens, padded to the longest or ``packed``; a single one always
+    fits."""
     lengths = [len(rollout.prompt_ids) + rollout.ids.size for rollout in rollouts]
     if tokens is not None:
-        return ragged_batches(lengths, tokens)
+        return packed_batches(lengths, tokens) if packed else ragged_batches(lengths, tokens)
     order = sorted(range(len(rollouts)), key=lambda i: (-lengths[i], i))
     return [order[first : first + size] for first in range(0, len(order), size)]
 
 
-def student_states(model: LanguageModel, rollouts: Sequence[Rollout]) -> PaddedStates:
+def student_states(
+    model: LanguageModel, rollouts: Sequence[Rollout], *, packed: bool = False
+) -> PaddedStates:
     """The student's states for the rollouts' own ids: one per id, including the stop id."""
-    return PaddedStates.of(
-        [r.prompt_ids for r in rollouts],
-        [r.tokenized.ids for r in rollouts],
-        [r.ids.size for r in rollouts],
-        model.pad_id,
-        model.device,
-    )
+    texts = [r.prompt_ids for r in rollouts], [r.tokenized.ids for r in rollouts]
+    rows = [r.ids.size for r in rollouts]
+    if packed:
+        return PaddedStates.packed(*texts, rows, model.device)
+    return PaddedStates.of(*texts, rows, model.pad_id, model.device)
 
 
 def teacher_logits(

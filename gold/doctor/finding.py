@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from gold.doctor.side import Side
-from gold.doctor.sizes import StepMemory
 from gold.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -122,14 +121,13 @@ class ClassCoverage:
 class Report:
     """All findings about a pair.
 
-    `unchecked`: what could not be examined, and what would be needed. `memory`: the sizes behind the check of that
-    name. `sides`: student and teacher from their files, if those can be read. `of_run`: memory of a run on given GPUs.
+    `unchecked`: what could not be examined, and what would be needed. `sides`: student and teacher from their files, if
+    those can be read. `of_run`: memory of a run on given GPUs.
     """
 
     checks: list[Finding]
     coverage: Mapping[str, ClassCoverage] = field(default_factory=dict)
     unchecked: list[str] = field(default_factory=list)
-    memory: StepMemory | None = None
     sides: tuple[Side, ...] = ()
     of_run: MemoryReport | None = None
 

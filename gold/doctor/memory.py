@@ -2,15 +2,20 @@
 
 Weights, gradients and the optimizer's state are counted (``gold.models.footprint``); activations, caches and 16-bit
 copies are those of the models' own passes, followed on tensors without data. Estimated are the logits of the loss, and
-on a GPU the driver's context and the allocator's rounding.
+on a GPU the driver's context and the allocator's rounding. `gold doctor` of a run and ``gradient_checkpointing: auto``
+(`gold.train.activations`) both decide by it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+
+from gold.doctor.sizes import BYTES_OF, QUANTIZED, kept_of_layer, keys_of, machine_memory, size_in
 from gold.errors import ModelError
 from gold.kernels.logits import ACCELERATED, BLOCK_BYTES
 from gold.models.footprint import (
@@ -25,14 +30,16 @@ from gold.models.footprint import (
 
 Quantization = Literal["nf4", "int8"]
 PHASES = ("rollout", "teacher", "loss", "backward", "update")
-_BYTES_OF = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
-_QUANTIZED_BYTES = {"nf4": 4.13 / 8, "int8": 1.0}
+KINDS = ("student", "activations", "logits", "teacher", "rollouts", "GPU")
+_KIND_OF = {"gathered for a time": "student", "CUDA context, rounding": "GPU"}
 _CONTEXT_BYTES = 2**30
 """Of the driver and the libraries' kernels on a GPU."""
 _ROUNDING = 0.05
 """What a GPU's allocator holds and cannot use, as a share of the tensors."""
 _TABLE_BYTES = 16 * 2**10
 """Byte tables of a token."""
+_BEYOND_DOUBT = 0.25
+"""Share of a memory below which a rough estimate is enough."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,12 @@ class Model:
         """The dtype of its weights."""
         saved = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
         found = str(saved if self.dtype == "auto" else self.dtype).removeprefix("torch.")
-        return found if found in _BYTES_OF else "bfloat16"
+        return found if found in BYTES_OF else "bfloat16"
 
     @property
     def width(self) -> int:
         """Bytes of a weight that is not quantized."""
-        return _BYTES_OF[self.held_dtype]
+        return BYTES_OF[self.held_dtype]
 
     @property
     def sizes(self) -> ModelSizes:
@@ -66,7 +73,7 @@ class Model:
         sizes = self.sizes
         if self.quantization is None:
             return sizes.parameters * self.width
-        held = sizes.matrices * _QUANTIZED_BYTES[self.quantization]
+        held = sizes.matrices * QUANTIZED[self.quantization]
         return int(held + (sizes.parameters - sizes.matrices) * self.width)
 
 
@@ -78,6 +85,8 @@ class Plan:
     ``step_sequences`` of all GPUs together. ``teachers`` are those in this process, and read ``teacher_tokens`` per
     forward pass. ``copies``: float32 or frozen copies of the student's weights beside it (averages, a reference).
     ``blocks``: of logits, held at a time by the loss. ``engine``: bytes of another program on the GPU that draws.
+    ``moments``: bytes of a trained weight's two moments, 2 with ``train.optimizer: adamw8bit``. ``rough``: passes are
+    estimated from the sizes in config.json, not followed.
     """
 
     student: Model
@@ -94,6 +103,7 @@ class Plan:
     gradient_checkpointing: bool = False
     autocast: bool = True
     copies: int = 0
+    moments: int = 8
     blocks: int = 1
     wide: int = 0
     """columns of the widest vocabulary, the student's included, if a teacher is not in this process"""
@@ -105,6 +115,9 @@ class Plan:
     sharding: Literal["none", "fsdp"] = "none"
     gradient_sync: Literal["microbatch", "step"] = "microbatch"
     on_gpu: bool = True
+    trained_weights: int | None = None
+    """their number, if the model is loaded"""
+    rough: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -129,6 +142,8 @@ class Plan:
     @property
     def trained(self) -> int:
         """Weights that are trained."""
+        if self.trained_weights is not None:
+            return self.trained_weights
         if self.lora is None:
             return int(self.student.sizes.parameters)
         return trained_parameters(self.student.config, self.lora)
@@ -149,6 +164,12 @@ class Part:
     def always(cls, name: str, size: float) -> Part:
         """A part that is there in all phases."""
         return cls(name, *[round(size)] * len(PHASES))
+
+    @property
+    def kind(self) -> str:
+        """What it belongs to, one of ``KINDS``."""
+        first = self.name.split()[0].rstrip(":")
+        return first if first in KINDS else _KIND_OF.get(self.name, "rollouts")
 
     @property
     def most(self) -> int:
@@ -196,24 +217,23 @@ def memory_of(plan: Plan) -> Memory:
     return Memory(tuple(parts))
 
 
-def activation_bytes(
-    config: Mapping[str, Any],
-    sequences: int,
-    tokens: int,
-    *,
-    dtype: str = "float32",
-    autocast: bool = False,
-    checkpointing: bool = False,
-    adapters: Adapters | None = None,
-) -> int:
-    """The most bytes that a forward and backward pass holds beside weights and gradients; estimated from the sizes in
-    config.json if the pass depends on numbers, as in some mixtures of experts.
+def fits(plan: Plan, limit: int) -> bool:
+    """Whether each GPU needs at most ``limit`` bytes; passes are followed only where a rough estimate leaves doubt.
 
     Raises:
-        ModelError: config.json gives too little.
+        ModelError: as ``memory_of``.
     """
-    found = _training_pass(Model("", config, dtype), sequences, tokens, autocast, checkpointing, adapters)
-    return max(found.forward, found.backward)
+    with contextlib.suppress(ModelError):
+        if memory_of(replace(plan, rough=True)).peak < limit * _BEYOND_DOUBT:
+            return True
+    return memory_of(plan).peak <= limit
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a device's memory, whatever is free of it; None if nobody tells."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return machine_memory() if device.type == "cpu" else None
 
 
 # Parts
@@ -225,9 +245,7 @@ def _student(plan: Plan) -> list[Part]:
     of_trained = width if plan.lora is None else 4
     masters = trained * 4 if of_trained == 2 else 0
     gradients = trained * of_trained
-    run = _training_pass(
-        student, plan.sequences, plan.tokens, plan.autocast, plan.gradient_checkpointing, plan.lora
-    )
+    run = _training_pass(plan)
     weights = student.weight_bytes() + (trained * 4 if plan.lora is not None else 0)
     # 16-bit copies live until the forward pass is over, or as long as their layer computes.
     casts = 0 if plan.sharded else run.casts
@@ -245,7 +263,7 @@ def _student(plan: Plan) -> list[Part]:
             # 16-bit gradients become float32 ones.
             update=(2 if of_trained == 2 else 1) * gradients // shards,
         ),
-        Part.always("student: AdamW", 8 * trained / shards),
+        Part.always("student: AdamW", plan.moments * trained / shards),
         Part.always("student: copies (average, reference)", plan.copies * student.weight_bytes() / shards),
         Part("student: 16-bit copies", _cast_bytes(plan), loss=casts, backward=kept_casts),
         Part("activations", loss=max(run.held, run.forward) - run.casts, backward=backward),
@@ -293,7 +311,7 @@ def _teachers(plan: Plan) -> list[Part]:
         rows = plan.own_sequences * plan.tokens
         states = rows * sizes.hidden * (2 if plan.autocast else teacher.width)
         sequences = max(1, min(plan.own_sequences, plan.teacher_tokens // plan.tokens))
-        read = _reading_pass(teacher, sequences, plan.tokens, plan.autocast)
+        read = _reading_pass(plan, teacher, sequences, plan.tokens)
         parts += [
             Part.always(f"{which}: weights", weights),
             Part(
@@ -326,10 +344,10 @@ def _rollouts(plan: Plan) -> list[Part]:
         awake = [Part.always("rollout engine", plan.engine)]
         return [Part("rollout engine", rollout=plan.engine)] if plan.engine_sleeps else awake
     batch = min(plan.generation_batch, plan.own_sequences)
-    whole = _reading_pass(plan.student, batch, plan.tokens, plan.autocast, cache=True)
+    whole = _reading_pass(plan, plan.student, batch, plan.tokens, cache=True)
     cache = whole.held - whole.casts
     prompt = max(1, plan.tokens - plan.new_tokens)
-    read = _reading_pass(plan.student, batch, prompt, plan.autocast)
+    read = _reading_pass(plan, plan.student, batch, prompt)
     # Probabilities and their sums, in float32 and float64, of one token of each sequence.
     drawing = batch * plan.student.sizes.rows * 32
     return [
@@ -346,61 +364,52 @@ def _scratch(model: Model) -> int:
 # Passes
 
 
-def _training_pass(
-    model: Model, sequences: int, tokens: int, autocast: bool, checkpointing: bool, adapters: Adapters | None
-) -> Pass:
-    try:
-        return training_pass(
-            model.config,
-            sequences,
-            tokens,
-            dtype=model.held_dtype,
-            autocast=autocast and model.width == 4,
-            checkpointing=checkpointing,
-            adapters=adapters,
-        )
-    except ModelError:
-        rows, wide = sequences * tokens, 2 if autocast else model.width
-        layers = _number(model.config, "num_hidden_layers")
-        layer = rows * _kept_of_layer(model.config) * wide
-        if checkpointing:
-            held = rows * _number(model.config, "hidden_size") * layers * wide
-            return Pass(held, held + layer, held + layer)
-        return Pass(layers * layer, layers * layer, layers * layer)
+def _training_pass(plan: Plan) -> Pass:
+    model, checkpointing = plan.student, plan.gradient_checkpointing
+    if not plan.rough:
+        with contextlib.suppress(ModelError):
+            return training_pass(
+                model.config,
+                plan.sequences,
+                plan.tokens,
+                dtype=model.held_dtype,
+                autocast=plan.autocast and model.width == 4,
+                checkpointing=checkpointing,
+                adapters=plan.lora,
+            )
+    rows, wide = plan.sequences * plan.tokens, 2 if plan.autocast else model.width
+    layers = _number(model.config, "num_hidden_layers")
+    layer = rows * _kept(model.config) * wide
+    if checkpointing:
+        held = rows * _number(model.config, "hidden_size") * layers * wide
+        return Pass(held, held + layer, held + layer)
+    return Pass(layers * layer, layers * layer, layers * layer)
 
 
-def _reading_pass(model: Model, sequences: int, tokens: int, autocast: bool, cache: bool = False) -> Pass:
-    dtype, casting = model.held_dtype, autocast and model.width == 4
-    try:
-        return reading_pass(model.config, sequences, tokens, dtype=dtype, autocast=casting, cache=cache)
-    except ModelError:
-        rows, wide, config = sequences * tokens, 2 if autocast else model.width, model.config
-        states = rows * _number(config, "hidden_size") * wide
-        if cache:
-            return Pass(rows * 2 * _keys(config) * _number(config, "num_hidden_layers") * wide, 0)
-        return Pass(states, states + rows * _kept_of_layer(config) * wide // 2)
+def _reading_pass(plan: Plan, model: Model, sequences: int, tokens: int, cache: bool = False) -> Pass:
+    dtype, casting = model.held_dtype, plan.autocast and model.width == 4
+    if not plan.rough:
+        with contextlib.suppress(ModelError):
+            return reading_pass(model.config, sequences, tokens, dtype=dtype, autocast=casting, cache=cache)
+    rows, wide, config = sequences * tokens, 2 if plan.autocast else model.width, model.config
+    states = rows * _number(config, "hidden_size") * wide
+    if cache:
+        return Pass(rows * 2 * keys_of(config) * _number(config, "num_hidden_layers") * wide, 0)
+    return Pass(states, states + rows * _kept(config) * wide // 2)
 
 
-def _kept_of_layer(config: Mapping[str, Any]) -> int:
-    """Numbers that a layer keeps for the backward pass, per token: fitted to Llama and Gemma."""
-    hidden, inner = _number(config, "hidden_size"), _number(config, "intermediate_size")
-    if experts := config.get("num_experts_per_tok"):
-        inner = int(experts) * int(config.get("moe_intermediate_size") or inner)
-    keys = _keys(config)
-    queries = (
-        keys * _number(config, "num_attention_heads") // max(1, int(config.get("num_key_value_heads") or 1))
-    )
-    return 9 * hidden + 4 * inner + 3 * (queries + keys)
-
-
-def _keys(config: Mapping[str, Any]) -> int:
-    heads = _number(config, "num_attention_heads")
-    head = config.get("head_dim") or _number(config, "hidden_size") // heads
-    return int(head) * int(config.get("num_key_value_heads") or heads)
+def _kept(config: Mapping[str, Any]) -> int:
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
+        _number(config, name)
+    return kept_of_layer(config)
 
 
 def _number(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
-    if type(value) is not int or not 0 < value < 2**40:
+    """A size in a config.json.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    if not (value := size_in(config, name)):
         raise ModelError(f"its config.json gives no {name}")
     return value

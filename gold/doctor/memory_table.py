@@ -8,25 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 from gold.doctor.finding import Finding
 from gold.doctor.fit import Change, changes_to_fit
-from gold.doctor.memory import PHASES, Memory, Plan, memory_of
+from gold.doctor.memory import KINDS, PHASES, Memory, Plan, memory_of
 from gold.doctor.step_time import Work, work_of
 
 if TYPE_CHECKING:
     from gold.models.language_model import LanguageModel
 
 _GIB = 2**30
+_SHOWN = 0.02
+"""Smallest share of a peak that the check names."""
 
 
 @dataclass(frozen=True)
 class Hardware:
     """What a run would have: bytes of each GPU, their number, and the rates that each reaches, if known: TFLOP/s, and
-    GB/s of its memory. ``measured``: whether the rates were measured here."""
+    GB/s of its memory. ``measured``: whether the rates were measured here; ``on_gpu``: false for main memory."""
 
     memory: int
     gpus: int = 1
     tflops: float | None = None
     bandwidth: float | None = None
     measured: bool = False
+    on_gpu: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,16 @@ class MemoryReport:
 
     def finding(self) -> Finding:
         """The check of the report."""
-        memory, limit = self.memory, self.hardware.memory
-        phase, there = memory.phase, _gib(limit)
-        found = f"{_gib(memory.peak)} of {there} on each of {self.hardware.gpus} GPUs, in the phase {phase}"
-        if self.hardware.gpus == 1:
-            found = f"{_gib(memory.peak)} of {there} of the GPU, in the phase {phase}"
+        memory, limit, hardware = self.memory, self.hardware.memory, self.hardware
+        where = f"on each of {hardware.gpus} GPUs" if hardware.gpus > 1 else "of the GPU"
+        where = where if hardware.on_gpu else "of main memory"
+        sizes = {
+            kind: sum(getattr(p, memory.phase) for p in memory.parts if p.kind == kind) for kind in KINDS
+        }
+        parts = ", ".join(
+            f"{kind} {_gib(size)}" for kind, size in sizes.items() if size >= _SHOWN * memory.peak
+        )
+        found = f"{_gib(memory.peak)} of {_gib(limit)} {where}, in the phase {memory.phase}: {parts}"
         if self.fits:
             return Finding("memory", "pass", found)
         settings = ", ".join(change.settings for change in self.changes)
@@ -58,7 +66,7 @@ class MemoryReport:
             return Finding(
                 "memory", "warn", found, f"no settings make it fit{settings and ', also not ' + settings}"
             )
-        return Finding("memory", "warn", found, f"set {settings}: see the table")
+        return Finding("memory", "warn", found, f"set {settings} (gold doctor --memory shows each)")
 
 
 def examine_memory(plan: Plan, hardware: Hardware) -> MemoryReport:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
+
 from gold.activity import report
-from gold.data import MOST_EXAMINED, Prompt, examined
+from gold.data import MOST_EXAMINED, Prompt, characters_of, examined
 from gold.doctor.finding import Check, Finding, failure, failures, passed, run_checks, warning
+from gold.doctor.side import Side
 from gold.errors import DataError
 from gold.rollout.prompts import encode_prompt
 from gold.tokenize.chat import (
@@ -27,6 +31,11 @@ from gold.tokenize.vocabulary import Vocabulary
 
 _MEASURED = 64
 """Number of prompts used to measure how many tokens each side needs for the same bytes."""
+_FEW = 16
+_UNLIMITED = 10**9
+"""A model_max_length above it means none."""
+_SLIDING = ("mistral", "mixtral", "phi3", "starcoder2")
+"""Kinds of models whose layers all have the sliding window of their configuration."""
 _ANOTHER_TEMPLATE = "another chat_template.jinja in its folder"
 
 
@@ -35,7 +44,7 @@ class PromptReader:
     """One side's tokenizer and template for prompts, with or without its weights.
 
     ``role`` is "student", "teacher" or "teacher NAME"; ``grades`` says which prompts a teacher scores. ``context`` is
-    None if unknown. A teacher reads ``adapt(prompt)``.
+    None if unknown. A teacher reads ``adapt(prompt)``. ``limits``: see ``limits_of``.
     """
 
     role: str
@@ -46,6 +55,7 @@ class PromptReader:
     context: int | None
     grades: Callable[[Prompt], bool] = lambda prompt: True
     adapt: Callable[[Prompt], Prompt] = attrgetter("for_teacher")
+    limits: Mapping[int, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def teaches(self) -> bool:
@@ -66,6 +76,50 @@ class PromptReader:
             return prompt_ids(self.tokenizer, prompt, self.rendering)
         except DataError as error:
             raise DataError(f"for {self.role} {self.name}: {error}") from error
+
+
+def readers_of_sides(
+    student: Side, teachers: Mapping[str, Side], *, route: str | None, several: bool
+) -> list[PromptReader]:
+    """The readers of a run, from files: with a ``route`` a teacher reads the prompts that name it."""
+
+    def reader(role: str, side: Side, grades: Callable[[Prompt], bool] = lambda prompt: True) -> PromptReader:
+        limits = limits_of(side.tokenizer, side.config)
+        rest = side.tokenizer, side.marked, side.rendering, side.context, grades
+        return PromptReader(role, side.name, *rest, limits=limits)
+
+    def grades(name: str, prompt: Prompt) -> bool:
+        return route is None or prompt.route == name
+
+    found = [reader("student", student)]
+    for name, side in teachers.items():
+        found.append(reader(f"teacher {name}" if several else "teacher", side, partial(grades, name)))
+    return found
+
+
+def limits_of(tokenizer: Any, config: Mapping[str, Any]) -> dict[int, tuple[str, str]]:
+    """Lengths in tokens beyond which a model still computes, and may do worse; each with its name and advice."""
+    found = {}
+    length = getattr(tokenizer, "model_max_length", None)
+    if type(length) is int and 0 < length < _UNLIMITED:
+        found[length] = (
+            "its tokenizer's model_max_length",
+            "the model may have seen no longer texts; shorten the longest prompts or lower rollout.max_new_tokens, "
+            "unless its documentation says otherwise",
+        )
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    slides = (
+        set(kinds) == {"sliding_attention"}
+        if isinstance(kinds, list)
+        else config.get("model_type") in _SLIDING
+    )
+    if type(window) is int and window > 0 and slides:
+        found[window] = (
+            "the sliding window of all its layers (sliding_window)",
+            "what is further back reaches a token through the layers between alone; shorten the longest prompts or "
+            "lower rollout.max_new_tokens if it matters",
+        )
+    return found
 
 
 @dataclass
@@ -119,6 +173,23 @@ def examine_prompts(
                 _tally(side, side.reader.seen(prompt), new_tokens)
             side.tokens += side.reader.vocabulary.encode(text).ids.size if text else 0
     return run_checks(PROMPT_CHECKS, _Prompts(sides, new_tokens, len(prompts) + len(heldout), len(chosen)))
+
+
+def check_longest(
+    prompts: Sequence[Prompt], readers: Sequence[PromptReader], new_tokens: int, note: Callable[[str], None]
+) -> None:
+    """Checks the longest prompts alone, before any weights are loaded: every side can read them, and the student has
+    room for a completion. Notes what else the check `context` warns of.
+
+    Raises:
+        DataError: one line for each reason why not.
+    """
+    longest = np.argsort(-characters_of(prompts), kind="stable")[:_FEW].tolist()
+    found = examine_prompts([prompts[i] for i in longest], [], readers, new_tokens)
+    raise_refused(found)
+    for finding in found:
+        if finding.check == "context" and finding.status == "warn":
+            note(str(finding))
 
 
 def _tally(tally: Tally, prompt: Prompt, new_tokens: int) -> None:
@@ -242,19 +313,24 @@ def _lengths(found: _Prompts) -> list[Finding]:
     own_tokens = max(1, found.sides[0].tokens)
     for tally in found.sides:
         reader = tally.reader
-        if reader.context is None or not tally.longest[1]:
+        if not tally.longest[1]:
             continue
         longest, key = tally.longest
         new = math.ceil(found.new_tokens * tally.tokens / own_tokens) if reader.teaches else found.new_tokens
         about = "about " if reader.teaches else ""
-        fact = f"{reader.role} {longest:,} + {about}{new:,} of {reader.context:,} tokens"
-        facts.append(fact)
+        fact = f"{reader.role} {longest:,} + {about}{new:,}"
+        for limit, (name, advice) in reader.limits.items():
+            if longest + new > limit:
+                warnings.append(warning(f"{fact} tokens exceed the {limit:,} of {name}", advice))
+        if reader.context is None:
+            continue
+        facts.append(f"{fact} of {reader.context:,} tokens")
         if longest + new > reader.context:
             room = max(0, math.floor((reader.context - longest) * own_tokens / max(1, tally.tokens)))
             warnings.append(
                 warning(
-                    f"{fact}: after its longest prompt ({key}) a completion of rollout.max_new_tokens may not fit, as "
-                    "estimated from the tokens that both sides need for the same bytes",
+                    f"{facts[-1]}: after its longest prompt ({key}) a completion of rollout.max_new_tokens may not "
+                    "fit, as estimated from the tokens that both sides need for the same bytes",
                     "such completions are left out and counted (skipped_sequences); shorten the longest prompts, or "
                     f"lower rollout.max_new_tokens to about {room:,}",
                 )
@@ -285,6 +361,10 @@ PROMPT_CHECKS: tuple[Check[_Prompts], ...] = (
     Check("messages", "Does a chat template drop or change messages?", _messages),
     Check("template arguments", "Does each chat template use its template_kwargs?", _arguments),
     Check("special tokens", "Do prompts contain special tokens as text?", _special),
-    Check("context", "Do the longest prompt and the new tokens fit into each model's context?", _lengths),
+    Check(
+        "context",
+        "Do the longest prompt and the new tokens fit into each model's context?",
+        _lengths,
+    ),
     Check("date", "Does a chat template write today's date?", _dates),
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -42,18 +41,16 @@ def diagnose(
     tokens: int = 256,
     roles: tuple[Roles | None, Roles | None] = (None, None),
     renderings: tuple[Rendering | None, Rendering | None] = (None, None),
-    dtypes: tuple[str, str] = ("float32", "auto"),
     load: Callable[[], tuple[LanguageModel, LanguageModel | None]] | None = None,
     served: bool = False,
-    quantizations: tuple[str | None, str | None] = (None, None),
-    lora: Mapping[str, Any] | None = None,
+    memory: bool = True,
 ) -> Report:
     """The report on two folders, tokenizer files or Hub ids.
 
     With `load`, which returns both models (the student alone if the teacher is `served`), their weights are checked
     too. `texts` are a run's own, `roles` the special tokens that it names, `renderings` its arguments of the chat
-    templates, `dtypes` and `quantizations` those of the weights, `lora` the adapters that are trained. A forward pass
-    reads `sequences`, each of `prompt` and `tokens` student tokens.
+    templates. A forward pass reads `sequences`, each of `prompt` and `tokens` student tokens; `memory`: whether that
+    of a step on this machine is estimated, the student in float32.
 
     Raises:
         VocabularyError: a source is no tokenizer at all; one whose tokens are not bytes is a failed check.
@@ -80,10 +77,10 @@ def diagnose(
     checks, unchecked = [*report.checks], [*report.unchecked]
     tokens += len(mine.vocabulary.encode(prompt))
     checks += [_adapter_finding(side) for side in sides if side.adapter is not None]
-    lora = lora or _lora_of(mine)
-    needed = step_memory(mine, theirs, sequences, tokens, dtypes, served, quantizations, lora)
-    checks += [memory_finding(needed)] if needed is not None else []
-    unchecked += [_why_no_memory(sides[: 2 - served])] if needed is None else []
+    if memory:
+        needed = step_memory(mine, theirs, sequences, tokens, _lora_of(mine))
+        checks += [memory_finding(needed)] if needed is not None else []
+        unchecked += [_why_no_memory(sides)] if needed is None else []
     if load is None:
         loaded = "the student" if served else "both models"
         unchecked.append(f"self KL, bits per byte, time: --weights loads {loaded}")
@@ -91,7 +88,7 @@ def diagnose(
         from gold.doctor.weights import examine_weights
 
         checks += examine_weights(*load(), texts or SAMPLE[JUDGED], sequences, tokens)
-    return Report(checks, report.coverage, unchecked, needed, tuple(sides))
+    return Report(checks, report.coverage, unchecked, tuple(sides))
 
 
 def _why_no_memory(sides: Sequence[Side]) -> str:
@@ -135,14 +132,11 @@ def load_pair(student: str, teacher: str) -> tuple[LanguageModel, LanguageModel]
 
 
 def combined(reports: Mapping[str, Report]) -> Report:
-    """One report on a student and several teachers: findings under each teacher's name, memory for all at once."""
+    """One report on a student and several teachers: findings under each teacher's name."""
     if len(reports) == 1:
         return next(iter(reports.values()))
     each = reports.items()
-    checks = [replace(f, check=f"{n}: {f.check}") for n, r in each for f in r.checks if f.check != "memory"]
-    needed = [report.memory for report in reports.values() if report.memory]
-    if len(needed) == len(reports):
-        checks.append(memory_finding(reduce(StepMemory.plus_teachers, needed)))
+    checks = [replace(f, check=f"{n}: {f.check}") for n, r in each for f in r.checks]
     coverage = {f"{name}: {kind}": found for name, r in each for kind, found in r.coverage.items()}
     return Report(checks, coverage, [f"{name}: {line}" for name, r in each for line in r.unchecked])
 
@@ -231,7 +225,6 @@ def _coverage_table(report: Report) -> Any:
 
 def memory_finding(needed: StepMemory) -> Finding:
     """A check that one step fits into this machine's memory."""
-    teachers = "teacher" if needed.teachers == 1 else f"{needed.teachers} teachers"
     millions = f"{_gib(needed.teacher)} ({needed.teacher_parameters / 1e6:,.0f} M)"
     trained = (
         f"× {needed.student // needed.student_parameters} bytes: weights, gradients, AdamW"
@@ -241,8 +234,8 @@ def memory_finding(needed: StepMemory) -> Finding:
     found = (
         f"{_gib(needed.total)} for {needed.sequences} × {needed.tokens} tokens: student {_gib(needed.student)} "
         f"({needed.student_parameters / 1e6:,.0f} M {trained}), activations "
-        f"{_gib(needed.activations)}, logits {_gib(needed.logits)}, {teachers} "
-        f"{millions if needed.teacher else 'served elsewhere'}"
+        f"{_gib(needed.activations)}, logits {_gib(needed.logits)}, teacher "
+        f"{millions}"
     )
     here = machine_memory()
     if here is None or needed.total <= here:

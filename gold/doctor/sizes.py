@@ -1,15 +1,14 @@
-"""Memory that one optimizer step needs, from the sizes in two config.json.
+"""Sizes in a config.json, and a first estimate of the memory of a step from them, without torch.
 
-    student      parameters × 16 bytes in float32 and bfloat16: weights, gradients, and AdamW's two moments in float32;
-                 a bfloat16 weight also has a float32 copy (see gold.train.optimizer). With adapters: parameters × bytes
-                 of their dtype, and the adapters' parameters × 16 bytes
+    student      parameters × 16 bytes: weights, gradients, and AdamW's two moments, in float32. With adapters 4 bytes,
+                 and the adapters' parameters × 16
     teacher      parameters × bytes of its dtype
-                 quantized: 0.52 bytes (nf4) or 1 byte (int8) for the matrices of the layers, all else in its dtype
     activations  sequences × tokens × layers × (9·hidden + 4·inner + 3·(queries + keys)) × 4 bytes
     logits       6 blocks of at most 128 MiB: both sides' rows of one block, and what their gradients need
 
 The factors of the activations were fitted to two real models (the formula gives 1.22 times what a Llama keeps for the
-backward pass, 0.89 times for a Gemma). The rollout's KV cache is freed before the step, and not included.
+backward pass, 0.89 times for a Gemma). The rollout's KV cache is freed before the step, and not included. This is for
+two models without a run; what a run needs is told, and decided, by `gold.doctor.memory`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from gold.doctor.side import Side
 from gold.errors import ModelError
 from gold.files import safetensors_header
 
-_BYTES_OF = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
-_QUANTIZED = {"nf4": 4.127 / 8, "int8": 1.0}
+BYTES_OF = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+QUANTIZED = {"nf4": 4.127 / 8, "int8": 1.0}
+"""Bytes of a quantized weight."""
 _BLOCK_BYTES = 128 * 2**20
 _BLOCKS = 6
 
@@ -43,21 +43,8 @@ class StepMemory:
     logits: int
     student_parameters: int
     teacher_parameters: int
-    teachers: int = 1
     trained_parameters: int | None = None
     """of adapters; None if all are trained"""
-
-    def plus_teachers(self, other: StepMemory) -> StepMemory:
-        """The sum with the teachers of another pair of the same student, all in memory at the same time."""
-        return replace(
-            self,
-            tokens=max(self.tokens, other.tokens),
-            teacher=self.teacher + other.teacher,
-            activations=max(self.activations, other.activations),
-            logits=max(self.logits, other.logits),
-            teacher_parameters=self.teacher_parameters + other.teacher_parameters,
-            teachers=self.teachers + other.teachers,
-        )
 
     @property
     def total(self) -> int:
@@ -66,65 +53,36 @@ class StepMemory:
 
 
 def step_memory(
-    student: Side,
-    teacher: Side,
-    sequences: int,
-    tokens: int,
-    dtypes: tuple[str, str] = ("float32", "auto"),
-    served: bool = False,
-    quantizations: tuple[str | None, str | None] = (None, None),
-    lora: Mapping[str, Any] | None = None,
+    student: Side, teacher: Side, sequences: int, tokens: int, lora: Mapping[str, Any] | None = None
 ) -> StepMemory | None:
-    """The memory of a step; None if a config.json lacks sizes that the formula needs.
+    """The memory of a step with the student in float32 and the teacher as it was saved; None if a config.json lacks
+    sizes that the formula needs.
 
-    The dtype "auto" is the one in config.json; the weights of a ``served`` teacher are not counted. ``lora``: rank,
-    targets and modules_to_save of the student's adapters, if they alone are trained.
+    ``lora``: rank, targets and modules_to_save of the student's adapters, if they alone are trained.
     """
     mine, theirs = student.config, teacher.config
-    counts = parameters(student), 0 if served else parameters(teacher)
+    counts = parameters(student), parameters(teacher)
     shape = _shape(mine)
     if counts[0] is None or counts[1] is None or shape is None:
         return None
     rows = sequences * tokens
     widths = [int(mine.get("vocab_size") or 0), int(theirs.get("vocab_size") or teacher.vocabulary.size)]
-    block = min(_BLOCK_BYTES, rows * max(widths) * 4)
-    width = _bytes_of(dtypes[0], mine)
-    trained = 4 * width if width >= 4 else 2 * width + 3 * 4  # weight, gradient, moments, float32 copy
-    student_bytes, adapted = counts[0] * trained, None
-    if lora is not None:
-        adapters, whole = _adapter_parameters(shape, lora)
-        adapted = adapters + whole
-        student_bytes = (
-            _weight_bytes(counts[0], shape, width, quantizations[0]) + adapters * 16 + whole * trained
-        )
-    teacher_bytes = _weight_bytes(counts[1], _shape(theirs), _bytes_of(dtypes[1], theirs), quantizations[1])
+    adapted = None if lora is None else _adapter_parameters(shape, lora)
+    saved = theirs.get("dtype") or theirs.get("torch_dtype") or "float32"
     return StepMemory(
         sequences=sequences,
         tokens=tokens,
-        student=student_bytes,
-        teacher=teacher_bytes,
-        activations=_activations(shape, rows),
-        logits=_BLOCKS * block,
+        student=16 * counts[0] if adapted is None else 4 * counts[0] + 16 * adapted,
+        teacher=counts[1] * BYTES_OF.get(str(saved), 2),
+        activations=rows * shape[4] * kept_of_layer(mine) * 4,
+        logits=_BLOCKS * min(_BLOCK_BYTES, rows * max(widths) * 4),
         student_parameters=counts[0],
         teacher_parameters=counts[1],
         trained_parameters=adapted,
     )
 
 
-def _weight_bytes(
-    count: int, shape: tuple[int, int, int, int, int, int] | None, width: int, quantization: str | None
-) -> int:
-    """Bytes of frozen weights; quantized ones are the matrices of the layers."""
-    if quantization is None or shape is None or not count:
-        return count * width
-    hidden, inner, queries, keys, layers, _ = shape
-    matrices = min(count, layers * (2 * hidden * (queries + keys) + 3 * hidden * inner))
-    return (count - matrices) * width + int(matrices * _QUANTIZED[quantization])
-
-
-def _adapter_parameters(
-    shape: tuple[int, int, int, int, int, int], lora: Mapping[str, Any]
-) -> tuple[int, int]:
+def _adapter_parameters(shape: tuple[int, int, int, int, int, int], lora: Mapping[str, Any]) -> int:
     """Parameters of low-rank adapters, and of modules that are trained whole."""
     hidden, inner, queries, keys, layers, rows = shape
     sides = {
@@ -139,23 +97,32 @@ def _adapter_parameters(
     whole = len(
         {"lm_head", "embed_tokens"} & {str(n).rpartition(".")[2] for n in lora.get("modules_to_save") or ()}
     )
-    return int(lora["rank"]) * adapters, whole * hidden * rows
+    return int(lora["rank"]) * adapters + whole * hidden * rows
 
 
-def activation_bytes(config: Mapping[str, Any], rows: int) -> int | None:
-    """Bytes that a forward pass over so many tokens keeps for its backward pass; None if sizes are missing."""
-    shape = _shape(config)
-    return None if shape is None else _activations(shape, rows)
+def kept_of_layer(config: Mapping[str, Any]) -> int:
+    """Numbers that a layer keeps for the backward pass, per token, fitted to Llama and Gemma; 0 without sizes."""
+    hidden, inner = size_in(config, "hidden_size"), size_in(config, "intermediate_size")
+    if experts := size_in(config, "num_experts_per_tok"):
+        inner = experts * (size_in(config, "moe_intermediate_size") or inner)
+    keys, heads = keys_of(config), size_in(config, "num_attention_heads")
+    if not (hidden and inner and keys):
+        return 0
+    queries = keys * heads // (size_in(config, "num_key_value_heads") or heads)
+    return 9 * hidden + 4 * inner + 3 * (queries + keys)
 
 
-def _activations(shape: tuple[int, int, int, int, int, int], rows: int) -> int:
-    hidden, inner, queries, keys, layers, _ = shape
-    return rows * layers * (9 * hidden + 4 * inner + 3 * (queries + keys)) * 4
+def keys_of(config: Mapping[str, Any]) -> int:
+    """Numbers in the keys of a layer, per token; 0 if sizes are missing."""
+    heads = size_in(config, "num_attention_heads")
+    head = size_in(config, "head_dim") or (size_in(config, "hidden_size") // heads if heads else 0)
+    return head * (size_in(config, "num_key_value_heads") or heads)
 
 
-def _bytes_of(dtype: str, config: Mapping[str, Any]) -> int:
-    saved = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return _BYTES_OF.get(str(saved if dtype == "auto" else dtype), 2)
+def size_in(config: Mapping[str, Any], name: str) -> int:
+    """A size in a config.json; 0 if it is missing or impossible."""
+    value = config.get(name)
+    return value if type(value) is int and 0 < value < 2**40 else 0
 
 
 def parameters(side: Side) -> int | None:
@@ -197,14 +164,8 @@ def _dense_parameters(config: Mapping[str, Any]) -> int | None:
 def _shape(config: Mapping[str, Any]) -> tuple[int, int, int, int, int, int] | None:
     """hidden, inner, queries, keys, layers, rows."""
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-    hidden, inner, heads, layers, rows = (_count(config, name) for name in names)
+    hidden, inner, heads, layers, rows = (size_in(config, name) for name in names)
     if not (hidden and inner and heads and layers and rows):
         return None
-    head = _count(config, "head_dim") or hidden // heads
-    return hidden, inner, heads * head, (_count(config, "num_key_value_heads") or heads) * head, layers, rows
-
-
-def _count(config: Mapping[str, Any], name: str) -> int:
-    """A size in a config.json; 0 if it is missing or impossible."""
-    value = config.get(name)
-    return value if type(value) is int and 0 < value < 2**40 else 0
+    head = size_in(config, "head_dim") or hidden // heads
+    return hidden, inner, heads * head, (size_in(config, "num_key_value_heads") or heads) * head, layers, rows

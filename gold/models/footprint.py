@@ -122,12 +122,15 @@ def trained_parameters(config: Mapping[str, Any], adapters: Adapters) -> int:
         ModelError: as ``model_sizes``; or no layer has the name of a target.
     """
     with _as_model_error("adapters on its config.json"):
-        counts = []
-        for layers in _few(config):
-            with torch.device("meta"):
-                lm = _adapted(_model(_shortened(config, layers)), adapters)
-            counts.append(sum(p.numel() for p in lm.parameters() if p.requires_grad))
+        counts = [_trained(_Frozen(_shortened(config, layers)), adapters) for layers in _few(config)]
         return _extended(counts, config)
+
+
+@lru_cache(maxsize=64)
+def _trained(config: _Frozen, adapters: Adapters) -> int:
+    with torch.device("meta"):
+        lm = _adapted(_model(config.settings), adapters)
+    return sum(p.numel() for p in lm.parameters() if p.requires_grad)
 
 
 def training_pass(

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from gold.errors import ModelError
 from gold.kernels.logits import HeadLogits, LazyLogits, SummedWeight, leaf_of, linear
 from gold.models.language_model import backbone, output_matrix, output_width, without_adapters
+from gold.models.packing import packed_pass
 from gold.models.padding import PaddedStates
 
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -24,9 +25,14 @@ _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_c
 
 def lazy_logits(lm: Any, states: PaddedStates) -> LazyLogits:
     """The model's logits at the chosen positions: one forward pass now, the output matrix on demand."""
-    with states_only(lm):
+    more = {} if states.position_ids is None else {"position_ids": states.position_ids}
+    with states_only(lm), packed_pass(states.lengths) as packed:
         output = backbone(lm)(
-            input_ids=states.input_ids, attention_mask=states.attention_mask, use_cache=False
+            input_ids=states.input_ids,
+            attention_mask=states.attention_mask,
+            use_cache=False,
+            **more,
+            **packed,
         )
     hidden = output.last_hidden_state.to(
         states.input_ids.device

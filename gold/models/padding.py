@@ -1,4 +1,5 @@
-"""Padding of sequences to one length: on the right for scoring, on the left for generation."""
+"""Sequences as the input of a model: padded to one length, on the right for scoring, on the left for generation, or
+packed into one row."""
 
 from __future__ import annotations
 
@@ -68,17 +69,35 @@ def ragged_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]
     return groups[::-1]
 
 
+def packed_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices in groups of at most ``batch_tokens`` tokens without padding: from the longest on, each goes to the first
+    group with room. A single text always fits."""
+    groups: list[list[int]] = []
+    filled: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = next((n for n, size in enumerate(filled) if size + lengths[i] <= batch_tokens), len(groups))
+        if place == len(groups):
+            groups.append([])
+            filled.append(0)
+        groups[place].append(i)
+        filled[place] += lengths[i]
+    return groups
+
+
 @dataclass(frozen=True)
 class PaddedStates:
     """Right-padded sequences, and the positions of the states that predict the completions' tokens.
 
-    The one shift of the package is here: the state at position i − 1 predicts token i.
+    Packed ones are one row without padding: they have ``lengths`` and ``position_ids``, and no mask. The one shift of
+    the package is here: the state at position i − 1 predicts token i.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     sequence: Tensor
     position: Tensor
+    position_ids: Tensor | None = None
+    lengths: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -91,5 +110,25 @@ class PaddedStates:
         ]
         sequence = np.repeat(np.arange(len(texts)), rows)
         position = np.concatenate([len(p) - 1 + np.arange(r) for p, r in zip(prompts, rows, strict=True)])
-        chosen = (torch.from_numpy(a).to(device) for a in (sequence, position))
-        return cls(*padded(texts, pad_id, device), *chosen)
+        chosen = [torch.from_numpy(a).to(device) for a in (sequence, position)]
+        return cls(*padded(texts, pad_id, device), chosen[0], chosen[1])
+
+    @classmethod
+    def packed(
+        cls, prompts: Sequence[Sequence[int]], completions: Sequence[NDArray[np.integer[Any]]], rows: Sequence[int],
+        device: torch.device,
+    ) -> PaddedStates:  # fmt: skip
+        """The states of ``of``, in the same order, of sequences in one row."""
+        texts = [
+            np.concatenate((np.asarray(p, np.int64), c)) for p, c in zip(prompts, completions, strict=True)
+        ]
+        lengths = [len(text) for text in texts]
+        starts = np.cumsum([0, *lengths[:-1]])
+        position = np.concatenate(
+            [s + len(p) - 1 + np.arange(r) for s, p, r in zip(starts, prompts, rows, strict=True)]
+        )
+        places = np.concatenate([np.arange(n) for n in lengths])
+        ids, chosen, within = (
+            torch.from_numpy(a).to(device) for a in (np.concatenate(texts), position, places)
+        )
+        return cls(ids[None], None, torch.zeros_like(chosen), chosen, within[None], tuple(lengths))

@@ -16,6 +16,7 @@ from gold.models.files import first_line
 from gold.models.generate import generate
 from gold.models.hidden_states import lazy_logits, states_only
 from gold.models.language_model import Batches, output_width, without_adapters
+from gold.models.packing import allow_packing, forbid_packing
 from gold.models.padding import PaddedStates
 from gold.models.quantization import quantization_of
 
@@ -60,6 +61,34 @@ def examine(lm: Any, name: str, pad_id: int) -> tuple[Batches, str | None]:
         ) from error
     finally:
         lm.train(was_training)
+
+
+def check_packing(lm: Any, name: str) -> None:
+    """Sets up a model for texts that are packed into one row, and checks that it then reads each as if it were alone.
+
+    Raises:
+        ModelError: it does not.
+    """
+    refused = f"train.packing: model {name} cannot read packed texts"
+    try:
+        allow_packing(lm)
+        with torch.no_grad():
+            text = _Text.read(lm, name)
+            first, rest = text.ids[:1], np.array(text.ids[1:])
+            device = next(lm.parameters()).device
+            rows = [_SHORT, _LENGTH, _SHORT]
+            states = PaddedStates.packed([first] * 3, [rest[: n - 1] for n in rows], rows, device)
+            parts = lazy_logits(lm, states).logits().float().split(rows)
+        if not all(text.agrees(logits, range(len(logits))) for logits in parts):
+            forbid_packing(lm)
+            raise ModelError(f"{type(without_adapters(lm)).__name__} reads a text differently after another")
+    except GoldError as error:
+        raise ModelError(f"{refused}: {error}; set it to false") from error
+    except Exception as error:
+        forbid_packing(lm)
+        raise ModelError(
+            f"{refused} ({type(error).__name__}: {first_line(error)}); set it to false"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class CachedTeacher(Teacher):
         self.gives = "top_k" if origin.top_k else "tokens"
         self.vocabulary, self.device = teacher.vocabulary, teacher.device
         self.tokenizer, self.rendering, self.model = teacher.tokenizer, teacher.rendering, teacher.model
-        self.complete = teacher.complete
+        self.complete, self.batch_tokens = teacher.complete, teacher.batch_tokens
         self.pinned_date = date.fromisoformat(origin.date) if origin.date else None
         if self.pinned_date:
             self.pin_date(self.pinned_date)
@@ -87,6 +87,15 @@ class CachedTeacher(Teacher):
     def context(self) -> int | None:  # type: ignore[override]
         """The teacher's context, which its server may lower."""
         return self.teacher.context
+
+    @property
+    def packed(self) -> bool:
+        """Whether the teacher's model reads packed texts."""
+        return self.teacher.packed
+
+    @packed.setter
+    def packed(self, packed: bool) -> None:
+        self.teacher.packed = packed
 
     @property
     def retries(self) -> int | None:

@@ -15,7 +15,7 @@ from gold.kernels.logits import LazyLogits
 from gold.models.branches import TextStates
 from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
-from gold.models.padding import PaddedStates, batches_by_length, ragged_batches
+from gold.models.padding import PaddedStates, batches_by_length, packed_batches, ragged_batches
 from gold.teachers.protocol import Teacher
 from gold.tokenize.vocabulary import TokenizedText
 
@@ -26,7 +26,8 @@ class LocalTeacher(Teacher):
     """A language model that scores completions.
 
     ``batch_tokens`` bounds the padded tokens of one forward pass, and few of them are padding; without it there are at
-    most 16,384, in as few passes as possible. Texts of similar length are scored together.
+    most 16,384, in as few passes as possible. Texts of similar length are scored together; if ``packed`` is set
+    (``probe.check_packing``), texts of any lengths without padding.
     """
 
     model: LanguageModel
@@ -70,18 +71,16 @@ class LocalTeacher(Teacher):
                     f"{self.misfit(prompt, size)}; shorten the prompt or lower rollout.max_new_tokens"
                 )
         results: dict[int, LazyLogits] = {}
-        tokens = self.batch_tokens
-        batches = ragged_batches(lengths, tokens) if tokens else batches_by_length(lengths, _TOKENS)
+        batches = self._batches(lengths)
         for chosen in batches:
             if len(batches) > 1:
                 report(len(results), len(prompts), "texts")
             rows = [sizes[i] + bool(stopped[i]) for i in chosen]
-            states = PaddedStates.of(
-                [encoded[i] for i in chosen],
-                [tokenized_texts[i].ids for i in chosen],
-                rows,
-                self.model.pad_id,
-                self.device,
+            texts = [encoded[i] for i in chosen], [tokenized_texts[i].ids for i in chosen]
+            states = (
+                PaddedStates.packed(*texts, rows, self.device)
+                if self.packed
+                else PaddedStates.of(*texts, rows, self.model.pad_id, self.device)
             )
             parts = lazy_logits(self.model.lm, states).split(rows)
             results.update(zip(chosen, parts, strict=True))
@@ -90,3 +89,11 @@ class LocalTeacher(Teacher):
     def states(self, prompt: Prompt, tokenized: TokenizedText, stopped: bool) -> TextStates:
         """See ``Teacher.states``: branches are read behind a cache of the text."""
         return TextStates(self.model, self.prompt_ids(prompt), tokenized.ids, tokenized.ids.size + stopped)
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Indices of the texts of each forward pass."""
+        if self.packed:
+            return packed_batches(lengths, self.batch_tokens or _TOKENS)
+        if self.batch_tokens:
+            return ragged_batches(lengths, self.batch_tokens)
+        return batches_by_length(lengths, _TOKENS)

@@ -50,6 +50,10 @@ class Teacher(Protocol):
     """The arguments of its chat template."""
     model: LanguageModel | None = None
     """Its model, if it is in this process."""
+    batch_tokens: int | None = None
+    """Most tokens of one of its model's passes, if a bound was set."""
+    packed: bool = False
+    """Whether its model reads texts in one row without padding (``probe.check_packing``)."""
     pinned_date: date | None = None
     """The date that its chat template must print; None for any date."""
     complete: bool = True

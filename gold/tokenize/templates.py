@@ -124,6 +124,7 @@ class PromptTokenizer:
             roles = {"bos_token": vocabulary.bos_id, "eos_token": eos, "pad_token": vocabulary.pad_id}
             settings = {name: vocabulary.label(i) for name, i in roles.items() if i is not None}
         self.add_bos_token = settings.get("add_bos_token")
+        self.model_max_length = settings.get("model_max_length")
         named = {name: token_content(settings.get(name)) for name in _NAMED}
         self.special_tokens_map = {name: token for name, token in named.items() if token is not None}
 

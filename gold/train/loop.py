@@ -38,6 +38,7 @@ from gold.train.preflight import (
     check_kept,
     check_lengths,
     check_recipe,
+    pack_texts,
     pin_date,
     read_date,
     readers_of,
@@ -174,11 +175,13 @@ def _run(
     kept_day = read_date(saving.output) if saving.output and saving.resume else None
     day = pin_date(student, teachers, kept_day, accelerator)
     readers = readers_of(student, teachers)
-    prints_date = _check_prompts(setup, heldout, readers, evaluation.max_new_tokens, tracker)
+    told = () if settings is None else ("context",)  # by a configuration's checks, before models were loaded
+    prints_date = _check_prompts(setup, heldout, readers, evaluation.max_new_tokens, tracker, told)
     if setup.needs_teacher:
         check_kept(teachers, student, setup.pairs, setup.prompts, recipe)
     if saving.output and accelerator.is_main_process and inputs is None:
         inputs = of_run(student, teachers, setup.prompts, heldout)
+    pack_texts(recipe, student, teachers)
     own = settled(setup, tracker, accelerator.num_processes)
     state = TrainState(student, teachers, own, accelerator, keep_reference=setup.needs_reference)
     run = Run(student, saving.output, is_main_process=accelerator.is_main_process)
@@ -400,14 +403,15 @@ def _check_prompts(
     readers: Sequence[PromptReader],
     evaluated_tokens: int,
     tracker: Tracker,
+    told: Sequence[str] = (),
 ) -> bool:
-    """Refuses prompts that a side cannot encode, and notes anomalies; returns whether a chat template prints the
-    date."""
+    """Refuses prompts that a side cannot encode, and notes anomalies, except those of checks that are ``told`` already;
+    returns whether a chat template prints the date."""
     room = max(setup.recipe.max_new_tokens, evaluated_tokens)
     with doing("checking the prompts"):
         checks = examine_prompts(setup.prompts, heldout, readers, room)
     raise_refused(checks)
-    for note in notes_of(checks):
+    for note in notes_of([check for check in checks if check.check not in told]):
         tracker.note(note)
     return any(check.check == "date" for check in checks)
 

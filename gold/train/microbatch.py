@@ -55,7 +55,8 @@ def build_microbatches(setup: Setup, rollouts: Sequence[Rollout]) -> tuple[list[
     for names in sorted(by_teachers):
         given = by_teachers[names]
         own = [rollout for rollout, _ in given]
-        for chosen in rollout_batches(own, recipe.micro_batch_size, recipe.micro_batch_tokens):
+        sizes = recipe.micro_batch_size, recipe.micro_batch_tokens
+        for chosen in rollout_batches(own, *sizes, packed=recipe.packing):
             texts_of = {name: [given[i][1][name] for i in chosen] for name in names}
             batches = _aligned(setup, texts_of)
             microbatches.append(Microbatch(tuple(given[i][0] for i in chosen), batches))

@@ -15,10 +15,11 @@ from accelerate.utils import gather_object
 from gold.align.model_inputs import aligned_text
 from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt, examined, lacking_completion
-from gold.doctor.prompts import PromptReader
+from gold.doctor.prompts import PromptReader, limits_of
 from gold.errors import CheckpointError, ConfigError, DataError
 from gold.evaluate import Verifier
 from gold.models.language_model import LanguageModel
+from gold.models.probe import check_packing
 from gold.prompt_order import PromptOrder
 from gold.rollout.engine import ProbedEngine, RolloutEngine, completed
 from gold.rollout.prompts import encode_prompt
@@ -57,6 +58,21 @@ def check_recipe(
         raise ConfigError(*found)
 
 
+def pack_texts(recipe: Recipe, student: LanguageModel, teachers: Teachers | None) -> None:
+    """Sets up the student and the teachers in this process as ``train.packing`` says.
+
+    Raises:
+        ModelError: one of them cannot read packed texts.
+    """
+    members = list(teachers.members.values()) if teachers else []
+    if recipe.packing:
+        for model in (student, *(t.model for t in members if t.model is not None)):
+            check_packing(model.lm, model.name)
+    for teacher in members:
+        if teacher.model is not None:
+            teacher.packed = recipe.packing
+
+
 def check_launcher(recipe: Recipe) -> None:
     """Checks what the configuration of ``accelerate launch`` asks for.
 
@@ -84,7 +100,13 @@ def readers_of(student: LanguageModel, teachers: Teachers | None) -> list[Prompt
     """The encoders of prompts: the student, and the teachers with a local tokenizer."""
     readers = [
         PromptReader(
-            "student", student.name, student.tokenizer, student.vocabulary, student.rendering, student.context
+            "student",
+            student.name,
+            student.tokenizer,
+            student.vocabulary,
+            student.rendering,
+            student.context,
+            limits=_limits(student),
         )
     ]
     for name, teacher in teachers.members.items() if teachers else ():
@@ -99,9 +121,14 @@ def readers_of(student: LanguageModel, teachers: Teachers | None) -> list[Prompt
                     teacher.context,
                     partial(_grades, teachers, name),
                     teacher.adapt_prompt,
+                    _limits(teacher.model) if teacher.model is not None else {},
                 )
             )
     return readers
+
+
+def _limits(model: LanguageModel) -> dict[int, tuple[str, str]]:
+    return limits_of(model.tokenizer, model.lm.config.get_text_config().to_dict())
 
 
 def _grades(teachers: Teachers | None, name: str, prompt: Prompt) -> bool:

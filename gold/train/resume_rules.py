@@ -70,6 +70,7 @@ MAY_CHANGE: dict[str, str | None] = {
             ("bad_steps_allowed", ""),
             ("micro_batch_size", _DIGITS),
             ("micro_batch_tokens", _DIGITS),
+            ("packing", _DIGITS),
             ("gradient_checkpointing", _DIGITS),
             ("sharding", _DIGITS),
             ("gradient_sync", _DIGITS),
@@ -96,6 +97,7 @@ _LATER = {
         ("train recipe", "sharding", '"none"'),
         ("train recipe", "gradient_sync", '"microbatch"'),
         ("train recipe", "optimizer", '"adamw"'),
+        ("train recipe", "packing", "false"),
     )
     for section in sections.split()
 }

@@ -317,7 +317,7 @@ def accumulate_gradients(
                 total = state.no_loss()
             else:
                 microbatch = microbatches[number - 1]
-                states = student_states(state.student, microbatch.rollouts)
+                states = student_states(state.student, microbatch.rollouts, packed=setup.recipe.packing)
                 reference = state.reference_logits(states)
                 loss = partial(step_loss, state, setup, microbatch, counts, reference)
                 total, parts = state.loss(states, loss)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -27,11 +28,12 @@ from gold.doctor.finding import Finding
 from gold.doctor.prompts import (
     PromptReader,
     examine_prompts,
+    limits_of,
     notes_of,
     raise_refused,
 )
 from gold.doctor.side import read_side
-from gold.errors import ConfigError, DataError
+from gold.errors import ConfigError, DataError, ModelError
 from gold.models.load import wrap_model
 from gold.teachers import CachedTeacher, LocalTeacher, ServedTeacher
 from gold.teachers.absent import AbsentTeacher
@@ -188,6 +190,30 @@ def test_the_longest_prompt_and_new_tokens_are_held_against_both_contexts() -> N
         assert "longest" in check.found
     # Where nobody knows a context, nothing is said of it.
     assert "context" not in checks_of(prompts, *sides)
+
+
+@pytest.mark.parametrize(
+    ("length", "config", "limits"),
+    [
+        (None, {}, []),
+        (10**30, {"sliding_window": None, "model_type": "mistral"}, []),
+        (2048, {"sliding_window": 512, "model_type": "mistral"}, [2048, 512]),
+        (None, {"sliding_window": 512, "model_type": "qwen2"}, []),
+        (None, {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}, []),
+        (None, {"sliding_window": 512, "layer_types": ["sliding_attention"] * 2}, [512]),
+    ],
+)
+def test_other_limits_are_those_of_the_tokenizer_and_of_windows_in_every_layer(
+    length: int | None, config: dict[str, Any], limits: list[int]
+) -> None:
+    student = reader("student", None)
+    student.tokenizer.model_max_length = length
+    assert list(limits_of(student.tokenizer, config)) == limits
+    limited = replace(student, limits={n: (f"limit {n}", "shorten") for n in (9, 10)})
+    prompt = Prompt("only", "say")
+    size = len(student.prompt_ids(prompt))
+    warned = [f.found for f in examine_prompts([prompt], [], [limited], 10 - size) if f.status == "warn"]
+    assert warned == [f"student {size} + {10 - size} tokens exceed the 9 of limit 9"]
 
 
 # Arguments of templates
@@ -495,3 +521,39 @@ def test_align_shows_the_prompt_with_the_arguments_of_a_run(
     assert json.loads(shown().out)["student"]["prompt_ids"] == prompt_ids(side.tokenizer, talk)
     assert "--teacher-template-kwargs" in shown("--teacher-template-kwargs", "{").err
     assert "messages" in shown("--teacher-template-kwargs", '{"messages": 1}').err
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "told"),
+    [
+        ("student/config.json", {"max_position_embeddings": 12}, "do not fit the 12 tokens"),
+        ("teacher/config.json", {"max_position_embeddings": 12}, "do not fit the 12 tokens"),
+        ("student/tokenizer_config.json", {"model_max_length": 11}, "exceed the 11 of its tokenizer's"),
+        (
+            "teacher/config.json",
+            {"sliding_window": 13, "model_type": "mistral"},
+            "exceed the 13 of the sliding",
+        ),
+    ],
+)
+def test_lengths_are_told_before_weights_are_loaded(
+    file: str,
+    changes: dict[str, Any],
+    told: str,
+    pair: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def load(*_: Any) -> Any:
+        raise ModelError("here weights would be loaded")
+
+    monkeypatch.setattr("gold.build.load", load)
+    for side in ("student", "teacher"):
+        shutil.copytree(pair / side, tmp_path / side)
+    changed(tmp_path / file, **changes)
+    tiny.write_settings(tmp_path / "run.yaml", tiny.run_settings(tmp_path, tmp_path / "run"))
+    train = run_gold(monkeypatch, capfd, "train", tmp_path / "run.yaml")
+    assert (train.code, told in train.out + train.err) == (1, True)
+    assert ("would be loaded" in train.err) == ("exceed" in told)
+    assert told in run_gold(monkeypatch, capfd, "doctor", tmp_path / "run.yaml").out
