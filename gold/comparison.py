@@ -201,9 +201,12 @@ class Comparison:
         sides = zip(
             (pair.student, pair.teacher), pair.kernel_tries, (text.student, text.teacher), states, strict=True
         )
+        was_training = self.student.lm.training
+        self.student.lm.eval()
         student, theirs = (
             marginals(vocabulary, trie, own, stopped, each, least) for vocabulary, trie, own, each in sides
         )
+        self.student.lm.train(was_training)
         return ExactText.of(student, theirs, forward=forward, teacher_stops=bool(pair.teacher.stop_ids))
 
     def _called(self, name: str) -> str:

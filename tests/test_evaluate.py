@@ -113,7 +113,9 @@ EXACT = replace(PLAN, branches=1e-3)
 def test_exact_measures_are_added_and_change_no_other():
     student, teacher = words(0), LocalTeacher(characters(1))
     before = evaluate(student, teacher, PROMPTS, plan=PLAN).measures
+    student.lm.train()
     found = evaluate(student, teacher, PROMPTS, plan=EXACT).measures
+    assert student.lm.training
     assert {name: found[name] for name in before} == before
     for direction in ("reverse", "forward"):
         exact, least = f"exact_{direction}_kl_per_byte", f"least_{direction}_kl_per_byte"

@@ -143,7 +143,7 @@ class _Tree:
         return hidden
 
     def _mask(self, seen: NDArray[np.bool_]) -> Tensor:
-        dtype, device = next(self.model.lm.parameters()).dtype, self.model.device
+        dtype, device = without_adapters(self.model.lm).dtype, self.model.device
         hidden = torch.from_numpy(~seen).to(device)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
         return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
@@ -195,6 +195,6 @@ def _tested(model: LanguageModel) -> bool:
             return False
         found.append(torch.log_softmax(LazyLogits.joined(rows).logits().float(), -1))
     behind, plain = found
-    coarse = next(model.lm.parameters()).dtype.itemsize < 4
+    coarse = without_adapters(model.lm).dtype.itemsize < 4
     bound = (6e-2 if coarse else 1e-3) * (1.0 + float(plain.abs().max()))
     return bool((behind - plain).abs().max() <= bound)

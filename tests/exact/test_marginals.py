@@ -15,7 +15,7 @@ from gold.bytes.trie import ByteTrie
 from gold.exact.divergence import ExactText
 from gold.exact.marginals import marginals
 from gold.kernels.layout import KernelTrie
-from gold.kernels.logits import TopKLogits
+from gold.kernels.logits import GivenLogits, TopKLogits
 from gold.kernels.tables import byte_tables
 from tests.contract import source
 from tests.contract.toys import BranchStates, ToyModel, aligned, batch_of
@@ -172,3 +172,38 @@ def test_no_branch_is_longer_than_the_model_can_read():
     found = marginals(pair.student, pair.kernel_tries[0], text, True, states, 1e-12)
     assert max(asked) == states.room < len(text.data)
     assert (found.open > -np.inf).any()
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_text_without_bytes(stopped):
+    """Nothing follows a text that was cut off before its first byte; the stop event may follow it otherwise."""
+    pair = source.pair_of("overlapping")
+    sides = []
+    for model in (ToyModel(pair.student, 3), ToyModel(pair.teacher, 4)):
+        text = model.vocabulary.encode("")
+        rows = model.states((), int(stopped))
+        states = BranchStates(model.row, text.ids, 0)
+        states.path = lambda rows=rows: GivenLogits(rows)
+        sides.append(
+            marginals(
+                model.vocabulary, KernelTrie(ByteTrie.of(model.vocabulary)), text, stopped, states, 0.01
+            )
+        )
+    found = ExactText.of(*sides)
+    assert found.value.size == int(stopped)
+    assert np.isfinite(found.value).all()
+
+
+def test_chains_save_passes_and_change_nothing_that_is_followed(monkeypatch):
+    vocabulary = source.pair_of("one merge more").student
+    habit = torch.full((vocabulary.size,), -3.0, dtype=torch.float64)
+    for text, logit in (("ab", 5.0), ("a", 0.0), ("b", 5.0)):
+        habit[vocabulary.encode(text).ids[0]] = logit
+    model, text = ToyModel(vocabulary, 0), vocabulary.encode("ab" * 12)
+    monkeypatch.setattr(ToyModel, "row", lambda self, context: habit)
+    chained = found_of(model, text, True, 2e-3)
+    monkeypatch.setattr("gold.exact.marginals.CHAIN", 0)
+    one_by_one = found_of(model, text, True, 2e-3)
+    assert chained.passes < one_by_one.passes / 2
+    assert chained.branches >= one_by_one.branches
+    assert (chained.named >= one_by_one.named - 1e-12).all()
