@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from support import oracle
 from torch import Tensor
 
 from gold.align.texts import AlignedText
@@ -31,6 +30,7 @@ from tests.contract.toys import (
     teacher_rows,
     toy_vocabulary,
 )
+from tests.support import oracle
 
 STUDENT = toy_vocabulary(["a+b", "b+ ", "ab+b"], cut=None)
 TEACHER = toy_vocabulary(["a+a", "b+a", "ba+a"])
