@@ -33,6 +33,7 @@ MENU: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         (
             ("Checks before a run", "docs/doctor.md"),
             ("A run and its folder", "docs/runs.md"),
+            ("Data", "docs/data.md"),
             ("Models", "docs/models.md"),
             ("Teachers", "docs/teachers.md"),
             ("A teacher on a server", "docs/served-teacher.md"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from gold.errors import ConfigError
 from gold.files import one_line
 
-_ID = r"[\w.-]+(?:/[\w.-]+)?"
+_ID = r"\w[\w.-]*(?:/\w[\w.-]*)?"
 _NAME = re.compile(rf"({_ID})@([^\s@]+)")
 IS_ID = re.compile(rf"{_ID}(?:@[^\s@]+)?")
 """A name that the Hub can have, with or without a revision."""

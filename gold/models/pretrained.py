@@ -154,8 +154,9 @@ def _load_lm(path: str, gguf_file: str | None, dtype: Any, options: Mapping[str,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # rejected below, by name
+            trust_remote_code=options["trust_remote_code"],
             **({"gguf_file": gguf_file} if gguf_file else {}),
-            **options,
+            **{name: value for name, value in options.items() if name != "trust_remote_code"},
         )
     lm, report = loaded
     if missing := sorted(report["missing_keys"]):

@@ -16,7 +16,7 @@ from gold.build import roles_of
 from gold.config import Config
 from gold.data import Prompt
 from gold.errors import ModelError, VocabularyError
-from gold.models import load as models
+from gold.models import pretrained
 from gold.models.files import check_files
 from gold.models.load import gguf_tokenizer, load_model, save_model
 from gold.tokenize.chat import prompt_ids
@@ -106,7 +106,7 @@ def test_auto_is_the_dtype_of_the_file_where_the_processor_has_it(
     model = tiny.tiny_student()
     model.lm.to(torch.bfloat16)
     save_model(model, tmp_path)
-    monkeypatch.setattr(models, "cpu_has_bf16", lambda: fast)
+    monkeypatch.setattr(pretrained, "cpu_has_bf16", lambda: fast)
     assert load_model(tmp_path, device="cpu", dtype="auto").lm.dtype == (
         torch.bfloat16 if fast else torch.float32
     )
