@@ -28,6 +28,7 @@ BENCHMARKS = {
         "full training, LoRA and QLoRA of a real pair in equal time, with seeds",
     ),
     "informed": ("benchmarks.informed", "teachers that see more, and teachers of two families, with seeds"),
+    "turns": ("benchmarks.turns", "conversations with a tool: distilled and imitated, with seeds"),
     "tails": ("benchmarks.tails", "a teacher that tells its likeliest tokens alone, beside all of its rows"),
     "contract": ("benchmarks.contract", "put every objective, and losses of peers, to the contract"),
     "run": ("benchmarks.run", "train as a configuration says, and record the evaluations"),

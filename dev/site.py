@@ -39,6 +39,7 @@ MENU: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("A teacher on a server", "docs/served-teacher.md"),
             ("A cache of a teacher", "docs/teacher-cache.md"),
             ("Rollout engines", "docs/engines.md"),
+            ("Conversations", "docs/conversations.md"),
             ("Scale", "docs/scale.md"),
         ),
     ),

@@ -19,6 +19,7 @@ from gold.data import Prompt, any_messages
 from gold.doctor.examiner import Examiner
 from gold.doctor.prompts import check_longest, readers_of_sides
 from gold.doctor.side import Side, read_side
+from gold.environments.protocol import tools_of
 from gold.errors import ConfigError, ModelError
 from gold.evaluate import EvaluationPlan
 from gold.files import adapter_base
@@ -41,7 +42,7 @@ from gold.tokenize.compare import differences
 from gold.tokenize.load import has_tokenizer
 from gold.tokenize.roles import Roles
 from gold.tokenize.templates import Rendering
-from gold.train.input_digests import of_files, of_prompts
+from gold.train.input_digests import of_files, of_prompts, of_tools
 from gold.train.preflight import check_lengths
 from gold.train.resume_rules import Inputs
 from gold.train.trackers import Tracker
@@ -140,6 +141,7 @@ def evaluation_of(config: Config) -> EvaluationPlan:
         micro_batch_size=config.evaluate.micro_batch_size,
         micro_batch_tokens=config.evaluate.micro_batch_tokens,
         generation_batch_size=config.rollout.generation_batch_size,
+        thinking=config.rollout.thinking,
         seed=config.train.seed,
         branches=config.evaluate.branches or 0.0,
     )
@@ -153,6 +155,7 @@ def inputs_of(config: Config, data: RunData, known: Inputs | None = None) -> dic
         made = f"task {source.task.name}" if source.task is not None else str(source.prompts)
         found["training prompts"] = of_prompts(data.train, made)
         found["held-out prompts"] = of_prompts(data.all_heldout, source.heldout or made)
+        found |= of_tools(tools_of(data.environment))
     models: dict[str, ModelConfig] = {"student": config.student}
     for name, teacher in config.named_teachers.items():
         models[f"teachers.{name}" if config.teachers else "teacher"] = teacher

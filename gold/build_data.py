@@ -9,9 +9,12 @@ from typing import Any, overload
 
 from gold.config import Config
 from gold.data import Prompt, PromptFile, hold_out, read_prompts, split_by_hash
+from gold.environments.adapters import environment_for
+from gold.environments.protocol import Environment
 from gold.errors import ConfigError
 from gold.evaluate import Verifier
 from gold.losses import find
+from gold.rollout.conversations import TurnPrompts
 from gold.tasks import load_task
 from gold.teachers.several import check_routes
 from gold.train.preflight import check_recipe
@@ -21,13 +24,14 @@ from gold.train.recipe import Recipe
 @dataclass(frozen=True)
 class RunData:
     """Training prompts, held-out prompts, of which evaluations use the first ``evaluated``, and a task's verifier;
-    ``notes`` say which columns were not read."""
+    ``notes`` say which columns were not read; ``environment`` answers the student's turns."""
 
     train: Sequence[Prompt]
     all_heldout: Sequence[Prompt]
     evaluated: int
     verifier: Verifier | None
     notes: Sequence[str] = ()
+    environment: Environment | None = None
 
     @property
     def heldout(self) -> Sequence[Prompt]:
@@ -66,7 +70,9 @@ def load_data(config: Config) -> RunData:
             train, heldout = hold_out(train, config.evaluate.prompts)
     else:
         raise ConfigError("data: neither prompts nor task is given: name a file or data set, or a task")
-    check_recipe(config.recipe, train, verifier, 1)
+    source = config.environment.source if config.environment is not None else None
+    environment = environment_for(verifier, source)
+    check_recipe(config.recipe, train, verifier or environment, 1)
     if config.teacher is not None and config.teacher.kind == "self":
         _check_context(config.recipe, train)
     if config.route is not None:
@@ -75,7 +81,9 @@ def load_data(config: Config) -> RunData:
             raise ConfigError(
                 f"teachers.{idle[0]}: no training prompt has this name as its {config.route}: leave it out"
             )
-    return RunData(train, heldout, config.evaluate.prompts, verifier, notes)
+    if environment is not None:
+        train, heldout = TurnPrompts(train, environment), TurnPrompts(heldout, environment)
+    return RunData(train, heldout, config.evaluate.prompts, verifier, notes, environment)
 
 
 def training_prompts(config: Config) -> PromptFile:

@@ -120,7 +120,7 @@ def align(
     ] = None,
     chat: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="JSON list of messages; the last, the assistant's, is the text"),
+        typer.Option(metavar="FILE", help="JSON list of messages; each turn of the assistant is a text"),
     ] = None,
     student_template_kwargs: Annotated[
         str | None,

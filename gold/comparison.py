@@ -31,10 +31,12 @@ from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
 from gold.rollout.engine import given_rollout, sample
 from gold.rollout.hf import HuggingFaceEngine
+from gold.rollout.pieces import Rows, rows_of
 from gold.rollout.types import Rollout, Sampling, Seed
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.chat import starts_text
+from gold.tokenize.conversation import TemplateForm
 
 if TYPE_CHECKING:
     from gold.evaluate import EvaluationPlan
@@ -85,6 +87,22 @@ class Comparison:
         members = self.teachers.members
         found = {name: t.model for name, t in members.items() if t.model is not None and t.gives == "rows"}
         return found if len(found) == len(members) else None
+
+    def rows(self, rollouts: Sequence[Rollout]) -> Rows:
+        """The rows of the student's samples that are compared with the teachers; see ``gold.rollout.pieces``."""
+        members, student = self.teachers.members, self.student
+        forms = {
+            name: TemplateForm.of(t.tokenizer, t.rendering)
+            for name, t in members.items()
+            if t.tokenizer is not None
+        }
+        opened = TemplateForm.of(student.tokenizer, student.rendering).opens_thinking
+        return rows_of(
+            rollouts,
+            lambda rollout: [forms[name] for name in self.teachers.of(rollout.prompt) if name in forms],
+            self.plan.thinking,
+            opened,
+        )
 
     def of_student(self, rollouts: Sequence[Rollout], places: Sequence[int]) -> tuple[list[Scored], int]:
         """The student's samples, and how many of them some teacher cannot score."""

@@ -24,6 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from gold.data_config import DataConfig, impossible_data
 from gold.engine_config import KeyVariable, RolloutConfig, ServerURL
+from gold.environment_config import EnvironmentConfig
 from gold.errors import ConfigError
 from gold.hub_names import with_revision
 from gold.overrides import apply_override, named_override
@@ -39,7 +40,7 @@ from gold.schema import (
     problem_lines,
     shown,
 )
-from gold.sections import EvaluationSettings
+from gold.sections import EvaluationSettings, Limits
 from gold.train.recipe import LoRA, Objectives, Optimizer, Recipe, Rollout, Term, Training, problems
 from gold.yaml_file import read_yaml
 
@@ -244,6 +245,7 @@ class Config(Section):
     """several teachers as one distribution for every prompt: Σ w q, or Π q^w normalised"""
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
+    environment: EnvironmentConfig | None = None
     objectives: Objectives = (Term(),)
     """terms of the loss, a weighted sum"""
     optimizer: Optimizer = Optimizer()
@@ -272,6 +274,11 @@ class Config(Section):
         rollout = {key: getattr(self.rollout, key) for key in Rollout.model_fields}
         order = self.data.order
         return Recipe(self.objectives, order=order, **rollout, **dict(self.optimizer), **train)
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of conversations."""
+        return self.environment or Limits()
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -357,7 +364,11 @@ def _impossible(config: Config) -> Iterator[str]:
     """One line for each invalid combination of settings, beginning with the key."""
     data = config.data
     yield from impossible_data(data)
-    yield from problems(config.recipe, has_verifier=data.task is not None)
+    yield from problems(config.recipe, has_verifier=data.task is not None or config.environment is not None)
+    if config.environment is not None and config.rollout.staleness:
+        yield (
+            "rollout.staleness: turns of a conversation follow one another, and are not drawn a step ahead: set it to 0"
+        )
     if config.train.sharding == "fsdp" and config.student.lora is not None:
         yield "train.sharding: a student with adapters is not sharded: set it to none, or leave student.lora out"
     yield from _impossible_revisions(config)

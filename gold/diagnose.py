@@ -22,6 +22,7 @@ from gold.build import (
 )
 from gold.build_data import RunData, graded_by, load_data
 from gold.config import Config, ModelConfig
+from gold.doctor.conversations import examine_conversations
 from gold.doctor.finding import Finding, Report
 from gold.doctor.memory import Model, Plan, device_memory, fits
 from gold.doctor.memory_table import Hardware, examine_memory, measured
@@ -323,7 +324,7 @@ def _of_run(config: Config, data: RunData, sides: Mapping[str, tuple[Side, ...]]
     checks, recipe, what = [], config.recipe, "objectives"
     student = cast(LanguageModel, readers[0])  # only its vocabulary and prompts are used
     try:
-        check_recipe(recipe, data.train, data.verifier, 1)
+        check_recipe(recipe, data.train, data.verifier or data.environment, 1)
         pairs = pairs_of(student, teachers := Teachers(absent, config.mix))
         terms = terms_of(recipe, teachers, pairs)
         what = "cache"
@@ -336,4 +337,7 @@ def _of_run(config: Config, data: RunData, sides: Mapping[str, tuple[Side, ...]]
             check_kept(Teachers(absent | alone, config.mix), student, pairs, data.train, recipe)
     except GoldError as error:
         checks.append(Finding(what, "fail", str(error)))
-    return [*checks, *examine_prompts(data.train, data.heldout, readers, recipe.max_new_tokens)]
+    checks += examine_prompts(data.train, data.heldout, readers, recipe.max_new_tokens)
+    if data.environment is not None:
+        checks += examine_conversations(data.train[0], readers, data.environment, recipe.thinking)
+    return checks

@@ -17,9 +17,11 @@ from gold.comparison import Comparison, Scored, student_logp
 from gold.data import Prompt
 from gold.evaluation_samples import chunk_records
 from gold.models.language_model import LanguageModel
+from gold.rollout.conversations import Conversations
 from gold.rollout.engine import RolloutEngine, completed, sample
 from gold.rollout.hf import HuggingFaceEngine
-from gold.rollout.types import Rollout, Sampling
+from gold.rollout.pieces import Thinking
+from gold.rollout.types import Rollout, Sampling, Seed
 from gold.sections import CompletionSettings, EvaluationSettings
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
@@ -78,6 +80,7 @@ class EvaluationPlan:
     micro_batch_size: int = EvaluationSettings().micro_batch_size
     micro_batch_tokens: int | None = EvaluationSettings().micro_batch_tokens
     generation_batch_size: int = CompletionSettings().generation_batch_size
+    thinking: Thinking = "compare"
     seed: int = 0
     branches: float = 0.0
     """The least share of a branch in exact measures, see ``gold.exact.marginals``; 0: these are not measured."""
@@ -122,9 +125,10 @@ class Evaluation:
 @dataclass(frozen=True)
 class _Texts:
     """The texts of one process's prompts. Numbers are of prompts; those of ``rollouts`` of their places, the samples of
-    a prompt after one another. ``taught`` is None without teachers that can be sampled from."""
+    a prompt after one another, and of the turn of a conversation. ``taught`` is None without teachers that can be
+    sampled from."""
 
-    rollouts: dict[int, Rollout]
+    rollouts: dict[tuple[int, int], Rollout]
     scored: list[Scored] = field(default_factory=list)
     taught: list[Scored] | None = None
     skipped: int = 0
@@ -161,10 +165,12 @@ def evaluate(
     verifier: Verifier | None = None,
     engine: RolloutEngine | None = None,
     processes: Processes = _OneProcess(),  # noqa: B008  (without state)
+    conversations: Conversations | None = None,
 ) -> Evaluation:
     """The measures of the student on held-out prompts, and some of its completions.
 
-    Several ``processes`` share the prompts; each returns the measures of all.
+    With ``conversations`` these are drawn, and scored by their environment; the divergences are over all turns. Several
+    ``processes`` share the prompts; each returns the measures of all.
     """
     prompts = list(prompts)
     teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
@@ -174,14 +180,14 @@ def evaluate(
     comparison = Comparison(student, teachers, prompts, plan) if teachers else None
     numbers = range(len(prompts))[processes.index :: processes.count]
     own = processes.together(
-        partial(_texts_of, student, comparison, prompts, numbers, plan, verifier, engine)
+        partial(_texts_of, student, comparison, prompts, numbers, plan, verifier, engine, conversations)
     )
     return _measured(
         _Texts.joined(processes.gathered(own), list(teachers.members) if teachers else []),
         comparison,
         prompts,
         plan,
-        (teachers.routes if teachers else ()) if verifier is not None else None,
+        teachers.routes if teachers else (),
         student,
     )
 
@@ -194,18 +200,20 @@ def _texts_of(
     plan: EvaluationPlan,
     verifier: Verifier | None,
     engine: RolloutEngine,
+    conversations: Conversations | None,
 ) -> _Texts:
     """The texts of the prompts ``numbers``, scored by both sides."""
     sampling, many = Sampling(max_new_tokens=plan.max_new_tokens), plan.num_generations
     places = [number * many + n for number in numbers for n in range(many)]
     seeds = [(plan.seed, 2**31, n) for n in range(len(prompts) * many)]
+    draw = _Drawing(student, engine, verifier, conversations)
     with doing("student draws"):
-        rollouts = sample(
-            engine, student, [prompts[n // many] for n in places], sampling, seeds=[seeds[n] for n in places]
-        )
-    texts = _Texts(dict(zip(places, rollouts, strict=True)))
+        drawn = draw([prompts[n // many] for n in places], sampling, [seeds[n] for n in places])
+    each = [(place, r) for place, (turns, _) in zip(places, drawn, strict=True) for r in turns]
+    texts = _Texts({(place, _turn_number(r)): r for place, r in each})
     if comparison is not None:
-        scored, skipped = comparison.of_student(rollouts, places)
+        rows = comparison.rows([r for _, r in each])
+        scored, skipped = comparison.of_student(rows.compared, [each[n][0] for n in rows.numbers])
         texts = replace(texts, scored=scored, skipped=skipped)
         if comparison.writers is not None:
             taught, more = comparison.of_teachers(comparison.writers, seeds, numbers)
@@ -214,17 +222,38 @@ def _texts_of(
     given = [completed(student, prompts[n], plan.max_new_tokens) for n in complete]
     logp = [each.events for each in student_logp(student, given, plan)]
     texts = replace(texts, given=dict(zip(complete, zip(logp, given, strict=True), strict=True)))
-    if verifier is not None:
-        scores = [verifier.score(r.prompt, r.text) if r.stopped else 0.0 for r in rollouts]
+    rewards = {place: score for place, (_, score) in zip(places, drawn, strict=True) if score is not None}
+    if rewards:
         greedy = replace(sampling, temperature=0.0)
         with doing("student answers"):
-            best = sample(
-                engine, student, [prompts[n] for n in numbers], greedy, seeds=[seeds[n] for n in numbers]
-            )
-        right = [bool(r.stopped and verifier.score(r.prompt, r.text) >= 1.0) for r in best]
-        rewards = dict(zip(places, scores, strict=True))
-        texts = replace(texts, rewards=rewards, solved=dict(zip(numbers, right, strict=True)))
+            best = draw([prompts[n] for n in numbers], greedy, [seeds[n] for n in numbers])
+        solved = {n: (score or 0.0) >= 1.0 for n, (_, score) in zip(numbers, best, strict=True)}
+        texts = replace(texts, rewards=rewards, solved=solved)
     return texts
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """Draws completions or conversations: the turns of each, and its score."""
+
+    student: LanguageModel
+    engine: RolloutEngine
+    verifier: Verifier | None
+    conversations: Conversations | None
+
+    def __call__(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Seed]
+    ) -> list[tuple[list[Rollout], float | None]]:
+        if self.conversations is not None:
+            found = self.conversations.draw(prompts, seeds, sampling, self.engine.generate)
+            return [(each.rollouts, each.score) for each in found]
+        rollouts = sample(self.engine, self.student, prompts, sampling, seeds=seeds)
+        return [([r], self._score(r)) for r in rollouts]
+
+    def _score(self, rollout: Rollout) -> float | None:
+        if self.verifier is None:
+            return None
+        return self.verifier.score(rollout.prompt, rollout.text) if rollout.stopped else 0.0
 
 
 def _measured(
@@ -232,28 +261,34 @@ def _measured(
     comparison: Comparison | None,
     prompts: Sequence[Prompt],
     plan: EvaluationPlan,
-    routes: Sequence[str] | None,
+    routes: Sequence[str],
     student: LanguageModel,
 ) -> Evaluation:
-    """The measures of the texts of all prompts; ``routes``: the groups of accuracies, None without a verifier."""
+    """The measures of the texts of all prompts; ``routes``: the groups of accuracies."""
     rollouts = list(texts.rollouts.values())
     measures = _rollout_measures(student, rollouts)
+    if any(r.turn is not None for r in rollouts):
+        measures["turns"] = len(rollouts) / max(1, len({place for place, _ in texts.rollouts}))
+    shown = {number * plan.num_generations: number for number in range(plan.samples)}
+    recorded = [(shown[place], r) for (place, _), r in texts.rollouts.items() if place in shown]
     samples = [
         {"prompt": prompt_text(r.prompt), "completion": r.text, "stopped": r.stopped}
-        for r in rollouts[: plan.samples * plan.num_generations : plan.num_generations]
+        | ({} if r.turn is None else {"turn": r.turn.number})
+        for _, r in recorded
     ]
     if comparison is not None:
         measures |= comparison.reverse_kl(texts.scored) | comparison.exact_divergences(
             "reverse", texts.scored
         )
         measures |= _agreement(texts.scored)
-        signals = {s.number: s for s in reversed(texts.scored)}  # each prompt's first sample and teacher
-        for n, shown in enumerate(samples):
-            if comparison.teachers.several and n in signals:
-                shown["teacher"] = signals[n].teacher
-            if n in signals:
-                s = signals[n]
-                shown["chunks"] = chunk_records(s.text, s.chunks, s.logp_S, s.logp_T, s.alternatives)
+        # Each prompt's first sample and teacher; of each turn its first piece.
+        signals = {(s.number, _turn_number(s.rollout)): s for s in reversed(texts.scored)}
+        for (n, rollout), line in zip(recorded, samples, strict=True):
+            if (s := signals.get((n, _turn_number(rollout)))) is None:
+                continue
+            if comparison.teachers.several:
+                line["teacher"] = s.teacher
+            line["chunks"] = chunk_records(s.text, s.chunks, s.logp_S, s.logp_T, s.alternatives)
         if texts.taught is not None:
             measures |= comparison.divergences("forward_kl_per_byte", texts.taught, sign=-1.0)
             measures |= comparison.exact_divergences("forward", texts.taught)
@@ -266,10 +301,14 @@ def _measured(
     if texts.given:
         logp, given = zip(*texts.given.values(), strict=True)
         measures |= _bits_per_byte(logp, given)
-    if routes is not None:
+    if texts.rewards:
         measures["score"] = float(np.mean(list(texts.rewards.values())))
         measures |= _accuracies([prompts[n] for n in texts.solved], list(texts.solved.values()), routes)
     return Evaluation(measures, samples)
+
+
+def _turn_number(rollout: Rollout) -> int:
+    return rollout.turn.number if rollout.turn else 0
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

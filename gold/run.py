@@ -33,6 +33,7 @@ from gold.hub import prepare_push, push
 from gold.inspect.plots import plot_run
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model
+from gold.rollout.conversations import Conversations
 from gold.teachers.cached import CachedTeacher, record
 from gold.teachers.local import LocalTeacher
 from gold.teachers.served import ServedTeacher
@@ -93,6 +94,8 @@ def train(
             trackers=config.train.trackers or (),
             engine=engine,
             estimate=progress is not None,
+            environment=data.environment,
+            limits=config.limits,
         )
     if run.is_main_process:
         _draw(output, progress)
@@ -157,7 +160,15 @@ def _evaluated(
         if engine is not None:
             try_engine(engine, model, data.heldout, plan.max_new_tokens)
         with doing("evaluation"):
-            return evaluate(model, teachers, data.heldout, plan=plan, verifier=data.verifier, engine=engine)
+            return evaluate(
+                model,
+                teachers,
+                data.heldout,
+                plan=plan,
+                verifier=data.verifier,
+                engine=engine,
+                conversations=Conversations.of(model, data.environment, config.limits),
+            )
 
 
 def _listener(progress: Tracker | None) -> RunListener:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gold.schema import CountInt, PositiveInt, Section, Share
+from gold.schema import CountInt, PositiveFloat, PositiveInt, Section, Share
 
 
 class CompletionSettings(Section):
@@ -28,3 +28,14 @@ class EvaluationSettings(Section):
     branches: Share | None = None
     """exact divergence per byte: the least share of the text so far of a token off its path that is followed; 0: not
     measured; null: 0.01 in `gold eval` with local teachers, else 0"""
+
+
+class Limits(Section):
+    """Limits of a conversation with an environment."""
+
+    max_turns: PositiveInt = 8
+    """most turns of the student"""
+    max_tokens: PositiveInt | None = None
+    """most student tokens of a conversation, prompts and turns together; null: the student's context"""
+    timeout_s: PositiveFloat = 60.0
+    """time limit of each answer and each score of the environment"""

@@ -36,7 +36,10 @@ class Task(Protocol):
         ...
 
 
-OWN_TASKS: dict[str, str | Callable[..., Task]] = {"running_sums": "gold.demo.running_sums:RunningSums"}
+OWN_TASKS: dict[str, str | Callable[..., Task]] = {
+    "running_sums": "gold.demo.running_sums:RunningSums",
+    "calculator": "gold.demo.calculator:Calculator",
+}
 """Tasks by name: a class, or ``module:class`` to import on demand."""
 
 

@@ -30,7 +30,7 @@ HOME_OF = {
     "peft": ("gold.models.adapters",),
     "pyarrow": ("gold.data.tables",),
     "pydantic": (
-        *("gold.config", "gold.data_config", "gold.engine_config"),
+        *("gold.config", "gold.data_config", "gold.engine_config", "gold.environment_config"),
         *("gold.losses", "gold.schema", "gold.train.recipe"),
     ),
     "rapidfuzz": ("gold.tokenize.rewriting",),
@@ -48,6 +48,7 @@ HOME_OF = {
         "gold.models",
         "gold.rollout.hf",
         "gold.demo",
+        "gold.environments.tools",
     ),  # models, generation, tiny models
     "triton": ("gold.kernels.triton",),
     "typer": ("gold.cli", "gold.cli_cache"),

@@ -12,6 +12,7 @@ from gold.data.prompts import (
     examined,
     hold_out,
     lacking_completion,
+    lacking_messages,
     split_by_hash,
     weights_of,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "examined",
     "hold_out",
     "lacking_completion",
+    "lacking_messages",
     "load_prompts",
     "read_prompts",
     "row_of",

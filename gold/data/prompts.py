@@ -86,6 +86,14 @@ def lacking_completion(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
     return [prompt for prompt in prompts if prompt.completion is None]
 
 
+def lacking_messages(prompts: Sequence[Prompt]) -> Prompt | None:
+    """The first prompt that is a plain text; None if all are conversations."""
+    if isinstance(prompts, PromptFile):
+        texts = np.flatnonzero(~prompts.has_messages)
+        return prompts[int(texts[0])] if texts.size else None
+    return next((prompt for prompt in prompts if prompt.messages is None), None)
+
+
 def any_messages(prompts: Sequence[Prompt]) -> bool:
     """Whether a prompt is a conversation."""
     if isinstance(prompts, PromptFile):

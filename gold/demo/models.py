@@ -50,7 +50,9 @@ def _with_bos(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def tiny_model(tokenizer: Tokenizer, name: str, *, layers: int, width: int = 64, seed: int) -> LanguageModel:
+def tiny_model(
+    tokenizer: Tokenizer, name: str, *, layers: int, width: int = 64, seed: int, context: int = 128
+) -> LanguageModel:
     """A randomly initialized Llama-like model for a tokenizer."""
     pad, bos, eos = (tokenizer.token_to_id(t) for t in SPECIAL)
     config = LlamaConfig(
@@ -60,7 +62,7 @@ def tiny_model(tokenizer: Tokenizer, name: str, *, layers: int, width: int = 64,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=128,
+        max_position_embeddings=context,
         tie_word_embeddings=False,
         initializer_range=0.08,  # about 1/√width; 0.02 is for far wider models
         pad_token_id=pad,

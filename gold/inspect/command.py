@@ -67,9 +67,10 @@ def run_align(
 ) -> None:
     """Writes the alignment of one text, or of each line of a JSON Lines file, to the stream.
 
-    The text is one of `text`, the bytes of a `file`, the last message of a `chat`, the decoded student `ids`, and the
-    `text` of each line of `jsonl`, for which a line of JSON is written; without any of them, or for the name `-`, it is
-    read from standard input. `template_kwargs` are the arguments of the chat templates of student and teacher, as JSON.
+    The text is one of `text`, the bytes of a `file`, the turns of the assistant in a `chat` (with `html` the last one),
+    the decoded student `ids`, and the `text` of each line of `jsonl`, for which a line of JSON is written; without any
+    of them, or for the name `-`, it is read from standard input. `template_kwargs` are the arguments of the chat
+    templates of student and teacher, as JSON.
     `html` is the path of a page to write instead of the terminal output. Colours are used only on a terminal, if
     `color` is set and NO_COLOR is not. `load_scorer` loads the models of both sides, to score the text.
 
@@ -87,7 +88,10 @@ def run_align(
         for one in given:
             terminal.show_json(describe(pair.view(one)), out)
         return
-    view = pair.view(next(given))
+    *earlier, last = given if html is None else list(given)[-1:]
+    for one in earlier:  # the turns of a conversation
+        _show(pair.view(one), as_json, color, out)
+    view = pair.view(last)
     if html is not None:
         from gold.inspect.page import page
 
@@ -95,17 +99,22 @@ def run_align(
             html.write_text(page(view), encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise DataError(f"{html}: cannot be written: {error.strerror}") from None
+        if not as_json:
+            terminal.show(*summary(view), f"written: {html}", stream=out)
+            return
+    _show(view, as_json, color, out)
+
+
+def _show(view: AlignmentView, as_json: bool, color: bool, out: TextIO) -> None:
+    """Writes the alignment of one text: a line of JSON, or a picture."""
     if as_json:
         terminal.show_json(describe(view), out)
-    elif html is not None:
-        terminal.show(*summary(view), f"written: {html}", stream=out)
-    else:
-        from gold.inspect.terminal import show_alignment
+        return
+    from gold.inspect.terminal import show_alignment
 
-        if isinstance(out, io.TextIOWrapper):  # an encoding without these characters must not fail
-            out.reconfigure(errors="backslashreplace")
-        color = color and not os.environ.get("NO_COLOR")
-        show_alignment(view, terminal.new_console(out, color=color))
+    if isinstance(out, io.TextIOWrapper):  # an encoding without these characters must not fail
+        out.reconfigure(errors="backslashreplace")
+    show_alignment(view, terminal.new_console(out, color=color and not os.environ.get("NO_COLOR")))
 
 
 class _Pair:
@@ -220,7 +229,7 @@ def _given(
     if ids is not None:
         return iter([_Given(ids=_parsed_ids(ids))])
     if chat is not None:
-        return iter([_conversation(chat)])
+        return _conversation(chat)
     if text is not None and text != "-":
         return iter([_Given(os.fsencode(text))])
     if text is None and file is None and sys.stdin.isatty():
@@ -238,8 +247,10 @@ def _parsed_ids(given: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts if part)
 
 
-def _conversation(file: Path) -> _Given:
-    from gold.data import Prompt
+def _conversation(file: Path) -> Iterator[_Given]:
+    """The turns of the assistant in a conversation, each after the messages before it."""
+    from gold.data import MESSAGE_KEYS, Prompt
+    from gold.turns import TurnPrompt
 
     messages = _json(_content(file), f"{file}: ")
     last = messages[-1] if isinstance(messages, list) and messages else None
@@ -249,11 +260,18 @@ def _conversation(file: Path) -> _Given:
             f'{file}: needs a list of {{"role": …, "content": …}} that ends with a message of the assistant: '
             "its text is aligned, what is before it is the prompt"
         )
-    try:
-        prompt = Prompt(str(file), messages=tuple(messages[:-1]), completion=completion)
-    except DataError as error:
-        raise DataError(f"{file}: {error}") from None
-    return _Given(completion, prompt=prompt)
+    turns = [n for n, m in enumerate(messages) if n and isinstance(m, dict) and m.get("role") == "assistant"]
+    plain = all(isinstance(m, dict) and set(m) <= set(MESSAGE_KEYS) for m in messages)
+    given = []
+    for place in turns or [len(messages) - 1]:
+        try:
+            before = tuple(messages[:place])
+            kind: type[Prompt] = Prompt if plain else TurnPrompt
+            prompt = kind(str(file), messages=before, completion=messages[place].get("content"))
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from None
+        given.append(_Given(prompt.completion or "", prompt=prompt))
+    return iter([one for one in given if one.text] or given[-1:])
 
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[_Given]:

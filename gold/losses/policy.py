@@ -25,7 +25,7 @@ from gold.losses.types import (
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Baseline = Literal["none", "others"]
-Horizon = Literal["text", "span"]
+Horizon = Literal["text", "span", "conversation"]
 
 
 def span_pg(
@@ -67,8 +67,9 @@ def token_pg(
     With P the teacher's probability that its text begins with given bytes, including all tokens that cross their end,
     token i has the reward ``r_i = log P(to its end) − log P(to its start) − log π(a_i)``, the stop event ``log P(text,
     stop) − log P(text) − log π(stop)``; the first two are sums over the teacher's byte table. An advantage is the sum
-    of rewards from its token on, ``A_i = Σ_{j ≥ i} r_j``, to the end of the text or of its span; the loss is ``−Σ A log
-    π(a)``. A single reward is not a divergence: prefixes are nested, so short tokens would always seem better.
+    of rewards from its token on, ``A_i = Σ_{j ≥ i} r_j``, to the end of the text, of its span, or, in a conversation of
+    several turns, of the last turn; the loss is ``−Σ A log π(a)``. A single reward is not a divergence: prefixes are
+    nested, so short tokens would always seem better.
 
     The options are those of ``policy_loss``.
 
@@ -140,10 +141,13 @@ def token_credit(inputs: LossInputs, event: Tensor, horizon: Horizon) -> tuple[C
     position, row, happened = (x.to(table.device) for x in batch.path)
     step = torch.where(batch.observed_path.to(table.device), possible(table[position, happened]), 0.0)
     gained = chunk_sums(step, row, event.shape[0]).to(event)
-    covered = batch.row_text if horizon == "text" else batch.spans[0]
+    covered = batch.spans[0] if horizon == "span" else batch.row_text
     covered = torch.where(batch.sampled_row_mask, covered, -1)
     reward = torch.where(batch.observed_rows & (covered >= 0), gained - event, 0.0)
-    credit = Credit(_reward_to_go(reward, covered), reward, covered)
+    advantage = _reward_to_go(reward, covered)
+    if horizon == "conversation" and inputs.later is not None:
+        advantage = advantage + torch.where(covered >= 0, inputs.later.to(advantage)[batch.row_text], 0.0)
+    credit = Credit(advantage, reward, covered)
     return credit, TargetLogp.of(target, stop, batch.teacher.targets < 0)
 
 
@@ -154,6 +158,12 @@ def sampled_credit(inputs: LossInputs, name: str, options: Mapping[str, Any]) ->
     if name == "span_pg":
         return span_credit(inputs, event, teacher_target_logp(inputs))
     return token_credit(inputs, event, options["horizon"])[0]
+
+
+def returns_of_texts(inputs: LossInputs) -> Tensor:
+    """The summed rewards of ``token_pg`` of each text under the sampling policy, [texts] in nats."""
+    credit = token_credit(inputs, inputs.batch.sampling_logprobs, "text")[0]
+    return chunk_sums(credit.reward, inputs.batch.row_text, len(inputs.batch.texts))
 
 
 def means_of_others(

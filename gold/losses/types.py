@@ -28,7 +28,8 @@ class LossInputs:
     each of the student's, is None for all objectives that do not need it. With a ``mix`` the teacher is the first of
     several, and ``other_teachers`` are the others, in its order. ``baselines``: for policy gradients, by name, the
     baseline subtracted from the advantage of each student row, in nats. ``importance``: weights of texts that another
-    policy than the current student sampled; None: every weight is 1.
+    policy than the current student sampled; None: every weight is 1. ``later``: for each text that is a turn of a
+    conversation, the return of the turns after it, in nats, for policy gradients whose horizon is the conversation.
     """
 
     batch: AlignedBatch
@@ -39,6 +40,7 @@ class LossInputs:
     other_teachers: tuple[OtherTeacher, ...] = ()
     baselines: Mapping[str, Tensor] = field(default_factory=dict)
     importance: ImportanceWeights | None = None
+    later: Tensor | None = None
 
     @property
     def teacher_rows(self) -> LazyLogits:

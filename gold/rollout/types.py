@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gold.data import Prompt
 from gold.tokenize.vocabulary import TokenizedText
+from gold.turns import Written
 
 Seed = tuple[int, ...]
 
@@ -32,9 +33,18 @@ class Segment(NamedTuple):
     sampled: bool
 
 
+class Turn(NamedTuple):
+    """The place of a rollout in a conversation: the number of the turn, from 0, what the student wrote in it, and the
+    conversation, by its number in the step."""
+
+    number: int
+    written: Written
+    conversation: int = 0
+
+
 @dataclass(frozen=True)
 class Rollout:
-    """One completion of a prompt.
+    """One completion of a prompt: in a conversation of several turns, one of the student's turns.
 
     ``ids`` ends with the stop id if the completion ``stopped``; ``tokenized`` holds the bytes of the ids without it.
     ``segments`` cover ``ids`` in order: a completion that the student wrote is one sampled segment, a completion from a
@@ -53,6 +63,7 @@ class Rollout:
     policy_version: int = 0
     reward: float | None = None
     advantage: float = 0.0
+    turn: Turn | None = None
 
     @property
     def sampled(self) -> bool:

@@ -12,7 +12,7 @@ Completions are tokenized separately from their prompts, by each model's own tok
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,6 +22,7 @@ from tokenizers import AddedToken
 from gold.data import Message, Prompt
 from gold.errors import DataError
 from gold.tokenize.templates import Rendering, rendered, template_of
+from gold.turns import TurnPrompt, texts_outside_content
 
 # Without a chat template, a conversation becomes a plain transcript with one blank line between turns; the completion
 # follows "Assistant:". System and developer messages come first, without a name.
@@ -44,13 +45,27 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, rendering: Rendering | None = Non
         DataError: the template rejects the messages, or a message contains the string of a special token and the
             template changes it in a way that cannot be tracked.
     """
+    if isinstance(prompt, TurnPrompt):
+        from gold.tokenize.conversation import turn_prompt_ids
+
+        return turn_prompt_ids(tokenizer, prompt, rendering)
     if prompt.messages is None or not has_chat_template(tokenizer):
-        bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-        return [*bos, *_text_ids(tokenizer, prompt_text(prompt))]
-    if specials_in(tokenizer, prompt):
-        ids = _guarded_ids(tokenizer, prompt.messages, rendering)
-    else:
-        ids = _template_ids(tokenizer, prompt.messages, rendering)
+        return transcript_ids(tokenizer, prompt_text(prompt))
+    text, form = encodable(
+        tokenizer,
+        prompt.messages,
+        lambda messages: rendered(tokenizer, messages, rendering, add_generation_prompt=True),
+    )
+    return with_one_bos(tokenizer, form.ids(text))
+
+
+def transcript_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text, after BOS if the tokenizer adds one to texts."""
+    return [*([tokenizer.bos_token_id] if adds_bos(tokenizer) else []), *text_ids(tokenizer, text)]
+
+
+def with_one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+    """The ids of a rendered template, with at most one BOS at the start."""
     bos = tokenizer.bos_token_id
     while bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
@@ -71,7 +86,7 @@ def starts_text(prompt: Prompt) -> bool:
     It is after messages: the templates of such models leave that space to the tokenizer ("[/INST]", then "▁Yes"). After
     a plain text the completion continues the text, and a leading space is one that the model generated.
     """
-    return prompt.messages is not None
+    return prompt.messages is not None and not (isinstance(prompt, TurnPrompt) and prompt.begun is not None)
 
 
 def has_chat_template(tokenizer: Any) -> bool:
@@ -82,6 +97,11 @@ def has_chat_template(tokenizer: Any) -> bool:
 def specials_in(tokenizer: Any, prompt: Prompt) -> list[str]:
     """The special tokens whose strings occur in a prompt, each once, in order."""
     texts = [prompt.text or ""] if prompt.messages is None else [m["content"] for m in prompt.messages]
+    return special_strings(tokenizer, texts)
+
+
+def special_strings(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    """The special tokens whose strings occur in texts, each once, in order."""
     pattern = _special(tokenizer).pattern
     return list(dict.fromkeys(found.group() for text in texts for found in pattern.finditer(text)))
 
@@ -130,7 +150,22 @@ class _Special:
         return not (set(self.id_of.values()) - {self.unknown}).isdisjoint(ids)
 
 
-class _Guard:
+class PlainText:
+    """Encodes rendered text as it is."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a part of the text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def plain(self, text: str) -> str:
+        """A part of the text as the template wrote it."""
+        return text
+
+
+class _Guard(PlainText):
     """A copy of a fast tokenizer that matches a placeholder for each special token, and no special tokens."""
 
     def __init__(self, tokenizer: Any, special: _Special) -> None:
@@ -159,11 +194,17 @@ class _Guard:
         }
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text, each placeholder replaced by its special token."""
+        """See ``PlainText.ids``; each placeholder counts as its special token."""
         ids = self._backend.encode(text, add_special_tokens=False).ids
         if self._special.in_ids(ids):
             raise _UnfollowedTemplateError("the tokenizer always reads it as one")
         return [self._id_of.get(index, index) for index in ids]
+
+    def plain(self, text: str) -> str:
+        """A part of the text as the template wrote it, without placeholders."""
+        for special, stand_in in self.stand_in_of.items():
+            text = text.replace(stand_in, special)
+        return text
 
 
 class _UnfollowedTemplateError(Exception):
@@ -189,7 +230,7 @@ def _special(tokenizer: Any) -> _Special:
     return special
 
 
-def _text_ids(tokenizer: Any, text: str) -> list[int]:
+def text_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text, strings of special tokens as text, nothing added."""
     ids = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
     special = _special(tokenizer)
@@ -202,33 +243,47 @@ def _text_ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _template_ids(tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None) -> list[int]:
-    text = rendered(tokenizer, messages, rendering, add_generation_prompt=True)
-    return list(tokenizer.encode(text, add_special_tokens=False))
+def encodable(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    render: Callable[[Sequence[Mapping[str, Any]]], str],
+) -> tuple[str, PlainText]:
+    """A rendered conversation, and what encodes it, or parts of it; special tokens count only where the template itself
+    wrote them.
 
+    If a message contains the string of one, the template is rendered a second time with a marker in place of each
+    content: the text between markers comes from the template. There its special tokens are replaced by placeholders,
+    which a copy of the tokenizer knows as ordinary added tokens, with special tokens disabled. One pass of that
+    tokenizer then treats everything as usual, and contents that look like special tokens as text.
 
-def _guarded_ids(tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None) -> list[int]:
-    """Ids of a rendered template; special tokens count only where the template itself wrote them.
-
-    The template is rendered a second time with a marker in place of each content: the text between markers comes from
-    the template. There its special tokens are replaced by placeholders, which a copy of the tokenizer knows as ordinary
-    added tokens, with special tokens disabled. One pass of that tokenizer then treats everything as usual, and
-    contents that look like special tokens as text.
+    Raises:
+        DataError: the template rejects the messages, or changes such a message in a way that cannot be tracked.
     """
     pattern = _special(tokenizer).pattern
+    found = [(i, match) for i, m in enumerate(messages) if (match := pattern.search(m["content"]))]
+    for place, message in enumerate(messages):
+        if outside := pattern.search(texts_outside_content(message)):
+            raise DataError(
+                f"messages[{place}] contains {outside.group()!r}, a special token of the model, in its thinking or its "
+                "tool calls, where it cannot be kept as text; remove it"
+            )
+    if not found:
+        return render(messages), PlainText(tokenizer)
     plain = [{**message, "content": pattern.sub("x", message["content"])} for message in messages]
     try:
-        ids = _stand_in_ids(tokenizer, messages, rendering)
+        text, guard = _guarded(tokenizer, messages, render)
         # Compare with the usual path, on the same messages without the strings of special tokens.
-        if _stand_in_ids(tokenizer, plain, rendering) != _template_ids(tokenizer, plain, rendering):
+        usual = PlainText(tokenizer).ids(render(plain))
+        if guard.ids(_guarded(tokenizer, plain, render)[0]) != usual:
             raise _UnfollowedTemplateError("the tokenizer treats its special tokens in an unusual way")
+        guard.ids(text)
     except _UnfollowedTemplateError as error:
-        place, found = next((i, f) for i, m in enumerate(messages) if (f := pattern.search(m["content"])))
+        place, match = found[0]
         raise DataError(
-            f"messages[{place}] contains {found.group()!r}, a special token of the model that cannot be kept as text "
+            f"messages[{place}] contains {match.group()!r}, a special token of the model that cannot be kept as text "
             f"here, because {error}; remove it from the message"
         ) from error
-    return ids
+    return text, guard
 
 
 def _mark(place: int) -> str:
@@ -236,17 +291,29 @@ def _mark(place: int) -> str:
     return "\uf8e0" + "".join(chr(0xE000 + byte) for byte in place.to_bytes(4, "big")) + "\uf8e1"
 
 
-def _marked(messages: Sequence[Message]) -> list[Message]:
-    return [{**message, "content": _mark(place)} for place, message in enumerate(messages)]
+def _marked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {**message, "content": _mark(place)}
+        if message["content"] and not PLACEHOLDER.search(message["content"])
+        else dict(message)
+        for place, message in enumerate(messages)
+    ]
 
 
-def _stand_in_ids(tokenizer: Any, messages: Sequence[Message], rendering: Rendering | None) -> list[int]:
-    text = rendered(tokenizer, messages, rendering, add_generation_prompt=True)
-    if re.search("[\ue000-\uf8ff\U00100000-\U0010fffd]", text):
+PLACEHOLDER = re.compile("[\uf8e2-\uf8e6][^\uf8e3]*\uf8e3")
+"""Stands for what the student sampled; see ``gold.tokenize.conversation``."""
+
+
+def _guarded(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    render: Callable[[Sequence[Mapping[str, Any]]], str],
+) -> tuple[str, _Guard]:
+    text = render(messages)
+    if re.search("[\ue000-\uf8ff\U00100000-\U0010fffd]", PLACEHOLDER.sub("", text)):
         raise _UnfollowedTemplateError("private-use characters stand beside it")
     contents = {_mark(place): message["content"] for place, message in enumerate(messages)}
-    marked = rendered(tokenizer, _marked(messages), rendering, add_generation_prompt=True)
-    parts = re.split("(\uf8e0[^\uf8e1]*\uf8e1)", marked)
+    parts = re.split("(\uf8e0[^\uf8e1]*\uf8e1)", render(_marked(messages)))
     # Many templates strip the white space around contents.
     choices = [[contents[p], contents[p].strip()] if p in contents else [p] for p in parts]
     pattern = "".join("(" + "|".join(map(re.escape, texts)) + ")" for texts in choices)
@@ -262,4 +329,4 @@ def _stand_in_ids(tokenizer: Any, messages: Sequence[Message], rendering: Render
         else special.pattern.sub(lambda token: guard.stand_in_of[token.group()], found)
         for part, found in zip(parts, match.groups(), strict=True)
     )
-    return guard.ids(guarded)
+    return guarded, guard

@@ -80,12 +80,13 @@ def template_of(tokenizer: Any) -> str | None:
 
 def rendered(
     tokenizer: Any,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     rendering: Rendering | None = None,
     *,
     add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The messages rendered with the tokenizer's chat template.
+    """The messages rendered with the tokenizer's chat template; ``tools`` are JSON schemas of functions.
 
     Raises: DataError if the template rejects them.
     """
@@ -96,7 +97,7 @@ def rendered(
     try:
         return compiled_template(template_of(tokenizer) or "").render(
             messages=[dict(message) for message in messages],
-            tools=None,
+            tools=[dict(tool) for tool in tools] or None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             strftime_now=lambda form: now.strftime(form),

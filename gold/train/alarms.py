@@ -62,6 +62,11 @@ class Warnings:
                 f"(teacher_impossible counts them){examples.get('teacher_impossible', '')}. Does its server cut off "
                 "what is unlikely? vLLM does with --logprobs-mode processed_logprobs and a top_p or top_k"
             )
+        if share := record.get("ended_error_share"):
+            found["environment"] = (
+                f"{share:.0%} of the conversations were ended by an error of the environment (ended_error_share), for "
+                f"one {examples.get('ended_error_share')}"
+            )
         missed = record.get("teacher_top1_missed_share", 0.0)
         if self.reverse_kl and missed > MISSED_SHARE:
             found["missed"] = (

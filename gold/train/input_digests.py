@@ -8,7 +8,7 @@ the size; of a model in memory every tensor has its own blocks. Times and paths 
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,18 @@ def of_prompts(prompts: Sequence[Prompt], where: str) -> dict[str, Any]:
     found = {"from": where, "digests": {"content": digest.hexdigest()}, "count": len(prompts)}
     revision = prompts.facts.revision if isinstance(prompts, PromptFile) else None
     return found | ({"revision": revision} if revision else {})
+
+
+def of_tools(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The digest of the schemas of an environment's tools; empty without any."""
+    if not tools:
+        return {}
+    digest = _digest_of(json.dumps(list(tools), sort_keys=True))
+    return {"tools": {"from": "environment", "digests": {"schemas": digest}}}
+
+
+def _digest_of(text: str) -> str:
+    return sha256(text.encode()).hexdigest()
 
 
 def of_files(
@@ -172,7 +184,7 @@ def _of_file(file: Path) -> str:
 
 def _of_text(tokenizer: Any) -> str:
     template = getattr(tokenizer, "chat_template", None)
-    return sha256(json.dumps(template, sort_keys=True, default=repr).encode()).hexdigest()
+    return _digest_of(json.dumps(template, sort_keys=True, default=repr))
 
 
 def _spread(size: int, whole: bool, block: int, count: int) -> Iterator[tuple[int, int]]:

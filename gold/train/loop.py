@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from gold.activity import Stopped, doing, listening
-from gold.data import Prompt, PromptFile, load_prompts
+from gold.data import Prompt
 from gold.doctor.prompts import PromptReader, examine_prompts, notes_of, raise_refused
+from gold.environments.protocol import Environment, Limits
 from gold.errors import ConfigError, EngineError, GoldError, TeacherError, TrainingError
 from gold.evaluate import EvaluationPlan, Verifier, evaluate
 from gold.inspect.report import ReportFile
@@ -29,6 +30,7 @@ from gold.teachers.several import Teachers
 from gold.train.activations import settled
 from gold.train.alarms import Warnings, check_end, remedy_for, why_bad
 from gold.train.checkpoint_folder import latest_checkpoint, prune, remove_leftovers
+from gold.train.conversing import as_prompts, check_conversations, plan_of
 from gold.train.header import header, settings_of
 from gold.train.input_digests import of_run
 from gold.train.interrupt import NAMES, Interrupt, ended_by
@@ -111,6 +113,8 @@ def distill(
     trackers: Sequence[Tracker | str] = (),
     engine: RolloutEngine | None = None,
     estimate: bool = False,
+    environment: Environment | None = None,
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
 ) -> Run:
     """Trains ``student``, in place, on its own completions of ``prompts``, scored by ``teacher``; returns the run.
 
@@ -126,13 +130,12 @@ def distill(
         heldout: prompts of the evaluations before, during and after training; if empty, no evaluation.
         verifier: scores completions, for the ``reward`` objective and for accuracy.
         settings: contents of ``config.yaml`` in the run folder; default: the recipe.
-        inputs: contents of ``inputs.json`` in the run folder, see ``gold.train.input_digests``; default: digests of the
-            arguments.
+        inputs: contents of ``inputs.json``, see ``gold.train.input_digests``; default: digests of the arguments.
         progress: shows the run to a person; default: notes on stderr.
         trackers: more receivers of all metrics and notes, see ``gold.train.trackers``, or their names, ``CLIENTS``.
-        engine: generates completions with the weights pushed after every step, and is closed by the caller; default:
-            transformers' ``generate`` on the student itself.
+        engine: generates completions, and is closed by the caller; default: ``generate`` on the student itself.
         estimate: measures for about ten seconds how long the run will take, and shows that in its header.
+        environment: answers the student's turns, within ``limits``, and scores conversations instead of the verifier.
 
     Raises:
         GoldError: models, data or settings that do not go together; a teacher that stopped answering, or too many
@@ -144,17 +147,16 @@ def distill(
     student = load_model(student) if isinstance(student, (str, Path)) else student
     teacher = load_model(teacher) if isinstance(teacher, (str, Path)) else teacher
     teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
-    setup = Setup.of(student, teachers, _prompts(prompts), recipe, engine=engine, verifier=verifier)
+    given = as_prompts(prompts, environment)
+    setup = Setup.of(student, teachers, given, recipe, engine, verifier=verifier, environment=environment)
+    setup = replace(setup, limits=limits)
     accelerator = _accelerator(recipe.precision, student.device)
     # All processes run the checks with the same result; one of them logs.
     members = [Lasting(progress or Quiet()), *with_clients(trackers, saving.output)]
     tracker = Trackers(*(members if accelerator.is_main_process else []))
-    evaluation = evaluation or EvaluationPlan(
-        max_new_tokens=recipe.max_new_tokens, generation_batch_size=recipe.generation_batch_size
-    )
+    measured = as_prompts(heldout, environment), evaluation or plan_of(recipe)
     with listening(listener := RunListener(tracker)):
-        given = _prompts(heldout), evaluation, saving, settings, inputs
-        return _run(setup, accelerator, *given, tracker, listener, estimate)
+        return _run(setup, accelerator, *measured, saving, settings, inputs, tracker, listener, estimate)
 
 
 def _run(
@@ -171,7 +173,7 @@ def _run(
 ) -> Run:
     """Checks, opens the folder or resumes the checkpoint, trains, and saves the trained student."""
     student, teachers, recipe = setup.student, setup.teachers, setup.recipe
-    check_recipe(recipe, setup.prompts, setup.verifier, accelerator.num_processes)
+    check_recipe(recipe, setup.prompts, setup.verifier or setup.environment, accelerator.num_processes)
     kept_day = read_date(saving.output) if saving.output and saving.resume else None
     day = pin_date(student, teachers, kept_day, accelerator)
     readers = readers_of(student, teachers)
@@ -344,12 +346,13 @@ class _Training:
             return
         state, setup, started = self.state, self.setup, time.perf_counter()
         look = partial(evaluate, state.student, setup.teachers, self.heldout, plan=self.plan)
+        look = partial(look, verifier=setup.verifier, conversations=setup.conversations)
         is_last = self.saving.output is not None and state.step == setup.recipe.steps
         try:
             with as_written(state) if is_last else contextlib.nullcontext():
                 push_weights(state, setup.engine)
                 with doing("evaluation"), state.accelerator.autocast(), state.whole_student():
-                    result = look(verifier=setup.verifier, engine=setup.engine, processes=state)
+                    result = look(engine=setup.engine, processes=state)
         except (TeacherError, EngineError) as error:
             self.stop(error)
         record = {"step": state.step, **result.measures, "evaluate_s": time.perf_counter() - started}
@@ -411,7 +414,8 @@ def _check_prompts(
     with doing("checking the prompts"):
         checks = examine_prompts(setup.prompts, heldout, readers, room)
     raise_refused(checks)
-    for note in notes_of([check for check in checks if check.check not in told]):
+    said = notes_of([check for check in checks if check.check not in told])
+    for note in [*check_conversations(setup), *said]:
         tracker.note(note)
     return any(check.check == "date" for check in checks)
 
@@ -447,15 +451,6 @@ def _resume(
         # Remains of a process killed between its last save and the pruning.
         remove_leftovers(folder.checkpoints)
         prune(folder.checkpoints, state.step, saving.keep_last)
-
-
-def _prompts(given: Sequence[Prompt | str | Mapping[str, Any]]) -> Sequence[Prompt]:
-    """Plain strings as prompts, numbered; rows as ``load_prompts`` reads them."""
-    if isinstance(given, PromptFile):
-        return given
-    if hasattr(given, "with_format") or (len(given) and isinstance(given[0], Mapping)):
-        return load_prompts(given)  # type: ignore[arg-type]
-    return [Prompt(key=str(n), text=p) if isinstance(p, str) else p for n, p in enumerate(given)]  # type: ignore[misc]
 
 
 def _accelerator(precision: str, device: torch.device) -> Accelerator:

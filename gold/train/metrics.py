@@ -15,6 +15,7 @@ from gold.align.batch import AlignedBatch
 from gold.rollout.types import Rollout
 from gold.teachers.several import Teachers
 from gold.train.alarms import repetition
+from gold.train.conversing import conversation_record
 from gold.train.setup import BoundTerm
 
 
@@ -99,7 +100,7 @@ def step_record(
         rest["stop_rate"] = sums["stopped"] / sampled
         rest["canonical_share"] = sums["canonical_tokens"] / max(1.0, sums["aligned_tokens"])
         if sums["rewarded"]:
-            rest["reward_mean"] = sums["reward"] / sampled
+            rest["reward_mean"] = sums["reward"] / sums["rewarded"]
     if teachers is not None:
         rest["repaired_share"] = sums["repaired"] / max(1.0, sums["bytes"])
     rest["length_tokens"] = sums["tokens"] / max(1.0, sums["sequences"])
@@ -112,6 +113,9 @@ def step_record(
         rest["policy_kl"] = sums["ratio_k3"] / ratios
         rest["policy_ratio_max"] = sums["ratio_max"]
         rest["policy_ratio_capped_share"] = sums["ratio_capped"] / ratios
+    if sums["uncompared_bytes"]:
+        rest["uncompared_share"] = sums["uncompared_bytes"] / max(1.0, sums["bytes"])
+    rest |= conversation_record(sums)
     total = sum(seconds.values())
     rest |= {f"{phase}_s": spent for phase, spent in seconds.items()}
     rest |= {"step_s": total, "tokens_per_s": sums["tokens"] / total}

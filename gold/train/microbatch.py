@@ -23,23 +23,32 @@ from gold.train.setup import Setup
 @dataclass(frozen=True)
 class Microbatch:
     """Rollouts with their texts retokenized for each teacher, by its name (several with a mix, else one; "" without a
-    teacher). ``teacher_logits``, once requested, are one per rollout and teacher; ``baselines`` are subtracted from the
-    advantages of policy gradients, by objective."""
+    teacher, where terms that need one are not computed). ``teacher_logits``, once requested, are one per rollout and
+    teacher; ``baselines`` are subtracted from the advantages of policy gradients, by objective;
+    ``later`` are the returns of the turns after each rollout."""
 
     rollouts: tuple[Rollout, ...]
     batches: Mapping[str, AlignedBatch]
     teacher_logits: Mapping[str, Sequence[LazyLogits]] = field(default_factory=dict)
     baselines: Mapping[str, Tensor] = field(default_factory=dict)
+    later: Tensor | None = None
 
     @property
     def batch(self) -> AlignedBatch:
         """The texts aligned with the first teacher's tokens."""
         return next(iter(self.batches.values()))
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher scores the texts."""
+        return "" not in self.batches
 
-def build_microbatches(setup: Setup, rollouts: Sequence[Rollout]) -> tuple[list[Microbatch], list[str]]:
+
+def build_microbatches(
+    setup: Setup, rollouts: Sequence[Rollout], alone: Sequence[Rollout] = ()
+) -> tuple[list[Microbatch], list[str]]:
     """The rollouts in microbatches, each with one set of teachers and retokenized for them; and for each rollout that a
-    teacher cannot score, the reason. These are in no microbatch."""
+    teacher cannot score, the reason. These are in no microbatch. Those ``alone`` have no teacher."""
     asked = setup.members if setup.needs_teacher else {}
     skipped: list[str] = []
     by_teachers: dict[tuple[str, ...], list[tuple[Rollout, dict[str, AlignedText]]]] = {}
@@ -51,6 +60,8 @@ def build_microbatches(setup: Setup, rollouts: Sequence[Rollout]) -> tuple[list[
             skipped.append(reason)
         else:
             by_teachers.setdefault(names, []).append((rollout, texts))
+    for rollout in alone:
+        by_teachers.setdefault(("",), []).append((rollout, {"": aligned_text(rollout, setup.own_pair)}))
     microbatches, recipe = [], setup.recipe
     for names in sorted(by_teachers):
         given = by_teachers[names]
@@ -69,7 +80,8 @@ def _aligned(setup: Setup, texts_of: Mapping[str, Sequence[AlignedText]]) -> dic
     for name in reversed(list(texts_of)):
         device = setup.members[name].device if name in setup.members else None
         others = tuple(reversed(found.values())) if name == next(iter(texts_of)) else ()
-        found[name] = AlignedBatch(texts_of[name], setup.pairs[name], setup.student.device, device, others)
+        pair = setup.pairs.get(name, setup.own_pair)
+        found[name] = AlignedBatch(texts_of[name], pair, setup.student.device, device, others)
     return {name: found[name] for name in texts_of}
 
 
@@ -104,7 +116,7 @@ def drop_impossible(setup: Setup, microbatches: Sequence[Microbatch]) -> tuple[l
     kept, count, example = [], 0, ""
     for microbatch in microbatches:
         lost: set[int] = set()
-        for name, batch in microbatch.batches.items():
+        for name, batch in microbatch.batches.items() if microbatch.has_teacher else ():
             targets = batch.teacher.targets.split(np.diff(batch.teacher.row_starts).tolist())
             for number, (rows, target) in enumerate(
                 zip(microbatch.teacher_logits[name], targets, strict=True)
@@ -141,7 +153,7 @@ def loss_inputs(
     """The input of the objectives for a microbatch."""
     batch = microbatch.batch
     if not microbatch.teacher_logits:
-        return LossInputs(batch, student_logits, None, reference)
+        return LossInputs(batch, student_logits, None, reference, later=microbatch.later)
     first, *others = [LazyLogits.joined(microbatch.teacher_logits[name]) for name in microbatch.batches]
     mix = setup.teachers.mix if setup.teachers else None
     other_teachers: tuple[OtherTeacher, ...] = ()
@@ -150,4 +162,13 @@ def loss_inputs(
     elif mix is not None:
         # With one vocabulary the mixture's rows are ordinary teacher rows.
         first, mix = mixed_rows([first, *others], batch.vocabularies.student.size, mix), None
-    return LossInputs(batch, student_logits, first, reference, mix, other_teachers, microbatch.baselines)
+    return LossInputs(
+        batch,
+        student_logits,
+        first,
+        reference,
+        mix,
+        other_teachers,
+        microbatch.baselines,
+        later=microbatch.later,
+    )

@@ -17,7 +17,6 @@ from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt, examined, lacking_completion
 from gold.doctor.prompts import PromptReader, limits_of
 from gold.errors import CheckpointError, ConfigError, DataError
-from gold.evaluate import Verifier
 from gold.models.language_model import LanguageModel
 from gold.models.probe import check_packing
 from gold.prompt_order import PromptOrder
@@ -32,9 +31,7 @@ DATE_FILE = "template_date.txt"
 """File of a run folder with the date that chat templates print, if one of them prints the date."""
 
 
-def check_recipe(
-    recipe: Recipe, prompts: Sequence[Prompt], verifier: Verifier | None, processes: int
-) -> None:
+def check_recipe(recipe: Recipe, prompts: Sequence[Prompt], verifier: object | None, processes: int) -> None:
     """Checks that the recipe can be trained on these prompts.
 
     Raises:

@@ -91,6 +91,8 @@ class Rollout(CompletionSettings):
     """largest importance weight of completions that an engine or older weights drew; null: no weights"""
     cut: Literal["keep", "mask"] = "keep"
     """completions that reach the length limit: learned from, or left out of the loss"""
+    thinking: Literal["compare", "mask"] = "compare"
+    """thinking of the student: compared with the teacher in the teacher's own markers, or left out"""
 
 
 class Optimizer(Section):

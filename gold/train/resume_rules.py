@@ -94,6 +94,7 @@ _LATER = {
         ("rollout recipe", "staleness", "0"),
         ("rollout recipe", "importance_cap", "2.0"),
         ("rollout recipe", "cut", '"keep"'),
+        ("rollout recipe", "thinking", '"compare"'),
         ("train recipe", "sharding", '"none"'),
         ("train recipe", "gradient_sync", '"microbatch"'),
         ("train recipe", "optimizer", '"adamw"'),

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt
+from gold.environments.protocol import Environment, Limits
 from gold.errors import ConfigError, TeacherError
 from gold.evaluate import Verifier
 from gold.losses import DivergenceRow, Need, Objective, find
 from gold.losses.table import check_one_vocabulary
 from gold.models.language_model import LanguageModel
 from gold.prompt_order import PromptOrder
+from gold.rollout.conversations import Conversations
 from gold.rollout.engine import RolloutEngine
 from gold.rollout.hf import HuggingFaceEngine
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
+from gold.tokenize.conversation import TemplateForm
 from gold.train.recipe import Recipe, Term
 
 NEEDS: tuple[Need, ...] = typing.get_args(Need)
@@ -53,6 +56,8 @@ class Setup:
     engine: RolloutEngine
     verifier: Verifier | None = None
     now: Callable[[], float] | None = None
+    environment: Environment | None = None
+    limits: Limits = field(default_factory=Limits)
 
     @classmethod
     def of(
@@ -78,6 +83,39 @@ class Setup:
     def order(self) -> PromptOrder:
         """The order in which steps draw prompts."""
         return PromptOrder.of(self.prompts, self.recipe.seed, self.recipe.order)
+
+    @cached_property
+    def conversations(self) -> Conversations | None:
+        """What draws the conversations of a run with an environment."""
+        return Conversations.of(self.student, self.environment, self.limits)
+
+    @cached_property
+    def form(self) -> TemplateForm:
+        """What the student's chat template writes."""
+        return TemplateForm.of(self.student.tokenizer, self.student.rendering)
+
+    @cached_property
+    def forms(self) -> dict[str, TemplateForm]:
+        """What each teacher's chat template writes."""
+        return {
+            name: TemplateForm.of(teacher.tokenizer, teacher.rendering)
+            for name, teacher in self.members.items()
+            if teacher.tokenizer is not None
+        }
+
+    @cached_property
+    def own_pair(self) -> VocabularyPair:
+        """The student's vocabulary twice, for texts without a teacher."""
+        return VocabularyPair(self.student.vocabulary, self.student.vocabulary)
+
+    def applies(self, term: BoundTerm, has_teacher: bool) -> bool:
+        """Whether a term is computed for texts with or without a teacher."""
+        return has_teacher or not self.needs_teacher or term.objective.needs == "nothing"
+
+    @property
+    def learns_alone(self) -> bool:
+        """Whether an objective learns from sampled texts without a teacher."""
+        return any(t.objective.needs == "nothing" and t.objective.name != "sft" for t in self.terms)
 
     @property
     def student_generates(self) -> bool:

@@ -24,10 +24,11 @@ from gold.errors import DataError
 from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.losses import LossInputs
 from gold.losses.importance import ImportanceWeights
-from gold.losses.policy import means_of_others, sampled_credit
+from gold.losses.policy import means_of_others, returns_of_texts, sampled_credit
 from gold.models.hidden_states import lazy_logits
 from gold.models.padding import PaddedStates
 from gold.rollout.ahead import Place
+from gold.rollout.conversations import Conversations
 from gold.rollout.engine import (
     AdapterEngine,
     Generation,
@@ -37,9 +38,12 @@ from gold.rollout.engine import (
     completed,
     rollout_of,
 )
+from gold.rollout.pieces import rows_of
 from gold.rollout.prompts import encode_prompt
 from gold.rollout.types import Rollout, group_advantages
 from gold.teachers.several import Teachers
+from gold.tokenize.conversation import TemplateForm
+from gold.train.conversing import Conversed, conversed, later_returns
 from gold.train.diagnosis import why_not_finite
 from gold.train.metrics import PhaseTimer, device_clock, part_name, rollout_sums, step_record
 from gold.train.microbatch import Microbatch, ask_teachers, build_microbatches, drop_impossible, loss_inputs
@@ -71,22 +75,25 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
     # model code from outside gold may use that; seeded for each step, it repeats in a resumed run.
     torch.manual_seed(int(np.random.SeedSequence([recipe.seed, state.step]).generate_state(1)[0]))
     with timer("rollout"):
-        rollouts, skipped = generate_rollouts(state, setup)
+        rollouts, skipped, talk = generate_rollouts(state, setup)
     with timer("align"):
         used = [r for r in rollouts if r.stopped or not r.sampled or setup.recipe.cut == "keep"]
-        microbatches, misfits = build_microbatches(setup, used)
+        rows = rows_of(used, partial(teacher_forms, setup), setup.recipe.thinking, setup.form.opens_thinking)
+        microbatches, misfits = build_microbatches(setup, rows.compared, rows.others * setup.learns_alone)
         skipped += misfits
     with timer("teacher"):
         microbatches, sums, impossible = query_teachers(state, setup, microbatches)
     with timer("align"):
         # This sum needs the same names in all processes: those of unit_counts follow from the setup alone.
         counts = state.sum(unit_counts(setup, microbatches))
-        microbatches = with_baselines(state, setup, microbatches)
+        microbatches = with_baselines(state, setup, with_returns(setup, microbatches))
     with timer("student"):
         sums |= accumulate_gradients(state, setup, microbatches, counts)
     with timer("update"):
         kept = [rollout for m in microbatches for rollout in m.rollouts]
         sums |= rollout_sums(rollouts, kept, [m.batch for m in microbatches])
+        sums |= talk.sums
+        sums["uncompared_bytes"] = sum(len(r.tokenized.data) for r in rows.others)
         sums["skipped_sequences"] = len(skipped)
         sums["masked_sequences"] = len(rollouts) - len(used)
         sums["staleness"] = sum(state.step - r.policy_version for r in rollouts if r.sampled)
@@ -107,7 +114,11 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
         if recipe.staleness:
             head["engine_idle_s"] = state.ahead.idle_s
     metrics = step_record(head, sums, counts, setup.terms, setup.teachers, timer.seconds)
-    examples = {"skipped_sequences": next(iter(skipped), ""), "teacher_impossible": impossible}
+    examples = {
+        "skipped_sequences": next(iter(skipped), ""),
+        "teacher_impossible": impossible,
+        "ended_error_share": talk.problem,
+    }
     return StepReport(metrics | {"bad_steps": state.bad_steps}, examples)
 
 
@@ -149,10 +160,19 @@ def choose_prompts(state: TrainState, setup: Setup, step: int) -> StepPrompts:
     return found
 
 
-def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], list[str]]:
-    """This process's share of the step's rollouts, with rewards if there is a verifier; and for each skipped prompt the
-    reason."""
+def teacher_forms(setup: Setup, rollout: Rollout) -> list[TemplateForm]:
+    """What the chat templates of a rollout's teachers write."""
+    names = setup.teachers.of(rollout.prompt) if setup.teachers else ()
+    return [setup.forms[name] for name in names if name in setup.forms]
+
+
+def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], list[str], Conversed]:
+    """This process's share of the step's rollouts, with rewards if there is a verifier; for each skipped prompt the
+    reason; and the conversations of a run with an environment."""
     recipe, chosen = setup.recipe, choose_prompts(state, setup, state.step)
+    if setup.conversations is not None:
+        talk = converse(state, setup, setup.conversations, chosen)
+        return talk.rollouts + chosen.given, chosen.skipped, talk
     drawn = draw_ahead(state, setup, chosen) if recipe.staleness else draw(state, setup, chosen)
     pairs = zip(chosen.prompts, chosen.requests.values(), drawn, strict=True)
     sampled = [rollout_of(state.student, prompt, request, answer) for prompt, request, answer in pairs]
@@ -161,7 +181,24 @@ def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], l
         scaled = group_advantages(rewards, recipe.num_generations)
         each = zip(sampled, rewards, scaled, strict=True)
         sampled = [replace(r, reward=float(x), advantage=float(a)) for r, x, a in each]
-    return sampled + chosen.given, chosen.skipped
+    return sampled + chosen.given, chosen.skipped, Conversed()
+
+
+def converse(state: TrainState, setup: Setup, conversations: Conversations, chosen: StepPrompts) -> Conversed:
+    """The step's conversations by the student's current weights."""
+    if not chosen.student_writes:
+        return Conversed()
+    push_weights(state, setup.engine)  # in all processes, also in one that has nothing to draw
+
+    def generate(requests: Sequence[Request]) -> list[Generation]:
+        return state.together(partial(setup.engine.generate, requests))
+
+    seeds = [request.seed for request in chosen.requests.values()]
+    with generating(state, setup):
+        drawn = conversations.draw(
+            chosen.prompts, seeds, setup.recipe.sampling, generate, any_process=state.any_process
+        )
+    return conversed(drawn, setup.recipe.num_generations)
 
 
 def draw(state: TrainState, setup: Setup, chosen: StepPrompts) -> list[Generation]:
@@ -277,11 +314,24 @@ def unit_counts(setup: Setup, microbatches: Sequence[Microbatch]) -> dict[str, f
         counts |= {f"{t.label}[{name}]": 0.0 for t in setup.terms}
     for microbatch in microbatches:
         for term in setup.terms:
+            if not setup.applies(term, microbatch.has_teacher):
+                continue
             count = float(term.objective.count(microbatch.batch))
             counts[term.label] += count
-            if setup.routes:
+            if setup.routes and microbatch.has_teacher:
                 counts[f"{term.label}[{next(iter(microbatch.batches))}]"] += count
     return counts
+
+
+def with_returns(setup: Setup, microbatches: list[Microbatch]) -> list[Microbatch]:
+    """The microbatches with the return of the turns after each rollout, if an objective counts it."""
+    if not any(term.objective.options.get("horizon") == "conversation" for term in setup.terms):
+        return microbatches
+    taught = [m for m in microbatches if m.has_teacher]
+    returns = [returns_of_texts(loss_inputs(setup, m, NO_LOGITS)).tolist() for m in taught]
+    later = later_returns([m.rollouts for m in taught], returns)
+    found = iter(torch.tensor(each, dtype=torch.float64) for each in later)
+    return [replace(m, later=next(found)) if m.has_teacher else m for m in microbatches]
 
 
 def with_baselines(state: TrainState, setup: Setup, microbatches: list[Microbatch]) -> list[Microbatch]:
@@ -290,13 +340,14 @@ def with_baselines(state: TrainState, setup: Setup, microbatches: list[Microbatc
         name, options = term.objective.name, term.objective.options
         if options.get("baseline") != "others":
             continue
-        inputs = [loss_inputs(setup, m, NO_LOGITS) for m in microbatches]
+        taught = [m for m in microbatches if m.has_teacher]
+        inputs = [loss_inputs(setup, m, NO_LOGITS) for m in taught]
         credits = [sampled_credit(each, name, options) for each in inputs]
-        numbers = [m.batch.row_number for m in microbatches]
-        means = means_of_others(credits, numbers, setup.recipe.max_new_tokens, state.sum_tensor)
+        numbers = [m.batch.row_number for m in taught]
+        means = iter(means_of_others(credits, numbers, setup.recipe.max_new_tokens, state.sum_tensor))
         microbatches = [
-            replace(m, baselines={**m.baselines, name: mean})
-            for m, mean in zip(microbatches, means, strict=True)
+            replace(m, baselines={**m.baselines, name: next(means)}) if m.has_teacher else m
+            for m in microbatches
         ]
     return microbatches
 
@@ -348,7 +399,7 @@ def step_loss(
     # here; sequence_logp, sums in nats and bytes, divided by one another in the record.
     parts: dict[str, Tensor] = {}
     for term in setup.terms:
-        if not counts[term.label]:
+        if not counts[term.label] or not setup.applies(term, microbatch.has_teacher):
             continue
         value = term.objective.loss(inputs)
         total = total + term.weight * value.total / counts[term.label]

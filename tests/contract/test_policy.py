@@ -15,7 +15,7 @@ from torch import Tensor
 from gold.align.texts import AlignedText, canonical_tokens
 from gold.align.vocabularies import VocabularyPair
 from gold.losses import OBJECTIVES
-from gold.losses.policy import means_of_others, sampled_credit
+from gold.losses.policy import means_of_others, returns_of_texts, sampled_credit
 from gold.tokenize.vocabulary import Vocabulary
 from tests.contract.toys import (
     ToyModel,
@@ -67,6 +67,61 @@ def test_the_expected_gradient_of_token_pg_is_exact():
     )
     compared = [torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12) for a, b in pairs if a is not None]
     assert len(compared) > 10
+
+
+def test_the_expected_gradient_over_two_turns_is_exact_with_the_conversation_as_horizon():
+    """Over all conversations of two turns, where the second depends on the text of the first: the gradient of E[log π −
+    log P] summed over the turns. Without the return of the second turn the first lacks its share of it."""
+    first = ToyModel(STUDENT, 1, longest=2, requires_grad=True, never=("<junk>",))
+    second = [ToyModel(STUDENT, n, longest=2, requires_grad=True, never=("<junk>",)) for n in (3, 4)]
+    teacher, later_teacher = ToyModel(TEACHER, 2), ToyModel(TEACHER, 5)
+    leaves = [leaf for model in (first, *second) for leaf in model.rows.values()]
+    turns = {
+        n: [
+            (aligned(PAIR, list(ids)), logp)
+            for ids, logp in oracle.sequences(model.logp, STUDENT.stop_ids, 3)
+        ]
+        for n, model in enumerate((*second, first))
+    }
+
+    def expected(horizon: str, with_later: bool) -> list[Tensor]:
+        objective, total = OBJECTIVES["token_pg"](horizon=horizon), torch.zeros((), dtype=torch.float64)
+        for text, logp in turns[2]:
+            branch = int(b"b" in text.student.data)
+            for reply, reply_logp in turns[branch]:
+                inputs = inputs_of(PAIR, [text], first, teacher)
+                after = inputs_of(PAIR, [reply], second[branch], later_teacher)
+                if with_later:
+                    drawn = replace(reply, sampling_logprobs=logp_of(second[branch], reply))
+                    after_drawn = inputs_of(PAIR, [drawn], second[branch], later_teacher)
+                    inputs = replace(inputs, later=returns_of_texts(after_drawn))
+                share = (logp + reply_logp).detach().exp()
+                total = total + share * (objective(inputs).total + objective(after).total)
+        return list(torch.autograd.grad(total, leaves, allow_unused=True))
+
+    exact = torch.zeros((), dtype=torch.float64)
+    for text, logp in turns[2]:
+        branch = int(b"b" in text.student.data)
+        for reply, reply_logp in turns[branch]:
+            gap = logp - log_prob_of_bytes(teacher, text)
+            gap = gap + reply_logp - log_prob_of_bytes(later_teacher, reply)
+            exact = exact + (logp + reply_logp).exp() * gap
+    found = expected("conversation", with_later=True)
+    wanted = torch.autograd.grad(exact, leaves, allow_unused=True)
+    compared = [
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        for a, b in zip(found, wanted, strict=True)
+        if a is not None
+    ]
+    assert len(compared) > 10
+    alone = expected("text", with_later=False)
+    assert max((a - b).abs().max() for a, b in zip(alone, wanted, strict=True) if a is not None) > 1e-3
+
+
+def logp_of(model: ToyModel, text: AlignedText) -> np.ndarray:
+    """The log-probability of each id of a text."""
+    rows = torch.log_softmax(student_rows(model, [text]), -1).detach()
+    return rows[torch.arange(len(text.ids)), torch.tensor(text.ids.tolist())].numpy()
 
 
 def test_for_equal_models_the_expected_gradient_of_token_pg_is_zero():

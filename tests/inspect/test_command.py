@@ -296,6 +296,23 @@ def conversation(tmp_path: Path, messages: Any = MESSAGES) -> Path:
     return file
 
 
+def test_every_turn_of_the_assistant_is_aligned(names: dict[str, str], tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+        {"role": "tool", "content": "12", "name": "f"},
+        {"role": "assistant", "content": "The dog."},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "12"},
+    ]
+    out = io.StringIO()
+    run_align(None, **names, chat=conversation(tmp_path, turns), as_json=True, stream=out)
+    found = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [one["bytes"] for one in found] == [len("The dog."), 2]
+    before, after = (one["student"]["prompt_ids"] for one in found)
+    assert len(after) > len(before)
+
+
 def test_each_side_reads_its_own_template(names: dict[str, str], tmp_path: Path) -> None:
     chat = conversation(tmp_path)
     found = answer(None, names, chat=chat)

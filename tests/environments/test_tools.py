@@ -1,0 +1,176 @@
+"""Functions as tools: their schemas, their results as text, and every way in which a call goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from transformers.utils import get_json_schema
+
+from gold.data import Prompt
+from gold.demo.calculator import Calculator, multiply
+from gold.environments import Conversation, Limits, OneTurn, ToolEnvironment, load_environment
+from gold.environments.calling import Caller
+from gold.environments.protocol import tools_of
+from gold.environments.text import ToolsAsText
+from gold.errors import ConfigError
+from gold.turns import read_turn
+
+ASKED = Prompt("k", messages=({"role": "user", "content": "q"},), reference="4")
+
+
+def conversation(*texts: str, ended: str | None = "done") -> Conversation:
+    found = Conversation(ASKED, [{"role": "user", "content": "q"}], ended=ended)
+    found.turns = [read_turn(text.encode()) for text in texts]
+    return found
+
+
+def replies(environment, *texts: str):
+    found = conversation(*texts, ended=None)
+    (reply,) = Caller(5.0).results([lambda: environment.reply(found)])
+    return reply, found.counts
+
+
+async def slow(a: int) -> dict[str, int]:
+    """Waits.
+
+    Args:
+        a: A number.
+    """
+    await asyncio.sleep(0.01)
+    return {"a": a}
+
+
+def broken(a: int) -> int:
+    """Fails.
+
+    Args:
+        a: A number.
+    """
+    raise ZeroDivisionError(f"{a} by\nzero")
+
+
+class Exact:
+    def score(self, prompt, completion):
+        return float(completion.strip() == prompt.reference)
+
+
+def test_the_schema_of_a_function_is_that_of_transformers() -> None:
+    schema = get_json_schema(multiply)
+    schema["function"].pop("return")
+    assert ToolEnvironment([multiply]).tools == (schema,)
+    assert schema["function"]["parameters"]["required"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("call", "result", "failed"),
+    [
+        ('{"name": "multiply", "arguments": {"a": 6, "b": 7}}', "42", 0),
+        ('{"name": "slow", "arguments": {"a": 6}}', '{"a": 6}', 0),
+        ('{"name": "broken", "arguments": {"a": 6}}', "error: ZeroDivisionError: 6 by zero", 1),
+        (
+            '{"name": "divide", "arguments": {}}',
+            "there is no tool 'divide'; the tools are multiply, slow, broken",
+            1,
+        ),
+        ('{"name": "multiply", "arguments": {"x": 6}}', "unexpected keyword argument", 1),
+        ('{"name": "multiply", "arguments": {"a": 6}}', "missing 1 required", 1),
+        ('{"name": "multiply", "arguments": 7}', "error: the arguments are no JSON object", 1),
+        ('{"name": "multiply"', "error: the call is no JSON", 1),
+    ],
+)
+def test_the_result_of_a_call_is_text_and_a_failure_is_counted(call, result, failed) -> None:
+    environment = ToolEnvironment([multiply, slow, broken])
+    reply, counts = replies(environment, f"<tool_call>{call}</tool_call>")
+    assert [m["role"] for m in reply] == ["tool"]
+    assert result in reply[0]["content"]
+    assert (counts["tool_calls"], counts["tool_errors"]) == (1, failed)
+
+
+def test_a_turn_without_calls_ends_the_conversation_and_is_scored_without_its_thinking() -> None:
+    environment = ToolEnvironment([multiply], Exact())
+    assert replies(environment, "4")[0] is None
+    assert environment.score(conversation("x", "<think>3?</think>\n\n4")) == 1.0
+    assert environment.score(conversation("4", ended="max_turns")) == 0.0
+    assert ToolEnvironment([multiply]).score(conversation("4")) is None
+
+
+def test_tools_as_text_are_described_in_a_system_message_and_answered_by_the_user() -> None:
+    environment = ToolsAsText(ToolEnvironment([multiply], Exact()))
+    assert tools_of(environment) == ()
+    assert '"name": "multiply"' in environment.instructions
+    call = '<tool_call>{"name": "multiply", "arguments": {"a": 2, "b": 3}}</tool_call>'
+    assert replies(environment, call + call)[0] == [
+        {"role": "user", "content": "\n".join(["<tool_response>\n6\n</tool_response>"] * 2)}
+    ]
+    assert replies(environment, "4")[0] is None
+    (score,) = Caller(5.0).results([lambda: environment.score(conversation("4"))])
+    assert score == 1.0
+
+
+def test_many_calls_run_at_once_and_one_that_hangs_ends_alone() -> None:
+    caller, begun = Caller(0.6), time.monotonic()
+    found = caller.results([lambda: time.sleep(5), *[lambda n=n: time.sleep(0.1) or n for n in range(20)]])
+    assert isinstance(found[0], TimeoutError)
+    assert found[1:] == list(range(20))
+    assert time.monotonic() - begun < 4
+
+
+def test_an_error_of_a_call_is_its_result() -> None:
+    found = Caller(5.0).results([lambda: 1 / 0, lambda: 2, lambda: next(iter(()))])
+    assert isinstance(found[0], ZeroDivisionError)
+    assert found[1] == 2
+    assert isinstance(found[2], RuntimeError)
+
+
+def undescribed(a: int) -> int:
+    return a
+
+
+def test_functions_that_cannot_be_tools_are_refused() -> None:
+    with pytest.raises(ConfigError, match="undescribed has no schema"):
+        ToolEnvironment([undescribed])
+    with pytest.raises(ConfigError, match="two functions multiply"):
+        ToolEnvironment([multiply, multiply])
+
+
+def test_environments_by_name(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        'def add(a: int) -> int:\n    """Adds.\n\n    Args:\n        a: x.\n    """\n    return a + 1\n'
+    )
+    made = load_environment(tools=[f"{file}:add"], verifier=Exact())
+    assert isinstance(made, ToolEnvironment)
+    assert list(made.functions) == ["add"]
+    calculator = load_environment("gold.demo.calculator:Calculator", {"highest": 20})
+    assert isinstance(calculator, Calculator)
+    assert calculator.highest == 20
+    assert load_environment(verifier=calculator) is calculator
+    one = load_environment(verifier=Exact())
+    assert isinstance(one, OneTurn)
+    assert one.reply(conversation("4")) is None
+    assert (one.score(conversation("4")), one.score(conversation("4", ended="cut"))) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "gold.nowhere:X"}, "gold.nowhere cannot be imported"),
+        ({"name": "gold.data:Nothing"}, "gold.data has no Nothing"),
+        ({"name": "gold.data"}, "expected module:name"),
+        ({"name": "gold.data:Prompt", "options": {"key": "k", "text": "t"}}, "no methods reply and score"),
+        ({"name": "gold.demo.calculator:Calculator", "options": {"high": 3}}, "does not take these options"),
+        ({"tools": ["missing.py:f"]}, "missing.py cannot be imported"),
+        ({"tools": ["gold.data:LINE_KEYS"]}, "is no function"),
+        ({}, "give tools, or the name"),
+    ],
+)
+def test_a_name_that_is_no_environment_is_one_line(given, message) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_environment(**given)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_limits_have_defaults() -> None:
+    assert Limits() == Limits(max_turns=8, max_tokens=None, timeout_s=60.0)

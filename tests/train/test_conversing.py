@@ -1,0 +1,133 @@
+"""Runs with an environment: rewards of conversations, returns of later turns, refusals, and resumptions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.turns import Echo, Scripted
+
+from gold.demo.calculator import Calculator
+from gold.demo.talk import OTHER_TEMPLATE, lesson, talking_student, talking_teacher
+from gold.environments import Limits, ToolEnvironment
+from gold.environments.calling import Caller
+from gold.environments.text import ToolsAsText
+from gold.errors import ConfigError
+from gold.evaluate import EvaluationPlan
+from gold.rollout.conversations import Conversations, TurnPrompts
+from gold.rollout.types import Sampling, Turn
+from gold.train.conversing import advantages_of, conversed, later_returns
+from gold.train.loop import Saving, distill
+from gold.train.recipe import Recipe, Term
+from gold.turns import read_turn
+
+TASK = Calculator()
+PROMPTS = TASK.prompts("train", 8, 0)
+SMALL = Recipe(steps=2, prompts_per_step=2, num_generations=2, max_new_tokens=8, lr=1e-3)
+
+
+@given(st.lists(st.none() | st.floats(0, 1), min_size=3, max_size=12), st.sampled_from([1, 2, 3]))
+@settings(max_examples=50)
+def test_advantages_are_of_the_scored_conversations_of_a_group(scores, group) -> None:
+    scores = scores[: len(scores) // group * group]
+    found = advantages_of(scores, group)
+    for first in range(0, len(scores), group):
+        own = [x for x in scores[first : first + group] if x is not None]
+        for n in range(first, first + group):
+            deviation = np.std(own) if own else 0.0
+            if scores[n] is None or deviation <= 1e-8:
+                assert found[n] == 0.0
+            else:
+                assert found[n] == pytest.approx((scores[n] - np.mean(own)) / deviation)
+
+
+def drawn(texts, prompts=PROMPTS[:1]):
+    student, caller = talking_student(), Caller(5.0)
+    found = Conversations(student, TASK, Limits(), caller)
+    engine = Scripted(student, texts)
+    seeds = [(0, n) for n in range(len(prompts))]
+    return found.draw(list(TurnPrompts(prompts, TASK)), seeds, Sampling(90), engine.generate)
+
+
+def test_a_score_is_the_reward_of_the_last_turn_and_the_advantage_of_all() -> None:
+    call, answer = lesson(PROMPTS[0])
+    found = conversed(drawn([call, "wrong", answer], [PROMPTS[0], PROMPTS[0]]), 2)
+    # The first round draws both first turns: a call, and an answer without one; the second the right answer.
+    assert [r.turn.conversation for r in found.rollouts] == [0, 0, 1]
+    assert [r.reward for r in found.rollouts] == [None, 1.0, 0.0]
+    assert [r.advantage for r in found.rollouts] == [1.0, 1.0, -1.0]
+    assert found.sums["turns"] == 3
+    assert found.sums["count.tool_calls"] == 1
+    assert found.sums["ended.done"] == 2
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 4)), max_size=9),
+    st.integers(1, 4),
+)
+@settings(max_examples=30, deadline=None)
+def test_later_returns_are_sums_over_what_follows(places, size) -> None:
+    base = drawn(["1"])[0].rollouts[0]
+    places = list(dict.fromkeys(places))
+    rollouts = [
+        replace(base, turn=Turn(number, read_turn(b""), talk), prompt_ids=(0,) * length)
+        for talk, number, length in places
+    ]
+    values = [float(2**n) for n in range(len(rollouts))]
+    parts = [slice(n, n + size) for n in range(0, len(rollouts), size)]
+    found = [
+        x for each in later_returns([rollouts[p] for p in parts], [values[p] for p in parts]) for x in each
+    ]
+    for (talk, *at), value in zip(places, found, strict=True):
+        later = [v for (t, *p), v in zip(places, values, strict=True) if t == talk and p > at]
+        assert value == sum(later)
+
+
+@pytest.mark.slow
+def test_a_run_of_conversations_resumes_bit_for_bit(tmp_path) -> None:
+    recipe = SMALL.replace(
+        steps=4, objectives=(Term("reverse_kl"), Term("reward"), Term("token_pg", horizon="conversation"))
+    )
+
+    def run(output, resume=False):
+        return distill(
+            talking_student(),
+            talking_teacher(template=OTHER_TEMPLATE),
+            PROMPTS,
+            recipe,
+            environment=Echo(3),
+            heldout=TASK.prompts("heldout", 3, 0),
+            evaluation=EvaluationPlan(max_new_tokens=8, samples=2),
+            saving=Saving(output, resume=resume, evaluate_every=2, checkpoint_every=2, keep_last=9),
+        )
+
+    whole = run(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "student")
+    newest = max((tmp_path / "half" / "checkpoints").iterdir(), key=lambda path: path.name)
+    shutil.rmtree(newest)
+    half = run(tmp_path / "half", resume=True)
+    assert [known(record) for record in half.steps] == [known(record) for record in whole.steps]
+    assert whole.steps[-1]["turns"] >= 1
+    lines = (tmp_path / "whole" / "samples.jsonl").read_text("utf-8").splitlines()
+    assert {"prompt", "completion", "turn", "chunks"} <= json.loads(lines[0]).keys()
+
+
+def known(record):
+    """The metrics of a step that do not depend on the clock."""
+    return {name: value for name, value in record.items() if not name.endswith("_s")}
+
+
+def test_bad_combinations_are_one_line() -> None:
+    student, teacher = talking_student(), talking_teacher()
+    with pytest.raises(ConfigError, match=r"rollout\.staleness: turns of a conversation"):
+        distill(student, teacher, PROMPTS, SMALL.replace(staleness=1), environment=TASK)
+    student.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ConfigError, match="does not write tools or calls; give it another"):
+        distill(student, teacher, PROMPTS, SMALL, environment=TASK)
+    assert ToolsAsText(ToolEnvironment([])).instructions
