@@ -47,7 +47,10 @@ TOKENS = {"English": 32, "code": 40, "German": 48, "Chinese": 64, "numbers": 64}
 def divergences(names: Sequence[str], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Every direction between the models."""
     models = {name: load_model(model_path(name), device="cpu") for name in names}
-    return [direction(models[mine], models[theirs], say) for mine, theirs in permutations(names, 2)]
+    return [
+        {"student": mine, "teacher": theirs, **direction(models[mine], models[theirs], say)}
+        for mine, theirs in permutations(names, 2)
+    ]
 
 
 def direction(student: LanguageModel, teacher: LanguageModel, say: Callable[[str], None]) -> dict[str, Any]:
@@ -56,9 +59,9 @@ def direction(student: LanguageModel, teacher: LanguageModel, say: Callable[[str
     for kind, starts in PROMPTS.items():
         found = texts_of(student, teacher, kind, starts)
         rows += found
-        say(f"{student.name} ← {teacher.name}, {kind}: {sum(r['bytes'] for r in found)} bytes")
+        say(f"{kind}: {sum(r['bytes'] for r in found)} bytes")
     by_kind = {kind: summary([r for r in rows if r["kind"] == kind]) for kind in PROMPTS}
-    return {"student": student.name, "teacher": teacher.name, "all": summary(rows), "by_kind": by_kind}
+    return {"all": summary(rows), "by_kind": by_kind}
 
 
 @torch.no_grad()
