@@ -93,7 +93,7 @@ def read(source: Any, **options: Any) -> list[bytes]:
 # -- formats --
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     st.lists(
         st.tuples(TEXTS, st.none() | UGLY.filter(bool), st.none() | UGLY.filter(bool)), min_size=1, max_size=6
@@ -142,7 +142,7 @@ CONVENTIONS: dict[str, Callable[[Case], dict[str, Any]]] = {
 }
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(
     st.lists(
         st.tuples(st.none() | TEXTS, TEXTS, st.none() | UGLY.filter(bool)),
