@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.server import ModelServer, served
 from support.turns import Echo, Scripted
 
 from gold.demo.calculator import Calculator
@@ -19,8 +20,10 @@ from gold.environments.calling import Caller
 from gold.environments.text import ToolsAsText
 from gold.errors import ConfigError
 from gold.evaluate import EvaluationPlan
+from gold.models.load import save_model
 from gold.rollout.conversations import Conversations, TurnPrompts
 from gold.rollout.types import Sampling, Turn
+from gold.teachers import CachedTeacher, LocalTeacher
 from gold.train.conversing import advantages_of, conversed, later_returns
 from gold.train.loop import Saving, distill
 from gold.train.recipe import Recipe, Term
@@ -120,7 +123,7 @@ def test_a_run_of_conversations_resumes_bit_for_bit(tmp_path) -> None:
 
 def known(record):
     """The metrics of a step that do not depend on the clock."""
-    return {name: value for name, value in record.items() if not name.endswith("_s")}
+    return {name: value for name, value in record.items() if name != "kind" and not name.endswith("_s")}
 
 
 def test_bad_combinations_are_one_line() -> None:
@@ -131,3 +134,35 @@ def test_bad_combinations_are_one_line() -> None:
     with pytest.raises(ConfigError, match="does not write tools or calls; give it another"):
         distill(student, teacher, PROMPTS, SMALL, environment=TASK)
     assert ToolsAsText(ToolEnvironment([])).instructions
+
+
+@pytest.mark.slow
+def test_a_cache_keeps_the_scores_of_turns_by_their_conversation(tmp_path) -> None:
+    def run() -> tuple[list[dict[str, object]], CachedTeacher]:
+        teacher = CachedTeacher(LocalTeacher(talking_teacher()), tmp_path / "cache")
+        found = distill(
+            talking_student(), teacher, PROMPTS, SMALL, environment=Echo(3), limits=Limits(max_turns=3)
+        )
+        teacher.cache.close()
+        return [known(record) for record in found.steps], teacher
+
+    (first, asking), (second, knowing) = run(), run()
+    assert asking.asked > 0
+    assert (knowing.asked, knowing.found > 0) == (0, True)
+    assert first == second
+
+
+@pytest.mark.slow
+def test_a_served_teacher_scores_turns_as_one_in_this_process_does(tmp_path) -> None:
+    teacher = talking_teacher()
+    save_model(teacher, tmp_path / "teacher")
+    recipe = SMALL.replace(objectives=(Term("alm"),), steps=1)
+    with ModelServer(teacher) as server:
+        remote = served(tmp_path / "teacher", server.url)
+        runs = [
+            distill(talking_student(), each, PROMPTS, recipe, environment=Echo(3), limits=Limits(max_turns=3))
+            for each in (remote, LocalTeacher(teacher))
+        ]
+    mine, theirs = (run.steps[0] for run in runs)
+    assert mine["alm"] == pytest.approx(theirs["alm"], rel=1e-4)
+    assert mine["turns"] == theirs["turns"]
