@@ -34,6 +34,10 @@ BENCHMARKS = {
     "run": ("benchmarks.run", "train as a configuration says, and record the evaluations"),
     "served": ("benchmarks.served", "learn from a live server; what the client costs beside it"),
     "engine": ("benchmarks.engine", "rollouts from vLLM beside Hugging Face generate, and a run with it"),
+    "rollouts": (
+        "benchmarks.rollouts",
+        "completions of the initial student beside live ones; cut ones kept or left out",
+    ),
     "demo": ("benchmarks.demo", "the demonstration with three seeds"),
     "bits": ("benchmarks.bits", "whether the code computes what it computed before, bit for bit"),
     "release": ("benchmarks.release", "build the archives, install the wheel, and use it as the README says"),

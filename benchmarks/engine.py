@@ -55,6 +55,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--prompts", type=int, nargs="*", default=[16, 64], help="per draw that is timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="of the run; 0: no run")
+    parser.add_argument(
+        "--engines", nargs="+", choices=["vllm", "hf"], default=["vllm"], help="that draw a run each, in turn"
+    )
     parser.add_argument("--staleness", type=int, choices=[0, 1], default=0, help="of the run's rollouts")
     parser.add_argument("--record", action="store_true", help="keep the numbers in benchmarks/results")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes, such as train.lr=1e-5")
@@ -74,7 +77,16 @@ def main(arguments: Sequence[str]) -> int:
             )
         if given.steps:
             name = "engine-one-step-off" if given.staleness else "engine"
-            kept(arguments, given.record, name, lambda: trained(config))
+            runs = {
+                "vllm": config,
+                "hf": Config.load(given.config, [*overrides, "rollout.engine=hf", *given.overrides]),
+            }
+            kept(
+                arguments,
+                given.record,
+                name,
+                lambda: {"runs": {each: trained(runs[each]) for each in given.engines}},
+            )
     except GoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -85,7 +97,8 @@ def kept(arguments: Sequence[str], record: bool, name: str, measure: Callable[[]
     """Measures, prints what came out, and keeps it on request."""
     started = time.perf_counter()
     data = measure()
-    print(json.dumps({key: data[key] for key in data if key not in ("config", "steps")}, indent=1))
+    shown = {name: run | {"config": "…", "steps": "…"} for name, run in data.get("runs", {}).items()}
+    print(json.dumps(data | {"runs": shown} if shown else data, indent=1))
     if record:
         command = f"python -m benchmarks engine {' '.join(arguments)}"
         device = device_name("cpu", torch.get_num_threads()) + ", the server on the same machine"
@@ -93,7 +106,7 @@ def kept(arguments: Sequence[str], record: bool, name: str, measure: Callable[[]
 
 
 def trained(config: Config) -> dict[str, Any]:
-    """The run: evaluations, steps, and mean seconds of its phases."""
+    """A run: evaluations, steps, and mean seconds of its phases."""
     run = train(config, progress=Lines(every_s=0.0), overwrite=True)
     return {
         "config": config.to_dict(),

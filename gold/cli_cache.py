@@ -27,7 +27,8 @@ cache = typer.Typer(
 def cache_build(config: ConfigFile, overrides: Overrides = None) -> None:
     """Score the completions of a run's training prompts that are not yet in teacher.cache.path, and store them there.
 
-    The student of the configuration is not needed.
+    With rollout.policy=initial, the student first writes its completions to rollout.completions, and these are scored;
+    otherwise the student of the configuration is not needed.
     """
     from gold.config import Config
 

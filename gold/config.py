@@ -369,9 +369,13 @@ def _impossible(config: Config) -> Iterator[str]:
         yield (
             "rollout.staleness: turns of a conversation follow one another, and are not drawn a step ahead: set it to 0"
         )
+    if config.environment is not None and config.rollout.policy == "initial":
+        yield "rollout.policy: an environment answers the student as it is: set it to live"
     if config.train.sharding == "fsdp" and config.student.lora is not None:
         yield "train.sharding: a student with adapters is not sharded: set it to none, or leave student.lora out"
     yield from _impossible_revisions(config)
+    if config.rollout.completions is not None and config.rollout.policy == "live":
+        yield "rollout.completions: is of rollout.policy initial: set that, or leave the folder out"
     yield from _impossible_quantization(config)
     yield from _impossible_teachers(config)
     for name, teacher in config.named_teachers.items():

@@ -173,6 +173,7 @@ def plan_of(
         copies=int(reference and lora is None),
         wide=max(side[1].config.get("vocab_size") or side[1].vocabulary.size for side in sides.values()),
         generates=engine is None and recipe.on_policy > 0,
+        each_step=recipe.policy == "live",
         engine=round(_share(engine.arguments) * hardware.memory) if engine and engine.url is None else 0,
         engine_sleeps=engine is None or engine.sleep != 0,
         gpus=hardware.gpus,

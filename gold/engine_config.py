@@ -111,3 +111,5 @@ class RolloutConfig(Rollout):
     """How the student generates."""
 
     engine: EngineConfig = EngineConfig()
+    completions: Text | None = None
+    """folder for the initial student's completions, which other runs can share; null: one in the run folder"""

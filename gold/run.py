@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from gold.activity import doing, listening
+from gold.align.model_inputs import aligned_text
 from gold.build import (
     build_models,
     cached_teacher,
@@ -33,16 +35,23 @@ from gold.hub import prepare_push, push
 from gold.inspect.plots import plot_run
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_model
+from gold.prompt_order import PromptOrder
 from gold.rollout.conversations import Conversations
-from gold.teachers.cached import CachedTeacher, record
+from gold.rollout.engine import Generation, Request
+from gold.rollout.hf import HuggingFaceEngine
+from gold.rollout.types import Rollout
+from gold.teachers.cached import CachedTeacher, record, record_texts
 from gold.teachers.local import LocalTeacher
 from gold.teachers.served import ServedTeacher
 from gold.teachers.several import Teachers
 from gold.train.checkpoint_folder import latest_checkpoint
+from gold.train.initial import complete, needed, rollouts_of
 from gold.train.listener import RunListener
 from gold.train.loop import Run, Saving, check_output, distill
-from gold.train.preflight import pin_date, read_date, readers_of
+from gold.train.microbatch import compared_rows
+from gold.train.preflight import accelerator_of, pin_date, read_date, readers_of
 from gold.train.run_folder import RunFolder
+from gold.train.setup import Setup, completions_of, first_places
 from gold.train.state import load_average
 from gold.train.trackers import Tracker, Trackers
 from gold.train.tracking_clients import check_clients
@@ -96,6 +105,7 @@ def train(
             estimate=progress is not None,
             environment=data.environment,
             limits=config.limits,
+            completions=config.rollout.completions,
         )
     if run.is_main_process:
         _draw(output, progress)
@@ -220,16 +230,21 @@ def build_cache(
 ) -> list[CachedTeacher]:
     """The configuration's teachers with a cache, after storing all completions of their training prompts.
 
-    Texts already in the cache are not scored again. ``report(prompts, done, rows)`` is called repeatedly: a teacher's
-    number of prompts, how many of them are done, and the number of requested rows. The student is not needed.
+    With ``rollout.policy: initial`` the student, which is otherwise not needed, first writes its completions, to
+    ``rollout.completions``. Texts already in a cache are not scored again. ``report(texts, done, rows)`` is called
+    repeatedly: a teacher's number of texts, how many of them are done, and the number of requested rows.
 
     Raises:
         GoldError: as for ``train``.
     """
     named = {name: t for name, t in config.named_teachers.items() if t.cache is not None}
-    if not named:
+    if not named and config.rollout.policy == "live":
         raise ConfigError("teacher.cache: it names no folder to build; set teacher.cache.path")
     data = _data_of(config, progress)
+    if config.rollout.policy == "initial":
+        drawn = draw_and_grade(config, data, progress, report)
+        if config.rollout.on_policy == 1 or not drawn:
+            return drawn
     given = {name: [p for p in graded_by(config, data, name) if p.completion is not None] for name in named}
     if not any(given.values()):
         raise ConfigError(f"data: none of the {len(data.train):,} training prompts has a completion to score")
@@ -256,6 +271,85 @@ def build_cache(
         cached.cache.close()
         built.append(cached)
     return built
+
+
+def draw_and_grade(
+    config: Config, data: RunData, progress: Tracker, report: Callable[[int, int, int], None]
+) -> list[CachedTeacher]:
+    """The configuration's teachers with a cache, after the initial student has written all completions of the run to
+    ``rollout.completions``, and these teachers have scored them.
+
+    Raises:
+        GoldError: as for ``train``.
+    """
+    note = note_to(progress)
+    if config.rollout.completions is None:
+        raise ConfigError(
+            "rollout.completions: it names no folder for the initial student's completions, which other runs read; set "
+            "it"
+        )
+    cached = [name for name, t in config.named_teachers.items() if t.cache is not None]
+    teachers: Teachers | None = None
+    if cached:
+        student, teachers = build_models(_all_asked(config), config.student, data, progress)
+    else:
+        check_model(config.student)
+        student = load(config.student, note, file_side("student", config.student), config.train.seed)
+    pin_date(student, teachers)
+    rollouts = _drawn(config, data, student, note)
+    if teachers is None:
+        return []
+    setup = Setup.of(student, teachers, data.train, config.recipe)
+    rows = compared_rows(setup, rollouts).compared
+    built = []
+    for name in cached:
+        teacher = cast(CachedTeacher, teachers.members[name])
+        own = [r for r in rows if name in teachers.of(r.prompt)]
+        pair = setup.pairs[name]
+        aligned = ((r.prompt.for_teacher, aligned_text(r, pair)) for r in own)
+        scored = ((prompt, text.teacher, text.stopped) for prompt, text in aligned)
+        if unread := record_texts(teacher, scored, partial(report, len(own))):
+            note(f"{len(unread):,} of {len(own):,} completions are left out, as in a run: {unread[0]}")
+        teacher.cache.close()
+        built.append(teacher)
+    return built
+
+
+def _drawn(
+    config: Config, data: RunData, student: LanguageModel, note: Callable[[str], None]
+) -> list[Rollout]:
+    """The completions of a run that the student writes as it starts; missing ones are drawn."""
+    recipe = config.recipe
+    places = first_places(PromptOrder.of(data.train, recipe.seed, recipe.order), recipe)
+    texts = needed(student, data.train, recipe, places)
+    kept = completions_of(student, Path(config.rollout.completions or ""))
+    accelerator = accelerator_of(recipe.precision, student.device)
+    with rollout_engine(config, config.student) as server:
+        engine = server or HuggingFaceEngine(student, recipe.generation_batch_size)
+
+        def begin() -> None:
+            if server is not None:
+                try_engine(server, student, data.train, recipe.max_new_tokens)
+
+        def generate(requests: Sequence[Request]) -> list[Generation]:
+            with accelerator.autocast():
+                return engine.generate(requests)
+
+        complete(kept, [request for _, request in texts], begin, generate, note)
+    return rollouts_of(student, recipe, kept, texts)
+
+
+def _all_asked(config: Config) -> Config:
+    """The configuration with teachers that are asked for what their caches lack."""
+
+    def asked(teacher: Any) -> Any:
+        cache = teacher.cache and teacher.cache.model_copy(update={"missing": "ask"})
+        return teacher.model_copy(update={"cache": cache})
+
+    teachers = {name: asked(teacher) for name, teacher in config.teachers.items()}
+    return config.model_copy(
+        update={"teacher": config.teacher and asked(config.teacher), "teachers": teachers}
+    )
 
 
 def speakers(

@@ -108,6 +108,8 @@ class Plan:
     wide: int = 0
     """columns of the widest vocabulary, the student's included, if a teacher is not in this process"""
     generates: bool = True
+    each_step: bool = True
+    """whether in each step, not before the first one alone"""
     engine: int = 0
     engine_sleeps: bool = True
     """whether it leaves the GPU between draws"""

@@ -37,7 +37,7 @@ def work_of(plan: Plan) -> list[Work]:
     draws = plan.new_tokens * -(-plan.own_sequences // plan.generation_batch)
     rollout = Work("rollout", 2.0 * student * rows, float(draws) * student * width)
     return [
-        *([rollout] if plan.generates else []),
+        *([rollout] if plan.generates and plan.each_step else []),
         *(
             [Work("teacher", 2.0 * rows * sum(t.sizes.parameters for t in plan.teachers))]
             if plan.teachers

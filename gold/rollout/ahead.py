@@ -13,6 +13,7 @@ import numpy as np
 
 from gold.activity import Stopped, report
 from gold.errors import CheckpointError
+from gold.rollout.completions import columns_of, generations_of
 from gold.rollout.engine import Generation, Request, RolloutEngine
 
 Place = tuple[int, int]
@@ -111,16 +112,8 @@ class RolloutsAhead:
 
 def save_generations(generations: Mapping[Place, Generation], file: Path) -> None:
     """Writes completions to an ``.npz`` file."""
-    drawn = list(generations.values())
-    np.savez(
-        file,
-        places=np.array(list(generations), np.int64).reshape(-1, 2),
-        lengths=np.array([g.ids.size for g in drawn], np.int64),
-        ids=np.concatenate([g.ids for g in drawn]) if drawn else np.zeros(0, np.int32),
-        logprobs=np.concatenate([g.logprobs for g in drawn]) if drawn else np.zeros(0, np.float32),
-        stopped=np.array([g.stopped for g in drawn], np.bool_),
-        versions=np.array([g.version for g in drawn], np.int64),
-    )
+    places = np.array(list(generations), np.int64).reshape(-1, 2)
+    np.savez(file, places=places, **columns_of(list(generations.values())))
 
 
 def load_generations(file: Path) -> dict[Place, Generation]:
@@ -131,18 +124,7 @@ def load_generations(file: Path) -> dict[Place, Generation]:
     """
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as saved:
-            ends = np.cumsum(saved["lengths"])[:-1]
-            columns = (
-                np.split(saved["ids"].astype(np.int32), ends),
-                np.split(saved["logprobs"].astype(np.float32), ends),
-                saved["stopped"].tolist(),
-                saved["versions"].tolist(),
-            )
             places = [(int(prompt), int(number)) for prompt, number in saved["places"].tolist()]
-            # Of no completions ``split`` makes one part.
-            return {
-                place: Generation(*each)
-                for place, each in zip(places, zip(*columns, strict=bool(places)), strict=True)
-            }
+            return dict(zip(places, generations_of(saved), strict=True))
     except Exception as error:
         raise CheckpointError(f"{file} is broken: {error}") from error

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from gold.data import Prompt
 from gold.errors import EngineError, GoldError
 from gold.http import BadAnswerError, Call, RefusedError, Server, environment_key, shown
-from gold.models.language_model import LanguageModel
+from gold.models.language_model import LanguageModel, without_adapters
+from gold.models.saved_names import saved_weights
 from gold.rollout.engine import Generation, Request
 from gold.rollout.stopping import length_and_stop
 from gold.rollout.types import Seed
@@ -83,6 +84,7 @@ class VLLMEngine:
         self._asleep = 0
         self._run = secrets.token_hex(4)
         self._adapter = False
+        self._lm: Any = None
         self._pushed: Mapping[str, Tensor] = {}
 
     # drawing
@@ -247,7 +249,7 @@ class VLLMEngine:
             client.post("/wake_up?tags=weights")
         client.post("/pause?mode=wait")
         client.weight_version = label
-        self.transfer.send(client, weights)
+        self.transfer.send(client, weights if self._lm is None else saved_weights(self._lm, weights))
         if self._asleep:
             client.post("/wake_up?tags=kv_cache")
             self._asleep = 0
@@ -302,7 +304,9 @@ class VLLMEngine:
     ) -> None:
         """Checks by draws that the server does what a run relies on, and leaves it with ``weights``; see
         ``gold.rollout.vllm_probe.probe``. Of several processes the one that pushes does it. A sharded student cannot be
-        recomputed for it: then the weights are pushed only."""
+        recomputed for it: then the weights are pushed only. From then on they are pushed by the names that they have in
+        a checkpoint of this model, which vLLM's loaders read."""
+        self._lm = without_adapters(model.lm)
         push = partial(self.push_adapter, config=adapter) if adapter is not None else self.push
         sharded = any(isinstance(weight, DTensor) for weight in model.lm.parameters())
         if self.pushes and not sharded:

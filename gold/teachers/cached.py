@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from hashlib import sha256
-from itertools import compress
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -222,36 +222,56 @@ class CachedTeacher(Teacher):
 def record(
     teacher: CachedTeacher, prompts: Sequence[Prompt], report: Callable[[int, int], None] = lambda *_: None
 ) -> list[str]:
-    """Requests and stores the completions of prompts, ends included, that are not cached; a kill loses one batch.
-
-    Returns one line for each prompt that the teacher cannot read; those are skipped, as in a run. ``report`` is called
-    repeatedly with the number of finished prompts and the number of requested rows.
+    """Requests and stores the completions of prompts, ends included, that are not cached; see ``record_texts``.
 
     Raises:
         DataError: a prompt without a completion, or that the teacher cannot read.
         TeacherError: see ``CachedTeacher.score``.
     """
+    given = (prompt.for_teacher for prompt in prompts)
+    return record_texts(teacher, ((prompt, _completion(teacher, prompt), True) for prompt in given), report)
+
+
+def record_texts(
+    teacher: CachedTeacher,
+    texts: Iterable[tuple[Prompt, TokenizedText, bool]],
+    report: Callable[[int, int], None] = lambda *_: None,
+) -> list[str]:
+    """Requests and stores the texts that are not cached; a kill loses one batch. A text is a prompt for the teacher,
+    the teacher's tokens, and whether its end is scored.
+
+    Returns one line for each text that the teacher cannot read; those are skipped, as in a run. ``report`` is called
+    repeatedly with the number of finished texts and the number of requested rows.
+
+    Raises:
+        DataError: a prompt that the teacher cannot read.
+        TeacherError: see ``CachedTeacher.score``.
+    """
     done = rows = 0
     unread: list[str] = []
-    for first in range(0, len(prompts), _CHUNK):
-        chunk = [prompt.for_teacher for prompt in prompts[first : first + _CHUNK]]
-        spelled = [_completion(teacher, prompt) for prompt in chunk]
-        reasons = [teacher.misfit(p, s.ids.size) for p, s in zip(chunk, spelled, strict=True)]
+    given = iter(texts)
+    while chunk := list(islice(given, _CHUNK)):
+        reasons = [teacher.misfit(prompt, spelled.ids.size) for prompt, spelled, _ in chunk]
         unread += filter(None, reasons)
         done += sum(map(bool, reasons))
-        fits = [not reason for reason in reasons]
-        chunk, spelled = list(compress(chunk, fits)), list(compress(spelled, fits))
-        lacking = teacher.missing(chunk, spelled, [True] * len(chunk))
-        done += len(chunk) - len(lacking)
+        fits = [text for text, reason in zip(chunk, reasons, strict=True) if not reason]
+        lacking = [fits[i] for i in teacher.missing(*_columns(fits))]
+        done += len(fits) - len(lacking)
         report(done, rows)
-        lengths = [len(teacher.prompt_ids(chunk[i])) + spelled[i].ids.size for i in lacking]
+        lengths = [len(teacher.prompt_ids(prompt)) + spelled.ids.size for prompt, spelled, _ in lacking]
         for batch in batches_by_length(lengths, _BATCH_TOKENS):
             chosen = [lacking[i] for i in batch]
-            teacher.score([chunk[i] for i in chosen], [spelled[i] for i in chosen], [True] * len(chosen))
+            teacher.score(*_columns(chosen))
             done += len(chosen)
-            rows += sum(spelled[i].ids.size + 1 for i in chosen)
+            rows += sum(spelled.ids.size + stopped for _, spelled, stopped in chosen)
             report(done, rows)
     return unread
+
+
+def _columns(
+    texts: Sequence[tuple[Prompt, TokenizedText, bool]],
+) -> tuple[list[Prompt], list[TokenizedText], list[bool]]:
+    return [text[0] for text in texts], [text[1] for text in texts], [text[2] for text in texts]
 
 
 def _completion(teacher: CachedTeacher, prompt: Prompt) -> TokenizedText:

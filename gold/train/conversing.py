@@ -137,6 +137,8 @@ def check_conversations(setup: Setup) -> list[str]:
         raise ConfigError(
             "rollout.staleness: turns of a conversation follow one another, and are not drawn a step ahead: set it to 0"
         )
+    if setup.recipe.policy == "initial":
+        raise ConfigError("rollout.policy: an environment answers the student as it is: set it to live")
     sides = {f"student {setup.student.name}": setup.form}
     sides |= {f"teacher {setup.members[name].name}": form for name, form in setup.forms.items()}
     notes = []

@@ -44,6 +44,7 @@ def header(state: TrainState, setup: Setup) -> dict[str, str]:
         **({"rollouts": setup.engine.description} if isinstance(setup.engine, DescribedEngine) else {}),
         "objective": terms + (" (one vocabulary: token by token)" if by_token else ""),
         "step": f"{recipe.prompts_per_step} prompts × {recipe.num_generations}, λ = {recipe.on_policy:g}, "
+        f"{'completions of the initial student, ' if recipe.policy == 'initial' else ''}"
         f"up to {recipe.max_new_tokens} tokens, {state.accelerator.num_processes} process(es), "
         f"precision {state.accelerator.mixed_precision}",
         "kernels": backend_for(student.device).__name__.rpartition(".")[2],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,9 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from gold.activity import Stopped, doing, listening
 from gold.data import Prompt
@@ -31,12 +28,15 @@ from gold.train.activations import settled
 from gold.train.alarms import Warnings, check_end, remedy_for, why_bad
 from gold.train.checkpoint_folder import latest_checkpoint, prune, remove_leftovers
 from gold.train.conversing import as_prompts, check_conversations, plan_of
+from gold.train.engine import begin_engine, push_weights
 from gold.train.header import header, settings_of
+from gold.train.initial import draw_initial
 from gold.train.input_digests import of_run
 from gold.train.interrupt import NAMES, Interrupt, ended_by
 from gold.train.listener import RunListener
 from gold.train.pace import Pace, measure
 from gold.train.preflight import (
+    accelerator_of,
     check_kept,
     check_lengths,
     check_recipe,
@@ -49,11 +49,11 @@ from gold.train.preflight import (
 from gold.train.progress import Lasting, Quiet, evaluation_line
 from gold.train.recipe import Recipe
 from gold.train.resume_rules import Inputs
-from gold.train.run_folder import RunFolder
+from gold.train.run_folder import COMPLETIONS, RunFolder
 from gold.train.saving import CheckpointWriter, as_written, save_student
 from gold.train.setup import Setup
 from gold.train.state import TrainState
-from gold.train.step import begin_engine, push_weights, train_step, warm_up
+from gold.train.step import train_step, warm_up
 from gold.train.trackers import Guarded, RunInfo, Tracker, Trackers
 from gold.train.tracking_clients import check_clients, with_clients
 
@@ -115,6 +115,7 @@ def distill(
     estimate: bool = False,
     environment: Environment | None = None,
     limits: Limits = Limits(),  # noqa: B008  (frozen)
+    completions: str | Path | None = None,
 ) -> Run:
     """Trains ``student``, in place, on its own completions of ``prompts``, scored by ``teacher``; returns the run.
 
@@ -136,6 +137,7 @@ def distill(
         engine: generates completions, and is closed by the caller; default: ``generate`` on the student itself.
         estimate: measures for about ten seconds how long the run will take, and shows that in its header.
         environment: answers the student's turns, within ``limits``, and scores conversations instead of the verifier.
+        completions: folder for the initial student's completions (``policy="initial"``); default: in the run folder.
 
     Raises:
         GoldError: models, data or settings that do not go together; a teacher that stopped answering, or too many
@@ -148,9 +150,13 @@ def distill(
     teacher = load_model(teacher) if isinstance(teacher, (str, Path)) else teacher
     teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
     given = as_prompts(prompts, environment)
-    setup = Setup.of(student, teachers, given, recipe, engine, verifier=verifier, environment=environment)
+    own = saving.output / COMPLETIONS if saving.output else None
+    kept_in = Path(completions) if completions else own
+    setup = Setup.of(
+        student, teachers, given, recipe, engine, kept_in, verifier=verifier, environment=environment
+    )
     setup = replace(setup, limits=limits)
-    accelerator = _accelerator(recipe.precision, student.device)
+    accelerator = accelerator_of(recipe.precision, student.device)
     # All processes run the checks with the same result; one of them logs.
     members = [Lasting(progress or Quiet()), *with_clients(trackers, saving.output)]
     tracker = Trackers(*(members if accelerator.is_main_process else []))
@@ -199,6 +205,7 @@ def _run(
             if prints_date:
                 write_date(folder.path, day)
         accelerator.wait_for_everyone()
+        begun = recipe.policy == "initial" and draw_initial(state, setup, tracker.note)
         if saving.output and saving.resume:
             _resume(state, saving, recipe.steps, folder, tracker)
         if folder:
@@ -210,7 +217,8 @@ def _run(
         interrupt = listener.interrupt = stack.enter_context(Interrupt())
         writer = CheckpointWriter(state, saving.output, folder, saving.keep_last)
         stack.callback(writer.close)
-        _Training(state, setup, saving, heldout, evaluation, writer, tracker, interrupt, run).all_steps()
+        steps = _Training(state, setup, saving, heldout, evaluation, writer, tracker, interrupt, run)
+        steps.all_steps(begun=begun and not state.step)
         if folder:
             folder.check_place()
         if saving.output:
@@ -255,7 +263,7 @@ def pace_of(
 ) -> Pace | None:
     """The pace of a run that is not begun; see ``gold.train.pace.measure``."""
     setup = Setup.of(student, teachers, prompts, recipe, verifier=verifier)
-    accelerator = _accelerator(recipe.precision, student.device)
+    accelerator = accelerator_of(recipe.precision, student.device)
     own = settled(setup, Quiet())
     state = TrainState(student, teachers, own, accelerator, keep_reference=setup.needs_reference)
     warm_up(state, setup)
@@ -278,22 +286,23 @@ class _Training:
     saved: int = 0
     """The step of the last checkpoint; 0 without one: nothing is saved before the first step."""
 
-    def all_steps(self) -> None:
-        """Trains up to the last step."""
+    def all_steps(self, begun: bool) -> None:
+        """Trains up to the last step; ``begun``: the engine has the weights already."""
         self.saved = self.state.step
         try:
-            self._all_steps()
+            self._all_steps(begun)
         except Stopped:
             self.leave(self.signal_in_any_process())
 
-    def _all_steps(self) -> None:
+    def _all_steps(self, begun: bool) -> None:
         state, recipe = self.state, self.setup.recipe
         for prompts, new in (
             (self.setup.prompts, recipe.max_new_tokens),
             (self.heldout, self.plan.max_new_tokens),
         ):
             state.together(partial(check_lengths, self.setup.engine, state.student, prompts, new))
-        begin_engine(state, self.setup)
+        if not begun:
+            begin_engine(state, self.setup)
         self.first_evaluation()
         warnings = Warnings(
             recipe.bad_steps_allowed,
@@ -451,16 +460,6 @@ def _resume(
         # Remains of a process killed between its last save and the pruning.
         remove_leftovers(folder.checkpoints)
         prune(folder.checkpoints, state.step, saving.keep_last)
-
-
-def _accelerator(precision: str, device: torch.device) -> Accelerator:
-    # Accelerate keeps the precision of a process's first run; a later run may need another.
-    AcceleratorState._reset_state()
-    # gold shards itself (``train.sharding``); accelerate and transformers read this too.
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
 
 
 def check_output(saving: Saving, settings: Mapping[str, Any], inputs: Inputs) -> None:

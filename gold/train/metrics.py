@@ -107,8 +107,9 @@ def step_record(
     rest["length_bytes"] = sums["bytes"] / max(1.0, sums["sequences"])
     if sums["masked_sequences"]:
         rest["masked_sequences"] = int(sums["masked_sequences"])
-    if ratios := sums["ratio_tokens"]:
+    if sampled and "staleness" in sums:
         rest["staleness"] = sums["staleness"] / sampled
+    if ratios := sums["ratio_tokens"]:
         rest["policy_log_ratio_abs"] = sums["log_ratio"] / ratios
         rest["policy_kl"] = sums["ratio_k3"] / ratios
         rest["policy_ratio_max"] = sums["ratio_max"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -16,7 +17,9 @@ from gold.align.texts import AlignedText
 from gold.kernels.logits import LazyLogits
 from gold.losses import LossInputs
 from gold.losses.mixture import OtherTeacher, mixed_rows
+from gold.rollout.pieces import Rows, rows_of
 from gold.rollout.types import Rollout
+from gold.tokenize.conversation import TemplateForm
 from gold.train.setup import Setup
 
 
@@ -42,6 +45,18 @@ class Microbatch:
     def has_teacher(self) -> bool:
         """Whether a teacher scores the texts."""
         return "" not in self.batches
+
+
+def compared_rows(setup: Setup, rollouts: Sequence[Rollout]) -> Rows:
+    """The rollouts as rows that can be compared with their teachers."""
+    forms = partial(teacher_forms, setup)
+    return rows_of(rollouts, forms, setup.recipe.thinking, setup.form.opens_thinking)
+
+
+def teacher_forms(setup: Setup, rollout: Rollout) -> list[TemplateForm]:
+    """What the chat templates of a rollout's teachers write."""
+    names = setup.teachers.of(rollout.prompt) if setup.teachers else ()
+    return [setup.forms[name] for name in names if name in setup.forms]
 
 
 def build_microbatches(

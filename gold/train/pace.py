@@ -24,12 +24,13 @@ from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.stopping import without_stop
 from gold.rollout.types import Rollout, Sampling
 from gold.teachers.local import LocalTeacher
+from gold.train.engine import generating
 from gold.train.forecast import duration
 from gold.train.metrics import device_clock
 from gold.train.microbatch import ask_teachers, build_microbatches
 from gold.train.setup import Setup
 from gold.train.state import TrainState
-from gold.train.step import accumulate_gradients, generating, unit_counts, with_baselines
+from gold.train.step import accumulate_gradients, unit_counts, with_baselines
 
 _DRAW_S, _PASS_S, _TEACHER_DRAW_S = 4.0, 2.0, 2.0
 """Seconds for which the student draws, a forward and backward pass may take, and a teacher draws, at most: about."""
@@ -95,6 +96,8 @@ class Work:
     evaluation_generations: int = 1
     greedy: bool = False
     """Whether an evaluation also draws greedily, for a verifier."""
+    draws: bool = True
+    """Whether the student writes in each step, not before the first one alone."""
 
     @property
     def written(self) -> int:
@@ -126,8 +129,9 @@ class Pace:
     def step(self, work: Work) -> dict[str, float]:
         """Seconds of a step by phase."""
         tokens = work.sequences * (self.prompt_tokens + self.student.mean(work.max_new_tokens))
+        written = work.written if work.draws else 0
         return {
-            "rollout": self.student.seconds(work.written, work.generation_batch_size, work.max_new_tokens),
+            "rollout": self.student.seconds(written, work.generation_batch_size, work.max_new_tokens),
             "teacher": tokens * self.teacher_s,
             "student": tokens * self.learn_s,
             "update": self.update_s,
@@ -264,6 +268,7 @@ def _measured(
         len(heldout),
         plan.num_generations,
         setup.verifier is not None,
+        recipe.policy == "live",
     )
     numbers = setup.order.batch(state.step, recipe.prompts_per_step)
     prompts = [setup.prompts[n] for n in numbers for _ in range(recipe.num_generations)]

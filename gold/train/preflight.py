@@ -9,7 +9,9 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 
 from gold.align.model_inputs import aligned_text
@@ -22,6 +24,7 @@ from gold.models.probe import check_packing
 from gold.prompt_order import PromptOrder
 from gold.rollout.engine import ProbedEngine, RolloutEngine, completed
 from gold.rollout.prompts import encode_prompt
+from gold.rollout.types import Rollout
 from gold.teachers.several import Teachers
 from gold.tokenize.templates import Rendering
 from gold.train.optimizer import check_installed
@@ -29,6 +32,17 @@ from gold.train.recipe import Recipe, problems
 
 DATE_FILE = "template_date.txt"
 """File of a run folder with the date that chat templates print, if one of them prints the date."""
+
+
+def accelerator_of(precision: str, device: torch.device) -> Accelerator:
+    """The accelerator of a run, which knows its processes and its precision."""
+    # Accelerate keeps the precision of a process's first run; a later run may need another.
+    AcceleratorState._reset_state()
+    # gold shards itself (``train.sharding``); accelerate and transformers read this too.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
 
 
 def check_recipe(recipe: Recipe, prompts: Sequence[Prompt], verifier: object | None, processes: int) -> None:
@@ -207,14 +221,26 @@ def check_kept(
     Raises:
         TeacherError: it does not; the message gives the number of missing entries.
     """
-    unasked = {n: t for n, t in (teachers.members if teachers else {}).items() if not t.complete}
-    if teachers is None or not unasked or recipe.on_policy > 0:
+    if teachers is None or recipe.on_policy > 0 or all(t.complete for t in teachers.members.values()):
         return
     order = PromptOrder.of(prompts, recipe.seed, recipe.order)
     steps = (order.batch(step, recipe.prompts_per_step) for step in range(recipe.steps))
     needed = [prompts[i] for i in sorted(set().union(*steps))]
-    for name, teacher in unasked.items():
-        given = [completed(student, p, recipe.max_new_tokens) for p in needed if name in teachers.of(p)]
+    check_scored(teachers, pairs, [completed(student, p, recipe.max_new_tokens) for p in needed])
+
+
+def check_scored(
+    teachers: Teachers, pairs: Mapping[str, VocabularyPair], rollouts: Sequence[Rollout]
+) -> None:
+    """Checks that caches without a model have the scores of these texts.
+
+    Raises:
+        TeacherError: one has not; the message gives the number of missing entries.
+    """
+    for name, teacher in teachers.members.items():
+        if teacher.complete:
+            continue
+        given = [r for r in rollouts if name in teachers.of(r.prompt)]
         texts = [aligned_text(rollout, pairs[name]) for rollout in given]
         kept = [
             (r.prompt.for_teacher, t)

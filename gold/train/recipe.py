@@ -85,6 +85,8 @@ class Rollout(CompletionSettings):
     """completions per prompt"""
     on_policy: Share = 1.0
     """λ: expected share of sequences that the student writes; the rest are the data's completions, one per prompt"""
+    policy: Literal["live", "initial"] = "live"
+    """which student writes: as it is at each step; or as it starts, once for each prompt, before the first step"""
     staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """1: a step's completions are generated while the step before is learned from, with the weights before it"""
     importance_cap: PositiveFloat | None = 2.0
@@ -206,6 +208,8 @@ class Recipe(Training, Optimizer, Rollout, Order):
         True with probability ``λ / (λ + num_generations (1 − λ))``, so that λ of the sequences are the student's: such
         a prompt has ``num_generations``, any other has one. A function of the seed, the step and the place.
         """
+        if self.on_policy == 1:
+            return True
         import numpy as np  # imported here: configurations need no numpy
 
         share = self.on_policy / (self.on_policy + self.num_generations * (1.0 - self.on_policy))
@@ -239,6 +243,13 @@ def problems(recipe: Recipe, has_verifier: bool) -> Iterator[str]:
                     f"rollout.{key}: importance weights of older completions compare probabilities at 1: set it to 1, "
                     f"rollout.staleness to 0, or rollout.importance_cap to null, got {value:g}"
                 )
+    if recipe.policy == "initial" and recipe.staleness:
+        yield (
+            "rollout.staleness: completions of the initial student are drawn before the first step, and none later: "
+            "set it to 0, or rollout.policy to live"
+        )
+    if recipe.policy == "initial" and recipe.on_policy == 0:
+        yield "rollout.policy: with rollout.on_policy at 0 the student writes nothing: set it to live"
     for name in sorted(active):
         row = find(name)
         if row.needs_verifier and not has_verifier:
@@ -256,6 +267,12 @@ def problems(recipe: Recipe, has_verifier: bool) -> Iterator[str]:
             )
         if not row.on_policy:
             continue
+        weighted = recipe.importance_cap is not None or active[name].get("importance_cap") is not None
+        if recipe.policy == "initial" and not weighted:
+            yield (
+                f"rollout.importance_cap: {name} is a policy gradient, and on completions of the initial student it "
+                "needs importance weights: give a cap, or set rollout.policy to live"
+            )
         if recipe.on_policy == 0:
             yield f"rollout.on_policy: {name} needs completions that the student writes, got 0"
         if recipe.top_p != 1:

@@ -37,6 +37,7 @@ MAY_CHANGE: dict[str, str | None] = {
     "push_to_hub*": None,
     "data.heldout_share": None,  # of a run whose held-out prompts have their own file or task
     "teacher*.cache.path": None,
+    "rollout.completions": None,
     **{f"teacher*.served.{key}": None for key in ("url", "concurrency", "timeout_s", "retries", "key_env")},
     **{
         f"rollout.engine.vllm.{key}": None
@@ -91,6 +92,7 @@ _LATER = {
         ("data recipe", "order", '"shuffled"'),
         ("data", "map", "{}"),
         ("data", "streaming", "false"),
+        ("rollout recipe", "policy", '"live"'),
         ("rollout recipe", "staleness", "0"),
         ("rollout recipe", "importance_cap", "2.0"),
         ("rollout recipe", "cut", '"keep"'),

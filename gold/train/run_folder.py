@@ -8,6 +8,7 @@ metrics.jsonl      {"kind": "train" | "eval", "step": n, …} a line
 samples.jsonl      {"kind": "sample", "step": n, …} a line
 notes.jsonl        {"kind": "start" | "note", "step": n, …} a line: the header of each start, and the notes
 report.html        see gold.inspect.report
+completions/       those of the initial student (gold.rollout.completions), if they have no folder of their own
 checkpoints/       see gold.train.checkpoint_folder
 trackers.json      ids of the run in other trackers (tracking_clients.py); tensorboard/ and wandb/ are theirs
 plots/             see gold.inspect.plots
@@ -62,7 +63,8 @@ _FILES = (
     "report.html",
     "trackers.json",
 )
-_FOLDERS = ("checkpoints", "plots", "student", "adapter", "tensorboard", "wandb")
+COMPLETIONS = "completions"
+_FOLDERS = (COMPLETIONS, "checkpoints", "plots", "student", "adapter", "tensorboard", "wandb")
 # Files that a process killed before config.yaml was written may leave.
 _BEFORE_CONFIG = {".lock", "environment.json", "inputs.json"}
 _BEFORE_CONFIG |= {".tmp-environment.json", ".tmp-inputs.json", ".tmp-config.yaml"}
@@ -448,8 +450,10 @@ def _holds_run(path: Path) -> bool:
 
 
 def _has_begun(path: Path) -> bool:
-    """Whether the run in a folder has a checkpoint, a step or a student; true if it cannot be read."""
+    """Whether the run in a folder has a checkpoint, a step, a student or completions; true if it cannot be read."""
     run = RunFolder(path, {})
+    if any((path / COMPLETIONS).glob("*.npz")):
+        return True
     if (path / "student").exists() or newest_step(run.checkpoints, whole=False) is not None:
         return True
     try:

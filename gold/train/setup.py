@@ -6,6 +6,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from gold.align.vocabularies import VocabularyPair
@@ -17,12 +18,14 @@ from gold.losses import DivergenceRow, Need, Objective, find
 from gold.losses.table import check_one_vocabulary
 from gold.models.language_model import LanguageModel
 from gold.prompt_order import PromptOrder
+from gold.rollout.completions import Completions
 from gold.rollout.conversations import Conversations
 from gold.rollout.engine import RolloutEngine
 from gold.rollout.hf import HuggingFaceEngine
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.conversation import TemplateForm
+from gold.train.input_digests import of_model
 from gold.train.recipe import Recipe, Term
 
 NEEDS: tuple[Need, ...] = typing.get_args(Need)
@@ -45,7 +48,8 @@ class BoundTerm:
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything shared by the steps of a run. ``now``: a clock to use instead of the device's."""
+    """Everything shared by the steps of a run. ``now``: a clock to use instead of the device's. ``completions``: the
+    initial student's, with ``policy: initial``."""
 
     student: LanguageModel
     teachers: Teachers | None
@@ -58,6 +62,7 @@ class Setup:
     now: Callable[[], float] | None = None
     environment: Environment | None = None
     limits: Limits = field(default_factory=Limits)
+    completions: Completions | None = None
 
     @classmethod
     def of(
@@ -67,9 +72,11 @@ class Setup:
         prompts: Sequence[Prompt],
         recipe: Recipe,
         engine: RolloutEngine | None = None,
+        kept_in: Path | None = None,
         **others: Any,
     ) -> Setup:
-        """The recipe's terms for these models; without an ``engine`` the student generates itself.
+        """The recipe's terms for these models; without an ``engine`` the student generates itself. ``kept_in``: folder
+        for the completions of the student as it starts, which it is now.
 
         Raises:
             ConfigError, TeacherError: see ``terms_of``.
@@ -77,12 +84,18 @@ class Setup:
         pairs = pairs_of(student, teachers)
         terms = terms_of(recipe, teachers, pairs)
         engine = engine or HuggingFaceEngine(student, recipe.generation_batch_size)
-        return cls(student, teachers, pairs, terms, prompts, recipe, engine, **others)
+        kept = completions_of(student, kept_in) if recipe.policy == "initial" else None
+        return cls(student, teachers, pairs, terms, prompts, recipe, engine, completions=kept, **others)
 
     @cached_property
     def order(self) -> PromptOrder:
         """The order in which steps draw prompts."""
         return PromptOrder.of(self.prompts, self.recipe.seed, self.recipe.order)
+
+    @cached_property
+    def first_places(self) -> dict[int, tuple[int, int]]:
+        """Step and place at which the student first completes a prompt of the run, by the prompt's index."""
+        return first_places(self.order, self.recipe)
 
     @cached_property
     def conversations(self) -> Conversations | None:
@@ -127,16 +140,22 @@ class Setup:
         """The cap of importance weights; None if there are none: the student draws from its current weights itself, or
         not at temperature 1."""
         recipe = self.recipe
-        if not (recipe.staleness or self.engine.own_weights) or (recipe.temperature, recipe.top_p) != (1, 1):
+        older = recipe.staleness or recipe.policy == "initial"
+        if not (older or self.engine.own_weights) or (recipe.temperature, recipe.top_p) != (1, 1):
             return None
         return recipe.importance_cap
+
+    def weighs(self, term: BoundTerm) -> bool:
+        """Whether importance weights correct a term. Completions of the initial student are the texts that a divergence
+        is to be small on; only policy gradients need those of the policy that is trained."""
+        return self.recipe.policy == "live" or find(term.objective.name).on_policy
 
     @property
     def uncorrected(self) -> str | None:
         """Why completions of an engine with weights of its own are learned from without importance weights, in one
         line; None if they have them, need none, or were asked to have none."""
         recipe = self.recipe
-        if not self.engine.own_weights or recipe.importance_cap is None:
+        if not self.engine.own_weights or recipe.importance_cap is None or recipe.policy == "initial":
             return None
         for key, value in (("temperature", recipe.temperature), ("top_p", recipe.top_p)):
             if value != 1:
@@ -169,6 +188,23 @@ class Setup:
     def routes(self) -> tuple[str, ...]:
         """The teachers' names, if different prompts have different teachers."""
         return self.teachers.routes if self.teachers else ()
+
+
+def completions_of(student: LanguageModel, folder: Path | None) -> Completions:
+    """Where the completions of a student with these weights are kept."""
+    return Completions(str(of_model(student)["digests"]["weights"]), folder)
+
+
+def first_places(order: PromptOrder, recipe: Recipe) -> dict[int, tuple[int, int]]:
+    """Step and place at which the student first completes a prompt of a run, by the prompt's index."""
+    found: dict[int, tuple[int, int]] = {}
+    for step in range(recipe.steps):
+        if len(found) == order.count:
+            break
+        for place, index in enumerate(order.batch(step, recipe.prompts_per_step)):
+            if index not in found and recipe.student_writes(step, place):
+                found[index] = step, place
+    return found
 
 
 def pairs_of(student: LanguageModel, teachers: Teachers | None) -> dict[str, VocabularyPair]:

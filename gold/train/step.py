@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,24 +27,22 @@ from gold.models.hidden_states import lazy_logits
 from gold.models.padding import PaddedStates
 from gold.rollout.ahead import Place
 from gold.rollout.conversations import Conversations
-from gold.rollout.engine import (
-    AdapterEngine,
-    Generation,
-    ProbedEngine,
-    Request,
-    RolloutEngine,
-    completed,
-    rollout_of,
-)
-from gold.rollout.pieces import rows_of
-from gold.rollout.prompts import encode_prompt
+from gold.rollout.engine import Generation, Request, completed, rollout_of
 from gold.rollout.types import Rollout, group_advantages
 from gold.teachers.several import Teachers
-from gold.tokenize.conversation import TemplateForm
 from gold.train.conversing import Conversed, conversed, later_returns
 from gold.train.diagnosis import why_not_finite
+from gold.train.engine import generating, push_weights
+from gold.train.initial import initial_completions, requests_of
 from gold.train.metrics import PhaseTimer, device_clock, part_name, rollout_sums, step_record
-from gold.train.microbatch import Microbatch, ask_teachers, build_microbatches, drop_impossible, loss_inputs
+from gold.train.microbatch import (
+    Microbatch,
+    ask_teachers,
+    build_microbatches,
+    compared_rows,
+    drop_impossible,
+    loss_inputs,
+)
 from gold.train.setup import Setup
 from gold.train.state import TrainState
 
@@ -78,7 +74,7 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
         rollouts, skipped, talk = generate_rollouts(state, setup)
     with timer("align"):
         used = [r for r in rollouts if r.stopped or not r.sampled or setup.recipe.cut == "keep"]
-        rows = rows_of(used, partial(teacher_forms, setup), setup.recipe.thinking, setup.form.opens_thinking)
+        rows = compared_rows(setup, used)
         microbatches, misfits = build_microbatches(setup, rows.compared, rows.others * setup.learns_alone)
         skipped += misfits
     with timer("teacher"):
@@ -96,7 +92,8 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
         sums["uncompared_bytes"] = sum(len(r.tokenized.data) for r in rows.others)
         sums["skipped_sequences"] = len(skipped)
         sums["masked_sequences"] = len(rollouts) - len(used)
-        sums["staleness"] = sum(state.step - r.policy_version for r in rollouts if r.sampled)
+        if setup.importance_cap is not None or recipe.policy == "initial":
+            sums["staleness"] = sum(state.step - r.policy_version for r in rollouts if r.sampled)
         # A process without texts lacks some of these names.
         largest = state.largest(sums.pop("ratio_max", 0.0))
         sums = defaultdict(float, state.sum(sums, ragged=True), ratio_max=largest)
@@ -144,26 +141,18 @@ def choose_prompts(state: TrainState, setup: Setup, step: int) -> StepPrompts:
     for place, index in chosen[accelerator.process_index :: accelerator.num_processes]:
         prompt = setup.prompts[index]
         count = recipe.num_generations if recipe.student_writes(step, place) else 0
+        drawn_at = setup.first_places[index] if count and recipe.policy == "initial" else (step, place)
         try:
-            ids = encode_prompt(state.student, prompt, recipe.max_new_tokens)
+            requests = requests_of(state.student, prompt, recipe, drawn_at)
         except DataError as error:
             found.skipped.extend([str(error)] * max(1, count))
             continue
         if not count:
             found.given.append(completed(state.student, prompt, recipe.max_new_tokens))
         for n in range(count):
-            # The 0 distinguishes nothing; it stays because the tuple names the random stream: without it all runs
-            # would draw other texts.
-            seed = recipe.seed, step, place, 0, n
-            found.requests[place, n] = Request(ids, seed, recipe.sampling, state.student.vocabulary.stop_ids)
+            found.requests[place, n] = requests[n]
             found.prompts.append(prompt)
     return found
-
-
-def teacher_forms(setup: Setup, rollout: Rollout) -> list[TemplateForm]:
-    """What the chat templates of a rollout's teachers write."""
-    names = setup.teachers.of(rollout.prompt) if setup.teachers else ()
-    return [setup.forms[name] for name in names if name in setup.forms]
 
 
 def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], list[str], Conversed]:
@@ -173,7 +162,10 @@ def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], l
     if setup.conversations is not None:
         talk = converse(state, setup, setup.conversations, chosen)
         return talk.rollouts + chosen.given, chosen.skipped, talk
-    drawn = draw_ahead(state, setup, chosen) if recipe.staleness else draw(state, setup, chosen)
+    if recipe.policy == "initial":
+        drawn = initial_completions(state, setup).of(list(chosen.requests.values()))
+    else:
+        drawn = draw_ahead(state, setup, chosen) if recipe.staleness else draw(state, setup, chosen)
     pairs = zip(chosen.prompts, chosen.requests.values(), drawn, strict=True)
     sampled = [rollout_of(state.student, prompt, request, answer) for prompt, request, answer in pairs]
     if (verifier := setup.verifier) is not None and sampled:
@@ -225,60 +217,6 @@ def draw_ahead(state: TrainState, setup: Setup, chosen: StepPrompts) -> list[Gen
         with generating(state, setup):
             state.together(partial(state.ahead.start, setup.engine, state.step + 1, following.requests))
     return drawn
-
-
-def generating(state: TrainState, setup: Setup) -> AbstractContextManager[object]:
-    """Context in which the engine generates: the student's own needs its whole weights."""
-    stack = ExitStack()
-    stack.enter_context(state.accelerator.autocast())
-    if setup.student_generates:
-        stack.enter_context(state.whole_student())
-    return stack
-
-
-def begin_engine(state: TrainState, setup: Setup) -> None:
-    """Pushes the student's weights before the first step of a run, or of its resumption, and tries an engine that can
-    be tried.
-
-    Raises:
-        EngineError: it does not work.
-    """
-    engine = setup.engine
-    if not isinstance(engine, ProbedEngine):
-        _push(state, engine)
-        return
-    adapter = _alone(state, engine)
-    weights, settings = adapter if adapter is not None else (state.gather(), None)
-    state.together(partial(engine.probe, state.student, setup.prompts, weights, state.step, settings))
-
-
-def push_weights(state: TrainState, engine: RolloutEngine) -> None:
-    """Pushes the student's current weights to the engine, once it is idle.
-
-    Raises:
-        EngineError: no push succeeds, in any of the processes.
-    """
-    state.together(state.ahead.wait)
-    if engine.version != state.step:
-        _push(state, engine)
-
-
-def _push(state: TrainState, engine: RolloutEngine) -> None:
-    started = time.perf_counter()
-    adapter = _alone(state, engine)
-    if adapter is not None and isinstance(engine, AdapterEngine):
-        weights, settings = adapter
-        state.together(partial(engine.push_adapter, weights, state.step, settings))
-    else:
-        state.together(partial(engine.push, state.gather(), state.step))
-    state.push_s += time.perf_counter() - started
-
-
-def _alone(
-    state: TrainState, engine: RolloutEngine
-) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]] | None:
-    """The student's adapter and its settings, if it has one and the engine takes it alone."""
-    return state.gather_adapter() if isinstance(engine, AdapterEngine) and engine.adapters else None
 
 
 def query_teachers(
@@ -398,10 +336,11 @@ def step_loss(
     # Three units: a term's own sum, divided by its count in the record; parts and the loss, shares of a mean, divided
     # here; sequence_logp, sums in nats and bytes, divided by one another in the record.
     parts: dict[str, Tensor] = {}
+    unweighted = replace(inputs, importance=None)
     for term in setup.terms:
         if not counts[term.label] or not setup.applies(term, microbatch.has_teacher):
             continue
-        value = term.objective.loss(inputs)
+        value = term.objective.loss(inputs if setup.weighs(term) else unweighted)
         total = total + term.weight * value.total / counts[term.label]
         parts[term.label] = value.total.detach()
         for name, part in value.parts.items():

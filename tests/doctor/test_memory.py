@@ -212,6 +212,7 @@ def test_less_memory_for_smaller_microbatches_and_less_time_without_checkpointin
     assert again.flops == pytest.approx(plain.flops * 4 / 3)
     assert plain.seconds(1.0, None) == pytest.approx(plain.flops / 1e12)
     assert work_of(plan_of())[0].seconds(1.0, None) is None
+    assert [w.phase for w in work_of(plan_of(each_step=False))] == ["teacher", "student", "update"]
 
 
 # Changes

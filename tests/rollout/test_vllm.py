@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import tiny_models as tiny
+from support.architectures import tiny_lm, wrapped
 from support.vllm_server import VLLMServer, engine_on
 
 import gold
@@ -531,3 +533,16 @@ def test_a_file_here_is_nothing_to_a_server_elsewhere(student: LanguageModel) ->
 def test_a_key_that_is_not_there_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.engine\.vllm\.key_env: the environment has no variable"):
         VLLMEngine("http://localhost:8000", key_env="NO_SUCH_KEY")
+
+
+def test_experts_are_pushed_by_the_names_of_a_checkpoint(tmp_path: Path) -> None:
+    lm = tiny_lm("qwen3_moe")
+    model = wrapped(lm)
+    lm.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    with VLLMServer(model) as server:
+        engine_on(server).probe(model, tiny.prompts(), dict(lm.state_dict()), 0)
+        assert not server.violations
+    assert saved.keys() != lm.state_dict().keys()
+    assert all(names == set(saved) for names in server.names)
+    assert len(server.names) == 3

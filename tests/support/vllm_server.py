@@ -61,6 +61,8 @@ class VLLMServer:
         self.counts: Counter[str] = Counter()
         self.version, self.paused, self.updating, self.dirty, self.asleep = "default", False, False, False, 0
         self.violations: list[str] = []
+        self.names: list[set[str]] = []
+        """The names of the weights of each update."""
         self.wire: list[Tensor] = []
         """What arrives by GPU during an update."""
         self.adapter: dict[str, Tensor] | None = None
@@ -205,6 +207,8 @@ class VLLMServer:
                 kinds,
                 [list(weight.shape) for weight in self.wire],
             )
+        self.names.append(set(weights))
+        weights = _of_checkpoint(self.model.lm, weights)
         names = list(weights)
         if fault == "500":
             names = names[: len(names) // 2]
@@ -286,3 +290,11 @@ def engine_on(server: VLLMServer, **options: Any) -> VLLMEngine:
     engine = VLLMEngine(server.url, **{"retries": 3, "timeout_s": 20.0} | options)
     engine.server.first_wait_s = 0.002
     return engine
+
+
+def _of_checkpoint(lm: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by the model's names, as transformers reads them from a checkpoint."""
+    if weights.keys() <= lm.state_dict().keys():
+        return weights
+    read = type(lm).from_pretrained(None, config=lm.config, state_dict=weights)  # type: ignore[attr-defined]
+    return dict(read.state_dict())
