@@ -120,6 +120,7 @@ def test_the_first_step_is_that_of_live_completions(objective: str) -> None:
     assert untimed(done.evaluations) == untimed(live.evaluations)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"objectives": [gold.Term("token_pg")]}, {"num_generations": 1}])
 def test_later_steps_are_others_than_live_ones(settings: dict) -> None:
     recipe = RECIPE.replace(steps=2, **settings)
@@ -135,6 +136,7 @@ def test_held_out_prompts_are_completed_by_the_student_as_it_is() -> None:
     assert sorted(set(heldout)) == [0, 2]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_an_uninterrupted_one(tmp_path: Path) -> None:
     class Dies(CachedTeacher):
         def score(self, *given):
@@ -187,6 +189,7 @@ def test_runs_share_a_folder(tmp_path: Path, caplog) -> None:
     assert same(weights, others)
 
 
+@pytest.mark.slow
 def test_other_weights_do_not_find_them(tmp_path: Path) -> None:
     train(completions=tmp_path / "kept")
     student = tiny.tiny_student(seed=9)
@@ -202,6 +205,7 @@ def test_other_weights_do_not_find_them(tmp_path: Path) -> None:
     assert len(engine.training) == PROMPTS * 2
 
 
+@pytest.mark.slow
 def test_a_teacher_with_a_cache_is_asked_once_for_each_text(tmp_path: Path) -> None:
     asked: Counter[tuple[str, bytes]] = Counter()
 
@@ -246,6 +250,7 @@ def test_a_teacher_with_a_cache_is_asked_once_for_each_text(tmp_path: Path) -> N
         gold.distill(tiny.tiny_student(), alone, tiny.prompts(PROMPTS), recipe.replace(seed=3))
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_policy_gradients_alone() -> None:
     teachers = Teachers({"teacher": tiny.tiny_teacher()})
     recipe = RECIPE.replace(objectives=[gold.Term("reverse_kl"), gold.Term("token_pg")])
@@ -280,7 +285,8 @@ def test_a_prompt_has_the_streams_of_its_first_step_and_the_data_its_share() -> 
             if i == index and (s, p) < (step, place)
         ]
         assert not any(recipe.student_writes(*each) for each in earlier)
-    assert len(needed(setup)) == 2 * len(setup.first_places)
+    texts = needed(student, prompts, recipe, setup.first_places)
+    assert len(texts) == 2 * len(setup.first_places)
     done, _, _ = train(recipe.replace(steps=4, objectives=[gold.Term("reverse_kl"), gold.Term("sft")]))
     assert len(done.steps) == 4
 
@@ -315,6 +321,7 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
         train(completions=tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_completions_and_scores_can_be_made_ahead_of_a_run(tmp_path: Path, monkeypatch) -> None:
     tiny.save_pair(tmp_path)
 
@@ -356,6 +363,7 @@ def test_completions_and_scores_can_be_made_ahead_of_a_run(tmp_path: Path, monke
     assert only == "kept"
 
 
+@pytest.mark.slow
 def test_completions_alone_can_be_made_ahead(tmp_path: Path) -> None:
     tiny.save_pair(tmp_path)
     settings = tiny.run_settings(
