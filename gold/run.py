@@ -78,7 +78,8 @@ def train(
     check_clients(config.train.trackers or ())
     output, settings = Path(config.output), config.to_dict()
     every, keep = config.train.checkpoint_every, config.train.keep_last
-    saving = Saving(output, resume, config.evaluate.every, every, keep, overwrite, allow_changed)
+    kept = Path(config.rollout.completions) if config.rollout.completions else None
+    saving = Saving(output, resume, config.evaluate.every, every, keep, overwrite, allow_changed, kept)
     check_output(saving, settings, {})  # before reading anything
     if config.push_to_hub is not None and os.environ.get("RANK", "0") == "0":
         prepare_push(config.push_to_hub.id, config.push_to_hub.private)
@@ -105,7 +106,6 @@ def train(
             estimate=progress is not None,
             environment=data.environment,
             limits=config.limits,
-            completions=config.rollout.completions,
         )
     if run.is_main_process:
         _draw(output, progress)

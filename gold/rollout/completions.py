@@ -40,6 +40,8 @@ class Completions:
     drawn: dict[bytes, Generation] = field(default_factory=dict)
     complete: bool = False
     """Whether these are all that the run needs."""
+    engine_begun: bool = False
+    """Whether the engine has the weights that drew some of them."""
 
     def key(self, request: Request) -> bytes:
         """16 bytes of the SHA-256 of all that a completion depends on: prompt, stop ids, sampling, seed, weights."""

@@ -61,9 +61,9 @@ def needed(
     return found
 
 
-def draw_initial(state: TrainState, setup: Setup, note: Note) -> bool:
-    """Reads the completions of the run, and draws the missing ones with the student as it starts; returns whether the
-    engine was begun for that. The state is that before the first step, and before a checkpoint is loaded.
+def draw_initial(state: TrainState, setup: Setup, note: Note) -> None:
+    """Reads the completions of the run, and draws the missing ones with the student as it starts. The state is that
+    before the first step, and before a checkpoint is loaded.
 
     Raises:
         EngineError: the engine fails; what it has drawn is kept.
@@ -81,12 +81,11 @@ def draw_initial(state: TrainState, setup: Setup, note: Note) -> bool:
         begin_engine(state, setup)
 
     requests = [request for _, request in texts]
-    begun = complete(kept, requests, begin, partial(_drawn, state, setup), note, state.from_main)
+    kept.engine_begun = complete(kept, requests, begin, partial(_drawn, state, setup), note, state.from_main)
     if setup.needs_teacher and setup.teachers and not all(t.complete for t in setup.members.values()):
         rollouts = rollouts_of(student, setup.recipe, kept, texts)
         check_scored(setup.teachers, setup.pairs, compared_rows(setup, rollouts).compared)
     kept.complete = True
-    return begun
 
 
 def complete(

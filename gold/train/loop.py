@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -63,7 +63,8 @@ class Saving:
     """Where a run is saved, and how often it evaluates and saves.
 
     ``overwrite`` removes an existing run in ``output``. ``allow_changed`` resumes it despite refused changes of keys or
-    inputs; they are recorded in its environment.json.
+    inputs; they are recorded in its environment.json. ``completions``: folder for those of the initial student
+    (``policy="initial"``), which runs can share; default: one in ``output``.
     """
 
     output: Path | None = None
@@ -73,6 +74,12 @@ class Saving:
     keep_last: int = 2
     overwrite: bool = False
     allow_changed: bool = False
+    completions: Path | None = None
+
+    @property
+    def kept_in(self) -> Path | None:
+        """Folder for the initial student's completions, if they are kept."""
+        return self.completions or (self.output / COMPLETIONS if self.output else None)
 
 
 @dataclass(repr=False)
@@ -115,7 +122,6 @@ def distill(
     estimate: bool = False,
     environment: Environment | None = None,
     limits: Limits = Limits(),  # noqa: B008  (frozen)
-    completions: str | Path | None = None,
 ) -> Run:
     """Trains ``student``, in place, on its own completions of ``prompts``, scored by ``teacher``; returns the run.
 
@@ -137,7 +143,6 @@ def distill(
         engine: generates completions, and is closed by the caller; default: ``generate`` on the student itself.
         estimate: measures for about ten seconds how long the run will take, and shows that in its header.
         environment: answers the student's turns, within ``limits``, and scores conversations instead of the verifier.
-        completions: folder for the initial student's completions (``policy="initial"``); default: in the run folder.
 
     Raises:
         GoldError: models, data or settings that do not go together; a teacher that stopped answering, or too many
@@ -150,12 +155,8 @@ def distill(
     teacher = load_model(teacher) if isinstance(teacher, (str, Path)) else teacher
     teachers = teacher if isinstance(teacher, Teachers | None) else Teachers({"teacher": teacher})
     given = as_prompts(prompts, environment)
-    own = saving.output / COMPLETIONS if saving.output else None
-    kept_in = Path(completions) if completions else own
-    setup = Setup.of(
-        student, teachers, given, recipe, engine, kept_in, verifier=verifier, environment=environment
-    )
-    setup = replace(setup, limits=limits)
+    others: dict[str, Any] = {"verifier": verifier, "environment": environment, "limits": limits}
+    setup = Setup.of(student, teachers, given, recipe, engine, saving.kept_in, **others)
     accelerator = accelerator_of(recipe.precision, student.device)
     # All processes run the checks with the same result; one of them logs.
     members = [Lasting(progress or Quiet()), *with_clients(trackers, saving.output)]
@@ -205,9 +206,7 @@ def _run(
             if prints_date:
                 write_date(folder.path, day)
         accelerator.wait_for_everyone()
-        begun = recipe.policy == "initial" and draw_initial(state, setup, tracker.note)
-        if saving.output and saving.resume:
-            _resume(state, saving, recipe.steps, folder, tracker)
+        _restore(state, setup, saving, folder, tracker)
         if folder:
             run.steps, run.evaluations = folder.records("train"), folder.records("eval")
         stack.callback(tracker.finish)
@@ -217,8 +216,7 @@ def _run(
         interrupt = listener.interrupt = stack.enter_context(Interrupt())
         writer = CheckpointWriter(state, saving.output, folder, saving.keep_last)
         stack.callback(writer.close)
-        steps = _Training(state, setup, saving, heldout, evaluation, writer, tracker, interrupt, run)
-        steps.all_steps(begun=begun and not state.step)
+        _Training(state, setup, saving, heldout, evaluation, writer, tracker, interrupt, run).all_steps()
         if folder:
             folder.check_place()
         if saving.output:
@@ -286,22 +284,23 @@ class _Training:
     saved: int = 0
     """The step of the last checkpoint; 0 without one: nothing is saved before the first step."""
 
-    def all_steps(self, begun: bool) -> None:
-        """Trains up to the last step; ``begun``: the engine has the weights already."""
+    def all_steps(self) -> None:
+        """Trains up to the last step."""
         self.saved = self.state.step
         try:
-            self._all_steps(begun)
+            self._all_steps()
         except Stopped:
             self.leave(self.signal_in_any_process())
 
-    def _all_steps(self, begun: bool) -> None:
+    def _all_steps(self) -> None:
         state, recipe = self.state, self.setup.recipe
         for prompts, new in (
             (self.setup.prompts, recipe.max_new_tokens),
             (self.heldout, self.plan.max_new_tokens),
         ):
             state.together(partial(check_lengths, self.setup.engine, state.student, prompts, new))
-        if not begun:
+        kept = self.setup.completions
+        if state.step or kept is None or not kept.engine_begun:
             begin_engine(state, self.setup)
         self.first_evaluation()
         warnings = Warnings(
@@ -427,6 +426,16 @@ def _check_prompts(
     for note in [*check_conversations(setup), *said]:
         tracker.note(note)
     return any(check.check == "date" for check in checks)
+
+
+def _restore(
+    state: TrainState, setup: Setup, saving: Saving, folder: RunFolder | None, tracker: Tracker
+) -> None:
+    """Draws what the student writes before it is trained, and goes on from a checkpoint."""
+    if setup.recipe.policy == "initial":
+        draw_initial(state, setup, tracker.note)
+    if saving.output and saving.resume:
+        _resume(state, saving, setup.recipe.steps, folder, tracker)
 
 
 def _resume(

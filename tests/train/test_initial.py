@@ -68,7 +68,12 @@ class Counting(HuggingFaceEngine):
 def train(recipe: gold.Recipe = RECIPE, output: Path | None = None, teacher=None, engine=None, **given):
     student = tiny.tiny_student()
     engine = (engine or Counting)(student)
-    saving = Saving(output=output, checkpoint_every=1, resume=given.pop("resume", False))
+    saving = Saving(
+        output,
+        checkpoint_every=1,
+        resume=given.pop("resume", False),
+        completions=given.pop("completions", None),
+    )
     run = gold.distill(
         student,
         teacher or tiny.tiny_teacher(),
@@ -200,7 +205,7 @@ def test_other_weights_do_not_find_them(tmp_path: Path) -> None:
         tiny.prompts(PROMPTS),
         RECIPE,
         engine=engine,
-        completions=tmp_path / "kept",
+        saving=Saving(completions=tmp_path / "kept"),
     )
     assert len(engine.training) == PROMPTS * 2
 
@@ -228,7 +233,7 @@ def test_a_teacher_with_a_cache_is_asked_once_for_each_text(tmp_path: Path) -> N
         cached(),
         tiny.prompts(PROMPTS),
         recipe,
-        completions=tmp_path / "kept",
+        saving=Saving(completions=tmp_path / "kept"),
     )
     assert set(asked.values()) == {1}
     # Now without the teacher, and without drawing.
@@ -242,7 +247,7 @@ def test_a_teacher_with_a_cache_is_asked_once_for_each_text(tmp_path: Path) -> N
         tiny.prompts(PROMPTS),
         recipe,
         engine=engine,
-        completions=tmp_path / "kept",
+        saving=Saving(completions=tmp_path / "kept"),
     )
     assert not engine.training
     assert set(asked.values()) == {1}
