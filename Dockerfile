@@ -7,7 +7,7 @@
 ARG BASE=pytorch/pytorch:2.8.0-cuda12.8-cudnn9-runtime
 FROM ${BASE}
 
-ARG EXTRAS=lora,quantization,trackers,plots,tasks,gguf
+ARG EXTRAS=lora,quantization,trackers,plots,tasks,gguf,data
 
 # Triton compiles the launchers of GPU kernels with a C compiler.
 # hadolint ignore=DL3008

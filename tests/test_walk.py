@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,14 +26,18 @@ QUESTIONS = (
 )
 
 
-def as_jsonl(place: Path) -> Path:
-    lines = [json.dumps({"messages": [{"role": "user", "content": each}]}) for each in QUESTIONS]
-    file = place / "my questions.jsonl"
-    file.write_text("\n".join(lines) + "\n", "utf-8")
+def questions(place: Path) -> Path:
+    """A file of conversations: parquet where pyarrow is installed, else JSON lines."""
+    rows = [{"messages": [{"role": "user", "content": each}]} for each in QUESTIONS]
+    try:
+        from pyarrow import Table, parquet
+    except ImportError:
+        file = place / "my questions.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)) + "\n", "utf-8")
+    else:
+        file = place / "my questions.parquet"
+        parquet.write_table(Table.from_pylist(rows), file)
     return file
-
-
-FORMATS: Sequence[Callable[[Path], Path]] = (as_jsonl,)
 
 
 def gold(place: Path, *arguments: object, stdin: str | None = None) -> str:
@@ -69,8 +72,7 @@ def gold(place: Path, *arguments: object, stdin: str | None = None) -> str:
 
 @pytest.mark.slow
 @pytest.mark.assets("smollm2-135m-instruct", "gemma3-270m")
-@pytest.mark.parametrize("write", FORMATS, ids=lambda write: write.__name__)
-def test_a_new_user_trains_a_pair(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+def test_a_new_user_trains_a_pair(tmp_path: Path) -> None:
     assets = assets_folder()
     home = tmp_path / "my first run"
     home.mkdir()
@@ -78,7 +80,7 @@ def test_a_new_user_trains_a_pair(tmp_path: Path, write: Callable[[Path], Path])
     made = gold(home, "init", "chat", "a chat", *pair)
     assert "cd 'a chat'" in made
     here = home / "a chat"
-    prompts = write(here)
+    prompts = questions(here)
     few = [f"data.prompts={prompts.name}", "rollout.max_new_tokens=16", "rollout.num_generations=1"]
     few += ["train.prompts_per_step=2", "train.steps=8", "evaluate.prompts=2", f"data.heldout={HELDOUT}"]
 
