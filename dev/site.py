@@ -24,6 +24,7 @@ MENU: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         "Start",
         (
             ("Overview", "README.md"),
+            ("Tutorial", "docs/tutorial.md"),
             ("Questions", "docs/questions.md"),
             ("Coming from TRL", "docs/migrating-from-trl.md"),
         ),
