@@ -838,6 +838,10 @@ def test_the_documentation_lists_every_check() -> None:
     tables = (PAIR_CHECKS, PROMPT_CHECKS, WEIGHT_CHECKS, SERVER_CHECKS, STUDENT_CHECKS)
     rows = {f"| {check.name} | {check.question} |" for table in tables for check in table}
     link = "([engines.md](engines.md#the-probe))"
+    rows.add("| data | Which columns of the prompts are not read? (of a configuration) |")
+    rows.add(
+        "| duration | How long does the run take, and what would make it shorter? (of a configuration) |"
+    )
     rows.add(f"| rollout engine | Does vLLM draw from the weights that are pushed to it? {link} |")
     page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
     assert rows == {
