@@ -31,6 +31,7 @@ from gold.data import load_prompts, row_of
 from gold.errors import ConfigError, DataError, GoldError, ModelError, VocabularyError
 from gold.hub_names import named_revision, split_revision, with_revision
 from gold.models.files import check_files
+from gold.rollout.vllm_process import ServerCommand
 from gold.tokenize.load import open_source
 from gold.train.input_digests import of_prompts
 
@@ -132,6 +133,12 @@ def test_a_run_is_refused_in_one_line(
         lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, done.err
         assert told in lines[0]
+
+
+def test_a_server_of_the_student_gets_its_revision() -> None:
+    words = ServerCommand("org/model", revision="v1").words("name", 1, "file")
+    assert words[words.index("--revision") + 1] == "v1"
+    assert "--revision" not in ServerCommand("org/model").words("name", 1, "file")
 
 
 # -- data sets --
