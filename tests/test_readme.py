@@ -21,8 +21,10 @@ from gold.cli import app
 from gold.config import Config
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
+from gold.environments import Conversation
 from gold.errors import ConfigError
 from gold.models.load import save_model
+from gold.turns import read_turn
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -409,3 +411,13 @@ def test_every_module_of_test_support_has_a_line():
 
 def test_the_tokenizer_family_of_the_extending_page_is_read():
     assert extending_code("WordPiece")["vocabulary"].size == 4
+
+
+def test_the_environment_of_the_extending_page_works():
+    environment = extending_code("SecondTry")["SecondTry"]()
+    prompt = Prompt("k", messages=({"role": "user", "content": "6 * 7"},), reference="42")
+    seen = Conversation(prompt, [])
+    for text, replied, score in (("41", True, 0.0), ("42", False, 0.5)):
+        seen.turns.append(read_turn(text.encode()))
+        assert (environment.reply(seen) is not None) is replied
+        assert environment.score(seen) == score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import threading
 import weakref
@@ -76,7 +77,7 @@ async def _in_thread(call: Callable[[], Any]) -> Any:
             result = call()
         except BaseException as raised:
             error = raised if isinstance(raised, Exception) else RuntimeError(type(raised).__name__)
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop may have ended meanwhile
             loop.call_soon_threadsafe(finish, result, error)
 
     threading.Thread(target=work, name="environment", daemon=True).start()
