@@ -19,6 +19,8 @@ TurnMessage = dict[str, Any]
 `tool_call_id`, as transformers' chat templates read them. With `keep_thinking` false, a template that has no place for
 thinking does not get it as text."""
 
+TURN_KEYS = {"tool_calls", "reasoning_content", "name", "tool_call_id"}
+"""What a message may have besides its role and its content."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 

@@ -250,7 +250,7 @@ def _parsed_ids(given: str) -> tuple[int, ...]:
 def _conversation(file: Path) -> Iterator[_Given]:
     """The turns of the assistant in a conversation, each after the messages before it."""
     from gold.data import MESSAGE_KEYS, Prompt
-    from gold.turns import TurnPrompt
+    from gold.turns import TURN_KEYS, TurnPrompt
 
     messages = _json(_content(file), f"{file}: ")
     last = messages[-1] if isinstance(messages, list) and messages else None
@@ -261,7 +261,8 @@ def _conversation(file: Path) -> Iterator[_Given]:
             "its text is aligned, what is before it is the prompt"
         )
     turns = [n for n, m in enumerate(messages) if n and isinstance(m, dict) and m.get("role") == "assistant"]
-    plain = all(isinstance(m, dict) and set(m) <= set(MESSAGE_KEYS) for m in messages)
+    more = {key for m in messages if isinstance(m, dict) for key in m} - set(MESSAGE_KEYS)
+    plain = not more or not more <= TURN_KEYS
     given = []
     for place in turns or [len(messages) - 1]:
         try:
