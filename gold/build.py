@@ -354,7 +354,10 @@ def load(
         for difference in differences(
             side.vocabulary, loaded.vocabulary.without_markers(), texts=SAMPLE_TEXTS
         ):
-            note(f"model {loaded.name}: the loaded tokenizer and its file differ: {difference}")
+            note(
+                f"model {loaded.name}: its tokenizer as loaded (here), which is used, differs from its file (there): "
+                f"{difference}"
+            )
     if adapters.is_adapted(loaded.lm):
         note(f"model {loaded.name}: {adapters.describe(loaded.lm)}")
     if isinstance(model, StudentConfig) and model.lora is not None:

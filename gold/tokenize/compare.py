@@ -21,9 +21,9 @@ def differences(mine: Vocabulary, theirs: Vocabulary, limit: int = 5, texts: Ite
         if here != there
     ]
     ids = [
-        f"id {index}: {here!r} here, {there!r} there"
+        f"id {index} is {_what(mine, index)} here, {_what(theirs, index)} there"
         for index in range(min(mine.size, theirs.size) if mine.fingerprint != theirs.fingerprint else 0)
-        if (here := mine.token_bytes(index)) != (there := theirs.token_bytes(index))
+        if mine.token_bytes(index) != theirs.token_bytes(index)
     ]
     others = [line for text in texts if (line := _other_ids(mine, theirs, text))]
     for found, kind in ((ids, "ids"), (others, "texts")):
@@ -31,6 +31,14 @@ def differences(mine: Vocabulary, theirs: Vocabulary, limit: int = 5, texts: Ite
         if len(found) > limit:
             lines.append(f"and {len(found) - limit} more {kind}")
     return lines
+
+
+def _what(vocabulary: Vocabulary, index: int) -> str:
+    """What an id stands for: the text that it writes, or a special token."""
+    data = vocabulary.token_bytes(index)
+    if data:
+        return f"the text {data.decode('utf-8', 'backslashreplace')!r}"
+    return "a special token" if vocabulary.is_special[index] else "no text"
 
 
 def _other_ids(mine: Vocabulary, theirs: Vocabulary, text: str) -> str | None:

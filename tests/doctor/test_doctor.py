@@ -281,7 +281,7 @@ def test_the_same_bytes_with_other_markers_are_two_vocabularies(make: Make) -> N
     pause.add_special_tokens(["<pause>"])
     student, teacher = make(think), make(pause)
     assert student.vocabulary.fingerprint == teacher.vocabulary.fingerprint
-    assert "b'<think>' here, b'<pause>' there" in found("vocabulary", student, teacher).found
+    assert "the text '<think>' here, the text '<pause>' there" in found("vocabulary", student, teacher).found
     assert not VocabularyPair(student.marked, teacher.marked).same
 
 

@@ -456,7 +456,10 @@ def test_differences_name_what_differs() -> None:
     other = Vocabulary.load(Tokenizer.from_str(json.dumps(renamed)))
     mine = sorted((vocab["a"], vocab["b"]))
     a = mine[0]
-    assert differences(first, other, limit=1) == [f"id {a}: b'a' here, b'b' there", "and 1 more ids"]
+    assert differences(first, other, limit=1) == [
+        f"id {a} is the text 'a' here, the text 'b' there",
+        "and 1 more ids",
+    ]
     assert differences(first, other, texts=["ab"])[2:] == [
         f"text 'ab' from token 0 on: {mine} here, {mine[::-1]} there"
     ]
