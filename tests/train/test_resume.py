@@ -282,7 +282,7 @@ def _send(numbers: tuple[int, ...]) -> None:
         (signal.SIGTERM, 143, "gold.train.step:step_loss", 4),
         (signal.SIGHUP, 129, "gold.evaluate:Comparison.of_student", 2),
         pytest.param(signal.SIGTERM, 143, "gold.train.step:update", 3, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, 143, "gold.comparison:teacher_logits", 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, "gold.comparison:teacher_logits", 3, marks=pytest.mark.slow),
         # Of step 2: noted once it is saved.
         pytest.param(signal.SIGINT, 130, "gold.train.checkpoint_folder:_seal", 1, marks=pytest.mark.slow),
     ],
