@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.templates import FAMILIES, family, turn_of
 
+from benchmarks.assets import tokenizer_path
 from gold.demo.talk import byte_tokenizer
 from gold.errors import DataError
 from gold.tokenize.chat import prompt_ids
@@ -232,3 +233,37 @@ def test_arguments_of_a_template_are_in_effect() -> None:
     found = conversation_ids(tokenizer, [{"role": "user", "content": "q"}], {}, rendering=off)
     assert found.opening.endswith("</think>\n\n")
     assert not TemplateForm.of(tokenizer, off).opens_thinking
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "thinking", "appends"),
+    [
+        pytest.param(name, thinking, appends, marks=pytest.mark.assets(name))
+        for name, thinking, appends in (
+            ("qwen3", False, True),
+            ("qwen3", True, False),
+            ("llama3_1", True, True),
+            ("gemma3", True, True),
+            ("deepseek_v3", True, True),
+        )
+    ],
+)
+def test_real_templates_keep_sampled_ids_and_only_qwen_strips_thinking(name, thinking, appends) -> None:
+    vocabulary = Vocabulary.load(tokenizer_path(name)).with_markers()
+    tokenizer = PromptTokenizer.of(vocabulary)
+    stops = [vocabulary.label(i) for i in vocabulary.stop_ids]
+    messages, sampled = [{"role": "user", "content": "begin <|im_end|>"}], {}
+    for answer in ("one", "two"):
+        text = f"<think>\nhm {answer}\n</think>\n\n{answer}" if thinking else answer
+        before = conversation_ids(tokenizer, messages, sampled, stops=stops)
+        assert list(before.ids) == prompt_ids(tokenizer, TurnPrompt("k", messages=tuple(messages))) or sampled
+        tokens = vocabulary.encode(text)
+        sampled[len(messages)] = SampledTurn(tokens.ids, tokens.ends, read_turn(tokens.data), before)
+        messages += [sampled[len(messages)].written.message(), {"role": "user", "content": "<eos> more"}]
+        after = conversation_ids(tokenizer, messages, sampled, stops=stops)
+        whole = (*before.ids, *tokens.ids.tolist())
+        assert (after.ids[: len(whole)] == whole) is appends
+        assert after.appended is appends
+        kept = tokens.ids[-len(vocabulary.encode(answer)) :].tolist()
+        assert find(list(after.ids), kept, 0) >= 0
