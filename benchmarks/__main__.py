@@ -12,6 +12,7 @@ BENCHMARKS = {
     "align": ("benchmarks.align", "time from ids to chunks, beside plain Python and TRL"),
     "loss": ("benchmarks.loss", "time and memory of losses, beside plain torch, TRL and Liger"),
     "step": ("benchmarks.step", "one whole on-policy step by phase, beside TRL's GOLD trainer"),
+    "architectures": ("benchmarks.architectures", "which kinds of layers train and generate, on tiny models"),
     "memory": ("benchmarks.memory", "the doctor's estimate of memory, beside measured peaks"),
     "shapes": ("benchmarks.shapes", "the doctor's memory tables of the configurations for GPUs"),
     "padding": ("benchmarks.padding", "time, memory and share of padding of microbatches of ragged texts"),

@@ -56,7 +56,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"layer_types": _MIXED},
     "qwen3_next": {"layer_types": _MIXED},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "zamba2": {"layer_types": ["mamba", "hybrid"]},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "zamba2": {"layer_types": ["mamba", "hybrid"], "hybrid_layer_ids": [1]},
 }
 
 
