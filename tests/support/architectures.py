@@ -51,6 +51,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 1,
     },
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "qwen3_5_moe_text": {"layer_types": _MIXED},
     "qwen3_5_text": {"layer_types": _MIXED},
