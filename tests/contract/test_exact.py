@@ -8,11 +8,13 @@ import pytest
 
 from tests.contract import source
 
+FAST = ("overlapping", "byte fallback", "characters as bytes", "letters and merges")
+EVERY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in source.PAIRS]
 ALL = 1e-9
 """The least share of a branch with which nothing is left out that a toy ever writes."""
 
 
-@pytest.mark.parametrize("name", source.PAIRS)
+@pytest.mark.parametrize("name", EVERY)
 def test_one_source_in_two_tokenizers_is_at_zero(name):
     texts = source.texts_of(name, 0, 3)
     for least in (None, 0.3, ALL):
@@ -21,7 +23,7 @@ def test_one_source_in_two_tokenizers_is_at_zero(name):
     assert value == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", source.PAIRS)
+@pytest.mark.parametrize("name", EVERY)
 def test_two_sources_are_at_their_true_divergence_and_never_below_the_bound(name):
     mine, theirs = source.texts_of(name, 0, 3), source.texts_of(name, 50, 3)
     true = source.true_kl(mine, theirs)

@@ -40,7 +40,7 @@ def test_closest_completions_are_completions_and_no_pair_is_closer(sides):
     rng = np.random.default_rng(0)
     for spread in (0.1, 1.0, 10.0):
         more = rng.dirichlet(np.full(a.size, spread), (2, 200))
-        some_p, some_q = (x + (1.0 - x.sum()) * m for x, m in zip((a, b), more, strict=True))
+        some_p, some_q = (x + max(0.0, 1.0 - x.sum()) * m for x, m in zip((a, b), more, strict=True))
         assert least <= kl(some_p, some_q).min() + 1e-9
 
 

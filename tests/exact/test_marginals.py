@@ -53,7 +53,7 @@ def found_of(model, text, stopped, least, most=10**6):
     return marginals(model.vocabulary, trie, text, stopped, states, least, most)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(st.sampled_from(NAMES), st.booleans(), st.integers(0, 2**32 - 1))
 def test_with_all_branches_they_are_the_sums_over_every_segmentation(name, mine, seed):
     pair, rng = source.pair_of(name), np.random.default_rng(seed)
@@ -66,7 +66,7 @@ def test_with_all_branches_they_are_the_sums_over_every_segmentation(name, mine,
     assert np.exp(found.strict_rest).max() < 1e-12
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(st.sampled_from(NAMES), st.integers(0, 2**32 - 1))
 def test_what_is_named_grows_and_the_truth_stays_between(name, seed):
     pair, rng = source.pair_of(name), np.random.default_rng(seed)
@@ -84,7 +84,7 @@ def test_what_is_named_grows_and_the_truth_stays_between(name, seed):
         assert (named[:, :257].sum(-1) + np.exp(found.strict_rest) >= truth.sum(-1) - 1e-12).all()
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(st.integers(0, 2**32 - 1))
 def test_without_branches_they_are_the_byte_table(seed):
     pair, rng = source.pair_of("overlapping"), np.random.default_rng(seed)
@@ -103,7 +103,7 @@ def test_without_branches_they_are_the_byte_table(seed):
     assert share == pytest.approx(table[at], abs=1e-12)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(st.integers(0, 2**32 - 1))
 def test_the_bound_is_below_the_divergence_at_every_byte_and_rises(seed):
     pair, rng = source.pair_of("overlapping"), np.random.default_rng(seed)
