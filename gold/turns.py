@@ -74,6 +74,10 @@ def check_messages(messages: Sequence[object]) -> None:
             raise DataError(
                 f'messages[{place}]: expected {{"role": {" | ".join(_ROLES)}, "content": a text}}, got {message!r:.80}'
             )
+        if encodable_text(message["content"]) != message["content"]:  # type: ignore[index]
+            raise DataError(
+                f"messages[{place}]: its content holds half a surrogate pair, got {message!r:.80}"
+            )
 
 
 def texts_outside_content(message: Mapping[str, Any]) -> str:
@@ -160,6 +164,20 @@ def tool_call(name: str, arguments: Any) -> TurnMessage:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+def encodable_text(text: str) -> str:
+    """A text that has bytes: halves of surrogate pairs are U+FFFD."""
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def _encodable(value: Any) -> Any:
+    """A JSON value whose texts have bytes."""
+    if isinstance(value, str):
+        return encodable_text(value)
+    if isinstance(value, Mapping):
+        return {encodable_text(key): _encodable(each) for key, each in value.items()}
+    return [_encodable(each) for each in value] if isinstance(value, list) else value
+
+
 def _shown(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
@@ -172,6 +190,7 @@ _CHANNEL = re.compile(
 )
 _DECODER = json.JSONDecoder()
 _MOST_CALLS = 64
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _BrokenError(Exception):
@@ -191,7 +210,11 @@ def read_turn(data: bytes, *, opened: bool = False) -> Written:
     for form, reader in _FORMS.items():
         if (found := reader(text, answer)) is not None:
             start, calls, broken = found
-            return Written(text, thinking, answer, tuple(calls), form, start, tuple(broken))
+            read = tuple(
+                replace(call, name=encodable_text(call.name), arguments=_encodable(call.arguments))
+                for call in calls
+            )
+            return Written(text, thinking, answer, read, form, start, tuple(map(encodable_text, broken)))
     return Written(text, thinking, answer)
 
 

@@ -61,6 +61,17 @@ def test_any_bytes_are_a_turn(data) -> None:
     assert found.byte_offset(len(found.text)) == len(data)
 
 
+@given(st.binary(max_size=6), st.sampled_from(["", "\\ud83d", "\\udc80"]), st.booleans())
+@settings(max_examples=60)
+def test_what_templates_read_of_a_turn_has_bytes(odd, escape, inside) -> None:
+    """Bytes that are no UTF-8, and halves of surrogate pairs that JSON can write, in names, arguments and reasons."""
+    call = json.dumps({"name": "f<>", "arguments": {"k<>": ["<>"]} if inside else 3})
+    text = b"<tool_call>" + call.encode().replace(b"<>", odd + escape.encode()) + b"</tool_call>"
+    found = read_turn(text)
+    assert found.text.encode("utf-8", "surrogateescape") == text
+    json.dumps([found.message(), found.broken, found.shown], ensure_ascii=False).encode("utf-8")
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -108,7 +119,14 @@ def test_a_teacher_context_stays_at_the_original_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    "messages", [(), ({"role": "robot", "content": "x"},), ({"role": "user", "content": None},), (3,)]
+    "messages",
+    [
+        (),
+        ({"role": "robot", "content": "x"},),
+        ({"role": "user", "content": None},),
+        (3,),
+        ({"role": "user", "content": "\ud83d"},),
+    ],
 )
 def test_messages_that_no_template_can_read_are_refused(messages) -> None:
     with pytest.raises(DataError, match="message"):

@@ -10,7 +10,7 @@ from typing import Any
 from gold.environments.calling import called
 from gold.environments.protocol import CompletionVerifier, Conversation
 from gold.errors import ConfigError
-from gold.turns import Call, TurnMessage
+from gold.turns import Call, TurnMessage, encodable_text
 
 Tool = Callable[..., Any]
 
@@ -71,11 +71,13 @@ class ToolEnvironment:
             return _text(await called(partial(function, **call.arguments))), False
         except Exception as error:
             what = " ".join(str(error).split()) or "it failed"
-            return f"error: {type(error).__name__}: {what}", True
+            return encodable_text(f"error: {type(error).__name__}: {what}"), True
 
 
 def _text(result: Any) -> str:
-    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+    return encodable_text(
+        result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+    )
 
 
 def schema_of(function: Tool) -> dict[str, Any]:

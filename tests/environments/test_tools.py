@@ -51,6 +51,11 @@ def broken(a: int) -> int:
     raise ZeroDivisionError(f"{a} by\nzero")
 
 
+def half() -> str:
+    """Half a surrogate pair."""
+    return "a\ud83d"
+
+
 class Exact:
     def score(self, prompt, completion):
         return float(completion.strip() == prompt.reference)
@@ -71,17 +76,18 @@ def test_the_schema_of_a_function_is_that_of_transformers() -> None:
         ('{"name": "broken", "arguments": {"a": 6}}', "error: ZeroDivisionError: 6 by zero", 1),
         (
             '{"name": "divide", "arguments": {}}',
-            "there is no tool 'divide'; the tools are multiply, slow, broken",
+            "there is no tool 'divide'; the tools are multiply, slow, broken, half",
             1,
         ),
         ('{"name": "multiply", "arguments": {"x": 6}}', "unexpected keyword argument", 1),
         ('{"name": "multiply", "arguments": {"a": 6}}', "missing 1 required", 1),
         ('{"name": "multiply", "arguments": 7}', "error: the arguments are no JSON object", 1),
         ('{"name": "multiply"', "error: the call is no JSON", 1),
+        ('{"name": "half", "arguments": {}}', "a\ufffd", 0),
     ],
 )
 def test_the_result_of_a_call_is_text_and_a_failure_is_counted(call, result, failed) -> None:
-    environment = ToolEnvironment([multiply, slow, broken])
+    environment = ToolEnvironment([multiply, slow, broken, half])
     reply, counts = replies(environment, f"<tool_call>{call}</tool_call>")
     assert [m["role"] for m in reply] == ["tool"]
     assert result in reply[0]["content"]
