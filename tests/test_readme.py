@@ -152,11 +152,11 @@ def test_the_maps_of_the_code_name_what_exists():
 
 def test_method_names_tests_that_exist():
     method = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    files = (ROOT / "tests" / "contract").glob("test_*.py")
-    contract = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    files = (ROOT / "tests").rglob("test_*.py")
+    tests = "\n".join(file.read_text(encoding="utf-8") for file in files)
     named = set(re.findall(r"`(test_\w+)`", method))
     assert len(named) > 10
-    assert named <= set(re.findall(r"^def (test_\w+)", contract, re.MULTILINE))
+    assert named <= set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE))
     for link in re.findall(r"\]\((\.\./[^)#]+)\)", method):
         assert (ROOT / "docs" / link).exists(), link
 

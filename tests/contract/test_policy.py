@@ -75,7 +75,6 @@ def test_the_expected_gradient_over_two_turns_is_exact_with_the_conversation_as_
     first = ToyModel(STUDENT, 1, longest=2, requires_grad=True, never=("<junk>",))
     second = [ToyModel(STUDENT, n, longest=2, requires_grad=True, never=("<junk>",)) for n in (3, 4)]
     teacher, later_teacher = ToyModel(TEACHER, 2), ToyModel(TEACHER, 5)
-    leaves = [leaf for model in (first, *second) for leaf in model.rows.values()]
     turns = {
         n: [
             (aligned(PAIR, list(ids)), logp)
@@ -83,6 +82,8 @@ def test_the_expected_gradient_over_two_turns_is_exact_with_the_conversation_as_
         ]
         for n, model in enumerate((*second, first))
     }
+    # Rows of a toy are made when they are asked for, here by the enumeration above.
+    leaves = [leaf for model in (first, *second) for leaf in model.rows.values()]
 
     def expected(horizon: str, with_later: bool) -> list[Tensor]:
         objective, total = OBJECTIVES["token_pg"](horizon=horizon), torch.zeros((), dtype=torch.float64)
