@@ -83,7 +83,7 @@ def stoppable() -> Iterator[None]:
 
 
 def report(done: int, total: int, unit: str, tokens: int = 0) -> None:
-    """Reports that ``done`` of ``total`` are done, in the innermost block.
+    """Reports that ``done`` of ``total`` are done, in the innermost block; outside of any, nobody hears it.
 
     Raises:
         Stopped: the listener asks for it, within ``stoppable``.
@@ -93,7 +93,8 @@ def report(done: int, total: int, unit: str, tokens: int = 0) -> None:
         return
     if _stoppable.get() and listener.stops:
         raise Stopped
-    listener.hear(Activity(_path.get(), done, total, unit, tokens))
+    if path := _path.get():
+        listener.hear(Activity(path, done, total, unit, tokens))
 
 
 def stop_asked() -> bool:

@@ -34,12 +34,14 @@ def test_work_is_left_only_where_it_can_be() -> None:
     ear = Ear()
     with listening(ear):
         ear.stops = True
-        report(0, 1, "outside")
-        with pytest.raises(Stopped), stoppable():
-            report(0, 1, "inside")
-        report(1, 1, "outside again")
+        report(0, 1, "outside of any block")
+        with doing("a"):
+            report(0, 1, "outside")
+            with pytest.raises(Stopped), stoppable():
+                report(0, 1, "inside")
+            report(1, 1, "outside again")
         assert stop_asked()
-    assert [each.unit for each in ear.heard] == ["outside", "outside again"]
+    assert [each.unit for each in ear.heard] == ["", "outside", "outside again"]
     assert not stop_asked()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gold.activity import doing
 from gold.rollout.engine import AdapterEngine, ProbedEngine, RolloutEngine
 from gold.train.setup import Setup
 from gold.train.state import TrainState
@@ -37,7 +38,8 @@ def begin_engine(state: TrainState, setup: Setup) -> None:
         return
     adapter = _alone(state, engine)
     weights, settings = adapter if adapter is not None else (state.gather(), None)
-    state.together(partial(engine.probe, state.student, setup.prompts, weights, state.step, settings))
+    with doing("trying the rollout engine"):
+        state.together(partial(engine.probe, state.student, setup.prompts, weights, state.step, settings))
 
 
 def push_weights(state: TrainState, engine: RolloutEngine) -> None:
