@@ -95,9 +95,11 @@ class Status:
         """The task alone."""
         if self.task not in ("step", "evaluation"):
             return self.task
-        step, steps = (self.forecast.step, self.forecast.run.steps) if self.forecast else (0, 0)
+        if self.forecast is None:
+            return self.task
+        step = self.forecast.step
         if self.task == "step":
-            return f"step {step + 1:>5}/{steps}"
+            return f"step {step + 1:>5}/{self.forecast.run.steps}"
         return f"evaluation {f'after step {step}' if step else 'before the first step'}"
 
     def line(self) -> str:
