@@ -295,7 +295,7 @@ BAD_FILES = [
     ("a.json", b"[]", "no prompts in it"),
     ("a.parquet", b"PAR1 and no more", "no parquet file"),
     ("a.parquet", b"something else", "no parquet file"),
-    ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 100)[:20], "cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 100, mtime=0)[:20], "cannot be read"),
     ("a.jsonl.zst", b"\x28\xb5\x2f\xfd....", "zstd"),
     ("a.xlsx", b"PK\x03\x04....", "spreadsheet"),
     ("a.arrow", b"ARROW1....", "an Arrow file"),
