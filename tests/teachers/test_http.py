@@ -16,7 +16,7 @@ import pytest
 from support.server import OK_HEAD, ModelServer, Raw, served
 
 from gold import ConfigError, Prompt, TeacherError
-from gold.activity import Activity, Stopped, listening, stoppable
+from gold.activity import Activity, Stopped, doing, listening, stoppable
 from gold.http import Call, Server, _pause_s, _tls, is_near
 from gold.models.language_model import LanguageModel
 from gold.teachers.dialects import VLLM, ScoreRequest
@@ -285,6 +285,6 @@ def test_a_wait_for_an_answer_is_reported_and_can_be_left() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         server = Server(f"http://127.0.0.1:{silent.getsockname()[1]}", 1, 60.0, 0, None)
         begun = time.monotonic()
-        with pytest.raises(Stopped), listening(Ear()), stoppable():
+        with pytest.raises(Stopped), doing("teacher"), listening(Ear()), stoppable():
             server.ask([Call("/", {}, lambda answer: answer)])
         assert time.monotonic() - begun < 20.0
