@@ -6,14 +6,17 @@ ancestors only, and its position is that of its parent plus one.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import Module
 from transformers import DynamicCache
 
 from gold.kernels.logits import LazyLogits
@@ -22,6 +25,8 @@ from gold.models.language_model import LanguageModel, backbone, without_adapters
 from gold.models.padding import PaddedStates, batches_by_length
 
 Ints = NDArray[np.int64]
+
+logger = logging.getLogger(__name__)
 
 _PLAIN_TOKENS = 4096
 """Padded tokens of one forward pass where every branch is read with all that is before it."""
@@ -169,13 +174,23 @@ def window_of(model: LanguageModel) -> int:
     return min([int(w) for w in known if isinstance(w, int) and w > 0], default=2**31)
 
 
+_READS_TREES: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
+"""The answer for each model that was tested."""
+
+
 def reads_trees(model: LanguageModel) -> bool:
     """Whether the model's states behind branches are right when they are tokens behind a cache, by a test on a few
     tokens; the answer is kept."""
     lm = without_adapters(model.lm)
-    if (known := getattr(lm, "_gold_reads_trees", None)) is None:
-        known = lm._gold_reads_trees = _tested(model)
-    return bool(known)
+    if lm not in _READS_TREES:
+        _READS_TREES[lm] = _tested(model)
+        if not _READS_TREES[lm]:
+            logger.warning(
+                "%s: its architecture does not read branches behind a cache; each is read with all before it, which "
+                "is slow",
+                model.name,
+            )
+    return _READS_TREES[lm]
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import re
 import shlex
@@ -16,6 +16,8 @@ from gold.hub_names import split_revision
 from gold.inspect.charts import number
 from gold.inspect.series import held_out, is_number, named
 from gold.train.run_folder import RunFolder, config_text
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Keys that say where and how a run went, not what it computed; some name machines of their owner.
@@ -193,12 +195,15 @@ def _licence(source: str) -> dict[str, Any]:
     """The licence, its name and its link as a model's own card gives them; empty where it has no card or names none."""
     from huggingface_hub import ModelCard
 
-    with contextlib.suppress(Exception):  # a card is written by people
-        if (file := _card_of(source)) is not None:
-            data = ModelCard.load(file).data.to_dict()
-            keys = ("license", "license_name", "license_link")
-            return {key: data[key] for key in keys if isinstance(data.get(key), str)}
-    return {}
+    try:
+        if (file := _card_of(source)) is None:
+            return {}
+        data = ModelCard.load(file).data.to_dict()
+    except Exception as error:  # a card is written by people
+        logger.warning("the model card of %s cannot be read, its licence is left out: %s", source, error)
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: data[key] for key in keys if isinstance(data.get(key), str)}
 
 
 def _card_of(source: str) -> Path | None:
