@@ -31,6 +31,7 @@ BENCHMARKS = {
     "informed": ("benchmarks.informed", "teachers that see more, and teachers of two families, with seeds"),
     "turns": ("benchmarks.turns", "conversations with a tool: distilled and imitated, with seeds"),
     "tails": ("benchmarks.tails", "a teacher that tells its likeliest tokens alone, beside all of its rows"),
+    "claims": ("benchmarks.claims", "what on-policy distillation promises, one part per claim, with seeds"),
     "contract": ("benchmarks.contract", "put every objective, and losses of peers, to the contract"),
     "run": ("benchmarks.run", "train as a configuration says, and record the evaluations"),
     "served": ("benchmarks.served", "learn from a live server; what the client costs beside it"),
