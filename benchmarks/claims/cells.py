@@ -48,7 +48,8 @@ class Cells:
         told = {_key(_named(job)): job for job in jobs}
         missing = {key: job for key, job in told.items() if key not in self._found}
         if missing:
-            context = multiprocessing.get_context("spawn")
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([work.__module__])  # imported once, not by every cell
             with (
                 ProcessPoolExecutor(
                     self.workers, mp_context=context, initializer=one_thread, max_tasks_per_child=1
