@@ -88,13 +88,15 @@ def texts_outside_content(message: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Call:
-    """A tool call in a text; ``name_span`` and ``arguments_span`` are where its name and its arguments stand, as
-    offsets of characters."""
+    """A tool call in a text; ``name_span`` and ``arguments_span`` are where its name and its arguments, as a JSON
+    object, stand, as offsets of characters. ``untyped``: the values of its arguments are texts, whatever their types;
+    they stand one by one between markers, and ``arguments_span`` is empty."""
 
     name: str
     arguments: Mapping[str, Any]
     name_span: tuple[int, int]
     arguments_span: tuple[int, int]
+    untyped: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,8 +204,9 @@ def read_turn(data: bytes, *, opened: bool = False) -> Written:
 
     Thinking is text between `<think>` and `</think>` (or `[THINK]`, or a channel other than the final one), where it
     begins the turn; with ``opened`` the prompt has opened it. Calls are `<tool_call>{"name": …, "arguments": {…}}
-    </tool_call>` (Hermes, Qwen), a turn that is `{"name": …, "parameters": {…}}` (Llama 3), `[TOOL_CALLS]` (Mistral),
-    `to=functions.NAME` in a channel (gpt-oss), and those of DeepSeek.
+    </tool_call>` (Hermes, Qwen), `<function=NAME><parameter=KEY>VALUE</parameter></function>` (Qwen3-Coder), a turn
+    that is `{"name": …, "parameters": {…}}` (Llama 3), `[TOOL_CALLS]` (Mistral), `to=functions.NAME` in a channel
+    (gpt-oss), and those of DeepSeek.
     """
     text = data.decode("utf-8", "surrogateescape")
     thinking, answer = _thinking_in(text, opened)
@@ -259,6 +262,27 @@ _Found = tuple[int, list[Call], list[str]]
 
 def _hermes(text: str, start: int) -> _Found | None:
     return _each(text, [m.end() for m in re.finditer(r"<tool_call>\s*", text[start:])], start, "<tool_call>")
+
+
+def _qwen3_coder(text: str, start: int) -> _Found | None:
+    heads = list(re.compile(r"(?:<tool_call>\s*)?<function=([^>\n]+)>").finditer(text, start))
+    if not heads:
+        return None
+    calls: list[Call] = []
+    broken: list[str] = []
+    for number, head in enumerate(heads[:_MOST_CALLS]):
+        last = heads[number + 1].start() if number + 1 < len(heads) else len(text)
+        end = text.find("</function>", head.end(), last)
+        if end < 0:
+            broken.append("the call has no end")
+            continue
+        body = text[head.end() : end]
+        found = re.findall(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", body, re.DOTALL)
+        if len(found) != body.count("<parameter="):
+            broken.append("an argument of the call has no end")
+            continue
+        calls.append(Call(head[1], dict(found), head.span(1), (end, end), untyped=True))
+    return heads[0].start(), calls, broken
 
 
 def _each(text: str, ends: Sequence[int], start: int, opening: str) -> _Found | None:
@@ -355,7 +379,14 @@ def _deepseek(text: str, start: int) -> _Found | None:
     return opening if opening >= 0 else heads[0].start(), calls, broken
 
 
-_FORMS = {"hermes": _hermes, "mistral": _mistral, "gpt-oss": _gptoss, "deepseek": _deepseek, "llama3": _llama}
+_FORMS = {
+    "qwen3-coder": _qwen3_coder,
+    "hermes": _hermes,
+    "mistral": _mistral,
+    "gpt-oss": _gptoss,
+    "deepseek": _deepseek,
+    "llama3": _llama,
+}
 
 
 def _call(name: str, name_span: tuple[int, int], arguments: Any, span: tuple[int, int]) -> Call:

@@ -31,6 +31,7 @@ FORMS = {
     "mistral": "mistral",
     "gpt-oss": "gpt-oss",
     "qwen3": "hermes",
+    "qwen3-coder": "qwen3-coder",
 }
 
 
@@ -43,13 +44,17 @@ def test_what_a_family_writes_is_read(name, thinking, prose, arguments, indented
     assert found.form == FORMS[name]
     assert not found.broken
     (call,) = found.calls
-    assert (call.name, dict(call.arguments)) == ("add_2", arguments)
-    assert text[slice(*call.name_span)] == "add_2"
-    assert json.loads(text[slice(*call.arguments_span)]) == arguments
+    assert call.name == text[slice(*call.name_span)] == "add_2"
+    if call.untyped:
+        told = {k: v if isinstance(arguments[k], str) else json.loads(v) for k, v in call.arguments.items()}
+        assert told == arguments
+        assert text[slice(*call.arguments_span)] == ""
+    else:
+        assert json.loads(text[slice(*call.arguments_span)]) == dict(call.arguments) == arguments
     assert (found.reasoning is None) == (thinking is None)
     if thinking is not None:
         assert text[slice(*found.thinking)].strip() == thinking
-    if name in ("chatml", "qwen3", "mistral"):
+    if name in ("chatml", "qwen3", "qwen3-coder", "mistral"):
         assert found.prose == prose
 
 
@@ -80,6 +85,8 @@ def test_what_templates_read_of_a_turn_has_bytes(odd, escape, inside) -> None:
         ('<tool_call>{"name": "f"}</tool_call>', "no arguments"),
         ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "no JSON object"),
         ("<tool_call>f(1)</tool_call>", "no JSON object"),
+        ("<tool_call><function=f><parameter=a>1</parameter>", "no end"),
+        ("<function=f><parameter=a>1</function>", "an argument of the call has no end"),
         ("[TOOL_CALLS]f[ARGS]{1}", "no JSON"),
         ('<tool_call>{"name": "f", "arguments": ' + '{"a":' * 3000, "no JSON"),
     ],

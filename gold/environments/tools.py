@@ -68,10 +68,20 @@ class ToolEnvironment:
             known = ", ".join(self.functions)
             return f"error: there is no tool {call.name!r}; the tools are {known}", True
         try:
-            return _text(await called(partial(function, **call.arguments))), False
+            arguments = self._typed(call) if call.untyped else call.arguments
+            return _text(await called(partial(function, **arguments))), False
         except Exception as error:
             what = " ".join(str(error).split()) or "it failed"
             return encodable_text(f"error: {type(error).__name__}: {what}"), True
+
+    def _typed(self, call: Call) -> dict[str, Any]:
+        """The arguments of a call whose values are texts: those that its schema wants as something else are JSON."""
+        schema = next(t["function"] for t in self.tools if t["function"]["name"] == call.name)
+        known = schema["parameters"].get("properties", {})
+        return {
+            key: value if known.get(key, {}).get("type") == "string" else json.loads(value)
+            for key, value in call.arguments.items()
+        }
 
 
 def _text(result: Any) -> str:

@@ -1,9 +1,9 @@
 """The parts of a turn that student and teacher can be compared on, where their templates write a turn differently.
 
 A turn whose thinking and tool calls both sides write alike is one text. If a teacher's template has other markers,
-these are no common text, and the turn is compared piece by piece: the thinking, the prose, the name and the arguments
-of each call. Each piece is a row of its own, whose prompt ends, on each side, with that side's own form of what comes
-before it; what is in no piece is not compared, and counted.
+these are no common text, and the turn is compared piece by piece: the thinking, the prose, the name of each call, and
+its arguments where both sides write them as JSON. Each piece is a row of its own, whose prompt ends, on each side, with
+that side's own form of what comes before it; what is in no piece is not compared, and counted.
 """
 
 from __future__ import annotations
@@ -57,14 +57,15 @@ def pieces_of(written: Written, forms: Sequence[TemplateForm], thinking: Thinkin
     assert written.calls_start is not None
     prose = {**before, "content": CUT} if start else None
     found.append(Piece(start, written.calls_start, prose))
+    as_json = all(form.json_arguments for form in forms)
     content = written.prose if start else written.message(thinking=False)["content"]
     calls: list[TurnMessage] = []
     for call in written.calls:
-        for span, begun in (
-            (call.name_span, tool_call(CUT, dict(call.arguments))),
-            (call.arguments_span, tool_call(call.name, {CUT: 0})),
-        ):
-            found.append(Piece(*span, {**before, "content": content, "tool_calls": [*calls, begun]}))
+        begun = {call.name_span: tool_call(CUT, dict(call.arguments))}
+        if as_json and not call.untyped:
+            begun[call.arguments_span] = tool_call(call.name, {CUT: 0})
+        for span, its in begun.items():
+            found.append(Piece(*span, {**before, "content": content, "tool_calls": [*calls, its]}))
         calls.append(tool_call(call.name, dict(call.arguments)))
     return _not_empty(found)
 

@@ -255,6 +255,7 @@ _NAME, _KEY, _VALUE, _RESULT = (
 )
 _THOUGHT, _ANSWER, _QUESTION = "ThoughtOfTheAssistant", "AnswerOfTheAssistant", "QuestionOfTheUser"
 _ASKED: TurnMessage = {"role": "user", "content": _QUESTION}
+_ARGUMENTS = re.compile(rf'\{{\s*"{_KEY}"\s*:\s*"{_VALUE}"\s*\}}')
 _TOOL = {
     "type": "function",
     "function": {
@@ -274,8 +275,9 @@ class TemplateForm:
     """What a chat template writes of a conversation with tools.
 
     ``tools``: their descriptions; ``results``: what they return; ``calls``: the form of its tool calls, None if it
-    writes none. ``thinking``: the text before and after the thinking of a turn, None if it writes none. ``strips``: it
-    leaves thinking out of earlier turns. ``opening``: the text with which it opens a turn of the assistant.
+    writes none; ``json_arguments``: their arguments are JSON objects. ``thinking``: the text before and after the
+    thinking of a turn, None if it writes none. ``strips``: it leaves thinking out of earlier turns. ``opening``: the
+    text with which it opens a turn of the assistant.
     """
 
     tools: bool = False
@@ -284,6 +286,7 @@ class TemplateForm:
     thinking: tuple[str, str] | None = None
     strips: bool = False
     opening: str = ""
+    json_arguments: bool = True
 
     @property
     def lacking(self) -> str:
@@ -327,6 +330,7 @@ class TemplateForm:
             tools=_NAME in before,
             results=_RESULT in written(_ASKED, call, result, opened=True, tools=True),
             calls=read.form if complete else "other" if _VALUE in turn else None,
+            json_arguments=_ARGUMENTS.search(turn) is not None or _VALUE not in turn,
             thinking=thought[0],
             strips=thought[1],
             opening=opening[len(asked) :] if opening.startswith(asked) else "",

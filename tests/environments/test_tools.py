@@ -94,6 +94,28 @@ def test_the_result_of_a_call_is_text_and_a_failure_is_counted(call, result, fai
     assert (counts["tool_calls"], counts["tool_errors"]) == (1, failed)
 
 
+def test_arguments_between_markers_are_read_as_the_schema_says() -> None:
+    def count(text: str, times: int, parts: list[str]) -> str:
+        """Counts.
+
+        Args:
+            text: A text.
+            times: A number.
+            parts: Some texts.
+        """
+        return repr((text, times, parts))
+
+    environment = ToolEnvironment([count])
+    for times, told in (("3", "('7', 3, ['x'])"), ("three", "error: JSONDecodeError")):
+        values = {"text": "7", "times": times, "parts": '["x"]'}
+        each = "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in values.items())
+        reply, counts = replies(
+            environment, f"<tool_call>\n<function=count>\n{each}</function>\n</tool_call>"
+        )
+        assert told in reply[0]["content"]
+        assert counts["tool_errors"] == (times == "three")
+
+
 def test_a_turn_without_calls_ends_the_conversation_and_is_scored_without_its_thinking() -> None:
     environment = ToolEnvironment([multiply], Exact())
     assert replies(environment, "4")[0] is None

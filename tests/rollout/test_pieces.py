@@ -15,7 +15,7 @@ from gold.tokenize.chat import prompt_ids
 from gold.tokenize.conversation import TemplateForm
 from gold.turns import TurnPrompt, read_turn
 
-NAMES = ("chatml", "llama3", "mistral", "gpt-oss", "qwen3")
+NAMES = ("chatml", "llama3", "mistral", "gpt-oss", "qwen3", "qwen3-coder")
 FORMS = {name: TemplateForm.of(family(name)[1]) for name in NAMES}
 TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
 WORD = st.text("ab cé\n", max_size=8).map(str.strip)
@@ -103,6 +103,14 @@ def test_a_call_in_another_form_is_compared_by_its_name_and_its_arguments() -> N
         ("[/INST]so[TOOL_CALLS]add[ARGS]", '{"a": 12}', False),
     ]
     ((_, whole, stopped),) = compared_bytes("chatml", "qwen3", text)
+    assert (whole, stopped) == (text, True)
+    # Arguments between markers, on either side, are no JSON.
+    assert compared_bytes("chatml", "qwen3-coder", text)[1:] == [
+        ("<|im_end|>\n<|im_start|>assistant\nso\n<tool_call>\n<function=", "add", False)
+    ]
+    text = "so\n<tool_call>\n<function=add>\n<parameter=a>\n12\n</parameter>\n</function>\n</tool_call>"
+    assert compared_bytes("qwen3-coder", "mistral", text)[1:] == [("[/INST]so[TOOL_CALLS]", "add", False)]
+    ((_, whole, stopped),) = compared_bytes("qwen3-coder", "qwen3-coder", text)
     assert (whole, stopped) == (text, True)
 
 

@@ -3,6 +3,7 @@ special tokens of all of them."""
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 
 from gold.demo.talk import byte_tokenizer
@@ -78,6 +79,12 @@ QWEN3 = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+QWEN3_CODER = CHATML.replace(
+    _HERMES,
+    "{% for c in m.tool_calls or [] %}{{ '\n' if m.content or not loop.first }}<tool_call>\n"
+    "<function={{ c.function.name }}>\n{% for k, v in c.function.arguments | items %}<parameter={{ k }}>\n"
+    "{{ v if v is string else v | tojson }}\n</parameter>\n{% endfor %}</function>\n</tool_call>{% endfor %}",
+)
 FAMILIES = {
     "chatml": (CHATML, "<|im_end|>"),
     "llama3": (LLAMA3, "<|eot_id|>"),
@@ -85,6 +92,7 @@ FAMILIES = {
     "mistral": (MISTRAL, "</s>"),
     "gpt-oss": (GPTOSS, "<|return|>"),
     "qwen3": (QWEN3, "<|im_end|>"),
+    "qwen3-coder": (QWEN3_CODER, "<|im_end|>"),
 }
 """The template of each family, and the token that ends a turn."""
 _MARKS = (
@@ -132,5 +140,10 @@ def turn_of(name: str, thinking: str | None, prose: str, call: tuple[str, str] |
         return f'{before}{{"name": "{call[0]}", "parameters": {call[1]}}}'
     if name == "mistral":
         return f"{before}{prose}[TOOL_CALLS]{call[0]}[ARGS]{call[1]}"
+    if name == "qwen3-coder":
+        values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in json.loads(call[1]).items()}
+        each = "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in values.items())
+        text = f"<tool_call>\n<function={call[0]}>\n{each}</function>\n</tool_call>"
+        return f"{before}{prose}\n{text}" if prose else before + text
     text = f'<tool_call>\n{{"name": "{call[0]}", "arguments": {call[1]}}}\n</tool_call>'
     return f"{before}{prose}\n{text}" if prose else before + text

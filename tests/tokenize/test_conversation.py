@@ -80,13 +80,13 @@ def test_a_prompt_is_the_rendered_conversation_with_the_sampled_ids_in_it(name, 
     rendering = rendered(tokenizer, adapted(tokenizer, messages), add_generation_prompt=True, tools=tools)
     assert decode(list(prompts[-1].ids), skip_special_tokens=False) == rendering
     # The ids of what is kept of each turn stand in it in order.
-    at = 0
+    ends = {0}
     for turn in sampled.values():
         whole, answer = turn.ids.tolist(), turn.written.byte_offset(turn.written.answer)
         kept = [whole, whole[int(np.searchsorted(turn.ends, answer, side="right")) :]]
-        places = [find(list(prompts[-1].ids), ids, at) for ids in kept]
-        place, ids = next((p, i) for p, i in zip(places, kept, strict=True) if p >= 0)
-        at = place + len(ids)
+        found = [(find(list(prompts[-1].ids), ids, end), ids) for ids in kept for end in ends]
+        ends = {place + len(ids) for place, ids in found if place >= 0}
+        assert ends
 
 
 def find(ids, part, start):
@@ -222,6 +222,8 @@ def test_a_begun_turn_is_written_in_the_form_of_each_template(name) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [tool_call("add", {CUT: 0})]}
     before = text(call)
     assert "add" in before.rpartition("q")[2]
+    if name == "qwen3-coder":  # its arguments are no JSON: no turn is begun in them
+        return
     assert before.endswith(('arguments": ', 'parameters": ', "[ARGS]", "<|message|>"))
     named = {**call, "tool_calls": [tool_call(CUT, {"a": 1})]}
     assert text(named) in before
