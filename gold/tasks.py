@@ -39,6 +39,7 @@ class Task(Protocol):
 OWN_TASKS: dict[str, str | Callable[..., Task]] = {
     "running_sums": "gold.demo.running_sums:RunningSums",
     "calculator": "gold.demo.calculator:Calculator",
+    "verifiers": "gold.environments.of_verifiers:VerifiersEnvironment",
 }
 """Tasks by name: a class, or ``module:class`` to import on demand."""
 
