@@ -154,7 +154,8 @@ def main(arguments: Sequence[str]) -> int:
     if given.record:
         command = " ".join(["python -m benchmarks rollouts", *arguments])
         seconds = time.perf_counter() - started
-        print(write_record("rollouts", data, command=command, seconds=seconds, device=device_name("cpu", 1)))
+        name = f"rollouts-{given.parts[0]}" if len(given.parts) == 1 else "rollouts"
+        print(write_record(name, data, command=command, seconds=seconds, device=device_name("cpu", 1)))
     return 0
 
 
