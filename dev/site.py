@@ -50,6 +50,7 @@ MENU: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("Method", "docs/method.md"),
             ("Architecture", "docs/architecture.md"),
             ("Contract of objectives", "docs/contract.md"),
+            ("Evidence", "docs/evidence.md"),
             ("Objectives measured", "benchmarks/results/objectives.md"),
             ("Informed teachers measured", "benchmarks/results/informed.md"),
         ),

@@ -1,0 +1,238 @@
+"""Ways to compare two models across tokenizers, each trained for the same steps on three pairs of tiny models.
+
+A pair differs in one respect: the student's tokens are longer than the teacher's, or shorter, or the student cuts
+numbers into digits which the teacher does not. All ways begin with the same student and get the same prompts and steps;
+each has the better of two learning rates, the same two for all, chosen on a seed that is used for nothing else. The row
+of TRL is its own GOLD trainer from the same start, in the environment that `make bench-peers` makes, and with its
+defaults but for batch, length, rate and λ = 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.claims.cells import Given
+from benchmarks.claims.figures import canvas, markdown, over_seeds, save, told
+from benchmarks.claims.pair_models import (
+    MEASURES,
+    Model,
+    Sizes,
+    heldout,
+    loaded,
+    make,
+    measures,
+    train_prompts,
+)
+from gold.demo.run import SAMPLING, CpuSeconds
+from gold.train.loop import Saving, distill
+from gold.train.recipe import Recipe, Term
+
+PAIRS = {
+    "longer student tokens": ("words", "characters"),
+    "longer teacher tokens": ("characters", "words"),
+    "digits split by the student": ("digits", "numbers"),
+}
+"""Tokenizers of student and teacher."""
+
+
+def _on(name: str, **options: Any) -> Term:
+    return Term(name, **options)
+
+
+WAYS: Mapping[str, Term] = {
+    "reverse KL on bytes": _on("reverse_kl"),
+    "forward KL on bytes": _on("forward_kl"),
+    "forward KL on prefixes": _on("forward_kl", support="prefix"),
+    "strict one-to-one, top 8": _on(
+        "reverse_kl",
+        support="shared",
+        where="one_to_one",
+        top_k=8,
+        top_k_of="student",
+        unshared="renormalise",
+    ),
+    "ALM": _on("alm"),
+    "X-Token, P-KL": _on("x_token"),
+    "GOLD": _on("gold"),
+    "ULD": _on("uld"),
+    "reverse KL on shared tokens": _on("reverse_kl", support="shared"),
+    "token_pg, clip 3, baseline": _on("token_pg", clip=3.0, baseline="others"),
+}
+"""What is compared; ALM, X-Token, GOLD and ULD as they are published, without further terms."""
+TRL: Mapping[str, Mapping[str, Any]] = {
+    "TRL's GOLD trainer": {},
+    "TRL's GOLD trainer, bayesian merge": {
+        "uld_token_merge_strategy": "bayesian",
+        "uld_skip_student_eos": False,
+        "uld_skip_teacher_eos": False,
+    },
+}
+"""What differs from the trainer's defaults, besides the hybrid loss and what all runs have in common."""
+PEERS = Path(__file__).resolve().parents[2] / ".venv-peers" / "bin" / "python"
+RATES = 2e-4, 1e-3
+TUNING_SEED, WATCHED = 9, 128
+"""A seed that chooses rates alone, on so many held-out prompts."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell: a way, a pair, a learning rate, a seed, so many steps of ``batch`` completions."""
+
+    way: str
+    pair: str
+    lr: float
+    seed: int
+    steps: int
+    batch: int
+    sizes: Sizes
+
+
+def measure(given: Given) -> dict[str, Any]:
+    """What each way made of each pair's student."""
+    sizes, steps, tuning, batch = Sizes(20_000, 1600, 900, 400, 384), 40, 16, 48
+    ways, rates, seeds, pairs = [*WAYS, *TRL], list(RATES), given.seeds, list(PAIRS)
+    if given.small:
+        sizes, steps, tuning, batch = Sizes(200, 4, 4, 16, 16), 2, 1, 4
+        ways, rates, seeds, pairs = ways[:1], rates[1:], 1, pairs[2:]
+    if not PEERS.is_file():
+        ways = [way for way in ways if way not in TRL]
+    sides: dict[str, Any] = {}
+    rows = []
+    for pair in pairs:
+        mine, theirs = PAIRS[pair]
+        models = [Model(mine, "student", sizes), Model(theirs, "teacher", sizes)]
+        sides[pair] = dict(zip(("student", "teacher"), given.cells.all(make, models), strict=True))
+        tried = [Run(way, pair, lr, TUNING_SEED, tuning, batch, sizes) for way in ways for lr in rates]
+        tuned = list(zip(tried, given.cells.all(run, tried), strict=True))
+        best = {
+            way: max((quality(found), job.lr) for job, found in tuned if job.way == way)[1] for way in ways
+        }
+        last = [Run(way, pair, best[way], seed, steps, batch, sizes) for way in ways for seed in range(seeds)]
+        done = list(zip(last, given.cells.all(run, last), strict=True))
+        rows += [row(way, pair, best[way], [found for job, found in done if job.way == way]) for way in ways]
+    plan = {"steps": steps, "batch": batch, "tuning_steps": tuning, "rates": rates, **asdict(sizes)}
+    return {"plan": plan, "pairs": sides, "rows": rows}
+
+
+def quality(result: Mapping[str, Any]) -> tuple[float, float]:
+    """Accuracy, and among equals the lower divergence; failures last."""
+    return result.get("accuracy", -1.0), -result.get("reverse_kl_per_byte", 0.0)
+
+
+def row(way: str, pair: str, lr: float, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A line of the table: measures over seeds, or why there are none."""
+    told_row: dict[str, Any] = {"way": way, "pair": pair, "lr": lr}
+    if errors := [result["error"] for result in results if "error" in result]:
+        return {**told_row, "error": errors[0]}
+    for name in (*MEASURES, "cpu_s"):
+        told_row[name] = over_seeds([result[name] for result in results])
+    return told_row
+
+
+def run(job: Run, made: Path) -> dict[str, Any]:
+    """Trains the pair's student, and measures it on all held-out prompts."""
+    mine, theirs = PAIRS[job.pair]
+    sides = f"student-{mine}", f"teacher-{theirs}"
+    watched = WATCHED if job.seed == TUNING_SEED else None
+    if job.way in TRL:
+        return trl({**asdict(job), "sides": sides, "made": str(made), "watched": watched}, TRL[job.way])
+    student, teacher = (loaded(side, made) for side in sides)
+    recipe = Recipe(
+        objectives=(WAYS[job.way],),
+        max_new_tokens=SAMPLING.max_new_tokens,
+        num_generations=1,
+        prompts_per_step=job.batch,
+        micro_batch_size=job.batch,
+        generation_batch_size=64,
+        steps=job.steps,
+        seed=job.seed,
+        lr=job.lr,
+    )
+    clock = CpuSeconds()
+    distill(student, teacher, train_prompts(job.sizes), recipe, saving=Saving(), progress=clock)
+    return {**measures(student, teacher, heldout(job.sizes)[:watched]), "cpu_s": round(clock.spent[-1], 2)}
+
+
+def trl(job: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same by TRL's trainer, in its own environment; where it fails, its error."""
+    told_job = json.dumps({**job, "options": options})
+    done = subprocess.run(
+        [str(PEERS), "-m", "benchmarks.claims.trl_gold", told_job],
+        cwd=PEERS.parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def table(data: Mapping[str, Any]) -> str:
+    """A table for each pair, best first."""
+    parts = []
+    head = ("right", "reverse KL/byte", "bytes", "stopped", "CPU s", "lr")
+    for pair, sides in data["pairs"].items():
+        rows = sorted(
+            (row for row in data["rows"] if row["pair"] == pair),
+            key=lambda row: -row["accuracy"]["mean"] if "accuracy" in row else 1.0,
+        )
+        lines = [_line(row) for row in rows]
+        start = ["*start*", f"{sides['student']['accuracy']:.1%}", *[""] * 5]
+        teacher = ["*teacher*", f"{sides['teacher']['accuracy']:.1%}", *[""] * 5]
+        title = f"{pair}: `{sides['student']['reads']}` ← `{sides['teacher']['reads']}`".replace("|", "·")
+        parts.append(markdown([title, *head], [teacher, *lines, start]))
+    return "\n\n".join(parts)
+
+
+def _line(row: Mapping[str, Any]) -> list[str]:
+    if "error" in row:
+        return [row["way"], f"failed: {row['error']}".replace("|", "/"), *[""] * 5]
+    return [
+        row["way"],
+        told(row["accuracy"]),
+        told(row["reverse_kl_per_byte"], ".2f"),
+        told(row["length_bytes"], ".1f"),
+        told(row["stop_rate"], ".0%"),
+        f"{row['cpu_s']['mean']:.0f}",
+        f"{row['lr']:g}",
+    ]
+
+
+def draw(data: Mapping[str, Any], path: Path) -> None:
+    """For each pair the accuracy of every way: mean, interval, and each seed."""
+    ways = list(dict.fromkeys(row["way"] for row in data["rows"]))[::-1]
+    figure, axes = canvas(columns=len(data["pairs"]), size=(3.6, 0.3 * len(ways) + 1.4))
+    for ax, (pair, sides) in zip(axes[0], data["pairs"].items(), strict=True):
+        found = {
+            row["way"]: row["accuracy"] for row in data["rows"] if row["pair"] == pair and "accuracy" in row
+        }
+        for y, way in enumerate(ways):
+            if way not in found:
+                ax.text(1, y, "failed", fontsize=7, va="center")
+                continue
+            value = found[way]
+            half = 100 * (value["half"] or 0.0)
+            ax.barh(y, 100 * value["mean"], color="tab:blue", alpha=0.35, xerr=half, ecolor="0.3")
+            ax.plot(
+                [100 * seed for seed in value["seeds"]],
+                [y] * len(value["seeds"]),
+                "o",
+                ms=3,
+                color="tab:blue",
+            )
+        ax.axvline(100 * sides["teacher"]["accuracy"], color="0.3", ls="--", lw=1)
+        ax.axvline(100 * sides["student"]["accuracy"], color="0.6", ls=":", lw=1)
+        ax.set_yticks(range(len(ways)), ways if ax is axes[0][0] else [""] * len(ways), fontsize=8)
+        ax.set(xlim=(0, 101), xlabel="answered right, %")
+        ax.set_title(pair, fontsize=9)
+        ax.grid(axis="x", alpha=0.3)
+    save(figure, path)
