@@ -71,6 +71,7 @@ CONFIGURATIONS = {
     "llama3-1b-lora-from-qwen3-4b": (1, 24),
     "qwen3-4b-lora-from-phi4-14b": (1, 80),
     "llama3-8b-from-qwen3-32b": (8, 80),
+    "countdown-llama3-1b-from-qwen3-4b": (1, 80),
 }
 
 
