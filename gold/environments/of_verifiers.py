@@ -128,7 +128,7 @@ class VerifiersEnvironment:
             told = prompt.reference
             row = dict(told) if isinstance(told, Mapping) else {"answer": told}
             row |= {"prompt": [dict(m) for m in prompt.messages or ()]}
-            row = {"example_id": 0, "task": self.name, "answer": "", "info": {}} | row
+            row = {"example_id": 0, "answer": "", "info": {}} | row
             state = await self.environment.init_state(row, self._client, "student")
             self._client = state["client"]
             changed = await self.environment.setup_state(state)

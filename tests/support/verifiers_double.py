@@ -26,6 +26,7 @@ class ToolEnv:
         return [{"example_id": n, **row} for n, row in enumerate(self.dataset)]
 
     async def init_state(self, row: dict[str, Any], client: Any, model: str) -> dict[str, Any]:
+        assert not isinstance(row.get("task"), str)  # as the package does
         return {**row, "client": client, "trajectory": [], "reward": None, "final_env_response": None}
 
     async def setup_state(self, state: dict[str, Any]) -> None:
