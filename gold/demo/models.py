@@ -19,10 +19,10 @@ ALPHABET = "0123456789 +-="
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 
 
-def character_tokenizer() -> Tokenizer:
-    """One token per character of the task: byte-level BPE without merges."""
+def character_tokenizer(alphabet: str = ALPHABET) -> Tokenizer:
+    """One token per character of the alphabet: byte-level BPE without merges."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    symbols = sorted({symbol for c in ALPHABET for symbol in byte_level.pre_tokenize_str(c)[0][0]})
+    symbols = sorted({symbol for c in alphabet for symbol in byte_level.pre_tokenize_str(c)[0][0]})
     vocabulary = {token: i for i, token in enumerate((*SPECIAL, *symbols))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = byte_level
