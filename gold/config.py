@@ -371,8 +371,6 @@ def _impossible(config: Config) -> Iterator[str]:
         )
     if config.environment is not None and config.rollout.policy == "initial":
         yield "rollout.policy: an environment answers the student as it is: set it to live"
-    if config.train.sharding == "fsdp" and config.student.lora is not None:
-        yield "train.sharding: a student with adapters is not sharded: set it to none, or leave student.lora out"
     yield from _impossible_revisions(config)
     if config.rollout.completions is not None and config.rollout.policy == "live":
         yield "rollout.completions: is of rollout.policy initial: set that, or leave the folder out"
@@ -411,6 +409,8 @@ def _impossible_quantization(config: Config) -> Iterator[str]:
             f"student.quantization: {config.student.quantization} weights are not trained themselves: train adapters "
             "on them (student.lora={}), or leave it out"
         )
+    if config.student.quantization is not None and config.train.sharding == "fsdp":
+        yield "train.sharding: quantized weights are not sharded: set it to none, or leave student.quantization out"
 
 
 def _impossible_source(config: Config, teacher: TeacherConfig, key: str) -> Iterator[str]:

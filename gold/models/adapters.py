@@ -151,8 +151,18 @@ def adapter_state(lm: Any) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     # Otherwise peft asks the Hub whether the vocabulary was extended.
-    found = get_peft_model_state_dict(lm, adapter_name=lm.active_adapter, save_embedding_layers=False)
+    found = get_peft_model_state_dict(
+        lm, _tensors_of(lm), adapter_name=lm.active_adapter, save_embedding_layers=False
+    )
     return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def adapter_parameters(lm: Any) -> set[nn.Parameter]:
+    """The parameters of the adapter, trained or not; none for a model without one."""
+    if not is_adapted(lm):
+        return set()
+    held = {tensor.data_ptr() for tensor in adapter_state(lm).values()}
+    return {p for p in lm.parameters() if p.data_ptr() in held}
 
 
 def check_trained(lm: Any, name: str) -> None:
@@ -312,7 +322,7 @@ def _sources(
         return
     if _is_tuner_layer(module):
         layer: Any = module.get_base_layer()  # type: ignore[operator]
-        names = ["weight", "bias"] if is_quantized_layer(layer) else list(layer.state_dict())
+        names = ["weight", "bias"] if is_quantized_layer(layer) else list(_tensors_of(layer))
         for name in names:
             if getattr(layer, name, 0) is not None:
                 yield f"{prefix}{name}", partial(_merged, module, name, dtype)
@@ -330,22 +340,30 @@ def _merged(module: Any, name: str, dtype: torch.dtype) -> Tensor:
     """A weight of a layer with the active adapters added."""
     layer = module.get_base_layer()
     if module.disable_adapters:
-        return dense_weight(layer) if name == "weight" else layer.state_dict()[name]
+        return dense_weight(layer) if name == "weight" else _tensors_of(layer)[name]
     if not _is_plain_lora(module):
         twin = copy.deepcopy(module)
         for each in [m for m in twin.modules() if _is_tuner_layer(m)]:
             each.merge(safe_merge=True)
-        found: Tensor = twin.get_base_layer().state_dict()[name]
-        return found
+        return _tensors_of(twin.get_base_layer())[name]
     if name != "weight":
-        own: Tensor = layer.state_dict()[name]
-        return own
+        return _tensors_of(layer)[name]
     dense = dense_weight(layer)
     total = dense.double() if dense.dtype == torch.float64 else dense.float()
     for adapter in module.active_adapters:
         if adapter in module.scaling:
             total = total + module.get_delta_weight(adapter).to(total)
     return total.to(dtype if is_quantized_layer(layer) else dense.dtype)
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """What ``module.state_dict()`` holds; that call would leave sharded weights that have been gathered in shards."""
+    kept: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    for prefix, each in module.named_modules():
+        for name, buffer in each.named_buffers(recurse=False):
+            if name not in each._non_persistent_buffers_set:
+                kept[f"{prefix}.{name}".lstrip(".")] = buffer
+    return {name: tensor.detach() for name, tensor in kept.items()}
 
 
 def _is_tuner_layer(module: Any) -> bool:

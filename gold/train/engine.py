@@ -36,9 +36,9 @@ def begin_engine(state: TrainState, setup: Setup) -> None:
     if not isinstance(engine, ProbedEngine):
         _push(state, engine)
         return
-    adapter = _alone(state, engine)
-    weights, settings = adapter if adapter is not None else (state.gather(), None)
-    with doing("trying the rollout engine"):
+    with doing("trying the rollout engine"), state.weights_at_hand():
+        adapter = _alone(state, engine)
+        weights, settings = adapter if adapter is not None else (state.gather(), None)
         state.together(partial(engine.probe, state.student, setup.prompts, weights, state.step, settings))
 
 
@@ -60,7 +60,8 @@ def _push(state: TrainState, engine: RolloutEngine) -> None:
         weights, settings = adapter
         state.together(partial(engine.push_adapter, weights, state.step, settings))
     else:
-        state.together(partial(engine.push, state.gather(), state.step))
+        with state.weights_at_hand():
+            state.together(partial(engine.push, state.gather(), state.step))
     state.push_s += time.perf_counter() - started
 
 

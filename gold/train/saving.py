@@ -11,10 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from gold.errors import CheckpointError
 from gold.files import one_line
 from gold.models.adapters import is_adapted, save_adapters
+from gold.models.language_model import LanguageModel
 from gold.models.load import copy_processors, save_model
 from gold.models.rounding import AsInFile, file_dtype
 from gold.rollout.ahead import Place
@@ -141,9 +143,13 @@ def save_student(state: TrainState, folder: RunFolder | None) -> None:
     Raises:
         CheckpointError: it cannot be written; partial files are removed.
     """
-    weights, student = state.whole_on_main(), state.student
-    if folder is None:
-        return
+    with state.weights_at_hand():
+        weights = state.whole_on_main()
+        if folder is not None:
+            _write_student(state.student, weights, folder)
+
+
+def _write_student(student: LanguageModel, weights: Mapping[str, Tensor] | None, folder: RunFolder) -> None:
     adapted, dtype = is_adapted(student.lm), file_dtype(student)
 
     def write_adapter(place: Path) -> None:

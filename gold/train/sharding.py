@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from gold.models.adapters import adapter_parameters
 from gold.models.hidden_states import StatesModule, decoder_layers, lazy_logits
 from gold.models.language_model import backbone
 from gold.models.padding import PaddedStates
@@ -27,6 +28,8 @@ class Sharding:
     Each layer of the student is gathered for the time it computes; so are, together, its embeddings, last norm and
     output matrix, for the time of a forward and backward pass. Of a frozen model the layers are sharded, and everything
     else stays whole on every process, since its logits are computed later, from its states and its output matrix.
+
+    Adapters are small: every process holds them whole, and their gradients are averaged once a step.
 
     Every forward pass of a sharded model needs all processes. Passes of the student are made equal in number
     (``TrainState.passes``), or its weights are gathered for the time (``whole``); passes of frozen models are made in
@@ -54,10 +57,18 @@ class Sharding:
         narrow = any(p.dtype.itemsize < 4 for p in module.parameters()) or self.dtype is not None
         # Gradients of 16 bits are added up in float32.
         policy = MixedPrecisionPolicy(self.dtype, torch.float32 if narrow else None)
+        whole: set[nn.Parameter] = adapter_parameters(module.lm)
         for layer in decoder_layers(module.lm):
-            fully_shard(layer, mesh=self.mesh, mp_policy=policy)
-        fully_shard(module, mesh=self.mesh, mp_policy=policy)
+            fully_shard(layer, mesh=self.mesh, mp_policy=policy, ignored_params=whole)
+        fully_shard(module, mesh=self.mesh, mp_policy=policy, ignored_params=whole)
         self.module = module
+        # What is gathered ahead in a backward pass is stated here. By default it follows from all passes since the last
+        # one, those of ``whole`` included, which are different ones in each process.
+        behind: nn.Module = module
+        for layer in decoder_layers(module.lm):
+            layer.set_modules_to_backward_prefetch([behind])  # type: ignore[operator]
+            behind = layer
+        self.module.set_modules_to_backward_prefetch([behind])
         self.module.set_reshard_after_forward(not self.once_a_step)
         self.module.set_reshard_after_forward(False, recurse=False)
         with torch.no_grad():  # the root must be the first that runs
@@ -73,9 +84,9 @@ class Sharding:
         elsewhere = any(p.device != self.device or not p.is_floating_point() for p in weights)
         if lm in self.frozen or elsewhere or not layers:
             return
-        inside = {p for layer in layers for p in layer.parameters()}
+        inside = {p for layer in layers for p in layer.parameters()} - adapter_parameters(lm)
         for layer in layers:
-            fully_shard(layer, mesh=self.mesh)
+            fully_shard(layer, mesh=self.mesh, ignored_params=set(weights) - inside)
         body: nn.Module = backbone(lm)
         fully_shard(body, mesh=self.mesh, ignored_params={p for p in weights if p not in inside})
         body.register_forward_pre_hook(partial(self.await_turn, len(self.frozen)), prepend=True)
@@ -111,11 +122,26 @@ class Sharding:
 
     def clip_gradient(self, weights: Iterable[Tensor], max_norm: float) -> float:
         """The norm of the whole gradient, the same in all processes; it is scaled down to ``max_norm``."""
+        weights = list(weights)
+        self._average([w for w in weights if w.requires_grad and not isinstance(w, DTensor)])
         weights = [w for w in weights if w.grad is not None]
         norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
         return float(norm)
+
+    def _average(self, weights: Sequence[Tensor]) -> None:
+        """Averages the gradients of weights that every process holds whole: those of adapters."""
+        if not weights:
+            return
+        for weight in weights:  # an expert that had no token here may have had one elsewhere
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        gradients = [w.grad for w in weights if w.grad is not None]
+        flat = torch.cat([g.flatten().float() for g in gradients])
+        dist.all_reduce(flat, group=self.mesh.get_group())
+        flat /= self.mesh.size()
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def no_states(self, pad_id: int) -> PaddedStates:
         """The input of a forward pass that other processes wait for."""

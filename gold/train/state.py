@@ -33,6 +33,7 @@ from gold.models.hidden_states import StatesModule, lazy_logits, recompute_activ
 from gold.models.language_model import LanguageModel
 from gold.models.load import load_weights, save_model
 from gold.models.padding import PaddedStates
+from gold.models.quantization import quantization_of
 from gold.rollout.ahead import Place, RolloutsAhead, load_generations, save_generations
 from gold.rollout.engine import Generation
 from gold.teachers.protocol import Teacher
@@ -105,9 +106,9 @@ class TrainState:
 
     def _shard(self, sharding: Sharding, module: StatesModule) -> None:
         """Shards the student, the reference and all teachers in this process."""
-        if is_adapted(module.lm):
+        if quantization_of(module.lm) is not None:
             raise ConfigError(
-                "train.sharding: a student with adapters is not sharded; set it to none, or leave student.lora out"
+                "train.sharding: quantized weights are not sharded: set it to none, or take a student without them"
             )
         frozen = [self.reference, *(t.model.lm for t in self.teachers.values() if t.model is not None)]
         for lm in filter(None, frozen):
@@ -119,6 +120,11 @@ class TrainState:
     def whole_student(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the student's model can be used alone, by any number of passes; all processes enter it."""
         return self.sharding.whole() if self.sharding else contextlib.nullcontext()
+
+    def weights_at_hand(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the contents of ``gather`` can be read; all processes enter it. Adapters are merged into
+        whole weights, so that those of a student with both are gathered for the time."""
+        return self.whole_student() if is_adapted(self.student.lm) else contextlib.nullcontext()
 
     def passes(self, own: int) -> int:
         """How many forward and backward passes a step has in every process, given the number of this process's
@@ -179,11 +185,12 @@ class TrainState:
 
     def gather(self) -> Mapping[str, Tensor]:
         """The student's full weights by name, tied ones under each of their names; without copying. Adapters are merged
-        into a weight when it is read (``MergedWeights``), and sharded weights gathered (``WholeWeights``)."""
+        into a weight when it is read (``MergedWeights``), within ``weights_at_hand``, and sharded weights gathered
+        (``WholeWeights``)."""
         lm = self.student.lm
-        if self.sharding:
-            return self.sharding.weights
-        return MergedWeights(lm) if is_adapted(lm) else dict(lm.state_dict())
+        if is_adapted(lm):
+            return MergedWeights(lm)
+        return self.sharding.weights if self.sharding else dict(lm.state_dict())
 
     def gather_adapter(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The adapter's weights by peft's names, without copying, and the contents of its adapter_config.json; None if
@@ -239,8 +246,8 @@ class TrainState:
 
     def whole_on_main(self) -> dict[str, Tensor] | None:
         """The whole weights of a sharded student in main memory, gathered one by one, for the main process; for the
-        others an empty dictionary. None if they are not sharded."""
-        if not self.sharding:
+        others an empty dictionary. None if they are not sharded, or are merged with adapters (``weights_at_hand``)."""
+        if not self.sharding or is_adapted(self.student.lm):
             return None
         found: dict[Tensor, Tensor] = {}
         own = self.student.lm.state_dict(keep_vars=True)

@@ -167,12 +167,24 @@ def test_launchers_for_other_engines_are_refused(
         check_recipe(Recipe(sharding=sharding), tiny.prompts(2), None, 1)
 
 
-def test_adapters_are_refused_before_anything_is_loaded() -> None:
-    settings = tiny.run_settings(Path("models"), Path("run"), student__lora={}, train__sharding="fsdp")
-    with pytest.raises(
-        ConfigError, match=r"^train.sharding: a student with adapters .* leave student.lora out$"
-    ):
+def test_quantized_weights_are_refused_before_anything_is_loaded() -> None:
+    settings = tiny.run_settings(
+        Path("models"), Path("run"), student__lora={}, student__quantization="nf4", train__sharding="fsdp"
+    )
+    with pytest.raises(ConfigError, match=r"^train.sharding: quantized weights are not sharded: .*"):
         Config.model_validate(settings)
+
+
+def test_adapters_are_whole_in_three_processes_on_weights_in_shards(pair: Path, tmp_path: Path) -> None:
+    """With a reference and an average that share the student's weights; one process reads the merged weights for an
+    engine."""
+    run, one = tmp_path / "run", tmp_path / "one"
+    lora = "student.lora={rank: 4}"
+    gold.run.train(Config.load(pair / "run.yaml", [f"output={one}", lora]))
+    train(pair, run, 3, lora, before=read_weights)
+    assert_equal(run, one)
+    mine, theirs = (load_file(r / "adapter" / "adapter_model.safetensors") for r in (run, one))
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in theirs) < 1e-6
 
 
 def shards_in(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
@@ -226,6 +238,31 @@ def test_checkpoints_of_any_processes_are_resumed_by_any_others(
     command = Command(tmp_path / "2", "train", pair / "run.yaml", f"output={run}", "--resume")
     assert command.wait() == 0, command.err
     assert_equal(run, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [[], ["student.dtype=bfloat16"], ["train.gradient_sync=step"]])
+def test_adapters_are_resumed_by_other_numbers_of_processes(
+    pair: Path, tmp_path: Path, changes: list[str]
+) -> None:
+    """One process, then two, then three, then one."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    changes = ["student.lora={rank: 4}", *changes]
+    stopping = partial(signal_at, "gold.train.step:update", 1, signal.SIGTERM)
+    command = Command(tmp_path / "1", "train", pair / "run.yaml", f"output={run}", *changes, before=stopping)
+    assert command.wait() == 143, command.err
+    for count in (2, 3):
+        train(pair, run, count, *changes, "--resume", before=stopping, code=143)
+    command = Command(tmp_path / "2", "train", pair / "run.yaml", f"output={run}", *changes, "--resume")
+    assert command.wait() == 0, command.err
+    gold.run.train(Config.load(pair / "run.yaml", [f"output={whole}", *changes]))
+    if "student.dtype=bfloat16" in changes:
+        mine, theirs = (load_file(r / "adapter" / "adapter_model.safetensors") for r in (run, whole))
+        for name, weight in theirs.items():
+            assert weight.dtype == torch.float32
+            torch.testing.assert_close(mine[name], weight, rtol=0.05, atol=0.02)
+    else:
+        assert_equal(run, whole)
 
 
 @pytest.mark.slow
