@@ -103,7 +103,7 @@ def _quantized_teacher(plan: Plan, limit: int) -> Proposed:
 
 
 def _adapters(plan: Plan, limit: int) -> Proposed:
-    if plan.lora is not None or plan.sharded:
+    if plan.lora is not None:
         return
     adapted = replace(plan, lora=Adapters(rank=16), copies=0)
     if plan.student.width > 2 and plan.on_gpu:

@@ -128,8 +128,8 @@ class Plan:
 
     @property
     def can_shard(self) -> bool:
-        """Whether the student can be sharded: not with adapters or quantized weights."""
-        return self.lora is None and self.student.quantization is None
+        """Whether the student can be sharded: not with quantized weights."""
+        return self.student.quantization is None
 
     @property
     def shards(self) -> int:
@@ -242,13 +242,15 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def _student(plan: Plan) -> list[Part]:
-    student, trained, shards = plan.student, plan.trained, plan.shards
+    student, trained = plan.student, plan.trained
+    # Adapters are whole in every process.
+    shards = plan.shards if plan.lora is None else 1
     sizes, width = student.sizes, student.width
     of_trained = width if plan.lora is None else 4
     masters = trained * 4 if of_trained == 2 else 0
     gradients = trained * of_trained
     run = _training_pass(plan)
-    weights = student.weight_bytes() + (trained * 4 if plan.lora is not None else 0)
+    weights = student.weight_bytes() / plan.shards + (trained * 4 if plan.lora is not None else 0)
     # 16-bit copies live until the forward pass is over, or as long as their layer computes.
     casts = 0 if plan.sharded else run.casts
     kept_casts = 0 if plan.gradient_checkpointing else casts
@@ -256,7 +258,7 @@ def _student(plan: Plan) -> list[Part]:
     # The gradient of a step's only microbatch grows while activations are freed.
     first = plan.own_sequences <= plan.sequences
     parts = [
-        Part.always("student: weights", weights / shards),
+        Part.always("student: weights", weights),
         Part.always("student: float32 masters", masters / shards),
         Part(
             "student: gradients",
@@ -266,7 +268,9 @@ def _student(plan: Plan) -> list[Part]:
             update=(2 if of_trained == 2 else 1) * gradients // shards,
         ),
         Part.always("student: AdamW", plan.moments * trained / shards),
-        Part.always("student: copies (average, reference)", plan.copies * student.weight_bytes() / shards),
+        Part.always(
+            "student: copies (average, reference)", plan.copies * student.weight_bytes() / plan.shards
+        ),
         Part("student: 16-bit copies", _cast_bytes(plan), loss=casts, backward=kept_casts),
         Part("activations", loss=max(run.held, run.forward) - run.casts, backward=backward),
     ]
@@ -294,6 +298,8 @@ def _gathered(plan: Plan, sizes: ModelSizes) -> Part:
     else:
         # A whole gradient has the dtype of the weights that computed it, and is reduced in float32.
         weights, gradients = (layers + root) * wide, (layers + root) * wide + layers * 4
+    if plan.lora is not None:
+        gradients = 0
     of_teachers = sum(
         min(2, t.sizes.layers) * t.sizes.layer * t.width for t in plan.teachers if t.quantization is None
     )

@@ -202,6 +202,20 @@ def test_shards_share_weights_gradients_and_moments() -> None:
     assert step.of("gathered for a time") >= shared.of("gathered for a time")
 
 
+def test_shards_of_frozen_weights_and_whole_adapters() -> None:
+    whole = memory_of(plan_of(gpus=4, lora=Adapters(4)))
+    shared = memory_of(plan_of(gpus=4, lora=Adapters(4), sharding="fsdp"))
+    adapters = whole.of("student: AdamW") // 2
+    for part in ("gradients", "AdamW"):
+        assert shared.of(f"student: {part}") == whole.of(f"student: {part}") > 0
+    assert shared.of("student: weights") == pytest.approx(
+        (whole.of("student: weights") - adapters) / 4 + adapters, abs=2
+    )
+    assert shared.of("gathered for a time") < memory_of(plan_of(gpus=4, sharding="fsdp")).of(
+        "gathered for a time"
+    )
+
+
 def test_less_memory_for_smaller_microbatches_and_less_time_without_checkpointing() -> None:
     sizes = [memory_of(plan_of(sequences=n)).peak for n in (1, 8)]
     assert sizes == sorted(sizes)
@@ -234,12 +248,14 @@ def test_changes_that_make_a_run_fit() -> None:
 
 
 @pytest.mark.slow
-def test_sharding_is_proposed_where_there_are_gpus_and_no_adapters() -> None:
+def test_sharding_is_proposed_where_there_are_gpus_and_no_quantized_weights() -> None:
     settings = [c.settings for c in changes_to_fit(plan_of(gpus=2), 1)]
     assert "train.sharding=fsdp" in settings
-    assert not any("lora" in each for each in settings)
-    assert not list(fit._sharding(plan_of(gpus=2, lora=Adapters(4)), 1))
-    assert not list(fit._more_gpus(plan_of(lora=Adapters(4)), 1))
+    assert any("lora" in each for each in settings)
+    assert list(fit._sharding(plan_of(gpus=2, lora=Adapters(4)), 1))
+    quantized = replace(plan_of().student, quantization="nf4")
+    assert not list(fit._sharding(plan_of(gpus=2, lora=Adapters(4), student=quantized), 1))
+    assert not list(fit._more_gpus(plan_of(lora=Adapters(4), student=quantized), 1))
 
 
 # The command
