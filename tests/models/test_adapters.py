@@ -13,6 +13,7 @@ import support.tiny_models as tiny
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
 from support.architectures import KINDS, tiny_lm, wrapped
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from gold.errors import ModelError
@@ -29,6 +30,7 @@ from gold.models.adapters import (
 )
 from gold.models.language_model import LanguageModel, without_adapters
 from gold.models.load import load_model, save_model, wrap_model
+from gold.models.quantization import dense_weight
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 WHERE: dict[str, dict[str, Any]] = {
@@ -260,9 +262,20 @@ def test_adapters_of_another_base(tmp_path: Path) -> None:
 @pytest.mark.assets("smollm2-135m-instruct", "gemma3-270m")
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma3-270m"])
 @pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
-def test_real_weights(name: str, quantization: str | None, tmp_path: Path) -> None:
+def test_real_weights(
+    name: str, quantization: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from benchmarks.assets import assets_folder
 
+    if quantization == "int8":
+        # Its own products round the states to 8 bits too, each processor in its way: by up to 0.1 nats here.
+        import bitsandbytes
+
+        monkeypatch.setattr(
+            bitsandbytes.nn.Linear8bitLt,
+            "forward",
+            lambda layer, states: functional.linear(states, dense_weight(layer).to(states), layer.bias),
+        )
     model = add_adapters(load_model(assets_folder() / name, quantization=quantization), rank=8)
     with torch.no_grad():
         for weight in model.lm.parameters():
@@ -274,7 +287,7 @@ def test_real_weights(name: str, quantization: str | None, tmp_path: Path) -> No
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     found = torch.log_softmax(logits(merged), -1)
     kl = float((expected.exp() * (expected - found)).sum(-1).max())
-    assert kl < (1e-2 if quantization == "int8" else 1e-5)
+    assert kl < 1e-5
     again = load_model(tmp_path / "adapter", quantization=quantization)
     assert torch.equal(logits(again.lm), logits(model.lm))
 

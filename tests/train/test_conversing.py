@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from support import tiny_models as tiny
+from support.processes import Command, launch, lines
 from support.server import ModelServer, served
 from support.turns import Echo, Scripted
+from support.vllm_server import VLLMServer, engine_on
 
 from gold.demo.calculator import Calculator
+from gold.demo.models import learn_answers
 from gold.demo.talk import OTHER_TEMPLATE, lesson, talking_student, talking_teacher
 from gold.environments import Limits, ToolEnvironment
 from gold.environments.calling import Caller
@@ -166,3 +171,75 @@ def test_a_served_teacher_scores_turns_as_one_in_this_process_does(tmp_path) -> 
     mine, theirs = (run.steps[0] for run in runs)
     assert mine["alm"] == pytest.approx(theirs["alm"], rel=1e-4)
     assert mine["turns"] == theirs["turns"]
+
+
+def brief_student():
+    """It has learned to end its turns after a word or two."""
+    student = talking_student()
+    learn_answers(
+        student, [replace(p, completion=text) for p in PROMPTS for text in ("ok", "yes no")], steps=110
+    )
+    return student
+
+
+@pytest.mark.slow
+def test_two_processes_with_shards_hold_the_conversations_of_one(tmp_path) -> None:
+    """Conversations of unlike numbers of turns, so that one process waits for the other's draws."""
+    for model in (brief_student(), talking_teacher(template=OTHER_TEMPLATE)):
+        save_model(model, tmp_path / model.name)
+    (tmp_path / "tries.py").write_text(
+        "class Tries:\n"
+        "    def reply(self, conversation):\n"
+        "        if len(conversation.turns) > len(conversation.messages[0]['content']) % 3:\n"
+        "            return None\n"
+        "        return [{'role': 'user', 'content': 'more'}]\n\n"
+        "    def score(self, conversation):\n"
+        "        return len(conversation.turns) / 3\n"
+    )
+    lines_of_data = [
+        {"prompt": p.messages[0]["content"] + "?" * n, "id": p.key} for n, p in enumerate(PROMPTS)
+    ]
+    for line in lines_of_data:
+        line["messages"] = [{"role": "user", "content": line.pop("prompt")}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines_of_data))
+    changes = {"rollout__max_new_tokens": 8, "train__steps": 3, "train__prompts_per_step": 3}
+    settings_of_run = tiny.run_settings(
+        tmp_path,
+        tmp_path / "unused",
+        data={"prompts": str(tmp_path / "prompts.jsonl"), "heldout": str(tmp_path / "prompts.jsonl")},
+        environment={"name": f"{tmp_path / 'tries.py'}:Tries", "max_turns": 3},
+        **changes,
+    )
+    tiny.write_settings(tmp_path / "run.yaml", settings_of_run)
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = Command(tmp_path / "1", "train", tmp_path / "run.yaml", f"output={one}")
+    assert command.wait(300) == 0, command.err
+    processes = launch(tmp_path / "2", "train", tmp_path / "run.yaml", f"output={two}", "train.sharding=fsdp")
+    assert [p.wait(300) for p in processes] == [0, 0], processes[0].err
+    mine, theirs = (load_file(run / "student" / "model.safetensors") for run in (two, one))
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in theirs) < 1e-5
+    told = [[r["turns"] for r in lines(run, "metrics.jsonl") if r["kind"] == "train"] for run in (one, two)]
+    assert told[0] == pytest.approx(told[1])
+    assert max(told[0]) > 1
+
+
+@pytest.mark.slow
+def test_turns_are_drawn_from_a_server() -> None:
+    student = brief_student()
+    with VLLMServer(student, context=256) as server:
+        engine = engine_on(server)
+        run = distill(
+            student,
+            talking_teacher(),
+            PROMPTS,
+            SMALL,
+            environment=Echo(3),
+            limits=Limits(max_turns=3),
+            engine=engine,
+        )
+        engine.close()
+        asked = [body for path, body in server.calls if path == "/inference/v1/generate"]
+        assert not server.violations
+    assert run.steps[-1]["turns"] > 1
+    assert run.steps[-1]["policy_log_ratio_abs"] < 1e-3
+    assert len({len(body["token_ids"]) for body in asked}) > 2
