@@ -36,7 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each row")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument(
-        "--small", action="store_true", help="tiny sizes, to see that a part works; writes no record"
+        "--small",
+        action="store_true",
+        help="tiny sizes in this process, to see that a part works; writes no record",
     )
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/claims"), help="where finished cells are kept"
@@ -49,7 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     for part in given.parts or PARTS:
         module = import_module(f"benchmarks.claims.{part}")
         started = time.perf_counter()
-        cells = Cells(given.folder / (f"{part}-small" if given.small else part), given.workers)
+        folder = given.folder / (f"{part}-small" if given.small else part)
+        cells = Cells(folder, 0 if given.small else given.workers)
         data = module.measure(Given(cells, given.seeds, given.small))
         print(f"\n{part}: {PARTS[part]}\n\n{module.table(data)}\n", flush=True)
         if not given.small:

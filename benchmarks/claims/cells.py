@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,32 +43,38 @@ class Cells:
     ) -> list[dict[str, Any]]:
         """What ``work(job, folder of made models)`` returned for every job, in their order; it must be JSON.
 
-        Missing ones are run ``workers`` at a time, each in a fresh process of one thread.
+        Missing ones are run ``workers`` at a time, each in a fresh process of one thread; with 0 workers, here.
         """
         told = {_key(_named(job)): job for job in jobs}
         missing = {key: job for key, job in told.items() if key not in self._found}
-        if missing:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([work.__module__])  # imported once, not by every cell
-            with (
-                ProcessPoolExecutor(
-                    self.workers, mp_context=context, initializer=one_thread, max_tasks_per_child=1
-                ) as pool,
-                self._file.open("a", encoding="utf-8") as file,
-            ):
-                running = {pool.submit(_timed, work, job, self.made): key for key, job in missing.items()}
-                for n, future in enumerate(as_completed(running), start=1):
-                    key = running[future]
-                    result, cpu_s = future.result()
-                    row = {"job": json.loads(key), "cpu_s": cpu_s, "result": result}
-                    self._found[key] = json.loads(json.dumps(row))
-                    file.write(json.dumps(row) + "\n")
-                    file.flush()
-                    print(f"{n:>4}/{len(running)} {cpu_s:5.0f} s  {missing[key]}", flush=True)
+        with self._file.open("a", encoding="utf-8") as file:
+            for n, (key, result, cpu_s) in enumerate(self._run(work, missing), start=1):
+                row = {"job": json.loads(key), "cpu_s": cpu_s, "result": result}
+                self._found[key] = json.loads(json.dumps(row))
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                print(f"{n:>4}/{len(missing)} {cpu_s:5.0f} s  {missing[key]}", flush=True)
         rows = [self._found[key] for key in told]
         self._used |= {key: self._found[key]["cpu_s"] for key in told}
         by_key = dict(zip(told, rows, strict=True))
         return [by_key[_key(_named(job))]["result"] for job in jobs]
+
+    def _run(
+        self, work: Callable[[Any, Path], Mapping[str, Any]], missing: Mapping[str, Job]
+    ) -> Iterator[tuple[str, dict[str, Any], float]]:
+        """The key, the result and the processor seconds of each job, as they come."""
+        if self.workers == 0:
+            for key, job in missing.items():
+                yield key, *_timed(work, job, self.made)
+        elif missing:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([work.__module__])  # imported once, not by every cell
+            with ProcessPoolExecutor(
+                self.workers, mp_context=context, initializer=one_thread, max_tasks_per_child=1
+            ) as pool:
+                running = {pool.submit(_timed, work, job, self.made): key for key, job in missing.items()}
+                for future in as_completed(running):
+                    yield running[future], *future.result()
 
     def seconds(self) -> float:
         """Processor seconds of the cells that were asked for, whenever they ran."""

@@ -66,7 +66,8 @@ class Curve(Quiet):
     ) -> None:
         """Trains the student, and follows it."""
         read = [len(self.student.prompt_ids(p)) for p in prompts]
-        given = [completed(self.student, p, 10**6).ids.size if p.completion else 0 for p in prompts]
+        room = recipe.max_new_tokens
+        given = [completed(self.student, p, room).ids.size if p.completion else 0 for p in prompts]
         order = PromptOrder.of(prompts, recipe.seed)
 
         def count(step: int) -> tuple[int, int]:

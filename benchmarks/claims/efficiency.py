@@ -24,7 +24,7 @@ from gold.train.recipe import Recipe, Term
 
 TUNING_SEED = 9
 COMPLETIONS = 48
-LEVELS = 0.8, 0.9
+LEVELS = 0.6, 0.8
 """Shares of the teacher's accuracy whose cost is told."""
 TEXTS = 2
 """Texts that the teacher samples for each prompt, for the ways that learn from them."""
@@ -42,7 +42,8 @@ _GROUPS = _EACH.replace(prompts_per_step=COMPLETIONS // 8, num_generations=8)
 
 @dataclass(frozen=True)
 class Way:
-    """One way: its recipe, the rates that are tried, and its steps for one of distillation.
+    """One way: its recipe, the rates that are tried (none: those found for distillation and imitation), and its steps
+    for one of distillation.
 
     ``first``: the share of its steps that imitates the teacher's texts before the recipe.
     """
@@ -65,10 +66,10 @@ class Way:
 
 
 WAYS = {
-    "opd": Way("on-policy distillation (reverse KL on bytes)", _EACH, (3e-4, 1e-3)),
-    "sft": Way("SFT on the teacher's texts", _TEXTS, (5e-4, 1e-3, 2e-3), 2.0),
-    "sft_opd": Way("SFT, then on-policy distillation", _EACH, (3e-4, 1e-3), first=0.25),
-    "gkd_reverse": Way("GKD, λ = 0.5, reverse KL", _EACH.replace(on_policy=0.5), (3e-4, 1e-3)),
+    "opd": Way("on-policy distillation (reverse KL on bytes)", _EACH, (5e-4, 1e-3)),
+    "sft": Way("SFT on the teacher's texts", _TEXTS, (5e-4, 1e-3), 2.0),
+    "sft_opd": Way("SFT, then on-policy distillation", _EACH, (), first=0.25),
+    "gkd_reverse": Way("GKD, λ = 0.5, reverse KL", _EACH.replace(on_policy=0.5), (5e-4, 1e-3)),
     "gkd_forward": Way(
         "GKD, λ = 0.5, forward KL",
         _EACH.replace(objectives=(Term("forward_kl"),), on_policy=0.5),
@@ -77,10 +78,10 @@ WAYS = {
     "opd_reward": Way(
         "on-policy distillation + 0.1 reward (groups of 8)",
         _GROUPS.replace(objectives=(Term("reverse_kl"), Term("reward", weight=0.1))),
-        (3e-4, 1e-3),
+        (5e-4, 1e-3),
     ),
     "reward": Way(
-        "reward only (groups of 8)", _GROUPS.replace(objectives=(Term("reward"),)), (1e-4, 3e-4, 1e-3), 1.5
+        "reward only (groups of 8)", _GROUPS.replace(objectives=(Term("reward"),)), (1e-4, 3e-4), 1.5
     ),
 }
 
@@ -89,22 +90,22 @@ WAYS = {
 class Sizes:
     """How much of everything is spent; ``steps`` are those of distillation."""
 
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = ("spell_backward", "chain_sum")
     ways: tuple[str, ...] = tuple(WAYS)
     prompts: int = 2000
-    steps: int = 200
+    steps: int = 240
     every: int = 20
     heldout: int = 256
-    tuning_share: float = 1 / 3
+    tuning_share: float = 1 / 4
     answers: int = 2400
     teacher_steps: int = 1500
     start_steps: int = 400
     teacher_accuracy: float = 0.98
-    start_accuracy: float = 0.15
+    start_accuracy: float = 0.25
 
 
-SMALL = Sizes(("spell_backward",), ("opd", "sft_opd", "reward"), 40, 4, 2, 16, 0.5, 100, 4, 4)
-MERGES = 150
+SMALL = Sizes(("spell_backward",), ("opd", "sft", "sft_opd", "reward"), 40, 4, 2, 16, 0.5, 100, 4, 4)
+MERGES = 30
 """Merges of the student's tokenizer, at most."""
 
 
@@ -123,11 +124,12 @@ class Models:
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a task, a way, a learning rate, a seed."""
+    """One run: a task, a way, its learning rate and that of imitation before it, a seed."""
 
     task: str
     way: str
     lr: float
+    first_lr: float
     seed: int
     prompts: int
     steps: int
@@ -136,7 +138,7 @@ class Job:
 
 
 def make(job: Models, made: Path) -> dict[str, Any]:
-    """Makes a task's teacher and start, which learn from different answers; returns their accuracies and sizes."""
+    """Makes a task's teacher, and the start from half of its answers; returns their accuracies and sizes."""
     task = TASKS[job.task]
     answers = task.prompts("train", job.answers, 0)
     heldout = asked(task.prompts("heldout", job.heldout, 0))
@@ -144,7 +146,7 @@ def make(job: Models, made: Path) -> dict[str, Any]:
     half = job.answers // 2
     found: dict[str, Any] = {}
     for name, merges, layers, taught, steps, enough in (
-        ("teacher", 0, 3, answers[:half], job.teacher_steps, job.teacher_accuracy),
+        ("teacher", 0, 3, answers, job.teacher_steps, job.teacher_accuracy),
         ("start", MERGES, 2, answers[half:], job.start_steps, job.start_accuracy),
     ):
 
@@ -188,17 +190,13 @@ def work(job: Job, made: Path) -> dict[str, Any]:
     curve = Curve(student, heldout, task, task.max_new_tokens, job.every, text_s)
     if first:
         imitated = _TEXTS.replace(
-            max_new_tokens=task.max_new_tokens, seed=job.seed, lr=FIRST_RATE, steps=first
+            max_new_tokens=task.max_new_tokens, seed=job.seed, lr=job.first_lr, steps=first
         )
         curve.run(None, taught, imitated)
         taught = prompts
     recipe = recipe.replace(steps=job.steps - first)
     curve.run(teacher if way.has_teacher else None, taught, recipe, task)
     return {"curve": curve.points}
-
-
-FIRST_RATE = 1e-3
-"""Learning rate of the imitation before distillation."""
 
 
 def measure(given: Given) -> dict[str, Any]:
@@ -219,7 +217,7 @@ def measure(given: Given) -> dict[str, Any]:
     made = dict(zip(sizes.tasks, given.cells.all(make, models), strict=True))
     rates = _rates(given, sizes)
     jobs = [
-        _job(sizes, task, way, rates[task][way], seed)
+        _job(sizes, task, way, rates, seed)
         for seed in range(given.seeds)
         for task in sizes.tasks
         for way in sizes.ways
@@ -237,12 +235,13 @@ def measure(given: Given) -> dict[str, Any]:
     return {"sizes": asdict(sizes), "made": made, "rates": rates, "rows": rows}
 
 
-def _job(sizes: Sizes, task: str, way: str, lr: float, seed: int, share: float = 1.0) -> Job:
+def _job(sizes: Sizes, task: str, way: str, rates: Mapping[str, float], seed: int, share: float = 1.0) -> Job:
     length = WAYS[way].length
     return Job(
         task,
         way,
-        lr,
+        rates[way] if WAYS[way].rates else rates["opd"],
+        rates["sft"] if WAYS[way].first else 0.0,
         seed,
         sizes.prompts,
         round(length * sizes.steps * share),
@@ -251,12 +250,11 @@ def _job(sizes: Sizes, task: str, way: str, lr: float, seed: int, share: float =
     )
 
 
-def _rates(given: Given, sizes: Sizes) -> dict[str, dict[str, float]]:
-    """For each task and way the rate whose short run, on a seed apart, is the most accurate on average after its first
-    half."""
+def _rates(given: Given, sizes: Sizes) -> dict[str, float]:
+    """For each way the rate whose short run, on the first task and a seed apart, is the most accurate on average after
+    its first half."""
     jobs = [
-        _job(sizes, task, way, lr, TUNING_SEED, sizes.tuning_share)
-        for task in sizes.tasks
+        _job(sizes, sizes.tasks[0], way, {way: lr}, TUNING_SEED, sizes.tuning_share)
         for way in sizes.ways
         for lr in WAYS[way].rates
     ]
@@ -264,10 +262,8 @@ def _rates(given: Given, sizes: Sizes) -> dict[str, dict[str, float]]:
     for result in given.cells.all(work, jobs):
         right = [p["accuracy"] for p in result["curve"]]
         ends.append(mean(right[len(right) // 2 :]))
-    best: dict[str, dict[str, float]] = {task: {} for task in sizes.tasks}
-    for _, job in sorted(zip(ends, jobs, strict=True), key=lambda pair: pair[0]):
-        best[job.task][job.way] = job.lr
-    return best
+    best = sorted(zip(ends, jobs, strict=True), key=lambda pair: pair[0])
+    return {job.way: job.lr for _, job in best}
 
 
 def _columns(curve: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:

@@ -63,7 +63,7 @@ TASKS = {
         (("min_terms", 3), ("max_terms", 3), ("min_digits", 1), ("max_digits", 1)),
         8,
     ),
-    "spell_backward": Plain("spell_backward", "word", (("min_word_len", 3), ("max_word_len", 5)), 8),
+    "spell_backward": Plain("spell_backward", "word", (("min_word_len", 3), ("max_word_len", 4)), 8),
 }
 
 

@@ -115,7 +115,7 @@ def make(job: Models, made: Path) -> dict[str, float]:
 
 
 def work(job: Job, made: Path) -> dict[str, Any]:
-    """The curve of one run. A seed has its own prompts, which no model has seen before."""
+    """The curve of one run; a seed has its own prompts."""
     way = WAYS[job.way]
     student, teacher = load_model(made / "student-start"), load_model(made / "teacher")
     prompts = [replace(p, completion=None) for p in TASK.prompts("train", job.prompts, 100 + job.seed)]
