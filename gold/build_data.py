@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, overload
+from typing import Any
 
 from gold.config import Config
-from gold.data import Prompt, PromptFile, hold_out, read_prompts, split_by_hash
+from gold.data import LazyPrompts, Prompt, PromptFile, hold_out, load_prompts, split_by_hash
 from gold.environments.adapters import environment_for
 from gold.environments.protocol import Environment
 from gold.errors import ConfigError
@@ -126,7 +126,7 @@ def heldout_prompts(config: Config) -> PromptFile | None:
 
 def _read(config: Config, source: str, split: str | None, **of_source: Any) -> PromptFile:
     options = {"route": config.route, "weight": config.data.weight, **of_source}
-    return read_prompts(source, split=split, **options)
+    return load_prompts(source, split=split, log_notes=False, **options)
 
 
 def _check_context(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
@@ -139,7 +139,7 @@ def _check_context(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
         )
 
 
-class _ForTeacher(Sequence[Prompt]):
+class _ForTeacher(LazyPrompts):
     """Some of the prompts, each adapted to a teacher when it is asked for."""
 
     def __init__(self, prompts: Sequence[Prompt], chosen: Sequence[int]) -> None:
@@ -148,13 +148,8 @@ class _ForTeacher(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self._chosen)
 
-    @overload
-    def __getitem__(self, place: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Prompt]: ...
-    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(place, slice):
-            return [self._prompts[i].for_teacher for i in self._chosen[place]]
+    def at(self, place: int) -> Prompt:
+        """The prompt of a place."""
         return self._prompts[self._chosen[place]].for_teacher
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gold import terminal
-from gold.data import read_prompts
+from gold.data import load_prompts
 from gold.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def run_data(
     else:
         if overrides:
             raise ConfigError(f"{overrides[0]}: changes are of a configuration, and {source} is none")
-        prompts = read_prompts(source, map=_map_of(columns), **of_source)
+        prompts = load_prompts(source, map=_map_of(columns), log_notes=False, **of_source)
         sources, readers = [Source("prompts", prompts)], _readers(student, teachers, Reader)
     if as_json:
         terminal.show_json(data_json(sources, readers, rows))

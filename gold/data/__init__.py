@@ -2,10 +2,11 @@
 
 from gold.data.columns import LINE_KEYS, UNDERSTOOD, check_map
 from gold.data.facts import Facts
-from gold.data.load import load_prompts, read_prompts
+from gold.data.load import load_prompts
 from gold.data.prompt import MESSAGE_KEYS, ROLES, Message, Prompt, content_hash, row_of
 from gold.data.prompts import (
     MOST_EXAMINED,
+    LazyPrompts,
     PromptFile,
     any_messages,
     characters_of,
@@ -24,6 +25,7 @@ __all__ = [
     "ROLES",
     "UNDERSTOOD",
     "Facts",
+    "LazyPrompts",
     "Message",
     "Prompt",
     "PromptFile",
@@ -36,7 +38,6 @@ __all__ = [
     "lacking_completion",
     "lacking_messages",
     "load_prompts",
-    "read_prompts",
     "row_of",
     "split_by_hash",
     "weights_of",

@@ -34,6 +34,7 @@ def load_prompts(
     route: str | None = None,
     weight: str | None = None,
     unweighted: bool = False,
+    log_notes: bool = True,
 ) -> PromptFile:
     """The prompts of a file, a folder, a data set on the Hub, or of rows in memory, in order.
 
@@ -46,42 +47,27 @@ def load_prompts(
     ``{"prompt": "text"}``, or None to columns that are not to be read. With ``route``, the column of that name, a
     string, is each prompt's route, with ``weight``, that column, a number, its weight (with ``unweighted`` 1 if it is
     missing). Without an ``id`` the key is a hash of the content, numbered if the same content occurs again. Columns
-    that are not read are logged, in one warning.
+    that are not read are named in ``facts.notes``, and logged with ``log_notes``.
 
     Raises:
         DataError: the source is missing, empty or unreadable, or a row is no prompt; the error for a row starts with
             ``file:line`` or ``file: row number``.
     """
-    found = read_prompts(
-        source,
-        split=split,
-        subset=subset,
-        revision=revision,
-        streaming=streaming,
-        map=map,
-        route=route,
-        weight=weight,
-        unweighted=unweighted,
-    )
-    for note in found.facts.notes:
+    columns = Columns(map, route, weight, unweighted=unweighted)
+    found = _read(source, columns, split, subset, revision, streaming)
+    for note in found.facts.notes if log_notes else ():
         logger.warning("%s", note)
     return found
 
 
-def read_prompts(
+def _read(
     source: str | Path | Iterable[Mapping[str, Any]],
-    *,
-    split: str | None = None,
-    subset: str | None = None,
-    revision: str | None = None,
-    streaming: bool = False,
-    map: Renamed | None = None,
-    route: str | None = None,
-    weight: str | None = None,
-    unweighted: bool = False,
+    columns: Columns,
+    split: str | None,
+    subset: str | None,
+    revision: str | None,
+    streaming: bool,
 ) -> PromptFile:
-    """The prompts as of ``load_prompts``, which has its notes in ``facts.notes`` instead of the log."""
-    columns = Columns(map, route, weight, unweighted=unweighted)
     needed = columns.needed
     if not isinstance(source, str | Path):
         from gold.data.tables import rows_of_object

@@ -2,6 +2,7 @@
 
 import json
 import random
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -13,7 +14,23 @@ from gold.data.prompt import Message, Prompt, content_hash
 from gold.errors import ConfigError, DataError
 
 
-class PromptFile(Sequence[Prompt]):
+class LazyPrompts(Sequence[Prompt]):
+    """Prompts that are made when they are asked for, by ``at``."""
+
+    @abstractmethod
+    def at(self, place: int) -> Prompt:
+        """The prompt of a place, from 0 on."""
+
+    @overload
+    def __getitem__(self, place: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Prompt]: ...
+    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt]:
+        places = range(len(self))[place]
+        return self.at(places) if isinstance(places, int) else [self.at(each) for each in places]
+
+
+class PromptFile(LazyPrompts):
     """The prompts of a file or of another source, or some of them, in its order; ``facts`` says what was read.
 
     They are in memory as the bytes of `row_of`, and a prompt is made when it is asked for: a million take 200 MiB
@@ -33,13 +50,8 @@ class PromptFile(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, place: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Prompt]: ...
-    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
+    def at(self, place: int) -> Prompt:
+        """The prompt of a place."""
         key, text, messages, completion, reference, context, route, *weight = json.loads(self.row(place))
         turns = None if messages is None else _turns(messages)
         context = _turns(context) if isinstance(context, list) else context

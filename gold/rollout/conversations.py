@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, overload
+from typing import Any
 
-from gold.data import Prompt, lacking_messages
+from gold.data import LazyPrompts, Prompt, lacking_messages
 from gold.environments.calling import Caller
 from gold.environments.protocol import Conversation, Environment, Limits, tools_of
 from gold.errors import DataError
@@ -210,7 +210,7 @@ def _fail(found: DrawnConversation, error: BaseException) -> None:
     found.seen.ended, found.problem = "error", f"prompt {found.seen.prompt.key}: {kind}{what}"
 
 
-class TurnPrompts(Sequence[Prompt]):
+class TurnPrompts(LazyPrompts):
     """Prompts as those of the first turns of an environment's conversations, each made when it is asked for.
 
     Raises:
@@ -225,13 +225,8 @@ class TurnPrompts(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self.prompts)
 
-    @overload
-    def __getitem__(self, place: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Prompt]: ...
-    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
+    def at(self, place: int) -> Prompt:
+        """The prompt of a place."""
         tools, instructions = tools_of(self.environment), getattr(self.environment, "instructions", "")
         return as_turn(self.prompts[place], tools, instructions)
 
