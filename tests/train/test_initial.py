@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import tiny_models as tiny
 from support.engines import ScriptedEngine
+from support.processes import launch
 
 import gold
 from gold import run
@@ -383,3 +385,20 @@ def test_completions_alone_can_be_made_ahead(tmp_path: Path) -> None:
     settings["rollout"]["policy"] = "live"
     with pytest.raises(ConfigError, match=r"rollout\.completions"):
         Config.model_validate(settings)
+
+
+@pytest.mark.slow
+def test_two_processes_and_three_with_shards_learn_what_one_does(tmp_path: Path) -> None:
+    tiny.save_pair(tmp_path)
+    settings = tiny.run_settings(tmp_path, tmp_path / "run", train__steps=3, rollout__policy="initial")
+    tiny.write_settings(tmp_path / "run.yaml", settings)
+    found = []
+    for count, more in ((1, []), (2, []), (3, ["train.sharding=fsdp"])):
+        run = tmp_path / f"run {count}"
+        processes = launch(
+            tmp_path / str(count), "train", tmp_path / "run.yaml", f"output={run}", *more, count=count
+        )
+        assert [p.wait(300) for p in processes] == [0] * count, processes[0].err
+        found.append(load_file(run / "student" / "model.safetensors"))
+    for other in found[1:]:
+        assert max(float((other[name] - found[0][name]).abs().max()) for name in other) < 1e-5
