@@ -32,11 +32,31 @@ from gold.rollout.types import Sampling
 from gold.teachers import LocalTeacher, Teachers
 
 PROMPTS: Mapping[str, tuple[str, ...]] = {
-    "English": ("The history of the town begins", "When the rain stopped, she opened"),
-    "code": ("def mean(values):\n", "import os\n\nfor name in"),
-    "German": ("Der Bahnhof liegt", "Am nächsten Morgen ging"),
-    "Chinese": ("今天天气很好，我们", "他打开门，看见"),
-    "numbers": ("1, 2, 4, 8, 16,", "17 + 25 = 42\n38 + 46 ="),
+    "English": (
+        "The history of the town begins",
+        "When the rain stopped, she opened",
+        "Most birds that winter here",
+        "The committee could not agree on",
+    ),
+    "code": (
+        "def mean(values):\n",
+        "import os\n\nfor name in",
+        "class Stack:\n    def",
+        "SELECT name, count(*) FROM",
+    ),
+    "German": (
+        "Der Bahnhof liegt",
+        "Am nächsten Morgen ging",
+        "Die Rechnung wurde gestern",
+        "Viele Städte haben",
+    ),
+    "Chinese": ("今天天气很好，我们", "他打开门，看见", "这本书讲的是", "昨天晚上，妈妈"),
+    "numbers": (
+        "1, 2, 4, 8, 16,",
+        "17 + 25 = 42\n38 + 46 =",
+        "2019-03-04, 2019-03-11,",
+        "3.14159 2.71828 1.41421",
+    ),
 }
 LEVELS = (0.0, 0.01, 0.001)
 """Least shares of a branch; 0: none."""
