@@ -10,12 +10,13 @@ TYPED  := gold $(wildcard benchmarks)
 
 .PHONY: setup demo docs test lint types unit slow format bench-assets bench-peers vllm
 
+# Modules are compiled when they are first imported: of all that is installed few are, and pip would take a minute more.
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("gold needs Python >= 3.11, but $(PYTHON) is %d.%d: make PYTHON=python3.12 setup" % v[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no virtual environment could be made: install Python's venv module (Debian: python3-venv)" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: setup
