@@ -6,6 +6,7 @@ told to: the prompts hold it, and the teacher's tokenizer adds none of its own.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -55,7 +56,7 @@ def trainer_of(student: Any, teacher: Any, job: Mapping[str, Any], folder: Path)
     import_module("datasets").utils.logging.disable_progress_bar()
     gold = import_module("trl.experimental.gold")
     random.seed(job["seed"])
-    bare = teacher.tokenizer
+    bare = copy.deepcopy(teacher.tokenizer)
     bare.backend_tokenizer.post_processor = processors.Sequence([])
     bare.save_pretrained(folder / "teacher")
     prompts = train_prompts(Sizes(**job["sizes"]))

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.claims import coverage, pairs
 from benchmarks.claims.cells import Given
 from benchmarks.claims.languages import texts_by_kind
-from benchmarks.claims.pair_models import TOKENIZERS
+from benchmarks.claims.pair_models import TOKENIZERS, Model, Sizes, make
 from benchmarks.record import RESULTS
 from gold.tokenize.vocabulary import Vocabulary
 
@@ -94,8 +94,9 @@ def _row(way: str, accuracy: float) -> dict[str, Any]:
 def test_the_table_is_sorted_and_tells_why_a_way_has_no_numbers(tmp_path: Path) -> None:
     failed = pairs.row("other", "a pair", 1e-3, [{"error": "ValueError: no | offsets"}] * 3)
     side = {"accuracy": 0.9, "reads": "a|b"}
+    start = {"accuracy": 0.1, "reverse_kl_per_byte": 3.0, "length_bytes": 9.0, "stop_rate": 1.0}
     data = {
-        "pairs": {"a pair": {"student": side, "teacher": side}},
+        "pairs": {"a pair": {"student": side, "teacher": side, "start": start}},
         "rows": [_row("worse", 0.2), failed, _row("better", 0.4)],
     }
     lines = pairs.table(data).splitlines()
@@ -112,7 +113,7 @@ def test_a_rate_that_fails_is_not_chosen() -> None:
     assert pairs.quality({"error": "no"}) < pairs.quality(good) < pairs.quality(better)
 
 
-@pytest.mark.parametrize("part", [coverage])
+@pytest.mark.parametrize("part", [coverage, pairs])
 def test_the_page_shows_the_record(part: Any) -> None:
     name = part.__name__.rpartition(".")[2]
     data = json.loads((RESULTS / f"claims-{name}.json").read_text(encoding="utf-8"))["data"]
@@ -120,3 +121,16 @@ def test_the_page_shows_the_record(part: Any) -> None:
     assert part.table(data) in page
     assert f"benchmarks/results/claims-{name}.png" in page
     assert (RESULTS / f"claims-{name}.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pairs.PEERS.is_file(), reason="no .venv-peers: make bench-peers")
+def test_the_other_trainer_begins_with_the_same_student(tmp_path: Path) -> None:
+    sizes = Sizes(200, 150, 100, 16, 32)
+    pair = "digits split by the student"
+    for model in (Model("digits", "student", sizes), Model("numbers", "teacher", sizes)):
+        make(model, tmp_path)
+    begun = pairs.begin(pairs.Start(pair, sizes), tmp_path)
+    # One step that changes nothing: what is measured afterwards is the student and the teacher as they were.
+    kept = pairs.run(pairs.Run("TRL's GOLD trainer", pair, 1e-9, 0, 1, 4, sizes), tmp_path)
+    assert begun.items() <= kept.items()
