@@ -99,7 +99,11 @@ class Way:
 
 
 ALONE, GENTLE = "skill prompts alone", "skill prompts alone, gentle"
-HALF, ACROSS = "1 prompt in 2 asks for a fact", "1 in 2, another old model"
+HALF, QUARTER, ACROSS = (
+    "1 prompt in 2 asks for a fact",
+    "1 prompt in 4 asks for a fact",
+    "1 in 2, another old model",
+)
 WAYS = (
     Way(ALONE, rates=(2e-3,)),
     Way(GENTLE, rates=(3e-4,)),
@@ -107,7 +111,7 @@ WAYS = (
     Way("skill prompts alone, adapters of rank 4", rank=4, rates=(3e-3, 1e-2)),
     Way("weights averaged, no training", kind="average", rates=(0.3, 0.4, 0.5, 0.6, 0.7)),
     Way(HALF, rehearsed=0.5),
-    Way("1 prompt in 4 asks for a fact", rehearsed=0.25),
+    Way(QUARTER, rehearsed=0.25),
     Way("1 in 2, for a quarter of the facts", rehearsed=0.5, asked=0.25),
     Way(ACROSS, rehearsed=0.5, teacher="other"),
     Way("1 in 2, half of the texts given", rehearsed=0.5, on_policy=0.5),
@@ -116,8 +120,10 @@ WAYS = (
 )
 SMALL_WAYS = (WAYS[3], WAYS[4], WAYS[8], WAYS[9], WAYS[11])
 """Ways that between them use everything."""
-SHOWN = (ALONE, GENTLE, HALF, ACROSS, "imitation: all texts given")
+SHOWN = (ALONE, GENTLE, QUARTER, ACROSS, "imitation: all texts given")
 """Ways whose curves are drawn."""
+LONGER = (QUARTER,)
+"""Ways that are also run for three times the steps."""
 
 
 @dataclass(frozen=True)
@@ -281,9 +287,15 @@ def measure(given: Given) -> dict[str, Any]:
     made = dict(zip((*seeds, TUNING_SEED), given.cells.all(make, makings), strict=True))
     other = given.cells.all(make, [Making(0, sizes, other=True)])[0]
     best = {way.name: way.rates[0] if given.small else _best_rate(way, sizes, given) for way in ways}
+    longer = replace(sizes, steps=3 * sizes.steps, every=3 * sizes.every)
     jobs = {way.name: [Job(way, best[way.name], seed, sizes) for seed in seeds] for way in ways}
+    jobs |= {
+        f"{way.name}, {longer.steps} steps": [Job(way, best[way.name], seed, longer) for seed in seeds]
+        for way in ways
+        if way.name in LONGER
+    }
     given.cells.all(run, [job for each in jobs.values() for job in each])
-    rows = [_row(way, best[way.name], given.cells.all(run, jobs[way.name])) for way in ways]
+    rows = [_row(name, each[0].rate, given.cells.all(run, each)) for name, each in jobs.items()]
     stages = {
         name: {of: over_seeds([made[seed][name][of] for seed in seeds]) for of in (SKILL, KNOWLEDGE)}
         for name in ("before", "after")
@@ -301,10 +313,10 @@ def _best_rate(way: Way, sizes: Sizes, given: Given) -> float:
     return max(zip(ends, way.rates, strict=True), key=lambda each: each[0][SKILL] + each[0][KNOWLEDGE])[1]
 
 
-def _row(way: Way, rate: float, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _row(name: str, rate: float, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ends = [result["curve"][-1] for result in results]
     found = {of: over_seeds([end[of] for end in ends]) for of in ends[0] if of != "step"}
-    return {"name": way.name, "rate": rate, **found, "curve": mean_curve([r["curve"] for r in results])}
+    return {"name": name, "rate": rate, **found, "curve": mean_curve([r["curve"] for r in results])}
 
 
 def table(data: Mapping[str, Any]) -> str:
