@@ -107,14 +107,10 @@ _KINDS: dict[str, tuple[tuple[str, float], ...]] = {
     "reverse_kl + forward_kl": ((REVERSE, 1.0), (FORWARD, 1.0)),
     "steeper of both": (("steeper_kl", 1.0),),
     "skew_reverse_kl": (("skew_reverse_kl", 1.0),),
-    "skew_kl": (("skew_kl", 1.0),),
 }
 WAYS = (
     *(Way(name, _KINDS[name]) for name in (REVERSE, FORWARD)),
-    *(
-        Way(name, terms, 0.5, FORWARD if name in (FORWARD, "skew_kl") else REVERSE)
-        for name, terms in _KINDS.items()
-    ),
+    *(Way(name, terms, 0.5, FORWARD if name == FORWARD else REVERSE) for name, terms in _KINDS.items()),
     Way("sft", (("sft", 1.0),), 0.0),
 )
 SMALL_WAYS = (WAYS[0], WAYS[6], WAYS[-1])

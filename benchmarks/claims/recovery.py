@@ -114,16 +114,13 @@ WAYS = (
     Way(QUARTER, rehearsed=0.25),
     Way("1 in 2, for a quarter of the facts", rehearsed=0.5, asked=0.25),
     Way(ACROSS, rehearsed=0.5, teacher="other"),
-    Way("1 in 2, half of the texts given", rehearsed=0.5, on_policy=0.5),
     Way("imitation: all texts given", rehearsed=0.5, on_policy=0.0, rates=(1e-3, 2e-3)),
     Way("never lost: facts and skill mixed", kind="mix", rates=(1e-3, 3e-3)),
 )
-SMALL_WAYS = (WAYS[3], WAYS[4], WAYS[8], WAYS[9], WAYS[11])
+SMALL_WAYS = (WAYS[3], WAYS[4], WAYS[8], WAYS[9], WAYS[10])
 """Ways that between them use everything."""
 SHOWN = (ALONE, GENTLE, QUARTER, ACROSS, "imitation: all texts given")
 """Ways whose curves are drawn."""
-LONGER = (QUARTER,)
-"""Ways that are also run for three times the steps."""
 
 
 @dataclass(frozen=True)
@@ -287,13 +284,7 @@ def measure(given: Given) -> dict[str, Any]:
     made = dict(zip((*seeds, TUNING_SEED), given.cells.all(make, makings), strict=True))
     other = given.cells.all(make, [Making(0, sizes, other=True)])[0]
     best = {way.name: way.rates[0] if given.small else _best_rate(way, sizes, given) for way in ways}
-    longer = replace(sizes, steps=3 * sizes.steps, every=3 * sizes.every)
     jobs = {way.name: [Job(way, best[way.name], seed, sizes) for seed in seeds] for way in ways}
-    jobs |= {
-        f"{way.name}, {longer.steps} steps": [Job(way, best[way.name], seed, longer) for seed in seeds]
-        for way in ways
-        if way.name in LONGER
-    }
     given.cells.all(run, [job for each in jobs.values() for job in each])
     rows = [_row(name, each[0].rate, given.cells.all(run, each)) for name, each in jobs.items()]
     stages = {
