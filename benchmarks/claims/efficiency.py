@@ -78,7 +78,7 @@ WAYS = {
     "opd_reward": Way(
         "on-policy distillation + 0.1 reward (groups of 8)",
         _GROUPS.replace(objectives=(Term("reverse_kl"), Term("reward", weight=0.1))),
-        (5e-4, 1e-3),
+        (2e-4, 5e-4),
     ),
     "reward": Way(
         "reward only (groups of 8)", _GROUPS.replace(objectives=(Term("reward"),)), (1e-4, 3e-4), 1.5

@@ -202,7 +202,7 @@ def compared(data: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "cpu_s": mean(at_cost(curve, "step", steps, "cpu_s") for curve in curves),
                 "steps": over_seeds([at_cost(curve, "step", steps) for curve in curves]),
                 "time": over_seeds([at_cost(curve, "cpu_s", spent) for curve in curves]),
-                "end": over_seeds([curve[-1]["accuracy"] for curve in curves]),
+                "best": over_seeds([max(p["accuracy"] for p in curve) for curve in curves]),
             }
         )
     return found
@@ -218,6 +218,7 @@ def table(data: Mapping[str, Any]) -> str:
         "CPU s",
         "right in distillation's time",
         "of CPU s",
+        "best on the way",
     )
     lines = []
     for row in compared(data):
@@ -231,10 +232,11 @@ def table(data: Mapping[str, Any]) -> str:
                 f"{row['cpu_s']:.0f}",
                 after,
                 f"{row['spent']:.0f}",
+                told(row["best"]),
             )
         )
     made = data["made"]
-    lines += [(f"*{name}*", "", f"{made[name]:.1%}", "", "", "") for name in ("teacher", "start")]
+    lines += [(f"*{name}*", "", f"{made[name]:.1%}", "", "", "", "") for name in ("teacher", "start")]
     return markdown(head, lines)
 
 
