@@ -24,7 +24,7 @@ def closest_completions(a_NE: Floats, b_NE: Floats) -> tuple[Floats, Floats]:
     c_N, inverse_d_N = _level(a_NE, b_NE), _level(b_NE, a_NE)
     p_NE = np.maximum(a_NE, _scaled(c_N, b_NE))
     q_NE = np.maximum(b_NE, _scaled(inverse_d_N, a_NE))
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):  # a product that overflows is above 1
         meet = (np.maximum(a_NE, b_NE).sum(-1) <= 1.0) | (c_N * inverse_d_N >= 1.0)
     both_NE = _common(a_NE, b_NE)
     p_NE, q_NE = (np.where(meet[:, None], both_NE, x) for x in (p_NE, q_NE))

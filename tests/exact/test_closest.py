@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -63,3 +65,14 @@ def test_nothing_known_and_all_known():
     p, q = closest_completions(given_p, np.array([[0.5, 0.0, 0.5]]))
     assert p == pytest.approx(given_p)
     assert kl(p, q)[0] == pytest.approx(0.25 * np.log(0.5) + 0.75 * (np.log(0.75) + 104))
+
+
+def test_probabilities_near_the_smallest_numbers_meet_without_a_warning() -> None:
+    a, b = np.array([[1e-300, 0.0], [0.2, 1e-308]]), np.array([[0.0, 1e-300], [1e-308, 0.2]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        p, q = closest_completions(a, b)
+    assert np.allclose(p, q)
+    assert np.allclose(p.sum(-1), 1.0)
+    assert (p >= a).all()
+    assert (p >= b).all()
