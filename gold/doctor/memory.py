@@ -30,12 +30,20 @@ from gold.models.footprint import (
 
 Quantization = Literal["nf4", "int8"]
 PHASES = ("rollout", "teacher", "loss", "backward", "update")
-KINDS = ("student", "activations", "logits", "teacher", "rollouts", "GPU")
-_KIND_OF = {"gathered for a time": "student", "CUDA context, rounding": "GPU"}
+KINDS = ("student", "activations", "logits", "teacher", "rollouts", "device")
+_KIND_OF = {
+    "gathered for a time": "student",
+    "CUDA context, rounding": "device",
+    "libraries, rounding": "device",
+}
 _CONTEXT_BYTES = 2**30
 """Of the driver and the libraries' kernels on a GPU."""
 _ROUNDING = 0.05
 """What a GPU's allocator holds and cannot use, as a share of the tensors."""
+_CPU_BYTES, _CPU_16_BIT_BYTES = 80 * 2**20, 100 * 2**20
+"""Buffers of a CPU's libraries, and what they hold more for products of 16-bit matrices; measured, by `python -m
+benchmarks memory`."""
+_CPU_ROUNDING = 0.03
 _TABLE_BYTES = 16 * 2**10
 """Byte tables of a token."""
 _BEYOND_DOUBT = 0.25
@@ -212,10 +220,13 @@ def memory_of(plan: Plan) -> Memory:
     """
     parts = [*_student(plan), *_teachers(plan), _logits(plan), *_rollouts(plan)]
     parts = [part for part in parts if part.most]
+    held = Memory(tuple(parts))
     if plan.on_gpu:
-        held = Memory(tuple(parts))
-        rounding = {phase: round(held.total(phase) * _ROUNDING) for phase in PHASES}
-        parts.append(Part("CUDA context, rounding", **{p: _CONTEXT_BYTES + rounding[p] for p in PHASES}))
+        name, constant, share = "CUDA context, rounding", _CONTEXT_BYTES, _ROUNDING
+    else:
+        name, share = "libraries, rounding", _CPU_ROUNDING
+        constant = _CPU_BYTES + (_CPU_16_BIT_BYTES if plan.student.width < 4 else 0)
+    parts.append(Part(name, **{p: constant + round(held.total(p) * share) for p in PHASES}))
     return Memory(tuple(parts))
 
 
