@@ -183,7 +183,14 @@ def prompts_of(sizes: Sizes, seed: int) -> list[Prompt]:
 
 def run(job: Job, made: Path) -> dict[str, Any]:
     """Measures over the steps of a way."""
-    OBJECTIVES.setdefault("steeper_kl", DivergenceRow("steeper_kl", steeper_kl))
+    OBJECTIVES["steeper_kl"] = DivergenceRow("steeper_kl", steeper_kl)  # for this run alone
+    try:
+        return _run(job, made)
+    finally:
+        del OBJECTIVES["steeper_kl"]
+
+
+def _run(job: Job, made: Path) -> dict[str, Any]:
     way, sizes, seed = job.way, job.sizes, job.seed
     student, teacher = load_model(made / f"start-{seed}"), load_model(made / "teacher")
     prompts = prompts_of(sizes, seed)

@@ -50,6 +50,7 @@ def test_given_texts_pass_through_the_student_once_and_cost_their_teacher_once()
     assert [round(p["cpu_s"], -2) for p in points] == [0, 200, 400, 400, 400]
 
 
+@pytest.mark.slow
 def test_texts_of_the_student_pass_through_it_twice() -> None:
     recipe = Recipe(prompts_per_step=2, num_generations=3, steps=2, max_new_tokens=1)
     points = followed(recipe, letters(), text_s=100.0)

@@ -74,6 +74,7 @@ def test_texts_are_of_every_kind_and_size() -> None:
     assert texts == texts_by_kind(1500)
 
 
+@pytest.mark.slow
 def test_pairs_run_and_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairs, "PEERS", tmp_path / "none")
     data = pairs.measure(Given(InTurn(tmp_path), 1, True))  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.claims import facts, recovery
 from benchmarks.claims.knowledge import KNOWLEDGE, SKILL, Facts, mean_curve, whole_numbers
-from gold.losses import forward_kl, reverse_kl
+from gold.losses import OBJECTIVES, forward_kl, reverse_kl
 
 ROWS = arrays.arrays("float64", (2, 5), elements=st.floats(-12, 12))
 
@@ -101,5 +101,7 @@ def test_the_small_form_of_the_facts_runs(tmp_path):
     sizes = facts.SMALL
     for seed in (None, 0):
         facts.make(facts.Making(seed, sizes), tmp_path)
+    known = set(OBJECTIVES)
     found = facts.run(facts.Job(facts.SMALL_WAYS[0], 1e-3, 0, sizes), tmp_path)
+    assert set(OBJECTIVES) == known
     assert [p["step"] for p in found["curve"]] == [0, 1, 2]

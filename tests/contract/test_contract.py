@@ -46,7 +46,9 @@ def by_form(name: str, number: str) -> list[pytest.MarkDecorator]:
     """Clauses 6 and 8b take seconds for a divergence between states; most forms have them among the slow tests."""
     kind, _, support = name.partition("/")
     quick = kind in ("reverse_kl", "forward_kl") or support.startswith("shared")
-    return [pytest.mark.slow] if kind in DIVERGENCES and number in ("6", "8b") and not quick else []
+    return (
+        [pytest.mark.slow] if kind.split()[0] in DIVERGENCES and number in ("6", "8b") and not quick else []
+    )
 
 
 @pytest.mark.parametrize(
