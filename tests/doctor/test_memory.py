@@ -234,13 +234,14 @@ def test_less_memory_for_smaller_microbatches_and_less_time_without_checkpointin
 
 def test_changes_that_make_a_run_fit() -> None:
     plan = plan_of(tokens=256)
-    peak = memory_of(plan).peak
+    peak, fixed = memory_of(plan).peak, memory_of(plan).of("libraries, rounding")
+    quarter = fixed + (peak - fixed) // 4
     assert changes_to_fit(plan, peak) == []
-    found = changes_to_fit(plan, peak // 4)
+    found = changes_to_fit(plan, quarter)
     peaks = [peak, *(change.memory.peak for change in found)]
     assert peaks == sorted(peaks, reverse=True)
     assert found[0].settings == "train.gradient_checkpointing=true"
-    assert peaks[-2] > peak // 4 >= peaks[-1]
+    assert peaks[-2] > quarter >= peaks[-1]
     never = changes_to_fit(plan, 1)
     assert never[-1].memory.peak > 1
     keys = [change.settings.partition("=")[0] for change in never]
