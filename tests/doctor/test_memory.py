@@ -250,9 +250,9 @@ def test_changes_that_make_a_run_fit() -> None:
 
 @pytest.mark.slow
 def test_sharding_is_proposed_where_there_are_gpus_and_no_quantized_weights() -> None:
-    settings = [c.settings for c in changes_to_fit(plan_of(gpus=2), 1)]
-    assert "train.sharding=fsdp" in settings
-    assert any("lora" in each for each in settings)
+    ((setting, _, sharded),) = fit._sharding(plan_of(gpus=2), 1)
+    assert setting == "train.sharding=fsdp"
+    assert [setting for setting, _, _ in fit._adapters(sharded, 1)] == ["student.lora={}"]
     assert list(fit._sharding(plan_of(gpus=2, lora=Adapters(4)), 1))
     quantized = replace(plan_of().student, quantization="nf4")
     assert not list(fit._sharding(plan_of(gpus=2, lora=Adapters(4), student=quantized), 1))
