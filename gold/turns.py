@@ -210,15 +210,16 @@ def read_turn(data: bytes, *, opened: bool = False) -> Written:
     """
     text = data.decode("utf-8", "surrogateescape")
     thinking, answer = _thinking_in(text, opened)
-    for form, reader in _FORMS.items():
-        if (found := reader(text, answer)) is not None:
-            start, calls, broken = found
-            read = tuple(
-                replace(call, name=encodable_text(call.name), arguments=_encodable(call.arguments))
-                for call in calls
-            )
-            return Written(text, thinking, answer, read, form, start, tuple(map(encodable_text, broken)))
-    return Written(text, thinking, answer)
+    # A call's arguments may hold the marks of another form: the one that begins first is meant.
+    read = {form: found for form, reader in _FORMS.items() if (found := reader(text, answer)) is not None}
+    if not read:
+        return Written(text, thinking, answer)
+    form = min(read, key=lambda form: read[form][0])
+    start, calls, broken = read[form]
+    encodable = tuple(
+        replace(call, name=encodable_text(call.name), arguments=_encodable(call.arguments)) for call in calls
+    )
+    return Written(text, thinking, answer, encodable, form, start, tuple(map(encodable_text, broken)))
 
 
 def _thinking_in(text: str, opened: bool) -> tuple[tuple[int, int] | None, int]:
@@ -290,9 +291,13 @@ def _each(text: str, ends: Sequence[int], start: int, opening: str) -> _Found | 
         return None
     calls: list[Call] = []
     broken: list[str] = []
+    after = start
     for end in ends[:_MOST_CALLS]:
+        if start + end < after:  # inside the call before
+            continue
         try:
-            calls.append(_call_at(text, start + end)[0])
+            call, after = _call_at(text, start + end)
+            calls.append(call)
         except _BrokenError as error:
             broken.append(str(error))
     return text.index(opening, start), calls, broken

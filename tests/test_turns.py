@@ -107,6 +107,14 @@ def test_several_calls_are_read_in_order_and_braces_alone_are_text() -> None:
     assert read_turn(b"{").form is None
 
 
+@pytest.mark.parametrize("mark", ["<function=g>", "[TOOL_CALLS]g[ARGS]{}", "<tool_call>"])
+@pytest.mark.parametrize("name", sorted(set(FORMS) - {"qwen3-coder"}))
+def test_marks_of_another_form_in_an_argument_are_text(name, mark) -> None:
+    found = read_turn(turn_of(name, None, "", ("f", json.dumps({"a": mark}))).encode())
+    assert (found.form, found.broken) == (FORMS[name], ())
+    assert [(call.name, dict(call.arguments)) for call in found.calls] == [("f", {"a": mark})]
+
+
 def test_thinking_that_a_template_opened_and_thinking_without_end() -> None:
     opened = read_turn(b"hm\n</think>\n\n4", opened=True)
     assert (opened.reasoning, opened.text[opened.answer :]) == ("hm", "4")
