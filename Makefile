@@ -10,6 +10,9 @@ TYPED  := gold $(wildcard benchmarks)
 
 .PHONY: setup demo docs test lint types unit slow format bench-assets bench-peers vllm
 
+# Compiled modules are kept, whatever the surroundings say: each process would compile all of them anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Modules are compiled when they are first imported: of all that is installed few are, and pip would take a minute more.
 setup: $(STAMP)
 

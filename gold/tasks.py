@@ -10,6 +10,7 @@ import importlib
 import inspect
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, cast
 
@@ -77,7 +78,10 @@ class ReasoningGym:
 
     def __init__(self, name: str, **options: Any) -> None:
         try:
-            from reasoning_gym.factory import DATASETS
+            with warnings.catch_warnings():
+                # Of a library below it, as often as Python compiles that one.
+                warnings.simplefilter("ignore", SyntaxWarning)
+                from reasoning_gym.factory import DATASETS
         except ImportError as error:
             raise ConfigError(
                 f"task {name!r} is not one of gold's own ({', '.join(OWN_TASKS)}), and those of reasoning-gym need it "

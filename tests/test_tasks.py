@@ -238,3 +238,18 @@ def test_the_demos_task_is_there_and_its_own_errors_pass():
 def test_the_module_does_not_load_reasoning_gym_by_itself():
     code = "import sys, gold.tasks\nassert not {'reasoning_gym', 'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_the_compiler_says_of_a_librarys_source_is_no_error_of_ours(monkeypatch, tmp_path):
+    """Warnings are errors to some, and a source is compiled wherever its compiled form was not kept."""
+    package = tmp_path / "reasoning_gym"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "factory.py").write_text("DATASETS = {'found': ()}\nx = 1 is 1\n")
+    for name in [n for n in sys.modules if n.split(".")[0] == "reasoning_gym"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="unknown task 'fond'; did you mean found"):
+        load_task("fond")
+    for name in ("reasoning_gym", "reasoning_gym.factory"):
+        monkeypatch.delitem(sys.modules, name)

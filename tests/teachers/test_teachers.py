@@ -538,7 +538,8 @@ def test_data_that_does_not_fit_the_teachers(tmp_path: Path) -> None:
     )
 
 
-def test_a_run_from_a_file_with_several_teachers(tmp_path: Path) -> None:
+def test_a_run_from_a_file_with_several_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gold.doctor.memory_table._SHOWN", 0)  # also of models as small as these
     tiny.save_pair(tmp_path)
     lines = [
         {"prompt": p.text, "id": p.key, "topic": name, "teacher_context": f"{p.reference} ="}
