@@ -43,7 +43,7 @@ from gold.tokenize.load import has_tokenizer
 from gold.tokenize.roles import Roles
 from gold.tokenize.templates import Rendering
 from gold.train.input_digests import of_files, of_prompts, of_tools
-from gold.train.preflight import check_lengths
+from gold.train.preflight import accelerator_of, check_lengths
 from gold.train.resume_rules import Inputs
 from gold.train.trackers import Tracker
 
@@ -187,8 +187,10 @@ def build_models(
     data: RunData,
     progress: Tracker | None,
     examined: bool = True,
+    trained: bool = False,
 ) -> tuple[LanguageModel, Teachers]:
     """Student and teachers; ``examined``: each pair and each server are examined first, from files where possible.
+    ``trained``: the student is trained next, so that models may wait to be sharded.
 
     Raises:
         ConfigError: a pair that cannot be trained, if the run is to stop then.
@@ -221,8 +223,13 @@ def build_models(
             examiners[name].examine_pair(mine, sides[name])
         if examined:
             check_longest(data.train, readers(mine, sides), config.rollout.max_new_tokens, note)
-    model = load(student, note, mine, seed)
-    loaded = {name: load(teacher, note, sides.get(name)) for name, teacher in local.items()}
+    in_shards = trained and config.train.sharding == "fsdp" and os.environ.get("WORLD_SIZE", "1") != "1"
+    if in_shards:  # the processes meet before models are loaded
+        accelerator_of(config.train.precision, pick_device(student.device))
+    model = load(student, note, mine, seed, in_shards)
+    loaded = {
+        name: load(teacher, note, sides.get(name), in_shards=in_shards) for name, teacher in local.items()
+    }
     if late:
         sides |= {name: _loaded_side("teacher", loaded[name]) for name in late if name in loaded}
         of_loaded = _loaded_side("student", model)
@@ -332,10 +339,15 @@ def check_model(model: ModelConfig) -> None:
 
 
 def load(
-    model: ModelConfig, note: Note = lambda note: None, side: Side | None = None, seed: int = 0
+    model: ModelConfig,
+    note: Note = lambda note: None,
+    side: Side | None = None,
+    seed: int = 0,
+    in_shards: bool = False,
 ) -> LanguageModel:
     """A model with its weights, and a student's new adapters, drawn with ``seed``; notes if its tokenizer differs from
-    that of its files, ``side``."""
+    that of its files, ``side``. ``in_shards``: as for ``load_model``."""
+    adapted = isinstance(model, StudentConfig) and model.lora is not None
     role = "student" if isinstance(model, StudentConfig) else "teacher"
     with doing(f"loading {role} {model.location}{_size(model)}"):
         loaded = load_model(
@@ -349,6 +361,7 @@ def load(
             roles=roles_of(model),
             trust_remote_code=model.trust_remote_code,
             template_kwargs=model.template_kwargs,
+            in_shards=in_shards and not adapted,
         )
     if side is not None:
         for difference in differences(

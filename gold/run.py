@@ -87,7 +87,7 @@ def train(
     inputs = inputs_of(config, data)
     check_output(saving, settings, inputs)
     with listening(_listener(progress)):
-        student, teachers = build_models(config, config.student, data, progress)
+        student, teachers = build_models(config, config.student, data, progress, trained=True)
     with rollout_engine(config, config.student, output / "vllm.log") as engine:
         run = distill(
             student,

@@ -35,6 +35,9 @@ class LanguageModel:
     rendering: Rendering = field(default_factory=Rendering, kw_only=True)
     saved_dtype: torch.dtype | None = field(default=None, kw_only=True)
     """The dtype of the weights that it was loaded from; None if they have none, as of a GGUF file."""
+    shards_on: torch.device | None = field(default=None, kw_only=True)
+    """The device of the weights once they are sharded. Until then the first process has them in main memory, and the
+    others have none. None for a model that every process has loaded."""
 
     @property
     def runs_own_code(self) -> bool:
@@ -50,7 +53,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        device: torch.device = next(self.lm.parameters()).device
+        device: torch.device = self.shards_on or next(self.lm.parameters()).device
         return device
 
     @property

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from gold.models.files import (
     folder_and_file,
     hub_adapter_base,
 )
+from gold.models.first_process import first_then_others, from_first
 from gold.models.language_model import LanguageModel, output_width, pad_id
 from gold.models.pretrained import (
     DTYPES,
@@ -84,6 +86,7 @@ def load_model(
     roles: Roles | None = None,
     trust_remote_code: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
+    in_shards: bool = False,
 ) -> LanguageModel:
     """A causal model and its tokenizer from a folder in Hugging Face format, a Hub id, a GGUF file, or a folder of
     adapters, with which comes the base model that it names.
@@ -97,7 +100,8 @@ def load_model(
     ``quantization``: ``nf4`` or ``int8`` holds the layers' matrices in 4 or 8 bits (``gold.models.quantization``).
     ``roles``: special tokens that replace those of the files (``wrap_model``). ``trust_remote_code``: allow code that
     comes with the model to run. ``template_kwargs``: arguments of its chat template, such as
-    ``{"enable_thinking": False}`` for Qwen3.
+    ``{"enable_thinking": False}`` for Qwen3. ``in_shards``: the model is to be sharded over the processes of a run;
+    where that can be, the first alone reads and tries its weights, in main memory (``LanguageModel.shards_on``).
 
     Raises:
         ModelError: a folder that is missing or broken, weights that cannot be read or are incomplete, a model whose
@@ -122,11 +126,15 @@ def load_model(
     tokenizer = _load_tokenizer(files, gguf_file, trust_remote_code, f"{where}: its tokenizer")
     if roles is not None:
         open_source(tokenizer, roles=roles)  # before the weights: a token of that name may not exist
-    lm = placed_model(path, gguf_file, quantization, dtype, target, options, where)
+    # Other kernels of attention need a GPU, which the model is not on when it is tried.
+    in_shards = in_shards and attn_implementation in (None, "eager", "sdpa")
+    in_shards = in_shards and base is None and gguf_file is None and quantization is None and not device_map
+    place = partial(placed_model, path, gguf_file, quantization, dtype, target, options, where, in_shards)
+    lm = first_then_others(place) if in_shards else place()
     lm = lm if base is None else load_adapters(lm, given, base, name)
-    wrapped = wrap_model(lm.eval(), tokenizer, name=name, roles=roles, template_kwargs=template_kwargs)
+    wrapped = _wrapped(lm.eval(), tokenizer, name, roles, template_kwargs, in_shards)
     saved = None if gguf_file else saved_dtype(path, trust_remote_code, where)
-    return replace(wrapped, saved_dtype=saved)
+    return replace(wrapped, saved_dtype=saved, shards_on=target if in_shards else None)
 
 
 def wrap_model(
@@ -145,6 +153,17 @@ def wrap_model(
     Raises:
         ModelError: as for ``load_model``.
     """
+    return _wrapped(lm, tokenizer, name, roles, template_kwargs)
+
+
+def _wrapped(
+    lm: Any,
+    tokenizer: Any,
+    name: str,
+    roles: Roles | None,
+    template_kwargs: Mapping[str, Any] | None,
+    in_shards: bool = False,
+) -> LanguageModel:
     check_adapters(lm, name)
     if quantization_of(lm):
         keep_gradients(lm)
@@ -164,7 +183,8 @@ def wrap_model(
             f"model {name}: its tokenizer has {vocabulary.size} ids, its output matrix {rows} rows; "
             "the tokenizer does not belong to these weights, or the embeddings were never resized"
         )
-    generates, fault = examine(lm, name, pad_id(tokenizer, vocabulary))
+    trial = partial(examine, lm, name, pad_id(tokenizer, vocabulary))
+    generates, fault = from_first(trial) if in_shards else trial()
     rendering = Rendering(dict(template_kwargs or {}))
     return LanguageModel(
         name, lm, tokenizer, vocabulary.with_markers(rows), generates, fault, rendering=rendering

@@ -16,6 +16,7 @@ from transformers.utils import logging as hf_logging
 from gold.errors import GoldError, ModelError
 from gold.hub_names import split_revision
 from gold.models.files import first_line
+from gold.models.first_process import is_first
 from gold.models.quantization import check_installed, loading_arguments, quantization_of
 
 logger = logging.getLogger(__name__)
@@ -64,15 +65,20 @@ def placed_model(
     target: torch.device,
     options: Mapping[str, Any],
     where: str,
+    in_shards: bool = False,
 ) -> Any:
-    """The transformers model on ``target``, or where its device map says."""
+    """The transformers model on ``target``, or where its device map says. ``in_shards``: until it is sharded, in main
+    memory of the first process, and without contents in the others."""
     slow = dtype == "auto" and target.type == "cpu" and not cpu_has_bf16()
+    if in_shards:
+        target = torch.device("cpu" if is_first() else "meta")
     if quantization is not None:
         lm = _load_quantized(path, quantization, "float32" if slow else dtype, target, options, where)
     else:
-        lm = _load_lm(path, gguf_file, DTYPES.get(dtype, "auto"), options, where)
+        read = options if target.type != "meta" else {**options, "device_map": "meta"}
+        lm = _load_lm(path, gguf_file, DTYPES.get(dtype, "auto"), read, where)
         if quantization_of(lm) is None:
-            if "device_map" not in options:
+            if "device_map" not in read:
                 lm.to(target)
             if slow:
                 lm.float()

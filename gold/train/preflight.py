@@ -19,7 +19,9 @@ from gold.align.vocabularies import VocabularyPair
 from gold.data import Prompt, examined, lacking_completion
 from gold.doctor.prompts import PromptReader, limits_of
 from gold.errors import CheckpointError, ConfigError, DataError
+from gold.models.first_process import from_first
 from gold.models.language_model import LanguageModel
+from gold.models.packing import allow_packing
 from gold.models.probe import check_packing
 from gold.prompt_order import PromptOrder
 from gold.rollout.engine import ProbedEngine, RolloutEngine, completed
@@ -78,7 +80,12 @@ def pack_texts(recipe: Recipe, student: LanguageModel, teachers: Teachers | None
     members = list(teachers.members.values()) if teachers else []
     if recipe.packing:
         for model in (student, *(t.model for t in members if t.model is not None)):
-            check_packing(model.lm, model.name)
+            trial = partial(check_packing, model.lm, model.name)
+            if model.shards_on is None:
+                trial()
+            else:
+                from_first(trial)
+                allow_packing(model.lm)
     for teacher in members:
         if teacher.model is not None:
             teacher.packed = recipe.packing

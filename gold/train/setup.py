@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from gold.errors import ConfigError, TeacherError
 from gold.evaluate import Verifier
 from gold.losses import DivergenceRow, Need, Objective, find
 from gold.losses.table import check_one_vocabulary
+from gold.models.first_process import from_first
 from gold.models.language_model import LanguageModel
 from gold.prompt_order import PromptOrder
 from gold.rollout.completions import Completions
@@ -192,7 +193,9 @@ class Setup:
 
 def completions_of(student: LanguageModel, folder: Path | None) -> Completions:
     """Where the completions of a student with these weights are kept."""
-    return Completions(str(of_model(student)["digests"]["weights"]), folder)
+    digests = partial(of_model, student)
+    found = digests() if student.shards_on is None else from_first(digests)
+    return Completions(str(found["digests"]["weights"]), folder)
 
 
 def first_places(order: PromptOrder, recipe: Recipe) -> dict[int, tuple[int, int]]:

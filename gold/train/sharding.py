@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gold.models.adapters import adapter_parameters
 from gold.models.hidden_states import StatesModule, decoder_layers, lazy_logits
-from gold.models.language_model import backbone
+from gold.models.language_model import LanguageModel, backbone
 from gold.models.padding import PaddedStates
+from gold.train.arriving import arriving
 from gold.train.recipe import Recipe
 
 
@@ -52,15 +53,17 @@ class Sharding:
         self.frozen: list[Any] = []
         self._in_lockstep = self._is_whole = False
 
-    def shard_student(self, module: StatesModule) -> None:
-        """Shards the student inside ``module``, whose forward pass it must be used through from now on."""
+    def shard_student(self, module: StatesModule, *, arrives: bool = False) -> None:
+        """Shards the student inside ``module``, whose forward pass it must be used through from now on.
+        ``arrives``: its weights are in the first process alone."""
         narrow = any(p.dtype.itemsize < 4 for p in module.parameters()) or self.dtype is not None
         # Gradients of 16 bits are added up in float32.
         policy = MixedPrecisionPolicy(self.dtype, torch.float32 if narrow else None)
         whole: set[nn.Parameter] = adapter_parameters(module.lm)
-        for layer in decoder_layers(module.lm):
-            fully_shard(layer, mesh=self.mesh, mp_policy=policy, ignored_params=whole)
-        fully_shard(module, mesh=self.mesh, mp_policy=policy, ignored_params=whole)
+        with self._arriving(module, arrives):
+            for layer in decoder_layers(module.lm):
+                fully_shard(layer, mesh=self.mesh, mp_policy=policy, ignored_params=whole)
+            fully_shard(module, mesh=self.mesh, mp_policy=policy, ignored_params=whole)
         self.module = module
         # What is gathered ahead in a backward pass is stated here. By default it follows from all passes since the last
         # one, those of ``whole`` included, which are different ones in each process.
@@ -76,19 +79,28 @@ class Sharding:
         self.reshard()
         self.weights = WholeWeights(self, module.lm.state_dict())
 
-    def shard_frozen(self, lm: Any) -> None:
+    def _arriving(self, module: nn.Module, arrives: bool) -> contextlib.AbstractContextManager[None]:
+        group = self.mesh.get_group()
+        return arriving(module, self.device, group) if arrives else contextlib.nullcontext()
+
+    def shard_frozen(self, model: LanguageModel) -> None:
         """Shards the layers of a model that is not trained; one that is on another device, has no marked layers, or is
         quantised, stays whole."""
+        lm = model.lm
+        if lm in self.frozen:
+            return
         weights = list(lm.parameters())
         layers = decoder_layers(lm)
-        elsewhere = any(p.device != self.device or not p.is_floating_point() for p in weights)
-        if lm in self.frozen or elsewhere or not layers:
-            return
+        arrives = model.shards_on is not None
+        elsewhere = any(p.device != self.device or not p.is_floating_point() for p in weights) and not arrives
         inside = {p for layer in layers for p in layer.parameters()} - adapter_parameters(lm)
-        for layer in layers:
-            fully_shard(layer, mesh=self.mesh, ignored_params=set(weights) - inside)
         body: nn.Module = backbone(lm)
-        fully_shard(body, mesh=self.mesh, ignored_params={p for p in weights if p not in inside})
+        with self._arriving(lm, arrives):
+            if elsewhere or not layers:
+                return
+            for layer in layers:
+                fully_shard(layer, mesh=self.mesh, ignored_params=set(weights) - inside)
+            fully_shard(body, mesh=self.mesh, ignored_params={p for p in weights if p not in inside})
         body.register_forward_pre_hook(partial(self.await_turn, len(self.frozen)), prepend=True)
         self.frozen.append(lm)
 

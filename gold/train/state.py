@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -110,10 +111,12 @@ class TrainState:
             raise ConfigError(
                 "train.sharding: quantized weights are not sharded: set it to none, or take a student without them"
             )
-        frozen = [self.reference, *(t.model.lm for t in self.teachers.values() if t.model is not None)]
-        for lm in filter(None, frozen):
-            sharding.shard_frozen(lm)
-        sharding.shard_student(module)
+        frozen = [t.model for t in self.teachers.values() if t.model is not None]
+        if self.reference is not None:
+            frozen.append(replace(self.student, lm=self.reference))
+        for model in frozen:
+            sharding.shard_frozen(model)
+        sharding.shard_student(module, arrives=self.student.shards_on is not None)
 
     # one step
 

@@ -224,3 +224,17 @@ def both(one: Callable[[], None], other: Callable[[], None]) -> None:
     """Calls both."""
     one()
     other()
+
+
+def expect_no_weights() -> None:
+    """From now on a run of this process fails unless its models have no contents when it begins."""
+    import gold.run
+
+    real = gold.run.distill
+
+    def distilled(student: Any, teachers: Any, *arguments: Any, **options: Any) -> Any:
+        models = [student, *(t.model for t in teachers.members.values())]
+        assert {p.device.type for model in models for p in model.lm.parameters()} == {"meta"}
+        return real(student, teachers, *arguments, **options)
+
+    gold.run.distill = distilled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,18 @@ from typing import Any
 import pytest
 import support.tiny_models as tiny
 import torch
-from safetensors.torch import load_file
-from support.processes import Command, both, fail_at, launch, lines, read_weights, signal_at, spoil_step
+from safetensors.torch import load_file, save_file
+from support.processes import (
+    Command,
+    both,
+    expect_no_weights,
+    fail_at,
+    launch,
+    lines,
+    read_weights,
+    signal_at,
+    spoil_step,
+)
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
@@ -129,10 +140,11 @@ def train(pair: Path, run: Path, count: int, *arguments: str, before: Any = None
 
 
 def test_two_processes_then_three_take_the_steps_of_one(pair: Path, alone: Path, tmp_path: Path) -> None:
-    """One of two processes has an engine that reads the weights, and gets a signal; three go on, and the loss of one of
-    them is once NaN."""
+    """One of two processes has an engine that reads the weights, loads none, and gets a signal; three go on, and the
+    loss of one of them is once NaN."""
     run = tmp_path / "run"
-    stopping = partial(both, read_weights, partial(signal_at, "gold.train.step:update", 3, signal.SIGINT))
+    reading = partial(both, expect_no_weights, read_weights)
+    stopping = partial(both, reading, partial(signal_at, "gold.train.step:update", 3, signal.SIGINT))
     assert "interrupted after step 3; its checkpoint is kept" in train(
         pair, run, 2, before=stopping, code=130
     )
@@ -185,6 +197,21 @@ def test_adapters_are_whole_in_three_processes_on_weights_in_shards(pair: Path, 
     assert_equal(run, one)
     mine, theirs = (load_file(r / "adapter" / "adapter_model.safetensors") for r in (run, one))
     assert max(float((mine[name] - theirs[name]).abs().max()) for name in theirs) < 1e-6
+
+
+def test_an_error_in_the_weights_which_the_first_process_reads_ends_all(pair: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(pair / "student", broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    run = tmp_path / "run"
+    processes = launch(
+        tmp_path / "both",
+        *("train", pair / "run.yaml", f"output={run}", "train.sharding=fsdp", f"student.path={broken}"),
+    )
+    assert [process.wait(300) for process in processes] == [1, 1]
+    assert all("its logits are NaN or infinite" in process.err for process in processes)
 
 
 def shards_in(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
