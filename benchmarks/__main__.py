@@ -14,6 +14,7 @@ BENCHMARKS = {
     "step": ("benchmarks.step", "one whole on-policy step by phase, beside TRL's GOLD trainer"),
     "architectures": ("benchmarks.architectures", "which kinds of layers train and generate, on tiny models"),
     "memory": ("benchmarks.memory", "the doctor's estimate of memory, beside measured peaks"),
+    "long": ("benchmarks.long", "seconds and memory of completions of thousands of tokens"),
     "shapes": ("benchmarks.shapes", "the doctor's memory tables of the configurations for GPUs"),
     "padding": ("benchmarks.padding", "time, memory and share of padding of microbatches of ragged texts"),
     "gpu": ("benchmarks.gpu", "on a GPU: its tests, loss and step, in one call of nine minutes"),

@@ -145,6 +145,15 @@ class Plan:
         return self.gpus if self.sharded else 1
 
     @property
+    def read_first(self) -> int:
+        """Bytes of the models that the first process reads into its main memory to share them out: none that every
+        process reads."""
+        if not self.sharded:
+            return 0
+        models = self.teachers if self.lora is not None else (self.student, *self.teachers)
+        return sum(model.weight_bytes() for model in models if model.quantization is None)
+
+    @property
     def own_sequences(self) -> int:
         """Sequences of a step in one process."""
         return -(-self.step_sequences // self.gpus)

@@ -117,6 +117,8 @@ def memory_lines(report: MemoryReport) -> Iterator[str]:
     yield ""
     verdict = "it fits" if report.fits else "it does not fit"
     yield f"{_gib(memory.peak)} of {_gib(hardware.memory)}: {verdict}"
+    if plan.read_first:
+        yield f"{_gib(plan.read_first)} of main memory for the first process, which reads the models for all"
     if report.changes:
         yield ""
         yield "Changes in the order in which to make them, and the memory that is then needed"
@@ -159,6 +161,7 @@ def memory_json(report: MemoryReport) -> dict[str, Any]:
         "available": hardware.memory,
         "peak": report.memory.peak,
         "phase": report.memory.phase,
+        "main_memory_of_first": report.plan.read_first,
         "fits": report.fits,
         "parts": [asdict(part) for part in report.memory.parts],
         "changes": [{"settings": c.settings, "cost": c.cost, "peak": c.memory.peak} for c in report.changes],

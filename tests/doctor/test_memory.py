@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gold.doctor import fit
 from gold.doctor.fit import changes_to_fit
 from gold.doctor.memory import KINDS as KINDS_OF_PARTS
 from gold.doctor.memory import PHASES, Model, Plan, fits, memory_of
+from gold.doctor.memory_table import Hardware, examine_memory, memory_json, memory_lines
 from gold.doctor.step_time import work_of
 from gold.errors import ModelError
 from gold.models import footprint
@@ -200,6 +202,17 @@ def test_shards_share_weights_gradients_and_moments() -> None:
     assert shared.of("gathered for a time") > 0
     step = memory_of(plan_of(gpus=4, sharding="fsdp", gradient_sync="step"))
     assert step.of("gathered for a time") >= shared.of("gathered for a time")
+
+
+def test_the_first_process_reads_what_all_of_them_shard() -> None:
+    sharded = partial(plan_of, gpus=4, sharding="fsdp")
+    student, teacher = (model.weight_bytes() for model in (sharded().student, sharded().teachers[0]))
+    assert sharded().read_first == student + teacher
+    assert sharded(lora=Adapters(4)).read_first == teacher
+    assert plan_of(gpus=4).read_first == sharded(gpus=1).read_first == 0
+    report = examine_memory(sharded(), Hardware(gpus=4, memory=2**30, on_gpu=True))
+    assert memory_json(report)["main_memory_of_first"] == student + teacher
+    assert any("main memory for the first process" in line for line in memory_lines(report))
 
 
 def test_shards_of_frozen_weights_and_whole_adapters() -> None:

@@ -221,6 +221,7 @@ WITHIN = {
 """Parts of kernels of rows that are seen in these."""
 
 
+@pytest.mark.slow  # each is compiled by itself; the kernels of rows, in which they are compiled too, are seen always
 @pytest.mark.parametrize("function", CASES, ids=lambda f: f.py_func.__name__)
 def test_a_function_of_arrays(function: CPUDispatcher) -> None:
     for real in (np.float32, np.float64):
