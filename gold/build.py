@@ -199,18 +199,13 @@ def build_models(
     named, note, seed = config.named_teachers, note_to(progress), config.train.seed
     examiners = {name: examiner_of(config, data, name, note) for name in named if examined}
     local = {name: t for name, t in named.items() if t.kind == "local"}
-    members: dict[str, Teacher] = {}
-    servers: dict[str, ServedTeacher] = {}
-    sides: dict[str, Side] = {}  # those that can be read from files
-    for name, teacher in named.items():
-        if teacher.kind == "served":
-            servers[name], sides[name] = served_teacher(teacher), teacher_side(teacher)
-            members[name] = with_cache(teacher, servers[name], note)
-            if examined:
-                members[name].check_before_asking(partial(examiners[name].examine_server, servers[name]))
-        elif teacher.kind == "cache":
-            sides[name] = teacher_side(teacher)
-            members[name] = with_cache(teacher, absent_teacher(teacher), note)
+    servers = {name: served_teacher(t) for name, t in named.items() if t.kind == "served"}
+    members: dict[str, Teacher] = {n: with_cache(named[n], server, note) for n, server in servers.items()}
+    for name, server in servers.items() if examined else ():
+        members[name].check_before_asking(partial(examiners[name].examine_server, server))
+    absent = {name: absent_teacher(t) for name, t in named.items() if t.kind == "cache"}
+    members |= {name: with_cache(named[name], teacher, note) for name, teacher in absent.items()}
+    sides: dict[str, Side] = {n: teacher_side(named[n]) for n in members}  # those that can be read from files
     for here in (student, *local.values()):
         check_model(here)
     mine = file_side("student", student)
@@ -223,13 +218,9 @@ def build_models(
             examiners[name].examine_pair(mine, sides[name])
         if examined:
             check_longest(data.train, readers(mine, sides), config.rollout.max_new_tokens, note)
-    in_shards = trained and config.train.sharding == "fsdp" and os.environ.get("WORLD_SIZE", "1") != "1"
-    if in_shards:  # the processes meet before models are loaded
-        accelerator_of(config.train.precision, pick_device(student.device))
+    in_shards = trained and _meet_to_shard(config, student)
     model = load(student, note, mine, seed, in_shards)
-    loaded = {
-        name: load(teacher, note, sides.get(name), in_shards=in_shards) for name, teacher in local.items()
-    }
+    loaded = {n: load(t, note, sides.get(n), in_shards=in_shards) for n, t in local.items()}
     if late:
         sides |= {name: _loaded_side("teacher", loaded[name]) for name in late if name in loaded}
         of_loaded = _loaded_side("student", model)
@@ -248,6 +239,14 @@ def build_models(
             members[name] = SelfTeacher(origin, teacher.decay if teacher.self == "ema" else 1.0)
     weights = {name: t.weight for name, t in config.teachers.items()} if config.mix else None
     return model, Teachers({name: members[name] for name in named}, config.mix, weights)
+
+
+def _meet_to_shard(config: Config, student: StudentConfig) -> bool:
+    """Whether the models of a run are to be sharded over its processes; then these meet, before models are loaded."""
+    if config.train.sharding != "fsdp" or os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    accelerator_of(config.train.precision, pick_device(student.device))
+    return True
 
 
 def examiner_of(config: Config, data: RunData, name: str, note: Note) -> Examiner:

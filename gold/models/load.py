@@ -45,13 +45,14 @@ from gold.models.files import (
 from gold.models.first_process import first_then_others, from_first
 from gold.models.language_model import LanguageModel, output_width, pad_id
 from gold.models.pretrained import (
-    DTYPES,
     as_model_error,
+    check_dtype,
     loading_options,
     no_progress_bars,
     pick_device,
     placed_model,
     repository,
+    runs_on_cpu,
     saved_dtype,
 )
 from gold.models.probe import examine
@@ -118,17 +119,15 @@ def load_model(
     where = f"model {path}" + (f" (file {gguf_file})" if gguf_file else "")
     target = pick_device(device)
     options = loading_options(trust_remote_code, attn_implementation, device_map)
-    if dtype not in DTYPES and dtype != "auto":
-        raise ModelError(f"{where}: unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
+    check_dtype(dtype, where)
     if not trust_remote_code:
         check_own_code(path)
     files = path if base is None or not has_tokenizer(given) else given
     tokenizer = _load_tokenizer(files, gguf_file, trust_remote_code, f"{where}: its tokenizer")
     if roles is not None:
         open_source(tokenizer, roles=roles)  # before the weights: a token of that name may not exist
-    # Other kernels of attention need a GPU, which the model is not on when it is tried.
-    in_shards = in_shards and attn_implementation in (None, "eager", "sdpa")
-    in_shards = in_shards and base is None and gguf_file is None and quantization is None and not device_map
+    in_shards = in_shards and runs_on_cpu(attn_implementation)
+    in_shards = in_shards and not (base or gguf_file or quantization or device_map)
     place = partial(placed_model, path, gguf_file, quantization, dtype, target, options, where, in_shards)
     lm = first_then_others(place) if in_shards else place()
     lm = lm if base is None else load_adapters(lm, given, base, name)

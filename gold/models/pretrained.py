@@ -119,6 +119,21 @@ def check_attention(name: str | None, trust_remote_code: bool) -> None:
         )
 
 
+def runs_on_cpu(attn_implementation: str | None) -> bool:
+    """Whether a model can be tried on a CPU: other kernels of attention than torch's need a GPU."""
+    return attn_implementation in (None, "eager", "sdpa")
+
+
+def check_dtype(dtype: str, where: str) -> None:
+    """Checks the name of a dtype.
+
+    Raises:
+        ModelError: an unknown one.
+    """
+    if dtype not in DTYPES and dtype != "auto":
+        raise ModelError(f"{where}: unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
+
+
 def _check_spread(lm: Any, where: str) -> None:
     """Checks that all weights of a model with a device map are in memory that is computed in."""
     places = {str(device) for device in getattr(lm, "hf_device_map", {}).values()}
