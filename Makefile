@@ -29,7 +29,9 @@ demo: setup
 docs: setup
 	$(BIN)/python dev/site.py
 
-test: lint types unit
+# Types are checked while tests run: the checker has one process, and tests wait for others at times.
+test: setup
+	@$(MAKE) --no-print-directory --jobs=3 lint types unit
 
 lint: setup
 	$(BIN)/ruff check
