@@ -22,6 +22,7 @@ PARTS = {
     "recovery": "a lost skill comes back from the old self, and new knowledge stays",
     "facts": "which divergence moves skills, and which facts",
     "pairs": "ways to compare two tokenizers, on tiny pairs and a real one",
+    "branches": "training on exact next-byte tables, beside the bucket",
     "coverage": "how much of a text two tokenizers cut alike",
 }
 """The parts, and what each shows; a part is the module of its name in this package."""

@@ -151,18 +151,25 @@ class BytePlan:
         cls,
         vocabulary: VocabularyBytes,
         trie: ByteTrie,
-        text: TextTokens,
-        stopped: bool,
+        texts: Sequence[TextTokens],
+        stopped: Sequence[bool],
+        text: Int64,
         begins: Int64,
     ) -> BytePlan:
-        """The plan of other states that have read the beginning of one text, ``begins`` bytes each, by other tokens
-        than its own; they have no target, and skip none."""
-        limit = _limit(text, behind_space(vocabulary, text)[0], begins)
-        last = np.full(begins.size, len(text.data) if stopped else len(text.data) - 1)
-        starts = _starts([len(text.data) + 1])
-        data = np.frombuffer(text.data + b"\0", np.uint8)
-        nowhere, root = np.full(begins.size, -1), np.zeros(begins.size, np.int64)
-        return cls._of(trie, data, starts, starts[:1], nowhere, begins, nowhere - 1, root, limit, last)
+        """The plan of other states that have read the beginning of one of the texts, ``begins`` bytes each of that with
+        the number ``text``, by other tokens than its own; they have no target, and skip none."""
+        lengths = np.array([len(t.data) for t in texts], np.int64)
+        starts = _starts(lengths + 1)
+        limit = np.empty_like(begins)
+        for number, each in enumerate(texts):
+            of = text == number
+            if of.any():
+                limit[of] = _limit(each, behind_space(vocabulary, each)[0], begins[of])
+        last = lengths[text] - ~np.asarray(stopped, np.bool_)[text]
+        data = np.frombuffer(b"".join(t.data + b"\0" for t in texts), np.uint8)
+        first, nowhere = starts[text], np.full(begins.size, -1)
+        walk = first + begins, nowhere - 1, np.zeros(begins.size, np.int64), first + limit, first + last
+        return cls._of(trie, data, starts, np.zeros(lengths.size, np.int64), nowhere, *walk)
 
     @classmethod
     def _of(

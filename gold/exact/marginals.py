@@ -215,7 +215,8 @@ class _Tree:
 
     def add_branches(self, parents: Ints, tokens: Ints, begins: Ints, rows: LazyLogits) -> None:
         """The states behind the tokens that were chosen."""
-        plan = BytePlan.off_path(self.vocabulary, self.trie.trie, self.text, self.stopped, begins)
+        of = self.vocabulary, self.trie.trie, [self.text], [self.stopped]
+        plan = BytePlan.off_path(*of, np.zeros(begins.size, np.int64), begins)
         found = _Found.of(rows, ByteLayout.of(self.trie, plan, rows.device))
         first, weights = self.branches, np.full(begins.size, -np.inf)
         given = self._followed_mass.size
@@ -279,22 +280,29 @@ class _Found:
 
     @classmethod
     def of(cls, rows: LazyLogits, layout: ByteLayout) -> _Found:
-        visits, trie = layout.visits, layout.trie.trie
-        own = trie.own[visits.node].astype(np.int64)
-        visit = np.repeat(np.arange(own.size), own)
-        nth = np.arange(visit.size) - np.repeat(np.cumsum(own) - own, own)
-        token = trie.order[trie.low[visits.node[visit]] + nth].astype(np.int64)
-        target = layout.target.cpu().numpy()
-        other = ~(visits.skips_target[visit] & (token == target[visits.row[visit]]))
-        visit, token = visit[other], token[other]
+        visits = layout.visits
+        visit, token = ending_tokens(layout)
         row = visits.row[visit]
         mass, of_target, logp, tail = _measured(rows, layout, row, token)
         # The first mass of a visit holds the tokens that end there, and where a row begins what is no text too.
         first = visits.mass_ptr[:-1]
-        listed = _logsumexp_at(logp, visit, own.size)
-        outside = np.where(own == 0, mass[first], _without(mass[first], listed))
+        listed = _logsumexp_at(logp, visit, first.size)
+        none = layout.trie.trie.own[visits.node] == 0
+        outside = np.where(none, mass[first], _without(mass[first], listed))
         mass[first] = np.where(visits.starts, outside, -np.inf)
         return cls(mass, of_target, tail, row, token, visits.position[visit], logp)
+
+
+def ending_tokens(layout: ByteLayout) -> tuple[Ints, Ints]:
+    """All tokens that end on the texts of a layout, off the rows' own: the visit at which each ends, and its id."""
+    visits, trie = layout.visits, layout.trie.trie
+    own = trie.own[visits.node].astype(np.int64)
+    visit = np.repeat(np.arange(own.size), own)
+    nth = np.arange(visit.size) - np.repeat(np.cumsum(own) - own, own)
+    token = trie.order[trie.low[visits.node[visit]] + nth].astype(np.int64)
+    target = layout.target.cpu().numpy()
+    other = ~(visits.skips_target[visit] & (token == target[visits.row[visit]]))
+    return visit[other], token[other]
 
 
 def _measured(

@@ -144,7 +144,7 @@ def token_credit(inputs: LossInputs, event: Tensor, horizon: Horizon) -> tuple[C
     covered = batch.spans[0] if horizon == "span" else batch.row_text
     covered = torch.where(batch.sampled_row_mask, covered, -1)
     reward = torch.where(batch.observed_rows & (covered >= 0), gained - event, 0.0)
-    advantage = _reward_to_go(reward, covered)
+    advantage = reward_to_go(reward, covered)
     if horizon == "conversation" and inputs.later is not None:
         advantage = advantage + torch.where(covered >= 0, inputs.later.to(advantage)[batch.row_text], 0.0)
     credit = Credit(advantage, reward, covered)
@@ -230,7 +230,7 @@ def policy_loss(
     return -(advantage[inside] * mine.event[inside]).sum()
 
 
-def _reward_to_go(reward: Tensor, group: Tensor) -> Tensor:
+def reward_to_go(reward: Tensor, group: Tensor) -> Tensor:
     """``out[i] = Σ_{j ≥ i} reward[j]`` over the rows of one group, which are consecutive."""
     if not reward.numel():
         return reward

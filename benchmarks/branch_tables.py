@@ -1,0 +1,176 @@
+"""Byte tables with branches, differentiable and for a batch of texts: what training on exact tables would take.
+
+A table as in `gold.kernels.tables`, to which the states behind tokens off the path are added, as `gold.exact.marginals`
+does for evaluations. Every branch is read anew, with all that is before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gold.bytes.events import EVENTS, UNRESOLVED_EVENT
+from gold.bytes.plan import BytePlan
+from gold.exact.marginals import MOST_STATES, ending_tokens
+from gold.kernels.backends import segment_logsumexp
+from gold.kernels.layout import ByteLayout
+from gold.kernels.logits import GivenLogits, LazyLogits
+from gold.kernels.reference import row_logsumexp
+from gold.kernels.tables import row_masses
+from gold.models.hidden_states import lazy_logits
+from gold.models.language_model import LanguageModel
+from gold.models.padding import PaddedStates, batches_by_length
+from gold.tokenize.vocabulary import TokenizedText, Vocabulary
+
+Ints = NDArray[np.int64]
+Behind = Callable[[Ints, Sequence[list[int]]], Tensor]
+"""For some texts by number, and some tokens of each, the logits of the state behind them, [N, V]."""
+PASS_TOKENS = 8192
+"""Padded tokens of one pass through a model."""
+SMALLEST = 1e-30
+
+
+@dataclass(frozen=True)
+class SideTexts:
+    """The texts of a batch in one side's tokens, which of them stopped, and the layout of their own rows."""
+
+    vocabulary: Vocabulary
+    layout: ByteLayout
+    texts: Sequence[TokenizedText]
+    stopped: Sequence[bool]
+
+    def behind_plan(self, text: Ints, begins: Ints) -> ByteLayout:
+        """The layout of branches of the texts with these numbers, which have read so many bytes."""
+        trie = self.layout.trie
+        plan = BytePlan.off_path(self.vocabulary, trie.trie, self.texts, self.stopped, text, begins)
+        return ByteLayout.of(trie, plan, self.layout.device)
+
+
+@dataclass(frozen=True)
+class BranchTable:
+    """``logp`` of every byte event at every position, [positions, 258], as in ``gold.kernels.tables.byte_table``; which
+    events some state names, ``resolved``; and the number of ``branches``."""
+
+    logp: Tensor
+    resolved: Tensor
+    branches: int
+
+
+def branch_table(side: SideTexts, rows: LazyLogits, behind: Behind, least: float | None) -> BranchTable:
+    """The table of a batch with every branch that has at least the share ``least`` of the probability of its text up to
+    its end, as far as the text's own states give it; None: no branches. It has gradients where ``rows`` and ``behind``
+    have them.
+
+    What is not followed is the unresolved event, and so are outcomes that are no text.
+    """
+    tree = _Tree(side, rows)
+    while least is not None and tree.grow(least, behind):
+        pass
+    return tree.table()
+
+
+class _Tree:
+    """All states of a batch so far: the texts' own, then branches. Each has a log-weight, the number of its text, the
+    tokens that it has read and the bytes of these; the last ones, from ``first`` on, have not been followed yet."""
+
+    def __init__(self, side: SideTexts, rows: LazyLogits) -> None:
+        self.side, self.own, self.first = side, len(rows), 0
+        self.layout, self.logits = side.layout, rows.logits()
+        mass, target, _, _ = row_masses(rows, side.layout, keep=True)
+        step = target.double().clamp(min=-1e4)
+        self.weight = torch.cumsum(step, 0) - step
+        # As in ``joint_table``: relative to the last of the text's own states at each position.
+        self.scale = torch.cat((self.weight, self.weight.new_zeros(1)))[side.layout.position_row]
+        self.text, self.begins, self.ids = _own_states(side)
+        self.cells, self.values = [self.layout.mass_cell], [mass + self.weight[self.layout.mass_row]]
+        self.resolved = self.layout.resolved.clone()
+        self.total = row_logsumexp(self._joint().detach()) + self.scale.detach()
+        self.followed_at, self.followed = list[Tensor](), list[Tensor]()
+
+    def grow(self, least: float, behind: Behind) -> bool:
+        """Follows the tokens that end on a text behind the last states; whether there were any."""
+        visit, token = ending_tokens(self.layout)
+        row, end = (torch.from_numpy(x[visit]) for x in (self.layout.visits.row, self.layout.visits.position))
+        logp = torch.log_softmax(self.logits.double(), -1)[row, torch.from_numpy(token)]
+        weight = logp + self.weight[self.first + row]
+        share = (weight.detach() - self.total[end]).cpu().numpy()
+        room = MOST_STATES * (self.own + 1) - (len(self.ids) - self.own)
+        chosen = np.argsort(-share, kind="stable")[: max(0, min(room, int((share >= np.log(least)).sum())))]
+        if not chosen.size:
+            return False
+        at = torch.from_numpy(np.sort(chosen))
+        parents = (self.first + row[at]).tolist()
+        self.followed_at.append(end[at])
+        self.followed.append(weight[at])
+        self.first = len(self.ids)
+        text = self.text[parents]
+        starts = np.concatenate(([0], np.cumsum([len(t.data) + 1 for t in self.side.texts])))
+        begins = end[at].numpy() - starts[text]
+        self.weight = torch.cat((self.weight, weight[at]))
+        self.text, self.begins = np.append(self.text, text), np.append(self.begins, begins)
+        self.ids += [[*self.ids[p], int(v)] for p, v in zip(parents, token[at.numpy()], strict=True)]
+        self.logits = behind(text, self.ids[self.first :])
+        self.layout = self.side.behind_plan(text, begins)
+        mass = row_masses(GivenLogits(self.logits), self.layout, keep=True)[0]
+        self.cells.append(self.layout.mass_cell)
+        self.values.append(mass + weight[at][self.layout.mass_row])
+        self.resolved |= self.layout.resolved
+        return True
+
+    def _joint(self) -> Tensor:
+        """The log-mass of every event at every position, relative to ``scale``; followed tokens count as unresolved,
+        and again behind them."""
+        cells = torch.cat(self.cells)
+        values = torch.cat(self.values) - self.scale[cells // EVENTS]
+        return segment_logsumexp(values, cells, self.side.layout.positions * EVENTS).view(-1, EVENTS)
+
+    def table(self) -> BranchTable:
+        """See ``branch_table``."""
+        joint = self._joint()
+        top = row_logsumexp(joint).detach()
+        rest = (joint[:, UNRESOLVED_EVENT] - top).exp()
+        if self.followed:
+            at = torch.cat(self.followed_at)
+            gone = (torch.cat(self.followed) - self.scale[at] - top[at]).exp()
+            rest = (rest - torch.zeros_like(rest).index_add(0, at, gone)).clamp(min=0.0)
+        named = joint[:, :UNRESOLVED_EVENT] - top[:, None]
+        rest = torch.where(rest > SMALLEST, rest.clamp(min=SMALLEST).log(), -torch.inf)
+        whole = torch.cat((named, rest[:, None]), dim=1)
+        return BranchTable(whole - row_logsumexp(whole)[:, None], self.resolved, len(self.ids) - self.own)
+
+
+def _own_states(side: SideTexts) -> tuple[Ints, Ints, list[list[int]]]:
+    """The text, the bytes read, and the tokens read of each of the texts' own states."""
+    text, begins, ids = list[int](), list[int](), list[list[int]]()
+    for number, (each, stopped) in enumerate(zip(side.texts, side.stopped, strict=True)):
+        own = each.ids.tolist()
+        rows = len(own) + bool(stopped)
+        text += [number] * rows
+        begins += [0, *each.ends.tolist()][:rows]
+        ids += [own[:k] for k in range(rows)]
+    return np.array(text, np.int64), np.array(begins, np.int64), ids
+
+
+def reading(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Behind:
+    """The states of a model behind the prompts of some texts, with gradient where that is enabled."""
+
+    def behind(text: Ints, ids: Sequence[list[int]]) -> Tensor:
+        lengths = [len(prompts[t]) + len(own) for t, own in zip(text.tolist(), ids, strict=True)]
+        parts: list[Tensor] = []
+        order: list[int] = []
+        for chosen in batches_by_length(lengths, PASS_TOKENS):
+            completions = [np.array(ids[i], np.int64) for i in chosen]
+            rows = [c.size + 1 for c in completions]
+            before = [prompts[int(text[i])] for i in chosen]
+            states = PaddedStates.of(before, completions, rows, model.pad_id, model.device)
+            last = torch.from_numpy(np.cumsum(rows) - 1).to(model.device)
+            parts.append(lazy_logits(model.lm, states).select(last).logits())
+            order += chosen
+        return torch.cat(parts)[torch.from_numpy(np.argsort(order))]
+
+    return behind
