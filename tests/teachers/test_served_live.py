@@ -34,7 +34,9 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON.exists(), reason=f"no {PYTHON}: make vllm"),
 ]
 NAME, STARTS_IN_S = "words", 600.0
-PROMPT = Prompt("one", text=" 12 +7 +30 =")
+BLOCK = 32
+"""Tokens of a block of vLLM's prefix cache."""
+PROMPT = Prompt("one", text=" 12" + " +7" * 40 + " =")
 TEXTS = " 19 49", " 19 4 9", " 123 -5"
 
 
@@ -53,6 +55,7 @@ def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
         port = int(free.getsockname()[1])
     words = ["--model", str(folder), "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
     words += ["--max-model-len", "128", "--dtype", "float32", "--enforce-eager", "--max-logprobs", "200"]
+    words += ["--block-size", str(BLOCK)]
     environment = {**os.environ, "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     log = tmp_path_factory.mktemp("log") / "vllm.log"
@@ -75,6 +78,13 @@ def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
             process.wait(30)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def cached(url: str) -> float:
+    """Tokens that the server has found in its prefix cache so far."""
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(x.split()[-1]) for x in lines if x.startswith("vllm:prefix_cache_hits_total"))
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -106,11 +116,14 @@ def test_branches_behind_a_cached_prefix_are_those_of_the_model_itself(
     there = ServedTeacher(folder, url=url, model=NAME, top_k=local.vocabulary.size)
     here = LocalTeacher(local)
     for text in TEXTS:
+        before = cached(url)
         mine, told = found(here, text), found(there, text)
         assert told.branches == mine.branches > 3
+        assert cached(url) >= before + told.branches * BLOCK
         for name in ("named", "open"):
             np.testing.assert_allclose(np.exp(getattr(told, name)), np.exp(getattr(mine, name)), atol=1e-5)
     assert there.retries == 0
+    assert there._follows  # what is next behind a branch was told by a request of one new token
 
 
 def test_what_the_server_does_not_tell_is_unresolved(folder: Path, url: str, local: LanguageModel) -> None:
