@@ -138,7 +138,8 @@ class Written:
         ``thinking`` false: thinking stays text.
         """
         start = self.answer if thinking or self.thinking is None else 0
-        content = _shown(self.text[start : self.calls_start])
+        # A call that cannot be read is text: left out, a teacher would read an answer to a turn that says nothing.
+        content = _shown(self.text[start : self.calls_start if self.calls else None])
         message: TurnMessage = {"role": "assistant", "content": content.strip() if self.calls else content}
         if thinking and self.thinking is not None:
             message["reasoning_content"] = self.reasoning

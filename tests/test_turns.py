@@ -96,6 +96,7 @@ def test_a_call_that_cannot_be_read_says_why(text, reason) -> None:
     assert not found.calls
     assert len(found.broken) == 1
     assert reason in found.broken[0]
+    assert found.message() == {"role": "assistant", "content": text}
 
 
 def test_several_calls_are_read_in_order_and_braces_alone_are_text() -> None:
