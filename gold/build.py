@@ -142,6 +142,7 @@ def evaluation_of(config: Config) -> EvaluationPlan:
         micro_batch_tokens=config.evaluate.micro_batch_tokens,
         generation_batch_size=config.rollout.generation_batch_size,
         thinking=config.rollout.thinking,
+        thinking_budget=config.rollout.thinking_budget,
         seed=config.train.seed,
         branches=config.evaluate.branches or 0.0,
     )

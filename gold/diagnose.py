@@ -36,6 +36,7 @@ from gold.losses import Need
 from gold.models.footprint import Adapters
 from gold.models.language_model import LanguageModel
 from gold.models.pretrained import pick_device
+from gold.rollout.thinking import check_thinking_budget
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.chat import prompt_text
@@ -325,6 +326,7 @@ def _of_run(config: Config, data: RunData, sides: Mapping[str, tuple[Side, ...]]
     checks, recipe, what = [], config.recipe, "objectives"
     student = cast(LanguageModel, readers[0])  # only its vocabulary and prompts are used
     try:
+        check_thinking_budget(student, recipe.thinking_budget, recipe.max_new_tokens)
         check_recipe(recipe, data.train, data.verifier or data.environment, 1)
         pairs = pairs_of(student, teachers := Teachers(absent, config.mix))
         terms = terms_of(recipe, teachers, pairs)

@@ -21,6 +21,7 @@ from gold.rollout.conversations import Conversations
 from gold.rollout.engine import RolloutEngine, completed, sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.pieces import Thinking
+from gold.rollout.thinking import within_budgets
 from gold.rollout.types import Rollout, Sampling, Seed
 from gold.sections import CompletionSettings, EvaluationSettings
 from gold.teachers.protocol import Teacher
@@ -81,6 +82,7 @@ class EvaluationPlan:
     micro_batch_tokens: int | None = EvaluationSettings().micro_batch_tokens
     generation_batch_size: int = CompletionSettings().generation_batch_size
     thinking: Thinking = "compare"
+    thinking_budget: int | None = None
     seed: int = 0
     branches: float = 0.0
     """The least share of a branch in exact measures, see ``gold.exact.marginals``; 0: these are not measured."""
@@ -203,7 +205,8 @@ def _texts_of(
     conversations: Conversations | None,
 ) -> _Texts:
     """The texts of the prompts ``numbers``, scored by both sides."""
-    sampling, many = Sampling(max_new_tokens=plan.max_new_tokens), plan.num_generations
+    sampling = Sampling(plan.max_new_tokens, thinking_budget=plan.thinking_budget)
+    many = plan.num_generations
     places = [number * many + n for number in numbers for n in range(many)]
     seeds = [(plan.seed, 2**31, n) for n in range(len(prompts) * many)]
     draw = _Drawing(student, engine, verifier, conversations)
@@ -245,7 +248,8 @@ class _Drawing:
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Seed]
     ) -> list[tuple[list[Rollout], float | None]]:
         if self.conversations is not None:
-            found = self.conversations.draw(prompts, seeds, sampling, self.engine.generate)
+            generate = within_budgets(self.student, self.engine.generate)
+            found = self.conversations.draw(prompts, seeds, sampling, generate)
             return [(each.rollouts, each.score) for each in found]
         rollouts = sample(self.engine, self.student, prompts, sampling, seeds=seeds)
         return [([r], self._score(r)) for r in rollouts]
@@ -267,6 +271,8 @@ def _measured(
     """The measures of the texts of all prompts; ``routes``: the groups of accuracies."""
     rollouts = list(texts.rollouts.values())
     measures = _rollout_measures(student, rollouts)
+    if plan.thinking_budget is not None:
+        measures["thinking_cut_share"] = float(np.mean([r.thinking_cut for r in rollouts]))
     if any(r.turn is not None for r in rollouts):
         measures["turns"] = len(rollouts) / max(1, len({place for place, _ in texts.rollouts}))
     shown = {number * plan.num_generations: number for number in range(plan.samples)}

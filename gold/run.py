@@ -39,6 +39,7 @@ from gold.prompt_order import PromptOrder
 from gold.rollout.conversations import Conversations
 from gold.rollout.engine import Generation, Request
 from gold.rollout.hf import HuggingFaceEngine
+from gold.rollout.thinking import within_budgets
 from gold.rollout.types import Rollout
 from gold.teachers.cached import CachedTeacher, record, record_texts
 from gold.teachers.local import LocalTeacher
@@ -333,7 +334,7 @@ def _drawn(
 
         def generate(requests: Sequence[Request]) -> list[Generation]:
             with accelerator.autocast():
-                return engine.generate(requests)
+                return within_budgets(student, engine.generate)(requests)
 
         complete(kept, [request for _, request in texts], begin, generate, note)
     return rollouts_of(student, recipe, kept, texts)

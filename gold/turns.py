@@ -223,6 +223,17 @@ def read_turn(data: bytes, *, opened: bool = False) -> Written:
     return Written(text, thinking, answer, encodable, form, start, tuple(map(encodable_text, broken)))
 
 
+def thinking_range(data: bytes, *, opened: bool) -> tuple[int, int | None] | None:
+    """Where the thinking of a turn begins and ends, in bytes, without its markers; the end is None if it has none yet,
+    and all is None without thinking."""
+    text = data.decode("utf-8", "surrogateescape")
+    thinking, _ = _thinking_in(text, opened)
+    if thinking is None:
+        return None
+    first, last = (len(text[:at].encode("utf-8", "surrogateescape")) for at in thinking)
+    return first, None if thinking[1] == len(text) else last
+
+
 def _thinking_in(text: str, opened: bool) -> tuple[tuple[int, int] | None, int]:
     """The range of the thinking, and where what follows it begins."""
     begun = len(text) - len(text.lstrip())

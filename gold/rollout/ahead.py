@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +50,20 @@ class RolloutsAhead:
         self._batches: dict[int, _Batch] = {}
         self._finished = time.perf_counter()
 
-    def start(self, engine: RolloutEngine, step: int, requests: Mapping[Place, Request]) -> None:
-        """Begins to generate the completions of a step with the engine's current weights, once it is idle."""
+    def start(
+        self,
+        engine: RolloutEngine,
+        step: int,
+        requests: Mapping[Place, Request],
+        generate: Callable[[Sequence[Request]], list[Generation]] | None = None,
+    ) -> None:
+        """Begins to generate the completions of a step with the engine's current weights, once it is idle;
+        ``generate``, where it is not the engine's own, asks the engine."""
         self.wait()
         answer: Future[list[Generation]] = Future()
         self._batches[step] = _Batch(tuple(requests), answer)
         self.idle_s += time.perf_counter() - self._finished
-        work = (engine, answer, list(requests.values()))
+        work = (generate or engine.generate, answer, list(requests.values()))
         if engine.own_weights:
             # A daemon: a run that is interrupted does not wait for an engine that hangs.
             threading.Thread(target=self._generate, args=work, name="rollouts", daemon=True).start()
@@ -64,10 +71,13 @@ class RolloutsAhead:
             self._generate(*work)
 
     def _generate(
-        self, engine: RolloutEngine, answer: Future[list[Generation]], requests: Sequence[Request]
+        self,
+        generate: Callable[[Sequence[Request]], list[Generation]],
+        answer: Future[list[Generation]],
+        requests: Sequence[Request],
     ) -> None:
         try:
-            answer.set_result(engine.generate(requests))
+            answer.set_result(generate(requests))
         except BaseException as error:
             answer.set_exception(error)
             # Ctrl-C ends the run now, not where the batch is needed.

@@ -47,6 +47,8 @@ class Completions:
         """16 bytes of the SHA-256 of all that a completion depends on: prompt, stop ids, sampling, seed, weights."""
         sampling = request.sampling
         head = f"{self.weights} {sampling.max_new_tokens} {sampling.temperature!r} {sampling.top_p!r}"
+        if sampling.thinking_budget is not None:
+            head += f" {sampling.thinking_budget}"
         parts = (request.prompt_ids, request.stop_ids, request.seed)
         numbers = [n for part in parts for n in (len(part), *part)]
         return sha256(head.encode() + np.array(numbers, "<i8").tobytes()).digest()[:KEY_BYTES]
@@ -127,6 +129,7 @@ def columns_of(generations: Sequence[Generation]) -> dict[str, Any]:
         else np.zeros(0, np.float32),
         "stopped": np.array([g.stopped for g in generations], np.bool_),
         "versions": np.array([g.version for g in generations], np.int64),
+        "given": np.array([g.given or (-1, -1) for g in generations], np.int64).reshape(-1, 2),
     }
 
 
@@ -137,6 +140,8 @@ def generations_of(saved: Mapping[str, NDArray[Any]]) -> list[Generation]:
     """
     lengths = saved["lengths"]
     ends = np.cumsum(lengths)[:-1]
+    # Files of earlier versions have no given ids.
+    given = saved["given"].tolist() if "given" in saved else [(-1, -1)] * len(lengths)
     if lengths.sum() != len(saved["ids"]) or len(saved["ids"]) != len(saved["logprobs"]):
         raise ValueError("its lengths are not those of its ids")
     columns = (
@@ -144,6 +149,7 @@ def generations_of(saved: Mapping[str, NDArray[Any]]) -> list[Generation]:
         np.split(saved["logprobs"].astype(np.float32), ends),
         saved["stopped"].tolist(),
         saved["versions"].tolist(),
+        [(first, last) if first >= 0 else None for first, last in given],
     )
     # Of no completions ``split`` makes one part.
     return [Generation(*each) for each in zip(*columns, strict=True)] if lengths.size else []

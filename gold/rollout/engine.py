@@ -15,6 +15,7 @@ from gold.errors import DataError
 from gold.models.language_model import LanguageModel, output_width
 from gold.rollout.prompts import encode_prompt
 from gold.rollout.stopping import fits_with_stop, with_stop, without_stop
+from gold.rollout.thinking import within_budgets
 from gold.rollout.types import Rollout, Sampling, Seed, Segment
 from gold.tokenize.chat import starts_text
 from gold.tokenize.vocabulary import TokenizedText
@@ -34,12 +35,21 @@ class Request:
 @dataclass(frozen=True)
 class Generation:
     """One generated completion: the ids drawn (ending with the stop id if it ``stopped``), the log-probability of each
-    under its sampling distribution, in nats, and the version of the weights."""
+    under its sampling distribution, in nats, and the version of the weights. ``given``: the range of ids that were not
+    drawn but given, see ``gold.rollout.thinking``; their log-probability is 0."""
 
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
     stopped: bool
     version: int
+    given: tuple[int, int] | None = None
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The ids as segments, drawn and given."""
+        first, last = self.given or (self.ids.size, self.ids.size)
+        each = Segment(0, first, True), Segment(first, last, False), Segment(last, self.ids.size, True)
+        return tuple(s for s in each if s.end > s.start) or each[:1]
 
 
 class RolloutEngine(Protocol):
@@ -138,7 +148,7 @@ def sample(
         GoldError: any error of the engine.
     """
     requests = [request_for(model, p, sampling, seed) for p, seed in zip(prompts, seeds, strict=True)]
-    drawn = engine.generate(requests)
+    drawn = within_budgets(model, engine.generate)(requests)
     return [rollout_of(model, *each) for each in zip(prompts, requests, drawn, strict=True)]
 
 
@@ -149,7 +159,7 @@ def request_for(model: LanguageModel, prompt: Prompt, sampling: Sampling, seed: 
         DataError: the prompt leaves no room in the model's context; the message names its key.
     """
     ids = encode_prompt(model, prompt, sampling.max_new_tokens)
-    return Request(ids, seed, sampling, model.vocabulary.stop_ids)
+    return Request(ids, seed, sampling.of(prompt), model.vocabulary.stop_ids)
 
 
 def rollout_of(model: LanguageModel, prompt: Prompt, request: Request, drawn: Generation) -> Rollout:
@@ -163,7 +173,7 @@ def rollout_of(model: LanguageModel, prompt: Prompt, request: Request, drawn: Ge
         drawn.logprobs,
         tokenized,
         drawn.stopped,
-        (Segment(0, drawn.ids.size, True),),
+        drawn.segments,
         drawn.version,
     )
 

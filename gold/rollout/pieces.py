@@ -33,22 +33,27 @@ class Piece(NamedTuple):
     ends: bool = False
 
 
-def pieces_of(written: Written, forms: Sequence[TemplateForm], thinking: Thinking) -> list[Piece] | None:
-    """The pieces of a turn that are compared with teachers of these forms; None: the whole turn is."""
+def pieces_of(
+    written: Written, forms: Sequence[TemplateForm], thinking: Thinking, cut: bool = False
+) -> list[Piece] | None:
+    """The pieces of a turn that are compared with teachers of these forms; None: the whole turn is. ``cut``: the end of
+    its thinking was given, so that thinking and answer are pieces in any case."""
     masked = written.thinking is not None and thinking == "mask"
     other_thinking = written.thinking is not None and any(
         not _same_markers(written, form.thinking) for form in forms if form.thinking is not None
     )
     other_calls = bool(written.calls) and any(form.calls not in (None, written.form) for form in forms)
-    if not (masked or other_thinking or other_calls):
+    if not (masked or other_thinking or other_calls or cut):
         return None
     size = len(written.text)
     before: TurnMessage = {"role": "assistant", "content": ""}
     found: list[Piece] = []
     start = 0
-    if written.thinking is not None and (masked or other_thinking):
-        if not masked:
+    if written.thinking is not None and (masked or other_thinking or cut):
+        if other_thinking and not masked:
             found.append(Piece(*written.thinking, {**before, "reasoning_content": CUT}))
+        elif not masked:
+            found.append(Piece(0, written.thinking[1], None))
         before |= {"reasoning_content": written.reasoning, "keep_thinking": not masked}
         start = written.answer
     if not other_calls:
@@ -100,12 +105,13 @@ def rows_of(
     thinking: Thinking,
     opened: bool = False,
 ) -> Rows:
-    """The rows of rollouts: every sampled id is in one of them. ``forms_of`` a rollout are those of its teachers;
-    ``opened``: the student's template begins turns with thinking."""
+    """The rows of rollouts: every sampled id is in one of them, and no id that was given among these. ``forms_of`` a
+    rollout are those of its teachers; ``opened``: the student's template begins turns with thinking."""
     found = Rows([], [], [])
     for number, rollout in enumerate(rollouts):
         written = _written(rollout, opened)
-        pieces = pieces_of(written, forms_of(rollout), thinking) if written is not None else None
+        cut = rollout.thinking_cut
+        pieces = pieces_of(written, forms_of(rollout), thinking, cut) if written is not None else None
         if written is None or pieces is None:
             found.compared.append(rollout)
             found.numbers.append(number)
@@ -116,15 +122,25 @@ def rows_of(
             stopped = rollout.stopped and piece.ends
             if last <= first and not stopped:
                 continue
-            found.others.extend([_slice(rollout, at, first)] if first > at else [])
+            found.others.extend(_sampled(rollout, at, first))
             found.numbers.append(number)
             found.compared.append(
                 _begun(_slice(rollout, first, last, stopped), rollout, written, piece, first)
             )
             at = last + stopped
         if at < rollout.ids.size:
-            size = rollout.tokenized.ids.size
-            found.others.append(_slice(rollout, at, size, rollout.stopped))
+            found.others.extend(_sampled(rollout, at, rollout.tokenized.ids.size, rollout.stopped))
+    return found
+
+
+def _sampled(rollout: Rollout, first: int, last: int, stopped: bool = False) -> list[Rollout]:
+    """The sampled ones of some of a rollout's tokens, and its stop id if they ``stopped``, each stretch as a row."""
+    found = []
+    for start, end, sampled in rollout.segments:
+        start, end = max(start, first), min(end, last)
+        ends = stopped and end == last
+        if sampled and (end > start or (ends and end == start)):
+            found.append(_slice(rollout, start, end, ends))
     return found
 
 
@@ -143,9 +159,15 @@ def _tokens(rollout: Rollout, written: Written, piece: Piece) -> tuple[int, int]
     """The range of the tokens inside a piece."""
     tokenized = rollout.tokenized
     first = int(np.searchsorted(tokenized.starts, written.byte_offset(piece.start), side="left"))
-    if piece.ends:
-        return first, tokenized.ids.size
-    return first, int(np.searchsorted(tokenized.ends, written.byte_offset(piece.end), side="right"))
+    last = tokenized.ids.size
+    if not piece.ends:
+        last = int(np.searchsorted(tokenized.ends, written.byte_offset(piece.end), side="right"))
+    for start, end, sampled in rollout.segments if rollout.thinking_cut else ():
+        if not sampled and first < start:
+            last = min(last, start)
+        elif not sampled:
+            first = max(first, end)
+    return first, last
 
 
 def _begun(row: Rollout, rollout: Rollout, written: Written, piece: Piece, first: int) -> Rollout:

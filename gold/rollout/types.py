@@ -23,6 +23,12 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    thinking_budget: int | None = None
+    """Most tokens of thinking in a turn, see ``gold.rollout.thinking``."""
+
+    def of(self, prompt: Prompt) -> Sampling:
+        """The parameters for a prompt: a plain text, which no template opens a turn for, has no thinking."""
+        return self if prompt.messages is not None else replace(self, thinking_budget=None)
 
 
 class Segment(NamedTuple):
@@ -48,9 +54,9 @@ class Rollout:
 
     ``ids`` ends with the stop id if the completion ``stopped``; ``tokenized`` holds the bytes of the ids without it.
     ``segments`` cover ``ids`` in order: a completion that the student wrote is one sampled segment, a completion from a
-    data set one given segment. ``sampling_logprobs`` is the log-probability of each id under its sampling distribution
-    (temperature and top-p included), in nats; 0 for given ids. ``policy_version`` is the training step of the weights
-    that sampled it.
+    data set one given segment; in one whose thinking was ended for it, the marker of that is given.
+    ``sampling_logprobs`` is the log-probability of each id under its sampling distribution (temperature and top-p
+    included), in nats; 0 for given ids. ``policy_version`` is the training step of the weights that sampled it.
     """
 
     prompt: Prompt
@@ -69,6 +75,11 @@ class Rollout:
     def sampled(self) -> bool:
         """Whether the student wrote any of it."""
         return any(segment.sampled for segment in self.segments)
+
+    @property
+    def thinking_cut(self) -> bool:
+        """Whether the student's thinking was ended for it: some of the ids were given."""
+        return self.sampled and not all(segment.sampled for segment in self.segments)
 
     @property
     def sampled_mask(self) -> NDArray[np.bool_]:

@@ -15,6 +15,7 @@ from gold.environments.protocol import Environment, tools_of
 from gold.errors import ConfigError
 from gold.evaluate import EvaluationPlan
 from gold.rollout.conversations import DrawnConversation, TurnPrompts
+from gold.rollout.thinking import check_thinking_budget
 from gold.rollout.types import Rollout, group_advantages
 from gold.train.recipe import Recipe
 
@@ -122,15 +123,19 @@ def plan_of(recipe: Recipe) -> EvaluationPlan:
         max_new_tokens=recipe.max_new_tokens,
         generation_batch_size=recipe.generation_batch_size,
         thinking=recipe.thinking,
+        thinking_budget=recipe.thinking_budget,
     )
 
 
 def check_conversations(setup: Setup) -> list[str]:
-    """Checks that a run's environment can be used with its models; returns notes about them.
+    """Checks that a run's environment and its thinking budget can be used with its models; returns notes about them.
 
     Raises:
-        ConfigError: completions that are drawn ahead, or a chat template that has no place for tools.
+        ConfigError: completions that are drawn ahead, a chat template that has no place for tools, or one without
+            thinking.
     """
+    recipe = setup.recipe
+    check_thinking_budget(setup.student, recipe.thinking_budget, recipe.max_new_tokens)
     if setup.environment is None:
         return []
     if setup.recipe.staleness:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from gold.activity import doing
-from gold.rollout.engine import AdapterEngine, ProbedEngine, RolloutEngine
+from gold.rollout.engine import AdapterEngine, Generation, ProbedEngine, Request, RolloutEngine
+from gold.rollout.thinking import within_budgets
 from gold.train.setup import Setup
 from gold.train.state import TrainState
 
@@ -23,6 +24,11 @@ def generating(state: TrainState, setup: Setup) -> AbstractContextManager[object
     if setup.student_generates:
         stack.enter_context(state.whole_student())
     return stack
+
+
+def generate(setup: Setup, requests: Sequence[Request]) -> list[Generation]:
+    """Completions of the run's engine, with the student's thinking ended where its budget is used up."""
+    return within_budgets(setup.student, setup.engine.generate)(requests)
 
 
 def begin_engine(state: TrainState, setup: Setup) -> None:

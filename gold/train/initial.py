@@ -15,7 +15,7 @@ from gold.rollout.completions import Completions, one_writer
 from gold.rollout.engine import Generation, Request, rollout_of
 from gold.rollout.prompts import encode_prompt
 from gold.rollout.types import Rollout
-from gold.train.engine import begin_engine, generating
+from gold.train.engine import begin_engine, generate, generating
 from gold.train.microbatch import compared_rows
 from gold.train.preflight import check_lengths, check_scored
 from gold.train.recipe import Recipe
@@ -34,10 +34,11 @@ def requests_of(student: LanguageModel, prompt: Prompt, recipe: Recipe, drawn_at
         DataError: the prompt leaves no room in the student's context.
     """
     ids = encode_prompt(student, prompt, recipe.max_new_tokens)
+    sampling = recipe.sampling.of(prompt)
     # The 0 distinguishes nothing; it stays because the tuple names the random stream: without it all runs would draw
     # other texts.
     return [
-        Request(ids, (recipe.seed, *drawn_at, 0, n), recipe.sampling, student.vocabulary.stop_ids)
+        Request(ids, (recipe.seed, *drawn_at, 0, n), sampling, student.vocabulary.stop_ids)
         for n in range(recipe.num_generations)
     ]
 
@@ -158,6 +159,6 @@ def _drawn(state: TrainState, setup: Setup, requests: Sequence[Request]) -> list
     """Completions that all processes draw together; each gets all."""
     own = requests[state.index :: state.count]
     with generating(state, setup):
-        drawn = state.together(partial(setup.engine.generate, own))
+        drawn = state.together(partial(generate, setup, own))
     parts = state.gathered(drawn)
     return [parts[n % state.count][n // state.count] for n in range(len(requests))]

@@ -95,6 +95,8 @@ class Rollout(CompletionSettings):
     """completions that reach the length limit: learned from, or left out of the loss"""
     thinking: Literal["compare", "mask"] = "compare"
     """thinking of the student: compared with the teacher in the teacher's own markers, or left out"""
+    thinking_budget: PositiveInt | None = None
+    """most tokens of thinking in a turn, after which it is ended for the student, in evaluations too; null: no limit"""
 
 
 class Optimizer(Section):
@@ -200,7 +202,7 @@ class Recipe(Training, Optimizer, Rollout, Order):
         """The sampling parameters of completions."""
         from gold.rollout.types import Sampling
 
-        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.thinking_budget)
 
     def student_writes(self, step: int, place: int) -> bool:
         """Whether the student completes prompt ``place`` of a step; else the data's completion is used.

@@ -32,7 +32,7 @@ from gold.rollout.types import Rollout, group_advantages
 from gold.teachers.several import Teachers
 from gold.train.conversing import Conversed, conversed, later_returns
 from gold.train.diagnosis import why_not_finite
-from gold.train.engine import generating, push_weights
+from gold.train.engine import generate, generating, push_weights
 from gold.train.initial import initial_completions, requests_of
 from gold.train.metrics import PhaseTimer, device_clock, part_name, rollout_sums, step_record
 from gold.train.microbatch import (
@@ -92,6 +92,8 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
         sums["uncompared_bytes"] = sum(len(r.tokenized.data) for r in rows.others)
         sums["skipped_sequences"] = len(skipped)
         sums["masked_sequences"] = len(rollouts) - len(used)
+        if recipe.thinking_budget is not None:
+            sums["thinking_cut"] = sum(r.thinking_cut for r in rollouts)
         if setup.importance_cap is not None or recipe.policy == "initial":
             sums["staleness"] = sum(state.step - r.policy_version for r in rollouts if r.sampled)
         # A process without texts lacks some of these names.
@@ -182,13 +184,13 @@ def converse(state: TrainState, setup: Setup, conversations: Conversations, chos
         return Conversed()
     push_weights(state, setup.engine)  # in all processes, also in one that has nothing to draw
 
-    def generate(requests: Sequence[Request]) -> list[Generation]:
-        return state.together(partial(setup.engine.generate, requests))
+    def drawn_together(requests: Sequence[Request]) -> list[Generation]:
+        return state.together(partial(generate, setup, requests))
 
     seeds = [request.seed for request in chosen.requests.values()]
     with generating(state, setup):
         drawn = conversations.draw(
-            chosen.prompts, seeds, setup.recipe.sampling, generate, any_process=state.any_process
+            chosen.prompts, seeds, setup.recipe.sampling, drawn_together, any_process=state.any_process
         )
     return conversed(drawn, setup.recipe.num_generations)
 
@@ -199,7 +201,7 @@ def draw(state: TrainState, setup: Setup, chosen: StepPrompts) -> list[Generatio
         return []
     push_weights(state, setup.engine)  # in all processes, also in one that has nothing to draw
     with generating(state, setup):
-        return state.together(partial(setup.engine.generate, list(chosen.requests.values())))
+        return state.together(partial(generate, setup, list(chosen.requests.values())))
 
 
 def draw_ahead(state: TrainState, setup: Setup, chosen: StepPrompts) -> list[Generation]:
@@ -215,7 +217,8 @@ def draw_ahead(state: TrainState, setup: Setup, chosen: StepPrompts) -> list[Gen
         if following.student_writes:
             push_weights(state, setup.engine)
         with generating(state, setup):
-            state.together(partial(state.ahead.start, setup.engine, state.step + 1, following.requests))
+            begin = partial(state.ahead.start, setup.engine, state.step + 1, following.requests)
+            state.together(partial(begin, partial(generate, setup)))
     return drawn
 
 
