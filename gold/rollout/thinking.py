@@ -117,18 +117,13 @@ def within_budgets(model: LanguageModel, generate: Generate) -> Generate:
 
     def drawn(requests: Sequence[Request]) -> list[Generation]:
         budgets = {
-            (s.thinking_budget, s.max_new_tokens): ThinkingBudget.of(
-                model, s.thinking_budget, s.max_new_tokens
-            )
-            for s in {request.sampling for request in requests}
-            if s.thinking_budget is not None
+            sampling: ThinkingBudget.of(model, sampling.thinking_budget, sampling.max_new_tokens)
+            for sampling in {request.sampling for request in requests}
+            if sampling.thinking_budget is not None
         }
         if not budgets:
             return generate(requests)
-        texts = [
-            _Text(model, r, budgets.get((r.sampling.thinking_budget, r.sampling.max_new_tokens)))
-            for r in requests
-        ]
+        texts = [_Text(model, request, budgets.get(request.sampling)) for request in requests]
         while waiting := [text for text in texts if text.target > len(text.ids)]:
             for text, more in zip(waiting, generate([text.request() for text in waiting]), strict=True):
                 text.add(more)
