@@ -270,9 +270,7 @@ def _measured(
 ) -> Evaluation:
     """The measures of the texts of all prompts; ``routes``: the groups of accuracies."""
     rollouts = list(texts.rollouts.values())
-    measures = _rollout_measures(student, rollouts)
-    if plan.thinking_budget is not None:
-        measures["thinking_cut_share"] = float(np.mean([r.thinking_cut for r in rollouts]))
+    measures = _rollout_measures(student, rollouts, plan)
     if any(r.turn is not None for r in rollouts):
         measures["turns"] = len(rollouts) / max(1, len({place for place, _ in texts.rollouts}))
     shown = {number * plan.num_generations: number for number in range(plan.samples)}
@@ -328,7 +326,10 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _rollout_measures(student: LanguageModel, rollouts: Sequence[Rollout]) -> dict[str, float]:
+def _rollout_measures(
+    student: LanguageModel, rollouts: Sequence[Rollout], plan: EvaluationPlan
+) -> dict[str, float]:
+    cut = {"thinking_cut_share": float(np.mean([r.thinking_cut for r in rollouts]))}
     canonical = [
         canonical_tokens(student.vocabulary, r.tokenized, starts_text(r.prompt)).all() for r in rollouts
     ]
@@ -337,6 +338,7 @@ def _rollout_measures(student: LanguageModel, rollouts: Sequence[Rollout]) -> di
         "length_tokens": float(np.mean([r.ids.size for r in rollouts])),
         "length_bytes": float(np.mean([len(r.tokenized.data) for r in rollouts])),
         "canonical_share": float(np.mean(canonical)),
+        **(cut if plan.thinking_budget is not None else {}),
     }
 
 
