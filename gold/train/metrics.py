@@ -62,6 +62,7 @@ def rollout_sums(
         "sampled": len(sampled),
         "repaired": sum(t.teacher.repaired_bytes for b in batches for t in b.texts),
         "stopped": sum(r.stopped for r in sampled),
+        "thinking_cut": sum(r.thinking_cut for r in sampled),
         "sampled_tokens": sum(int(r.sampled_mask.sum()) for r in sampled),
         "sampling_logprobs": sum(float(r.sampling_logprobs.sum()) for r in sampled),
         "aligned_tokens": sum(c.numel() for c in canonical),
@@ -116,7 +117,7 @@ def step_record(
         rest["policy_ratio_capped_share"] = sums["ratio_capped"] / ratios
     if sums["uncompared_bytes"]:
         rest["uncompared_share"] = sums["uncompared_bytes"] / max(1.0, sums["bytes"])
-    if sampled and "thinking_cut" in sums:
+    if sums["thinking_cut"]:
         rest["thinking_cut_share"] = sums["thinking_cut"] / sampled
     rest |= conversation_record(sums)
     total = sum(seconds.values())

@@ -92,8 +92,6 @@ def train_step(state: TrainState, setup: Setup) -> StepReport:
         sums["uncompared_bytes"] = sum(len(r.tokenized.data) for r in rows.others)
         sums["skipped_sequences"] = len(skipped)
         sums["masked_sequences"] = len(rollouts) - len(used)
-        if recipe.thinking_budget is not None:
-            sums["thinking_cut"] = sum(r.thinking_cut for r in rollouts)
         if setup.importance_cap is not None or recipe.policy == "initial":
             sums["staleness"] = sum(state.step - r.policy_version for r in rollouts if r.sampled)
         # A process without texts lacks some of these names.
