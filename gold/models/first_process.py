@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -29,11 +31,17 @@ def from_first(find: Callable[[], Found]) -> Found:
             answer = [find(), None]
         except ModelError as error:
             answer = [None, str(error)]
-    dist.broadcast_object_list(answer, src=0)
+    dist.broadcast_object_list(answer, src=0, group=_waiting(dist.group.WORLD))
     found, fault = answer
     if fault is not None:
         raise ModelError(str(fault))
     return cast(Found, found)
+
+
+@cache
+def _waiting(world: Any) -> Any:
+    """A group of the processes of ``world``, which wait for each other as long as it takes to read a large model."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 def first_then_others(make: Callable[[], Found]) -> Found:
