@@ -1,7 +1,8 @@
 """Byte tables with branches, differentiable and for a batch of texts: what training on exact tables would take.
 
 A table as in `gold.kernels.tables`, to which the states behind tokens off the path are added, as `gold.exact.marginals`
-does for evaluations. Every branch is read anew, with all that is before it.
+does for evaluations. All texts of a batch grow their branches together; each time these stand behind the texts in one
+pass, with a mask that shows each its own ancestors.
 """
 
 from __future__ import annotations
@@ -22,16 +23,13 @@ from gold.kernels.layout import ByteLayout
 from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.kernels.reference import row_logsumexp
 from gold.kernels.tables import row_masses
-from gold.models.hidden_states import lazy_logits
-from gold.models.language_model import LanguageModel
-from gold.models.padding import PaddedStates, batches_by_length
+from gold.models.hidden_states import head_logits, states_only
+from gold.models.language_model import LanguageModel, backbone
 from gold.tokenize.vocabulary import TokenizedText, Vocabulary
 
 Ints = NDArray[np.int64]
 Behind = Callable[[Ints, Sequence[list[int]]], Tensor]
 """For some texts by number, and some tokens of each, the logits of the state behind them, [N, V]."""
-PASS_TOKENS = 8192
-"""Padded tokens of one pass through a model."""
 SMALLEST = 1e-30
 
 
@@ -157,20 +155,60 @@ def _own_states(side: SideTexts) -> tuple[Ints, Ints, list[list[int]]]:
 
 
 def reading(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> Behind:
-    """The states of a model behind the prompts of some texts, with gradient where that is enabled."""
+    """The states of a model behind the prompts of some texts, with gradient where that is enabled; the model takes
+    masks of its own."""
 
     def behind(text: Ints, ids: Sequence[list[int]]) -> Tensor:
-        lengths = [len(prompts[t]) + len(own) for t, own in zip(text.tolist(), ids, strict=True)]
-        parts: list[Tensor] = []
-        order: list[int] = []
-        for chosen in batches_by_length(lengths, PASS_TOKENS):
-            completions = [np.array(ids[i], np.int64) for i in chosen]
-            rows = [c.size + 1 for c in completions]
-            before = [prompts[int(text[i])] for i in chosen]
-            states = PaddedStates.of(before, completions, rows, model.pad_id, model.device)
-            last = torch.from_numpy(np.cumsum(rows) - 1).to(model.device)
-            parts.append(lazy_logits(model.lm, states).select(last).logits())
-            order += chosen
-        return torch.cat(parts)[torch.from_numpy(np.argsort(order))]
+        trees = {t: _Trie(prompts[t]) for t in sorted(set(text.tolist()))}
+        nodes = [trees[t].node(own) for t, own in zip(text.tolist(), ids, strict=True)]
+        longest = max(len(tree.tokens) for tree in trees.values())
+        row = {t: n for n, t in enumerate(trees)}
+        tokens = np.full((len(trees), longest), model.pad_id, np.int64)
+        positions = np.zeros_like(tokens)
+        seen = np.broadcast_to(np.eye(longest, dtype=np.bool_), (len(trees), longest, longest)).copy()
+        for t, tree in trees.items():
+            size = len(tree.tokens)
+            tokens[row[t], :size], positions[row[t], :size] = tree.tokens, tree.depths
+            seen[row[t], :size, :size] = tree.ancestors()
+        mask = torch.zeros(seen.shape, dtype=model.lm.dtype)
+        mask = mask.masked_fill_(torch.from_numpy(~seen), torch.finfo(mask.dtype).min)
+        with states_only(model.lm):
+            output = backbone(model.lm)(
+                input_ids=torch.from_numpy(tokens),
+                attention_mask=mask[:, None],
+                position_ids=torch.from_numpy(positions),
+                use_cache=False,
+            )
+        hidden = output.last_hidden_state[torch.tensor([row[t] for t in text.tolist()]), torch.tensor(nodes)]
+        return head_logits(model.lm, hidden).logits()
 
     return behind
+
+
+class _Trie:
+    """The tokens of a prompt and of some continuations, each once, behind one another: their ``depths`` and parents."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self.tokens, self.depths = list(prompt), list(range(len(prompt)))
+        self.parents = [n - 1 for n in range(len(prompt))]
+        self._root, self._children = len(prompt) - 1, dict[tuple[int, int], int]()
+
+    def node(self, ids: Sequence[int]) -> int:
+        """The last token of the prompt and these ids, which are added where they are missing."""
+        at = self._root
+        for v in ids:
+            if (at, v) not in self._children:
+                self._children[at, v] = len(self.tokens)
+                self.tokens.append(v)
+                self.depths.append(self.depths[at] + 1)
+                self.parents.append(at)
+            at = self._children[at, v]
+        return at
+
+    def ancestors(self) -> NDArray[np.bool_]:
+        """Which tokens each of them sees: itself and those before it."""
+        seen = np.eye(len(self.tokens), dtype=np.bool_)
+        for n, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[n] |= seen[parent]
+        return seen

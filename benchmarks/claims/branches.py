@@ -1,11 +1,14 @@
 """Training on exact next-byte tables, beside the bucket: on tiny models that cut their texts in different places.
 
-Two directions: a student of characters learns from a teacher of words, whose tables alone have branches, and a student
-of words from a teacher of characters, where the student's have them, with their gradient. All ways begin with the same
-student, get the same prompts and steps, and have the better of two rates (by the log-ratio of held-out samples), chosen
-for each kind of way on a seed that is used for nothing else. The rate is constant after its warm-up, so that a point of
-a curve is what a run of that length would have been: ways are compared at equal steps, and at the processor time that
-the bucket took.
+Two directions between characters, whose tables have no branches, and pieces of words: a student of characters learns
+from a teacher of pieces, which alone has branches, and a student of pieces from a teacher of characters, where the
+student's branches have a gradient. The texts are phrases, whose next word is uncertain: on the demonstration's task,
+with one right answer, no token off the path has a share above 1 %, and all tables are the same.
+
+All ways begin with the same student, get the same prompts and steps, and have the better of two rates (by the log-ratio
+of held-out samples), chosen for each kind of way on a seed that is used for nothing else. The rate is constant after
+its warm-up, so that a point of a curve is what a run of that length would have been: ways are compared at equal steps,
+and at the processor time that the bucket took.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.branch_losses import Branched, Remembering, clipped_reverse_kl
+from benchmarks.claims import pair_models
 from benchmarks.claims.cells import Given
 from benchmarks.claims.figures import at_cost, canvas, markdown, over_seeds, save, told
-from benchmarks.claims.pair_models import Model, Sizes, heldout, loaded, make, measures, train_prompts
+from benchmarks.claims.phrases import MAX_NEW_TOKENS, Model, asked, load, make, phrases
 from gold.data import Prompt
 from gold.demo.run import SAMPLING
 from gold.evaluate import EvaluationPlan, evaluate
@@ -34,8 +38,8 @@ from gold.train.recipe import Recipe, Term
 from gold.train.trackers import RunInfo
 
 DIRECTIONS = {
-    "characters from words": ("characters", "words"),
-    "words from characters": ("words", "characters"),
+    "characters from pieces": ("characters", "pieces"),
+    "pieces from characters": ("pieces", "characters"),
 }
 """Tokenizers of student and teacher."""
 CLIP = 3.0
@@ -80,24 +84,43 @@ TUNING_SEED = 9
 class Plan:
     """How much of everything is spent."""
 
-    models: Sizes
+    teacher_steps: int
+    student_steps: int
+    phrases: int
+    prompts: int
     rates: tuple[float, ...]
     steps: int
     tuning_steps: int
     every: int
     batch: int
     watched: int
+    """Held-out prompts of a point of a curve."""
     exact: int
     """Held-out prompts of the exact divergence."""
+    pairs: pair_models.Sizes
+    """Those of the demonstration's pairs."""
     ways: tuple[str, ...] = tuple(WAYS)
-    directions: tuple[str, ...] = tuple(DIRECTIONS)
 
 
-PLAN = Plan(Sizes(20_000, 1600, 900, 1500, 384), (2e-4, 5e-4), 60, 25, 30, 48, 192, 64)
+PLAN = Plan(
+    *(700, 120, 20_000, 1500, (3e-4, 1e-3), 40, 15, 10, 32, 64, 64),
+    pairs=pair_models.Sizes(20_000, 1600, 900, 400, 384),
+)
 SMALL = Plan(
-    *(Sizes(200, 4, 4, 16, 16), (1e-3,), 2, 1, 1, 4, 8, 4),
+    *(4, 4, 200, 16, (1e-3,), 2, 1, 1, 4, 4, 4),
+    pairs=pair_models.Sizes(200, 4, 4, 16, 16),
     ways=("bucket", "branches_10", "branches_1", "policy", "policy_branches"),
 )
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A cell: what a student and a teacher of the demonstration's task leave unresolved."""
+
+    student: str
+    teacher: str
+    sizes: pair_models.Sizes
+    prompts: int
 
 
 @dataclass(frozen=True)
@@ -111,18 +134,21 @@ class Run:
     steps: int
     every: int
     batch: int
+    prompts: int
     watched: int
     exact: int
-    models: Sizes
 
 
 def measure(given: Given) -> dict[str, Any]:
     """Rates on a seed apart, then every way in every direction."""
     plan, seeds = (SMALL, 1) if given.small else (PLAN, given.seeds)
+    demonstration = _demonstration(given, plan)
     sides, best = {}, {}
-    for direction in plan.directions:
-        mine, theirs = DIRECTIONS[direction]
-        models = [Model(mine, "student", plan.models), Model(theirs, "teacher", plan.models)]
+    for direction, (mine, theirs) in DIRECTIONS.items():
+        models = [
+            Model(mine, "student", plan.student_steps, plan.phrases),
+            Model(theirs, "teacher", plan.teacher_steps, plan.phrases),
+        ]
         sides[direction] = dict(zip(("student", "teacher"), given.cells.all(make, models), strict=True))
         tried = [
             _run(plan, way, direction, lr, TUNING_SEED, plan.tuning_steps)
@@ -137,7 +163,7 @@ def measure(given: Given) -> dict[str, Any]:
     jobs = [
         _run(plan, way, direction, best[way, direction], seed, plan.steps)
         for seed in range(seeds)
-        for direction in plan.directions
+        for direction in DIRECTIONS
         for way in plan.ways
     ]
     done = list(zip(jobs, given.cells.all(run, jobs), strict=True))
@@ -147,15 +173,44 @@ def measure(given: Given) -> dict[str, Any]:
     ]
     starts = {
         direction: next(found["curve"][0] for job, found in done if job.direction == direction)
-        for direction in plan.directions
+        for direction in DIRECTIONS
     }
-    return {"plan": asdict(plan), "sides": sides, "starts": starts, "rows": rows}
+    data = {"plan": asdict(plan), "demonstration": demonstration, "sides": sides, "starts": starts}
+    return {**data, "rows": rows}
+
+
+def _demonstration(given: Given, plan: Plan) -> list[dict[str, Any]]:
+    """What the pairs of the demonstration's task leave unresolved."""
+    pairs = [("characters", "words"), ("words", "characters")]
+    for mine, theirs in pairs:
+        sides = (mine, "student"), (theirs, "teacher")
+        given.cells.all(pair_models.make, [pair_models.Model(*side, plan.pairs) for side in sides])
+    jobs = [Counted(*pair, plan.pairs, plan.exact) for pair in pairs]
+    found = given.cells.all(count, jobs)
+    return [{"student": j.student, "teacher": j.teacher, **f} for j, f in zip(jobs, found, strict=True)]
+
+
+def count(job: Counted, made: Path) -> dict[str, float]:
+    """The measures of what is unresolved, with branches above 1 % and without."""
+    student, teacher = (
+        pair_models.loaded(name, made) for name in (f"student-{job.student}", f"teacher-{job.teacher}")
+    )
+    prompts = pair_models.heldout(job.sizes)[: job.prompts]
+    found = {}
+    for name, least in (("without", 0.999), ("with", 0.01)):
+        plan = EvaluationPlan(max_new_tokens=SAMPLING.max_new_tokens, samples=0, branches=least)
+        measured = evaluate(student, LocalTeacher(teacher), prompts, plan=plan).measures
+        for key in ("exact_reverse_kl_per_byte", "unresolved_mass", "teacher_unresolved_mass"):
+            found[f"{key}_{name}"] = round(measured[key], 6)
+        for key in ("branches_per_token", "teacher_branches_per_token"):
+            found[f"{key}_{name}"] = round(measured[key], 4)
+    return found
 
 
 def _run(plan: Plan, way: str, direction: str, lr: float, seed: int, steps: int) -> Run:
     tuning = seed == TUNING_SEED
     exact, every = (0, steps) if tuning else (plan.exact, plan.every)
-    return Run(way, direction, lr, seed, steps, every, plan.batch, plan.watched, exact, plan.models)
+    return Run(way, direction, lr, seed, steps, every, plan.batch, plan.prompts, plan.watched, exact)
 
 
 def quality(result: Mapping[str, Any]) -> float:
@@ -201,8 +256,8 @@ class Watched(Quiet):
 def run(job: Run, made: Path) -> dict[str, Any]:
     """Trains the student of a direction in one way, and follows it."""
     mine, theirs = DIRECTIONS[job.direction]
-    student, teacher = loaded(f"student-{mine}", made), loaded(f"teacher-{theirs}", made)
-    way, remembering = WAYS[job.way], Remembering(teacher)
+    student, teacher = load(made / f"phrases-student-{mine}"), load(made / f"phrases-teacher-{theirs}")
+    way, remembering, room = WAYS[job.way], Remembering(teacher), MAX_NEW_TOKENS[mine]
     branched = Branched(student, remembering, way.least)
     term = way.term or Term(job.way)
     if way.divergence is not None:
@@ -211,7 +266,7 @@ def run(job: Run, made: Path) -> dict[str, Any]:
         branched.add_policy(job.way, CLIP)
     recipe = Recipe(
         objectives=(term,),
-        max_new_tokens=SAMPLING.max_new_tokens,
+        max_new_tokens=room,
         num_generations=1,
         prompts_per_step=job.batch,
         micro_batch_size=job.batch,
@@ -221,27 +276,34 @@ def run(job: Run, made: Path) -> dict[str, Any]:
         seed=job.seed,
         lr=job.lr,
     )
-    prompts = heldout(job.models)
-    watched = Watched(job.every, lambda: _looked(student, teacher, prompts[: job.watched]))
-    distill(student, remembering, train_prompts(job.models), recipe, progress=watched)
+    heldout = phrases("heldout")
+    watched = Watched(job.every, lambda: _looked(student, teacher, heldout[: job.watched], room))
+    prompts = asked(phrases("train")[: job.prompts])
+    distill(student, remembering, prompts, recipe, progress=watched)
     found: dict[str, Any] = {"curve": watched.points}
     texts = job.steps * job.batch
     for name, side in (("branches", 0), ("teacher_branches", 1)):
         found[name] = round(sum(each[side] for each in branched.branches) / texts, 3)
-    return found | _exact(student, teacher, prompts[: job.exact])
+    return found | _exact(student, teacher, asked(heldout[: job.exact]), room)
 
 
-def _looked(student: LanguageModel, teacher: LanguageModel, prompts: Sequence[Prompt]) -> dict[str, float]:
-    found = measures(student, teacher, prompts)
-    return {name: found[name] for name in ("accuracy", "reverse_kl_per_byte", "stop_rate")}
+def _looked(
+    student: LanguageModel, teacher: LanguageModel, prompts: Sequence[Prompt], room: int
+) -> dict[str, float]:
+    plan = EvaluationPlan(max_new_tokens=room, samples=0, generation_batch_size=256, micro_batch_size=64)
+    found = evaluate(student, LocalTeacher(teacher), prompts, plan=plan).measures
+    return {name: round(found[name], 4) for name in ("bits_per_byte", "reverse_kl_per_byte", "stop_rate")}
 
 
-def _exact(student: LanguageModel, teacher: LanguageModel, prompts: Sequence[Prompt]) -> dict[str, float]:
+def _exact(
+    student: LanguageModel, teacher: LanguageModel, prompts: Sequence[Prompt], room: int
+) -> dict[str, float]:
     if not prompts:
         return {}
-    plan = EvaluationPlan(max_new_tokens=SAMPLING.max_new_tokens, samples=0, branches=0.01)
+    plan = EvaluationPlan(max_new_tokens=room, samples=0, branches=0.01)
     found = evaluate(student, LocalTeacher(teacher), prompts, plan=plan).measures
-    return {"exact_reverse_kl_per_byte": round(found["exact_reverse_kl_per_byte"], 4)}
+    names = "exact_reverse_kl_per_byte", "unresolved_mass", "teacher_unresolved_mass"
+    return {name: round(found[name], 4) for name in names}
 
 
 def compared(data: Mapping[str, Any], direction: str) -> list[dict[str, Any]]:
@@ -253,7 +315,8 @@ def compared(data: Mapping[str, Any], direction: str) -> list[dict[str, Any]]:
     for way, row in rows.items():
         curves = [_points(c) for c in row["curves"]]
         ends = {
-            name: over_seeds([c[-1][name] for c in curves]) for name in ("accuracy", "reverse_kl_per_byte")
+            name: over_seeds([c[-1][name] for c in curves])
+            for name in ("reverse_kl_per_byte", "bits_per_byte")
         }
         equal = {
             f"{name}_at_equal_time": over_seeds([at_cost(c, "cpu_s", spent, name) for c in curves])
@@ -271,8 +334,8 @@ def table(data: Mapping[str, Any]) -> str:
     """A table for each direction."""
     parts = []
     head = (
-        *("way", "rate", "right", "KL per byte", "exact KL per byte", "time of a step"),
-        *("right at equal time", "KL per byte at equal time"),
+        *("way", "rate", "branches a text", "exact KL per byte", "log-ratio per byte", "bits per byte"),
+        *("time of a step", "log-ratio at equal time", "bits at equal time"),
     )
     for direction, start in data["starts"].items():
         rows = {row["way"]: row for row in data["rows"] if row["direction"] == direction}
@@ -280,36 +343,37 @@ def table(data: Mapping[str, Any]) -> str:
             (
                 WAYS[each["way"]].title,
                 f"{rows[each['way']]['lr']:g}",
-                told(each["accuracy"]),
-                told(each["reverse_kl_per_byte"], ".3f"),
+                f"{max(rows[each['way']][name]['mean'] for name in ('branches', 'teacher_branches')):.1f}",
                 told(rows[each["way"]]["exact_reverse_kl_per_byte"], ".3f"),
+                told(each["reverse_kl_per_byte"], ".3f"),
+                told(each["bits_per_byte"], ".3f"),
                 f"×{each['cost']:.1f}",
-                told(each["accuracy_at_equal_time"]),
                 told(each["reverse_kl_per_byte_at_equal_time"], ".3f"),
+                told(each["bits_per_byte_at_equal_time"], ".3f"),
             )
             for each in compared(data, direction)
         ]
         title = (
-            f"{direction}: the start has {start['accuracy']:.1%} and {start['reverse_kl_per_byte']:.3f} nats per "
-            f"byte, the teacher {data['sides'][direction]['teacher']['accuracy']:.1%}"
+            f"{direction}: the start has {start['reverse_kl_per_byte']:.3f} nats (log-ratio) and "
+            f"{start['bits_per_byte']:.3f} bits per byte"
         )
         parts.append(f"{title}\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)
 
 
 def draw(data: Mapping[str, Any], path: Path) -> None:
-    """Accuracy and divergence, means over seeds, over processor seconds; a row for each direction."""
-    measured = {"accuracy": "right", "reverse_kl_per_byte": "KL per byte, nats"}
-    figure, axes = canvas(len(measured), len(data["starts"]), (4.6, 3.2))
+    """The two divergences, means over seeds, over steps and over processor seconds; a row for each direction."""
+    costs = {"step": "steps", "cpu_s": "processor seconds"}
+    figure, axes = canvas(len(costs), len(data["starts"]), (4.6, 3.2))
     for line, direction in zip(axes, data["starts"], strict=True):
-        for ax, (name, title) in zip(line, measured.items(), strict=True):
+        for ax, (cost, title) in zip(line, costs.items(), strict=True):
             for row in (r for r in data["rows"] if r["direction"] == direction):
                 means = [
                     [mean(values) for values in zip(*(c[n] for c in row["curves"]), strict=True)]
-                    for n in ("cpu_s", name)
+                    for n in (cost, "reverse_kl_per_byte")
                 ]
                 ax.plot(*means, lw=1.3, marker="o", ms=3, label=WAYS[row["way"]].title)
-            ax.set(xlabel="processor seconds", ylabel=f"{direction}: {title}")
+            ax.set(xlabel=title, ylabel=f"{direction}: log-ratio a byte, nats")
             ax.grid(alpha=0.3)
     axes[0][0].legend(fontsize=6)
     save(figure, path)

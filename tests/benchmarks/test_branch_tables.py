@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from support import oracle
+from support import tiny_models as tiny
 from torch import Tensor
 
 from benchmarks.branch_losses import branched_divergence, branched_token_pg
-from benchmarks.branch_tables import Behind, SideTexts, branch_table
+from benchmarks.branch_tables import Behind, SideTexts, branch_table, reading
 from gold.exact.marginals import marginals
 from gold.kernels.tables import byte_tables
 from gold.losses import OBJECTIVES, LossInputs, reverse_kl
@@ -179,3 +180,15 @@ def next_event(model: ToyModel, read: bytes) -> Tensor:
     grow((), torch.ones((), dtype=torch.float64), read)
     whole = torch.stack([torch.stack(found[event]).sum() for event in sorted(found)])
     return whole / whole.sum()
+
+
+def test_states_behind_tokens_of_several_texts_are_read_in_one_pass() -> None:
+    model = tiny.tiny_student()
+    prompts = [[3, 9, 4], [5]]
+    text, ids = np.array([0, 1, 0, 0, 1]), [[7], [7, 8], [7, 9], [], [6, 8, 10]]
+    found = reading(model, prompts)(text, ids)
+    for t, own, row in zip(text.tolist(), ids, found, strict=True):
+        whole = torch.tensor([[*prompts[t], *own]])
+        torch.testing.assert_close(row, model.lm(whole).logits[0, -1], atol=1e-4, rtol=1e-4)
+    found.sum().backward()
+    assert all(p.grad is not None for p in model.lm.parameters())

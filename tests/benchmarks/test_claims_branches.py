@@ -12,34 +12,33 @@ from benchmarks.claims import branches
 from benchmarks.claims.cells import Cells, Given
 
 
-def _row(way: str, seconds: float, accuracy: list[float]) -> dict[str, Any]:
+def _row(way: str, seconds: float, bits: list[float]) -> dict[str, Any]:
     curve = [
         {
             "step": 25 * n,
             "cpu_s": seconds * n,
-            "accuracy": a,
+            "bits_per_byte": a,
             "reverse_kl_per_byte": 2.0 - n,
             "stop_rate": 1.0,
         }
-        for n, a in enumerate(accuracy)
+        for n, a in enumerate(bits)
     ]
     result = {"curve": curve, "exact_reverse_kl_per_byte": 0.5, "branches": 0.0, "teacher_branches": 1.0}
-    return branches._row(way, "words from characters", 5e-4, [result] * 3)
+    return branches._row(way, "pieces from characters", 5e-4, [result] * 3)
 
 
 def test_ways_are_compared_at_equal_steps_and_at_equal_time(tmp_path: Path) -> None:
     data = {
-        "starts": {"words from characters": {"accuracy": 0.2, "reverse_kl_per_byte": 2.0}},
-        "sides": {"words from characters": {"teacher": {"accuracy": 0.98}}},
-        "rows": [_row("bucket", 10.0, [0.2, 0.3, 0.4]), _row("branches_1", 40.0, [0.2, 0.4, 0.8])],
+        "starts": {"pieces from characters": {"bits_per_byte": 3.0, "reverse_kl_per_byte": 2.0}},
+        "rows": [_row("bucket", 10.0, [3.0, 2.5, 2.4]), _row("branches_1", 40.0, [3.0, 2.8, 2.0])],
     }
-    bucket, exact = branches.compared(data, "words from characters")
+    bucket, exact = branches.compared(data, "pieces from characters")
     assert (bucket["cost"], exact["cost"]) == (1.0, 4.0)
-    assert bucket["accuracy"] == bucket["accuracy_at_equal_time"]
-    assert exact["accuracy"]["mean"] == pytest.approx(0.8)
-    assert exact["accuracy_at_equal_time"]["mean"] == pytest.approx(0.3)  # half of its first 25 steps
+    assert bucket["bits_per_byte"] == bucket["bits_per_byte_at_equal_time"]
+    assert exact["bits_per_byte"]["mean"] == pytest.approx(2.0)
+    assert exact["bits_per_byte_at_equal_time"]["mean"] == pytest.approx(2.9)  # half of its first 25 steps
     assert exact["reverse_kl_per_byte_at_equal_time"]["mean"] == pytest.approx(1.5)
-    assert "| ×4.0 | 30.0% ± 0.0 | 1.500 ± 0.000 |" in branches.table(data)
+    assert "| ×4.0 | 1.500 ± 0.000 | 2.900 ± 0.000 |" in branches.table(data)
     branches.draw(data, tmp_path / "branches.png")
     assert (tmp_path / "branches.png").stat().st_size > 5000
 
@@ -51,6 +50,6 @@ def test_every_way_trains(tmp_path: Path) -> None:
     assert json.loads(json.dumps(data)) == data
     found = {(row["way"], row["direction"]): row for row in data["rows"]}
     # Characters can be written in one way alone.
-    assert found["branches_1", "characters from words"]["branches"]["mean"] == 0
-    assert found["branches_1", "characters from words"]["teacher_branches"]["mean"] > 0
-    assert found["branches_1", "words from characters"]["branches"]["mean"] > 0
+    assert found["branches_1", "characters from pieces"]["branches"]["mean"] == 0
+    assert found["branches_1", "characters from pieces"]["teacher_branches"]["mean"] > 0
+    assert found["branches_1", "pieces from characters"]["branches"]["mean"] > 0
