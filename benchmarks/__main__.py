@@ -32,6 +32,7 @@ BENCHMARKS = {
     "informed": ("benchmarks.informed", "teachers that see more, and teachers of two families, with seeds"),
     "turns": ("benchmarks.turns", "conversations with a tool: distilled and imitated, with seeds"),
     "tails": ("benchmarks.tails", "a teacher that tells its likeliest tokens alone, beside all of its rows"),
+    "branches": ("benchmarks.branches", "a real pair: the teacher's exact tables beside the bucket"),
     "claims": ("benchmarks.claims", "what on-policy distillation promises, one part per claim, with seeds"),
     "contract": ("benchmarks.contract", "put every objective, and losses of peers, to the contract"),
     "run": ("benchmarks.run", "train as a configuration says, and record the evaluations"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.branch_tables import Behind, BranchTable, SideTexts, branch_table, reading
-from gold.align.batch import BatchSide
+from gold.align.batch import AlignedBatch, BatchSide
 from gold.data import Prompt
 from gold.kernels import chunk_sums
 from gold.kernels.logits import LazyLogits
@@ -103,8 +103,12 @@ def branched_divergence(
 ) -> Loss:
     """A divergence on bytes as ``gold.losses.supports.bytes_divergence`` compares them, of tables with branches; the
     gradient goes through the student's branches too."""
-    at = byte_positions(inputs.batch)
-    mine, theirs = _tables(inputs, readers, least, count)
+    return compared(inputs.batch, *_tables(inputs, readers, least, count), divergence)
+
+
+def compared(batch: AlignedBatch, mine: BranchTable, theirs: BranchTable, divergence: Divergence) -> Loss:
+    """A divergence of two tables on the events that both sides resolve, with all other mass as one more event."""
+    at = byte_positions(batch)
     resolved = mine.resolved[at], theirs.resolved[at]
     logp = common_events(mine.logp[at], *resolved)
     logq = common_events(theirs.logp[at].to(logp), *resolved[::-1])

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from gold.bytes.events import EVENTS, UNRESOLVED_EVENT
 from gold.bytes.plan import BytePlan
-from gold.exact.marginals import MOST_STATES, ending_tokens
+from gold.exact.marginals import MOST_STATES, OUTSIDE_EVENT, Marginals, ending_tokens
 from gold.kernels.backends import segment_logsumexp
 from gold.kernels.layout import ByteLayout
 from gold.kernels.logits import GivenLogits, LazyLogits
-from gold.kernels.reference import row_logsumexp
+from gold.kernels.reference import normalised, row_logsumexp
 from gold.kernels.tables import row_masses
 from gold.models.hidden_states import head_logits, states_only
 from gold.models.language_model import LanguageModel, backbone
@@ -70,6 +70,15 @@ def branch_table(side: SideTexts, rows: LazyLogits, behind: Behind, least: float
     while least is not None and tree.grow(least, behind):
         pass
     return tree.table()
+
+
+def table_of(texts: Sequence[Marginals]) -> BranchTable:
+    """The table of texts whose marginals were computed one by one, without gradient."""
+    named = np.concatenate([each.named for each in texts])
+    rest = np.concatenate([np.logaddexp(each.local_rest, each.named[:, OUTSIDE_EVENT]) for each in texts])
+    table = torch.from_numpy(np.concatenate((named[:, :UNRESOLVED_EVENT], rest[:, None]), axis=1))
+    branches = sum(each.branches for each in texts)
+    return BranchTable(normalised(table), torch.from_numpy(np.isfinite(named)), branches)
 
 
 class _Tree:
