@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from benchmarks.branch_tables import Behind, BranchTable, SideTexts, branch_table, reading
 from gold.align.batch import AlignedBatch, BatchSide
@@ -86,12 +85,6 @@ class Branched:
         OBJECTIVES[name] = Row(
             name, loss, needs="rows", unit="token", count=observed_tokens, on_policy=True, weighted=False
         )
-
-
-def clipped_reverse_kl(logp: Tensor, logq: Tensor, most: float = 3.0) -> Tensor:
-    """Reverse KL with each log-ratio clipped to ± ``most``: an event whose ratio is clipped is weighted, and has no
-    gradient through its ratio."""
-    return (logp.exp() * (logp - logq).clamp(-most, most)).sum(-1)
 
 
 def branched_divergence(

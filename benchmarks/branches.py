@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from benchmarks.assets import model_path
 from benchmarks.branch_losses import Remembering, compared
 from benchmarks.branch_tables import BranchTable, table_of
+from benchmarks.claims.cells import Cells
 from benchmarks.divergence import PROMPTS
 from benchmarks.record import command_line, device_name, write_record
 from gold.align.batch import AlignedBatch
@@ -51,30 +54,49 @@ DIVERGENCES: Mapping[str, Divergence] = {
 }
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """A cell: the gradients of a kind of text."""
+
+    kind: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell: a short run."""
+
+    way: str
+    seed: int
+    steps: int
+    tokens: int
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks branches", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=32, help="new tokens of a completion (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=24, help="new tokens of a completion (%(default)s)")
     parser.add_argument("--steps", type=int, default=0, help="steps of each run; 0: no runs (%(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each way (%(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/branches"), help="where finished parts are kept"
+    )
     parser.add_argument("--record", action="store_true", help="keep the result in benchmarks/results")
     given = parser.parse_args(list(arguments))
     started = time.perf_counter()
-    torch.set_num_threads(1)
-    pair = _models()
-    gradients = [gradient_of(*pair, kind, given.tokens) for kind in KINDS]
-    for row in gradients:
-        print(_told(row), flush=True)
-    runs = [
-        run(way, seed, given.steps, given.tokens)
-        for seed in range(given.seeds if given.steps else 0)
-        for way in ("bucket", "branches")
-    ]
+    cells = Cells(given.folder)
+    gradients = cells.all(gradients_of, [Gradient(kind, given.tokens) for kind in KINDS])
+    seeds = range(given.seeds if given.steps else 0)
+    jobs = [Run(way, seed, given.steps, given.tokens) for seed in seeds for way in ("bucket", "branches")]
+    jobs += [Run("start", 0, given.steps, given.tokens) for _ in seeds[:1]]
+    runs = [{**asdict(job), **found} for job, found in zip(jobs, cells.all(run, jobs), strict=True)]
+    print("\n".join(map(_told, gradients)), *runs, sep="\n")
     if given.record:
+        data = {"student": STUDENT, "teacher": TEACHER, "cells_s": round(cells.seconds(), 1)}
         path = write_record(
             "branches",
-            {"student": STUDENT, "teacher": TEACHER, "gradients": gradients, "runs": runs},
-            command=command_line("branches", arguments),
+            {**data, "gradients": gradients, "runs": runs},
+            command=command_line("branches", [f"--steps={given.steps}", f"--seeds={given.seeds}"]),
             seconds=time.perf_counter() - started,
             device=device_name("cpu", 1),
         )
@@ -94,8 +116,10 @@ def _models() -> tuple[LanguageModel, LanguageModel]:
     return student, teacher
 
 
-def gradient_of(student: LanguageModel, model: LanguageModel, kind: str, tokens: int) -> dict[str, Any]:
+def gradients_of(job: Gradient, made: Path) -> dict[str, Any]:
     """For each divergence and level the value per byte, and the gradient beside that without branches."""
+    student, model = _models()
+    kind, tokens = job.kind, job.tokens
     teacher, prompts = LocalTeacher(model), prompts_of(kind)
     seeds = [(0, n) for n in range(len(prompts))]
     rollouts = sample(HuggingFaceEngine(student), student, prompts, Sampling(tokens), seeds=seeds)
@@ -172,7 +196,7 @@ def followed(
     return table_of(found)
 
 
-def run(way: str, seed: int, steps: int, tokens: int) -> dict[str, Any]:
+def run(job: Run, made: Path) -> dict[str, Any]:
     """A short run on prompts of code and numbers, three of each kind, measured on the fourth."""
     student, model = _models()
     teacher = Remembering(model)
@@ -187,26 +211,25 @@ def run(way: str, seed: int, steps: int, tokens: int) -> dict[str, Any]:
         return _loss(inputs, followed(teacher, pair, asked, texts, 0.01), reverse_kl)
 
     OBJECTIVES["branches"] = Row("branches", loss, needs="rows", unit="byte", count=supervised_bytes)
-    plan = EvaluationPlan(max_new_tokens=tokens, num_generations=3, samples=0, branches=0.01)
+    plan = EvaluationPlan(max_new_tokens=job.tokens, num_generations=4, samples=0, branches=0.01)
     recipe = Recipe(
-        (Term("reverse_kl" if way == "bucket" else "branches"),),
-        steps=steps,
+        (Term("reverse_kl" if job.way == "bucket" else "branches"),),
+        steps=job.steps,
         prompts_per_step=6,
         num_generations=1,
         micro_batch_size=6,
-        max_new_tokens=tokens,
+        max_new_tokens=job.tokens,
         lr=2e-5,
         warmup_steps=1,
-        seed=seed,
+        seed=job.seed,
     )
     begun = time.process_time()
-    distill(student, teacher, taught, recipe)
+    if job.way != "start":
+        distill(student, teacher, taught, recipe)
     seconds = time.process_time() - begun
     found = evaluate(student, teacher, heldout, plan=plan).measures
     names = "exact_reverse_kl_per_byte", "reverse_kl_per_byte", "exact_forward_kl_per_byte", "bits_per_byte"
-    row = {"way": way, "seed": seed, "cpu_s": round(seconds, 1), **{n: round(found[n], 4) for n in names}}
-    print(row, flush=True)
-    return row
+    return {"cpu_s": round(seconds, 1), **{n: round(found[n], 4) for n in names}}
 
 
 def _told(row: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.branch_losses import Branched, Remembering, clipped_reverse_kl
+from benchmarks.branch_losses import Branched, Remembering
 from benchmarks.claims import pair_models
 from benchmarks.claims.cells import Given
 from benchmarks.claims.figures import at_cost, canvas, markdown, over_seeds, save, told
@@ -55,6 +55,8 @@ class Way:
     least: float = 0.0
     divergence: Divergence | None = None
     like: str = ""
+    rates_by: float = 1.0
+    """Factor on the rates that are tried."""
 
 
 _SKEWED = partial(skew_reverse_kl, alpha=0.1)
@@ -68,16 +70,17 @@ WAYS = {
     "branches_skew": Way(
         "branches above 1 %, skewed reverse KL", least=0.01, divergence=_SKEWED, like="branches_1"
     ),
-    "branches_clip": Way(
-        "branches above 1 %, ratios clipped at 3 nats",
-        least=0.01,
-        divergence=clipped_reverse_kl,
-        like="branches_1",
+    "policy": Way(
+        "`token_pg`, clip 3, baseline", Term("token_pg", clip=CLIP, baseline="others"), rates_by=0.1
     ),
-    "policy": Way("`token_pg`, clip 3, baseline", Term("token_pg", clip=CLIP, baseline="others")),
     "policy_branches": Way("the same, branches above 1 %", least=0.01, like="policy"),
 }
 TUNING_SEED = 9
+NONE = 1.0
+"""A least share that no branch has."""
+_ENDS = "", "_low", "_high"
+_VALUE = [f"exact_reverse_kl_per_byte{end}" for end in _ENDS]
+_LOG_RATIO = [f"reverse_kl_per_byte{end}" for end in _ENDS]
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def measure(given: Given) -> dict[str, Any]:
         ]
         sides[direction] = dict(zip(("student", "teacher"), given.cells.all(make, models), strict=True))
         tried = [
-            _run(plan, way, direction, lr, TUNING_SEED, plan.tuning_steps)
+            _run(plan, way, direction, lr * WAYS[way].rates_by, TUNING_SEED, plan.tuning_steps)
             for way in plan.ways
             if not WAYS[way].like
             for lr in plan.rates
@@ -196,15 +199,15 @@ def count(job: Counted, made: Path) -> dict[str, float]:
         pair_models.loaded(name, made) for name in (f"student-{job.student}", f"teacher-{job.teacher}")
     )
     prompts = pair_models.heldout(job.sizes)[: job.prompts]
-    found = {}
-    for name, least in (("without", 0.999), ("with", 0.01)):
+    found: dict[str, float] = {}
+    for name, least in (("without", NONE), ("with", 0.01)):
         plan = EvaluationPlan(max_new_tokens=SAMPLING.max_new_tokens, samples=0, branches=least)
         measured = evaluate(student, LocalTeacher(teacher), prompts, plan=plan).measures
-        for key in ("exact_reverse_kl_per_byte", "unresolved_mass", "teacher_unresolved_mass"):
+        for key in (*_VALUE, "unresolved_mass", "teacher_unresolved_mass"):
             found[f"{key}_{name}"] = round(measured[key], 6)
         for key in ("branches_per_token", "teacher_branches_per_token"):
             found[f"{key}_{name}"] = round(measured[key], 4)
-    return found
+    return found | {key: round(measured[key], 6) for key in _LOG_RATIO}
 
 
 def _run(plan: Plan, way: str, direction: str, lr: float, seed: int, steps: int) -> Run:
@@ -328,6 +331,36 @@ def compared(data: Mapping[str, Any], direction: str) -> list[dict[str, Any]]:
 
 def _points(columns: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def demonstration(data: Mapping[str, Any]) -> str:
+    """What the pairs of the demonstration's task leave unresolved, as a table."""
+    head = (
+        *(
+            "student ← teacher",
+            "unresolved (student, teacher)",
+            "branches above 1 % a token",
+            "value per byte",
+        ),
+        *("log-ratio per byte", "its interval is wider by"),
+    )
+    lines = []
+    for row in data["demonstration"]:
+        widths = [row[f"{low}_high{end}"] - row[f"{low}_low{end}"] for low, end in _INTERVALS]
+        lines.append(
+            (
+                f"{row['student']} ← {row['teacher']}",
+                f"{row['unresolved_mass_without']:.4%}, {row['teacher_unresolved_mass_without']:.4%}",
+                f"{row['branches_per_token_with']:.1f}, {row['teacher_branches_per_token_with']:.1f}",
+                f"{row['exact_reverse_kl_per_byte_with']:.3f}",
+                f"{row['reverse_kl_per_byte']:.3f}",
+                f"×{widths[0] / widths[1]:.1f}",
+            )
+        )
+    return markdown(head, lines)
+
+
+_INTERVALS = ("reverse_kl_per_byte", ""), ("exact_reverse_kl_per_byte", "_with")
 
 
 def table(data: Mapping[str, Any]) -> str:
