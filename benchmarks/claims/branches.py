@@ -174,10 +174,8 @@ def measure(given: Given) -> dict[str, Any]:
         _row(way, direction, lr, [f for job, f in done if (job.way, job.direction) == (way, direction)])
         for (way, direction), lr in best.items()
     ]
-    starts = {
-        direction: next(found["curve"][0] for job, found in done if job.direction == direction)
-        for direction in DIRECTIONS
-    }
+    begun = given.cells.all(begin, [Start(direction, plan.watched, plan.exact) for direction in DIRECTIONS])
+    starts = dict(zip(DIRECTIONS, begun, strict=True))
     data = {"plan": asdict(plan), "demonstration": demonstration, "sides": sides, "starts": starts}
     return {**data, "rows": rows}
 
@@ -258,9 +256,8 @@ class Watched(Quiet):
 
 def run(job: Run, made: Path) -> dict[str, Any]:
     """Trains the student of a direction in one way, and follows it."""
-    mine, theirs = DIRECTIONS[job.direction]
-    student, teacher = load(made / f"phrases-student-{mine}"), load(made / f"phrases-teacher-{theirs}")
-    way, remembering, room = WAYS[job.way], Remembering(teacher), MAX_NEW_TOKENS[mine]
+    student, teacher = _sides(job.direction, made)
+    way, remembering, room = WAYS[job.way], Remembering(teacher), MAX_NEW_TOKENS[DIRECTIONS[job.direction][0]]
     branched = Branched(student, remembering, way.least)
     term = way.term or Term(job.way)
     if way.divergence is not None:
@@ -288,6 +285,27 @@ def run(job: Run, made: Path) -> dict[str, Any]:
     for name, side in (("branches", 0), ("teacher_branches", 1)):
         found[name] = round(sum(each[side] for each in branched.branches) / texts, 3)
     return found | _exact(student, teacher, asked(heldout[: job.exact]), room)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A cell: a direction's student before training."""
+
+    direction: str
+    watched: int
+    exact: int
+
+
+def begin(job: Start, made: Path) -> dict[str, float]:
+    """The measures of a direction's student as it is."""
+    mine, _ = DIRECTIONS[job.direction]
+    sides, heldout, room = _sides(job.direction, made), phrases("heldout"), MAX_NEW_TOKENS[mine]
+    return _looked(*sides, heldout[: job.watched], room) | _exact(*sides, asked(heldout[: job.exact]), room)
+
+
+def _sides(direction: str, made: Path) -> tuple[LanguageModel, LanguageModel]:
+    mine, theirs = DIRECTIONS[direction]
+    return load(made / f"phrases-student-{mine}"), load(made / f"phrases-teacher-{theirs}")
 
 
 def _looked(
@@ -387,8 +405,8 @@ def table(data: Mapping[str, Any]) -> str:
             for each in compared(data, direction)
         ]
         title = (
-            f"{direction}: the start has {start['reverse_kl_per_byte']:.3f} nats (log-ratio) and "
-            f"{start['bits_per_byte']:.3f} bits per byte"
+            f"{direction}: the start has {start['exact_reverse_kl_per_byte']:.3f} nats per byte (log-ratio "
+            f"{start['reverse_kl_per_byte']:.3f}) and {start['bits_per_byte']:.3f} bits"
         )
         parts.append(f"{title}\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)

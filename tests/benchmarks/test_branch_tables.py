@@ -13,7 +13,7 @@ from support import tiny_models as tiny
 from torch import Tensor
 
 from benchmarks.branch_losses import branched_divergence, branched_token_pg
-from benchmarks.branch_tables import Behind, SideTexts, branch_table, reading
+from benchmarks.branch_tables import Behind, SideTexts, branch_table, reading, table_of
 from gold.exact.marginals import marginals
 from gold.kernels.tables import byte_tables
 from gold.losses import OBJECTIVES, LossInputs, reverse_kl
@@ -57,6 +57,7 @@ def test_a_batch_has_the_named_masses_of_each_text(name: str, least: float | Non
         rest = np.logaddexp(own.local_rest, own.named[:, 257])
         whole = np.concatenate((own.named[:, :257], rest[:, None]), 1)
         share = np.exp(whole - np.logaddexp.reduce(whole, 1)[:, None])
+        np.testing.assert_allclose(table_of([own]).logp.exp().numpy(), share, atol=1e-9)
         found = table.logp[starts[number] : starts[number + 1]].exp().detach().numpy()
         # A chain of ``marginals`` follows a few tokens more.
         np.testing.assert_allclose(found, share, atol=1e-9 if least != 0.1 else 0.05)
