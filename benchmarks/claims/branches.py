@@ -198,6 +198,7 @@ def count(job: Counted, made: Path) -> dict[str, float]:
     )
     prompts = pair_models.heldout(job.sizes)[: job.prompts]
     found: dict[str, float] = {}
+    measured: dict[str, float] = {}
     for name, least in (("without", NONE), ("with", 0.01)):
         plan = EvaluationPlan(max_new_tokens=SAMPLING.max_new_tokens, samples=0, branches=least)
         measured = evaluate(student, LocalTeacher(teacher), prompts, plan=plan).measures
