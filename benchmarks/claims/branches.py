@@ -1,9 +1,9 @@
 """Training on exact next-byte tables, beside the bucket: on tiny models that cut their texts in different places.
 
-Two directions between characters, whose tables have no branches, and pieces of words: a student of characters learns
-from a teacher of pieces, which alone has branches, and a student of pieces from a teacher of characters, where the
-student's branches have a gradient. The texts are phrases, whose next word is uncertain: on the demonstration's task,
-with one right answer, no token off the path has a share above 1 %, and all tables are the same.
+Two directions between characters, whose tables have next to no branches, and pieces of words: a student of characters
+learns from a teacher of pieces, which alone has branches, and a student of pieces from a teacher of characters, where
+the student's branches have a gradient. The texts are phrases, whose next word is uncertain: on the demonstration's
+task, with one right answer, no token off the path has a share above 1 %, and all tables are the same.
 
 All ways begin with the same student, get the same prompts and steps, and have the better of two rates (by the log-ratio
 of held-out samples), chosen for each kind of way on a seed that is used for nothing else. The rate is constant after
@@ -425,7 +425,7 @@ def draw(data: Mapping[str, Any], path: Path) -> None:
                     for n in (cost, "reverse_kl_per_byte")
                 ]
                 ax.plot(*means, lw=1.3, marker="o", ms=3, label=WAYS[row["way"]].title)
-            ax.set(xlabel=title, ylabel=f"{direction}: log-ratio a byte, nats")
+            ax.set(xlabel=title, ylabel="log-ratio a byte, nats", title=direction)
             ax.grid(alpha=0.3)
     axes[0][0].legend(fontsize=6)
     save(figure, path)

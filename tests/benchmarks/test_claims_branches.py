@@ -55,7 +55,5 @@ def test_every_way_trains(tmp_path: Path) -> None:
     assert len(data["rows"]) == 10
     assert json.loads(json.dumps(data)) == data
     found = {(row["way"], row["direction"]): row for row in data["rows"]}
-    # Characters can be written in one way alone.
-    assert found["branches_1", "characters from pieces"]["branches"]["mean"] == 0
     assert found["branches_1", "characters from pieces"]["teacher_branches"]["mean"] > 0
     assert found["branches_1", "pieces from characters"]["branches"]["mean"] > 0
