@@ -18,11 +18,12 @@ from benchmarks.record import RESULTS, command_line, device_name, write_record
 
 PARTS = {
     "prompts": "accuracy over the number of prompts: distillation, imitation, a reward",
-    "efficiency": "what each way costs for the same accuracy, on two procedural tasks",
+    "efficiency": "what each way costs for the same accuracy, on a procedural task",
     "recovery": "a lost skill comes back from the old self, and new knowledge stays",
     "facts": "which divergence moves skills, and which facts",
     "pairs": "ways to compare two tokenizers, on tiny pairs and a real one",
     "branches": "training on exact next-byte tables, beside the bucket",
+    "selection": "a share of the bytes, or of the teacher's tokens, instead of all",
     "coverage": "how much of a text two tokenizers cut alike",
 }
 """The parts, and what each shows; a part is the module of its name in this package."""
