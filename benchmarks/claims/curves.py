@@ -16,7 +16,7 @@ from gold.models.language_model import LanguageModel
 from gold.prompt_order import PromptOrder
 from gold.rollout.engine import completed, sample
 from gold.rollout.hf import HuggingFaceEngine
-from gold.rollout.types import Sampling
+from gold.rollout.types import Rollout, Sampling
 from gold.train.loop import distill
 from gold.train.progress import Quiet
 from gold.train.recipe import Recipe
@@ -34,9 +34,10 @@ COSTS = {
 class Curve(Quiet):
     """Accuracy of a student on ``heldout`` prompts every few steps of its runs, which cost nothing to look at.
 
-    ``points`` have an ``accuracy`` and the ``COSTS`` so far. Loading models and kernels is not counted. ``text_s`` are
-    the processor seconds that a teacher took to write a text of the data: they count when a text is first used, so that
-    a point costs what a run of its length would have. Further runs go on where one ended.
+    ``points`` have an ``accuracy`` and the ``COSTS`` so far, and for each name of ``also`` the accuracy on those
+    prompts. Loading models and kernels is not counted. ``text_s`` are the processor seconds that a teacher took to
+    write a text of the data: they count when a text is first used, so that a point costs what a run of its length would
+    have. Further runs go on where one ended.
     """
 
     def __init__(
@@ -47,13 +48,17 @@ class Curve(Quiet):
         max_new_tokens: int,
         every: int,
         text_s: float = 0.0,
+        also: Mapping[str, Sequence[Prompt]] | None = None,
     ) -> None:
         self.student, self.every, self.cpu_s = student, every, 0.0
         self.points: list[dict[str, float]] = []
         self.step, self.tokens, self.text_s = 0, 0.0, text_s
         self.seen: set[str] = set()
         self.texts: set[int] = set()
-        self._look = partial(accuracy, student, heldout, verifier, max_new_tokens)
+        self._looks = {
+            name: partial(accuracy, student, prompts, verifier, max_new_tokens)
+            for name, prompts in {"accuracy": heldout, **(also or {})}.items()
+        }
         self._since = 0.0
         self._count: Callable[[int], tuple[int, int]] | None = None
 
@@ -113,7 +118,7 @@ class Curve(Quiet):
                 "prompts": len(self.seen),
                 "tokens": round(self.tokens),
                 "cpu_s": round(self.cpu_s, 2),
-                "accuracy": round(self._look(), 4),
+                **{name: round(look(), 4) for name, look in self._looks.items()},
             }
         )
 
@@ -122,10 +127,19 @@ def accuracy(
     model: LanguageModel, prompts: Sequence[Prompt], verifier: Verifier, max_new_tokens: int
 ) -> float:
     """Share of prompts that a model answers right, greedily."""
-    greedy = Sampling(max_new_tokens, temperature=0.0)
-    seeds = [(0, n) for n in range(len(prompts))]
-    rollouts = sample(HuggingFaceEngine(model, 512), model, prompts, greedy, seeds=seeds)
+    rollouts = _greedy(model, prompts, max_new_tokens)
     return sum(verifier.score(r.prompt, r.text) == 1.0 for r in rollouts if r.stopped) / len(prompts)
+
+
+def answers(model: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+    """The greedy answers of a model, also those without an end."""
+    return [r.text for r in _greedy(model, prompts, max_new_tokens)]
+
+
+def _greedy(model: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Rollout]:
+    seeds = [(0, n) for n in range(len(prompts))]
+    sampling = Sampling(max_new_tokens, temperature=0.0)
+    return list(sample(HuggingFaceEngine(model, 512), model, prompts, sampling, seeds=seeds))
 
 
 def written(

@@ -1,8 +1,9 @@
 """What each way costs for the same accuracy: distillation, imitation, one after the other, a reward, and mixes.
 
-Two tasks of reasoning-gym (`benchmarks.claims.gym`); the teacher's tokens are characters, the student's pieces of
-words. Every way begins with the same weak student. The learning rate is constant after its warm-up, so that a point of
-a curve is what a run of that length would have cost. Texts that a teacher writes cost its processor time.
+Tasks of reasoning-gym (`benchmarks.claims.gym`); the teacher's tokens are characters, the student's pieces of words. In
+a worked sum, the task that is recorded, a wrong value spoils those after it, so that the student's own errors matter.
+Every way begins with the same weak student. Rates fall over a run, so a point of a curve is what this run had cost, and
+a run planned to be that short might have got there sooner. Texts that a teacher writes cost its processor time.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ _EACH = Recipe(
     prompts_per_step=COMPLETIONS,
     micro_batch_size=COMPLETIONS,
     generation_batch_size=64,
-    schedule="constant",
 )
 _TEXTS = _EACH.replace(objectives=(Term("sft"),), on_policy=0.0)
 _GROUPS = _EACH.replace(prompts_per_step=COMPLETIONS // 8, num_generations=8)
@@ -42,17 +42,18 @@ _GROUPS = _EACH.replace(prompts_per_step=COMPLETIONS // 8, num_generations=8)
 
 @dataclass(frozen=True)
 class Way:
-    """One way: its recipe, the rates that are tried (none: those found for distillation and imitation), and its steps
-    for one of distillation.
+    """One way: its recipe, the rates that are tried on each task (none: those found for ``like``), and its steps for
+    one of distillation.
 
     ``first``: the share of its steps that imitates the teacher's texts before the recipe.
     """
 
     title: str
     recipe: Recipe
-    rates: tuple[float, ...]
+    rates: tuple[float, ...] = ()
     length: float = 1.0
     first: float = 0.0
+    like: str = "opd"
 
     @property
     def has_texts(self) -> bool:
@@ -66,45 +67,43 @@ class Way:
 
 
 WAYS = {
-    "opd": Way("on-policy distillation (reverse KL on bytes)", _EACH, (5e-4, 1e-3)),
-    "sft": Way("SFT on the teacher's texts", _TEXTS, (5e-4, 1e-3), 2.0),
-    "sft_opd": Way("SFT, then on-policy distillation", _EACH, (), first=0.25),
-    "gkd_reverse": Way("GKD, λ = 0.5, reverse KL", _EACH.replace(on_policy=0.5), (5e-4, 1e-3)),
+    "opd": Way("on-policy distillation (reverse KL on bytes)", _EACH, (1e-3, 2e-3)),
+    "sft": Way("SFT on the teacher's texts", _TEXTS, (1e-3, 2e-3), 2.0),
+    "sft_opd": Way("SFT, then on-policy distillation", _EACH, first=0.25),
     "gkd_forward": Way(
-        "GKD, λ = 0.5, forward KL",
-        _EACH.replace(objectives=(Term("forward_kl"),), on_policy=0.5),
-        (1e-3, 2e-3),
+        "GKD, λ = 0.5, forward KL", _EACH.replace(objectives=(Term("forward_kl"),), on_policy=0.5)
     ),
     "opd_reward": Way(
         "on-policy distillation + 0.1 reward (groups of 8)",
         _GROUPS.replace(objectives=(Term("reverse_kl"), Term("reward", weight=0.1))),
         (2e-4, 5e-4),
+        0.5,
     ),
     "reward": Way(
-        "reward only (groups of 8)", _GROUPS.replace(objectives=(Term("reward"),)), (1e-4, 3e-4), 1.5
+        "reward only (groups of 8)", _GROUPS.replace(objectives=(Term("reward"),)), (1e-4, 3e-4), 0.5
     ),
 }
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything is spent; ``steps`` are those of distillation."""
+    """How much of everything is spent; ``steps`` are those of distillation, ``answers`` those of each task."""
 
-    tasks: tuple[str, ...] = ("spell_backward", "chain_sum")
+    tasks: tuple[str, ...] = ("worked_sum",)
     ways: tuple[str, ...] = tuple(WAYS)
     prompts: int = 2000
-    steps: int = 240
-    every: int = 20
+    steps: int = 400
+    every: int = 25
     heldout: int = 256
-    tuning_share: float = 1 / 4
-    answers: int = 2400
+    tuning_share: float = 0.625
+    answers: tuple[int, ...] = (5000,)
     teacher_steps: int = 1500
     start_steps: int = 400
     teacher_accuracy: float = 0.98
     start_accuracy: float = 0.25
 
 
-SMALL = Sizes(("spell_backward",), ("opd", "sft", "sft_opd", "reward"), 40, 4, 2, 16, 0.5, 100, 4, 4)
+SMALL = Sizes(("spell_backward",), ("opd", "sft", "sft_opd", "reward"), 40, 4, 2, 16, 0.5, (100,), 4, 4)
 MERGES = 30
 """Merges of the student's tokenizer, at most."""
 
@@ -205,19 +204,19 @@ def measure(given: Given) -> dict[str, Any]:
     models = [
         Models(
             task,
-            sizes.answers,
+            answers,
             sizes.heldout,
             sizes.teacher_steps,
             sizes.start_steps,
             sizes.teacher_accuracy,
             sizes.start_accuracy,
         )
-        for task in sizes.tasks
+        for task, answers in zip(sizes.tasks, sizes.answers, strict=True)
     ]
     made = dict(zip(sizes.tasks, given.cells.all(make, models), strict=True))
-    rates = _rates(given, sizes)
+    rates = {task: _rates(given, sizes, task) for task in sizes.tasks}
     jobs = [
-        _job(sizes, task, way, rates, seed)
+        _job(sizes, task, way, rates[task], seed)
         for seed in range(given.seeds)
         for task in sizes.tasks
         for way in sizes.ways
@@ -240,7 +239,7 @@ def _job(sizes: Sizes, task: str, way: str, rates: Mapping[str, float], seed: in
     return Job(
         task,
         way,
-        rates[way] if WAYS[way].rates else rates["opd"],
+        rates[way] if WAYS[way].rates else rates[WAYS[way].like],
         rates["sft"] if WAYS[way].first else 0.0,
         seed,
         sizes.prompts,
@@ -250,18 +249,14 @@ def _job(sizes: Sizes, task: str, way: str, rates: Mapping[str, float], seed: in
     )
 
 
-def _rates(given: Given, sizes: Sizes) -> dict[str, float]:
-    """For each way the rate whose short run, on the first task and a seed apart, is the most accurate on average after
-    its first half."""
+def _rates(given: Given, sizes: Sizes, task: str) -> dict[str, float]:
+    """For each way the rate at which a shorter run on a task ends best, on a seed apart."""
     jobs = [
-        _job(sizes, sizes.tasks[0], way, {way: lr}, TUNING_SEED, sizes.tuning_share)
+        _job(sizes, task, way, {way: lr}, TUNING_SEED, sizes.tuning_share)
         for way in sizes.ways
         for lr in WAYS[way].rates
     ]
-    ends = []
-    for result in given.cells.all(work, jobs):
-        right = [p["accuracy"] for p in result["curve"]]
-        ends.append(mean(right[len(right) // 2 :]))
+    ends = [result["curve"][-1]["accuracy"] for result in given.cells.all(work, jobs)]
     best = sorted(zip(ends, jobs, strict=True), key=lambda pair: pair[0])
     return {job.way: job.lr for _, job in best}
 

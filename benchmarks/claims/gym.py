@@ -1,9 +1,10 @@
-"""Two tasks of reasoning-gym in short plain text, and tiny models with different tokenizers for them."""
+"""Tasks of reasoning-gym in short plain text, and tiny models with different tokenizers for them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -18,13 +19,17 @@ from gold.tasks import ReasoningGym
 class Plain:
     """A task of reasoning-gym whose question is the part that changes, `` 1 + 6 - 9 =``, and whose answer is `` -2``.
 
-    Questions, splits and the verifier are reasoning-gym's; an answer without its full score counts as wrong.
+    Questions, splits and the verifier are reasoning-gym's; an answer without its full score counts as wrong. With
+    ``steps`` a sum is worked out, `` 7 -2``: as many values as the question has terms after the first, the last of
+    which is the answer; questions with a term above ``largest`` are left out.
     """
 
     name: str
     field: str
     options: tuple[tuple[str, int], ...]
     max_new_tokens: int
+    steps: bool = False
+    largest: int | None = None
 
     @property
     def gym(self) -> ReasoningGym:
@@ -33,12 +38,16 @@ class Plain:
 
     def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
         """``count`` different prompts; no prompt is in both splits, for any seeds."""
-        found = self.gym.prompts(split, count, seed)
+        found = self.gym.prompts(split, count if self.largest is None else _DRAWN * (count + 20), seed)
+        if self.largest is not None:
+            found = [p for p in found if max(map(abs, _terms(p.reference))) <= self.largest][:count]
+        if len(found) < count:
+            raise ValueError(f"{self.name}: {len(found)} questions of {count} have small terms alone")
         return [
             Prompt(
                 p.key,
                 text=f" {p.reference['metadata'][self.field]} =",
-                completion=f" {p.reference['answer']}",
+                completion=_worked(p.reference) if self.steps else f" {p.reference['answer']}",
                 reference=p.reference,
             )
             for p in found
@@ -46,7 +55,27 @@ class Plain:
 
     def score(self, prompt: Prompt, completion: str) -> float:
         """1 for an answer that reasoning-gym scores 1, else 0."""
+        if self.steps:
+            values = completion.split(" ")[1:]
+            if len(values) != len(_terms(prompt.reference)) - 1:
+                return 0.0
+            completion = values[-1]
         return float(_verifier(self).score(prompt, completion) == 1.0)
+
+
+_DRAWN = 9
+"""Questions that are drawn for one with small terms, more than there are on average."""
+
+
+def _terms(reference: Any) -> list[int]:
+    """The terms of a sum with their signs."""
+    first, *rest = reference["metadata"]["expression"].split()
+    return [int(first), *(int(f"{sign}{term}") for sign, term in zip(rest[::2], rest[1::2], strict=True))]
+
+
+def _worked(reference: Any) -> str:
+    """The value of a sum after each of its terms but the first."""
+    return "".join(f" {value}" for value in list(accumulate(_terms(reference)))[1:])
 
 
 _VERIFIERS: dict[Plain, ReasoningGym] = {}
@@ -57,11 +86,13 @@ def _verifier(task: Plain) -> ReasoningGym:
 
 
 TASKS = {
-    "chain_sum": Plain(
+    "worked_sum": Plain(
         "chain_sum",
         "expression",
-        (("min_terms", 3), ("max_terms", 3), ("min_digits", 1), ("max_digits", 1)),
-        8,
+        (("min_terms", 4), ("max_terms", 4), ("min_digits", 1), ("max_digits", 1)),
+        16,
+        steps=True,
+        largest=5,
     ),
     "spell_backward": Plain("spell_backward", "word", (("min_word_len", 3), ("max_word_len", 4)), 8),
 }

@@ -1,28 +1,32 @@
 """Accuracy over the number of prompts: on-policy distillation, imitation of the teacher's texts, a reward alone.
 
-The task, the teacher and the start are the demonstration's. The learning rate is constant after its warm-up, so that
-the beginning of a run is a shorter run: one curve gives the accuracy after as many steps, and after as much processor
-time, as distillation took.
+The task, the teacher and the start are the demonstration's. Every run is one that a user would start: its rate falls
+over its own length. Imitation has more steps, so that it takes about as much processor time as distillation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from benchmarks.claims.cells import Given
-from benchmarks.claims.curves import Curve, written
-from benchmarks.claims.figures import at_cost, canvas, markdown, over_seeds, save, told
+from benchmarks.claims.curves import Curve, answers, written
+from benchmarks.claims.figures import canvas, markdown, over_seeds, save, told
+from gold.data import Prompt
 from gold.demo.run import SAMPLING, TASK, DemoPlan, make_start, make_teacher
+from gold.models.language_model import LanguageModel
 from gold.models.load import load_model
 from gold.train.recipe import Recipe, Term
 
 TUNING_SEED = 9
 COMPLETIONS = 48
 """Completions a step, in every way."""
+RARE = 0.01
+"""A share of new additions below this is too small to tell how many of them are right."""
 
 _EACH = Recipe(
     num_generations=1,
@@ -30,53 +34,62 @@ _EACH = Recipe(
     micro_batch_size=COMPLETIONS,
     generation_batch_size=64,
     max_new_tokens=SAMPLING.max_new_tokens,
-    schedule="constant",
 )
+_IMITATION = _EACH.replace(objectives=(Term("sft"),), on_policy=0.0)
+_REWARD = _EACH.replace(objectives=(Term("reward"),), prompts_per_step=COMPLETIONS // 8, num_generations=8)
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way of using the prompts; ``length``: its steps for one of distillation, to spend as much time or more."""
+    """One way of using the prompts; ``length``: its steps for one of distillation.
+
+    ``rates`` are those that are tried with each number of prompts in ``Sizes.tuned``. ``numbers``: with how many
+    prompts it is run; none: with all numbers.
+    """
 
     title: str
     recipe: Recipe
-    rates: tuple[float, ...]
+    rates: tuple[tuple[float, ...], ...] = ()
     length: float = 1.0
+    numbers: tuple[int, ...] = ()
 
 
 WAYS = {
-    "distilled": Way("on-policy distillation (reverse KL on bytes)", _EACH, (2e-4, 5e-4, 1e-3)),
+    "distilled": Way(
+        "on-policy distillation (reverse KL on bytes)",
+        _EACH,
+        ((3e-5, 1e-4), (5e-4, 1e-3, 2e-3), (1e-3, 2e-3)),
+    ),
     "imitated": Way(
-        "sequence-level KD, four sampled texts a prompt",
-        _EACH.replace(objectives=(Term("sft"),), on_policy=0.0),
-        (2e-4, 5e-4, 1e-3),
-        2.5,
+        "sequence-level KD, about as much time",
+        _IMITATION,
+        ((3e-5, 1e-4), (2e-4, 5e-4, 1e-3), (5e-4, 1e-3, 2e-3)),
+        2.25,
     ),
-    "rewarded": Way(
-        "reward only (groups of 8)",
-        _EACH.replace(objectives=(Term("reward"),), prompts_per_step=COMPLETIONS // 8, num_generations=8),
-        (3e-5, 1e-4, 3e-4),
-        1.8,
-    ),
+    "rewarded": Way("reward only (groups of 8)", _REWARD, ((1e-4, 3e-4),), numbers=(100,)),
 }
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything is spent; ``steps`` are those of distillation."""
+    """How much of everything is spent; ``steps`` are those of distillation.
 
-    numbers: tuple[int, ...] = (100, 1000, 10000)
-    steps: int = 200
-    every: int = 50
+    Rates are found with each number of prompts in ``tuned``; other numbers have those of the largest one below.
+    """
+
+    numbers: tuple[int, ...] = (100, 400, 2000)
+    tuned: tuple[int, ...] = (100, 400, 2000)
+    steps: int = 400
+    looks: int = 10
     heldout: int = 512
-    tuning_prompts: int = 1000
-    tuning_steps: int = 100
+    watched: int = 256
+    tuning_share: float = 0.625
     answers: int = 20000
     teacher_steps: int = 1600
     start_steps: int = 900
 
 
-SMALL = Sizes((20, 40), 4, 2, 16, 20, 2, 200, 10, 10)
+SMALL = Sizes((20, 40), (20,), 4, 2, 16, 8, 0.5, 200, 10, 10)
 
 
 @dataclass(frozen=True)
@@ -98,8 +111,9 @@ class Job:
     lr: float
     seed: int
     steps: int
-    every: int
+    looks: int
     heldout: int
+    watched: int
 
 
 def make(job: Models, made: Path) -> dict[str, float]:
@@ -115,143 +129,195 @@ def make(job: Models, made: Path) -> dict[str, float]:
 
 
 def work(job: Job, made: Path) -> dict[str, Any]:
-    """The curve of one run; a seed has its own prompts."""
+    """The curve of one run, and which additions are right before and after it; a seed has its own prompts."""
     way = WAYS[job.way]
     student, teacher = load_model(made / "student-start"), load_model(made / "teacher")
-    prompts = [replace(p, completion=None) for p in TASK.prompts("train", job.prompts, 100 + job.seed)]
-    text_s = 0.0
+    own = TASK.prompts("train", job.prompts, 100 + job.seed)
+    prompts, text_s = _asked(own), 0.0
     if way.recipe.on_policy == 0.0:
         most = job.steps * COMPLETIONS
         prompts, text_s = written(teacher, prompts, SAMPLING, job.seed, each=4, most=most)
-    heldout = [replace(p, completion=None) for p in TASK.prompts("heldout", job.heldout, 0)]
-    curve = Curve(student, heldout, TASK, SAMPLING.max_new_tokens, job.every, text_s)
+    heldout = _asked(TASK.prompts("heldout", job.heldout, 0))
+    reported = {p.key for p in heldout}
+    others = TASK.prompts("heldout", 2 * job.watched, TUNING_SEED)
+    watched = [p for p in _asked(others) if p.key not in reported][: job.watched]
+    also = {"watched": watched, "own": _asked(own)[: job.watched]}
+    every = max(1, job.steps // job.looks)
+    curve = Curve(student, heldout, TASK, SAMPLING.max_new_tokens, every, text_s, also)
     recipe = way.recipe.replace(steps=job.steps, seed=job.seed, lr=job.lr)
+    before = additions(student, heldout, own)
     curve.run(teacher if job.way == "distilled" else None, prompts, recipe, TASK)
-    return {"curve": curve.points}
+    return {"curve": curve.points, "before": before, "after": additions(student, heldout, own)}
+
+
+def _asked(prompts: Sequence[Prompt]) -> list[Prompt]:
+    return [replace(p, completion=None) for p in prompts]
+
+
+def additions(student: LanguageModel, heldout: Sequence[Prompt], own: Sequence[Prompt]) -> dict[str, float]:
+    """Shares of right additions in held-out prompts, of those that the right answers of ``own`` prompts have too, and
+    of the others; and which share of the additions those prompts have.
+
+    An addition is a value and a step, `` 24`` and `` +7``. It counts where every value before it is right.
+    """
+    known = {addition for p in own for addition in _additions(p)}
+    right: Counter[bool] = Counter()
+    all_: Counter[bool] = Counter()
+    asked_for: list[bool] = []
+    for prompt, text in zip(heldout, answers(student, heldout, SAMPLING.max_new_tokens), strict=True):
+        values = text.split()
+        asked_for += [addition in known for addition in _additions(prompt)]
+        for n, (addition, value) in enumerate(zip(_additions(prompt), prompt.reference.split(), strict=True)):
+            all_[addition in known] += 1
+            if values[n : n + 1] != [value]:
+                break
+            right[addition in known] += 1
+    return {
+        "known": right[True] / max(1, all_[True]),
+        "new": right[False] / max(1, all_[False]),
+        "share": mean(asked_for),
+    }
+
+
+def _additions(prompt: Prompt) -> list[tuple[str, str]]:
+    first, *steps = (prompt.text or "").removesuffix(" =").split()
+    return list(zip([first, *prompt.reference.split()], steps, strict=False))
 
 
 def measure(given: Given) -> dict[str, Any]:
-    """Rates on a seed apart, then every way with every number of prompts."""
+    """Rates on a seed apart, with some numbers of prompts; then every way with its numbers of prompts."""
     sizes = SMALL if given.small else Sizes()
     models = Models(sizes.answers, sizes.teacher_steps, sizes.start_steps, sizes.heldout)
     made = given.cells.all(make, [models])[0]
     rates = _rates(given, sizes)
     jobs = [
-        Job(name, number, rates[name], seed, *_lengths(way, sizes), sizes.heldout)
+        _job(name, number, rates[str(_tuned(sizes, number))][name], seed, sizes)
         for seed in range(given.seeds)
-        for name, way in WAYS.items()
         for number in sizes.numbers
+        for name, way in WAYS.items()
+        if number in (way.numbers or sizes.numbers)
     ]
-    found = dict(zip(jobs, given.cells.all(work, jobs), strict=True))
+    found = list(zip(jobs, given.cells.all(work, jobs), strict=True))
     rows = [
-        {
-            "way": name,
-            "prompts": number,
-            "curves": [r["curve"] for job, r in found.items() if (job.way, job.prompts) == (name, number)],
-        }
+        _row(name, number, mine)
         for name in WAYS
         for number in sizes.numbers
+        if (mine := [pair for pair in found if (pair[0].way, pair[0].prompts) == (name, number)])
     ]
-    return {"sizes": asdict(sizes), "made": made, "rates": rates, "rows": [_small(row) for row in rows]}
+    return {"sizes": asdict(sizes), "made": made, "rates": rates, "rows": rows}
 
 
-def _lengths(way: Way, sizes: Sizes, share: float = 1.0) -> tuple[int, int]:
-    """Steps of a run, and how many of them lie between two looks."""
-    return round(way.length * sizes.steps * share), round(way.length * sizes.every)
+def _tuned(sizes: Sizes, number: int) -> int:
+    """The number of prompts whose rates a number has."""
+    return max(n for n in sizes.tuned if n <= number)
 
 
-def _rates(given: Given, sizes: Sizes) -> dict[str, float]:
-    """The rate of each way that is best on average over the second half of a short run, on a seed apart."""
-    jobs = [
-        Job(
-            name,
-            sizes.tuning_prompts,
-            lr,
-            TUNING_SEED,
-            round(way.length * sizes.tuning_steps),
-            round(way.length * sizes.tuning_steps / 2),
-            sizes.heldout,
-        )
-        for name, way in WAYS.items()
-        for lr in way.rates
-    ]
-    ends = [mean(p["accuracy"] for p in r["curve"][1:]) for r in given.cells.all(work, jobs)]
-    best = sorted(zip(ends, jobs, strict=True), key=lambda pair: pair[0])
-    return {job.way: job.lr for _, job in best}
+def _job(name: str, number: int, lr: float, seed: int, sizes: Sizes, share: float = 1.0) -> Job:
+    steps = round(WAYS[name].length * sizes.steps * share)
+    return Job(name, number, lr, seed, steps, sizes.looks, sizes.heldout, sizes.watched)
 
 
-def _small(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without what neither the table nor the picture needs."""
-    kept = "step", "cpu_s", "accuracy"
-    return {**row, "curves": [[{name: p[name] for name in kept} for p in c] for c in row["curves"]]}
-
-
-def compared(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each way and number of prompts, accuracy after as many steps and as much time as distillation took."""
-    rows = {(row["way"], row["prompts"]): row["curves"] for row in data["rows"]}
-    steps = data["sizes"]["steps"]
-    found = []
-    for (way, number), curves in rows.items():
-        spent = mean(curve[-1]["cpu_s"] for curve in rows["distilled", number])
-        found.append(
-            {
-                "way": way,
-                "prompts": number,
-                "spent": spent,
-                "enough": all(curve[-1]["cpu_s"] >= spent for curve in curves) or way == "distilled",
-                "cpu_s": mean(at_cost(curve, "step", steps, "cpu_s") for curve in curves),
-                "steps": over_seeds([at_cost(curve, "step", steps) for curve in curves]),
-                "time": over_seeds([at_cost(curve, "cpu_s", spent) for curve in curves]),
-                "best": over_seeds([max(p["accuracy"] for p in curve) for curve in curves]),
-            }
-        )
+def _rates(given: Given, sizes: Sizes) -> dict[str, dict[str, float]]:
+    """For each number of prompts in ``tuned`` the rates at which shorter runs of the ways end best, on a seed apart."""
+    found: dict[str, dict[str, float]] = {}
+    for place, number in enumerate(sizes.tuned):
+        jobs = [
+            _job(name, number, lr, TUNING_SEED, sizes, sizes.tuning_share)
+            for name, way in WAYS.items()
+            for lr in (way.rates[place] if place < len(way.rates) else ())
+        ]
+        ends = [result["curve"][-1]["accuracy"] for result in given.cells.all(work, jobs)]
+        best = sorted(zip(ends, jobs, strict=True), key=lambda pair: pair[0])
+        found[str(number)] = {job.way: job.lr for _, job in best}
     return found
 
 
+def _row(name: str, number: int, found: Sequence[tuple[Job, Mapping[str, Any]]]) -> dict[str, Any]:
+    """What the table and the picture need of the runs of a way with a number of prompts, seed by seed."""
+    results = [result for _, result in found]
+    kept = "step", "cpu_s", "accuracy", "watched", "own"
+    return {
+        "way": name,
+        "prompts": number,
+        "steps": found[0][0].steps,
+        "lr": found[0][0].lr,
+        "curves": [{n: [p[n] for p in r["curve"]] for n in kept} for r in results],
+        "before": [_rounded(r["before"]) for r in results],
+        "after": [_rounded(r["after"]) for r in results],
+    }
+
+
+def _rounded(shares: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(share, 4) for name, share in shares.items()}
+
+
+def summed(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A row's measures over seeds.
+
+    ``stopped`` is the accuracy at the look that is best on the other held-out prompts, the first of equals. ``new`` is
+    left out where hardly any addition is new.
+    """
+    curves = row["curves"]
+    values = {
+        "cpu_s": [c["cpu_s"][-1] for c in curves],
+        "end": [c["accuracy"][-1] for c in curves],
+        "stopped": [c["accuracy"][c["watched"].index(max(c["watched"]))] for c in curves],
+        "own": [c["own"][-1] for c in curves],
+        "known": [a["known"] for a in row["after"]],
+    }
+    if all(a["share"] < 1 - RARE for a in row["after"]):
+        values["new"] = [a["new"] for a in row["after"]]
+    return {name: over_seeds(found) for name, found in values.items()}
+
+
 def table(data: Mapping[str, Any]) -> str:
-    """A way and a number of prompts a line."""
-    steps = data["sizes"]["steps"]
+    """A way and a number of prompts a line, the numbers together."""
     head = (
         "way",
         "prompts",
-        f"right after {steps:,} steps",
+        "steps",
+        "rate",
         "CPU s",
-        "right in distillation's time",
-        "of CPU s",
-        "best on the way",
+        "right at its end",
+        "stopped early",
+        "right on its own prompts",
+        "additions known",
+        "new",
     )
     lines = []
-    for row in compared(data):
-        same = row["way"] == "distilled"
-        after = told(row["steps"] if same else row["time"]) + ("" if row["enough"] else " (its end)")
+    for row in sorted(data["rows"], key=lambda row: row["prompts"]):
+        found = summed(row)
         lines.append(
             (
                 WAYS[row["way"]].title,
                 f"{row['prompts']:,}",
-                told(row["steps"]),
-                f"{row['cpu_s']:.0f}",
-                after,
-                f"{row['spent']:.0f}",
-                told(row["best"]),
+                f"{row['steps']:,}",
+                f"{row['lr']:g}",
+                f"{found['cpu_s']['mean']:.0f}",
+                *(told(found[name]) for name in ("end", "stopped", "own", "known")),
+                told(found["new"]) if "new" in found else "–",
             )
         )
     made = data["made"]
-    lines += [(f"*{name}*", "", f"{made[name]:.1%}", "", "", "", "") for name in ("teacher", "start")]
+    before = [b for row in data["rows"] for b in row["before"] if b["share"] < 1 - RARE]
+    ends = [f"{mean(b[name] for b in before):.1%}" if before else "–" for name in ("known", "new")]
+    lines.append(("*start*", "", "", "", "", f"{made['start']:.1%}", "", "", *ends))
+    lines.append(("*teacher*", "", "", "", "", f"{made['teacher']:.1%}", *[""] * 4))
     return markdown(head, lines)
 
 
 def draw(data: Mapping[str, Any], path: Path) -> None:
-    """Accuracy over the number of prompts, after as many steps and in as much time."""
+    """Accuracy over the number of prompts, at the end of the runs and stopped early."""
     figure, axes = canvas(2)
-    found = compared(data)
-    titles = {"steps": f"after {data['sizes']['steps']:,} steps", "time": "in as much processor time"}
+    titles = {"end": "at the end of a run", "stopped": "stopped at its best look"}
     for ax, (which, title) in zip(axes[0], titles.items(), strict=True):
         for (name, way), marker in zip(WAYS.items(), "osD", strict=True):
-            mine = [row for row in found if row["way"] == name]
+            mine = [row for row in data["rows"] if row["way"] == name]
+            found = [summed(row)[which] for row in mine]
             ax.errorbar(
                 [row["prompts"] for row in mine],
-                [100 * row[which]["mean"] for row in mine],
-                [100 * (row[which]["half"] or 0.0) for row in mine],
+                [100 * value["mean"] for value in found],
+                [100 * (value["half"] or 0.0) for value in found],
                 marker=marker,
                 ms=4,
                 capsize=3,

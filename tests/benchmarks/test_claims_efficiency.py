@@ -86,6 +86,16 @@ def test_a_plain_task_scores_whole_answers_alone(task: Plain) -> None:
         assert task.score(p, (p.completion or "")[:-1]) == 0.0
 
 
+def test_a_worked_sum_needs_a_value_for_every_term() -> None:
+    task = TASKS["worked_sum"]
+    (p,) = task.prompts("train", 1, 0)
+    values = (p.completion or "").split()
+    assert len(values) == 3
+    assert task.score(p, f" {values[-1]}") == 0.0
+    assert task.score(p, f" 0 0 {values[-1]}") == 1.0
+    assert task.score(p, f" {values[0]} {values[1]} 99") == 0.0
+
+
 def columns(*accuracies: float) -> dict[str, list[float]]:
     steps = [10.0 * n for n in range(len(accuracies))]
     return {
@@ -112,19 +122,34 @@ def test_prices_are_read_between_points_and_a_seed_that_fails_leaves_no_mean() -
     assert f"{WAYS['reward'].title} | – |" in shown
 
 
-def test_ways_are_compared_after_as_many_steps_and_in_as_much_time() -> None:
-    def curve(*points: tuple[int, float, float]) -> list[dict[str, float]]:
-        return [dict(zip(("step", "cpu_s", "accuracy"), point, strict=True)) for point in points]
+def test_a_run_is_stopped_where_other_prompts_are_answered_best() -> None:
+    curve = {
+        "cpu_s": [0.0, 4.0, 8.0],
+        "accuracy": [0.1, 0.6, 0.7],
+        "watched": [0.2, 0.5, 0.5],
+        "own": [0.0, 0.5, 1.0],
+    }
+    row: dict[str, list[dict[str, Any]]] = {
+        "curves": [curve],
+        "after": [{"known": 0.9, "new": 0.3, "share": 0.5}],
+    }
+    found = {name: value["mean"] for name, value in prompts.summed(row).items()}
+    assert found == {"cpu_s": 8.0, "end": 0.7, "stopped": 0.6, "own": 1.0, "known": 0.9, "new": 0.3}
+    row["after"][0]["share"] = 0.995
+    assert "new" not in prompts.summed(row)
 
-    rows = [
-        {"way": "distilled", "prompts": 10, "curves": [curve((0, 0, 0.0), (10, 8, 0.8))]},
-        {"way": "imitated", "prompts": 10, "curves": [curve((0, 0, 0.0), (10, 4, 0.4), (30, 12, 0.6))]},
-        {"way": "rewarded", "prompts": 10, "curves": [curve((0, 0, 0.0), (10, 3, 0.1), (20, 6, 0.2))]},
-    ]
-    found = {row["way"]: row for row in prompts.compared({"sizes": {"steps": 10}, "rows": rows})}
-    assert [found[w]["steps"]["mean"] for w in found] == pytest.approx([0.8, 0.4, 0.1])
-    assert [found[w]["time"]["mean"] for w in found] == pytest.approx([0.8, 0.5, 0.2])
-    assert [found[w]["enough"] for w in found] == [True, True, False]
+
+def test_additions_count_up_to_the_first_wrong_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prompt(text: str, answer: str) -> Prompt:
+        return Prompt(text, text=f"{text} =", completion=answer, reference=answer)
+
+    heldout = [prompt(" 20 +1 +2", " 21 23"), prompt(" 30 +1 -1", " 31 30")]
+    own = [prompt(" 20 +1 -1", " 21 20"), prompt(" 29 +1 +1", " 30 31")]
+    written = {" 20 +1 +2 =": " 21 24", " 30 +1 -1 =": " 99 30"}
+    monkeypatch.setattr(prompts, "answers", lambda _, asked, __: [written[p.text or ""] for p in asked])
+    found = prompts.additions(letters(), heldout, own)
+    # 20 +1 and 30 +1 are known, 21 +2 is new; 31 -1 comes after a wrong value.
+    assert found == {"known": 0.5, "new": 0.0, "share": 0.5}
 
 
 @pytest.mark.slow
