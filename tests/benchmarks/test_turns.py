@@ -101,7 +101,7 @@ def test_the_experiment_on_tiny_sizes(tmp_path, monkeypatch):
     sizes = turns.Sizes(batch=2, heldout=4, samples=1, known=6, teacher_steps=2, start_known=4, start_steps=2)
     data = turns.experiment(Cells(tmp_path, 0), list(turns.WAYS), [3], 2, sizes)
     assert {row["way"] for row in data["rows"]} == set(turns.WAYS)
-    assert len(data["tried"]) == 6
+    assert len(data["tried"]) == 2 * len(turns.WAYS)
     assert {t["seed"] for t in data["tried"]} == {turns.TUNING_SEED}
     assert all(len(row["right"]["seeds"]) == 2 for row in data["rows"])
     json.dumps(data)
@@ -112,5 +112,7 @@ def test_distillation_is_ahead_only_if_it_is():
     row = partial(dict, prompts=5)
     rows = [row(way=turns.DISTILLED, right={"mean": 0.8}), row(way=turns.IMITATION, right={"mean": 0.7})]
     assert turns.ahead(rows, 5)
-    rows[1]["right"] = {"mean": 0.8}
+    rows.append(row(way=turns.LONGER, right={"mean": 0.8}))
     assert not turns.ahead(rows, 5)
+    rows.append(row(way=turns.BOTH, right={"mean": 0.9}))
+    assert turns.ahead(rows, 5)
