@@ -225,7 +225,9 @@ def _line(row: Mapping[str, Any]) -> list[str]:
 def draw(data: Mapping[str, Any], path: Path) -> None:
     """For each pair the accuracy of every way: mean, interval, and each seed."""
     ways = list(dict.fromkeys(row["way"] for row in data["rows"]))[::-1]
-    figure, axes = canvas(columns=len(data["pairs"]), size=(3.6, 0.3 * len(ways) + 1.4))
+    columns = len(data["pairs"])
+    names = 0.07 * max(map(len, ways))  # the room of their labels, in inches
+    figure, axes = canvas(columns=columns, size=(2.6 + names / columns, 0.3 * len(ways) + 1.4))
     for ax, (pair, sides) in zip(axes[0], data["pairs"].items(), strict=True):
         found = {
             row["way"]: row["accuracy"] for row in data["rows"] if row["pair"] == pair and "accuracy" in row
