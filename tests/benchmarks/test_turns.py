@@ -99,11 +99,13 @@ def test_the_experiment_on_tiny_sizes(tmp_path, monkeypatch):
     # A teacher of two steps ends none of its turns.
     monkeypatch.setattr(turns, "imitated", lambda teacher, task, prompts, seed, samples: right_turns(prompts))
     sizes = turns.Sizes(batch=2, heldout=4, samples=1, known=6, teacher_steps=2, start_known=4, start_steps=2)
-    data = turns.experiment(Cells(tmp_path, 0), list(turns.WAYS), [3], 2, sizes)
+    data = turns.experiment(Cells(tmp_path, 0), list(turns.WAYS), [2, 8], 2, sizes)
     assert {row["way"] for row in data["rows"]} == set(turns.WAYS)
     assert len(data["tried"]) == 2 * len(turns.WAYS)
     assert {t["seed"] for t in data["tried"]} == {turns.TUNING_SEED}
+    assert {t["prompts"] for t in data["tried"]} == {2}
     assert all(len(row["right"]["seeds"]) == 2 for row in data["rows"])
+    assert {(row["prompts"], row["steps"]) for row in data["rows"]} == {(2, 4), (8, 8)}
     json.dumps(data)
     assert "imitation, then distilled" in turns.table(data)
 
