@@ -158,20 +158,25 @@ def run(job: Run, made: Path) -> dict[str, Any]:
     if job.way in TRL:
         return trl({**asdict(job), "sides": sides, "made": str(made), "watched": watched}, TRL[job.way])
     student, teacher = (loaded(side, made) for side in sides)
-    recipe = Recipe(
-        objectives=(WAYS[job.way],),
-        max_new_tokens=SAMPLING.max_new_tokens,
-        num_generations=1,
-        prompts_per_step=job.batch,
-        micro_batch_size=job.batch,
-        generation_batch_size=64,
-        steps=job.steps,
-        seed=job.seed,
-        lr=job.lr,
-    )
+    recipe = recipe_of(WAYS[job.way], job.batch, job.steps, job.seed, job.lr)
     clock = CpuSeconds()
     distill(student, teacher, train_prompts(job.sizes), recipe, saving=Saving(), progress=clock)
     return {**measures(student, teacher, heldout(job.sizes)[:watched]), "cpu_s": round(clock.spent[-1], 2)}
+
+
+def recipe_of(term: Term, batch: int, steps: int, seed: int, lr: float) -> Recipe:
+    """Steps of ``batch`` completions, one of each prompt, on one term."""
+    return Recipe(
+        objectives=(term,),
+        max_new_tokens=SAMPLING.max_new_tokens,
+        num_generations=1,
+        prompts_per_step=batch,
+        micro_batch_size=batch,
+        generation_batch_size=64,
+        steps=steps,
+        seed=seed,
+        lr=lr,
+    )
 
 
 def trl(job: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

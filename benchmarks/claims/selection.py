@@ -35,11 +35,12 @@ from benchmarks.claims.pairs import (
     begin,
     draw,
     quality,
+    recipe_of,
     row,
     table,
 )
 from gold.data import Prompt
-from gold.demo.run import SAMPLING, CpuSeconds
+from gold.demo.run import CpuSeconds
 from gold.kernels.logits import GivenLogits, LazyLogits, TopKLogits
 from gold.losses.divergences import Share, reverse_kl
 from gold.losses.table import OBJECTIVES, DivergenceRow
@@ -47,7 +48,7 @@ from gold.models.language_model import LanguageModel
 from gold.teachers.local import LocalTeacher
 from gold.tokenize.vocabulary import TokenizedText
 from gold.train.loop import Saving, distill
-from gold.train.recipe import Recipe, Term
+from gold.train.recipe import Term
 
 __all__ = ["draw", "measure", "table"]
 
@@ -185,17 +186,7 @@ def _run(job: Run, made: Path) -> dict[str, Any]:
     student, teacher = (
         loaded(f"{role}-{name}", made) for role, name in zip(("student", "teacher"), PAIRS[PAIR], strict=True)
     )
-    recipe = Recipe(
-        objectives=(way.term,),
-        max_new_tokens=SAMPLING.max_new_tokens,
-        num_generations=1,
-        prompts_per_step=job.batch,
-        micro_batch_size=job.batch,
-        generation_batch_size=64,
-        steps=job.steps,
-        seed=job.seed,
-        lr=job.lr,
-    )
+    recipe = recipe_of(way.term, job.batch, job.steps, job.seed, job.lr)
     clock = CpuSeconds()
     grader = SparseTeacher(teacher, way.told, way.drawn, job.seed) if way.told else teacher
     distill(student, grader, train_prompts(job.sizes), recipe, saving=Saving(), progress=clock)

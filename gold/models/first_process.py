@@ -23,15 +23,18 @@ def from_first(find: Callable[[], Found]) -> Found:
     """What ``find`` returns in the first process, in all of them; all call this.
 
     Raises:
-        ModelError: the one that it raises there.
+        ModelError: the one that it raises there; after any other error there, which only that process raises, one that
+            says so.
     """
-    answer: list[object] = [None, None]
-    if is_first():
-        try:
+    answer: list[object] = [None, "the first process, which reads the models for all, has failed"]
+    group = _waiting(dist.group.WORLD)
+    try:
+        if is_first():
             answer = [find(), None]
-        except ModelError as error:
-            answer = [None, str(error)]
-    dist.broadcast_object_list(answer, src=0, group=_waiting(dist.group.WORLD))
+    except ModelError as error:
+        answer = [None, str(error)]
+    finally:  # the others wait, whatever happens
+        dist.broadcast_object_list(answer, src=0, group=group)
     found, fault = answer
     if fault is not None:
         raise ModelError(str(fault))

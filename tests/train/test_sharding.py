@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from support.processes import (
     Command,
     both,
+    break_at,
     expect_no_weights,
     fail_at,
     launch,
@@ -212,6 +213,17 @@ def test_an_error_in_the_weights_which_the_first_process_reads_ends_all(pair: Pa
     )
     assert [process.wait(300) for process in processes] == [1, 1]
     assert all("its logits are NaN or infinite" in process.err for process in processes)
+
+
+def test_no_process_waits_for_a_first_one_that_has_failed(pair: Path, tmp_path: Path) -> None:
+    processes = launch(
+        tmp_path / "both",
+        *("train", pair / "run.yaml", f"output={tmp_path / 'run'}", "train.sharding=fsdp"),
+        before=[partial(break_at, "gold.models.load:placed_model"), None],
+    )
+    assert [process.wait(300) for process in processes] == [1, 1]
+    assert "nobody expects this" in processes[0].err
+    assert "the first process, which reads the models for all, has failed" in processes[1].err
 
 
 def shards_in(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
