@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from gold.errors import GoldError
+
 # name: (module whose main(arguments) runs it and returns the exit status, what it does)
 BENCHMARKS = {
     "assets": ("benchmarks.assets", "fetch the real models and tokenizers that the others need"),
@@ -59,7 +61,11 @@ def main(arguments: Sequence[str]) -> int:
     if name not in BENCHMARKS:
         print(f"error: no benchmark {name!r}; known are {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
-    return int(import_module(BENCHMARKS[name][0]).main(rest))
+    try:
+        return int(import_module(BENCHMARKS[name][0]).main(rest))
+    except GoldError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ PARTS = {
     "prompts": "accuracy over the number of prompts: distillation, imitation, a reward",
     "efficiency": "what each way costs for the same accuracy, on a procedural task",
     "recovery": "a lost skill comes back from the old self, and new knowledge stays",
+    "instructions": "the same with real weights: instructions of IFEval, and documents",
     "facts": "which divergence moves skills, and which facts",
     "pairs": "ways to compare two tokenizers, on tiny pairs and a real one",
     "branches": "training on exact next-byte tables, beside the bucket",
