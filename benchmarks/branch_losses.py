@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from benchmarks.branch_tables import Behind, BranchTable, SideTexts, branch_table, reading
 from gold.align.batch import AlignedBatch, BatchSide
@@ -109,6 +110,17 @@ def compared(batch: AlignedBatch, mine: BranchTable, theirs: BranchTable, diverg
     rest = {"unresolved_mass": mine.logp, "teacher_unresolved_mass": theirs.logp}
     parts = {name: table[at, -1].detach().exp().sum() for name, table in rest.items()}
     return Loss(divergence(logp, logq).sum(), parts)
+
+
+def clipped_reverse_kl(logp: Tensor, logq: Tensor, clip: float) -> Tensor:
+    """Reverse KL, [N, events] → [N], whose log-ratios are at most ``clip`` nats in size.
+
+    An event beyond it still has a gradient, as if its reward were the clip: one that is rare and far from the teacher
+    no longer makes most of a step.
+    """
+    nowhere = torch.isneginf(logp) & torch.isneginf(logq)
+    ratio = torch.where(nowhere, 0.0, logp - logq)
+    return (logp.exp() * ratio.clamp(-clip, clip)).sum(-1)
 
 
 def branched_token_pg(

@@ -1,8 +1,9 @@
 """`python -m benchmarks branches`: what exact tables of the teacher make of the loss on bytes, on a real pair.
 
-SmolLM2-135M-Instruct's completions, graded by Gemma-3-270M: its byte table as it is, and with the states behind its
-tokens off the path. Beside each other stand the divergence per byte and the gradient with respect to the student's
-logits; and, with ``--steps``, short runs with both.
+Completions of SmolLM2-135M-Instruct or of Gemma-3-270M, graded by the other: its byte table as it is, and with the
+states behind its tokens off the path. Beside each other stand the divergence per byte and the gradient with respect to
+the student's logits; and, with ``--steps``, short runs with both, which begin with the student as it is or, with
+``--after``, as so many steps of today's objective leave it.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.assets import model_path
-from benchmarks.branch_losses import Remembering, compared
+from benchmarks.branch_losses import Remembering, clipped_reverse_kl, compared
 from benchmarks.branch_tables import BranchTable, table_of
 from benchmarks.claims.cells import Cells
 from benchmarks.divergence import PROMPTS
@@ -37,7 +39,7 @@ from gold.losses import OBJECTIVES, Divergence, Loss, LossInputs, Row, reverse_k
 from gold.losses.table import supervised_bytes
 from gold.models.hidden_states import lazy_logits
 from gold.models.language_model import LanguageModel
-from gold.models.load import load_model
+from gold.models.load import load_model, save_model
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Sampling
@@ -45,21 +47,34 @@ from gold.teachers.local import LocalTeacher
 from gold.train.loop import distill
 from gold.train.recipe import Recipe, Term
 
-STUDENT, TEACHER = "smollm2-135m-instruct", "gemma3-270m"
+MODELS = "smollm2-135m-instruct", "gemma3-270m"
 KINDS = "English", "code", "numbers"
 LEVELS = 0.1, 0.01
+WAYS = "bucket", "branches"
 DIVERGENCES: Mapping[str, Divergence] = {
     "reverse_kl": reverse_kl,
     "skew_reverse_kl": partial(skew_reverse_kl, alpha=0.1),
+    "clipped_reverse_kl": partial(clipped_reverse_kl, clip=3.0),
 }
+FIRST_SEED = 100
+"""Of the steps before a late start."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A cell: the student that runs begin with, after ``after`` steps of today's objective; and its measures."""
+
+    student: str
+    after: int
+    tokens: int
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """A cell: the gradients of a kind of text."""
+    """A cell: the gradients of a kind of text that a start writes."""
 
     kind: str
-    tokens: int
+    start: Start
 
 
 @dataclass(frozen=True)
@@ -69,12 +84,16 @@ class Run:
     way: str
     seed: int
     steps: int
-    tokens: int
+    start: Start
 
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks branches", description=__doc__)
+    parser.add_argument(
+        "--student", choices=MODELS, default=MODELS[0], help="the other teaches (%(default)s)"
+    )
+    parser.add_argument("--after", type=int, default=0, help="steps before all else (%(default)s)")
     parser.add_argument("--tokens", type=int, default=24, help="new tokens of a completion (%(default)s)")
     parser.add_argument("--steps", type=int, default=0, help="steps of each run; 0: no runs (%(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each way (%(default)s)")
@@ -83,27 +102,42 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--record", action="store_true", help="keep the result in benchmarks/results")
     given = parser.parse_args(list(arguments))
-    started = time.perf_counter()
-    cells = Cells(given.folder)
-    gradients = cells.all(gradients_of, [Gradient(kind, given.tokens) for kind in KINDS])
-    seeds = range(given.seeds if given.steps else 0)
-    # In the time of the bucket's steps there is room for two thirds as many with branches.
-    ways = ("bucket", given.steps), ("branches", given.steps), ("branches", round(given.steps * 2 / 3))
-    jobs = [Run(way, seed, steps, given.tokens) for seed in seeds for way, steps in ways]
-    jobs += [Run("start", 0, given.steps, given.tokens) for _ in seeds[:1]]
-    runs = [{**asdict(job), **found} for job, found in zip(jobs, cells.all(run, jobs), strict=True)]
-    print("\n".join(map(_told, gradients)), *runs, sep="\n")
+    begun = time.perf_counter()
+    cells, start = Cells(given.folder), Start(given.student, given.after, given.tokens)
+    data: dict[str, Any] = {**asdict(start), "teacher": _teacher_of(given.student)}
+    (data["start"],) = cells.all(begin, [start])
+    data["gradients"] = cells.all(gradients_of, [Gradient(kind, start) for kind in KINDS])
+    data["runs"] = runs(cells, start, given.steps, given.seeds) if given.steps else []
+    data["cells_s"] = round(cells.seconds(), 1)
+    print(told(data))
     if given.record:
-        data = {"student": STUDENT, "teacher": TEACHER, "cells_s": round(cells.seconds(), 1)}
+        name = (
+            "branches" + ("" if given.student == MODELS[0] else "-gemma3") + ("-late" if given.after else "")
+        )
         path = write_record(
-            "branches",
-            {**data, "gradients": gradients, "runs": runs},
-            command=command_line("branches", [f"--steps={given.steps}", f"--seeds={given.seeds}"]),
-            seconds=time.perf_counter() - started,
+            name,
+            data,
+            command=command_line("branches", [each for each in arguments if each != "--record"]),
+            seconds=time.perf_counter() - begun,
             device=device_name("cpu", 1),
         )
         print(path)
     return 0
+
+
+def runs(cells: Cells, start: Start, steps: int, seeds: int) -> list[dict[str, Any]]:
+    """Runs of every way in so many steps, and of branches in as many as fit into the processor time of the bucket."""
+    jobs = [Run(way, seed, steps, start) for seed in range(seeds) for way in WAYS]
+    found = cells.all(run, jobs)
+    spent = {way: mean(f["cpu_s"] for j, f in zip(jobs, found, strict=True) if j.way == way) for way in WAYS}
+    fewer = max(1, round(steps * spent["bucket"] / spent["branches"]))
+    shorter = [Run("branches", seed, fewer, start) for seed in range(seeds)]
+    every = zip([*jobs, *shorter], [*found, *cells.all(run, shorter)], strict=True)
+    return [{"way": job.way, "seed": job.seed, "steps": job.steps, **outcome} for job, outcome in every]
+
+
+def _teacher_of(student: str) -> str:
+    return MODELS[1 - MODELS.index(student)]
 
 
 def prompts_of(kind: str) -> list[Prompt]:
@@ -111,17 +145,30 @@ def prompts_of(kind: str) -> list[Prompt]:
     return [Prompt(f"{kind} {n}", text=text) for n, text in enumerate(PROMPTS[kind])]
 
 
-def _models() -> tuple[LanguageModel, LanguageModel]:
+def _models(start: Start, made: Path) -> tuple[LanguageModel, LanguageModel]:
+    """The student of a start, and its teacher."""
+    before = made / f"{start.student}-{start.after}" if start.after else model_path(start.student)
     student, teacher = (
-        load_model(model_path(name), device="cpu", dtype="float32") for name in (STUDENT, TEACHER)
+        load_model(path, device="cpu", dtype="float32")
+        for path in (before, model_path(_teacher_of(start.student)))
     )
     return student, teacher
 
 
+def begin(job: Start, made: Path) -> dict[str, Any]:
+    """Makes the student of a start, and measures it."""
+    student, teacher = _models(replace(job, after=0), made)
+    if job.after:
+        recipe = _recipe(Run("bucket", FIRST_SEED, job.after, job))
+        distill(student, LocalTeacher(teacher), _prompts()[0], recipe)
+        save_model(student, made / f"{job.student}-{job.after}")
+    return _measured(student, LocalTeacher(teacher), job.tokens)
+
+
 def gradients_of(job: Gradient, made: Path) -> dict[str, Any]:
     """For each divergence and level the value per byte, and the gradient beside that without branches."""
-    student, model = _models()
-    kind, tokens = job.kind, job.tokens
+    student, model = _models(job.start, made)
+    kind, tokens = job.kind, job.start.tokens
     teacher, prompts = LocalTeacher(model), prompts_of(kind)
     seeds = [(0, n) for n in range(len(prompts))]
     rollouts = sample(HuggingFaceEngine(student), student, prompts, Sampling(tokens), seeds=seeds)
@@ -200,10 +247,9 @@ def followed(
 
 def run(job: Run, made: Path) -> dict[str, Any]:
     """A short run on prompts of code and numbers, three of each kind, measured on the fourth."""
-    student, model = _models()
+    student, model = _models(job.start, made)
     teacher = Remembering(model)
-    every = [prompts_of(kind) for kind in ("code", "numbers")]
-    taught, heldout = [p for kind in every for p in kind[:3]], [kind[3] for kind in every]
+    taught, _ = _prompts()
 
     def loss(inputs: LossInputs) -> Loss:
         pair, texts = inputs.batch.vocabularies, inputs.batch.texts
@@ -213,25 +259,43 @@ def run(job: Run, made: Path) -> dict[str, Any]:
         return _loss(inputs, followed(teacher, pair, asked, texts, 0.01), reverse_kl)
 
     OBJECTIVES["branches"] = Row("branches", loss, needs="rows", unit="byte", count=supervised_bytes)
-    plan = EvaluationPlan(max_new_tokens=job.tokens, num_generations=4, samples=0, branches=0.01)
-    recipe = Recipe(
+    begun = time.process_time()
+    distill(student, teacher, taught, _recipe(job))
+    seconds = time.process_time() - begun
+    return {"cpu_s": round(seconds, 1), **_measured(student, teacher, job.start.tokens)}
+
+
+def _prompts() -> tuple[list[Prompt], list[Prompt]]:
+    """Those that are trained on, and those that are measured on."""
+    every = [prompts_of(kind) for kind in ("code", "numbers")]
+    return [p for kind in every for p in kind[:3]], [kind[3] for kind in every]
+
+
+def _recipe(job: Run) -> Recipe:
+    return Recipe(
         (Term("reverse_kl" if job.way == "bucket" else "branches"),),
         steps=job.steps,
         prompts_per_step=6,
         num_generations=1,
         micro_batch_size=6,
-        max_new_tokens=job.tokens,
+        max_new_tokens=job.start.tokens,
         lr=2e-5,
         warmup_steps=1,
         seed=job.seed,
     )
-    begun = time.process_time()
-    if job.way != "start":
-        distill(student, teacher, taught, recipe)
-    seconds = time.process_time() - begun
-    found = evaluate(student, teacher, heldout, plan=plan).measures
+
+
+def _measured(student: LanguageModel, teacher: LocalTeacher, tokens: int) -> dict[str, float]:
+    plan = EvaluationPlan(max_new_tokens=tokens, num_generations=4, samples=0, branches=0.01)
+    found = evaluate(student, teacher, _prompts()[1], plan=plan).measures
     names = "exact_reverse_kl_per_byte", "reverse_kl_per_byte", "exact_forward_kl_per_byte", "bits_per_byte"
-    return {"cpu_s": round(seconds, 1), **{n: round(found[n], 4) for n in names}}
+    return {n: round(found[n], 4) for n in names}
+
+
+def told(data: Mapping[str, Any]) -> str:
+    """The gradients and the runs as lines."""
+    lines = [f"{data['student']} ← {data['teacher']}, after {data['after']} steps: {data['start']}"]
+    return "\n".join([*lines, *map(_told, data["gradients"]), *map(str, data["runs"])])
 
 
 def _told(row: Mapping[str, Any]) -> str:

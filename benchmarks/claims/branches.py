@@ -8,20 +8,21 @@ task, with one right answer, no token off the path has a share above 1 %, and al
 All ways begin with the same student, get the same prompts and steps, and have the better of two rates (by the log-ratio
 of held-out samples), chosen for each kind of way on a seed that is used for nothing else. The rate is constant after
 its warm-up, so that a point of a curve is what a run of that length would have been: ways are compared at equal steps,
-and at the processor time that the bucket took.
+and at the processor time that the bucket took. Both directions also begin late: with the student that a longer run of
+the bucket left, at lower rates.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.branch_losses import Branched, Remembering
+from benchmarks.branch_losses import Branched, Remembering, clipped_reverse_kl
 from benchmarks.claims import pair_models
 from benchmarks.claims.cells import Given
 from benchmarks.claims.figures import at_cost, canvas, markdown, over_seeds, save, told
@@ -31,18 +32,32 @@ from gold.demo.run import SAMPLING
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.losses import Divergence, reverse_kl, skew_reverse_kl
 from gold.models.language_model import LanguageModel
+from gold.models.load import save_model
 from gold.teachers.local import LocalTeacher
 from gold.train.loop import distill
 from gold.train.progress import Quiet
 from gold.train.recipe import Recipe, Term
 from gold.train.trackers import RunInfo
 
+
+@dataclass(frozen=True)
+class Direction:
+    """Tokenizers of student and teacher, and whether runs begin ``late``."""
+
+    student: str
+    teacher: str
+    late: bool = False
+
+
 DIRECTIONS = {
-    "characters from pieces": ("characters", "pieces"),
-    "pieces from characters": ("pieces", "characters"),
+    "characters from pieces": Direction("characters", "pieces"),
+    "pieces from characters": Direction("pieces", "characters"),
+    "characters from pieces, late": Direction("characters", "pieces", late=True),
+    "pieces from characters, late": Direction("pieces", "characters", late=True),
 }
-"""Tokenizers of student and teacher."""
 CLIP = 3.0
+NONE = 1.0
+"""A least share that no branch has."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +75,20 @@ class Way:
 
 
 _SKEWED = partial(skew_reverse_kl, alpha=0.1)
+_CLIPPED = partial(clipped_reverse_kl, clip=CLIP)
 WAYS = {
     "bucket": Way("bucket (today)", Term("reverse_kl")),
     "bucket_skew": Way(
         "bucket, skewed reverse KL, α = 0.1", Term("skew_reverse_kl", alpha=0.1), like="bucket"
     ),
+    "bucket_clip": Way("bucket, ratios clipped at 3 nats", least=NONE, divergence=_CLIPPED, like="bucket"),
     "branches_10": Way("branches above 10 %", least=0.1, divergence=reverse_kl, like="branches_1"),
     "branches_1": Way("branches above 1 %", least=0.01, divergence=reverse_kl),
     "branches_skew": Way(
         "branches above 1 %, skewed reverse KL", least=0.01, divergence=_SKEWED, like="branches_1"
+    ),
+    "branches_clip": Way(
+        "branches above 1 %, ratios clipped at 3 nats", least=0.01, divergence=_CLIPPED, like="branches_1"
     ),
     "policy": Way(
         "`token_pg`, clip 3, baseline", Term("token_pg", clip=CLIP, baseline="others"), rates_by=0.1
@@ -76,8 +96,7 @@ WAYS = {
     "policy_branches": Way("the same, branches above 1 %", least=0.01, like="policy"),
 }
 TUNING_SEED = 9
-NONE = 1.0
-"""A least share that no branch has."""
+LATE_WAYS = "bucket", "branches_10", "branches_1", "branches_clip"
 _ENDS = "", "_low", "_high"
 _VALUE = [f"exact_reverse_kl_per_byte{end}" for end in _ENDS]
 _LOG_RATIO = [f"reverse_kl_per_byte{end}" for end in _ENDS]
@@ -92,6 +111,9 @@ class Plan:
     phrases: int
     prompts: int
     rates: tuple[float, ...]
+    late_rates: tuple[float, ...]
+    late_after: int
+    """Steps of the bucket before a late start."""
     steps: int
     tuning_steps: int
     every: int
@@ -104,15 +126,19 @@ class Plan:
     """Those of the demonstration's pairs."""
     ways: tuple[str, ...] = tuple(WAYS)
 
+    def ways_of(self, direction: str) -> list[str]:
+        """The ways that are run in a direction."""
+        return [way for way in self.ways if way in LATE_WAYS or not DIRECTIONS[direction].late]
+
 
 PLAN = Plan(
-    *(700, 120, 20_000, 1500, (3e-4, 1e-3), 40, 15, 10, 32, 64, 64),
+    *(700, 120, 20_000, 1500, (3e-4, 1e-3), (1e-4, 3e-4), 300, 40, 15, 10, 32, 64, 64),
     pairs=pair_models.Sizes(20_000, 1600, 900, 400, 384),
 )
 SMALL = Plan(
-    *(4, 4, 200, 16, (1e-3,), 2, 1, 1, 4, 4, 4),
+    *(4, 4, 200, 16, (1e-3,), (1e-3,), 2, 2, 1, 1, 4, 2, 1),
     pairs=pair_models.Sizes(200, 4, 4, 16, 16),
-    ways=("bucket", "branches_10", "branches_1", "policy", "policy_branches"),
+    ways=("bucket", "bucket_clip", "branches_10", "branches_1", "policy", "policy_branches"),
 )
 
 
@@ -142,32 +168,44 @@ class Run:
     exact: int
 
 
+@dataclass(frozen=True)
+class Longer(Run):
+    """A cell: the run of the bucket that a late start comes from."""
+
+
 def measure(given: Given) -> dict[str, Any]:
     """Rates on a seed apart, then every way in every direction."""
     plan, seeds = (SMALL, 1) if given.small else (PLAN, given.seeds)
     demonstration = _demonstration(given, plan)
-    sides, best = {}, {}
-    for direction, (mine, theirs) in DIRECTIONS.items():
-        models = [
-            Model(mine, "student", plan.student_steps, plan.phrases),
-            Model(theirs, "teacher", plan.teacher_steps, plan.phrases),
-        ]
-        sides[direction] = dict(zip(("student", "teacher"), given.cells.all(make, models), strict=True))
+    sides: dict[str, Any] = {}
+    best: dict[tuple[str, str], float] = {}
+    for direction, pair in DIRECTIONS.items():
+        if pair.late:
+            early = next(n for n, d in DIRECTIONS.items() if d == replace(pair, late=False))
+            rate = best["bucket", early]
+            longer = _run(plan, "bucket", early, rate, TUNING_SEED, plan.late_after)
+            given.cells.all(lengthen, [Longer(**asdict(longer))])
+        else:
+            models = [
+                Model(pair.student, "student", plan.student_steps, plan.phrases),
+                Model(pair.teacher, "teacher", plan.teacher_steps, plan.phrases),
+            ]
+            sides[direction] = dict(zip(("student", "teacher"), given.cells.all(make, models), strict=True))
         tried = [
             _run(plan, way, direction, lr * WAYS[way].rates_by, TUNING_SEED, plan.tuning_steps)
-            for way in plan.ways
+            for way in plan.ways_of(direction)
             if not WAYS[way].like
-            for lr in plan.rates
+            for lr in (plan.late_rates if pair.late else plan.rates)
         ]
         tuned = list(zip(tried, given.cells.all(run, tried), strict=True))
-        for way in plan.ways:
+        for way in plan.ways_of(direction):
             like = WAYS[way].like or way
             best[way, direction] = min((quality(f), job.lr) for job, f in tuned if job.way == like)[1]
     jobs = [
         _run(plan, way, direction, best[way, direction], seed, plan.steps)
         for seed in range(seeds)
         for direction in DIRECTIONS
-        for way in plan.ways
+        for way in plan.ways_of(direction)
     ]
     done = list(zip(jobs, given.cells.all(run, jobs), strict=True))
     rows = [
@@ -258,34 +296,50 @@ class Watched(Quiet):
 def run(job: Run, made: Path) -> dict[str, Any]:
     """Trains the student of a direction in one way, and follows it."""
     student, teacher = _sides(job.direction, made)
-    way, remembering, room = WAYS[job.way], Remembering(teacher), MAX_NEW_TOKENS[DIRECTIONS[job.direction][0]]
+    way, remembering, room = WAYS[job.way], Remembering(teacher), _room(job.direction)
     branched = Branched(student, remembering, way.least)
     term = way.term or Term(job.way)
     if way.divergence is not None:
         branched.add(job.way, way.divergence)
     elif way.term is None:
         branched.add_policy(job.way, CLIP)
-    recipe = Recipe(
-        objectives=(term,),
-        max_new_tokens=room,
-        num_generations=1,
-        prompts_per_step=job.batch,
-        micro_batch_size=job.batch,
-        generation_batch_size=64,
-        schedule="constant",
-        steps=job.steps,
-        seed=job.seed,
-        lr=job.lr,
-    )
+    recipe = _recipe(job, term)
     heldout = phrases("heldout")
     watched = Watched(job.every, lambda: _looked(student, teacher, heldout[: job.watched], room))
     prompts = asked(phrases("train")[: job.prompts])
-    distill(student, remembering, prompts, recipe, progress=watched)
+    distill(student, remembering, prompts, recipe.replace(schedule="constant"), progress=watched)
     found: dict[str, Any] = {"curve": watched.points}
     texts = job.steps * job.batch
     for name, side in (("branches", 0), ("teacher_branches", 1)):
         found[name] = round(sum(each[side] for each in branched.branches) / texts, 3)
     return found | _exact(student, teacher, asked(heldout[: job.exact]), room)
+
+
+def lengthen(job: Longer, made: Path) -> dict[str, Any]:
+    """Trains the student of a direction with the bucket, at a rate that falls, and saves it for late starts."""
+    student, teacher = _sides(job.direction, made)
+    prompts = asked(phrases("train")[: job.prompts])
+    distill(student, LocalTeacher(teacher), prompts, _recipe(job, Term("reverse_kl")))
+    save_model(student, made / f"late-{DIRECTIONS[job.direction].student}")
+    return {}
+
+
+def _recipe(job: Run, term: Term) -> Recipe:
+    return Recipe(
+        objectives=(term,),
+        max_new_tokens=_room(job.direction),
+        num_generations=1,
+        prompts_per_step=job.batch,
+        micro_batch_size=job.batch,
+        generation_batch_size=64,
+        steps=job.steps,
+        seed=job.seed,
+        lr=job.lr,
+    )
+
+
+def _room(direction: str) -> int:
+    return MAX_NEW_TOKENS[DIRECTIONS[direction].student]
 
 
 @dataclass(frozen=True)
@@ -299,14 +353,14 @@ class Start:
 
 def begin(job: Start, made: Path) -> dict[str, float]:
     """The measures of a direction's student as it is."""
-    mine, _ = DIRECTIONS[job.direction]
-    sides, heldout, room = _sides(job.direction, made), phrases("heldout"), MAX_NEW_TOKENS[mine]
+    sides, heldout, room = _sides(job.direction, made), phrases("heldout"), _room(job.direction)
     return _looked(*sides, heldout[: job.watched], room) | _exact(*sides, asked(heldout[: job.exact]), room)
 
 
 def _sides(direction: str, made: Path) -> tuple[LanguageModel, LanguageModel]:
-    mine, theirs = DIRECTIONS[direction]
-    return load(made / f"phrases-student-{mine}"), load(made / f"phrases-teacher-{theirs}")
+    pair = DIRECTIONS[direction]
+    student = f"late-{pair.student}" if pair.late else f"phrases-student-{pair.student}"
+    return load(made / student), load(made / f"phrases-teacher-{pair.teacher}")
 
 
 def _looked(

@@ -12,7 +12,7 @@ from support import oracle
 from support import tiny_models as tiny
 from torch import Tensor
 
-from benchmarks.branch_losses import branched_divergence, branched_token_pg
+from benchmarks.branch_losses import branched_divergence, branched_token_pg, clipped_reverse_kl
 from benchmarks.branch_tables import Behind, SideTexts, branch_table, reading, table_of
 from gold.exact.marginals import marginals
 from gold.kernels.tables import byte_tables
@@ -193,3 +193,14 @@ def test_states_behind_tokens_of_several_texts_are_read_in_one_pass() -> None:
         torch.testing.assert_close(row, model.lm(whole).logits[0, -1], atol=1e-4, rtol=1e-4)
     found.sum().backward()
     assert all(p.grad is not None for p in model.lm.parameters())
+
+
+def test_clipped_ratios_are_reverse_kl_where_no_ratio_is_large_and_bound_the_rest() -> None:
+    logp = torch.tensor([[0.5, 0.5, 0.0], [0.9, 0.1, 0.0]]).log().requires_grad_(True)
+    logq = torch.tensor([[0.4, 0.6, 0.0], [1.0 - 1e-9, 1e-9, 0.0]]).log()
+    mild, steep = clipped_reverse_kl(logp, logq, 3.0)
+    torch.testing.assert_close(mild, reverse_kl(logp[:1], logq[:1])[0])
+    torch.testing.assert_close(steep, 0.9 * (logp[1, 0] - logq[1, 0]) + 0.1 * 3.0)
+    (grad,) = torch.autograd.grad(steep, logp)
+    torch.testing.assert_close(grad[1, 1], torch.tensor(0.3))  # its probability times the clip
+    assert grad.isfinite().all()
