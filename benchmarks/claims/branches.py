@@ -478,7 +478,8 @@ def draw(data: Mapping[str, Any], path: Path) -> None:
                     [mean(values) for values in zip(*(c[n] for c in row["curves"]), strict=True)]
                     for n in (cost, "reverse_kl_per_byte")
                 ]
-                ax.plot(*means, lw=1.3, marker="o", ms=3, label=WAYS[row["way"]].title)
+                color = f"C{list(WAYS).index(row['way'])}"
+                ax.plot(*means, color=color, lw=1.3, marker="o", ms=3, label=WAYS[row["way"]].title)
             ax.set(xlabel=title, ylabel="log-ratio a byte, nats", title=direction)
             ax.grid(alpha=0.3)
     axes[0][0].legend(fontsize=6)
