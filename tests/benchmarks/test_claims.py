@@ -24,4 +24,4 @@ def test_the_page_has_the_table_and_the_picture_of_a_record(path: Path) -> None:
     assert f"../benchmarks/results/{path.stem}.png" in page
     assert path.with_suffix(".png").is_file()
     assert record["command"].split(" --")[0] in page
-    assert path.stat().st_size < 60_000
+    assert path.stat().st_size < 90_000
