@@ -19,11 +19,12 @@ PACKAGES = ("torch", "transformers", "tokenizers", "numba")
 
 
 def command_line(name: str, arguments: Sequence[str]) -> str:
-    """The command of a benchmark, but for the folder that its record went to."""
+    """The command of a benchmark, but for the folders of its record and of its finished runs."""
     kept = list(arguments)
-    if "--into" in kept:
-        at = kept.index("--into")
-        del kept[at : at + 2]
+    for option in ("--into", "--folder"):
+        if option in kept:
+            at = kept.index(option)
+            del kept[at : at + 2]
     return " ".join(["python -m benchmarks", name, *kept])
 
 

@@ -50,11 +50,15 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def pair_tokenizer(texts: Sequence[str], size: int = 400) -> Tokenizer:
-    """Byte-level BPE of the texts, digits by themselves."""
+def pair_tokenizer(texts: Sequence[str], size: int = 400, *, phrases: bool = False) -> Tokenizer:
+    """Byte-level BPE of the texts, digits by themselves; ``phrases``: without bounds between words, so that a phrase of
+    a template is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not phrases),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -1,5 +1,7 @@
 import json
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,20 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import turns
-from benchmarks.claims.cells import Cells
-from benchmarks.orders import PRICES, Orders, Played, failing, mended_turns, right_texts, right_turns
+from benchmarks.orders import Orders
+from benchmarks.record import RESULTS
+from benchmarks.shop import PRICES, Played, mended_turns, right_turns
+from benchmarks.stores import STORES, Stores
 from gold.environments.calling import Caller
 from gold.turns import read_turn
 
-TASK = Orders()
 CALLER = Caller(10.0)
-PROMPT = TASK.prompts("train", 1, 0)[0]
-RIGHT = right_texts(*PROMPT.reference, PRICES[PROMPT.reference[1]])
+PAGE = RESULTS.parents[1] / "docs" / "conversations.md"
+SHOPS = [Orders(), Stores()]
+shops = pytest.mark.parametrize("task", SHOPS, ids=lambda task: task.name)
 
 
-def answers(*texts, task=TASK):
+def first(task):
+    """A prompt, and its right turns."""
+    prompt = task.prompts("train", 1, 0)[0]
+    number, item = prompt.reference
+    return prompt, task.texts(number, item, PRICES[item])
+
+
+def answers(task, *texts):
     """What a conversation of these turns has for messages after each."""
-    played, found = Played(PROMPT, task, CALLER), []
+    played, found = Played(first(task)[0], task, CALLER), []
     for text in texts:
         before = len(played.seen.messages) + 1
         played.play(text)
@@ -28,41 +39,76 @@ def answers(*texts, task=TASK):
     return found, played.seen
 
 
-def test_no_item_is_in_both_splits():
+def ended(task, *texts, how="done"):
+    """The score of a conversation of these turns that has ended so."""
+    _, seen = answers(task, *texts)
+    seen.ended = how
+    return task.score(seen)
+
+
+@shops
+def test_no_item_is_in_both_splits(task):
     train, heldout = (
-        {p.reference[1] for seed in (0, 1) for p in TASK.prompts(split, 200, seed)}
+        {p.reference[1] for seed in (0, 1) for p in task.prompts(split, 200, seed)}
         for split in ("train", "heldout")
     )
     assert not train & heldout
-    assert train | heldout <= PRICES.keys()
+    assert train | heldout <= set(task.items)
 
 
-def test_a_failed_call_has_an_error_or_ends_the_conversation():
-    number, item = PROMPT.reference
-    found, seen = answers(*RIGHT)
+@shops
+def test_a_failed_call_has_an_error_or_ends_the_conversation(task):
+    prompt, right = first(task)
+    number, item = prompt.reference
+    found, _ = answers(task, *right)
     assert found == [[str(PRICES[item])], [str(number * PRICES[item])], []]
-    for ended, score in (("done", 1.0), ("max_turns", 0.0)):
-        seen.ended = ended
-        assert TASK.score(seen) == score
-    unread = RIGHT[0].replace("}}", "}")
-    ((error,), _), _ = answers(unread, RIGHT[0])
+    assert ended(task, *right) == 1.0
+    assert ended(task, *right, how="max_turns") == 0.0
+    assert ended(task, *right[1:]) == 0.0  # right without having asked
+    assert ended(task, *right[:2], "1") == 0.0
+    unread = right[0].replace("}}", "}")
+    ((error,), _), _ = answers(task, unread, right[0])
     assert error.startswith("error: ")
-    ((nothing), _), _ = answers(unread, RIGHT[0], task=Orders(repairs=False))
+    ((nothing), _), _ = answers(type(task)(repairs=False), unread, right[0])
     assert nothing == []
-    _, seen = answers(*RIGHT[1:])  # right without having asked
-    seen.ended = "done"
-    assert TASK.score(seen) == 0.0
 
 
-@given(st.integers(0, 10**6), st.integers(0, 1))
-@settings(max_examples=80, deadline=None)
-def test_calls_that_are_made_to_fail_do(seed, place):
-    ((error,),), _ = answers(failing(RIGHT[place], np.random.default_rng(seed)))
+def test_another_store_is_told_and_can_be_repaired():
+    task = Stores()
+    prompt, right = first(task)
+    _, item = prompt.reference
+    for store in range(1, 10):
+        if store != STORES[item]:
+            wrong = right[0].replace(f'"store": {STORES[item]}', f'"store": {store}')
+            (error,), (told,) = answers(task, wrong, right[0])[0]
+            assert error.endswith(f"it is in store {STORES[item]}")
+            assert told == str(PRICES[item])
+            assert ended(task, wrong, *right) == 1.0
+            assert ended(task, wrong, *right[1:]) == 0.0
+
+
+def test_a_guess_is_right_for_half_of_the_items():
+    for split in ("train", "heldout"):
+        found = [STORES[p.reference[1]] for p in Stores().prompts(split, 256, 0)]
+        assert 0.4 < found.count(1) / 256 < 0.6
+        assert set(found) == set(range(1, 10))
+
+
+def test_a_teacher_learns_the_stores_of_all_items():
+    assert {p.reference[1] for p in Stores().known(3000, 1)} == set(STORES)
+
+
+@given(st.integers(0, 10**6), st.integers(0, 1), st.sampled_from(SHOPS))
+@settings(max_examples=120, deadline=None)
+def test_calls_that_are_made_to_fail_do(seed, place, task):
+    failing = task.failing(first(task)[1][place], np.random.default_rng(seed))
+    ((error,),), _ = answers(task, failing)
     assert error.startswith("error: ")
 
 
-def test_completions_are_what_is_right_after_any_mistake():
-    found = mended_turns(TASK.prompts("train", 60, 1), 0)
+@shops
+def test_completions_are_what_is_right_after_any_mistake(task):
+    found = mended_turns(task, task.prompts("train", 60, 1), 0)
     assert any(turn.begun for turn in found)
     assert any(turn.messages[-1]["content"].startswith("error") for turn in found)
     for turn in found:
@@ -78,36 +124,63 @@ def test_completions_are_what_is_right_after_any_mistake():
         if not calls:
             assert ("multiply", int(turn.completion)) == results[-1]
         elif calls[0].name == "price":
-            assert dict(calls[0].arguments) == {"item": item}
+            assert dict(calls[0].arguments) == task.asked_with(item)
             assert not results
         else:
             assert ("price", calls[0].arguments["a"]) == results[-1]
             assert calls[0].arguments["b"] == number
 
 
-def test_without_mistakes_each_conversation_has_three_turns():
-    prompts = TASK.prompts("train", 5, 2)
-    texts = [text for p in prompts for text in right_texts(*p.reference, PRICES[p.reference[1]])]
-    assert [turn.completion for turn in right_turns(prompts)] == texts
+@shops
+def test_without_mistakes_each_conversation_has_three_turns(task):
+    prompts = task.prompts("train", 5, 2)
+    texts = [text for p in prompts for text in task.texts(*p.reference, PRICES[p.reference[1]])]
+    assert [turn.completion for turn in right_turns(task, prompts)] == texts
+
+
+def test_of_noisy_conversations_the_right_ones_are_imitated_without_calls_that_fail():
+    def drawn(score, *pairs):
+        """A conversation of turns, each with the message before it."""
+        rollouts = [
+            SimpleNamespace(
+                prompt=replace(first(Stores())[0], messages=({"role": "tool", "content": before},)),
+                text=text,
+                stopped=True,
+                turn=SimpleNamespace(number=number),
+            )
+            for number, (before, text) in enumerate(pairs)
+        ]
+        return SimpleNamespace(score=score, rollouts=rollouts)
+
+    repaired = drawn(1.0, ("36 of 4729", "wrong"), ("error: it is in store 3", "again"), ("52", "end"))
+    lost = drawn(0.0, ("36 of 4729", "a"), ("52", "b"))
+    assert [p.completion for p in turns.imitated([repaired, lost])] == ["wrong", "again", "end", "a", "b"]
+    assert [p.completion for p in turns.imitated([repaired, lost], right_alone=True)] == ["again", "end"]
 
 
 @pytest.mark.slow
-def test_the_experiment_on_tiny_sizes(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        turns, "WAYS", {n: turns.Way(way.imitated, ((1e-3, 4), (2e-3, 4))) for n, way in turns.WAYS.items()}
-    )
+@pytest.mark.parametrize("name", turns.TASKS)
+def test_the_command_on_tiny_sizes(name, tmp_path, monkeypatch):
     # A teacher of two steps ends none of its turns.
-    monkeypatch.setattr(turns, "imitated", lambda teacher, task, prompts, seed, samples: right_turns(prompts))
+    task = turns.TASKS[name]
+    prompts = task.environment().prompts("train", 2, 0)
+    given = right_turns(task.environment(), prompts)
+    monkeypatch.setattr(turns, "imitated", lambda drawn, right_alone=False: given)
     sizes = turns.Sizes(batch=2, heldout=4, samples=1, known=6, teacher_steps=2, start_known=4, start_steps=2)
-    data = turns.experiment(Cells(tmp_path, 0), list(turns.WAYS), [2, 8], 2, sizes)
-    assert {row["way"] for row in data["rows"]} == set(turns.WAYS)
-    assert len(data["tried"]) == 2 * len(turns.WAYS)
+    ways = {n: replace(way, tried=((1e-3, 4), (2e-3, 4))) for n, way in task.ways.items()}
+    monkeypatch.setitem(turns.TASKS, name, replace(task, sizes=sizes, ways=ways))
+    where = ["--folder", str(tmp_path / "cells"), "--into", str(tmp_path), "--workers", "0"]
+    turns.main(["--task", name, "--prompts", "2", "8", "--seeds", "2", *where])
+    data = json.loads((tmp_path / f"{turns.record_name(name)}.json").read_text())["data"]
+    assert {row["way"] for row in data["rows"]} == set(task.ways)
+    assert len(data["tried"]) == 2 * len(task.ways)
     assert {t["seed"] for t in data["tried"]} == {turns.TUNING_SEED}
     assert {t["prompts"] for t in data["tried"]} == {2}
     assert all(len(row["right"]["seeds"]) == 2 for row in data["rows"])
     assert {(row["prompts"], row["steps"]) for row in data["rows"]} == {(2, 4), (8, 8)}
-    json.dumps(data)
-    assert "imitation, then distilled" in turns.table(data)
+    for row in data["rows"]:
+        assert all(told is None or len(told) == 4 for told in row["told"])
+        assert all((told is None) == (ways[row["way"]].imitated == 1.0) for told in row["told"])
 
 
 def test_distillation_is_ahead_only_if_it_is():
@@ -118,3 +191,9 @@ def test_distillation_is_ahead_only_if_it_is():
     assert not turns.ahead(rows, 5)
     rows.append(row(way=turns.BOTH, right={"mean": 0.9}))
     assert turns.ahead(rows, 5)
+
+
+@pytest.mark.parametrize("name", turns.TASKS)
+def test_the_page_has_the_table_of_the_record(name):
+    record = json.loads((RESULTS / f"{turns.record_name(name)}.json").read_text(encoding="utf-8"))
+    assert turns.table(record["data"]) in PAGE.read_text(encoding="utf-8")
