@@ -58,12 +58,12 @@ WAYS = {
     "distilled": Way(
         "on-policy distillation (reverse KL on bytes)",
         _EACH,
-        ((3e-5, 1e-4), (5e-4, 1e-3, 2e-3), (1e-3, 2e-3)),
+        ((1e-5, 3e-5, 1e-4), (2e-4, 5e-4, 1e-3), (5e-4, 1e-3, 2e-3)),
     ),
     "imitated": Way(
         "sequence-level KD, about as much time",
         _IMITATION,
-        ((3e-5, 1e-4), (2e-4, 5e-4, 1e-3), (5e-4, 1e-3, 2e-3)),
+        ((1e-5, 3e-5, 1e-4), (1e-4, 2e-4, 5e-4), (5e-4, 1e-3, 2e-3)),
         2.25,
     ),
     "rewarded": Way("reward only (groups of 8)", _REWARD, ((1e-4, 3e-4),), numbers=(100,)),
@@ -77,7 +77,7 @@ class Sizes:
     Rates are found with each number of prompts in ``tuned``; other numbers have those of the largest one below.
     """
 
-    numbers: tuple[int, ...] = (100, 400, 2000)
+    numbers: tuple[int, ...] = (100, 400, 2000, 10000)
     tuned: tuple[int, ...] = (100, 400, 2000)
     steps: int = 400
     looks: int = 10
