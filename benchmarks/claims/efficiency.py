@@ -1,7 +1,7 @@
 """What each way costs for the same accuracy: distillation, imitation, one after the other, a reward, and mixes.
 
-Tasks of reasoning-gym (`benchmarks.claims.gym`); the teacher's tokens are characters, the student's pieces of words. In
-a worked sum, the task that is recorded, a wrong value spoils those after it, so that the student's own errors matter.
+Two tasks of reasoning-gym (`benchmarks.claims.gym`); the teacher's tokens are characters, the student's pieces of
+words. In a worked sum a wrong value spoils those after it, so that the student's own errors matter.
 Every way begins with the same weak student. Rates fall over a run, so a point of a curve is what this run had cost, and
 a run planned to be that short might have got there sooner. Texts that a teacher writes cost its processor time.
 """
@@ -67,8 +67,8 @@ class Way:
 
 
 WAYS = {
-    "opd": Way("on-policy distillation (reverse KL on bytes)", _EACH, (1e-3, 2e-3)),
-    "sft": Way("SFT on the teacher's texts", _TEXTS, (1e-3, 2e-3), 2.0),
+    "opd": Way("on-policy distillation (reverse KL on bytes)", _EACH, (1e-3, 2e-3, 4e-3)),
+    "sft": Way("SFT on the teacher's texts", _TEXTS, (1e-3, 2e-3, 4e-3), 2.0),
     "sft_opd": Way("SFT, then on-policy distillation", _EACH, first=0.25),
     "gkd_forward": Way(
         "GKD, λ = 0.5, forward KL", _EACH.replace(objectives=(Term("forward_kl"),), on_policy=0.5)
@@ -89,14 +89,14 @@ WAYS = {
 class Sizes:
     """How much of everything is spent; ``steps`` are those of distillation, ``answers`` those of each task."""
 
-    tasks: tuple[str, ...] = ("worked_sum",)
+    tasks: tuple[str, ...] = ("worked_sum", "spell_backward")
     ways: tuple[str, ...] = tuple(WAYS)
     prompts: int = 2000
     steps: int = 400
     every: int = 25
     heldout: int = 256
     tuning_share: float = 0.625
-    answers: tuple[int, ...] = (5000,)
+    answers: tuple[int, ...] = (5000, 2400)
     teacher_steps: int = 1500
     start_steps: int = 400
     teacher_accuracy: float = 0.98
