@@ -145,9 +145,13 @@ def prompts_of(kind: str) -> list[Prompt]:
     return [Prompt(f"{kind} {n}", text=text) for n, text in enumerate(PROMPTS[kind])]
 
 
+def _named(start: Start) -> str:
+    return f"{start.student}-{start.after}-{start.tokens}"
+
+
 def _models(start: Start, made: Path) -> tuple[LanguageModel, LanguageModel]:
     """The student of a start, and its teacher."""
-    before = made / f"{start.student}-{start.after}" if start.after else model_path(start.student)
+    before = made / _named(start) if start.after else model_path(start.student)
     student, teacher = (
         load_model(path, device="cpu", dtype="float32")
         for path in (before, model_path(_teacher_of(start.student)))
@@ -161,7 +165,7 @@ def begin(job: Start, made: Path) -> dict[str, Any]:
     if job.after:
         recipe = _recipe(Run("bucket", FIRST_SEED, job.after, job))
         distill(student, LocalTeacher(teacher), _prompts()[0], recipe)
-        save_model(student, made / f"{job.student}-{job.after}")
+        save_model(student, made / _named(job))
     return _measured(student, LocalTeacher(teacher), job.tokens)
 
 
