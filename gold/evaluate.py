@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from gold.activity import doing
 from gold.align.texts import canonical_tokens
 from gold.comparison import Comparison, Scored, student_logp
 from gold.data import Prompt
+from gold.errors import DataError
 from gold.evaluation_samples import chunk_records
 from gold.models.language_model import LanguageModel
 from gold.rollout.conversations import Conversations
@@ -24,9 +26,12 @@ from gold.rollout.pieces import Thinking
 from gold.rollout.thinking import within_budgets
 from gold.rollout.types import Rollout, Sampling, Seed
 from gold.sections import CompletionSettings, EvaluationSettings
+from gold.tasks import score_of
 from gold.teachers.protocol import Teacher
 from gold.teachers.several import Teachers
 from gold.tokenize.chat import prompt_text, starts_text
+
+_log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
@@ -250,6 +255,11 @@ class _Drawing:
         if self.conversations is not None:
             generate = within_budgets(self.student, self.engine.generate)
             found = self.conversations.draw(prompts, seeds, sampling, generate)
+            if failed := [each.problem for each in found if each.problem]:
+                _log.warning(
+                    "%d of %d conversations of an evaluation were ended by an error of the environment, such as %s",
+                    *(len(failed), len(found), failed[0]),
+                )
             return [(each.rollouts, each.score) for each in found]
         rollouts = sample(self.engine, self.student, prompts, sampling, seeds=seeds)
         return [([r], self._score(r)) for r in rollouts]
@@ -257,7 +267,20 @@ class _Drawing:
     def _score(self, rollout: Rollout) -> float | None:
         if self.verifier is None:
             return None
-        return self.verifier.score(rollout.prompt, rollout.text) if rollout.stopped else 0.0
+        return verified(self.verifier, rollout)
+
+
+def verified(verifier: Verifier, rollout: Rollout) -> float:
+    """A verifier's score of a completion; 0 if it reached the length limit.
+
+    Raises:
+        DataError: the score is no finite number.
+    """
+    score = verifier.score(rollout.prompt, rollout.text) if rollout.stopped else 0.0
+    try:
+        return score_of(score)
+    except DataError as error:
+        raise DataError(f"prompt {rollout.prompt.key}: the verifier scored {error}") from None
 
 
 def _measured(

@@ -4,10 +4,13 @@ gold's own tasks are in OWN_TASKS; every other name is a task of reasoning-gym (
 https://github.com/open-thought/reasoning-gym), whose questions and verifiers are used unchanged.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import inspect
+import math
+import numbers
 import os
 import re
 import warnings
@@ -35,6 +38,19 @@ class Task(Protocol):
     def score(self, prompt: Prompt, completion: str) -> float:
         """The score of a completion, from 0 (wrong) to 1 (right)."""
         ...
+
+
+def score_of(given: object) -> float:
+    """A score of somebody's code as a float.
+
+    Raises:
+        DataError: it is no finite number; the message completes "the verifier scored".
+    """
+    if isinstance(given, numbers.Real):
+        with contextlib.suppress(OverflowError):
+            if math.isfinite(found := float(given)):
+                return found
+    raise DataError(f"{given!r:.80}; expected a number from 0 to 1")
 
 
 OWN_TASKS: dict[str, str | Callable[..., Task]] = {

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from gold.environments.calling import reason_of
 from gold.environments.protocol import CompletionVerifier, Conversation, Environment
 from gold.environments.text import ToolsAsText
 from gold.environments.tools import ToolEnvironment
@@ -77,7 +78,8 @@ def _loaded(
     verifier: CompletionVerifier | None,
 ) -> Environment:
     if tools:
-        return ToolEnvironment([_function(tool) for tool in tools], verifier)
+        modules: dict[str, Any] = {}
+        return ToolEnvironment([_function(tool, modules) for tool in tools], verifier)
     if name is None:
         if is_environment(verifier):
             return cast(Environment, verifier)
@@ -89,23 +91,25 @@ def _loaded(
         made = kind(**options) if inspect.isclass(kind) or callable(kind) else kind
     except GoldError:
         raise
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"environment.options: {name} does not take these options: {reason}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(
+            f"environment.options: {name} does not take these options: {reason_of(error)}"
+        ) from error
     if not is_environment(made):
         raise ConfigError(f"environment.name: {name} has no methods reply and score")
     return cast(Environment, made)
 
 
-def _function(name: str) -> Any:
-    found = load_object(name, "environment.tools")
+def _function(name: str, modules: dict[str, Any]) -> Any:
+    found = load_object(name, "environment.tools", modules)
     if not callable(found):
         raise ConfigError(f"environment.tools: {name} is no function")
     return found
 
 
-def load_object(name: str, key: str) -> Any:
-    """What ``module:attribute`` or ``file.py:attribute`` names.
+def load_object(name: str, key: str, modules: dict[str, Any] | None = None) -> Any:
+    """What ``module:attribute`` or ``file.py:attribute`` names. ``modules`` keeps what is imported, so that several
+    names of one file share its module.
 
     Raises:
         ConfigError: there is no such thing; the message begins with the key.
@@ -113,11 +117,11 @@ def load_object(name: str, key: str) -> Any:
     source, _, attribute = name.rpartition(":")
     if not source or not attribute.isidentifier():
         raise ConfigError(f"{key}: expected module:name or file.py:name, got {name!r}")
+    modules = {} if modules is None else modules
     try:
-        module = _module(source)
-    except Exception as error:  # whatever the module raises
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{key}: {source} cannot be imported: {reason}") from error
+        module = modules[source] if source in modules else modules.setdefault(source, _module(source))
+    except (Exception, SystemExit) as error:  # whatever the module raises
+        raise ConfigError(f"{key}: {source} cannot be imported: {reason_of(error)}") from error
     if not hasattr(module, attribute):
         raise ConfigError(f"{key}: {source} has no {attribute}")
     return getattr(module, attribute)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import inspect
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
+
+from gold.errors import ConfigError
 
 _MOST = 64
 """Calls at a time."""
@@ -20,25 +23,50 @@ class Caller:
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
+        self._moves = 0
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=_run, args=(self._loop,), name="environments", daemon=True).start()
         self.close = weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
         """Ends the event loop; so does the end of the object."""
 
     def results(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """The result of each call, in order, or the exception that it raised."""
+        """The result of each call, in order, or the exception that it raised.
+
+        Raises:
+            ConfigError: a coroutine computes or sleeps without awaiting, so that no time limit can end it.
+        """
         if not calls:
             return []
-        return asyncio.run_coroutine_threadsafe(self._all(calls), self._loop).result()
+        found = asyncio.run_coroutine_threadsafe(self._all(calls), self._loop)
+        while not concurrent.futures.wait([found], self.timeout_s + 1).done:
+            answered, before = threading.Event(), self._moves
+            self._loop.call_soon_threadsafe(answered.set)
+            if not answered.wait(self.timeout_s + 1) and before == self._moves and not found.done():
+                raise ConfigError(
+                    f"environment: a coroutine has held up all others for more than {self.timeout_s:g} s "
+                    "(environment.timeout_s): make it await what takes long, or a plain function, which gets a thread"
+                )
+        return found.result()
 
     async def _all(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         turn = asyncio.Semaphore(_MOST)
 
         async def one(call: Callable[[], Any]) -> Any:
             async with turn:
-                return await asyncio.wait_for(called(call), self.timeout_s)
+                self._moves += 1
+                try:
+                    return await asyncio.wait_for(called(call), self.timeout_s)
+                finally:
+                    self._moves += 1
 
         return await asyncio.gather(*map(one, calls), return_exceptions=True)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why code of a user could not be run, in one line."""
+    if isinstance(error, SystemExit):
+        return "it ends the program (SystemExit)"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
@@ -53,9 +81,17 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 async def called(call: Callable[[], Any]) -> Any:
     """The result of a call: of a coroutine function here, of any other in a thread of its own."""
     if inspect.iscoroutinefunction(getattr(call, "func", call)):
-        return await call()
+        return await _awaited(call())
     result = await _in_thread(call)
-    return await result if isinstance(result, Awaitable) else result
+    return await _awaited(result) if isinstance(result, Awaitable) else result
+
+
+async def _awaited(result: Awaitable[Any]) -> Any:
+    """An awaitable's result. One that wants to end the program fails instead, as one in a thread does."""
+    try:
+        return await result
+    except (SystemExit, KeyboardInterrupt) as raised:
+        raise RuntimeError(type(raised).__name__) from None
 
 
 async def _in_thread(call: Callable[[], Any]) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gold.data import Prompt
+from gold.environments.calling import reason_of
 from gold.environments.protocol import Conversation
 from gold.errors import ConfigError, DataError
 from gold.turns import TurnMessage, Written
@@ -170,9 +171,8 @@ def _loaded(name: str, arguments: Mapping[str, Any]) -> Any:
         raise ConfigError(_MISSING)
     try:
         return package.load_environment(name, **arguments)
-    except Exception as error:  # whatever the environment raises
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"verifiers: environment {name!r} cannot be loaded: {reason}") from error
+    except (Exception, SystemExit) as error:  # whatever the environment raises
+        raise ConfigError(f"verifiers: environment {name!r} cannot be loaded: {reason_of(error)}") from error
 
 
 def _of(thing: Any, key: str) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gold.data import Prompt
+from gold.errors import ConfigError
 from gold.sections import Limits
 from gold.turns import TurnMessage, Written
 
@@ -76,5 +77,17 @@ class Environment(Protocol):
 
 
 def tools_of(environment: Environment | None) -> tuple[Mapping[str, Any], ...]:
-    """The schemas of an environment's tools."""
-    return tuple(getattr(environment, "tools", ()))
+    """The schemas of an environment's tools.
+
+    Raises:
+        ConfigError: something that is no schema of a function.
+    """
+    tools = tuple(getattr(environment, "tools", None) or ())
+    for place, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ConfigError(
+                f'environment: tools[{place}] is no schema of a function, {{"type": "function", "function": {{"name": '
+                f"…}}}}: {tool!r:.80}; ToolEnvironment makes schemas of functions"
+            )
+    return tools

@@ -75,13 +75,25 @@ class ToolEnvironment:
             return encodable_text(f"error: {type(error).__name__}: {what}"), True
 
     def _typed(self, call: Call) -> dict[str, Any]:
-        """The arguments of a call whose values are texts: those that its schema wants as something else are JSON."""
+        """The arguments of a call whose values are texts: those that its schema wants as something else are JSON, and
+        where it wants either, what is no JSON is a text."""
         schema = next(t["function"] for t in self.tools if t["function"]["name"] == call.name)
         known = schema["parameters"].get("properties", {})
-        return {
-            key: value if known.get(key, {}).get("type") == "string" else json.loads(value)
-            for key, value in call.arguments.items()
-        }
+        return {key: _value(value, known.get(key, {})) for key, value in call.arguments.items()}
+
+
+def _value(text: str, schema: Mapping[str, Any]) -> Any:
+    """A value between markers, as its schema wants it."""
+    kinds = [each.get("type") for each in schema.get("anyOf", [schema])]
+    kinds = [kind for each in kinds for kind in (each if isinstance(each, list) else [each])]
+    if set(kinds) == {"string"}:
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        if {"string", None} & set(kinds):
+            return text
+        raise
 
 
 def _text(result: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +15,7 @@ from gold.errors import DataError
 from gold.models.language_model import LanguageModel
 from gold.rollout.engine import Generation, Request, rollout_of
 from gold.rollout.types import Rollout, Sampling, Seed, Turn
+from gold.tasks import score_of
 from gold.tokenize.conversation import PromptIds, SampledTurn, TemplateForm, conversation_ids, opens_thinking
 from gold.turns import TurnPrompt, check_messages, read_turn
 
@@ -96,6 +98,8 @@ class Conversations:
             live = [one for one in live if one.found.seen.ended is None]
             live = self._answered(live, turn + 1)
         self._scored(conversations)
+        for found in conversations:
+            _check_counts(found)
         return conversations
 
     def _begun(self, prompt: Prompt, seed: Seed, sampling: Sampling) -> _Live:
@@ -195,10 +199,21 @@ class Conversations:
         for found, score in zip(whole, scores, strict=True):
             if isinstance(score, BaseException):
                 _fail(found, score)
-            elif score is not None and not isinstance(score, int | float):
-                _fail(found, DataError(f"the environment scored {score!r:.80}; expected a number, or None"))
-            else:
-                found.score = None if score is None else float(score)
+            elif score is not None:
+                try:
+                    found.score = score_of(score)
+                except DataError as error:
+                    _fail(found, DataError(f"the environment scored {error}, or None"))
+
+
+def _check_counts(found: DrawnConversation) -> None:
+    """Leaves out what an environment counts if it cannot be summed, as an error of the environment."""
+    seen = found.seen
+    try:
+        seen.counts = Counter({str(name): score_of(n) for name, n in seen.counts.items()})
+    except (AttributeError, DataError):
+        seen.counts, counted = Counter(), seen.counts
+        _fail(found, DataError(f"the environment counts {counted!r:.80}; expected finite numbers by name"))
 
 
 def _fail(found: DrawnConversation, error: BaseException) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -170,12 +170,14 @@ def check_conversations(setup: Setup) -> list[str]:
 _ENDINGS = ("cut", "max_turns", "max_tokens", "error")
 
 
-def conversation_record(sums: Mapping[str, float]) -> dict[str, float]:
+def conversation_record(sums: Mapping[str, float], taken: Set[str]) -> dict[str, float]:
     """The metrics of a step's conversations: turns per conversation, the share that ended in each way other than by the
-    environment, and the environment's own counts; empty without conversations."""
+    environment, and the environment's own counts; empty without conversations. A count whose name is ``taken`` by
+    another metric has `environment.` before it."""
     if not (count := sums.get("conversations")):
         return {}
     record = {"turns": sums["turns"] / count}
     record |= {f"ended_{end}_share": n / count for end in _ENDINGS if (n := sums.get(f"ended.{end}"))}
+    taken = taken | record.keys() | {"kind", "bad_steps"}
     own = {name.removeprefix("count."): n for name, n in sums.items() if name.startswith("count.")}
-    return record | {name: own[name] for name in sorted(own)}
+    return record | {f"environment.{name}" if name in taken else name: own[name] for name in sorted(own)}

@@ -119,7 +119,6 @@ def step_record(
         rest["uncompared_share"] = sums["uncompared_bytes"] / max(1.0, sums["bytes"])
     if sums["thinking_cut"]:
         rest["thinking_cut_share"] = sums["thinking_cut"] / sampled
-    rest |= conversation_record(sums)
     total = sum(seconds.values())
     rest |= {f"{phase}_s": spent for phase, spent in seconds.items()}
     rest |= {"step_s": total, "tokens_per_s": sums["tokens"] / total}
@@ -129,6 +128,7 @@ def step_record(
         rest["teacher_retries"] = int(sums["teacher_retries"])
     if sums["teacher_impossible"]:
         rest["teacher_impossible"] = int(sums["teacher_impossible"])
+    rest |= conversation_record(sums, record.keys() | rest.keys())
     taken = record.keys() | rest.keys()
     for name, (label, mean) in _parts(sums, terms).items():
         record[part_name(label, name) if name in taken else name] = mean

@@ -19,6 +19,7 @@ from gold.align.model_inputs import student_states
 from gold.align.texts import AlignedText
 from gold.data import Prompt
 from gold.errors import DataError
+from gold.evaluate import verified
 from gold.kernels.logits import GivenLogits, LazyLogits
 from gold.losses import LossInputs
 from gold.losses.importance import ImportanceWeights
@@ -169,7 +170,7 @@ def generate_rollouts(state: TrainState, setup: Setup) -> tuple[list[Rollout], l
     pairs = zip(chosen.prompts, chosen.requests.values(), drawn, strict=True)
     sampled = [rollout_of(state.student, prompt, request, answer) for prompt, request, answer in pairs]
     if (verifier := setup.verifier) is not None and sampled:
-        rewards = np.array([verifier.score(r.prompt, r.text) if r.stopped else 0.0 for r in sampled])
+        rewards = np.array([verified(verifier, r) for r in sampled])
         scaled = group_advantages(rewards, recipe.num_generations)
         each = zip(sampled, rewards, scaled, strict=True)
         sampled = [replace(r, reward=float(x), advantage=float(a)) for r, x, a in each]

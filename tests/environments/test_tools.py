@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 from transformers.utils import get_json_schema
@@ -116,6 +117,28 @@ def test_arguments_between_markers_are_read_as_the_schema_says() -> None:
         assert counts["tool_errors"] == (times == "three")
 
 
+def test_an_argument_that_may_be_a_text_needs_no_json() -> None:
+    def find(a: int | str, b: str | list[int], c: Any, d: str | None = None) -> str:
+        """Finds.
+
+        Args:
+            a: A number, or a name.
+            b: A name, or numbers.
+            c: Anything.
+            d: A text.
+        """
+        return repr((a, b, c, d))
+
+    environment = ToolEnvironment([find])
+    for values, told in (
+        (("x", "y", "z", "7"), "('x', 'y', 'z', '7')"),
+        (("7", "[7]", "[7]", ""), "(7, [7], [7], '')"),
+    ):
+        each = "".join(f"<parameter={k}>{v}</parameter>" for k, v in zip("abcd", values, strict=True))
+        reply, counts = replies(environment, f"<tool_call><function=find>{each}</function></tool_call>")
+        assert (reply[0]["content"], counts["tool_errors"]) == (told, 0)
+
+
 def test_a_turn_without_calls_ends_the_conversation_and_is_scored_without_its_thinking() -> None:
     environment = ToolEnvironment([multiply], Exact())
     assert replies(environment, "4")[0] is None
@@ -152,6 +175,37 @@ def test_an_error_of_a_call_is_its_result() -> None:
     assert isinstance(found[2], RuntimeError)
 
 
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt()])
+def test_a_call_that_would_end_the_program_fails_alone(raised) -> None:
+    def plain():
+        raise raised
+
+    async def coroutine():
+        raise raised
+
+    async def inner():
+        return await coroutine()
+
+    found = Caller(5.0).results([plain, coroutine, inner, lambda: coroutine(), lambda: 2])
+    assert [str(error) for error in found[:4]] == [type(raised).__name__] * 4
+    assert found[4] == 2
+
+
+def test_a_coroutine_that_holds_up_all_others_is_one_line() -> None:
+    async def sleeps(s: float) -> float:
+        time.sleep(s)
+        return s
+
+    async def waits() -> int:
+        await asyncio.sleep(0.3)
+        return 1
+
+    assert Caller(0.5).results([lambda: sleeps(0.4)] * 6)[0] == 0.4  # in turn: nothing to complain of
+    caller = Caller(0.1)
+    with pytest.raises(ConfigError, match=r"a coroutine has held up all others for more than 0\.1 s"):
+        caller.results([lambda: sleeps(6.0), waits])
+
+
 def undescribed(a: int) -> int:
     return a
 
@@ -161,6 +215,36 @@ def test_functions_that_cannot_be_tools_are_refused() -> None:
         ToolEnvironment([undescribed])
     with pytest.raises(ConfigError, match="two functions multiply"):
         ToolEnvironment([multiply, multiply])
+
+
+def test_tools_of_one_file_share_its_module(tmp_path) -> None:
+    file = tmp_path / "kept.py"
+    tool = 'def {0}() -> int:\n    """Tool."""\n    kept.append(1)\n    return len(kept)\n'
+    file.write_text("kept = []\n" + tool.format("one") + tool.format("other"))
+    made = load_environment(tools=[f"{file}:one", f"{file}:other"])
+    assert isinstance(made, ToolEnvironment)
+    assert (made.functions["one"](), made.functions["other"]()) == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["tools", "name", "made"])
+def test_a_file_that_ends_the_program_is_one_line(tmp_path, name) -> None:
+    file = tmp_path / "ends.py"
+    file.write_text("import sys\ndef f(): sys.exit(0)\n" + "sys.exit(0)\n" * (name != "made"))
+    given = {"tools": {"tools": [f"{file}:f"]}}.get(name, {"name": f"{file}:f"})
+    with pytest.raises(ConfigError, match=r"it ends the program \(SystemExit\)$"):
+        load_environment(**given)
+
+
+@pytest.mark.parametrize("tool", [5, {}, {"function": 5}, {"function": {"name": 5}}, {"name": "f"}])
+def test_what_is_no_schema_is_one_line(tool) -> None:
+    class Tooled(OneTurn):
+        tools = (tool,)
+
+    for use in (tools_of, ToolsAsText):
+        with pytest.raises(ConfigError, match=r"tools\[0\] is no schema of a function"):
+            use(Tooled(Exact()))
+    Tooled.tools = None
+    assert tools_of(Tooled(Exact())) == ()
 
 
 def test_environments_by_name(tmp_path, monkeypatch) -> None:

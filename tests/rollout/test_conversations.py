@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -113,6 +115,23 @@ class Odd(Endless):
         return self.scored
 
 
+class Counting(Odd):
+    def __init__(self, count):
+        super().__init__(None)
+        self.count = count
+
+    def reply(self, conversation):
+        conversation.counts = None if self.count is None else Counter(seen=self.count)
+
+
+def test_numbers_of_other_packages_are_scores_and_counts() -> None:
+    for number in (np.float32(0.5), np.float64(0.5), Fraction(1, 2)):
+        counting = Counting(number)
+        counting.scored = number
+        (found,) = draw(counting, PROMPTS[:1], Scripted(STUDENT, ["a"]))
+        assert (found.seen.ended, found.score, found.seen.counts) == ("done", 0.5, {"seen": 0.5})
+
+
 def test_limits_on_turns_and_tokens_end_a_conversation() -> None:
     (found,) = draw(Endless(), PROMPTS[:1], Scripted(STUDENT, ["a"] * 9), Limits(max_turns=3))
     assert (found.seen.ended, len(found.rollouts), found.score) == ("max_turns", 3, None)
@@ -146,6 +165,12 @@ def test_an_environment_that_raises_ends_its_conversation_alone() -> None:
         (Odd([{"role": "user"}]), "expected"),
         (Odd([{"role": "assistant", "content": "x"}]), "a turn of the assistant"),
         (Odd(None, "high"), "expected a number"),
+        (Odd(None, float("nan")), "scored nan; expected a number"),
+        (Odd(None, -float("inf")), "scored -inf; expected a number"),
+        (Odd(None, 10**400), "expected a number"),
+        (Counting("many"), "counts Counter({'seen': 'many'}); expected finite numbers"),
+        (Counting(float("nan")), "expected finite numbers"),
+        (Counting(None), "counts None"),
     ],
 )
 def test_what_an_environment_must_not_say_is_counted_with_a_reason(environment, message) -> None:

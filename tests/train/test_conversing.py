@@ -23,8 +23,8 @@ from gold.demo.talk import OTHER_TEMPLATE, lesson, talking_student, talking_teac
 from gold.environments import Limits, ToolEnvironment
 from gold.environments.calling import Caller
 from gold.environments.text import ToolsAsText
-from gold.errors import ConfigError
-from gold.evaluate import EvaluationPlan
+from gold.errors import ConfigError, DataError
+from gold.evaluate import EvaluationPlan, evaluate
 from gold.models.load import save_model
 from gold.rollout.conversations import Conversations, TurnPrompts
 from gold.rollout.types import Sampling, Turn
@@ -129,6 +129,53 @@ def test_a_run_of_conversations_resumes_bit_for_bit(tmp_path) -> None:
 def known(record):
     """The metrics of a step that do not depend on the clock."""
     return {name: value for name, value in record.items() if name != "kind" and not name.endswith("_s")}
+
+
+class Counts(Echo):
+    def score(self, conversation):
+        conversation.counts.update(loss=1, kind=2, turns=3, bad_steps=4, mine=5)
+
+
+def test_counts_named_as_metrics_are_beside_them(tmp_path) -> None:
+    recipe, saving = SMALL.replace(steps=1), Saving(tmp_path / "run")
+    run = distill(talking_student(), talking_teacher(), PROMPTS, recipe, environment=Counts(), saving=saving)
+    each = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    (step,) = [record for record in each if "mine" in record]
+    assert (step["kind"], step["turns"], step["bad_steps"]) == ("train", 1.0, 0)
+    assert step["loss"] == run.steps[0]["loss"] != 4.0
+    counted = [step[f"environment.{name}"] for name in ("loss", "kind", "turns", "bad_steps")]
+    assert [*counted, step["mine"]] == [4.0, 8.0, 12.0, 16.0, 20.0]
+
+
+class Failing(Echo):
+    def score(self, conversation):
+        raise KeyError("gone")
+
+
+def test_an_evaluation_warns_of_conversations_that_fail(caplog) -> None:
+    student = talking_student()
+    conversations = Conversations(student, Failing(), Limits(), Caller(5.0))
+    found = evaluate(
+        student, None, PROMPTS[:2], plan=EvaluationPlan(max_new_tokens=8), conversations=conversations
+    )
+    assert "score" not in found.measures
+    assert "2 of 2 conversations of an evaluation were ended by an error of the environment" in caplog.text
+    assert f"such as prompt {PROMPTS[0].key}: KeyError: gone" in caplog.text
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), None, "1"])
+def test_a_verifier_that_scores_no_number_is_one_line(score) -> None:
+    verifier, asked = type("Odd", (), {"score": lambda *given: score}), PROMPTS[:4]
+    model = talking_student()
+    stopping = Scripted(model, ["a"] * 99)
+    for run in (
+        lambda: distill(model, talking_teacher(), asked, SMALL, verifier=verifier(), engine=stopping),
+        lambda: evaluate(model, None, asked, verifier=verifier(), engine=stopping),
+    ):
+        with pytest.raises(
+            DataError, match=r"prompt .*: the verifier scored .*; expected a number from 0 to 1$"
+        ):
+            run()
 
 
 def test_bad_combinations_are_one_line() -> None:
