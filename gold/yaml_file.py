@@ -76,7 +76,10 @@ def parse_yaml(
     except yaml.MarkedYAMLError as fault:
         mark = fault.problem_mark or fault.context_mark
         line = f":{mark.line + 1}" if mark and numbered else ""
-        raise error(f"{source}{line}: {fault.problem or fault.context}") from fault
+        said = fault.problem or fault.context
+        if fault.context and str(said).startswith("but "):
+            said = f"{fault.context}, {said}"
+        raise error(f"{source}{line}: {said}") from fault
     except yaml.YAMLError as fault:
         raise error(f"{source}: is not YAML: {' '.join(str(fault).split())}") from fault
     except RecursionError:

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import decimal
 import itertools
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,8 +19,13 @@ from gold.errors import DataError, did_you_mean
 from gold.files import one_line
 from gold.hub_names import fault_line, named_revision
 
+logger = logging.getLogger(__name__)
+
 _BATCH = 1000
 _SLICE = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?")
+_DATA = {".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"}
+_FACTS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+_CLASS = re.compile(r" with error <class '[^']*'>")
 _OTHER_TYPES = ("timestamp", "date", "time", "duration", "decimal", "binary")
 
 
@@ -37,6 +43,8 @@ def rows_of_parquet(path: Path, columns: set[str]) -> Rows:
     except (ArrowException, OSError) as fault:
         raise DataError(f"{path} is no parquet file that can be read: {one_line(fault)}") from None
     names = file.schema_arrow.names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{path} has several columns named {_listed(twice)}; give each a name of its own")
     wanted = _wanted(names, columns)
 
     def batches() -> Iterator[Any]:
@@ -72,9 +80,25 @@ def rows_of_folder(path: Path, split: str | None, columns: set[str]) -> Rows:
             _, first, last = _chosen(str(path), [split or "all"], split)
             return _rows_of_dataset(_cut(found, first, last), str(path), "saved data set", columns)
         builder = datasets.load_dataset_builder(str(path))
+        _note_unread(path, builder.config.data_files or {})
         name, first, last = _chosen(str(path), _splits_of(builder), split)
         streamed = _cut(builder.as_streaming_dataset(split=name), first, last)
         return _rows_of_dataset(streamed, f"{path} ({name})", "folder of data files", columns)
+
+
+def _note_unread(path: Path, read: Mapping[str, Iterable[str]]) -> None:
+    """Logs which data files of a folder `datasets` leaves out: it reads one format, and if some files are named for
+    splits, these alone."""
+    known = {Path(name).resolve() for names in read.values() for name in names}
+    files = (
+        file for file in path.rglob("*") if _DATA & {s.lower() for s in file.suffixes} and file.is_file()
+    )
+    named = {file: str(file.relative_to(path)) for file in files if file.resolve() not in known}
+    if left := sorted(n for file, n in named.items() if file.name not in _FACTS and not n.startswith(".")):
+        logger.warning(
+            "%s: not read: %s; in a folder `datasets` reads the files of one format, or those named for splits",
+            *(path, _listed(left)),
+        )
 
 
 def rows_of_hub(
@@ -249,25 +273,38 @@ def _commit(name: str, revision: str | None) -> str | None:
 
 @contextlib.contextmanager
 def _as_data_error(name: str) -> Iterator[None]:
-    """Converts errors of `datasets` to one line."""
+    """Converts errors of `datasets` to one line; what it logs of them names the file, and is part of the line."""
+    said: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    theirs = logging.getLogger("datasets")
+    were = theirs.handlers[:], theirs.propagate
+    theirs.handlers[:], theirs.propagate = [handler], False
     try:
         yield
     except DataError:
         raise
     except Exception as error:
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
-        raise DataError(f"{name} cannot be read: {one_line(cause or error)}") from error
+        reason = _CLASS.sub("", said[-1]) if said else one_line(cause or error)
+        raise DataError(f"{name} cannot be read: {' '.join(reason.split())}") from error
+    finally:
+        theirs.handlers[:], theirs.propagate = were
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of `datasets`: a folder is read in a moment."""
+    """No progress bars of `datasets`: a folder is read in a moment; no word about a README of another kind."""
     import datasets
 
+    cards = logging.getLogger("huggingface_hub.repocard")
+    level = cards.level
+    cards.setLevel(logging.ERROR)
     were = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
+        cards.setLevel(level)
         if not were:
             datasets.enable_progress_bars()

@@ -405,3 +405,28 @@ def test_without_the_extra_a_table_names_it(tmp_path, monkeypatch):
             load_prompts(source)
     for write in (as_json_lines, as_json, as_csv):
         assert read(write(tmp_path, ROWS)) == read(ROWS)
+
+
+def test_a_folder_names_the_files_that_are_not_read_and_the_one_that_is_broken(tmp_path, caplog, capfd):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    as_json_lines(folder, ROWS)
+    as_csv(folder, ROWS).rename(folder / "more.csv")
+    for name in ("README.md", "notes.txt", "dataset_infos.json"):
+        (folder / name).write_text("{}")
+    read(folder)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{folder}: not read: more.csv; in a folder `datasets` reads the files of one format, or those named for splits"
+    ]
+    (folder / "broken.jsonl").write_text('{"prompt": "b"\n')
+    with pytest.raises(DataError, match=re.escape(f"from file '{folder / 'broken.jsonl'}'")) as caught:
+        load_prompts(folder)
+    assert "<class" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    file = tmp_path / "twice.parquet"
+    parquet.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["prompt", "prompt"]), file)
+    with pytest.raises(DataError, match="several columns named prompt; give each a name of its own"):
+        load_prompts(file)
