@@ -328,7 +328,7 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
 
     def rewind(self, step: int) -> list[str]:
         """Drop every line of a step after `step`, and broken lines at the end, as after a kill or power loss; returns a
-        note on each file that had some.
+        note on each file that had some, and one if steps are missing.
 
         Raises:
             CheckpointError: a line in the middle is broken, or the files cannot be written.
@@ -343,6 +343,9 @@ class RunFolder(Tracker, contextlib.AbstractContextManager["RunFolder"]):
                     replace_text(file, "".join(line for line, record in lines if record["step"] <= step))
                     if broken:
                         notes.append(f"{file}: dropped {broken:,} bytes at its end that are no whole line")
+            if (count := len({record["step"] for record in self.records("train")})) < step:
+                file = self.path / FILE_OF_KIND["train"]
+                notes.append(f"{file} has {count} of the {step} steps so far; the report lacks the others")
         return notes
 
     def records(self, kind: str) -> list[dict[str, Any]]:
