@@ -294,8 +294,8 @@ def bootstrap_ratio(
     numerator: NDArray[np.float64], denominator: NDArray[np.float64], seed: int, draws: int = 1000
 ) -> tuple[float, float]:
     """95 % percentile interval of ``Σ numerator / Σ denominator``, items resampled with replacement; NaN where an item
-    is infinite or there are none."""
-    if not np.isfinite(numerator).all():
+    is infinite or there are fewer than two, which do not show how far items differ."""
+    if numerator.size < 2 or not np.isfinite(numerator).all():
         return math.nan, math.nan
     chosen = np.random.default_rng(seed).integers(0, numerator.size, (draws, numerator.size))
     ratios = numerator[chosen].sum(1) / np.maximum(denominator[chosen].sum(1), 1.0)

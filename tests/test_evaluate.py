@@ -11,6 +11,7 @@ from gold.comparison import bootstrap_ratio
 from gold.demo.models import character_tokenizer, tiny_model, word_tokenizer
 from gold.demo.running_sums import RunningSums
 from gold.evaluate import EvaluationPlan, evaluate, wilson
+from gold.inspect.measures import measure_lines
 from gold.rollout.engine import sample
 from gold.rollout.hf import HuggingFaceEngine
 from gold.rollout.types import Sampling
@@ -188,6 +189,20 @@ def test_wilson_interval_holds_what_it_says():
         low <= 0.3 <= high for low, high in (wilson(int(rng.binomial(60, 0.3)), 60) for _ in range(2000))
     ]
     assert 0.92 < np.mean(inside) < 0.98
+
+
+def test_one_prompt_has_no_interval():
+    for numbers in ([], [3.0], [1.0, np.inf]):
+        assert np.isnan(bootstrap_ratio(np.array(numbers), np.ones(len(numbers)), 0)).all()
+    given = {"accuracy": 0.5, "accuracy_low": 0.25, "accuracy_high": 0.75}
+    given |= {
+        "reverse_kl_per_byte": 0.5,
+        "reverse_kl_per_byte_low": np.nan,
+        "reverse_kl_per_byte_high": np.nan,
+    }
+    accuracy, divergence = measure_lines(given)
+    assert accuracy.endswith("50.0 %          95 %: 25.0 to 75.0")
+    assert divergence.endswith("0.5000 nats/byte")
 
 
 def test_bootstrap_interval_covers_the_ratio():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,11 +29,17 @@ def measure_lines(measures: Mapping[str, float]) -> Iterator[str]:
         scale, unit = (100.0, "%") if kind.endswith(_SHARES) else (1.0, unit)
         digits = 1 if unit in ("%", "tokens", "bytes") else 0 if unit == "sequences" else 4
         value, low, high = (
-            None if measures.get(name + end) is None else f"{scale * measures[name + end]:.{digits}f}"
+            f"{scale * measures[name + end]:.{digits}f}" if _is_known(measures, name, end) else None
             for end in ("", "_low", "_high")
         )
         line = f"{name:<{width}} {value:>10} {unit:<9}"
         yield (line if low is None else f"{line}  95 %: {low} to {high}").rstrip()
+
+
+def _is_known(measures: Mapping[str, float], name: str, end: str) -> bool:
+    """Whether there is such a measure; the end of an interval that could not be computed is none."""
+    value = measures.get(name + end)
+    return value is not None and not (end and math.isnan(value))
 
 
 def task_lines(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:

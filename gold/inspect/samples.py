@@ -39,7 +39,8 @@ class SampleList:
         return f"<article><pre>{_lines(prompt)}</pre>{tries}</article>"
 
     def _try(self, sample: Mapping[str, Any]) -> str:
-        chunks = [c for c in sample.get("chunks") or () if isinstance(c, dict)]
+        chunks = sample.get("chunks")
+        chunks = [c for c in chunks if isinstance(c, dict)] if isinstance(chunks, list) else []
         known = [c for c in chunks if is_number(c.get("student")) and is_number(c.get("teacher"))]
         size = len(str(sample.get("completion", "")).encode("utf-8", "replace"))
         gap = sum(c["student"] - c["teacher"] for c in known) / max(size, 1)

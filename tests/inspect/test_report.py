@@ -150,6 +150,12 @@ def test_a_run_without_records_has_a_page() -> None:
     assert "step 0 of 0, running" in read.within("header")
 
 
+@pytest.mark.parametrize("chunks", [5, "text", {"text": "a"}, [5], [{"text": 5, "student": "x"}]])
+def test_a_sample_of_another_kind_is_shown_as_far_as_it_goes(chunks: Any) -> None:
+    samples = [sample(0, "p") | {"chunks": chunks, "completion": "written"}]
+    assert "step 0" in report(RunRecords("run", {}, [], [], samples, [], []), NOW)
+
+
 def test_of_many_evaluations_the_first_the_last_and_some_between_are_shown() -> None:
     samples = [sample(step, "p") for step in range(0, 100, 2)]
     read = Reader(report(RunRecords("run", {}, [], [], samples, [], []), NOW))
