@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -269,6 +270,17 @@ def test_the_help_of_align_describes_the_picture_and_the_json(call: Call) -> Non
 
 def test_version(call: Call) -> None:
     assert call("--version").out == f"gold {gold.__version__}\n"
+
+
+def test_ctrl_c_while_it_is_imported_is_exit_130_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "gold", "--version"],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_it_runs_as_a_module() -> None:
