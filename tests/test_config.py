@@ -337,7 +337,7 @@ def test_text_that_only_looks_like_a_number_is_not_one(saved: Path, text: str) -
         ("1: 2\n", ":1: a key must be text, got 1"),
         ("[a]: 2\n", ":1: a key must be text, got "),
         ("a: !!python/object:os.system 1\n", ":1: could not determine a constructor"),
-        ("a: 1\n---\nb: 2\n", ":2: but found another document"),
+        ("a: 1\n---\nb: 2\n", ":2: expected a single document in the stream, but found another document"),
         ("a: \x00\n", ": is not YAML"),
     ],
 )
