@@ -10,12 +10,11 @@ import hashlib
 import importlib
 import inspect
 import math
-import numbers
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, SupportsFloat, cast
 
 from gold.data import Prompt
 from gold.errors import ConfigError, DataError, GoldError, did_you_mean
@@ -41,13 +40,13 @@ class Task(Protocol):
 
 
 def score_of(given: object) -> float:
-    """A score of somebody's code as a float.
+    """A score of somebody's code as a float: of a number, a truth value, or a scalar array or tensor.
 
     Raises:
         DataError: it is no finite number; the message completes "the verifier scored".
     """
-    if isinstance(given, numbers.Real):
-        with contextlib.suppress(OverflowError):
+    if isinstance(given, SupportsFloat):
+        with contextlib.suppress(ArithmeticError, TypeError, ValueError, RuntimeError):
             if math.isfinite(found := float(given)):
                 return found
     raise DataError(f"{given!r:.80}; expected a number from 0 to 1")

@@ -5,13 +5,15 @@ import sys
 import time
 import types
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gold.data import Prompt
 from gold.errors import ConfigError, DataError
-from gold.tasks import OWN_TASKS, extract_answer, load_task
+from gold.tasks import OWN_TASKS, extract_answer, load_task, score_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -253,3 +255,34 @@ def test_what_the_compiler_says_of_a_librarys_source_is_no_error_of_ours(monkeyp
         load_task("fond")
     for name in ("reasoning_gym", "reasoning_gym.factory"):
         monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [1, True, 1.0, np.float32(1), np.bool_(True), np.array(1.0), torch.tensor(1.0), torch.tensor([1])],
+)
+def test_a_score_is_whatever_is_one_number(given):
+    assert score_of(given) == 1.0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None,
+        "1",
+        "",
+        b"1",
+        [1.0],
+        {},
+        1j,
+        float("nan"),
+        -np.inf,
+        10**400,
+        np.array([1, 2]),
+        torch.ones(2),
+        object(),
+    ],
+)
+def test_what_is_no_finite_number_is_no_score(given):
+    with pytest.raises(DataError, match="expected a number"):
+        score_of(given)
