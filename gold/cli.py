@@ -337,6 +337,9 @@ def evaluate(
         scores = evaluate_tasks(str(source), *asked, note=terminal.show_note)
         terminal.show_json(scores) if as_json else terminal.show(*task_lines(scores))
         return
+    of_tasks = {"--task-path": task_path, "--limit": limit, "--apply-chat-template": apply_chat_template}
+    if given := [name for name, value in of_tasks.items() if value]:
+        raise typer.BadParameter("it needs --tasks", param_hint=given[0])
     from gold.run import evaluate_source
     from gold.train.progress import Lines
 
@@ -417,8 +420,13 @@ def chat(
 
     if as_json and not prompt:
         raise typer.BadParameter("it needs --prompt", param_hint="--json")
+    no_system = typer.BadParameter("a text that is continued has no system message", param_hint="--system")
+    if plain and system is not None:
+        raise no_system
     models = speakers(source, only or [], terminal.show_note)
     if not plain and needs_plain(models):
+        if system is not None:
+            raise no_system
         plain = True
         terminal.show_note("the student has no chat template: texts are continued, each alone")
     sampling = Sampling(max_new_tokens, temperature, top_p)

@@ -30,6 +30,10 @@ def diagnose_source(
     is_run = all("=" in each for each in others) and not Path(student).is_dir()
     if not is_run and not others:
         raise ConfigError(f"{student} is a folder: name the teacher too, or the YAML file of a run")
+    if not is_run and Path(student).suffix.lower() in (".yaml", ".yml"):
+        raise ConfigError(
+            f"{student} is a configuration, which names its models: give KEY=VALUE after it, not {others[0]}"
+        )
     given = {name: value for name, value in hardware.items() if value is not None}
     if memory is None and given:
         raise ConfigError(f"--{next(iter(given))} goes with --memory, the GiB of each GPU: give that too")

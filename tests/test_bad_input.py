@@ -158,6 +158,15 @@ def test_a_broken_model_folder(bench: Bench, side: str, spoil: Callable[[Path], 
     assert told in line
     assert str(bench.folder / side) in line
     assert not bench.loaded
+
+
+@SIDES
+def test_a_model_folder_without_a_tokenizer(bench: Bench, side: str) -> None:
+    for file in (bench.folder / side).glob("tokenizer*"):
+        file.unlink()
+    line = bench.refused()
+    assert f"no tokenizer.json in {bench.folder / side}, nor tekken.json" in line
+    assert "save one there with transformers" in line
     assert not bench.run.exists()
 
 

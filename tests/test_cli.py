@@ -227,7 +227,16 @@ def test_an_error_that_gold_does_not_raise_keeps_its_traceback(
 
 
 @pytest.mark.parametrize(
-    "arguments", [("train",), ("trian", "x"), ("train", "x", "--resum"), ("plot",), ("demo", "extra")]
+    "arguments",
+    [
+        *(("train",), ("trian", "x"), ("train", "x", "--resum"), ("plot",), ("demo", "extra")),
+        *(
+            ("eval", "x", "--limit", "5"),
+            ("eval", "x", "--task-path", "y"),
+            ("eval", "x", "--apply-chat-template"),
+        ),
+        ("chat", "x", "--plain", "--system", "Be brief."),
+    ],
 )
 def test_wrong_usage_is_exit_2(call: Call, arguments: tuple[str, ...]) -> None:
     done = call(*arguments)

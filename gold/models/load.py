@@ -291,7 +291,12 @@ def _load_tokenizer(path: str, gguf_file: str | None, trust_remote_code: bool, w
         if gguf_file:
             return gguf_tokenizer(path, gguf_file)
         with foreign(f"{what} could not be loaded"):
-            return AutoTokenizer.from_pretrained(**repository(path), trust_remote_code=trust_remote_code)
+            try:
+                return AutoTokenizer.from_pretrained(**repository(path), trust_remote_code=trust_remote_code)
+            except Exception:
+                if Path(path).is_dir() and not has_tokenizer(path):
+                    open_source(path)  # its error names the files that are missing
+                raise
 
 
 def _set_roles(lm: Any, tokenizer: Any, vocabulary: Vocabulary, roles: Roles) -> None:

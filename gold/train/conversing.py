@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from gold.data import Prompt, PromptFile, load_prompts
 from gold.environments.protocol import Environment, tools_of
-from gold.errors import ConfigError
+from gold.errors import ConfigError, DataError
 from gold.evaluate import EvaluationPlan
 from gold.rollout.conversations import DrawnConversation, TurnPrompts
 from gold.rollout.thinking import check_thinking_budget
@@ -105,15 +106,27 @@ def as_prompts(
     conversations.
 
     Raises:
-        DataError: a row that cannot be read, or a plain text for an environment.
+        DataError: a row that cannot be read, a plain text for an environment, or what is no prompt.
     """
     found: Sequence[Prompt]
+    if isinstance(given, str | Path):
+        raise DataError(
+            f"prompts: got the text {str(given)!r:.60}; gold.load_prompts reads a file, a list has prompts"
+        )
     if isinstance(given, PromptFile | TurnPrompts):
         found = given
-    elif hasattr(given, "with_format") or (len(given) and isinstance(given[0], Mapping)):
+    elif hasattr(given, "with_format"):
         found = load_prompts(given)  # type: ignore[arg-type]
     else:
-        found = [Prompt(key=str(n), text=p) if isinstance(p, str) else p for n, p in enumerate(given)]  # type: ignore[misc]
+        each: list[Any] = list(given)
+        if each and all(isinstance(row, Mapping) for row in each):
+            found = load_prompts(each)
+        else:
+            found = each = [Prompt(str(n), text=p) if isinstance(p, str) else p for n, p in enumerate(each)]
+            for wrong in (row for row in each if not isinstance(row, Prompt)):
+                raise DataError(
+                    f"prompts: expected texts, prompts or rows, all of one kind, got {wrong!r:.60}"
+                )
     return found if environment is None else TurnPrompts(found, environment)
 
 

@@ -44,8 +44,8 @@ def why_not_finite(
             if torch.isnan(mine).any():
                 return (
                     f"NaN logits of the student for prompt {rollout.prompt.key}",
-                    "its weights are no numbers any more: go back to an earlier checkpoint with a lower optimizer.lr; "
-                    "if this is the first step, look at its weights",
+                    "go back to an earlier checkpoint with a lower optimizer.lr, since the weights are no numbers any "
+                    "more; if this is the first step, look at its weights",
                 )
             if torch.isneginf(mine).any() and not rollout.sampled:
                 token = student.vocabulary.label(int(rollout.ids[int(torch.isneginf(mine).nonzero()[0])]))

@@ -49,37 +49,14 @@ from gold.train.preflight import (
 from gold.train.progress import Lasting, Quiet, evaluation_line
 from gold.train.recipe import Recipe
 from gold.train.resume_rules import Inputs
-from gold.train.run_folder import COMPLETIONS, RunFolder
+from gold.train.run_folder import RunFolder
 from gold.train.saving import CheckpointWriter, as_written, save_student
+from gold.train.saving import Saving as Saving
 from gold.train.setup import Setup
 from gold.train.state import TrainState
 from gold.train.step import train_step, warm_up
 from gold.train.trackers import Guarded, RunInfo, Tracker, Trackers
 from gold.train.tracking_clients import check_clients, with_clients
-
-
-@dataclass(frozen=True)
-class Saving:
-    """Where a run is saved, and how often it evaluates and saves.
-
-    ``overwrite`` removes an existing run in ``output``. ``allow_changed`` resumes it despite refused changes of keys or
-    inputs; they are recorded in its environment.json. ``completions``: folder for those of the initial student
-    (``policy="initial"``), which runs can share; default: one in ``output``.
-    """
-
-    output: Path | None = None
-    resume: bool = False
-    evaluate_every: int = 50
-    checkpoint_every: int = 50
-    keep_last: int = 2
-    overwrite: bool = False
-    allow_changed: bool = False
-    completions: Path | None = None
-
-    @property
-    def kept_in(self) -> Path | None:
-        """Folder for the initial student's completions, if they are kept."""
-        return self.completions or (self.output / COMPLETIONS if self.output else None)
 
 
 @dataclass(repr=False)
@@ -113,7 +90,7 @@ def distill(
     heldout: Sequence[Prompt | str | Mapping[str, Any]] = (),
     verifier: Verifier | None = None,
     evaluation: EvaluationPlan | None = None,
-    saving: Saving = Saving(),
+    saving: Saving = Saving(),  # noqa: B008  (frozen)
     settings: Mapping[str, Any] | None = None,
     inputs: Inputs | None = None,
     progress: Tracker | None = None,

@@ -1,4 +1,4 @@
-"""Writes a run's checkpoints, those of a sharded run while training continues, and the trained student."""
+"""Where a run is saved; writes its checkpoints, those of a sharded run while training goes on, and its student."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +24,40 @@ from gold.rollout.ahead import Place
 from gold.rollout.engine import Generation
 from gold.train.checkpoint_folder import is_write_failure, reach_disk, save_checkpoint
 from gold.train.model_card import model_card
-from gold.train.run_folder import RunFolder
+from gold.train.run_folder import COMPLETIONS, RunFolder
 from gold.train.shards import Snapshot
 from gold.train.state import TrainState, write_steps
 
 _OF_ADAPTER = "They are of the adapter on its base model; these weights are the sum of both, rounded once."
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where a run is saved, and how often it evaluates and saves.
+
+    ``overwrite`` removes an existing run in ``output``. ``allow_changed`` resumes it despite refused changes of keys or
+    inputs; they are recorded in its environment.json. ``completions``: folder for those of the initial student
+    (``policy="initial"``), which runs can share; default: one in ``output``.
+    """
+
+    output: Path | None = None
+    resume: bool = False
+    evaluate_every: int = 50
+    checkpoint_every: int = 50
+    keep_last: int = 2
+    overwrite: bool = False
+    allow_changed: bool = False
+    completions: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("output", "completions"):  # a text is a path too
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(given))
+
+    @property
+    def kept_in(self) -> Path | None:
+        """Folder for the initial student's completions, if they are kept."""
+        return self.completions or (self.output / COMPLETIONS if self.output else None)
 
 
 class CheckpointWriter:

@@ -80,8 +80,11 @@ class Setup:
         for the completions of the student as it starts, which it is now.
 
         Raises:
-            ConfigError, TeacherError: see ``terms_of``.
+            ConfigError, TeacherError: see ``terms_of``; ConfigError: the student is its own teacher.
         """
+        for member in teachers.members.values() if teachers else ():
+            if member.model is not None and member.model.lm is student.lm:
+                raise ConfigError("student and teacher are one model: load it twice, or take a SelfTeacher")
         pairs = pairs_of(student, teachers)
         terms = terms_of(recipe, teachers, pairs)
         engine = engine or HuggingFaceEngine(student, recipe.generation_batch_size)

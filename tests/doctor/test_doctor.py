@@ -657,6 +657,7 @@ def test_exit_codes_and_json(call: Any, saved: Path, tmp_path: Path) -> None:
         (["{student}", "nowhere/at/all"], "error: no tokenizer at nowhere/at/all"),
         (["{student}"], "error: {student} is a folder: name the teacher too"),
         (["nowhere.yaml"], "error: nowhere.yaml cannot be read"),
+        (["nowhere.yaml", "{student}"], "error: nowhere.yaml is a configuration, which names its models"),
     ],
 )
 def test_what_is_not_there_is_one_line(call: Any, saved: Path, arguments: list[str], line: str) -> None:

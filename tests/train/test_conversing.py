@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ from gold.models.load import save_model
 from gold.rollout.conversations import Conversations, TurnPrompts
 from gold.rollout.types import Sampling, Turn
 from gold.teachers import CachedTeacher, LocalTeacher
-from gold.train.conversing import advantages_of, conversed, later_returns
+from gold.train.conversing import advantages_of, as_prompts, conversed, later_returns
 from gold.train.loop import Saving, distill
 from gold.train.recipe import Recipe, Term
 from gold.turns import read_turn
@@ -129,6 +131,37 @@ def test_a_run_of_conversations_resumes_bit_for_bit(tmp_path) -> None:
 def known(record):
     """The metrics of a step that do not depend on the clock."""
     return {name: value for name, value in record.items() if name != "kind" and not name.endswith("_s")}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("data/openings.jsonl", "got the text 'data/openings.jsonl'; gold.load_prompts reads a file"),
+        (Path("a.jsonl"), "got the text 'a.jsonl'"),
+        ([1, 2], "got 1"),
+        (["a", {"prompt": "b"}], "all of one kind, got {'prompt': 'b'}"),
+        ([{"prompt": "b"}, "a"], "all of one kind, got {'prompt': 'b'}"),
+    ],
+)
+def test_what_is_no_prompt_is_one_line(given, told) -> None:
+    with pytest.raises(DataError, match=f"^prompts: .*{re.escape(told)}"):
+        as_prompts(given, None)
+
+
+def test_prompts_of_a_generator_are_those_of_a_list() -> None:
+    assert as_prompts((text for text in "ab"), None) == as_prompts(["a", "b"], None)
+
+
+def test_a_model_is_not_its_own_teacher() -> None:
+    model = talking_student()
+    with pytest.raises(ConfigError, match="student and teacher are one model: load it twice"):
+        distill(model, model, PROMPTS, SMALL)
+
+
+def test_a_folder_may_be_a_text() -> None:
+    saving = Saving("runs/a", completions="b")  # type: ignore[arg-type]
+    assert (saving.output, saving.kept_in) == (Path("runs/a"), Path("b"))
+    assert Saving("runs/a").kept_in == Path("runs/a/completions")  # type: ignore[arg-type]
 
 
 class Counts(Echo):
