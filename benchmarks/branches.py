@@ -108,7 +108,7 @@ def main(arguments: Sequence[str]) -> int:
     (data["start"],) = cells.all(begin, [start])
     data["gradients"] = cells.all(gradients_of, [Gradient(kind, start) for kind in KINDS])
     data["runs"] = runs(cells, start, given.steps, given.seeds) if given.steps else []
-    data["cells_s"] = round(cells.seconds(), 1)
+    data |= cells.spent()
     print(told(data))
     if given.record:
         name = (

@@ -164,7 +164,7 @@ def main(arguments: Sequence[str]) -> int:
     print(table(data), flush=True)
     write_record(
         record_name(given.task),
-        {"cells_s": round(cells.seconds(), 1), **data},
+        {**cells.spent(), **data},
         command=command_line("turns", arguments),
         seconds=time.perf_counter() - begun,
         device=device_name("cpu", 1) + f" a process, {given.workers} processes",

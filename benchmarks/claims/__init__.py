@@ -18,6 +18,7 @@ from benchmarks.record import RESULTS, command_line, device_name, write_record
 
 PARTS = {
     "prompts": "accuracy over the number of prompts: distillation, imitation, a reward",
+    "few": "the same with 400 prompts, at lower rates",
     "efficiency": "what each way costs for the same accuracy, on a procedural task",
     "recovery": "a lost skill comes back from the old self, and new knowledge stays",
     "instructions": "the same with real weights: instructions of IFEval, and documents",
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
             name = f"claims-{part}"
             path = write_record(
                 name,
-                {"cells_s": round(cells.seconds(), 1), **data},
+                {**cells.spent(), **data},
                 command=command_line("claims", [part, f"--seeds={given.seeds}"]),
                 seconds=time.perf_counter() - started,
                 device=device_name("cpu", 1) + f" a process, {given.workers} processes",

@@ -36,7 +36,7 @@ class Cells:
         self._file = folder / "cells.jsonl"
         lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
         self._found = {_key(row["job"]): row for row in map(json.loads, lines)}
-        self._used: dict[str, float] = {}
+        self._used: dict[str, float | None] = {}
 
     def all(
         self, work: Callable[[Any, Path], Mapping[str, Any]], jobs: Sequence[Job]
@@ -76,9 +76,11 @@ class Cells:
                 for future in as_completed(running):
                     yield running[future], *future.result()
 
-    def seconds(self) -> float:
-        """Processor seconds of the cells that were asked for, whenever they ran."""
-        return sum(self._used.values())
+    def spent(self) -> dict[str, float]:
+        """``cells_s``: processor seconds of the cells that were asked for, whenever they ran; left out if a cell does
+        not tell its own, as those that were put back from a record."""
+        known = [value for value in self._used.values() if value is not None]
+        return {"cells_s": round(sum(known), 1)} if len(known) == len(self._used) else {}
 
 
 def _timed(

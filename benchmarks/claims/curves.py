@@ -123,6 +123,11 @@ class Curve(Quiet):
         )
 
 
+def best(ends: Mapping[str, float]) -> float:
+    """The learning rate at which runs end best, the last of equals; ``ends`` are accuracies by rate."""
+    return float(max(reversed(list(ends)), key=lambda lr: ends[lr]))
+
+
 def accuracy(
     model: LanguageModel, prompts: Sequence[Prompt], verifier: Verifier, max_new_tokens: int
 ) -> float:

@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.claims.cells import Given
-from benchmarks.claims.curves import COSTS, Curve, accuracy, written
+from benchmarks.claims.curves import COSTS, Curve, accuracy, best, written
 from benchmarks.claims.figures import canvas, cost_of, markdown, over_seeds, save, told
 from benchmarks.claims.gym import TASKS, asked, learned, tokenizer_of
 from gold.models.language_model import LanguageModel
@@ -67,8 +67,8 @@ class Way:
 
 
 WAYS = {
-    "opd": Way("on-policy distillation (reverse KL on bytes)", _EACH, (1e-3, 2e-3, 4e-3)),
-    "sft": Way("SFT on the teacher's texts", _TEXTS, (1e-3, 2e-3, 4e-3), 2.0),
+    "opd": Way("on-policy distillation (reverse KL on bytes)", _EACH, (1e-3, 2e-3, 4e-3, 8e-3)),
+    "sft": Way("SFT on the teacher's texts", _TEXTS, (1e-3, 2e-3, 4e-3, 8e-3), 2.0),
     "sft_opd": Way("SFT, then on-policy distillation", _EACH, first=0.25),
     "gkd_forward": Way(
         "GKD, λ = 0.5, forward KL", _EACH.replace(objectives=(Term("forward_kl"),), on_policy=0.5)
@@ -214,7 +214,8 @@ def measure(given: Given) -> dict[str, Any]:
         for task, answers in zip(sizes.tasks, sizes.answers, strict=True)
     ]
     made = dict(zip(sizes.tasks, given.cells.all(make, models), strict=True))
-    rates = {task: _rates(given, sizes, task) for task in sizes.tasks}
+    tried = {task: _tried(given, sizes, task) for task in sizes.tasks}
+    rates = {task: {way: best(ends) for way, ends in ways.items()} for task, ways in tried.items()}
     jobs = [
         _job(sizes, task, way, rates[task], seed)
         for seed in range(given.seeds)
@@ -231,7 +232,7 @@ def measure(given: Given) -> dict[str, Any]:
         for task in sizes.tasks
         for way in sizes.ways
     ]
-    return {"sizes": asdict(sizes), "made": made, "rates": rates, "rows": rows}
+    return {"sizes": asdict(sizes), "made": made, "rates": rates, "tried": tried, "rows": rows}
 
 
 def _job(sizes: Sizes, task: str, way: str, rates: Mapping[str, float], seed: int, share: float = 1.0) -> Job:
@@ -249,16 +250,17 @@ def _job(sizes: Sizes, task: str, way: str, rates: Mapping[str, float], seed: in
     )
 
 
-def _rates(given: Given, sizes: Sizes, task: str) -> dict[str, float]:
-    """For each way the rate at which a shorter run on a task ends best, on a seed apart."""
+def _tried(given: Given, sizes: Sizes, task: str) -> dict[str, dict[str, float]]:
+    """For each way and each of its rates where a shorter run on a task ends, on a seed apart."""
     jobs = [
         _job(sizes, task, way, {way: lr}, TUNING_SEED, sizes.tuning_share)
         for way in sizes.ways
         for lr in WAYS[way].rates
     ]
-    ends = [result["curve"][-1]["accuracy"] for result in given.cells.all(work, jobs)]
-    best = sorted(zip(ends, jobs, strict=True), key=lambda pair: pair[0])
-    return {job.way: job.lr for _, job in best}
+    found: dict[str, dict[str, float]] = {}
+    for job, result in zip(jobs, given.cells.all(work, jobs), strict=True):
+        found.setdefault(job.way, {})[f"{job.lr:g}"] = result["curve"][-1]["accuracy"]
+    return found
 
 
 def _columns(curve: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:

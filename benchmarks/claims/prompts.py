@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.claims.cells import Given
-from benchmarks.claims.curves import Curve, answers, written
+from benchmarks.claims.curves import Curve, answers, best, written
 from benchmarks.claims.figures import canvas, markdown, over_seeds, save, told
 from gold.data import Prompt
 from gold.demo.run import SAMPLING, TASK, DemoPlan, make_start, make_teacher
@@ -43,13 +43,13 @@ _REWARD = _EACH.replace(objectives=(Term("reward"),), prompts_per_step=COMPLETIO
 class Way:
     """One way of using the prompts; ``length``: its steps for one of distillation.
 
-    ``rates`` are those that are tried with each number of prompts in ``Sizes.tuned``. ``numbers``: with how many
+    ``rates`` are those that are tried with a number of prompts of ``Sizes.tuned``. ``numbers``: with how many
     prompts it is run; none: with all numbers.
     """
 
     title: str
     recipe: Recipe
-    rates: tuple[tuple[float, ...], ...] = ()
+    rates: Mapping[int, tuple[float, ...]]
     length: float = 1.0
     numbers: tuple[int, ...] = ()
 
@@ -58,15 +58,25 @@ WAYS = {
     "distilled": Way(
         "on-policy distillation (reverse KL on bytes)",
         _EACH,
-        ((1e-5, 3e-5, 1e-4), (2e-4, 5e-4, 1e-3), (5e-4, 1e-3, 2e-3)),
+        {
+            100: (3e-6, 1e-5, 3e-5, 1e-4),
+            400: (1e-4, 2e-4, 5e-4),
+            2000: (5e-4, 1e-3, 2e-3),
+            10000: (5e-4, 1e-3, 2e-3),
+        },
     ),
     "imitated": Way(
         "sequence-level KD, about as much time",
         _IMITATION,
-        ((1e-5, 3e-5, 1e-4), (1e-4, 2e-4, 5e-4), (5e-4, 1e-3, 2e-3)),
+        {
+            100: (3e-6, 1e-5, 3e-5, 1e-4),
+            400: (1e-5, 3e-5, 1e-4),
+            2000: (5e-4, 1e-3, 2e-3),
+            10000: (5e-4, 1e-3, 2e-3),
+        },
         2.25,
     ),
-    "rewarded": Way("reward only (groups of 8)", _REWARD, ((1e-4, 3e-4),), numbers=(100,)),
+    "rewarded": Way("reward only (groups of 8)", _REWARD, {100: (1e-4, 3e-4)}, numbers=(100,)),
 }
 
 
@@ -78,7 +88,7 @@ class Sizes:
     """
 
     numbers: tuple[int, ...] = (100, 400, 2000, 10000)
-    tuned: tuple[int, ...] = (100, 400, 2000)
+    tuned: tuple[int, ...] = (100, 400, 2000, 10000)
     steps: int = 400
     looks: int = 10
     heldout: int = 512
@@ -89,7 +99,7 @@ class Sizes:
     start_steps: int = 900
 
 
-SMALL = Sizes((20, 40), (20,), 4, 2, 16, 8, 0.5, 200, 10, 10)
+SMALL = Sizes((100, 120), (100,), 4, 2, 16, 8, 0.5, 200, 10, 10)
 
 
 @dataclass(frozen=True)
@@ -184,12 +194,13 @@ def _additions(prompt: Prompt) -> list[tuple[str, str]]:
     return list(zip([first, *prompt.reference.split()], steps, strict=False))
 
 
-def measure(given: Given) -> dict[str, Any]:
+def measure(given: Given, whole: Sizes | None = None) -> dict[str, Any]:
     """Rates on a seed apart, with some numbers of prompts; then every way with its numbers of prompts."""
-    sizes = SMALL if given.small else Sizes()
+    sizes = SMALL if given.small else whole or Sizes()
     models = Models(sizes.answers, sizes.teacher_steps, sizes.start_steps, sizes.heldout)
     made = given.cells.all(make, [models])[0]
-    rates = _rates(given, sizes)
+    tried = _tried(given, sizes)
+    rates = {number: {name: best(ends) for name, ends in ways.items()} for number, ways in tried.items()}
     jobs = [
         _job(name, number, rates[str(_tuned(sizes, number))][name], seed, sizes)
         for seed in range(given.seeds)
@@ -204,7 +215,7 @@ def measure(given: Given) -> dict[str, Any]:
         for number in sizes.numbers
         if (mine := [pair for pair in found if (pair[0].way, pair[0].prompts) == (name, number)])
     ]
-    return {"sizes": asdict(sizes), "made": made, "rates": rates, "rows": rows}
+    return {"sizes": asdict(sizes), "made": made, "rates": rates, "tried": tried, "rows": rows}
 
 
 def _tuned(sizes: Sizes, number: int) -> int:
@@ -217,18 +228,18 @@ def _job(name: str, number: int, lr: float, seed: int, sizes: Sizes, share: floa
     return Job(name, number, lr, seed, steps, sizes.looks, sizes.heldout, sizes.watched)
 
 
-def _rates(given: Given, sizes: Sizes) -> dict[str, dict[str, float]]:
-    """For each number of prompts in ``tuned`` the rates at which shorter runs of the ways end best, on a seed apart."""
-    found: dict[str, dict[str, float]] = {}
-    for place, number in enumerate(sizes.tuned):
+def _tried(given: Given, sizes: Sizes) -> dict[str, dict[str, dict[str, float]]]:
+    """For each number of prompts in ``tuned``, each way and each rate where a shorter run ends, on a seed apart."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for number in sizes.tuned:
         jobs = [
             _job(name, number, lr, TUNING_SEED, sizes, sizes.tuning_share)
             for name, way in WAYS.items()
-            for lr in (way.rates[place] if place < len(way.rates) else ())
+            for lr in way.rates.get(number, ())
         ]
-        ends = [result["curve"][-1]["accuracy"] for result in given.cells.all(work, jobs)]
-        best = sorted(zip(ends, jobs, strict=True), key=lambda pair: pair[0])
-        found[str(number)] = {job.way: job.lr for _, job in best}
+        mine = found.setdefault(str(number), {})
+        for job, result in zip(jobs, given.cells.all(work, jobs), strict=True):
+            mine.setdefault(job.way, {})[f"{job.lr:g}"] = result["curve"][-1]["accuracy"]
     return found
 
 
