@@ -24,11 +24,12 @@ from gold.rollout import weight_transfer
 from gold.rollout.engine import Generation, Request
 from gold.rollout.vllm import VLLMEngine
 
-# Between gold and vLLM, so that vLLM ends also where gold is killed: its standard input ends then. The server has
-# processes of its own, which are in its group.
+# Between gold and vLLM, so that vLLM ends also where gold is killed, and leaves no files: its standard input ends then.
+# The server has processes of its own, which are in its group.
 _WATCH = """
-import contextlib, os, signal, subprocess, sys, threading
-child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
+import contextlib, os, shutil, signal, subprocess, sys, threading
+folder, *words = sys.argv[1:]
+child = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
 def end_with_parent():
     sys.stdin.buffer.read()
     child.terminate()
@@ -40,6 +41,7 @@ threading.Thread(target=end_with_parent, daemon=True).start()
 code = child.wait()
 with contextlib.suppress(ProcessLookupError):
     os.killpg(child.pid, signal.SIGKILL)
+shutil.rmtree(folder, ignore_errors=True)
 os._exit(code & 255)
 """
 _ENVIRONMENT = {
@@ -103,7 +105,11 @@ class ColocatedEngine(VLLMEngine):
             self.port = int(free.getsockname()[1])
         super().__init__(f"http://127.0.0.1:{self.port}", **options)
         self.command, self.start_s = command, start_s
-        self.folder = Path(tempfile.mkdtemp(prefix="gold-vllm-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="gold-vllm-", dir=weight_transfer.near_folder()))
+        if self._folder is None:  # so that a run that is killed in a push leaves no weights
+            self._folder = self.folder
+            if isinstance(self.transfer, weight_transfer.FileTransfer):
+                self.transfer.folder = self.folder
         own = Path(tempfile.gettempdir()) / f"gold-vllm-{os.getpid()}-{self.port}.log"
         self.log = Path(log) if log is not None else own
         self._own_log: Path | None = None if log is not None else own
@@ -129,7 +135,7 @@ class ColocatedEngine(VLLMEngine):
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _WATCH, *words],
+                [sys.executable, "-c", _WATCH, str(self.folder), *words],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -136,6 +136,11 @@ class WeightTransfer(Protocol):
         ...
 
 
+def near_folder() -> Path:
+    """Shared memory, or the folder for temporary files where there is none."""
+    return SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+
+
 class FileTransfer:
     """Weights as a safetensors file in a folder that the server reads too; default: shared memory, else the folder for
     temporary files. ``gold.rollout.vllm_extension`` is its side of vLLM's workers."""
@@ -143,8 +148,8 @@ class FileTransfer:
     backend = "gold_file"
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-        self.folder, self.is_given = Path(folder) if folder is not None else shared, folder is not None
+        self.folder = Path(folder) if folder is not None else near_folder()
+        self.is_given = folder is not None
 
     def connect(self, client: SyncClient) -> None:
         """See ``WeightTransfer.connect``."""

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engines import ScriptedEngine
-from support.turns import Echo
+from support.turns import OPENED, OTHER, THINKING, Echo
 from support.vllm_server import VLLMServer, engine_on
 
 from gold.align.model_inputs import student_states
 from gold.data import Prompt
 from gold.demo.models import tiny_model
-from gold.demo.talk import STUDENT_TEMPLATE, TEACHER_TEMPLATE, byte_tokenizer, with_template
+from gold.demo.talk import STUDENT_TEMPLATE, byte_tokenizer, with_template
 from gold.errors import ConfigError
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.rollout.completions import columns_of, generations_of
@@ -29,15 +29,6 @@ from gold.tokenize.conversation import TemplateForm
 from gold.train.loop import Saving, distill
 from gold.train.recipe import Recipe, Term
 
-_THOUGHT = (
-    "{% if m.reasoning_content is defined and m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n"
-    "{% endif %}"
-)
-THINKING = STUDENT_TEMPLATE.replace("{{ m.content }}", _THOUGHT + "{{ m.content }}")
-OPENED = THINKING.replace("<bos>assistant\n{% endif %}", "<bos>assistant\n<think>\n{% endif %}")
-OTHER = TEACHER_TEMPLATE.replace(
-    "A:{{ m.content }}", "A:" + _THOUGHT.replace("think>", "thinking>") + "{{ m.content }}"
-)
 CLOSING = "\n</think>\n\n"
 PROMPT = Prompt("k", messages=({"role": "user", "content": "hm?"},))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import tiny_models as tiny
+from support.live_vllm import LIVE, PYTHON
 
 import gold
 from gold import EngineError, Recipe
@@ -20,11 +21,7 @@ from gold.rollout.engine import Generation, Request
 from gold.rollout.vllm_process import ColocatedEngine, ServerCommand
 from gold.train.loop import Saving
 
-PYTHON = Path(gold.__file__).parent.parent / ".venv-vllm" / "bin" / "python"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason=f"no {PYTHON}: make vllm"),
-]
+pytestmark = LIVE
 # Nothing but the likeliest token is in the nucleus: both engines then write the same texts.
 RECIPE = Recipe(
     steps=3, prompts_per_step=2, num_generations=2, lr=3e-3, warmup_steps=1, max_new_tokens=10, top_p=1e-6

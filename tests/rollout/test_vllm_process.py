@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,17 +65,18 @@ def pid_of(what: str, log: Path) -> int:
     return next(int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith(what))
 
 
+def within_seconds(happens: Callable[[], bool]) -> bool:
+    return any(happens() or time.sleep(0.05) for _ in range(200))
+
+
 def ends(pid: int) -> bool:
-    for _ in range(200):
+    def ended() -> bool:
         try:
-            os.kill(pid, 0)
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
         except (ProcessLookupError, FileNotFoundError):
             return True
-        if state == "Z":
-            return True
-        time.sleep(0.05)
-    return False
+
+    return within_seconds(ended)
 
 
 def test_a_server_is_started_at_its_first_use_and_ended_with_its_children(fake: Path) -> None:
@@ -94,23 +96,28 @@ def test_a_server_is_started_at_its_first_use_and_ended_with_its_children(fake: 
     assert not engine.folder.exists()
 
 
-def test_a_server_ends_where_its_run_is_killed(fake: Path) -> None:
+def test_a_server_ends_where_its_run_is_killed_and_no_weights_stay(fake: Path) -> None:
     code = (
-        "import sys, time\n"
+        "import time\n"
         "from gold.rollout.vllm_process import ColocatedEngine, ServerCommand\n"
-        f"ColocatedEngine(ServerCommand('m'), log={str(fake)!r}).start()\n"
-        "print('started', flush=True)\n"
+        f"engine = ColocatedEngine(ServerCommand('m'), log={str(fake)!r})\n"
+        "engine.start()\n"
+        "assert engine.transfer.folder == engine._folder == engine.folder\n"
+        "(engine.folder / 'gold-1.safetensors').write_bytes(b'weights of a push')\n"
+        "print(engine.folder, flush=True)\n"
         "time.sleep(60)\n"
     )
     root = str(Path(gold.run.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ["PYTHONPATH"]])}
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)
     assert run.stdout is not None
-    assert run.stdout.readline() == b"started\n"
+    folder = Path(run.stdout.readline().decode().strip())
+    assert len(list(folder.iterdir())) == 2
     run.send_signal(signal.SIGKILL)
     run.wait()
     run.stdout.close()
     assert ends(pid_of("child", fake))
+    assert within_seconds(lambda: not folder.exists())
 
 
 def test_a_server_that_cannot_start_is_one_line_with_its_log(fake: Path) -> None:

@@ -1,15 +1,33 @@
-"""Environments, and an engine that writes given texts, for conversations of the pair in ``gold.demo.talk``."""
+"""Environments, an engine that writes given texts, and thinking, for conversations of the pair in
+``gold.demo.talk``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from gold.demo.calculator import Calculator
+from gold.demo.models import learn_answers, tiny_model
+from gold.demo.talk import STUDENT_TEMPLATE, TEACHER_TEMPLATE, lessons, pair_tokenizer, with_template
 from gold.environments.protocol import Conversation
 from gold.models.language_model import LanguageModel
 from gold.rollout.engine import Generation, Request
-from gold.turns import TurnMessage
+from gold.turns import TurnMessage, TurnPrompt
+
+_THOUGHT = (
+    "{% if m.reasoning_content is defined and m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n"
+    "{% endif %}"
+)
+THINKING = STUDENT_TEMPLATE.replace("{{ m.content }}", _THOUGHT + "{{ m.content }}")
+"""The student's template, with thinking."""
+OPENED = THINKING.replace("<bos>assistant\n{% endif %}", "<bos>assistant\n<think>\n{% endif %}")
+"""The same, with the opening marker at the end of a prompt."""
+OTHER = TEACHER_TEMPLATE.replace(
+    "A:{{ m.content }}", "A:" + _THOUGHT.replace("think>", "thinking>") + "{{ m.content }}"
+)
+"""The teacher's template, with thinking between other markers."""
 
 
 class Echo:
@@ -50,3 +68,31 @@ class Scripted:
 
     def close(self) -> None:
         pass
+
+
+def thinking_student(steps: int = 100) -> LanguageModel:
+    """It thinks between the markers of ``THINKING``, for up to a dozen words, before it calls the calculator and before
+    it answers."""
+    turns = [
+        turn
+        for question in Calculator().prompts("train", 60, 3)
+        for turn in _with_thoughts(lessons(question))
+    ]
+    texts = [turn.completion or "" for turn in turns]
+    model = tiny_model(pair_tokenizer(texts), "student", layers=1, width=128, context=512, seed=1)
+    student = with_template(model, THINKING)
+    learn_answers(student, turns, steps=steps, batch=16)
+    return student
+
+
+def _with_thoughts(turns: Sequence[TurnPrompt]) -> list[TurnPrompt]:
+    """Turns of one question, with as much thinking as its numbers say."""
+    found: list[TurnPrompt] = []
+    for turn, number in zip(turns, turns[0].reference, strict=True):
+        thought = "so" + " hm" * (number % 12)
+        messages = [dict(message) for message in turn.messages or ()]
+        if found:
+            messages[1]["reasoning_content"] = found[0].completion.split("\n")[1]
+        completion = f"<think>\n{thought}\n</think>\n\n{turn.completion}"
+        found.append(replace(turn, messages=tuple(messages), completion=completion))
+    return found

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import support.tiny_models as tiny
 from support.command import run_gold
+from support.live_vllm import LIVE, PYTHON
 
-import gold
 from gold import LocalTeacher, Prompt
 from gold.bytes.trie import ByteTrie
 from gold.exact.marginals import Marginals, marginals
@@ -28,11 +28,7 @@ from gold.models.language_model import LanguageModel
 from gold.models.load import load_model, save_model
 from gold.teachers import ServedTeacher, Teacher
 
-PYTHON = Path(gold.__file__).parent.parent / ".venv-vllm" / "bin" / "python"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason=f"no {PYTHON}: make vllm"),
-]
+pytestmark = LIVE
 NAME, STARTS_IN_S = "words", 600.0
 BLOCK = 32
 """Tokens of a block of vLLM's prefix cache."""
