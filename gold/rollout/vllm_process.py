@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gold.activity import doing, report
 from gold.errors import EngineError
 from gold.http import Call
 from gold.rollout import weight_transfer
@@ -147,12 +148,14 @@ class ColocatedEngine(VLLMEngine):
     def _wait(self) -> None:
         deadline = time.monotonic() + self.start_s
         call = Call("/v1/models", {}, lambda answer: answer, method="GET", retried=False)
-        while time.monotonic() < deadline:
-            self._check_alive()
-            with contextlib.suppress(EngineError):
-                self.server.ask([call])
-                return
-            time.sleep(0.2)
+        with doing("starting vLLM"):
+            while time.monotonic() < deadline:
+                report(0, 0, "")  # a connection that is refused reports nothing
+                self._check_alive()
+                with contextlib.suppress(EngineError):
+                    self.server.ask([call])
+                    return
+                time.sleep(0.2)
         self._own_log = None
         self.close()
         raise EngineError(

@@ -16,12 +16,13 @@ from support.vllm_server import VLLMServer, engine_on
 
 import gold.run
 from gold import Config, ConfigError, EngineError
+from gold.activity import Activity, Stopped, listening, stoppable
 from gold.build import rollout_engine
 from gold.diagnose import diagnose_run
 from gold.rollout.vllm_process import ColocatedEngine, ServerCommand
 
 FAKE = """
-import http.server, json, os, subprocess, sys
+import http.server, json, os, subprocess, sys, time
 import importlib.util
 print("server", os.getpid(), flush=True)
 print("words", *sys.argv[1:], flush=True)
@@ -29,6 +30,8 @@ print("extension", importlib.util.find_spec("gold_vllm_extension") is not None, 
 print("dev mode", os.environ["VLLM_SERVER_DEV_MODE"], flush=True)
 if "--refuse" in sys.argv:
     raise ValueError("no such model\\\\nanywhere")
+if "--slow" in sys.argv:
+    time.sleep(60)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])  # as vLLM's own engine
 print("child", child.pid, flush=True)
 
@@ -128,6 +131,22 @@ def test_a_server_that_cannot_start_is_one_line_with_its_log(fake: Path) -> None
         engine.push({}, 0)
     assert "\n" not in str(error.value)
     engine.close()
+
+
+def test_a_run_that_is_interrupted_does_not_wait_until_its_server_has_started(fake: Path) -> None:
+    class Interrupted:
+        @property
+        def stops(self) -> bool:
+            return fake.exists() and "server" in fake.read_text()
+
+        def hear(self, activity: Activity) -> None:
+            assert activity.path == ("starting vLLM",)
+
+    engine = ColocatedEngine(ServerCommand("m", arguments=["--slow"]), log=fake, start_s=30.0)
+    with listening(Interrupted()), stoppable(), pytest.raises(Stopped):
+        engine.start()
+    engine.close()
+    assert ends(pid_of("server", fake))
 
 
 def test_a_server_that_dies_is_told_apart_from_one_that_cannot_be_reached(fake: Path) -> None:
