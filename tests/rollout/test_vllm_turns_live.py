@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -73,9 +72,9 @@ def engine(start: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> It
     engine.close()
 
 
-def drawn(engine: Any, model: LanguageModel, sampling: Sampling, number: int = 1) -> list[Rollout]:
-    """First turns of all questions, ``number`` of each."""
-    prompts = list(TurnPrompts(QUESTIONS, TASK)) * number
+def drawn(engine: Any, model: LanguageModel, sampling: Sampling) -> list[Rollout]:
+    """First turns of all questions."""
+    prompts = list(TurnPrompts(QUESTIONS, TASK))
     return sample(engine, model, prompts, sampling, seeds=[(7, n) for n in range(len(prompts))])
 
 
@@ -93,24 +92,6 @@ def test_budgets_end_thinking_where_they_end_it_in_the_students_own_draws(
             assert (mine.segments, mine.stopped) == (theirs.segments, theirs.stopped)
             kinds.add((theirs.thinking_cut, theirs.stopped))
     assert len(kinds) == 4
-
-
-@torch.no_grad()
-def test_sampled_tokens_have_the_students_probabilities_and_given_ones_none(
-    engine: ColocatedEngine, student: LanguageModel
-) -> None:
-    engine.push(student.lm.state_dict(), 0)
-    found = drawn(engine, student, Sampling(60, thinking_budget=10), number=2)
-    again = drawn(engine, student, Sampling(60, thinking_budget=10), number=2)
-    assert [each.ids.tolist() for each in found] == [each.ids.tolist() for each in again]
-    assert {each.thinking_cut for each in found} == {False, True}
-    for each in found:
-        text = torch.tensor([[*each.prompt_ids, *each.ids.tolist()]])
-        first = len(each.prompt_ids)
-        logp = torch.log_softmax(student.lm(text).logits[0, first - 1 : -1].double(), -1)
-        own = logp.gather(1, text[0, first:, None])[:, 0].numpy()
-        told = np.where(each.sampled_mask, own, 0.0)
-        np.testing.assert_allclose(each.sampling_logprobs, told, atol=2e-5)
 
 
 class Failing:
@@ -219,4 +200,4 @@ def test_a_run_of_the_command_line_is_killed_and_resumed(start: LanguageModel, t
     ]
     for one, another in zip(*told, strict=True):
         for name in ("turns", "tool_calls", "thinking_cut_share", "stop_rate", "length_tokens"):
-            assert one[name] == another[name], (name, one["step"])
+            assert one.get(name) == another.get(name), (name, one["step"])
