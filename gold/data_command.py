@@ -79,9 +79,13 @@ def _of_run(path: str, overrides: Sequence[str]) -> tuple[list[Source], list[Rea
     from gold.build import reader_sides
     from gold.build_data import heldout_prompts, load_data, training_prompts
     from gold.config import Config
+    from gold.environments.adapters import environment_for
+    from gold.environments.protocol import tools_of
     from gold.inspect.prompts import Reader, Source
+    from gold.rollout.conversations import as_turn
 
     config = Config.load(path, overrides)
+    environment = None
     if config.data.task is not None:
         data = load_data(config)
         sources = [Source("training prompts", data.train), Source("held-out prompts", data.all_heldout)]
@@ -89,9 +93,20 @@ def _of_run(path: str, overrides: Sequence[str]) -> tuple[list[Source], list[Rea
         sources = [Source("prompts", training_prompts(config))]
         if (heldout := heldout_prompts(config)) is not None:
             sources.append(Source("held-out prompts", heldout))
+        if config.environment is not None:
+            environment = environment_for(None, config.environment.source)
+
+    def turn(prompt: Any) -> Any:
+        """The prompt of a conversation's first turn, with the environment's tools and instructions."""
+        return (
+            prompt
+            if environment is None
+            else as_turn(prompt, tools_of(environment), getattr(environment, "instructions", ""))
+        )
+
     readers = []
     for name, (side, routed) in reader_sides(config).items():
-        adapt = attrgetter("for_teacher") if side.role == "teacher" else lambda prompt: prompt
+        adapt = (lambda prompt: turn(prompt).for_teacher) if side.role == "teacher" else turn
         wanted = routed
 
         def reads(prompt: Any, wanted: str | None = wanted) -> bool:

@@ -14,7 +14,11 @@ from support.command import Ended, run_gold
 from support.tokenizers import byte_level_bpe, sentencepiece_bpe
 
 from gold.data import load_prompts
-from gold.models.load import load_model
+from gold.demo.calculator import multiply
+from gold.demo.talk import talking_student, talking_teacher
+from gold.environments import ToolEnvironment
+from gold.models.load import load_model, save_model
+from gold.rollout.conversations import as_turn
 
 Gold = Callable[..., Ended]
 ROWS = [
@@ -79,6 +83,20 @@ def test_a_run_s_prompts_have_the_ids_that_the_run_reads(gold: Gold, tmp_path: P
         assert [told["least"], told["median"], told["most"]] == sizes
         for prompt, row in zip(prompts, found["rows"], strict=False):
             assert row["reads"][name]["ids"] == model.prompt_ids(adapt(prompt))
+
+
+def test_a_run_with_an_environment_shows_its_tools(gold: Gold, tmp_path: Path) -> None:
+    save_model(talking_student(), tmp_path / "student")
+    save_model(talking_teacher(), tmp_path / "teacher")
+    settings = tiny.run_settings(tmp_path, tmp_path / "run")
+    settings["data"] = {"prompts": str(tmp_path / "talk.jsonl")}
+    settings["environment"] = {"tools": ["gold.demo.calculator:multiply"]}
+    (tmp_path / "talk.jsonl").write_text('{"messages": [{"role": "user", "content": "6 * 7"}]}\n')
+    file = tiny.write_settings(tmp_path / "run.yaml", settings)
+    (row,) = json.loads(gold(file, "--json").out)["rows"]
+    asked = as_turn(load_prompts(tmp_path / "talk.jsonl")[0], ToolEnvironment([multiply]).tools)
+    for name in ("student", "teacher"):
+        assert row["reads"][name]["ids"] == load_model(tmp_path / name).prompt_ids(asked)
 
 
 def test_arguments_that_do_not_go_together(gold: Gold, tmp_path: Path) -> None:
