@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 from benchmarks.claims.cells import Cells, Given
 from benchmarks.record import RESULTS, command_line, device_name, write_record
 
@@ -26,9 +28,17 @@ PARTS = {
     "pairs": "ways to compare two tokenizers, on tiny pairs and a real one",
     "branches": "training on exact next-byte tables, beside the bucket",
     "selection": "a share of the bytes, or of the teacher's tokens, instead of all",
+    "countdown": "how much of its teacher a student recovers where right texts differ",
     "coverage": "how much of a text two tokenizers cut alike",
 }
 """The parts, and what each shows; a part is the module of its name in this package."""
+
+
+def _device(workers: int) -> str:
+    """Where the models of all parts are: on the GPU if there is one."""
+    if torch.cuda.is_available():
+        return f"{device_name('cuda')}, {workers} processes"
+    return device_name("cpu", 1) + f" a process, {workers} processes"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
                 {**cells.spent(), **data},
                 command=command_line("claims", [part, f"--seeds={given.seeds}"]),
                 seconds=time.perf_counter() - started,
-                device=device_name("cpu", 1) + f" a process, {given.workers} processes",
+                device=_device(given.workers),
                 folder=given.into,
             )
             module.draw(data, given.into / f"{name}.png")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,14 @@ from typing import Any
 from tokenizers import Tokenizer, models
 
 from gold.data import Prompt
-from gold.demo.models import SPECIAL, character_tokenizer, learn_answers, tiny_model, word_tokenizer
+from gold.demo.models import (
+    ALPHABET,
+    SPECIAL,
+    character_tokenizer,
+    learn_answers,
+    tiny_model,
+    word_tokenizer,
+)
 from gold.demo.run import ANSWERS_PER_STEP, SAMPLING, TASK
 from gold.evaluate import EvaluationPlan, evaluate
 from gold.models.language_model import LanguageModel
@@ -26,18 +33,18 @@ def words() -> Tokenizer:
 
 def digits() -> Tokenizer:
     """A token for each digit; a space with the sign after it is one token."""
-    return _merged([("Ġ", sign) for sign in "+-="])
+    return merged([("Ġ", sign) for sign in "+-="])
 
 
 def numbers() -> Tokenizer:
     """A number of two digits is one token; so is every space, and every sign."""
-    return _merged(itertools.product("0123456789", repeat=2))
+    return merged(itertools.product("0123456789", repeat=2))
 
 
-def _merged(merges: Any) -> Tokenizer:
+def merged(merges: Iterable[tuple[str, ...]], alphabet: str = ALPHABET) -> Tokenizer:
     """Characters, and these pairs of them as tokens too."""
-    tokenizer = character_tokenizer()
-    pairs = list(merges)
+    tokenizer = character_tokenizer(alphabet)
+    pairs = [(first, second) for first, second in merges]
     tokens = [
         *SPECIAL,
         *sorted(set(tokenizer.get_vocab()) - set(SPECIAL)),

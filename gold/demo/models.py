@@ -100,11 +100,12 @@ def learn_answers(
     for i, (w, r) in enumerate(zip(whole, given, strict=True)):
         ids[i, : w.size] = torch.from_numpy(w)
         labels[i, len(r.prompt_ids) : w.size] = torch.from_numpy(w[len(r.prompt_ids) :])
+    ids, labels = ids.to(model.device), labels.to(model.device)
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.lm.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     model.lm.train()
     for step in range(steps):
-        chosen = torch.from_numpy(rng.integers(0, len(whole), batch))
+        chosen = torch.from_numpy(rng.integers(0, len(whole), batch)).to(model.device)
         # Padding is on the right and has no labels: attention needs no mask.
         loss: Any = model.lm(input_ids=ids[chosen], labels=labels[chosen], use_cache=False).loss
         loss.backward()
