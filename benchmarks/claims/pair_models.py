@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,6 +128,17 @@ def heldout(sizes: Sizes) -> list[Prompt]:
 def train_prompts(sizes: Sizes) -> list[Prompt]:
     """The prompts of every run, without their answers."""
     return [replace(p, completion=None) for p in TASK.prompts("train", sizes.prompts, 0)]
+
+
+def keep(texts: Sequence[Prompt], path: Path) -> None:
+    """Writes prompts with completions to a file."""
+    rows = [{"key": p.key, "text": p.text, "completion": p.completion} for p in texts]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def kept(path: Path) -> list[Prompt]:
+    """What ``keep`` wrote."""
+    return [Prompt(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
 MEASURES = ("accuracy", "reverse_kl_per_byte", "length_bytes", "stop_rate")

@@ -1,10 +1,10 @@
 """Ways to compare two models across tokenizers, each trained for the same steps on three pairs of tiny models.
 
 A pair differs in one respect: the student's tokens are longer than the teacher's, or shorter, or the student cuts
-numbers into digits which the teacher does not. All ways begin with the same student and get the same prompts and steps;
-each has the better of two learning rates, the same two for all, chosen on a seed that is used for nothing else. The row
-of TRL is its own GOLD trainer from the same start, in the environment that `make bench-peers` makes, and with its
-defaults but for batch, length, rate and λ = 1.
+numbers into digits which the teacher does not. All ways (`benchmarks.claims.ways`) begin with the same student and get
+the same prompts and steps; each has the best of four learning rates, the same four for all, chosen on a seed that is
+used for nothing else. Rows of TRL are its own GOLD trainer from the same start, in the environment that `make
+bench-peers` makes.
 """
 
 from __future__ import annotations
@@ -17,19 +17,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.claims import debiased
 from benchmarks.claims.cells import Given
+from benchmarks.claims.curves import written
 from benchmarks.claims.figures import canvas, markdown, over_seeds, save, told
 from benchmarks.claims.pair_models import (
     MEASURES,
     Model,
     Sizes,
     heldout,
+    keep,
+    kept,
     loaded,
     make,
     measures,
     train_prompts,
 )
-from gold.demo.run import SAMPLING, CpuSeconds
+from benchmarks.claims.ways import TRL, WAYS
+from gold.demo.run import SAMPLING, TASK, CpuSeconds
+from gold.losses import OBJECTIVES
 from gold.train.loop import Saving, distill
 from gold.train.recipe import Recipe, Term
 
@@ -41,42 +47,9 @@ PAIRS = {
 """Tokenizers of student and teacher."""
 
 
-def _on(name: str, **options: Any) -> Term:
-    return Term(name, **options)
-
-
-WAYS: Mapping[str, Term] = {
-    "reverse KL on bytes": _on("reverse_kl"),
-    "forward KL on bytes": _on("forward_kl"),
-    "forward KL on prefixes": _on("forward_kl", support="prefix"),
-    "strict one-to-one, top 8": _on(
-        "reverse_kl",
-        support="shared",
-        where="one_to_one",
-        top_k=8,
-        top_k_of="student",
-        unshared="renormalise",
-    ),
-    "ALM": _on("alm"),
-    "X-Token, P-KL": _on("x_token"),
-    "GOLD": _on("gold"),
-    "ULD": _on("uld"),
-    "reverse KL on shared tokens": _on("reverse_kl", support="shared"),
-    "token_pg, clip 3, baseline": _on("token_pg", clip=3.0, baseline="others"),
-}
-"""What is compared; ALM, X-Token, GOLD and ULD as they are published, without further terms."""
-TRL: Mapping[str, Mapping[str, Any]] = {
-    "TRL's GOLD trainer": {},
-    "TRL's GOLD trainer, bayesian merge": {
-        "uld_token_merge_strategy": "bayesian",
-        "uld_skip_student_eos": False,
-        "uld_skip_teacher_eos": False,
-    },
-}
-"""What differs from the trainer's defaults, besides the hybrid loss and what all runs have in common."""
 PEERS = Path(__file__).resolve().parents[2] / ".venv-peers" / "bin" / "python"
-RATES = 2e-4, 1e-3
-TUNING_SEED, WATCHED = 9, 96
+RATES = 2e-5, 5e-5, 2e-4, 1e-3
+TUNING_SEED, WATCHED = 9, 192
 """A seed that chooses rates alone, on so many held-out prompts."""
 
 
@@ -94,6 +67,15 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """A cell: texts that the pair's teacher samples for the prompts, ``each`` for one."""
+
+    pair: str
+    sizes: Sizes
+    each: int = 4
+
+
+@dataclass(frozen=True)
 class Start:
     """A cell: a pair's student before training."""
 
@@ -103,11 +85,11 @@ class Start:
 
 def measure(given: Given) -> dict[str, Any]:
     """What each way made of each pair's student."""
-    sizes, steps, tuning, batch = Sizes(20_000, 1600, 900, 400, 384), 30, 10, 48
-    ways, rates, seeds, pairs = [*WAYS, *TRL], list(RATES), given.seeds, list(PAIRS)
+    sizes, steps, batch = Sizes(20_000, 1600, 900, 400, 384), 30, 48
+    ways, seeds, pairs = [*WAYS, *TRL], given.seeds, list(PAIRS)
     if given.small:
-        sizes, steps, tuning, batch = Sizes(200, 4, 4, 16, 16), 2, 1, 4
-        ways, rates, seeds, pairs = ways[:1], rates[1:], 1, pairs[2:]
+        sizes, steps, batch = Sizes(200, 4, 4, 16, 16), 2, 4
+        ways, seeds, pairs = [ways[0], "ALM as published, λ 0"], 1, pairs[2:]
     if not PEERS.is_file():
         ways = [way for way in ways if way not in TRL]
     sides: dict[str, Any] = {}
@@ -117,16 +99,42 @@ def measure(given: Given) -> dict[str, Any]:
         models = [Model(mine, "student", sizes), Model(theirs, "teacher", sizes)]
         sides[pair] = dict(zip(("student", "teacher"), given.cells.all(make, models), strict=True))
         (sides[pair]["start"],) = given.cells.all(begin, [Start(pair, sizes)])
-        tried = [Run(way, pair, lr, TUNING_SEED, tuning, batch, sizes) for way in ways for lr in rates]
-        tuned = list(zip(tried, given.cells.all(run, tried), strict=True))
-        best = {
-            way: max((quality(found), job.lr) for job, found in tuned if job.way == way)[1] for way in ways
-        }
-        last = [Run(way, pair, best[way], seed, steps, batch, sizes) for way in ways for seed in range(seeds)]
+        (sides[pair]["texts"],) = given.cells.all(write, [Texts(pair, sizes)])
+        plan: dict[str, Any] = {"steps": steps, "batch": batch, "sizes": sizes}
+        best, tried = chosen(given, ways, pair, plan)
+        last = [Run(way, pair, best[way], seed, **plan) for way in ways for seed in range(seeds)]
         done = list(zip(last, given.cells.all(run, last), strict=True))
-        rows += [row(way, pair, best[way], [found for job, found in done if job.way == way]) for way in ways]
-    plan = {"steps": steps, "batch": batch, "tuning_steps": tuning, "rates": rates, **asdict(sizes)}
-    return {"plan": plan, "pairs": sides, "rows": rows}
+        for way in ways:
+            found = [result for job, result in done if job.way == way]
+            rows.append({**row(way, pair, best[way], found), "tried": tried[way]})
+    told_plan = {"steps": steps, "batch": batch, "rates": RATES, **asdict(sizes)}
+    return {"plan": told_plan, "pairs": sides, "rows": rows}
+
+
+def chosen(
+    given: Given, ways: Sequence[str], pair: str, plan: Mapping[str, Any]
+) -> tuple[dict[str, float], dict[str, dict[str, float | None]]]:
+    """Each way's rate, and the accuracy at each that was tried: the two in the middle, then the one beyond the
+    better."""
+
+    def tried(wanted: Sequence[tuple[str, float]]) -> None:
+        jobs = [Run(way, pair, lr, TUNING_SEED, **plan) for way, lr in wanted]
+        for job, result in zip(jobs, given.cells.all(run, jobs), strict=True):
+            found[job.way][job.lr] = result
+
+    found: dict[str, dict[float, dict[str, Any]]] = {way: {} for way in ways}
+    lowest, low, high, highest = RATES
+    tried([(way, lr) for way in ways for lr in (low, high)])
+    tried([(way, lowest if _best(found[way]) == low else highest) for way in ways])
+    accuracies = {
+        way: {f"{lr:g}": result.get("accuracy") for lr, result in sorted(each.items())}
+        for way, each in found.items()
+    }
+    return {way: _best(each) for way, each in found.items()}, accuracies
+
+
+def _best(found: Mapping[float, Mapping[str, Any]]) -> float:
+    return max((quality(result), lr) for lr, result in found.items())[1]
 
 
 def quality(result: Mapping[str, Any]) -> tuple[float, float]:
@@ -150,24 +158,47 @@ def begin(job: Start, made: Path) -> dict[str, float]:
     return measures(loaded(f"student-{mine}", made), loaded(f"teacher-{theirs}", made), heldout(job.sizes))
 
 
+def write(job: Texts, made: Path) -> dict[str, float]:
+    """Keeps the teacher's texts; returns how many there are, and the share of right ones."""
+    _, theirs = PAIRS[job.pair]
+    teacher, prompts = loaded(f"teacher-{theirs}", made), train_prompts(job.sizes)
+    taught, _ = written(teacher, prompts, SAMPLING, 0, each=job.each, most=job.each * len(prompts))
+    keep(taught, made / f"texts-{theirs}.json")
+    right = [TASK.score(prompt, prompt.completion or "") for prompt in taught]
+    return {"texts": len(taught), "right": round(sum(right) / len(right), 4)}
+
+
 def run(job: Run, made: Path) -> dict[str, Any]:
     """Trains the pair's student, and measures it on all held-out prompts."""
+    OBJECTIVES[debiased.ROW.name] = debiased.ROW  # for this run alone
+    try:
+        return _run(job, made)
+    finally:
+        del OBJECTIVES[debiased.ROW.name]
+
+
+def _run(job: Run, made: Path) -> dict[str, Any]:
     mine, theirs = PAIRS[job.pair]
-    sides = f"student-{mine}", f"teacher-{theirs}"
+    sides, texts = (f"student-{mine}", f"teacher-{theirs}"), made / f"texts-{theirs}.json"
     watched = WATCHED if job.seed == TUNING_SEED else None
     if job.way in TRL:
-        return trl({**asdict(job), "sides": sides, "made": str(made), "watched": watched}, TRL[job.way])
+        told_job = {"sides": sides, "made": str(made), "texts": str(texts), "watched": watched}
+        return trl({**asdict(job), **told_job}, TRL[job.way])
     student, teacher = (loaded(side, made) for side in sides)
-    recipe = recipe_of(WAYS[job.way], job.batch, job.steps, job.seed, job.lr)
+    way = WAYS[job.way]
+    recipe = recipe_of(way.terms, job.batch, job.steps, job.seed, job.lr)
+    recipe = recipe.replace(on_policy=way.own, top_p=way.top_p)
+    prompts = train_prompts(job.sizes) if way.own == 1.0 else kept(texts)
+    grader = None if way.terms == (Term("sft"),) else teacher
     clock = CpuSeconds()
-    distill(student, teacher, train_prompts(job.sizes), recipe, saving=Saving(), progress=clock)
+    distill(student, grader, prompts, recipe, saving=Saving(), progress=clock)
     return {**measures(student, teacher, heldout(job.sizes)[:watched]), "cpu_s": round(clock.spent[-1], 2)}
 
 
-def recipe_of(term: Term, batch: int, steps: int, seed: int, lr: float) -> Recipe:
-    """Steps of ``batch`` completions, one of each prompt, on one term."""
+def recipe_of(terms: Sequence[Term], batch: int, steps: int, seed: int, lr: float) -> Recipe:
+    """Steps of ``batch`` completions, one of each prompt."""
     return Recipe(
-        objectives=(term,),
+        objectives=tuple(terms),
         max_new_tokens=SAMPLING.max_new_tokens,
         num_generations=1,
         prompts_per_step=batch,

@@ -1,6 +1,6 @@
 """Part of the signal: selected positions of a text, and a teacher that tells a few of its tokens.
 
-The first pair of `benchmarks.claims.pairs` (longer student tokens), with the same steps, prompts, rates and seeds.
+The first pair of `benchmarks.claims.pairs` (longer student tokens), with the same steps, prompts and seeds.
 Selected are the bytes of a step at which the student is least sure, or is farthest from its teacher. The sparse
 teacher tells its likeliest tokens, and draws some of the others: what is drawn stands for all mass that is left, so
 that its distribution is right on average, though not in any one row.
@@ -28,9 +28,7 @@ from benchmarks.claims.pair_models import (
 )
 from benchmarks.claims.pairs import (
     PAIRS,
-    RATES,
     TUNING_SEED,
-    WATCHED,
     Start,
     begin,
     draw,
@@ -54,6 +52,7 @@ __all__ = ["draw", "measure", "table"]
 
 PAIR = next(iter(PAIRS))
 SELECTED = "selected_kl"
+RATES, WATCHED = (2e-4, 1e-3), 96
 
 
 def selected_kl(
@@ -186,7 +185,7 @@ def _run(job: Run, made: Path) -> dict[str, Any]:
     student, teacher = (
         loaded(f"{role}-{name}", made) for role, name in zip(("student", "teacher"), PAIRS[PAIR], strict=True)
     )
-    recipe = recipe_of(way.term, job.batch, job.steps, job.seed, job.lr)
+    recipe = recipe_of((way.term,), job.batch, job.steps, job.seed, job.lr)
     clock = CpuSeconds()
     grader = SparseTeacher(teacher, way.told, way.drawn, job.seed) if way.told else teacher
     distill(student, grader, train_prompts(job.sizes), recipe, saving=Saving(), progress=clock)

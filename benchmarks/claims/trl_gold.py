@@ -23,7 +23,7 @@ import torch
 from tokenizers import processors
 from transformers.utils import logging as hf_logging
 
-from benchmarks.claims.pair_models import Sizes, heldout, loaded, measures, train_prompts
+from benchmarks.claims.pair_models import Sizes, heldout, kept, loaded, measures, train_prompts
 from gold.demo.run import SAMPLING
 
 LONGEST = 96
@@ -52,16 +52,21 @@ def main(told: str) -> int:
 
 def trainer_of(student: Any, teacher: Any, job: Mapping[str, Any], folder: Path) -> Any:
     """TRL's trainer on the job's prompts, with its defaults but for sizes, rate, on-policy samples alone, the hybrid
-    loss, and the job's ``options``."""
+    loss, and the job's ``options``; with fewer on-policy samples, texts of the teacher are the others."""
     import_module("datasets").utils.logging.disable_progress_bar()
     gold = import_module("trl.experimental.gold")
     random.seed(job["seed"])
     bare = copy.deepcopy(teacher.tokenizer)
     bare.backend_tokenizer.post_processor = processors.Sequence([])
     bare.save_pretrained(folder / "teacher")
-    prompts = train_prompts(Sizes(**job["sizes"]))
+    options = {"lmbda": 1.0, "temperature": 1.0, "top_p": 1.0, **job["options"]}
+    own = options["lmbda"] == 1.0
+    prompts = train_prompts(Sizes(**job["sizes"])) if own else kept(Path(job["texts"]))
     dataset = import_module("datasets").Dataset.from_list(
-        [{"prompt": f"{student.tokenizer.bos_token}{p.text}", "completion": " 1"} for p in prompts]
+        [
+            {"prompt": f"{student.tokenizer.bos_token}{p.text}", "completion": p.completion or " 1"}
+            for p in prompts
+        ]
     )
     config = gold.GOLDConfig(
         output_dir=str(folder / "out"),
@@ -69,9 +74,6 @@ def trainer_of(student: Any, teacher: Any, job: Mapping[str, Any], folder: Path)
         max_steps=job["steps"],
         learning_rate=job["lr"],
         seed=job["seed"],
-        lmbda=1.0,
-        temperature=1.0,
-        top_p=1.0,
         max_completion_length=SAMPLING.max_new_tokens,
         max_length=LONGEST,
         use_uld_loss=True,
@@ -85,7 +87,7 @@ def trainer_of(student: Any, teacher: Any, job: Mapping[str, Any], folder: Path)
         logging_strategy="no",
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **job["options"],
+        **options,
     )
     trainer = gold.GOLDTrainer(
         model=student.lm,
