@@ -107,7 +107,7 @@ def measure(given: Given) -> dict[str, Any]:
         for way in ways:
             found = [result for job, result in done if job.way == way]
             rows.append({**row(way, pair, best[way], found), "tried": tried[way]})
-    told_plan = {"steps": steps, "batch": batch, "rates": RATES, **asdict(sizes)}
+    told_plan = {"steps": steps, "batch": batch, "rates": list(RATES), **asdict(sizes)}
     return {"plan": told_plan, "pairs": sides, "rows": rows}
 
 
