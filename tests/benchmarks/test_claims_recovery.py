@@ -97,6 +97,7 @@ def test_the_small_form_of_the_recovery_runs(tmp_path):
     assert set(found["curve"][-1]) == {"step", SKILL, KNOWLEDGE, "not asked"}
 
 
+@pytest.mark.slow
 def test_the_small_form_of_the_facts_runs(tmp_path):
     sizes = facts.SMALL
     for seed in (None, 0):

@@ -87,26 +87,29 @@ def test_the_expected_gradient_over_two_turns_is_exact_with_the_conversation_as_
 
     def expected(horizon: str, with_later: bool) -> list[Tensor]:
         objective, total = OBJECTIVES["token_pg"](horizon=horizon), torch.zeros((), dtype=torch.float64)
+        replies: list[list[tuple[Tensor, Tensor, Tensor | None]]] = [[], []]
+        for branch, model in enumerate(second):
+            for reply, logp in turns[branch]:
+                after = objective(inputs_of(PAIR, [reply], model, later_teacher)).total
+                drawn = replace(reply, sampling_logprobs=logp_of(model, reply))
+                later = returns_of_texts(inputs_of(PAIR, [drawn], model, later_teacher))
+                replies[branch].append((logp, after, later if with_later else None))
         for text, logp in turns[2]:
-            branch = int(b"b" in text.student.data)
-            for reply, reply_logp in turns[branch]:
-                inputs = inputs_of(PAIR, [text], first, teacher)
-                after = inputs_of(PAIR, [reply], second[branch], later_teacher)
-                if with_later:
-                    drawn = replace(reply, sampling_logprobs=logp_of(second[branch], reply))
-                    after_drawn = inputs_of(PAIR, [drawn], second[branch], later_teacher)
-                    inputs = replace(inputs, later=returns_of_texts(after_drawn))
+            inputs = inputs_of(PAIR, [text], first, teacher)
+            for reply_logp, after, later in replies[b"b" in text.student.data]:
                 share = (logp + reply_logp).detach().exp()
-                total = total + share * (objective(inputs).total + objective(after).total)
+                total = total + share * (objective(replace(inputs, later=later)).total + after)
         return list(torch.autograd.grad(total, leaves, allow_unused=True))
 
     exact = torch.zeros((), dtype=torch.float64)
+    gaps = [
+        [(logp, logp - log_prob_of_bytes(later_teacher, reply)) for reply, logp in turns[branch]]
+        for branch in (0, 1)
+    ]
     for text, logp in turns[2]:
-        branch = int(b"b" in text.student.data)
-        for reply, reply_logp in turns[branch]:
-            gap = logp - log_prob_of_bytes(teacher, text)
-            gap = gap + reply_logp - log_prob_of_bytes(later_teacher, reply)
-            exact = exact + (logp + reply_logp).exp() * gap
+        gap = logp - log_prob_of_bytes(teacher, text)
+        for reply_logp, reply_gap in gaps[b"b" in text.student.data]:
+            exact = exact + (logp + reply_logp).exp() * (gap + reply_gap)
     found = expected("conversation", with_later=True)
     wanted = torch.autograd.grad(exact, leaves, allow_unused=True)
     compared = [

@@ -89,7 +89,7 @@ def losses(make: Any, checkpointing: bool = False) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("make", [gpt2, opt, mixtral])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(make: Any, checkpointing: bool) -> None:
     for record in losses(make, checkpointing):
         assert abs(record["loss"]) < 1e-6

@@ -114,7 +114,7 @@ def test_no_more_is_drawn_than_the_steps_need() -> None:
     assert len(engine.training) == 4
 
 
-@pytest.mark.parametrize("objective", ["reverse_kl", "alm"])
+@pytest.mark.parametrize("objective", ["reverse_kl", pytest.param("alm", marks=pytest.mark.slow)])
 def test_the_first_step_is_that_of_live_completions(objective: str) -> None:
     recipe = RECIPE.replace(steps=1, objectives=[gold.Term(objective)])
     done, weights, engine = train(recipe, heldout=tiny.heldout(2))
@@ -175,6 +175,7 @@ def test_a_run_that_ends_while_completions_are_drawn_draws_the_rest(tmp_path: Pa
     assert same(weights, others)
 
 
+@pytest.mark.slow
 def test_runs_share_a_folder(tmp_path: Path, caplog) -> None:
     first, weights, _ = train(completions=tmp_path / "kept")
     second, others, engine = train(completions=tmp_path / "kept")

@@ -87,6 +87,7 @@ def test_nearly_all_weights_move_at_the_default_rate() -> None:
         assert torch.equal(weight, master.bfloat16())
 
 
+@pytest.mark.slow
 def test_a_bfloat16_student_follows_the_float32_one() -> None:
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -159,7 +160,7 @@ def test_the_state_of_another_dtype_is_refused() -> None:
     assert not thirty_two.masters
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_moments_of_8_bits_learn_alike_and_go_on_from_a_checkpoint_bit_for_bit(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:

@@ -97,7 +97,11 @@ def test_a_long_run_says_what_would_make_it_shorter() -> None:
 
 @pytest.mark.usefixtures("_any_run")
 @pytest.mark.parametrize(
-    "terms", [(Term("reverse_kl"),), (Term("token_pg"), Term("reference_kl", weight=0.1))]
+    "terms",
+    [
+        pytest.param((Term("reverse_kl"),), marks=pytest.mark.slow),
+        (Term("token_pg"), Term("reference_kl", weight=0.1)),
+    ],
 )
 def test_a_run_whose_time_is_estimated_is_the_same_run(tmp_path: Path, terms: tuple[Term, ...]) -> None:
     recipe = Recipe(terms, steps=2, prompts_per_step=2, num_generations=2, max_new_tokens=6)

@@ -277,9 +277,10 @@ def _send(numbers: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("number", "code", "target", "call"),
     [
-        (signal.SIGTERM, 143, "gold.rollout.hf:_Draw.__call__", 45),  # the evaluation and a step draw less
+        # The evaluation and a step draw less.
+        pytest.param(signal.SIGTERM, 143, "gold.rollout.hf:_Draw.__call__", 45, marks=pytest.mark.slow),
         (signal.SIGINT, 130, "gold.train.microbatch:teacher_logits", 4),
-        (signal.SIGTERM, 143, "gold.train.step:step_loss", 4),
+        pytest.param(signal.SIGTERM, 143, "gold.train.step:step_loss", 4, marks=pytest.mark.slow),
         (signal.SIGHUP, 129, "gold.evaluate:Comparison.of_student", 2),
         pytest.param(signal.SIGTERM, 143, "gold.train.step:update", 3, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 143, "gold.comparison:teacher_logits", 3, marks=pytest.mark.slow),

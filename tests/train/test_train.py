@@ -81,7 +81,9 @@ def test_every_part_of_a_loss_is_a_metric(monkeypatch: pytest.MonkeyPatch) -> No
 # Learning
 
 
-@pytest.mark.parametrize("objective", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize(
+    "objective", ["reverse_kl", *(pytest.param(o, marks=pytest.mark.slow) for o in ("forward_kl", "jsd"))]
+)
 def test_the_loss_falls_and_evaluations_show_it(objective: str) -> None:
     done = run(
         changed(objectives=(Term(objective),), steps=16, lr=1e-2, prompts_per_step=8),
