@@ -124,8 +124,8 @@ class Curve(Quiet):
 
 
 def best(ends: Mapping[str, float]) -> float:
-    """The learning rate at which runs end best, the last of equals; ``ends`` are accuracies by rate."""
-    return float(max(reversed(list(ends)), key=lambda lr: ends[lr]))
+    """The learning rate at which runs end best, the lowest of equals; ``ends`` are accuracies by rate."""
+    return float(max(ends, key=lambda lr: (ends[lr], -float(lr))))
 
 
 def accuracy(

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.claims import efficiency, prompts
 from benchmarks.claims.cells import Given
-from benchmarks.claims.curves import Curve, accuracy, answers, written
+from benchmarks.claims.curves import Curve, accuracy, answers, best, written
 from benchmarks.claims.figures import canvas, markdown, over_seeds, save, told
 from benchmarks.claims.gym import TASKS, asked
 from benchmarks.claims.mistakes import VALUE, Rest, first_mistake, spoiled
@@ -202,7 +202,7 @@ def measure(given: Given) -> dict[str, Any]:
     made = _made(given, sizes, kinds)
     graded = given.cells.all(grade, [Grades(name, sizes.graded) for name in sizes.settings])
     tried = {kind: _tried(given, sizes, name) for kind, name in kinds.items()}
-    rates = {kind: {way: _best(ends) for way, ends in ways.items()} for kind, ways in tried.items()}
+    rates = {kind: {way: best(ends) for way, ends in ways.items()} for kind, ways in tried.items()}
     jobs = [
         _job(
             name,
@@ -264,11 +264,6 @@ def _tried(given: Given, sizes: Sizes, name: str) -> dict[str, dict[str, float]]
     for job, result in zip(jobs, given.cells.all(work, jobs), strict=True):
         found.setdefault(job.way, {})[f"{job.lr:g}"] = result["curve"][-1]["accuracy"]
     return found
-
-
-def _best(ends: Mapping[str, float]) -> float:
-    """The rate at which a run ends best, the lowest of equals."""
-    return float(max(ends, key=lambda lr: ends[lr]))
 
 
 def _job(name: str, way: str, lr: float, seed: int, sizes: Sizes) -> Job:

@@ -2,9 +2,9 @@
 
 A pair differs in one respect: the student's tokens are longer than the teacher's, or shorter, or the student cuts
 numbers into digits which the teacher does not. All ways (`benchmarks.claims.ways`) begin with the same student and get
-the same prompts and steps; each has the best of four learning rates, the same four for all, chosen on a seed that is
-used for nothing else. Rows of TRL are its own GOLD trainer from the same start, in the environment that `make
-bench-peers` makes.
+the same prompts and steps; each has the best of the middle two of four learning rates and the one beyond the better,
+chosen on a seed that is used for nothing else. Rows of TRL are its own GOLD trainer from the same start, in the
+environment that `make bench-peers` makes.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.claims import main, prompts
-from benchmarks.claims.curves import Curve
+from benchmarks.claims.curves import Curve, best
 from benchmarks.claims.efficiency import WAYS, prices
 from benchmarks.claims.efficiency import table as efficiency_table
 from benchmarks.claims.gym import TASKS, Plain, tokenizer_of
@@ -159,3 +159,7 @@ def test_the_small_form_runs_and_its_picture_is_drawn(
 ) -> None:
     assert main([part, "--small", "--seeds", "1", "--folder", str(tmp_path)]) == 0
     assert "| way |" in capsys.readouterr().out
+
+
+def test_of_rates_that_end_equally_the_lowest_is_taken() -> None:
+    assert best({"1e-05": 0.5, "0.001": 0.7, "0.0001": 0.7, "0.01": 0.6}) == 1e-4
