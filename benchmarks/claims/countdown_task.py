@@ -1,6 +1,7 @@
-"""Countdown of reasoning-gym in short plain text: ``5 10 7=20`` is answered `` 7-5=2 2*10=20``, in one of several ways.
+"""Countdown of reasoning-gym in short plain text: ``5 10 7=12`` is answered `` 7-5=2 2+10=12``, in one of several ways.
 
-Questions are drawn by reasoning-gym, and its verifier judges the expression that the steps make.
+Questions are drawn by reasoning-gym, with plus and minus alone, and its verifier judges the expression that the steps
+make.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from gold.data import Prompt
 from gold.demo.models import character_tokenizer
 from gold.tasks import ReasoningGym
 
-ALPHABET = "0123456789 +-*/="
-NUMBERS, LARGEST, TARGET = 3, 12, 60
+ALPHABET = "0123456789 +-="
+SIGNS = "+-"
+NUMBERS, LARGEST, TARGET = 3, 30, 60
 """Numbers of a question, the largest of them, and the largest target."""
 LARGEST_STEP = 99
 """The largest value of a step: every number is one token where numbers of two digits are."""
@@ -48,6 +50,7 @@ def gym() -> ReasoningGym:
         max_value=LARGEST,
         min_target=1,
         max_target=TARGET,
+        operators=tuple(SIGNS),
     )
 
 
@@ -61,9 +64,25 @@ def write_questions(path: Path, drawn: int) -> None:
     split: dict[str, list[Question]] = {"train": [], "heldout": []}
     for question in found:
         if right_texts(question):
-            held = zlib.crc32(repr(question).encode()) % 8 == 0
-            split["heldout" if held else "train"].append(question)
+            split["heldout" if is_held_out(question) else "train"].append(question)
     path.write_text(json.dumps(split))
+
+
+def is_held_out(question: Question) -> bool:
+    """Whether no model may learn from the question, nor any prompt ask it."""
+    return zlib.crc32(repr(question).encode()) % 8 == 0
+
+
+@cache
+def all_questions() -> tuple[Question, ...]:
+    """All questions of the range that have a right text and are not held out."""
+    found = (
+        (numbers, target)
+        for numbers in itertools.combinations_with_replacement(range(1, LARGEST + 1), NUMBERS)
+        for target in sorted(_texts_by_target(numbers))
+        if 1 <= target <= TARGET
+    )
+    return tuple(question for question in found if not is_held_out(question))
 
 
 @dataclass(frozen=True)
@@ -92,11 +111,12 @@ class Countdown:
         return [_prompt(questions[i], rng) for i in rng.permutation(len(questions))[:count]]
 
     def lessons(self, count: int, seed: int) -> list[Prompt]:
-        """Questions to learn from, drawn again and again, each with a right text drawn at random."""
+        """Questions to learn from, drawn again and again among all that are not held out, each with a right text drawn
+        at random."""
         rng = np.random.default_rng((seed, 1))
         found = []
-        for n, i in enumerate(rng.integers(len(self._questions["train"]), size=count)):
-            question = self._questions["train"][i]
+        for n, i in enumerate(rng.integers(len(all_questions()), size=count)):
+            question = all_questions()[i]
             texts = right_texts(question)
             found.append(_prompt(question, rng, texts[int(rng.integers(len(texts)))], f" {n}"))
         return found
@@ -118,14 +138,14 @@ def _prompt(
 
 
 def expression(completion: str) -> str | None:
-    """The expression that steps make: `` 7-5=2 2*10=20`` is ``((7-5)*10)``; None if it is not made of steps.
+    """The expression that steps make: `` 7-5=2 2+10=12`` is ``((7-5)+10)``; None if it is not made of steps.
 
     Only the last step counts, with what it takes from earlier ones; whether a step is right does not.
     """
     made: dict[str, str] = {}
     last = None
     for step in completion.split():
-        parts = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", step)
+        parts = re.fullmatch(r"(\d+)([-+])(\d+)=(\d+)", step)
         if parts is None:
             return None
         left, sign, right, value = parts.groups()
@@ -134,30 +154,34 @@ def expression(completion: str) -> str | None:
     return last
 
 
-@cache
 def right_texts(question: Question) -> tuple[str, ...]:
     """All right texts whose steps have whole values from 0 to `LARGEST_STEP`, sorted."""
     numbers, target = question
-    return tuple(sorted(set(_texts(numbers, target))))
+    return _texts_by_target(numbers).get(target, ())
 
 
-def _texts(left: tuple[int, ...], target: int) -> Iterator[str]:
+@cache
+def _texts_by_target(numbers: tuple[int, ...]) -> dict[int, tuple[str, ...]]:
+    found: dict[int, set[str]] = {}
+    for text, value in _texts(numbers):
+        found.setdefault(value, set()).add(text)
+    return {value: tuple(sorted(texts)) for value, texts in found.items()}
+
+
+def _texts(left: tuple[int, ...]) -> Iterator[tuple[str, int]]:
     if len(left) == 1:
-        if left[0] == target:
-            yield ""
+        yield "", left[0]
         return
     for i, j in itertools.permutations(range(len(left)), 2):
         others = tuple(n for k, n in enumerate(left) if k not in (i, j))
         for sign, value in _values(left[i], left[j]):
             if 0 <= value <= LARGEST_STEP:
-                for rest in _texts((*others, value), target):
-                    yield f" {left[i]}{sign}{left[j]}={value}{rest}"
+                for rest, end in _texts((*others, value)):
+                    yield f" {left[i]}{sign}{left[j]}={value}{rest}", end
 
 
 def _values(a: int, b: int) -> Iterator[tuple[str, int]]:
-    yield from (("+", a + b), ("-", a - b), ("*", a * b))
-    if b and a % b == 0:
-        yield "/", a // b
+    yield from (("+", a + b), ("-", a - b))
 
 
 def texts_a_question(path: Path) -> float:

@@ -13,10 +13,12 @@ from benchmarks.claims.countdown import WAYS, table
 from benchmarks.claims.countdown_task import (
     TOKENIZERS,
     Countdown,
+    all_questions,
     expression,
     right_texts,
     write_questions,
 )
+from gold.data import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +29,22 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Countdown:
 
 
 def test_all_right_texts_of_a_question() -> None:
-    assert right_texts(((5, 7, 10), 20)) == (" 7-5=2 10*2=20", " 7-5=2 2*10=20")
-    assert right_texts(((1, 1), 1)) == (" 1*1=1", " 1/1=1")
+    assert right_texts(((5, 9), 14)) == (" 5+9=14", " 9+5=14")
+    assert right_texts(((1, 1), 0)) == (" 1-1=0",)
     assert not right_texts(((1, 1), 7))
-    assert not right_texts(((12, 12, 12), 12 * 12 * 12))
+    assert not right_texts(((60, 60), 120))
     hand = (" 3+9=12 12-5=7", " 5-3=2 9-2=7", " 9+3=12 12-5=7", " 9-5=4 3+4=7", " 9-5=4 4+3=7")
     assert right_texts(((3, 5, 9), 7)) == hand
 
 
 def test_steps_make_an_expression() -> None:
-    assert expression(" 7-5=2 2*10=20") == "((7-5)*10)"
-    assert expression(" 7-5=2 10*2=20") == "(10*(7-5))"
-    assert expression(" 5-5=0 5/5=1") == "(5/5)"
+    assert expression(" 7-5=2 2+10=12") == "((7-5)+10)"
+    assert expression(" 7-5=2 10-2=8") == "(10-(7-5))"
+    assert expression(" 5-5=0 5+5=10") == "(5+5)"
     assert expression(" 7-5=2 3+4=7") == "(3+4)"
-    assert expression(" 7-5=2 2*10") is None
-    assert expression(" (7-5)*10") is None
+    assert expression(" 7-5=2 2+10") is None
+    assert expression(" 7-5=2 2*10=20") is None
+    assert expression(" (7-5)+10") is None
     assert expression("") is None
 
 
@@ -64,12 +67,24 @@ def test_no_question_is_in_both_splits_whatever_the_order_of_its_numbers(task: C
     assert len(of("train", 0)) == task.count("train") > 4 * task.count("heldout") > 0
     assert of("train", 0) == of("train", 1)
     assert not of("train", 0) & of("heldout", 1)
-    lessons = {(*sorted(p.reference["metadata"]["numbers"]),) for p in task.lessons(50, 3)}
-    assert lessons <= {q[:-1] for q in of("train", 0)}
+
+
+def test_lessons_are_all_questions_but_those_held_out(task: Countdown) -> None:
+    asked = {(tuple(sorted(m["numbers"])), m["target"]) for m in _facts(task.prompts("train", 10**6, 0))}
+    held = {(tuple(sorted(m["numbers"])), m["target"]) for m in _facts(task.prompts("heldout", 10**6, 0))}
+    assert asked < set(all_questions())
+    assert not held & set(all_questions())
+    lessons = {(tuple(sorted(m["numbers"])), m["target"]) for m in _facts(task.lessons(3000, 3))}
+    assert lessons < set(all_questions())
+    assert len(lessons) > 2000
+
+
+def _facts(prompts: list[Prompt]) -> list[dict[str, Any]]:
+    return [p.reference["metadata"] for p in prompts]
 
 
 def test_the_right_text_of_a_lesson_is_drawn_at_random(task: Countdown) -> None:
-    lessons = task.lessons(40 * task.count("train"), 0)
+    lessons = task.lessons(40_000, 0)
     by_question: dict[Any, Counter[str]] = {}
     for p in lessons:
         m = p.reference["metadata"]
@@ -84,10 +99,10 @@ def test_the_right_text_of_a_lesson_is_drawn_at_random(task: Countdown) -> None:
 
 
 def test_tokenizers_differ_in_numbers_alone() -> None:
-    text = "12 4 1=48 12*4=48"
+    text = "12 4 1=16 12+4=16"
     cut = {name: make().encode(text).tokens[1:] for name, make in TOKENIZERS.items()}
     assert cut["digits"] == ["Ġ" if c == " " else c for c in text]
-    assert cut["numbers"] == ["12", "Ġ", "4", "Ġ", "1", "=", "48", "Ġ", "12", "*", "4", "=", "48"]
+    assert cut["numbers"] == ["12", "Ġ", "4", "Ġ", "1", "=", "16", "Ġ", "12", "+", "4", "=", "16"]
 
 
 def test_shares_are_of_the_teacher() -> None:
