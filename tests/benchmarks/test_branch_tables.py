@@ -85,7 +85,7 @@ def gradient(total: Tensor, model: ToyModel) -> Tensor:
     return torch.cat([torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)])
 
 
-@pytest.mark.parametrize("name", ["other merges", "overlapping"])
+@pytest.mark.parametrize("name", [pytest.param("other merges", marks=pytest.mark.slow), "overlapping"])
 def test_the_expected_gradient_of_a_policy_on_exact_marginals_is_that_of_the_texts_divergence(
     name: str,
 ) -> None:

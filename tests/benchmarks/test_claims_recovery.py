@@ -87,6 +87,7 @@ def test_the_steeper_divergence_has_no_gradient_where_both_agree_and_no_nan_wher
     assert float(logits.grad.abs().max()) < 1e-12
 
 
+@pytest.mark.slow
 def test_the_small_form_of_the_recovery_runs(tmp_path):
     sizes = recovery.SMALL
     made = recovery.make(recovery.Making(0, sizes), tmp_path)

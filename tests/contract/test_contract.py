@@ -43,10 +43,12 @@ over = partial(pytest.mark.parametrize, "name")
 
 
 def by_form(name: str, number: str) -> list[pytest.MarkDecorator]:
-    """Clauses 6 and 8b take seconds for a divergence between states; most forms have them among the slow tests."""
+    """Clauses 6 and 8b take seconds for a divergence between states, and 8b one with options; most forms have them
+    among the slow tests."""
     kind, _, support = name.partition("/")
     quick = name in ("reverse_kl/bytes", "forward_kl/prefix") or support.startswith("shared")
-    slow = kind.split()[0] in DIVERGENCES and number in ("6", "8b") and not quick
+    between_states = kind.split()[0] in DIVERGENCES and not quick
+    slow = (number in ("6", "8b") and between_states) or (number == "8b" and ", " in kind)
     return [pytest.mark.slow] if slow else []
 
 

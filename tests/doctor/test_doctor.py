@@ -713,7 +713,7 @@ def test_tokenizer_files_need_no_torch(tmp_path: Path) -> None:
 # A run
 
 
-@pytest.mark.parametrize("teacher", ["teacher", "same"])
+@pytest.mark.parametrize("teacher", ["teacher", pytest.param("same", marks=pytest.mark.slow)])
 def test_rows_beyond_the_tokenizer_train(call: Any, saved: Path, tmp_path: Path, teacher: str) -> None:
     """Padding rows on both sides: of two vocabularies, and of one with 144 rows in one model and 160 in the other."""
     settings = one_step(saved, tmp_path, teacher__path=str(saved / teacher))

@@ -162,6 +162,7 @@ def test_a_resumed_run_is_an_uninterrupted_one(tmp_path: Path) -> None:
     assert same(weights, others)
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_while_completions_are_drawn_draws_the_rest(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("gold.train.initial.CHUNK", 3)
     whole, weights, _ = train()

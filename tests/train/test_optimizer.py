@@ -112,6 +112,7 @@ def test_small_steps_add_up() -> None:
     assert weight[0] == 0.98828125  # 1 − 100 · 1e-4, rounded
 
 
+@pytest.mark.slow  # the test of moments of 8 bits resumes one too
 def test_a_resumed_run_of_16_bits_is_bit_for_bit_the_same(tmp_path: Path) -> None:
     whole = steps_of(torch.bfloat16, decay=0.5)
     for _ in range(2):

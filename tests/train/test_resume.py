@@ -118,8 +118,6 @@ MOMENTS: dict[str, tuple[str, int, bool]] = {
 }
 QUICK = {
     "in the first checkpoint, half-written",
-    "in the evaluation of step 3",
-    "in the second checkpoint, in place, before the older one goes",
     "while the student is saved",
 }
 
@@ -382,8 +380,8 @@ def spoil_prompts(pair: Path) -> None:
     ("spoil", "told"),
     [
         (spoil_teacher, "model.safetensors (weights) has changed"),
-        (spoil_template, "chat_template.jinja (chat template) is new"),
-        (spoil_prompts, "prompts.jsonl: content has changed"),
+        pytest.param(spoil_template, "chat_template.jinja (chat template) is new", marks=pytest.mark.slow),
+        pytest.param(spoil_prompts, "prompts.jsonl: content has changed", marks=pytest.mark.slow),
     ],
 )
 def test_what_was_replaced_between_stop_and_resumption_is_named_and_refused(

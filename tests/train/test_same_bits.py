@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import support.tiny_models as tiny
 import torch
 from support.processes import Command
@@ -80,6 +81,7 @@ def test_in_one_process(tmp_path: Path) -> None:
     assert len(found) == 1
 
 
+@pytest.mark.slow
 def test_in_five_processes(tmp_path: Path) -> None:
     tiny.save_pair(tmp_path)
     settings = tiny.run_settings(

@@ -188,6 +188,7 @@ def test_quantized_weights_are_refused_before_anything_is_loaded() -> None:
         Config.model_validate(settings)
 
 
+@pytest.mark.slow
 def test_adapters_are_whole_in_three_processes_on_weights_in_shards(pair: Path, tmp_path: Path) -> None:
     """With a reference and an average that share the student's weights; one process reads the merged weights for an
     engine."""
