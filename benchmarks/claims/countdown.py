@@ -17,6 +17,7 @@ from benchmarks.claims.cells import Given
 from benchmarks.claims.countdown_task import TOKENIZERS, Countdown, texts_a_question, write_questions
 from benchmarks.claims.curves import Curve, accuracy, best, written
 from benchmarks.claims.figures import canvas, markdown, over_seeds, save, told
+from benchmarks.claims.ways import TEACHERS_TEXTS
 from gold.demo.models import learn_answers, tiny_model
 from gold.models.load import load_model, save_model
 from gold.models.pretrained import pick_device
@@ -43,16 +44,18 @@ _EACH = Recipe(
     max_new_tokens=MAX_NEW_TOKENS,
 )
 _GROUPS = _EACH.replace(prompts_per_step=COMPLETIONS // 8, num_generations=8)
-RATES = 1e-4, 3e-4, 1e-3, 3e-3
-"""Tried for every way: those that do harm at one rate may do none at a lower one."""
+RATES = 3e-4, 1e-3, 3e-3, 1e-2
+LOW_RATES = 1e-5, 3e-5, 1e-4, 3e-4
+"""Those that are tried, the lower ones of ways that do harm at 1e-4 already."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way: its title, its recipe, and its steps for one of distillation."""
+    """One way: its title, its recipe, the rates that are tried, and its steps for one of distillation."""
 
     title: str
     recipe: Recipe
+    rates: tuple[float, ...] = RATES
     length: float = 1.0
 
     @property
@@ -61,26 +64,35 @@ class Way:
         return any(term.name not in ("sft", "reward") for term in self.recipe.objectives)
 
 
-def _way(title: str, term: Term) -> Way:
-    return Way(title, _EACH.replace(objectives=(term,)))
+def _way(title: str, objective: str, rates: tuple[float, ...] = RATES) -> Way:
+    return Way(title, _EACH.replace(objectives=(Term(objective),)), rates)
+
+
+def _published(title: str, rates: tuple[float, ...]) -> Way:
+    way = TEACHERS_TEXTS[title]
+    return Way(title, _EACH.replace(objectives=way.terms, on_policy=way.own, top_p=way.top_p), rates)
 
 
 WAYS = {
-    "reverse": _way("reverse KL on bytes", Term("reverse_kl")),
-    "forward": _way("forward KL on bytes", Term("forward_kl")),
+    "reverse": _way("reverse KL on bytes", "reverse_kl"),
+    "forward": _way("forward KL on bytes", "forward_kl"),
     "gkd": Way(
         "GKD, λ = 0.5, forward KL on bytes",
         _EACH.replace(objectives=(Term("forward_kl"),), on_policy=0.5),
     ),
-    "alm": _way("ALM", Term("alm")),
-    "gold": _way("GOLD", Term("gold")),
-    "uld": _way("ULD", Term("uld")),
+    "alm": _way("ALM", "alm", LOW_RATES),
+    "gold": _way("GOLD", "gold", LOW_RATES),
+    "uld": _way("ULD", "uld", LOW_RATES),
+    "gold_published": _published("GOLD as published, λ 0.25", LOW_RATES),
+    "uld_published": _published("ULD as published, λ 0", (1e-4, *RATES[:3])),
     "sft": Way(
         "SFT on the teacher's texts, about as much time",
         _EACH.replace(objectives=(Term("sft"),), on_policy=0.0),
         length=2.5,
     ),
-    "reward": Way("reward only (groups of 8)", _GROUPS.replace(objectives=(Term("reward"),))),
+    "reward": Way(
+        "reward only (groups of 8)", _GROUPS.replace(objectives=(Term("reward"),)), (1e-4, 3e-4, 1e-3)
+    ),
 }
 
 
@@ -262,7 +274,7 @@ def _tried(given: Given, plan: Plan, pair: str) -> dict[str, dict[str, float]]:
     jobs = [
         Run(pair, way, lr, TUNING_SEED, _steps(way, plan.tuning_steps), plan.prompts, plan.sizes)
         for way in plan.ways
-        for lr in RATES
+        for lr in WAYS[way].rates
     ]
     found: dict[str, dict[str, float]] = {}
     for job, result in zip(jobs, given.cells.all(run, jobs), strict=True):
