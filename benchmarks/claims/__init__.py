@@ -20,7 +20,6 @@ from benchmarks.record import RESULTS, command_line, device_name, write_record
 
 PARTS = {
     "prompts": "accuracy over the number of prompts: distillation, imitation, a reward",
-    "few": "the same with 400 prompts, at lower rates",
     "efficiency": "what each way costs for the same accuracy, on a procedural task",
     "factors": "what a teacher says after mistakes, and whether distillation or imitation is ahead",
     "recovery": "a lost skill comes back from the old self, and new knowledge stays",

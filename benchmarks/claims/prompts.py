@@ -60,9 +60,9 @@ WAYS = {
         _EACH,
         {
             100: (3e-6, 1e-5, 3e-5, 1e-4),
-            400: (1e-4, 2e-4, 5e-4),
-            2000: (5e-4, 1e-3, 2e-3),
-            10000: (5e-4, 1e-3, 2e-3),
+            400: (1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
+            2000: (5e-4, 1e-3, 2e-3, 4e-3),
+            10000: (5e-4, 1e-3, 2e-3, 4e-3),
         },
     ),
     "imitated": Way(
@@ -71,8 +71,8 @@ WAYS = {
         {
             100: (3e-6, 1e-5, 3e-5, 1e-4),
             400: (1e-5, 3e-5, 1e-4),
-            2000: (5e-4, 1e-3, 2e-3),
-            10000: (5e-4, 1e-3, 2e-3),
+            2000: (5e-4, 1e-3, 2e-3, 4e-3),
+            10000: (5e-4, 1e-3, 2e-3, 4e-3),
         },
         2.25,
     ),
@@ -194,9 +194,9 @@ def _additions(prompt: Prompt) -> list[tuple[str, str]]:
     return list(zip([first, *prompt.reference.split()], steps, strict=False))
 
 
-def measure(given: Given, whole: Sizes | None = None) -> dict[str, Any]:
+def measure(given: Given) -> dict[str, Any]:
     """Rates on a seed apart, with some numbers of prompts; then every way with its numbers of prompts."""
-    sizes = SMALL if given.small else whole or Sizes()
+    sizes = SMALL if given.small else Sizes()
     models = Models(sizes.answers, sizes.teacher_steps, sizes.start_steps, sizes.heldout)
     made = given.cells.all(make, [models])[0]
     tried = _tried(given, sizes)
