@@ -339,5 +339,5 @@ def draw(data: Mapping[str, Any], path: Path) -> None:
         ax.set(xlabel="processor seconds", ylim=(-3, 105), title=pair)
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy, % of the teacher's")
-    axes[0][-1].legend(fontsize=6)
+    axes[0][-1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0.0)
     save(figure, path)
