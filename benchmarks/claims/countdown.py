@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.claims.cells import Given
 from benchmarks.claims.countdown_task import TOKENIZERS, Countdown, texts_a_question, write_questions
-from benchmarks.claims.curves import Curve, accuracy, best, written
+from benchmarks.claims.curves import Curve, accuracy, best, ends_by_rate, written
 from benchmarks.claims.figures import canvas, markdown, over_seeds, save, told
 from benchmarks.claims.ways import TEACHERS_TEXTS
 from gold.demo.models import learn_answers, tiny_model
@@ -276,10 +276,7 @@ def _tried(given: Given, plan: Plan, pair: str) -> dict[str, dict[str, float]]:
         for way in plan.ways
         for lr in WAYS[way].rates
     ]
-    found: dict[str, dict[str, float]] = {}
-    for job, result in zip(jobs, given.cells.all(run, jobs), strict=True):
-        found.setdefault(job.way, {})[f"{job.lr:g}"] = result["curve"][-1]["accuracy"]
-    return found
+    return ends_by_rate(jobs, given.cells.all(run, jobs))
 
 
 def table(data: Mapping[str, Any]) -> str:

@@ -123,6 +123,14 @@ class Curve(Quiet):
         )
 
 
+def ends_by_rate(jobs: Sequence[Any], results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The accuracy at the end of each job's run, by its ``way`` and its learning rate ``lr``."""
+    found: dict[str, dict[str, float]] = {}
+    for job, result in zip(jobs, results, strict=True):
+        found.setdefault(job.way, {})[f"{job.lr:g}"] = result["curve"][-1]["accuracy"]
+    return found
+
+
 def best(ends: Mapping[str, float]) -> float:
     """The learning rate at which runs end best, the lowest of equals; ``ends`` are accuracies by rate."""
     return float(max(ends, key=lambda lr: (ends[lr], -float(lr))))

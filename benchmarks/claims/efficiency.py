@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.claims.cells import Given
-from benchmarks.claims.curves import COSTS, Curve, accuracy, best, written
+from benchmarks.claims.curves import COSTS, Curve, accuracy, best, ends_by_rate, written
 from benchmarks.claims.figures import canvas, cost_of, markdown, over_seeds, save, told
 from benchmarks.claims.gym import TASKS, asked, learned, tokenizer_of
 from gold.models.language_model import LanguageModel
@@ -257,10 +257,7 @@ def _tried(given: Given, sizes: Sizes, task: str) -> dict[str, dict[str, float]]
         for way in sizes.ways
         for lr in WAYS[way].rates
     ]
-    found: dict[str, dict[str, float]] = {}
-    for job, result in zip(jobs, given.cells.all(work, jobs), strict=True):
-        found.setdefault(job.way, {})[f"{job.lr:g}"] = result["curve"][-1]["accuracy"]
-    return found
+    return ends_by_rate(jobs, given.cells.all(work, jobs))
 
 
 def _columns(curve: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:

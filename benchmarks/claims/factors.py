@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.claims import efficiency, prompts
 from benchmarks.claims.cells import Given
-from benchmarks.claims.curves import Curve, accuracy, answers, best, written
+from benchmarks.claims.curves import Curve, accuracy, answers, best, ends_by_rate, written
 from benchmarks.claims.figures import canvas, markdown, over_seeds, save, told
 from benchmarks.claims.gym import TASKS, asked
 from benchmarks.claims.mistakes import VALUE, Rest, first_mistake, spoiled
@@ -260,10 +260,7 @@ def _tried(given: Given, sizes: Sizes, name: str) -> dict[str, dict[str, float]]
     jobs = [
         _job(name, way, lr, TUNING_SEED, sizes) for way in ("distilled", "imitated") for lr in sizes.rates
     ]
-    found: dict[str, dict[str, float]] = {}
-    for job, result in zip(jobs, given.cells.all(work, jobs), strict=True):
-        found.setdefault(job.way, {})[f"{job.lr:g}"] = result["curve"][-1]["accuracy"]
-    return found
+    return ends_by_rate(jobs, given.cells.all(work, jobs))
 
 
 def _job(name: str, way: str, lr: float, seed: int, sizes: Sizes) -> Job:

@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.claims.cells import Given
-from benchmarks.claims.curves import Curve, answers, best, written
+from benchmarks.claims.curves import Curve, answers, best, ends_by_rate, written
 from benchmarks.claims.figures import canvas, markdown, over_seeds, save, told
 from gold.data import Prompt
 from gold.demo.run import SAMPLING, TASK, DemoPlan, make_start, make_teacher
@@ -237,9 +237,7 @@ def _tried(given: Given, sizes: Sizes) -> dict[str, dict[str, dict[str, float]]]
             for name, way in WAYS.items()
             for lr in way.rates.get(number, ())
         ]
-        mine = found.setdefault(str(number), {})
-        for job, result in zip(jobs, given.cells.all(work, jobs), strict=True):
-            mine.setdefault(job.way, {})[f"{job.lr:g}"] = result["curve"][-1]["accuracy"]
+        found[str(number)] = ends_by_rate(jobs, given.cells.all(work, jobs))
     return found
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks.claims import main, prompts
-from benchmarks.claims.curves import Curve, best
+from benchmarks.claims.curves import Curve, best, ends_by_rate
 from benchmarks.claims.efficiency import WAYS, prices
 from benchmarks.claims.efficiency import table as efficiency_table
 from benchmarks.claims.gym import TASKS, Plain, tokenizer_of
@@ -163,3 +164,9 @@ def test_the_small_form_runs_and_its_picture_is_drawn(
 
 def test_of_rates_that_end_equally_the_lowest_is_taken() -> None:
     assert best({"1e-05": 0.5, "0.001": 0.7, "0.0001": 0.7, "0.01": 0.6}) == 1e-4
+
+
+def test_ends_are_told_by_way_and_rate() -> None:
+    jobs = [SimpleNamespace(way=way, lr=lr) for way in ("a", "b") for lr in (1e-3, 3e-5)]
+    ends = [{"curve": [{"accuracy": 0.9}, {"accuracy": n / 10}]} for n in range(4)]
+    assert ends_by_rate(jobs, ends) == {"a": {"0.001": 0.0, "3e-05": 0.1}, "b": {"0.001": 0.2, "3e-05": 0.3}}
